@@ -1,0 +1,85 @@
+"""Hugging Face pipelines over buckets of media and text, on a fleet of workers.
+
+>>> import pipefleet
+>>> pipe = pipefleet.pipeline("text-classification")  # doctest: +SKIP
+>>> pipe("s3://reviews/1.txt", top_k=2)  # doctest: +SKIP
+
+Nothing heavy is imported before it is used: no torch, no transformers, ever; celery, redis and boto3 with the first Client.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pipefleet._version import __version__
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+    from pipefleet.contract import JobState
+    from pipefleet.errors import (
+        JobCancelledError,
+        JobError,
+        JobExpiredError,
+        JobFailedError,
+        PipefleetError,
+        ResultTimeoutError,
+        ServiceUnavailableError,
+        UsageError,
+    )
+    from pipefleet.jobs import Job
+    from pipefleet.pipelines import FleetPipeline, pipeline
+    from pipefleet.runs import Run, RunProgress
+    from pipefleet.settings import Settings
+
+_HOMES = {
+    "client": ("Client",),
+    "contract": ("JobState",),
+    "errors": (
+        "JobCancelledError",
+        "JobError",
+        "JobExpiredError",
+        "JobFailedError",
+        "PipefleetError",
+        "ResultTimeoutError",
+        "ServiceUnavailableError",
+        "UsageError",
+    ),
+    "jobs": ("Job",),
+    "pipelines": ("FleetPipeline", "pipeline"),
+    "runs": ("Run", "RunProgress"),
+    "settings": ("Settings",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Client",
+    "FleetPipeline",
+    "Job",
+    "JobCancelledError",
+    "JobError",
+    "JobExpiredError",
+    "JobFailedError",
+    "JobState",
+    "PipefleetError",
+    "ResultTimeoutError",
+    "Run",
+    "RunProgress",
+    "ServiceUnavailableError",
+    "Settings",
+    "UsageError",
+    "__version__",
+    "pipeline",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pipefleet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pipefleet.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

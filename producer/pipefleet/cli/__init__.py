@@ -1,0 +1,53 @@
+"""The `pipefleet` command. Other packages add subcommands through the entry-point group `pipefleet.commands`.
+
+Exit codes: 0 done; 1 some items failed; 2 usage or bad input; 3 a service is unreachable; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from pipefleet._version import __version__
+from pipefleet.cli import fleet, jobs, runs
+from pipefleet.cli.common import Commands
+from pipefleet.errors import PipefleetError
+
+GROUP = "pipefleet.commands"
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error of this package is one line on stderr."""
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except PipefleetError as error:
+        print(f"pipefleet: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("pipefleet: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; so do we, quietly
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with the commands of every installed package."""
+    parser = argparse.ArgumentParser(
+        prog="pipefleet",
+        description="Hugging Face pipelines over buckets of media and text, on a fleet of workers.",
+        epilog="Start a fleet on this machine with `pipefleet up`.",
+    )
+    parser.add_argument("--version", action="version", version=f"pipefleet {__version__}")
+    commands: Commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (jobs, runs, fleet):
+        module.register(commands)
+    for plugin in sorted(entry_points(group=GROUP), key=lambda one: one.name):
+        plugin.load()(commands)
+    return parser

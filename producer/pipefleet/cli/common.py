@@ -1,0 +1,61 @@
+"""What the commands share: how they are declared, how parameters are read and results printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.errors import ParameterError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Commands = Any
+
+
+def command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], *, help: str, example: str
+) -> argparse.ArgumentParser:
+    """Declare one command; `example` is shown under its help."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--model`, `--revision` and `--param`."""
+    parser.add_argument("--model", help="a model that a pool of the fleet serves (default: the task's default pool)")
+    parser.add_argument("--revision", help="its revision")
+    parser.add_argument(
+        "--param", action="append", default=[], metavar="K=V",
+        help="a parameter of the task, its value as JSON or as a plain word; may be repeated",
+    )  # fmt: skip
+
+
+def read_parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["top_k=3", "pooling=mean"]` as a dict. Raises ParameterError for a pair without `=`."""
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise ParameterError(f"--param takes NAME=VALUE, not {pair[:60]!r}")
+        try:
+            parameters[name] = json.loads(value)
+        except ValueError:
+            parameters[name] = value
+    return parameters
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
+    print()

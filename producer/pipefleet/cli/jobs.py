@@ -1,0 +1,75 @@
+"""`pipefleet submit`: single jobs from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pipefleet.cli.common import Commands, add_model_options, command, print_json, read_parameters
+
+
+def register(commands: Commands) -> None:
+    """Add the commands of this module."""
+    parser = command(
+        commands, "submit", submit,
+        help="run a task on one or several inputs and print the results",
+        example="pipefleet submit text-classification 'I like it' --param top_k=2",
+    )  # fmt: skip
+    parser.add_argument("task", help="a task, see `pipefleet tasks`")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a text, an s3:// URI, or a local file")
+    add_model_options(parser)
+    parser.add_argument("--priority", choices=("high", "normal", "low"), default="normal")
+    parser.add_argument("--expires", type=float, metavar="SECONDS", help="give up after this many seconds")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="wait at most this long for each result")
+    parser.add_argument("--json", action="store_true", help="print one JSON list, in input order")
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Submit every input, wait for all, print in order. 1 when one of them failed."""
+    from pipefleet.client import Client
+
+    parameters = read_parameters(arguments.param)
+    with Client() as client:
+        jobs = [
+            client.submit(
+                arguments.task,
+                _input(one),
+                model=arguments.model,
+                revision=arguments.revision,
+                parameters=parameters,
+                priority=arguments.priority,
+                expires=arguments.expires,
+            )
+            for one in arguments.inputs
+        ]
+        rows = [_outcome(job, arguments.timeout) for job in jobs]
+    if arguments.json:
+        print_json(rows)
+    else:
+        for row in rows:
+            print(json.dumps(row.get("output", row.get("error")), ensure_ascii=False))
+    return int(any("error" in row for row in rows))
+
+
+def _input(text: str) -> Any:
+    """A JSON object stands for an input with several fields; anything else is taken as it is."""
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return Path(text) if text.startswith(("./", "../", "/")) and Path(text).is_file() else text
+
+
+def _outcome(job: Any, timeout: float | None) -> dict[str, Any]:
+    from pipefleet.errors import JobError, JobFailedError
+
+    try:
+        return {"id": job.id, "state": "succeeded", "output": job.result(timeout)}
+    except JobFailedError as error:
+        failure = {"code": error.failure_code, "message": str(error), "stage": error.stage}
+        return {"id": job.id, "state": "failed", "error": failure}
+    except JobError as error:
+        return {"id": job.id, "state": error.code, "error": {"code": error.code, "message": str(error), "stage": ""}}

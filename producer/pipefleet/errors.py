@@ -1,0 +1,146 @@
+"""Every error that pipefleet raises, as one tree; the command line turns each into one sentence and an exit code.
+
+    PipefleetError
+    ├── UsageError                  exit 2: the caller can mend it
+    │   ├── UnknownTaskError        no such task
+    │   ├── UnknownModelError       nobody in the fleet serves this model
+    │   ├── ParameterError          a parameter that the task does not take, or a value out of bounds
+    │   ├── InputError              an input of a kind that the task does not take
+    │   ├── SourceError             a source that is missing, empty or unreadable
+    │   │   └── ManifestError       a line of a manifest that does not parse (names line and column)
+    │   ├── FleetFileError          fleet.toml is wrong (names the key)
+    │   ├── RunError                no run at this URI, or one that is there already
+    │   └── ContractError           a message that no version of the contract describes
+    ├── ServiceUnavailableError     exit 3: Redis or S3 does not answer
+    └── JobError                    a job or an item that ended without a result
+        ├── JobFailedError          it failed (code, stage and message say how)
+        ├── JobCancelledError       somebody cancelled it
+        ├── JobExpiredError         its deadline passed before it could finish
+        └── ResultTimeoutError      it has not finished yet; also a TimeoutError
+
+`code` is a stable word for programs, `retryable` tells whether the same call may succeed later.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class PipefleetError(Exception):
+    """Base of all errors of this package. The message is one sentence that names cause and next step."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 2
+    retryable: ClassVar[bool] = False
+
+
+class UsageError(PipefleetError):
+    """The call cannot work as it was made; nothing was started."""
+
+    code = "usage"
+
+
+class UnknownTaskError(UsageError):
+    """No task has this name or alias."""
+
+    code = "unknown_task"
+
+
+class UnknownModelError(UsageError):
+    """No pool of the fleet serves this model for this task."""
+
+    code = "unknown_model"
+
+
+class ParameterError(UsageError):
+    """A parameter outside the task's allow-list, or a value outside its bounds."""
+
+    code = "bad_parameter"
+
+
+class InputError(UsageError):
+    """An input of a kind that the task does not take."""
+
+    code = "bad_input"
+
+
+class SourceError(UsageError):
+    """The source of a run is missing, empty or not readable."""
+
+    code = "bad_source"
+
+
+class ManifestError(SourceError):
+    """A manifest line that does not parse; the message names line and column (both counted from 1)."""
+
+    code = "bad_manifest"
+
+
+class FleetFileError(UsageError):
+    """The fleet file is wrong; the message names the key and, for a typo, the nearest right one."""
+
+    code = "bad_fleet"
+
+
+class RunError(UsageError):
+    """There is no run at this URI, or there is one already."""
+
+    code = "bad_run"
+
+
+class ContractError(UsageError):
+    """A message that does not follow the contract, or follows a version this code does not know."""
+
+    code = "bad_contract"
+
+
+class ServiceUnavailableError(PipefleetError):
+    """Redis or the object store does not answer; the message names the URL without credentials."""
+
+    code = "unavailable"
+    exit_code = 3
+    retryable = True
+
+
+class JobError(PipefleetError):
+    """A job ended, or was waited for, without a result."""
+
+    exit_code = 1
+
+
+class JobFailedError(JobError):
+    """The job failed in a worker: `failure_code`, `stage` and the message tell how."""
+
+    code = "failed"
+
+    def __init__(self, message: str, *, failure_code: str = "failed", stage: str = "") -> None:
+        super().__init__(message)
+        self.failure_code = failure_code
+        self.stage = stage
+
+
+class JobCancelledError(JobError):
+    """The job was cancelled before it finished."""
+
+    code = "cancelled"
+
+
+class JobExpiredError(JobError):
+    """The job's deadline passed before it finished."""
+
+    code = "expired"
+
+
+class ResultTimeoutError(JobError, TimeoutError):
+    """The result was not there in time; the job goes on and can be waited for again."""
+
+    code = "timeout"
+    retryable = True
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known word nearest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

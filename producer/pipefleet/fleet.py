@@ -1,0 +1,227 @@
+"""`fleet.toml`, the one description of the fleet: which pool of workers serves which task with which model. Pure.
+
+Read by the producer (routing), `pipefleet up`, the workers and the scaler. A wrong key is an error that names the key and the
+nearest right one; a model by hub name needs a revision, so that a fleet cannot change under its users.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pipefleet.errors import FleetFileError, PipefleetError, UnknownModelError, nearest
+from pipefleet.tasks import task_spec
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?")
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRange:
+    """How many workers a pool may have: at least `min`, at most `max`."""
+
+    min: int = 0
+    max: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """One pool of workers: they pin `model` and serve `task`."""
+
+    name: str
+    task: str
+    model: str
+    revision: str | None = None
+    default: bool = False
+    tokenizer: str | None = None
+    device: str = "auto"
+    device_map: str | None = None
+    dtype: str = "auto"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    max_batch_cost: int | None = None
+    """Padded cost of a batch; None measures it at warm-up."""
+    max_batch_items: int = 64
+    workers: WorkerRange = field(default_factory=WorkerRange)
+    wait_slo: float = 600.0
+    """Seconds that a job may wait before the pool counts as too small."""
+    trust_remote_code: bool = False
+
+    @property
+    def is_hub(self) -> bool:
+        """True when `model` is a name on the hub rather than a folder or an s3:// prefix."""
+        return not (self.model.startswith(("s3://", "/", ".", "~")) or Path(self.model).is_dir())
+
+    def to_json(self) -> dict[str, Any]:
+        """What a worker announces, enough to route by."""
+        return {"task": self.task, "model": self.model, "revision": self.revision, "default": self.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Every pool by name."""
+
+    pools: Mapping[str, Pool]
+
+    def pool(self, name: str) -> Pool:
+        """The pool of this name. Raises FleetFileError with the nearest one."""
+        if name not in self.pools:
+            known = ", ".join(sorted(self.pools)) or "none"
+            raise FleetFileError(f"the fleet has no pool {name!r}{nearest(name, self.pools)}; its pools: {known}")
+        return self.pools[name]
+
+    def default_pool(self, task: str) -> Pool:
+        """The pool that serves `task` when no model is named. Raises UnknownModelError where there is none."""
+        serving = [pool for pool in self.pools.values() if pool.task == task]
+        chosen = next((pool for pool in serving if pool.default or len(serving) == 1), None)
+        if chosen is None:
+            raise UnknownModelError(f"no pool of the fleet serves {task}; {self._served()}")
+        return chosen
+
+    def find(self, task: str, model: str, revision: str | None) -> Pool:
+        """The pool that serves `model` for `task`. Raises UnknownModelError that lists what is served."""
+        for pool in self.pools.values():
+            if pool.task == task and pool.model == model and revision in (None, pool.revision):
+                return pool
+        wanted = model + (f"@{revision}" if revision else "")
+        raise UnknownModelError(f"no pool of the fleet serves {wanted} for {task}; {self._served()}")
+
+    def _served(self) -> str:
+        served = ", ".join(f"{p.task}: {model_label(p.model, p.revision)}" for p in self.pools.values())
+        return f"served are: {served}" if served else "no pool is served at all: is a worker running?"
+
+
+def model_label(model: str, revision: str | None) -> str:
+    """`model@revision`, or the model alone where it needs no revision."""
+    return f"{model}@{revision}" if revision else model
+
+
+def load_fleet(path: Path, *, allow_unpinned: bool = False) -> Fleet:
+    """Read `path`. Model folders and tokenizers given as relative paths are relative to the file.
+
+    Raises FleetFileError: file missing, not TOML, unknown key, value out of range, unpinned model.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FleetFileError(f"there is no fleet file {path}; name one with --fleet or PIPEFLEET_FLEET") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FleetFileError(f"cannot read the fleet file {path}: {error}") from None
+    try:
+        return parse_fleet(content, base=path.resolve().parent, allow_unpinned=allow_unpinned)
+    except PipefleetError as error:
+        raise FleetFileError(f"{path}: {error}") from None
+
+
+def parse_fleet(content: Mapping[str, Any], *, base: Path, allow_unpinned: bool = False) -> Fleet:
+    """A Fleet from the parsed TOML. Raises FleetFileError."""
+    _known_keys("the file", content, {"pools"})
+    tables = content.get("pools")
+    if not isinstance(tables, Mapping) or not tables:
+        raise FleetFileError("it describes no pool; add a table [pools.NAME] with task and model")
+    pools = {name: _parse_pool(name, table, base) for name, table in tables.items()}
+    for pool in pools.values():
+        if pool.is_hub and not pool.revision and not allow_unpinned:
+            raise FleetFileError(
+                f"pools.{pool.name}: model {pool.model!r} has no revision; pin one (a commit hash), name a folder that "
+                "exists, or pass --allow-unpinned"
+            )
+    _check_defaults(pools)
+    return Fleet(pools)
+
+
+def _check_defaults(pools: Mapping[str, Pool]) -> None:
+    for task in {pool.task for pool in pools.values()}:
+        serving = [pool for pool in pools.values() if pool.task == task]
+        defaults = [pool.name for pool in serving if pool.default]
+        names = ", ".join(sorted(pool.name for pool in serving))
+        if len(defaults) > 1:
+            raise FleetFileError(f"pools {', '.join(sorted(defaults))} are all the default of {task}; keep one")
+        if len(serving) > 1 and not defaults:
+            raise FleetFileError(f"pools {names} all serve {task}; mark one of them with default = true")
+
+
+def _parse_pool(name: str, table: Any, base: Path) -> Pool:
+    where = f"pools.{name}"
+    if not _NAME.fullmatch(name):
+        raise FleetFileError(f"{where}: a pool's name has 1 to 63 of a-z, 0-9 and '-'")
+    if not isinstance(table, Mapping):
+        raise FleetFileError(f"{where} must be a table")
+    known = {one.name for one in fields(Pool)} - {"name"}
+    _known_keys(where, table, known)
+    for required in ("task", "model"):
+        if required not in table:
+            raise FleetFileError(f"{where} lacks {required}")
+    values = {key: _value(where, key, value) for key, value in table.items()}
+    spec = task_spec(values["task"])
+    spec.check(values.get("parameters", {}))
+    values["task"] = spec.name
+    for key in ("model", "tokenizer"):
+        if key in values:
+            values[key] = _resolve(values[key], base)
+    return Pool(name=name, **values)
+
+
+def _resolve(model: str, base: Path) -> str:
+    if model.startswith(("./", "../", "~")):
+        return str((base / Path(model).expanduser()).resolve())
+    return model
+
+
+def _value(where: str, key: str, value: Any) -> Any:
+    """The value of one key, checked against the field's type and its own rules."""
+    match key:
+        case "workers":
+            return _workers(f"{where}.workers", value)
+        case "max_batch_cost":
+            return None if value == "auto" else _positive(where, key, value)
+        case "max_batch_items":
+            return _positive(where, key, value)
+        case "wait_slo":
+            return float(_positive(where, key, value))
+        case "default" | "trust_remote_code":
+            _require(isinstance(value, bool), where, key, "true or false")
+        case "parameters":
+            _require(isinstance(value, Mapping), where, key, "a table")
+        case "device":
+            _require(isinstance(value, str) and bool(_DEVICE.fullmatch(value)), where, key, "auto, cpu or cuda:N")
+        case "dtype":
+            _require(value in _DTYPES, where, key, f"one of {', '.join(_DTYPES)}")
+        case "device_map":
+            _require(value == "auto", where, key, "auto (or absent)")
+        case _:
+            _require(isinstance(value, str) and bool(value), where, key, "a text")
+    return value
+
+
+def _workers(where: str, value: Any) -> WorkerRange:
+    _require(isinstance(value, Mapping), where, "", "a table like { min = 0, max = 20 }")
+    _known_keys(where, value, {"min", "max"})
+    defaults = {one.name: one.default for one in fields(WorkerRange) if one.default is not MISSING}
+    low, high = (value.get(key, defaults[key]) for key in ("min", "max"))
+    ok = type(low) is int and type(high) is int and 0 <= low <= high and high >= 1
+    _require(ok, where, "", "whole numbers with 0 <= min <= max and max >= 1")
+    return WorkerRange(low, high)
+
+
+def _positive(where: str, key: str, value: Any) -> Any:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    ok = ok and (key == "wait_slo" or isinstance(value, int))
+    _require(ok, where, key, "a number above 0" if key == "wait_slo" else "a whole number above 0")
+    return value
+
+
+def _require(ok: bool, where: str, key: str, what: str) -> None:
+    if not ok:
+        raise FleetFileError(f"{where}{'.' if key else ''}{key} must be {what}")
+
+
+def _known_keys(where: str, table: Mapping[str, Any], known: set[str]) -> None:
+    for key in table:
+        if key not in known:
+            allowed = ", ".join(sorted(known))
+            raise FleetFileError(f"{where} has an unknown key {key!r}{nearest(key, known)}; known are {allowed}")

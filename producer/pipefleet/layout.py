@@ -1,0 +1,130 @@
+"""The layout of a bulk run in object storage. Pure names; both halves of the system agree here.
+
+<output>/_run/plan.json             what is to be run, written first
+<output>/_run/shards/00000.jsonl    the items of a shard
+<output>/_run/run.json              the plan with its totals, written when every shard is there; never changed
+<output>/part-00000.jsonl           the results of a shard, a line for each item, in the shard's order
+<output>/artifacts/<position>/…     what does not fit a JSON line
+<output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
+<output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
+<output>/_run/cancelled             the run was cancelled
+<output>/_SUCCESS                   totals; there when the run has ended
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipefleet.errors import RunError
+from pipefleet.storage import directory_uri
+
+_NUMBERED = re.compile(r"(\d{5,})\.jsonl$")
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """The names of one run. `uri` is its output prefix, with a slash at the end."""
+
+    uri: str
+
+    @classmethod
+    def at(cls, uri: str) -> RunLayout:
+        """The layout under `uri`. Raises InputError unless it is an `s3://` URI."""
+        return cls(directory_uri(uri))
+
+    @property
+    def plan(self) -> str:
+        """What is to be run."""
+        return f"{self.uri}_run/plan.json"
+
+    @property
+    def run(self) -> str:
+        """The plan with its totals."""
+        return f"{self.uri}_run/run.json"
+
+    @property
+    def shards(self) -> str:
+        """The prefix of all shards."""
+        return f"{self.uri}_run/shards/"
+
+    @property
+    def parts(self) -> str:
+        """The prefix of all parts."""
+        return f"{self.uri}part-"
+
+    @property
+    def failed(self) -> str:
+        """The prefix of the failed items of each shard."""
+        return f"{self.uri}_run/failed/"
+
+    @property
+    def failures(self) -> str:
+        """All failed items."""
+        return f"{self.uri}_run/failures.jsonl"
+
+    @property
+    def cancelled(self) -> str:
+        """The mark of a cancelled run."""
+        return f"{self.uri}_run/cancelled"
+
+    @property
+    def success(self) -> str:
+        """The totals of an ended run."""
+        return f"{self.uri}_SUCCESS"
+
+    def shard(self, index: int) -> str:
+        """The items of one shard."""
+        return f"{self.shards}{index:05d}.jsonl"
+
+    def part(self, index: int) -> str:
+        """The results of one shard."""
+        return f"{self.parts}{index:05d}.jsonl"
+
+    def failed_shard(self, index: int) -> str:
+        """The failed items of one shard."""
+        return f"{self.failed}{index:05d}.jsonl"
+
+    def artifact(self, position: int, name: str) -> str:
+        """One artifact of the item at `position` in the run."""
+        return f"{self.uri}artifacts/{position:08d}/{name}"
+
+
+def index_of(key: str) -> int | None:
+    """The number of a shard or part, from its key."""
+    found = _NUMBERED.search(key)
+    return int(found[1]) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run does; the content of plan.json and, with totals, of run.json. `created` in seconds since 1970."""
+
+    id: str
+    task: str
+    model: str
+    revision: str | None
+    parameters: Mapping[str, Any]
+    source: str | None
+    queue: str
+    format: str
+    shard_size: int | None
+    created: float
+    contract_version: int
+    shards: int | None = None
+    items: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form; totals only where they are known."""
+        body = asdict(self)
+        return body if self.shards is not None else {k: v for k, v in body.items() if k not in ("shards", "items")}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> RunPlan:
+        """The reverse of `to_json`. Raises RunError naming `where` for anything else."""
+        try:
+            return cls(**value)
+        except TypeError:
+            raise RunError(f"{where} was not written by this version of pipefleet") from None

@@ -1,0 +1,118 @@
+"""Checks for job parameters: what a task's row allows, and within which bounds.
+
+Hugging Face call arguments can execute code (`custom_generate`), render a caller's template (`chat_template`) or reach a
+command line (`tesseract_config`), and most pipelines ignore what they do not know. So a parameter passes only when a row
+names it and its check accepts the value; a check returns what is wrong, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipefleet.errors import ParameterError, nearest
+
+Check = Callable[[Any], "str | None"]
+
+
+def boolean(value: Any) -> str | None:
+    """True or False."""
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def integer(low: int, high: int) -> Check:
+    """A whole number from `low` to `high`, both included."""
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            return f"must be a whole number from {low} to {high}"
+        return None
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    """A finite number from `low` to `high`, both included."""
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            return f"must be a number from {low:g} to {high:g}"
+        return None
+
+    return check
+
+
+def choice(*words: str) -> Check:
+    """One of `words`."""
+
+    def check(value: Any) -> str | None:
+        return None if isinstance(value, str) and value in words else f"must be one of {', '.join(words)}"
+
+    return check
+
+
+def text(longest: int = 10_000) -> Check:
+    """A string of at most `longest` characters."""
+
+    def check(value: Any) -> str | None:
+        ok = isinstance(value, str) and len(value) <= longest
+        return None if ok else f"must be a text of at most {longest} characters"
+
+    return check
+
+
+def list_of(item: Check, longest: int = 1000) -> Check:
+    """A list of at most `longest` values that all pass `item`."""
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list | tuple) or len(value) > longest:
+            return f"must be a list of at most {longest} values"
+        wrong = next((problem for problem in map(item, value) if problem), None)
+        return f"holds a value that {wrong}" if wrong else None
+
+    return check
+
+
+def either(*checks: Check) -> Check:
+    """A value that passes at least one of `checks`."""
+
+    def check(value: Any) -> str | None:
+        problems = [one(value) for one in checks]
+        return None if None in problems else " or ".join(str(problem) for problem in problems)
+
+    return check
+
+
+def null(value: Any) -> str | None:
+    """None."""
+    return None if value is None else "must be null"
+
+
+def mapping_of(allowed: Mapping[str, Check]) -> Check:
+    """A JSON object whose keys and values pass `allowed`."""
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, Mapping):
+            return "must be an object"
+        for name, item in value.items():
+            if name not in allowed:
+                return f"may not hold {str(name)!r}{nearest(str(name), allowed)}"
+            problem = allowed[name](item)
+            if problem:
+                return f"holds {name!r}, which {problem}"
+        return None
+
+    return check
+
+
+def check_parameters(task: str, allowed: Mapping[str, Check], given: Mapping[str, Any]) -> None:
+    """Raise ParameterError for the first parameter that `allowed` does not name or whose check fails."""
+    for name, value in given.items():
+        if name not in allowed:
+            known = ", ".join(sorted(allowed)) or "none"
+            raise ParameterError(
+                f"{task} takes no parameter {str(name)[:40]!r}{nearest(str(name), allowed)}; it takes {known}"
+            )
+        problem = allowed[name](value)
+        if problem:
+            raise ParameterError(f"parameter {name!r} of {task} {problem}")

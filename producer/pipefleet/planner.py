@@ -1,0 +1,202 @@
+"""Planning a bulk run: the source, cut into shards that lie in object storage, each queued as soon as it is written.
+
+    source items → shards (growing, bounded by count and bytes) → _run/shards/NNNNN.jsonl → one message each → run.json
+
+Memory is one shard, however long the source. A plan that was interrupted goes on behind its last shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pipefleet import broker
+from pipefleet.contract import JobItem, JobMessage, Priority, Shard, encode_json
+from pipefleet.errors import RunError
+from pipefleet.layout import RunLayout, RunPlan, index_of
+from pipefleet.objects import ObjectStore
+from pipefleet.sources import Source, SourceItem
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+
+SMALLEST_SHARD = 16
+LARGEST_SHARD = 512
+SHARDS_OF_A_SIZE = 8
+MEDIA_BYTES = 64 << 20
+TEXT_BYTES = 1 << 20
+ALIVE_SECONDS = 60.0
+"""How long a planner counts as alive after it wrote its last shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one shard: number of items, bytes of their inputs."""
+
+    items: int
+    size: int
+
+
+def shard_limits(index: int, shard_size: int | None, *, media: bool) -> Limits:
+    """The bounds of shard `index`.
+
+    Sizes double every 8 shards from 16 to 512: a small run spreads over many workers and shows results at once, a
+    large one has few messages and parts. `shard_size` fixes the count instead.
+    """
+    grown = min(LARGEST_SHARD, SMALLEST_SHARD << min(index // SHARDS_OF_A_SIZE, 10))
+    return Limits(shard_size or grown, MEDIA_BYTES if media else TEXT_BYTES)
+
+
+def shard_id(run_id: str, index: int) -> str:
+    """The job id of a shard: the same whoever queues it, so that a duplicate can be told."""
+    return f"{run_id}-{index:05d}"
+
+
+def shard_message(plan: RunPlan, layout: RunLayout, index: int, first: int, count: int) -> JobMessage:
+    """The message for one shard of a run."""
+    shard = Shard(plan.id, layout.uri, layout.shard(index), index, first, count)
+    return JobMessage(
+        id=shard_id(plan.id, index),
+        task=plan.task,
+        model=plan.model,
+        revision=plan.revision,
+        parameters=plan.parameters,
+        shard=shard,
+        cost=float(count),
+    )
+
+
+def encode_shard_line(position: int, item: JobItem) -> str:
+    """One line of a shard."""
+    return encode_json({"position": position, **item.to_json()})
+
+
+def decode_shard_line(line: bytes) -> tuple[int, JobItem]:
+    """Position in the run, and item, of one line of a shard. Raises ContractError or ValueError for anything else."""
+    fields = json.loads(line)
+    return int(fields.pop("position")), JobItem.from_json(fields)
+
+
+class Planner:
+    """Plans one run, a shard at a time. Used by one thread at a time."""
+
+    def __init__(self, client: Client, layout: RunLayout, plan: RunPlan, source: Source) -> None:
+        self._client = client
+        self._layout = layout
+        self._source = source
+        self.plan = plan
+        self.items = 0
+        self.shards = 0
+        self._cut: Iterator[list[SourceItem]] | None = None
+
+    def step(self) -> bool:
+        """Write and queue the next shard. False when the source is at its end and run.json is written."""
+        if self._cut is None:
+            self._cut = self._shards(self._resume_point())
+        batch = next(self._cut, None)
+        if batch is None:
+            self._finish()
+            return False
+        self._write(batch)
+        return True
+
+    def run(self) -> None:
+        """Plan to the end of the source."""
+        while self.step():
+            pass
+
+    def _resume_point(self) -> SourceItem | None:
+        """Count what an earlier, interrupted planner wrote, queue it again, and find its last item."""
+        last: SourceItem | None = None
+        for entry in self._client.store.list(self._layout.shards):
+            index = index_of(entry.key)
+            if index != self.shards:
+                raise RunError(f"shards are missing before {entry.key}; start the run anew under another output")
+            lines = list(self._client.store.lines(self._layout.shard(index)))
+            position, item = decode_shard_line(lines[-1])
+            last = SourceItem(item.id, item.inputs, 0)
+            self._queue(index, self.items, len(lines))
+            self.items, self.shards = position + 1, index + 1
+        return last
+
+    def _shards(self, last: SourceItem | None) -> Iterator[list[SourceItem]]:
+        batch: list[SourceItem] = []
+        size = 0
+        for item in self._source.items(self.items, last):
+            limits = shard_limits(self.shards, self.plan.shard_size, media=not isinstance(item.inputs, str))
+            if batch and (len(batch) >= limits.items or size + item.size > limits.size):
+                yield batch
+                batch, size = [], 0
+            batch.append(item)
+            size += item.size
+        if batch:
+            yield batch
+
+    def _write(self, batch: list[SourceItem]) -> None:
+        lines = []
+        for offset, item in enumerate(batch):
+            position = self.items + offset
+            identity = str(position) if item.id is None else item.id
+            lines.append(encode_shard_line(position, JobItem(identity, item.inputs, item.parameters)))
+        body = "\n".join(lines) + "\n"
+        if not self._client.store.put_new(
+            self._layout.shard(self.shards), body.encode(), content_type="application/x-ndjson"
+        ):
+            raise RunError(f"another client plans the run at {self._layout.uri}; open it with `client.run(uri)`")
+        self._queue(self.shards, self.items, len(batch))
+        self.items += len(batch)
+        self.shards += 1
+
+    def _queue(self, index: int, first: int, count: int) -> None:
+        redis, key = self._client.redis, broker.run_key(self.plan.id, "planner")
+        with broker.redis_errors(self._client.settings.redis_url):
+            redis.set(key, first + count, ex=int(ALIVE_SECONDS))
+        message = shard_message(self.plan, self._layout, index, first, count)
+        self._client.publish([message], self.plan.queue, Priority.LOW)
+
+    def _finish(self) -> None:
+        total = replace(self.plan, shards=self.shards, items=self.items)
+        self._client.store.put_new(self._layout.run, encode_json(total.to_json()).encode())
+        with broker.redis_errors(self._client.settings.redis_url):
+            remember_totals(self._client.redis, total, ttl=self._client.settings.run_ttl)
+            self._client.redis.delete(broker.run_key(self.plan.id, "planner"))
+        self.plan = total
+
+
+def remember_totals(redis: Any, plan: RunPlan, *, ttl: float) -> None:
+    """Put a run's totals where workers look for them to see that they wrote the last part."""
+    key = broker.run_key(plan.id)
+    redis.hset(key, mapping={"shards": plan.shards or 0, "items": plan.items or 0})
+    redis.expire(key, int(ttl))
+
+
+def write_plan(client: Client, layout: RunLayout, plan: RunPlan) -> RunPlan:
+    """Write plan.json, or take the one of an interrupted client if it asks for the same. Raises RunError otherwise."""
+    client.store.require_bucket(layout.uri)
+    if client.store.put_new(layout.plan, encode_json(plan.to_json()).encode()):
+        return plan
+    earlier = read_plan(client.store, layout)
+    same = replace(earlier, id=plan.id, created=plan.created, shards=None, items=None) == plan
+    if earlier.shards is not None or not same:
+        raise RunError(
+            f"there is a run at {layout.uri} already; see `pipefleet status {layout.uri}`, go on with "
+            f"`pipefleet resume {layout.uri}`, or choose another output"
+        )
+    return earlier
+
+
+def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
+    """run.json, or plan.json while the run is still being planned. Raises RunError where there is neither."""
+    for uri in (layout.run, layout.plan):
+        if store.head(uri) is not None:
+            return RunPlan.from_json(json.loads(store.get(uri)), uri)
+    raise RunError(f"there is no run at {layout.uri}; name the output that map was given")
+
+
+def planner_alive(client: Client, plan: RunPlan) -> int | None:
+    """How many items a live planner of this run has queued; None when there is no live planner."""
+    with broker.redis_errors(client.settings.redis_url):
+        found: Any = client.redis.get(broker.run_key(plan.id, "planner"))
+    return None if found is None else int(found)

@@ -1,0 +1,86 @@
+"""Showing how far a run is: a bar on a terminal, plain lines elsewhere, both on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from pipefleet.runs import RunProgress
+
+PLAIN_SECONDS = 5.0
+"""Seconds between two lines where there is no terminal."""
+
+Show = Callable[["RunProgress"], None]
+
+
+@contextmanager
+def show_progress(*, enabled: bool, stream: TextIO | None = None) -> Iterator[Show]:
+    """A function that shows one RunProgress after the other; does nothing unless `enabled`."""
+    stream = stream or sys.stderr
+    if not enabled:
+        yield lambda progress: None
+    elif stream.isatty():
+        with _bar(stream) as show:
+            yield show
+    else:
+        yield _PlainLines(stream)
+
+
+def describe(progress: RunProgress) -> str:
+    """One line: how many of how many items, how many failed, items a second."""
+    done = progress.succeeded + progress.failed
+    total = f"{progress.items}" + ("+" if progress.state == "planning" else "")
+    failed = f", {progress.failed} failed" if progress.failed else ""
+    rate = done / progress.seconds if progress.seconds > 0 else 0.0
+    return f"{done}/{total} items{failed}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+
+
+class _PlainLines:
+    """Prints a line when something changed, at most one every PLAIN_SECONDS, and always the last."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._next = 0.0
+        self._shown = -1
+
+    def __call__(self, progress: RunProgress) -> None:
+        done = progress.succeeded + progress.failed
+        due = time.monotonic() >= self._next and done != self._shown
+        if due or progress.ended:
+            print(describe(progress), file=self._stream, flush=True)
+            self._next, self._shown = time.monotonic() + PLAIN_SECONDS, done
+
+
+@contextmanager
+def _bar(stream: TextIO) -> Iterator[Show]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(file=stream)) as bar:
+        line = bar.add_task("planning", total=None, detail="")
+
+        def show(progress: RunProgress) -> None:
+            done = progress.succeeded + progress.failed
+            rate = done / progress.seconds if progress.seconds > 0 else 0.0
+            failed = f" {progress.failed} failed" if progress.failed else ""
+            bar.update(
+                line, description=progress.state, completed=done, total=progress.items or None,
+                detail=f"{rate:.1f}/s{failed}",
+            )  # fmt: skip
+
+        yield show

@@ -1,0 +1,95 @@
+"""The record of a single job in Redis: one hash, changed only by the two scripts here, so that a final state stays final.
+
+Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
+StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipefleet.contract import JobState
+from pipefleet.storage import StorageRef
+
+START = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state and state ~= 'queued' and state ~= 'running' then return 0 end
+redis.call('HSET', KEYS[1], 'state', 'running', 'started', ARGV[1], 'worker', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+"""KEYS: job. ARGV: now, worker, ttl. 0 when the job has ended already (cancelled, or finished elsewhere)."""
+
+FINISH = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state and state ~= 'queued' and state ~= 'running' then return 0 end
+for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
+return 1
+"""
+"""KEYS: job. ARGV: ttl, reply channel or '', id, then fields and values. 0 when another final state was there first."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailure:
+    """Why a job or an item failed: a stable `code`, a sentence, and the stage of the worker it happened in."""
+
+    code: str
+    message: str
+    stage: str
+
+    def to_json(self) -> dict[str, str]:
+        """The wire form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job's record as it was read. Times in seconds since 1970."""
+
+    state: JobState
+    submitted: float | None = None
+    started: float | None = None
+    finished: float | None = None
+    worker: str | None = None
+    queue: str | None = None
+    output: str | None = None
+    output_ref: StorageRef | None = None
+    failure: JobFailure | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
+    """The record in a hash as redis-py returns it; None when there is no such job (any more)."""
+    fields = {name.decode(): value.decode() for name, value in raw.items()}
+    if "state" not in fields:
+        return None
+    reference, failure = fields.get("output_ref"), fields.get("error")
+    return JobRecord(
+        state=JobState(fields["state"]),
+        submitted=_seconds(fields, "submitted"),
+        started=_seconds(fields, "started"),
+        finished=_seconds(fields, "finished"),
+        worker=fields.get("worker"),
+        queue=fields.get("queue"),
+        output=fields.get("output"),
+        output_ref=StorageRef.from_json(json.loads(reference)) if reference else None,
+        failure=JobFailure(**json.loads(failure)) if failure else None,
+        timings=json.loads(fields.get("timings", "{}")),
+    )
+
+
+def _seconds(fields: Mapping[str, str], name: str) -> float | None:
+    return float(fields[name]) if name in fields else None
+
+
+def finish_arguments(
+    job_id: str, state: JobState, finished: float, *, ttl: float, reply: str | None, fields: Mapping[str, Any]
+) -> list[Any]:
+    """ARGV of FINISH."""
+    values = {"state": str(state), "finished": finished, **fields}
+    return [int(ttl), reply or "", job_id, *(part for pair in values.items() for part in pair)]

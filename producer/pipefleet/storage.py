@@ -1,0 +1,115 @@
+"""Where an input or a result lies: `StorageRef`, and the grammar of `s3://` URIs. Pure; no network.
+
+On the wire a reference is a JSON object with the one reserved key `$ref`, so that it can stand anywhere inside the inputs
+of a job: `{"$ref": "s3://media/cat.jpg", "etag": "…", "size": 12345, "type": "image/jpeg"}`.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet.errors import ContractError, InputError
+
+REF_KEY = "$ref"
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
+MAX_KEY_BYTES = 1024  # S3's own bound
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """One object in object storage. `size` in bytes; `etag` is opaque and pins the version that is meant."""
+
+    uri: str
+    etag: str | None = None
+    size: int | None = None
+    type: str | None = None
+
+    @property
+    def bucket(self) -> str:
+        """The bucket's name."""
+        return split_uri(self.uri)[0]
+
+    @property
+    def key(self) -> str:
+        """The object's key, without a leading slash."""
+        return split_uri(self.uri)[1]
+
+    def to_json(self) -> dict[str, Any]:
+        """The wire form; fields that are not known are left out."""
+        fields = {"etag": self.etag, "size": self.size, "type": self.type}
+        return {REF_KEY: self.uri, **{name: value for name, value in fields.items() if value is not None}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StorageRef:
+        """The reverse of `to_json`. Raises ContractError for anything else."""
+        unknown = set(value) - {REF_KEY, "etag", "size", "type"}
+        uri, size = value.get(REF_KEY), value.get("size")
+        if unknown or not isinstance(uri, str) or not (size is None or isinstance(size, int)):
+            raise ContractError(f"not a storage reference: it may hold {REF_KEY}, etag, size and type only")
+        try:
+            split_uri(uri)
+        except InputError as error:
+            raise ContractError(str(error)) from None
+        return cls(uri, value.get("etag"), size, value.get("type"))
+
+    @classmethod
+    def of(cls, uri: str) -> StorageRef:
+        """A reference to `uri` with the media type its suffix suggests. Raises InputError for a bad URI."""
+        split_uri(uri)
+        return cls(uri, type=mimetypes.guess_type(uri)[0])
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """`s3://bucket/key` as `(bucket, key)`; the key may be empty. Raises InputError with what is wrong."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme != "s3":
+        raise InputError(f"not an s3:// URI: {uri[:80]!r}")
+    bucket, _, key = rest.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise InputError(f"not a bucket name in {uri[:80]!r}: 3 to 63 of a-z, 0-9, '.', '-'")
+    if len(key.encode()) > MAX_KEY_BYTES or "\x00" in key:
+        raise InputError(f"not an object key in {uri[:80]!r}: longer than {MAX_KEY_BYTES} bytes or with a NUL")
+    return bucket, key
+
+
+def is_uri(value: object) -> bool:
+    """True for a string that is an `s3://` URI as a whole (a text that merely mentions one is not)."""
+    return isinstance(value, str) and value.startswith("s3://") and not any(c.isspace() for c in value.strip("\n"))
+
+
+def is_ref(value: object) -> bool:
+    """True for the wire form of a StorageRef."""
+    return isinstance(value, Mapping) and REF_KEY in value
+
+
+def join_uri(prefix: str, *parts: str) -> str:
+    """`prefix` and `parts` joined by exactly one slash each."""
+    return "/".join([prefix.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def directory_uri(uri: str) -> str:
+    """`uri` as a prefix: checked, and with exactly one slash at its end."""
+    split_uri(uri)
+    return uri.rstrip("/") + "/"
+
+
+def map_refs(value: Any, change: Callable[[StorageRef], Any]) -> Any:
+    """A copy of a JSON value in which every reference is replaced by what `change` returns for it."""
+    if is_ref(value):
+        return change(StorageRef.from_json(value))
+    if isinstance(value, Mapping):
+        return {key: map_refs(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_refs(item, change) for item in value]
+    return value
+
+
+def refs_in(value: Any) -> list[StorageRef]:
+    """Every reference inside a JSON value, in order."""
+    found: list[StorageRef] = []
+    map_refs(value, found.append)
+    return found

@@ -1,0 +1,132 @@
+"""The adapter of most tasks: a transformers pipeline taken apart into its stages, batching inputs of equal shape only.
+
+Stacking tensors of one shape is exact for every model; adapters that pad do so only where that is exact too.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+
+_PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
+_OWN_PARAMETERS = ("pooling", "normalize")
+
+
+class PipelineCopies:
+    """One pipeline a thread, the model shared: a fast tokenizer that two threads use is silently wrong."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    def get(self) -> Any:
+        """The calling thread's copy."""
+        found = getattr(self._local, "pipe", None)
+        if found is None:
+            with self._lock:
+                found = copy.copy(self._pipe)
+                for name in _PER_THREAD:
+                    if getattr(found, name, None) is not None:
+                        setattr(found, name, copy.deepcopy(getattr(found, name)))
+            self._local.pipe = found
+        return found
+
+
+class Adapter:
+    """Prepares, collates, runs and finishes the items of one task. `prepare` and `finish` are thread-safe."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.copies = PipelineCopies(pipe)
+        self.parser = ArgumentParser(pipe)
+
+    @property
+    def sampling_rate(self) -> int | None:
+        """The model's own rate in Hz, for audio."""
+        extractor = getattr(self.pipe, "feature_extractor", None)
+        return getattr(extractor, "sampling_rate", None)
+
+    def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
+        """The units of each item, or why it has none. As long as `decoded`, in its order."""
+        prepared: list[list[Unit] | ItemError] = []
+        for one in decoded:
+            try:
+                prepared.append(self._prepare(one))
+            except ItemError as error:
+                prepared.append(error)
+            except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is this input's failure alone
+                prepared.append(ItemError("bad_input", f"the pipeline refuses the input: {brief(error)}", STAGE))
+        return prepared
+
+    def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """One dict of model inputs, in the order of `units`."""
+        names = units[0].features
+        return {name: _joined([unit.features[name] for unit in units]) for name in names}
+
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        """The model's outputs for collated inputs, on the host."""
+        return self.pipe.forward(inputs, **self.arguments(units[0]).fresh().forward)
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """The output of each unit, in order."""
+        return [
+            type(outputs)({name: _row(value, index) for name, value in outputs.items()}) for index in range(len(units))
+        ]
+
+    def finish(self, assembly: Assembly) -> Any:
+        """The result of an item whose units all have their outputs: what a single pipeline call returns."""
+        arguments: Arguments = assembly.context.fresh()
+        (output,) = assembly.outputs.values()
+        return self.copies.get().postprocess(output, **arguments.postprocess)
+
+    def arguments(self, unit: Unit) -> Arguments:
+        """The parsed parameters of the job a unit belongs to."""
+        found = unit.assembly.context
+        assert isinstance(found, Arguments)
+        return found
+
+    def parse(self, parameters: Mapping[str, Any]) -> Arguments:
+        """The pipeline's arguments; parameters of our own are left out."""
+        return self.parser.parse({name: value for name, value in parameters.items() if name not in _OWN_PARAMETERS})
+
+    def _prepare(self, decoded: Decoded) -> list[Unit]:
+        arguments = self.parse(decoded.work.parameters)
+        fresh = arguments.fresh()
+        features = dict(self.copies.get().preprocess(decoded.value, **fresh.preprocess))
+        assembly = Assembly(decoded.work, expected=1, context=arguments)
+        return [Unit(assembly, 0, (arguments.forward_key, shape_key(features)), _size(features), features)]
+
+
+def shape_key(features: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Equal for features that can be stacked: the same names, the same shapes beyond the first dimension."""
+    return tuple(
+        (name, tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else repr(value))
+        for name, value in features.items()
+    )
+
+
+def brief(error: BaseException) -> str:
+    """The class of an error and the first 300 characters of its first line; whole payloads never reach a message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _size(features: Mapping[str, Any]) -> int:
+    """Elements of the largest tensor: what the cost of a stacked batch grows with."""
+    return max((value.numel() for value in features.values() if isinstance(value, torch.Tensor)), default=1)
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else values[0]
+
+
+def _row(value: Any, index: int) -> Any:
+    return value[index : index + 1] if isinstance(value, torch.Tensor) else value

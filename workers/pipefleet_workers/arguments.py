@@ -1,0 +1,62 @@
+"""From job parameters to the three argument sets of a transformers pipeline: preprocess, forward, postprocess."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet.contract import encode_json
+
+from pipefleet_workers.items import ItemError
+
+STAGE = "preprocess"
+REMEMBERED = 1024
+"""Distinct parameter sets whose arguments are kept; jobs of one caller mostly share a few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The argument sets of one pipeline call. `forward_key` is equal for calls whose forward may be shared."""
+
+    preprocess: Mapping[str, Any]
+    forward: Mapping[str, Any]
+    postprocess: Mapping[str, Any]
+    forward_key: str
+
+    def fresh(self) -> Arguments:
+        """A deep copy: pipelines write into what they are given."""
+        return copy.deepcopy(self)
+
+
+class ArgumentParser:
+    """Parses parameters with the pipeline's own `_sanitize_parameters`, once for each distinct set. Thread-safe."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._known: dict[str, Arguments] = {}
+
+    def parse(self, parameters: Mapping[str, Any]) -> Arguments:
+        """The arguments for `parameters`. Raises ItemError (bad_parameter) with the pipeline's own words."""
+        key = encode_json(sorted(parameters.items()))
+        with self._lock:
+            if key not in self._known:
+                if len(self._known) >= REMEMBERED:
+                    self._known.clear()
+                self._known[key] = self._parse(parameters)
+            return self._known[key]
+
+    def _parse(self, parameters: Mapping[str, Any]) -> Arguments:
+        pipe = self._pipe
+        try:
+            sets = pipe._sanitize_parameters(**copy.deepcopy(dict(parameters)))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ItemError("bad_parameter", f"the pipeline refuses the parameters: {error}", STAGE) from None
+        defaults = (pipe._preprocess_params, pipe._forward_params, pipe._postprocess_params)
+        pre, forward, post = ({**default, **own} for default, own in zip(defaults, sets, strict=True))
+        return Arguments(
+            pre, forward, post, encode_json(sorted((name, repr(value)) for name, value in forward.items()))
+        )

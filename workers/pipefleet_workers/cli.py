@@ -1,0 +1,165 @@
+"""The subcommands that need the worker package: `up`, `worker`, `doctor` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.cli.common import Commands, command, print_json
+from pipefleet.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipefleet.fleet import Fleet, Pool
+
+DEFAULT_DATA = Path(".pipefleet")
+
+
+def register(commands: Commands) -> None:
+    """Add the commands of this module."""
+    parser = command(
+        commands, "up", up,
+        help="start Redis, S3, the fleet's workers and Flower on this machine",
+        example="pipefleet up --fleet fleet.toml --env-file .env",
+    )  # fmt: skip
+    parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the one directory for all data (.pipefleet)")
+    parser.add_argument("--env-file", type=Path, help="write the settings of clients there, as KEY=VALUE lines")
+    parser.add_argument("--no-flower", action="store_true", help="leave Flower out")
+    parser.add_argument("--allow-unpinned", action="store_true", help="accept hub models without a revision")
+    _register_worker(commands)
+    parser = command(
+        commands, "doctor", doctor,
+        help="check Redis, S3, models, decoders and the device, and say what to mend",
+        example="pipefleet doctor --json",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = command(
+        commands, "demo", demo,
+        help="start a fleet with two packaged models and run two bulk jobs on it",
+        example="pipefleet demo",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the one directory for all data (.pipefleet)")
+
+
+def _register_worker(commands: Commands) -> None:
+    parser = command(
+        commands, "worker", worker,
+        help="run one worker: one process, one model",
+        example="pipefleet worker --pool speech --device cuda:0",
+    )  # fmt: skip
+    parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
+    parser.add_argument("--pool", help="a pool of the fleet file")
+    parser.add_argument("--task", help="without a fleet file: the task to serve")
+    parser.add_argument("--model", help="without a fleet file: hub name, folder or s3:// prefix")
+    parser.add_argument("--revision", help="without a fleet file: the revision of a hub model")
+    parser.add_argument("--device", help="auto, cpu or cuda:N (default: the pool's)")
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU (default: all cores)")
+    parser.add_argument("--ready-file", type=Path, help="file that is written once the worker consumes")
+    parser.add_argument("--allow-unpinned", action="store_true", help="accept a hub model without a revision")
+
+
+def worker(arguments: argparse.Namespace) -> int:
+    """Run a worker until SIGTERM."""
+    from pipefleet.settings import load_settings
+
+    from pipefleet_workers.settings import WorkerSettings
+    from pipefleet_workers.worker import Worker, prepare_process
+
+    prepare_process(threads=arguments.threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "celery", "kombu", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    settings = load_settings()
+    fleet, pool = _chosen_pool(arguments, settings.fleet_path)
+    return Worker(fleet, pool, settings, WorkerSettings()).run(device=arguments.device, ready_file=arguments.ready_file)
+
+
+def up(arguments: argparse.Namespace) -> int:
+    """Run the embedded stack until Ctrl-C or SIGTERM."""
+    from pipefleet.fleet import load_fleet
+    from pipefleet.settings import load_settings
+
+    from pipefleet_workers.local import Stack
+    from pipefleet_workers.models import require_folder
+
+    path = arguments.fleet or load_settings().fleet_path
+    if path is None:
+        raise UsageError("there is no fleet.toml here; name one with --fleet, or see `pipefleet demo` for a ready one")
+    fleet = load_fleet(path, allow_unpinned=arguments.allow_unpinned)
+    for pool in fleet.pools.values():
+        require_folder(pool)
+    stack = Stack(arguments.data, fleet=path, pools=worker_pools(fleet), flower=not arguments.no_flower)
+    interrupt_on_sigterm()
+    with contextlib.suppress(KeyboardInterrupt), stack:
+        if arguments.env_file is not None:
+            stack.write_env_file(arguments.env_file)
+        print("\n".join(f"export {name}={value}" for name, value in stack.environment().items()))
+        if stack.flower is not None:
+            print(f"# Flower: {stack.flower.url}  user pipefleet  password {stack.flower.password}")
+        print(f"# ready: {len(fleet.pools)} pools, data in {arguments.data}; Ctrl-C stops everything", flush=True)
+        stack.supervise()
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print every check; 1 when one of them failed."""
+    from pipefleet_workers.doctor import run_checks
+
+    checks = run_checks()
+    if arguments.json:
+        print_json({"ok": all(one.ok for one in checks), "checks": [one.to_json() for one in checks]})
+    else:
+        for one in checks:
+            print(f"{'ok  ' if one.ok else 'FAIL'}  {one.name}: {one.detail}")
+    return int(not all(one.ok for one in checks))
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Run the demonstration; on a terminal the fleet stays up until Ctrl-C."""
+    from pipefleet_workers.demo.run import run_demo
+
+    return run_demo(arguments.data, stay=sys.stdout.isatty())
+
+
+def worker_pools(fleet: Fleet) -> list[str]:
+    """The pool of each worker to start: every pool's minimum, but at least one."""
+    return [pool.name for pool in fleet.pools.values() for _ in range(max(1, pool.workers.min))]
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does: unwind, so that everything that was started is stopped."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool]:
+    from pipefleet.fleet import load_fleet, parse_fleet
+
+    path = arguments.fleet or path
+    if arguments.task or arguments.model:
+        return _single_pool(arguments, parse_fleet)
+    if path is None:
+        raise UsageError("name a fleet file with --fleet, or a --task and a --model")
+    fleet = load_fleet(path, allow_unpinned=arguments.allow_unpinned)
+    if arguments.pool is None and len(fleet.pools) > 1:
+        raise UsageError(f"the fleet has several pools; choose one with --pool: {', '.join(fleet.pools)}")
+    return fleet, fleet.pool(arguments.pool or next(iter(fleet.pools)))
+
+
+def _single_pool(arguments: argparse.Namespace, parse_fleet: Any) -> tuple[Fleet, Pool]:
+    if not arguments.task or not arguments.model:
+        raise UsageError("--task and --model belong together")
+    name = arguments.pool or "default"
+    table = {"task": arguments.task, "model": arguments.model}
+    if arguments.revision:
+        table["revision"] = arguments.revision
+    fleet = parse_fleet({"pools": {name: table}}, base=Path.cwd(), allow_unpinned=arguments.allow_unpinned)
+    return fleet, fleet.pool(name)

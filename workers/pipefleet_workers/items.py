@@ -1,0 +1,141 @@
+"""The types between the stages: what each one takes and gives.
+
+    Work → Fetched → Decoded → Unit(s) → Batch → Outcome
+
+An item is one input of a job; a unit is one input of the model. Most items are one unit, a long recording is many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pipefleet.contract import JobItem
+from pipefleet.records import JobFailure
+
+
+class ItemError(Exception):
+    """An item cannot be served: `code` and `stage` go into its result. Never ends a batch, a shard or the worker."""
+
+    def __init__(self, code: str, message: str, stage: str) -> None:
+        super().__init__(message)
+        self.failure = JobFailure(code, message, stage)
+
+
+class Sink(Protocol):
+    """Where the outcomes of one job go."""
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Take one outcome; called once for each item of the job, by any thread."""
+
+
+@dataclass(slots=True)
+class JobContext:
+    """What the items of one job share. `priority` counts as in Celery: 0 is served first."""
+
+    id: str
+    run_id: str | None
+    parameters: Mapping[str, Any]
+    priority: int
+    deadline: float | None
+    sink: Sink
+    cancelled: bool = False
+
+    def stopped(self, stage: str) -> JobFailure | None:
+        """Why no more work should go into this job, or None. Asked before every stage."""
+        if self.cancelled:
+            return JobFailure("cancelled", "the job was cancelled", stage)
+        if self.deadline is not None and time.time() >= self.deadline:
+            return JobFailure("expired", "the deadline of the job has passed", stage)
+        return None
+
+
+@dataclass(slots=True)
+class Work:
+    """One admitted item. `position` counts inside its job; `seconds` by stage grow as it passes through."""
+
+    job: JobContext
+    position: int
+    item: JobItem
+    parameters: Mapping[str, Any]
+    weight: int
+    """Bytes it is counted with while it is in the worker."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """The bytes of one object, where a reference stood."""
+
+    uri: str
+    content: bytes
+    type: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """`inputs` with a Blob in the place of every reference."""
+
+    work: Work
+    inputs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """`value` as a pipeline's preprocess takes it: text, PIL image, samples, or a dict of those."""
+
+    work: Work
+    value: Any
+
+
+@dataclass(slots=True)
+class Assembly:
+    """Collects the outputs of the units of one item. Touched by one thread at a time: the device's."""
+
+    work: Work
+    expected: int
+    context: Any = None
+    """What the adapter's preprocess keeps for its postprocess."""
+    outputs: dict[int, Any] = field(default_factory=dict)
+    failure: JobFailure | None = None
+
+
+@dataclass(slots=True)
+class Unit:
+    """One model input. Units with an equal `key` may share a batch; `length` is what is padded to the longest."""
+
+    assembly: Assembly
+    index: int
+    key: Any
+    length: int
+    features: Any
+    created: float = 0.0
+
+    @property
+    def priority(self) -> int:
+        """The priority of the job it belongs to."""
+        return self.assembly.work.job.priority
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Units that go through the model together."""
+
+    key: Any
+    units: Sequence[Unit]
+
+    @property
+    def cost(self) -> int:
+        """Padded cost: the longest unit times their number."""
+        return max(unit.length for unit in self.units) * len(self.units)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of one item: an `output`, or a `failure`."""
+
+    work: Work
+    output: Any = None
+    failure: JobFailure | None = None

@@ -1,0 +1,194 @@
+"""Child processes that never outlive this one: started in order, watched, stopped in reverse order."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import StackError
+from .files import private_folder
+
+_TETHER = Path(__file__).with_name("tether.py")
+_POLL_SECONDS = 0.02
+_TAIL_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """What to run and how to end it.
+
+    `rank` orders the stop: higher ranks end first, equal ranks together. `grace` is the time in seconds
+    between SIGTERM and SIGKILL. `env` is the whole environment. The child inherits the descriptor `keep`.
+    """
+
+    name: str
+    argv: Sequence[str]
+    cwd: Path
+    log: Path
+    env: Mapping[str, str] = field(repr=False)
+    rank: int = 0
+    grace: float = 5.0
+    keep: int | None = None
+
+
+class Child:
+    """One process in a session of its own, so the terminal's Ctrl-C does not reach it.
+
+    Its output goes to `spec.log`; the log of the run before is kept beside it with the suffix `.1`.
+    One thread at a time may call it.
+    """
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.spec = spec
+        self._process: Future[subprocess.Popen[bytes]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name given in the spec."""
+        return self.spec.name
+
+    @property
+    def pid(self) -> int:
+        """Process id, of the last start. Raises StackError before the first."""
+        return self._started().pid
+
+    def start(self) -> None:
+        """Start the process, or start it again after it ended; a command that cannot run ends at once."""
+        _rotate(self.spec.log)
+        self._process = _forker(os.getpid()).submit(_spawn, self.spec)
+        self._process.result()
+
+    def ended(self) -> bool:
+        """Whether the process is over (or was never started); asking has no side effect."""
+        if self._process is None:
+            return True
+        try:
+            # WNOWAIT leaves the process unreaped, so its pid and group cannot be reused before `_finish`.
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
+    def epitaph(self) -> str:
+        """Tell how the process ended, with the last lines of its log, for an error message."""
+        code = self._started().wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return f"{self.name} {how}; the end of {self.spec.log}:\n{self.log_tail()}"
+
+    def log_tail(self, lines: int = 15) -> str:
+        """Return the last `lines` lines of the log, indented by two spaces."""
+        with contextlib.suppress(OSError), self.spec.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+            return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
+        return "  (no log)"
+
+    def terminate(self) -> None:
+        """Ask the process to end (SIGTERM); nothing when it has."""
+        if not self.ended():
+            os.kill(self.pid, signal.SIGTERM)
+
+    def finish(self) -> None:
+        """Kill the process and what is left of its group, and reap it; nothing when that is done."""
+        if self._process is None or self._started().returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._started().wait()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise StackError(f"{self.name} has not been started")
+        return self._process.result()
+
+
+class Children:
+    """The processes of one stack, in their order of start. One thread at a time may call it."""
+
+    def __init__(self) -> None:
+        self._children: list[Child] = []
+
+    def __iter__(self) -> Iterator[Child]:
+        return iter(tuple(self._children))
+
+    def start(self, spec: ChildSpec) -> Child:
+        """Start a process and remember it."""
+        child = Child(spec)
+        # Remembered first: an interrupt inside `start` must not lose a process that is already running.
+        self._children.append(child)
+        child.start()
+        return child
+
+    def dead(self) -> list[Child]:
+        """Return the processes that ended on their own, in order of start."""
+        return [child for child in self._children if child.ended()]
+
+    def stop_one(self, child: Child) -> None:
+        """End `child` within its grace and forget it."""
+        _stop_together([child])
+        if child in self._children:
+            self._children.remove(child)
+
+    def stop(self) -> None:
+        """End all of them, highest rank first, each rank together; returns when every one is reaped.
+
+        Takes at most the sum over the ranks of the longest grace. A second call does nothing.
+        """
+        for rank in sorted({child.spec.rank for child in self._children}, reverse=True):
+            _stop_together([child for child in self._children if child.spec.rank == rank])
+        self._children.clear()
+
+
+def _stop_together(children: list[Child]) -> None:
+    for child in children:
+        child.terminate()
+    begin = time.monotonic()
+    waiting = list(children)
+    while waiting:
+        elapsed = time.monotonic() - begin
+        over = [child for child in waiting if child.ended() or elapsed > child.spec.grace]
+        for child in over:
+            child.finish()
+            waiting.remove(child)
+        if waiting:
+            time.sleep(_POLL_SECONDS)
+
+
+@functools.cache
+def _forker(pid: int) -> ThreadPoolExecutor:
+    """Return the one thread of process `pid` that forks.
+
+    The kernel ties children to a thread, and the caller's may be short-lived. By pid, as a fork of this
+    process has none of its threads.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="pipefleet-fork")
+
+
+def _spawn(spec: ChildSpec) -> subprocess.Popen[bytes]:
+    tether = [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid())]
+    with spec.log.open("ab") as log:
+        return subprocess.Popen(
+            [*tether, *spec.argv],
+            cwd=spec.cwd,
+            env=dict(spec.env),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=() if spec.keep is None else (spec.keep,),
+        )
+
+
+def _rotate(log: Path) -> None:
+    private_folder(log.parent)
+    if log.exists():
+        log.replace(log.with_name(f"{log.name}.1"))
+    os.close(os.open(log, os.O_WRONLY | os.O_CREAT, 0o600))

@@ -1,0 +1,91 @@
+"""What the parts of the stack share: one child process each, and a wait for several of them at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from .children import Child, Children
+from .credentials import Credentials
+from .errors import PortTakenError, StackError
+from .files import private_folder
+from .ports import PortBook
+
+_POLL_SECONDS = 0.03
+_TAKEN = ("address already in use", "is not available on 127.0.0.1")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The data directory and what belongs to it; `lock` is the descriptor that children inherit."""
+
+    data: Path
+    ports: PortBook
+    credentials: Credentials
+    children: Children
+    lock: int | None = None
+
+    def folder(self, name: str) -> Path:
+        """Return a folder of the data directory, created when missing."""
+        return private_folder(self.data / name)
+
+    def log(self, name: str) -> Path:
+        """Return the path of the log of the part called `name`."""
+        return self.data / "logs" / f"{name}.log"
+
+
+class Service(Protocol):
+    """A part that can be waited for."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+
+    def ready(self) -> bool:
+        """Whether it answers now. Raises StackError when it never will."""
+
+
+class ChildService:
+    """Base of the parts with one child process; `stop` and `wait_ready` in their common form."""
+
+    child: Child | None = None
+
+    def __init__(self, name: str, site: Site) -> None:
+        self.name = name
+        self._site = site
+
+    def ready(self) -> bool:
+        """Whether it answers now. Raises StackError when it has ended, PortTakenError for a lost port."""
+        if self.child is None:
+            raise StackError(f"{self.name} has not been started")
+        if self.child.ended():
+            taken = any(mark in self.child.log_tail().lower() for mark in _TAKEN)
+            raise (PortTakenError if taken else StackError)(self.child.epitaph())
+        return self._answers()
+
+    def wait_ready(self, timeout: float = 30.0) -> None:
+        """Return once it answers. Raises StackError after `timeout` seconds or when its process has ended."""
+        wait_ready([self], timeout)
+
+    def stop(self) -> None:
+        """End the process: SIGTERM, then SIGKILL after its grace. A second call does nothing."""
+        child, self.child = self.child, None
+        if child is not None:
+            self._site.children.stop_one(child)
+
+    def _answers(self) -> bool:
+        raise NotImplementedError
+
+
+def wait_ready(services: Sequence[Service], timeout: float) -> None:
+    """Return once all of `services` answered. Raises StackError naming those missing after `timeout` s."""
+    deadline = time.monotonic() + timeout
+    missing = list(services)
+    while missing := [service for service in missing if not service.ready()]:
+        if time.monotonic() > deadline:
+            names = ", ".join(service.name for service in missing)
+            raise StackError(f"not ready after {timeout:g} s: {names}; read their logs in the data directory")
+        time.sleep(_POLL_SECONDS)

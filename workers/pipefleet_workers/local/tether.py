@@ -1,0 +1,30 @@
+"""Run as a script: tie this process to its parent, then become the command: `tether.py PARENT COMMAND…`.
+
+A step of its own because the same between fork and exec (`preexec_fn`) can deadlock a parent with threads. On
+Linux the kernel kills the command when the parent's thread that forked it ends; elsewhere it just runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def become(parent: int, command: list[str]) -> None:
+    """Replace this process by `command`, which ends with `parent`. Returns only by raising OSError."""
+    os.umask(0o077)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above, so no signal will come
+        raise SystemExit(0)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would hand that down
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    become(int(sys.argv[1]), sys.argv[2:])

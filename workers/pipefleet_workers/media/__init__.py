@@ -1,0 +1,1 @@
+"""Decoders of media, each from bytes and within bounds. No network, no files."""

@@ -1,0 +1,36 @@
+"""Pictures: bytes to an upright RGB PIL image, as `transformers.image_utils.load_image` gives it."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipefleet_workers.items import Blob, ItemError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
+"""What is opened at all; others of Pillow's formats run external programs or are rarely tested."""
+STAGE = "decode"
+
+
+def decode_image(blob: Blob, *, max_pixels: int) -> Image.Image:
+    """The picture, upright by its EXIF orientation, in RGB. Raises ItemError: bad_media, truncated_media, too_large.
+
+    The size is read from the header before anything is decoded: ten kilobytes can hold a gigabyte of pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(blob.content), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ItemError("bad_media", f"{blob.uri} is not a picture ({', '.join(FORMATS)})", STAGE) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ItemError("bad_media", f"{blob.uri} cannot be read as a picture: {error}", STAGE) from None
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise ItemError("too_large", f"{blob.uri} has {pixels} pixels, above the bound of {max_pixels}", STAGE)
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise ItemError("truncated_media", f"{blob.uri} ends too early: {error}", STAGE) from None
+    except (ValueError, SyntaxError, EOFError) as error:
+        raise ItemError("bad_media", f"{blob.uri} is damaged: {error}", STAGE) from None

@@ -1,0 +1,27 @@
+"""Settings of a worker, from the environment: names start with `PIPEFLEET_WORKER_`. The producer's settings hold beside them."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class WorkerSettings(BaseSettings):
+    """Bounds and thread counts of one worker process. Immutable."""
+
+    model_config = SettingsConfigDict(env_prefix="PIPEFLEET_WORKER_", frozen=True, extra="ignore")
+
+    concurrency: int = Field(16, ge=1, description="messages that the worker holds at once")
+    fetch_threads: int = Field(8, ge=1, description="objects that are downloaded at once")
+    cpu_threads: int = Field(2, ge=1, description="threads that decode and preprocess")
+    finish_threads: int = Field(1, ge=1, description="threads that postprocess and write")
+    in_flight_items: int = Field(4096, ge=1, description="items inside the worker at once")
+    in_flight_bytes: int = Field(512 << 20, ge=1, description="bytes of inputs inside the worker at once")
+    window_units: int = Field(512, ge=1, description="preprocessed model inputs that wait for the device")
+    max_object_bytes: int = Field(1 << 30, ge=1, description="largest object that is fetched")
+    max_pixels: int = Field(100_000_000, ge=1, description="largest picture that is decoded")
+    max_audio_seconds: float = Field(6 * 3600.0, gt=0, description="longest recording that is decoded")
+    max_text_bytes: int = Field(16 << 20, ge=1, description="longest text that is read from an object")
+    allowed_uris: str = Field("s3://", description="comma-separated prefixes that inputs and outputs may lie under")
+    drain_seconds: float = Field(5.0, ge=0, description="seconds that started work may take after SIGTERM")
+    announce_seconds: float = Field(10.0, gt=0, description="seconds between two announcements of the pool")
