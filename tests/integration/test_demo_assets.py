@@ -16,8 +16,9 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from pipefleet_workers.demo import assets, ctranslate2, weights
 from transformers import AutoModel, AutoTokenizer, pipeline
+
+from pipefleet_workers.demo import assets, ctranslate2, weights
 
 Audio = npt.NDArray[np.float32]
 

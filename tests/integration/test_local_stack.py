@@ -21,15 +21,16 @@ import pytest
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError
+from redis.retry import Retry
+
 from pipefleet_workers.local import Stack, StackError
 from pipefleet_workers.local import ports as ports_module
 from pipefleet_workers.local import stack as stack_module
 from pipefleet_workers.local.flower import USER
 from pipefleet_workers.local.servers import BUCKET
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError
-from redis.retry import Retry
 
 READY_AND_IDLE = "import pathlib, sys, threading; pathlib.Path(sys.argv[1]).touch(); threading.Event().wait()"
 READY_AND_DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY_AND_IDLE}"

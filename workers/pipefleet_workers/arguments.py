@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.contract import encode_json
-
 from pipefleet_workers.items import ItemError
 
 STAGE = "preprocess"

@@ -66,7 +66,6 @@ def _register_worker(commands: Commands) -> None:
 def worker(arguments: argparse.Namespace) -> int:
     """Run a worker until SIGTERM."""
     from pipefleet.settings import load_settings
-
     from pipefleet_workers.settings import WorkerSettings
     from pipefleet_workers.worker import Worker, prepare_process
 
@@ -83,7 +82,6 @@ def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
     from pipefleet.fleet import load_fleet
     from pipefleet.settings import load_settings
-
     from pipefleet_workers.local import Stack
     from pipefleet_workers.models import require_folder
 

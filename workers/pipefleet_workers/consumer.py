@@ -24,7 +24,6 @@ from pipefleet.records import JobFailure
 from pipefleet.runs import finalise, write_failed_rows
 from pipefleet.storage import StorageRef, refs_in
 from pipefleet.tasks import TaskSpec, task_spec
-
 from pipefleet_workers.engine import Engine
 from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore

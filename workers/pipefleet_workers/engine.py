@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 from pipefleet.records import JobFailure
 from pipefleet.storage import refs_in
-
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.admission import Budget
 from pipefleet_workers.batch_queue import BatchQueue

@@ -21,6 +21,7 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 from obstore.store import S3Store
+
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.objects import AccessDeniedError, ObjectMissingError, endpoint
 from pipefleet.storage import StorageRef, split_uri

@@ -11,7 +11,6 @@ from pipefleet.contract import JobMessage, JobState, Shard, encode_json
 from pipefleet.records import FINISH, START, JobFailure, finish_arguments
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
-
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.write import dumps

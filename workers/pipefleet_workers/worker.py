@@ -1,4 +1,4 @@
-"""The worker process: loads its pool's model, builds the engine, and runs Celery's consumer until it is told to stop."""
+"""The worker process: loads its pool's model, builds the engine, and runs Celery's consumer until told to stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pipefleet.objects import ObjectStore
 from pipefleet.routing import queue_name
 from pipefleet.settings import Settings
 from pipefleet.tasks import task_spec
-
 from pipefleet_workers.settings import WorkerSettings
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from pipefleet.contract import encode_json
 
+from pipefleet.contract import encode_json
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit

@@ -13,8 +13,8 @@ import numpy as np
 import soundfile
 import soxr
 from numpy.typing import NDArray
-from pipefleet.inputs import RAW_AUDIO
 
+from pipefleet.inputs import RAW_AUDIO
 from pipefleet_workers.items import Blob, ItemError
 
 STAGE = "decode"

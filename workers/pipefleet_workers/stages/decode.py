@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipefleet.tasks import Media, TaskSpec
-
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError
 from pipefleet_workers.media.audio import decode_audio
 from pipefleet_workers.media.images import decode_image

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from pipefleet.errors import PipefleetError
 from pipefleet.storage import StorageRef, map_refs
-
 from pipefleet_workers.items import Blob, Fetched, ItemError, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings

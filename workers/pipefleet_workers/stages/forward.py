@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipefleet.records import JobFailure
-
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Batch, Unit
 

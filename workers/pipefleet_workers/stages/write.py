@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import orjson
+
 from pipefleet.contract import Shard
 from pipefleet.errors import PipefleetError
 from pipefleet.layout import RunLayout
 from pipefleet.records import JobFailure
 from pipefleet.storage import map_refs
-
 from pipefleet_workers.items import ItemError, Outcome
 from pipefleet_workers.objects import WorkerStore
 

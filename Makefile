@@ -1,0 +1,35 @@
+# Everything a newcomer needs is `make run` and `make test`; both set up the virtual environment when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup run test check format bench clean
+
+setup: .venv/.ok
+
+.venv/.ok: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pipefleet needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+run: .venv/.ok  ## start a fleet on this machine and run two real bulk jobs on it
+	$(BIN)/pipefleet demo
+
+test: .venv/.ok  ## every test, with real servers and tiny models
+	$(BIN)/python -m pytest
+
+check: .venv/.ok  ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.ok
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.ok  ## throughput against transformers' own pipeline, printed as ratios
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf .venv .pipefleet .pytest_cache .mypy_cache .ruff_cache .hypothesis

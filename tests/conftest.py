@@ -1,0 +1,89 @@
+"""Shared fixtures: one real stack (Redis, S3, workers with tiny models) for the whole session, and a bucket for each test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipefleet.client import Client
+from pipefleet.objects import ObjectStore
+from pipefleet_workers.local import Stack
+from tests.checkpoints import cached
+
+POOLS = {
+    "embed": (
+        "feature-extraction",
+        "feature-extraction",
+        "parameters = { truncation = true }\nworkers = { min = 2, max = 2 }",
+    ),
+    "classify": ("text-classification", "text-classification", ""),
+    "speech": ("automatic-speech-recognition", "automatic-speech-recognition:whisper", "default = true"),
+    "ctc": ("automatic-speech-recognition", "automatic-speech-recognition", ""),
+    "pictures": ("image-classification", "image-classification", ""),
+}
+"""pool: task, checkpoint, further lines of its table."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The running stack, and what a client needs to reach it."""
+
+    stack: Stack
+    fleet: Path
+    environment: dict[str, str]
+
+
+def write_fleet(path: Path, pools: dict[str, tuple[str, str, str]] = POOLS) -> Path:
+    """A fleet file whose pools serve tiny checkpoints."""
+    tables = [
+        f'[pools.{name}]\ntask = "{task}"\nmodel = "{cached(checkpoint)}"\n{extra}\n'
+        for name, (task, checkpoint, extra) in pools.items()
+    ]
+    path.write_text("\n".join(tables))
+    return path
+
+
+def pool_names(pools: dict[str, tuple[str, str, str]] = POOLS) -> list[str]:
+    """One entry for each worker to start."""
+    return [name for name, (_, _, extra) in pools.items() for _ in range(2 if "min = 2" in extra else 1)]
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """The session's stack with a worker for each pool; its settings are in this process's environment."""
+    folder = tmp_path_factory.mktemp("stack")
+    fleet = write_fleet(folder / "fleet.toml")
+    with Stack(folder / "data", fleet=fleet, pools=pool_names(), flower=True) as stack:
+        environment = stack.environment()
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        yield Servers(stack, fleet, environment)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@pytest.fixture
+def client(servers: Servers) -> Iterator[Client]:
+    """A client of the session's stack."""
+    with Client() as one:
+        yield one
+
+
+@pytest.fixture
+def store(servers: Servers) -> ObjectStore:
+    """Object storage of the session's stack."""
+    return ObjectStore()
+
+
+@pytest.fixture
+def prefix(store: ObjectStore) -> str:
+    """An empty `s3://` prefix of the test's own, with a slash at its end."""
+    return f"s3://pipefleet/tests/{uuid.uuid4().hex}/"
