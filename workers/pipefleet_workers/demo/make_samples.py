@@ -28,7 +28,7 @@ Samples = npt.NDArray[np.int16]
 
 RATE = 16_000
 _SAMPLES = Path(__file__).parent / "samples"
-# The voice that Whisper tiny.en understood best of those tried, see samples/README.md.
+# Whisper tiny.en understood no voice clearly better, see the figures in samples/README.md.
 _VOICE, _WORDS_PER_MINUTE = "en-us", 150
 _CODECS = {".mp3": "libmp3lame", ".ogg": "libopus", ".m4a": "aac"}
 _BIT_RATE = 24_000

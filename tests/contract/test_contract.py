@@ -1,0 +1,180 @@
+"""The message contract: golden files for every version, and what a worker refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipefleet.contract import (
+    CONTRACT_VERSION,
+    JobItem,
+    JobMessage,
+    JobState,
+    Priority,
+    Shard,
+    decode_message,
+    encode_json,
+)
+from pipefleet.errors import ContractError
+from pipefleet.storage import StorageRef
+
+GOLDEN = Path(__file__).parent / "golden"
+SINGLE = JobMessage(
+    id="0190f1d2c3b4a5968778695a4b3c2d1e",
+    task="image-classification",
+    model="org/model",
+    revision="5b1d8f4e0c7a",
+    parameters={"top_k": 3},
+    items=(
+        JobItem("0", StorageRef("s3://media/größe/cat 1.jpg", "d41d8cd9", 12345, "image/jpeg").to_json(), {"top_k": 1}),
+    ),
+    output="s3://results/one.json",
+    deadline=1_700_000_060.5,
+    cost=1.0,
+    reply="pipefleet:done:3f",
+)
+SMALLEST = JobMessage(id="1", task="text-classification", items=(JobItem("0", "Süß — “quoted”\n"),))
+SHARD = JobMessage(
+    id="run1-00007",
+    task="automatic-speech-recognition",
+    model="/models/speech",
+    parameters={"return_timestamps": "word", "generate_kwargs": {"language": "en"}},
+    shard=Shard("run1", "s3://out/run1/", "s3://out/run1/_run/shards/00007.jsonl", 7, 112, 16),
+    cost=16.0,
+)
+MESSAGES = {"single": SINGLE, "smallest": SMALLEST, "shard": SHARD}
+
+
+def golden(name: str) -> bytes:
+    return (GOLDEN / f"message-v{CONTRACT_VERSION}-{name}.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_message_is_written_byte_for_byte_as_its_golden_file(name: str) -> None:
+    assert (encode_json(MESSAGES[name].to_json()) + "\n").encode() == golden(name)
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_golden_file_is_read_as_the_message_it_was_written_from(name: str) -> None:
+    assert decode_message(json.loads(golden(name))) == MESSAGES[name]
+
+
+def test_every_golden_file_belongs_to_a_message() -> None:
+    assert {path.name for path in GOLDEN.iterdir()} == {f"message-v{CONTRACT_VERSION}-{name}.json" for name in MESSAGES}
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+PARAMETERS = st.dictionaries(TEXT, JSON, max_size=3)
+ITEMS = st.lists(st.builds(JobItem, TEXT, JSON, PARAMETERS), min_size=1, max_size=3).map(tuple)
+SHARDS = st.builds(Shard, TEXT, TEXT, TEXT, *[st.integers(0, 10**9)] * 3)
+COMMON: dict[str, Any] = {
+    "id": st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=200),
+    "task": TEXT,
+    "model": st.none() | TEXT,
+    "revision": st.none() | TEXT,
+    "parameters": PARAMETERS,
+    "output": st.none() | TEXT,
+    "deadline": st.none() | st.floats(0, 4e9),
+    "cost": st.floats(0, 1e12),
+    "reply": st.none() | TEXT,
+}
+
+
+@given(st.one_of(st.builds(JobMessage, items=ITEMS, **COMMON), st.builds(JobMessage, shard=SHARDS, **COMMON)))
+def test_every_message_survives_the_wire(message: JobMessage) -> None:
+    assert decode_message(json.loads(encode_json(message.to_json()).encode())) == message
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1", 1.5, [1], 10**30])
+def test_another_version_is_refused_before_anything_else_is_looked_at(version: Any) -> None:
+    with pytest.raises(ContractError, match=r"contract version 1.*releas"):
+        decode_message({"version": version, "what": "a later version may hold anything"})
+
+
+@pytest.mark.parametrize("value", [None, 1, "text", [], [{}]])
+def test_what_is_not_an_object_is_refused(value: Any) -> None:
+    with pytest.raises(ContractError):
+        decode_message(value)
+
+
+def wire(**changes: Any) -> dict[str, Any]:
+    """The smallest message with `changes`; a value of `...` removes the field."""
+    body = {**SMALLEST.to_json(), **changes}
+    return {name: value for name, value in body.items() if value is not ...}
+
+
+SHARD_FIELDS = SHARD.to_json()["shard"]
+MALFORMED = {
+    "lacks id": wire(id=...),
+    "lacks task": wire(task=...),
+    "unknown fields: callback": wire(callback="http://example.org"),
+    "either items or a shard": wire(items=...),
+    "carries either": wire(shard=SHARD_FIELDS),
+    "items must be a list that is not empty": wire(items=[]),
+    "items must be a list": wire(items={"0": {}}),
+    "id must have 1 to 200": wire(id=""),
+    "id must have 1 to 200 ": wire(id="x" * 201),
+    "id must be a text": wire(id=7),
+    "task must be a text": wire(task=["x"]),
+    "model must be a text": wire(model=None),
+    "deadline must be a number": wire(deadline="soon"),
+    "cost must be a number": wire(cost=True),
+    "parameters must be an object": wire(parameters=[["top_k", 1]]),
+    "an item must be a JSON object": wire(items=["text"]),
+    "an item lacks inputs": wire(items=[{"id": "0"}]),
+    "an item has unknown fields: code": wire(items=[{"id": "0", "inputs": "x", "code": "y"}]),
+    "an item needs a text as id": wire(items=[{"id": 0, "inputs": "x"}]),
+    "an object as parameters": wire(items=[{"id": "0", "inputs": "x", "parameters": 3}]),
+    "a shard must be a JSON object": wire(items=..., shard="s3://out/"),
+    "a shard lacks count": wire(items=..., shard={k: v for k, v in SHARD_FIELDS.items() if k != "count"}),
+    "a shard has unknown fields: extra": wire(items=..., shard={**SHARD_FIELDS, "extra": 1}),
+    "whole numbers elsewhere": wire(items=..., shard={**SHARD_FIELDS, "first": -1}),
+    "whole numbers elsewhere ": wire(items=..., shard={**SHARD_FIELDS, "index": True}),
+    "texts as run_id": wire(items=..., shard={**SHARD_FIELDS, "uri": None}),
+}
+
+
+@pytest.mark.parametrize("reason", MALFORMED)
+def test_a_malformed_message_is_refused_with_its_reason(reason: str) -> None:
+    with pytest.raises(ContractError, match=reason.strip()):
+        decode_message(MALFORMED[reason])
+
+
+@given(JSON | st.dictionaries(st.sampled_from([*COMMON, "version", "items", "shard"]), JSON | st.just(1)))
+def test_whatever_arrives_is_read_or_refused_but_nothing_else_is_raised(value: Any) -> None:
+    try:
+        assert isinstance(decode_message(value), JobMessage)
+    except ContractError:
+        pass
+
+
+def test_a_refusal_does_not_echo_the_content() -> None:
+    with pytest.raises(ContractError) as caught:
+        decode_message(wire(items=[{"id": 1, "inputs": "the patient's name"}]))
+    assert "patient" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"bytes", object()])
+def test_only_strict_json_is_written(value: Any) -> None:
+    with pytest.raises(ContractError, match="not JSON"):
+        encode_json({"inputs": value})
+
+
+def test_the_last_four_states_are_final() -> None:
+    assert [state.final for state in JobState] == [False, False, True, True, True, True]
+
+
+def test_priorities_are_named_and_high_is_served_first_on_redis() -> None:
+    assert [Priority.named(name) for name in ("high", "normal", "LOW")] == sorted(Priority)
+    with pytest.raises(ContractError, match="high, normal or low"):
+        Priority.named("urgent")

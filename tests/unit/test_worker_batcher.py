@@ -1,0 +1,197 @@
+"""The micro-batcher: what must hold for any units, arrivals and limits, and that nothing starves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipefleet.contract import JobItem
+from pipefleet_workers.batcher import BatchLimits, MicroBatcher
+from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
+from pipefleet_workers.outcomes import Outcomes
+
+KEYS = ("short labels", ("nested", 1), None)
+PRIORITIES = (0, 3, 9)
+
+# Either a unit to add (length, key, priority), or a number of seconds that pass before a batch is taken.
+_UNITS = st.tuples(st.integers(1, 60), st.sampled_from(KEYS), st.sampled_from(PRIORITIES))
+_STEPS = st.lists(st.one_of(_UNITS, st.floats(0.0, 4.0)), max_size=120)
+_LIMITS = st.builds(
+    BatchLimits, st.integers(1, 120), st.integers(1, 9), st.sampled_from((0.5, 3.0, 1_000_000.0))
+)
+
+
+def unit(length: int, key: Any = None, priority: int = 3) -> Unit:
+    context = JobContext("job", None, {}, priority, None, Outcomes(1))
+    return Unit(Assembly(Work(context, 0, JobItem("0", ""), {}, 1), expected=1), 0, key, length, None)
+
+
+def check_batch(batch: Batch, held: Sequence[Unit], now: float, limits: BatchLimits) -> None:
+    """What must be true of every batch, given the units that were held when it was taken at `now`."""
+    assert batch.units
+    identities = [id(one) for one in batch.units]
+    assert len(set(identities)) == len(identities)
+    assert set(identities) <= {id(one) for one in held}, "a batch holds a unit that was not waiting"
+    assert {one.key for one in batch.units} == {batch.key}
+    assert len(batch.units) <= limits.max_items
+    assert batch.cost <= limits.max_cost or len(batch.units) == 1
+    oldest = min(held, key=lambda one: one.created)
+    if now - oldest.created > limits.max_age:
+        assert min(one.created for one in batch.units) == oldest.created, "an aged unit was passed over"
+    else:
+        assert min(one.priority for one in batch.units) == min(one.priority for one in held)
+
+
+def drive(steps: Sequence[Any], limits: BatchLimits) -> tuple[list[Unit], list[Unit]]:
+    """Units that were added and units that came out, in the order of the steps; everything is taken at the end."""
+    batcher, now = MicroBatcher(limits), 0.0
+    added: list[Unit] = []
+    held: list[Unit] = []
+    out: list[Unit] = []
+
+    def take() -> None:
+        batch = batcher.take(now)
+        assert (batch is None) == (not held), "work-conserving: a batch whenever there is a unit"
+        if batch is not None:
+            check_batch(batch, held, now, limits)
+            gone = {id(one) for one in batch.units}
+            held[:] = [one for one in held if id(one) not in gone]
+            out.extend(batch.units)
+        assert len(batcher) == len(held)
+
+    for step in steps:
+        if isinstance(step, float):
+            now += step
+            take()
+        else:
+            one = unit(*step)
+            added.append(one)
+            held.append(one)
+            batcher.add(one, now)
+    while held:
+        take()
+    assert batcher.take(now) is None
+    return added, out
+
+
+@settings(max_examples=300, deadline=None)
+@given(_STEPS, _LIMITS)
+def test_every_unit_comes_out_once_in_batches_within_the_limits(steps: list[Any], limits: BatchLimits) -> None:
+    added, out = drive(steps, limits)
+    assert sorted(map(id, added)) == sorted(map(id, out))
+
+
+def test_a_unit_above_the_cost_goes_alone() -> None:
+    batcher = MicroBatcher(BatchLimits(max_cost=10, max_items=8))
+    for length in (50, 1, 60, 2):
+        batcher.add(unit(length), 0.0)
+    batches = [batcher.take(0.0) for _ in range(3)]
+    lengths = [sorted(one.length for one in batch.units) for batch in batches if batch is not None]
+    assert sorted(lengths) == [[1, 2], [50], [60]]
+
+
+def test_work_that_arrives_late_but_urgent_passes_bulk() -> None:
+    batcher = MicroBatcher(BatchLimits(max_cost=100, max_items=4))
+    for _ in range(50):
+        batcher.add(unit(20, "bulk", priority=9), 0.0)
+    batcher.add(unit(1, "interactive", priority=0), 5.0)
+    batch = batcher.take(5.0)
+    assert batch is not None
+    assert batch.key == "interactive"
+
+
+def test_the_key_with_the_most_work_goes_first() -> None:
+    batcher = MicroBatcher(BatchLimits(max_cost=1000, max_items=8))
+    batcher.add(unit(30, "little"), 0.0)
+    for _ in range(5):
+        batcher.add(unit(10, "much"), 0.0)
+    batch = batcher.take(0.0)
+    assert batch is not None
+    assert (batch.key, len(batch.units)) == ("much", 5)
+
+
+def _takes_until_served(victim: Unit, flood: Sequence[tuple[int, Any, int]], *, ahead: int) -> tuple[int, float]:
+    """How many batches go before the victim's, and its age then, while each taken batch is replaced by a flood."""
+    limits = BatchLimits(max_cost=64, max_items=8, max_age=10.0)
+    batcher, now = MicroBatcher(limits), 0.0
+    for index in range(ahead):
+        batcher.add(unit(*flood[index % len(flood)]), now)
+    batcher.add(victim, now)
+    for count in range(1000):
+        now += 1.0
+        for one in flood:
+            batcher.add(unit(*one), now)
+        batch = batcher.take(now)
+        assert batch is not None
+        if any(one is victim for one in batch.units):
+            return count, now
+    raise AssertionError("the victim was not served in 1000 batches")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 64), st.sampled_from(("own", "flood")), st.sampled_from(PRIORITIES)),
+    st.lists(
+        st.tuples(st.integers(1, 64), st.just("flood"), st.sampled_from(PRIORITIES)), min_size=8, max_size=12
+    ),
+    st.integers(0, 20),
+)
+def test_nothing_starves_under_a_flood(
+    victim: tuple[int, Any, int], flood: list[tuple[int, Any, int]], ahead: int
+) -> None:
+    """The flood brings more units a second than one batch takes: long ones, urgent ones, of another key."""
+    takes, age = _takes_until_served(unit(*victim), flood, ahead=ahead)
+    assert takes <= 10 + ahead + 1, "only units that came no later may go first once the victim is over age"
+    assert age <= 10.0 + ahead + 2
+
+
+def test_dropped_units_never_come_out_and_the_rest_does() -> None:
+    batcher = MicroBatcher(BatchLimits(max_cost=100, max_items=100))
+    units = [unit(length, key) for key in ("a", "b") for length in (1, 2, 3)]
+    for one in units:
+        batcher.add(one, 0.0)
+    batcher.drop([units[0], units[3], units[4], units[5]])
+    assert len(batcher) == 2
+    batch = batcher.take(0.0)
+    assert batch is not None
+    assert [id(one) for one in batch.units] == [id(units[1]), id(units[2])]
+    assert batcher.take(0.0) is None
+
+
+def _padded(batches: Sequence[Sequence[int]]) -> int:
+    return sum(max(batch) * len(batch) for batch in batches)
+
+
+def _in_arrival_order(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for length in lengths:
+        last = [*batches[-1], length] if batches else []
+        if last and len(last) <= limits.max_items and max(last) * len(last) <= limits.max_cost:
+            batches[-1] = last
+        else:
+            batches.append([length])
+    return batches
+
+
+def test_ragged_lengths_are_padded_far_less_than_in_arrival_order() -> None:
+    rng = random.Random(7)
+    lengths = [max(1, min(512, int(rng.lognormvariate(3.5, 1.0)))) for _ in range(1024)]
+    limits = BatchLimits(max_cost=2048, max_items=64)
+    batcher, batches = MicroBatcher(limits), []
+    waiting = iter(lengths)
+    for _ in range(256):
+        batcher.add(unit(next(waiting)), 0.0)
+    while (batch := batcher.take(0.0)) is not None:
+        batches.append([one.length for one in batch.units])
+        for length, _ in zip(waiting, range(len(batch.units)), strict=False):
+            batcher.add(unit(length), 0.0)
+    assert sum(map(len, batches)) >= 1000
+    real = sum(map(sum, batches))
+    waste = _padded(batches) / real - 1
+    arrival = _padded(_in_arrival_order(lengths, limits)) / sum(lengths) - 1
+    assert waste < 0.25
+    assert arrival > 3 * waste
