@@ -8,13 +8,15 @@ Memory is one shard, however long the source. A plan that was interrupted goes o
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, encode_json
-from pipefleet.errors import RunError
+from pipefleet.errors import RunError, ServiceUnavailableError
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ObjectStore
 from pipefleet.sources import Source, SourceItem
@@ -27,8 +29,8 @@ LARGEST_SHARD = 512
 SHARDS_OF_A_SIZE = 8
 MEDIA_BYTES = 64 << 20
 TEXT_BYTES = 1 << 20
-ALIVE_SECONDS = 60.0
-"""How long a planner counts as alive after it wrote its last shard."""
+ALIVE_SECONDS = 10.0
+"""How long a planner counts as alive after its last sign; it gives one every third of this, however slow its source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ class Planner:
         self.plan = plan
         self.items = 0
         self.shards = 0
+        self.continued = False
+        """True when shards of an earlier planner were found; those are not queued here but by `Run.resume`."""
         self._cut: Iterator[list[SourceItem]] | None = None
 
     def step(self) -> bool:
@@ -104,11 +108,37 @@ class Planner:
 
     def run(self) -> None:
         """Plan to the end of the source."""
-        while self.step():
-            pass
+        with self.alive():
+            while self.step():
+                pass
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Give signs of life inside the block, so that nobody else takes the planning over."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
+        self._give_sign()
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with broker.redis_errors(self._client.settings.redis_url):
+                self._client.redis.delete(broker.run_key(self.plan.id, "planner"))
+
+    def _give_signs(self, ended: threading.Event) -> None:
+        while not ended.wait(ALIVE_SECONDS / 3):
+            with suppress(ServiceUnavailableError):  # the next sign is soon enough; planning itself will say so too
+                self._give_sign()
+
+    def _give_sign(self) -> None:
+        key = broker.run_key(self.plan.id, "planner")
+        with broker.redis_errors(self._client.settings.redis_url):
+            self._client.redis.set(key, self.items, ex=int(ALIVE_SECONDS))
 
     def _resume_point(self) -> SourceItem | None:
-        """Count what an earlier, interrupted planner wrote, queue it again, and find its last item."""
+        """Count what an earlier, interrupted planner wrote, and find its last item."""
         last: SourceItem | None = None
         for entry in self._client.store.list(self._layout.shards):
             index = index_of(entry.key)
@@ -117,8 +147,7 @@ class Planner:
             lines = list(self._client.store.lines(self._layout.shard(index)))
             position, item = decode_shard_line(lines[-1])
             last = SourceItem(item.id, item.inputs, 0)
-            self._queue(index, self.items, len(lines))
-            self.items, self.shards = position + 1, index + 1
+            self.items, self.shards, self.continued = position + 1, index + 1, True
         return last
 
     def _shards(self, last: SourceItem | None) -> Iterator[list[SourceItem]]:
@@ -150,9 +179,6 @@ class Planner:
         self.shards += 1
 
     def _queue(self, index: int, first: int, count: int) -> None:
-        redis, key = self._client.redis, broker.run_key(self.plan.id, "planner")
-        with broker.redis_errors(self._client.settings.redis_url):
-            redis.set(key, first + count, ex=int(ALIVE_SECONDS))
         message = shard_message(self.plan, self._layout, index, first, count)
         self._client.publish([message], self.plan.queue, Priority.LOW)
 
@@ -161,7 +187,6 @@ class Planner:
         self._client.store.put_new(self._layout.run, encode_json(total.to_json()).encode())
         with broker.redis_errors(self._client.settings.redis_url):
             remember_totals(self._client.redis, total, ttl=self._client.settings.run_ttl)
-            self._client.redis.delete(broker.run_key(self.plan.id, "planner"))
         self.plan = total
 
 

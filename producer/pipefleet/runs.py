@@ -173,19 +173,13 @@ class Run:
         Also finishes an interrupted planning, and a run whose Redis was emptied. Raises RunError when the source was an
         iterable that ended with its client.
         """
-        if read_totals(self._client.store, self._layout, cancelled=False) is not None:
+        if read_totals(self._client.store, self._layout) is not None:
             return 0
         self._uncancel()
         self._refresh_plan()
         if self._plan.shards is None:
             self._resume_planning()
-            return self._planner.shards if self._planner else 0
-        written = self._restore_progress()
-        missing = self._missing_shards(written)
-        self._client.publish((self._shard_message(index) for index in missing), self._plan.queue, Priority.LOW)
-        if len(written) >= self._plan.shards:
-            finalise(self._client.store, self._layout, self._plan)
-        return len(missing)
+        return self._queue_missing()
 
     def start_planning(self) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done."""
@@ -202,6 +196,8 @@ class Run:
         try:
             self._planner.run()
             self._plan = self._planner.plan
+            if self._planner.continued:
+                self._queue_missing()
         except PipefleetError as error:
             self._planning_error = error
         except Exception as error:  # noqa: BLE001 - raised by the user's own iterable; shown by wait()
@@ -254,7 +250,10 @@ class Run:
             self._client.redis.hdel(broker.run_key(self.id), "cancelled")
 
     def _resume_planning(self) -> None:
-        if planner_alive(self._client, self._plan) is not None:
+        while planner_alive(self._client, self._plan) is not None:
+            time.sleep(POLL_SECONDS)  # another client plans, or one that died did so a moment ago
+        self._refresh_plan()
+        if self._plan.shards is not None:
             return
         if self._plan.source is None:
             raise RunError(
@@ -267,6 +266,14 @@ class Run:
         self._planner = Planner(self._client, self._layout, self._plan, source)
         self._planner.run()
         self._plan = self._planner.plan
+
+    def _queue_missing(self) -> int:
+        written = self._restore_progress()
+        missing = self._missing_shards(written)
+        self._client.publish((self._shard_message(index) for index in missing), self._plan.queue, Priority.LOW)
+        if self._plan.shards is not None and len(written) >= self._plan.shards:
+            finalise(self._client.store, self._layout, self._plan)
+        return len(missing)
 
     def _restore_progress(self) -> set[int]:
         """Set the progress bits of every part that Redis does not know of; returns the shards that have a part."""
@@ -323,14 +330,14 @@ def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> R
         if not planner.shards:
             client.store.delete(layout.plan)  # nothing was planned, so the same call may be made again
         raise
-    if more:
+    if more or planner.continued:
         run.start_planning()
     else:
         run._plan = planner.plan
     return run
 
 
-def read_totals(store: ObjectStore, layout: RunLayout, *, cancelled: bool = True) -> RunProgress | None:
+def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
     """The progress of a run that has ended, from `_SUCCESS`; None while it has not."""
     try:
         totals = json.loads(store.get(layout.success))

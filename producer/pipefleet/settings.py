@@ -22,7 +22,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PIPEFLEET_", frozen=True, extra="ignore")
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of the broker")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of the broker", repr=False)
     store: str = Field("s3://pipefleet/store/", description="s3:// prefix for uploads and spilled results")
     fleet: Path | None = Field(None, description="fleet.toml; without it ./fleet.toml, then what workers announce")
     result_ttl: float = Field(86_400.0, gt=0, description="seconds for which the result of a single job is kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,8 @@ def test_a_malformed_message_is_refused_with_its_reason(reason: str) -> None:
 
 @given(JSON | st.dictionaries(st.sampled_from([*COMMON, "version", "items", "shard"]), JSON | st.just(1)))
 def test_whatever_arrives_is_read_or_refused_but_nothing_else_is_raised(value: Any) -> None:
-    try:
+    with contextlib.suppress(ContractError):
         assert isinstance(decode_message(value), JobMessage)
-    except ContractError:
-        pass
 
 
 def test_a_refusal_does_not_echo_the_content() -> None:

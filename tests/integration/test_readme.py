@@ -74,5 +74,7 @@ def test_shell_commands_run(samples: None, tmp_path: Path) -> None:
     for line in lines:
         if line.startswith(("make ", "pipefleet up")):
             continue  # the stack of this session stands for both; `test_demo` and `test_up` run them
-        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -1,0 +1,226 @@
+"""An engine in this process, fed with items whose objects are already fetched; and the comparison of results.
+
+with running(adapter, spec) as engine:  results = engine.run([Call(inputs, parameters), …])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from pipefleet.contract import JobItem
+from pipefleet.inputs import RAW_AUDIO
+from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.engine import Engine, Stages
+from pipefleet_workers.items import Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.stages.decode import Decoder
+from pipefleet_workers.stages.fetch import Fetcher
+from tests.checkpoints import cached
+
+SECONDS = 120.0
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline: its argument as transformers takes it, and its keyword arguments."""
+
+    inputs: Any
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load(checkpoint: str) -> Any:
+    """A pipeline of a tiny checkpoint, as the worker loads it."""
+    task = checkpoint.partition(":")[0]
+    pipe = transformers.pipeline(task, model=str(cached(checkpoint)), device="cpu", dtype=torch.float32)
+    pipe.model.eval()
+    return pipe
+
+
+def on_the_wire(value: Any) -> Any:
+    """An argument of a pipeline with a Blob in the place of every picture, recording and file, as after fetching."""
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, format="PNG")
+        return Blob("s3://test/picture.png", buffer.getvalue(), "image/png")
+    if isinstance(value, np.ndarray):
+        return Blob("s3://test/samples.f32", value.astype("<f4").tobytes(), RAW_AUDIO)
+    if isinstance(value, Path):
+        return Blob(f"s3://test/{value.name}", value.read_bytes(), None)
+    if isinstance(value, Mapping):
+        return {name: on_the_wire(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [on_the_wire(item) for item in value]
+    return value
+
+
+class _Recording(Adapter):
+    """Mixed into an adapter: notes what it did, and holds the device back while `gate` is closed."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.batches: list[Batch] = []
+        self.prepared_items = 0
+        self.prepared_units = 0
+        self._counting = threading.Lock()
+
+    def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
+        prepared = super().prepare(decoded)
+        with self._counting:
+            self.prepared_items += len(prepared)
+            self.prepared_units += sum(len(units) for units in prepared if isinstance(units, list))
+        return prepared
+
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        self.entered.set()
+        assert self.gate.wait(SECONDS), "the test never opened the gate"
+        self.batches.append(Batch(units[0].key, list(units)))
+        return super().run(inputs, units)
+
+
+def recording(adapter: type[Adapter], pipe: Any) -> Any:
+    """An adapter of class `adapter` that notes its batches and has a gate before the device."""
+    return type(f"Recording{adapter.__name__}", (_Recording, adapter), {})(pipe)
+
+
+class Running:
+    """A started engine around one recording adapter."""
+
+    def __init__(self, adapter: Any, task: str, limits: BatchLimits, settings: WorkerSettings) -> None:
+        self.adapter = adapter
+        row, spec = RUNTIME[task], task_spec(task)
+        decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
+        stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
+        self.engine = Engine(stages, limits, settings, slice_items=row.slice_items)
+
+    def submit(self, calls: Sequence[Call], **context: Any) -> tuple[JobContext, Outcomes]:
+        """Admit one job with an item for each call; `context` overrides fields of its JobContext."""
+        sink = Outcomes(len(calls))
+        fields: dict[str, Any] = {"id": "job", "run_id": None, "parameters": {}, "priority": 3, "deadline": None}
+        job = JobContext(**{**fields, "sink": sink, **context})
+        works = [
+            Work(job, position, JobItem(str(position), on_the_wire(call.inputs)), dict(call.parameters), 1)
+            for position, call in enumerate(calls)
+        ]
+        self.engine.admit(works, bulk=False)
+        return job, sink
+
+    def run(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Admit the calls as one job and wait for its outcomes, in order."""
+        return finished(self.submit(calls)[1])
+
+    def run_together(self, calls: Sequence[Call]) -> list[Outcome]:
+        """As `run`, but the device gets nothing before all units wait for it, so that they share batches."""
+        adapter = self.adapter
+        adapter.gate.clear()
+        adapter.entered.clear()
+        _, plug = self.submit(calls[:1])
+        wait_until(adapter.entered.is_set, "the first batch reaches the device")
+        in_device = adapter.prepared_units - len(self.engine._room)
+        items, units = adapter.prepared_items + len(calls), in_device
+        _, sink = self.submit(calls)
+        wait_until(
+            lambda: adapter.prepared_items >= items and len(self.engine._room) == adapter.prepared_units - units,
+            "every unit waits for the device",
+        )
+        adapter.gate.set()
+        finished(plug)
+        return finished(sink)
+
+
+def finished(sink: Outcomes) -> list[Outcome]:
+    """The outcomes of a job, in order; fails when they do not come."""
+    sink.wait(SECONDS)
+    assert sink.complete, "the engine did not finish the job"
+    return sink.in_order()
+
+
+def wait_until(condition: Any, what: str) -> None:
+    """Wait for a condition that no event tells of."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def running(
+    adapter: Any, task: str, *, limits: BatchLimits | None = None, settings: WorkerSettings | None = None
+) -> Iterator[Running]:
+    """A started engine, stopped at the end."""
+    # Rows have a cost for real models; here a batch may hold whatever is exact.
+    chosen = limits or BatchLimits(max_cost=1 << 40, max_items=64, max_age=SECONDS)
+    one = Running(adapter, task, chosen, settings or WorkerSettings())
+    one.engine.start()
+    try:
+        yield one
+    finally:
+        adapter.gate.set()
+        one.engine.stop()
+
+
+def plain(value: Any) -> Any:
+    """A result as plain lists, dicts, texts and numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.float().numpy()
+    if isinstance(value, Image.Image):
+        return np.asarray(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def assert_same(found: Any, wanted: Any, where: str = "result") -> None:
+    """Texts, labels, lengths and shapes are equal; numbers within 1e-4."""
+    found, wanted = plain(found), plain(wanted)
+    if isinstance(found, np.ndarray) or isinstance(wanted, np.ndarray) or _is_matrix(wanted):
+        assert np.shape(found) == np.shape(wanted), where
+        difference = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))
+        assert difference.size == 0 or float(difference.max()) <= TOLERANCE, f"{where}: {difference.max():.2e}"
+    elif isinstance(wanted, dict):
+        assert isinstance(found, dict), where
+        assert list(found) == list(wanted), where
+        for name in wanted:
+            assert_same(found[name], wanted[name], f"{where}.{name}")
+    elif isinstance(wanted, list):
+        assert isinstance(found, list), where
+        assert len(found) == len(wanted), where
+        for index, (left, right) in enumerate(zip(found, wanted, strict=True)):
+            assert_same(left, right, f"{where}[{index}]")
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, abs=TOLERANCE), where
+    else:
+        assert (type(found), found) == (type(wanted), wanted), where
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list | float) and _numbers(value)
+
+
+def _numbers(value: Any) -> bool:
+    return all(_numbers(one) for one in value) if isinstance(value, list) else isinstance(value, float)

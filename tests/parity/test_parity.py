@@ -1,0 +1,71 @@
+"""Every row of `cases.CASES`: alone and batched with other inputs and parameters, the engine equals the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipefleet.tasks import TASKS
+from pipefleet_workers.items import Outcome
+from pipefleet_workers.runtime import RUNTIME
+from tests.parity.cases import CASES, Case
+from tests.parity.harness import Call, assert_same, load, recording, running
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Call], list[Any]]]:
+    """Calls and their results by case, filled as cases run; each pipeline is called with one input at a time."""
+    return {}
+
+
+def expectations(
+    case: Case, known: dict[str, tuple[list[Call], list[Any]]], folder: Path
+) -> tuple[list[Call], list[Any]]:
+    if case.id not in known:
+        pipe, calls = load(case.checkpoint), case.calls(folder)
+        known[case.id] = calls, [case.expected(pipe, call) for call in calls]
+    return known[case.id]
+
+
+def check(outcomes: list[Outcome], calls: list[Call], results: list[Any]) -> None:
+    for index, (outcome, result) in enumerate(zip(outcomes, results, strict=True)):
+        where = f"call {index} with {dict(calls[index].parameters)}"
+        assert outcome.failure is None, f"{where}: {outcome.failure}"
+        assert_same(outcome.output, result, where)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_alone(case: Case, wanted: dict[str, Any], tmp_path: Path) -> None:
+    calls, results = expectations(case, wanted, tmp_path)
+    with running(recording(RUNTIME[case.task].adapter, load(case.checkpoint)), case.task) as engine:
+        check([engine.run([call])[0] for call in calls], calls, results)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_together(case: Case, wanted: dict[str, Any], tmp_path: Path) -> None:
+    calls, results = expectations(case, wanted, tmp_path)
+    adapter = recording(RUNTIME[case.task].adapter, load(case.checkpoint))
+    with running(adapter, case.task) as engine:
+        check(engine.run_together(calls), calls, results)
+    assert max(len(batch.units) for batch in adapter.batches) >= case.shares, (
+        "nothing was batched: the case shows nothing"
+    )
+    if case.ragged:
+        assert any(len({unit.length for unit in batch.units}) > 1 for batch in adapter.batches)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_inputs_of_a_case_have_different_results(case: Case, wanted: dict[str, Any], tmp_path: Path) -> None:
+    """Else a result in the wrong place would go unseen."""
+    _, results = expectations(case, wanted, tmp_path)
+    assert len({repr(result) for result in results}) > 1
+
+
+def test_both_halves_of_the_task_table_have_the_same_rows() -> None:
+    assert set(RUNTIME) == set(TASKS)
+
+
+def test_every_task_has_a_parity_case() -> None:
+    assert {case.task for case in CASES} == set(RUNTIME)

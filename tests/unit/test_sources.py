@@ -1,0 +1,285 @@
+"""Where the items of a run come from, against a real bucket: prefixes, manifests, folders, iterables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipefleet.errors import InputError, ManifestError, SourceError
+from pipefleet.inputs import InputPreparer
+from pipefleet.objects import ObjectMissingError, ObjectStore
+from pipefleet.sources import Source, SourceItem, open_source
+from pipefleet.storage import refs_in, split_uri
+from pipefleet.tasks import TASKS
+
+TEXTS, PICTURES = "text-classification", "image-classification"
+Opener = Callable[..., Source]
+
+
+@pytest.fixture
+def opener(store: ObjectStore, prefix: str) -> Opener:
+    """A function that opens a source for a task; the output is `prefix + "out/"` unless it is given."""
+
+    def open_one(source: Any, task: str = TEXTS, output: str = "") -> Source:
+        preparer = InputPreparer(TASKS[task], store, prefix + "store/", inline_bytes=1000)
+        return open_source(source, TASKS[task], store, preparer, output=output or prefix + "out/")
+
+    return open_one
+
+
+def items(source: Source) -> list[SourceItem]:
+    source.check()
+    return list(source.items(0, None))
+
+
+def keys(found: list[SourceItem]) -> list[str]:
+    return [refs_in(item.inputs)[0].key for item in found]
+
+
+def put_all(store: ObjectStore, prefix: str, names: list[str], body: bytes = b"x") -> list[str]:
+    """Write objects; their keys, in the order of a listing."""
+    for name in names:
+        store.put(prefix + name, body)
+    return sorted((split_uri(prefix)[1] + name for name in names), key=str.encode)
+
+
+ODD = ["a b.txt", "ä/ö.txt", "日本.txt", "a+b.txt", "a%20b.txt", "a?b#c.txt", "a&b=c;d.txt", "emoji😀.txt", "'quoted\".txt", "~.txt"]
+
+
+class TestPrefix:
+    def test_every_object_is_an_item_pinned_by_etag_and_size(self, opener: Opener, store: ObjectStore, prefix: str) -> None:
+        wanted = put_all(store, prefix + "in/", ["b.jpg", "a.jpg", "c/d.png"], b"12345")
+        found = items(opener(prefix + "in/", PICTURES))
+        assert keys(found) == wanted == [item.id for item in found]
+        for item in found:
+            reference = refs_in(item.inputs)[0]
+            assert store.head(reference.uri) is not None
+            assert reference.size == item.size == 5
+            assert reference.etag == store.head(reference.uri).etag  # type: ignore[union-attr]
+        assert [refs_in(item.inputs)[0].type for item in found] == ["image/jpeg", "image/jpeg", "image/png"]
+
+    def test_keys_with_odd_characters_come_back_as_they_are(self, opener: Opener, store: ObjectStore, prefix: str) -> None:
+        wanted = put_all(store, prefix + "in/", ODD)
+        found = items(opener(prefix + "in/"))
+        assert keys(found) == wanted
+        assert all(store.get(refs_in(item.inputs)[0].uri) == b"x" for item in found)
+
+    def test_folder_marks_are_passed_over(self, opener: Opener, store: ObjectStore, prefix: str) -> None:
+        bucket, inside = split_uri(prefix + "in/")
+        for key in (inside, inside + "empty/"):
+            store.client.put_object(Bucket=bucket, Key=key, Body=b"")
+        wanted = put_all(store, prefix + "in/", ["empty/a.txt", "b.txt"])
+        assert keys(items(opener(prefix + "in/"))) == wanted
+
+    @pytest.mark.parametrize("output", ["in/out/", "in/a/"])
+    def test_the_output_is_no_input_though_it_lies_under_the_source(
+        self, opener: Opener, store: ObjectStore, prefix: str, output: str
+    ) -> None:
+        put_all(store, prefix + output, ["part-00000.jsonl", "_run/run.json"])
+        wanted = put_all(store, prefix + "in/", ["output.txt", "outer/a.txt", "z.txt"])
+        assert keys(items(opener(prefix + "in/", output=prefix + output))) == wanted
+
+    def test_an_output_of_the_same_name_in_another_bucket_hides_nothing(
+        self, opener: Opener, store: ObjectStore, prefix: str
+    ) -> None:
+        wanted = put_all(store, prefix + "in/", ["out/a.txt"])
+        other = prefix.replace("s3://pipefleet/", "s3://elsewhere/") + "in/out/"
+        assert keys(items(opener(prefix + "in/", output=other))) == wanted
+
+    def test_a_listing_of_many_pages_is_read_page_by_page(
+        self, opener: Opener, store: ObjectStore, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wanted = put_all(store, prefix + "in/", [f"{number:03d}.txt" for number in range(25)])
+        pages = []
+        whole = ObjectStore._page
+
+        def small(self: ObjectStore, request: dict[str, Any]) -> Any:
+            pages.append(request)
+            return whole(self, {**request, "MaxKeys": 4})
+
+        monkeypatch.setattr(ObjectStore, "_page", small)
+        source = opener(prefix + "in/")
+        lazily = source.items(0, None)
+        next(lazily)
+        assert len(pages) == 1
+        assert len(keys(list(lazily))) == 24
+        assert len(pages) >= 7
+        last = SourceItem(None, {"$ref": f"s3://pipefleet/{wanted[9]}"}, 0)
+        assert keys(list(source.items(10, last))) == wanted[10:]
+
+    @pytest.mark.parametrize("cut", range(len(ODD)))
+    def test_it_goes_on_behind_any_item(self, opener: Opener, store: ObjectStore, prefix: str, cut: int) -> None:
+        put_all(store, prefix + "in/", ODD)
+        source = opener(prefix + "in/")
+        every = list(source.items(0, None))
+        assert list(source.items(cut + 1, every[cut])) == every[cut + 1 :]
+
+    def test_an_empty_prefix_and_a_missing_bucket_are_refused(self, opener: Opener, prefix: str) -> None:
+        with pytest.raises(SourceError, match=f"nothing lies under {prefix}in/; check the prefix"):
+            opener(prefix + "in/").check()
+        with pytest.raises(ObjectMissingError, match=r"no bucket 'no-such-bucket' at http://127\.0\.0\.1:\d+"):
+            opener("s3://no-such-bucket/in/").check()
+        with pytest.raises(InputError, match="not a bucket name"):
+            opener("s3://No_Bucket/in/")
+
+    def test_a_run_remembers_its_prefix(self, opener: Opener, prefix: str) -> None:
+        assert opener(prefix + "in/").describe() == prefix + "in/"
+
+
+@pytest.fixture(params=["bucket", "disk"])
+def manifest(
+    request: pytest.FixtureRequest, opener: Opener, store: ObjectStore, prefix: str, tmp_path: Path
+) -> Callable[..., Source]:
+    """A function that opens a manifest with this content, once in the bucket and once as a local file."""
+
+    def write(name: str, content: bytes, task: str = TEXTS) -> Source:
+        if request.param == "disk":
+            (tmp_path / name).write_bytes(content)
+            return opener(tmp_path / name, task)
+        store.put(prefix + name, content)
+        return opener(prefix + name, task)
+
+    return write
+
+
+class TestManifests:
+    def test_a_row_has_inputs_and_may_have_an_id_and_parameters(self, manifest: Callable[..., Source]) -> None:
+        rows = [
+            {"inputs": "good"},
+            {"inputs": "bad", "id": "b", "parameters": {"top_k": 2}},
+            {"inputs": {"text": "one", "text_pair": "two"}, "id": 7},
+            {"inputs": "s3://media/größe 1.txt".replace(" ", "_")},
+        ]
+        content = "\n\n".join(json.dumps(row) for row in rows).encode()
+        found = items(manifest("m.jsonl", content))
+        assert [(item.id, item.inputs, item.parameters) for item in found] == [
+            (None, "good", {}),
+            ("b", "bad", {"top_k": 2}),
+            ("7", {"text": "one", "text_pair": "two"}, {}),
+            ("größe_1.txt", {"$ref": "s3://media/größe_1.txt", "type": "text/plain"}, {}),
+        ]
+
+    @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    @pytest.mark.parametrize("last", [b"", b"\n"])
+    def test_line_ends_and_byte_order_marks_do_not_matter(
+        self, manifest: Callable[..., Source], ending: bytes, mark: bytes, last: bytes
+    ) -> None:
+        lines = mark + ending.join([b'{"inputs": "\xc3\xa4"}', b'{"inputs": "b"}']) + last
+        assert [item.inputs for item in items(manifest("m.jsonl", lines))] == ["ä", "b"]
+        table = mark + ending.join([b"id,inputs", b"1,\xc3\xa4", b'2,"b, c"']) + last
+        assert [(item.id, item.inputs) for item in items(manifest("m.csv", table))] == [("1", "ä"), ("2", "b, c")]
+
+    def test_a_table_may_hold_quoted_newlines_and_fields(self, manifest: Callable[..., Source]) -> None:
+        table = 'text,id,text_pair\n"two\nlines",a,"she said ""no"""\n,b,x\n'.encode()
+        assert [(item.id, item.inputs) for item in items(manifest("m.csv", table))] == [
+            ("a", {"text": "two\nlines", "text_pair": 'she said "no"'}),
+            ("b", {"text": "", "text_pair": "x"}),
+        ]
+
+    def test_long_lines_and_tables_are_read_in_pieces(self, manifest: Callable[..., Source]) -> None:
+        texts = [letter * 100_000 for letter in "abc"]
+        lines = "\n".join(json.dumps({"inputs": text}) for text in texts).encode()
+        assert [item.inputs for item in items(manifest("m.jsonl", lines))] == texts
+        table = ("inputs\n" + "\n".join(texts)).encode()
+        assert [item.inputs for item in items(manifest("m.csv", table))] == texts
+
+    @pytest.mark.parametrize("count", range(4))
+    def test_it_goes_on_behind_any_row(self, manifest: Callable[..., Source], count: int) -> None:
+        source = manifest("m.jsonl", b'{"inputs": "a"}\n\n{"inputs": "b"}\n{"inputs": "c"}\n')
+        assert [item.inputs for item in source.items(count, None)] == ["a", "b", "c"][count:]
+
+    WRONG = [
+        ("m.jsonl", b"", "is empty"),
+        ("m.jsonl", b"\n  \n", "is empty"),
+        ("m.jsonl", b'{"inputs": "a"}\n{"inputs": b"}', "line 2, column 12: Expecting value"),
+        ("m.jsonl", b'\n\n{"inputs": "a"', "line 3, column 15: Expecting"),
+        ("m.jsonl", b'{"inputs": "a"}\n"text"', "line 2, column 1: a JSON object is expected"),
+        ("m.jsonl", b'{"inputs": "\xff"}', "line 1, column 13: not UTF-8"),
+        ("m.jsonl", b'{"input": "a", "inptus": "b"}', r"line 1, column 1: unknown key 'inptus' \(did you mean 'inputs'\?\)"),
+        ("m.jsonl", b'{"id": "a"}', "line 1, column 1: the key 'inputs' is missing"),
+        ("m.jsonl", b'{"inputs": "a", "id": [1]}', "line 1, column 1: id must be a text"),
+        ("m.jsonl", b'{"inputs": "a", "parameters": 3}', "parameters an object"),
+        ("m.jsonl", b'{"inputs": "a", "parameters": {"topk": 3}}', r"line 1, column 1: .*did you mean 'top_k'\?"),
+        ("m.csv", b"", "line 1, column 1: a column `inputs` is missing"),
+        ("m.csv", b"id,inputs\n", "is empty"),
+        ("m.csv", b"id\n1", "line 1, column 1: a column `inputs` is missing"),
+        ("m.csv", b"id,input\n1,a", r"line 1, column 1: unknown column 'input' \(did you mean 'inputs'\?\)"),
+        ("m.csv", b"id,inputs\n1,a\n2", "line 3, column 2: wrong number of columns"),
+        ("m.csv", b"id,inputs\n1,a,b", "line 2, column 2: wrong number of columns"),
+        ("m.csv", b'id,inputs\n1,"a\n', "unexpected end of data"),
+        ("m.csv", b'id,inputs\n1,"a"b\n', "',' expected after"),
+    ]
+
+    @pytest.mark.parametrize(("name", "content", "message"), WRONG)
+    def test_a_malformed_line_is_refused_with_line_and_column(
+        self, manifest: Callable[..., Source], name: str, content: bytes, message: str
+    ) -> None:
+        source = manifest(name, content)
+        with pytest.raises(SourceError, match=message) as caught:
+            source.check()
+        assert name in str(caught.value)
+
+    def test_an_input_of_the_wrong_kind_is_refused_with_its_line(self, manifest: Callable[..., Source]) -> None:
+        source = manifest("m.jsonl", b'{"inputs": "a"}\n{"inputs": 3}\n')
+        with pytest.raises(ManifestError, match=r"m\.jsonl, line 2: .*not a value of type int"):
+            list(source.items(0, None))
+
+    def test_a_failures_file_is_a_manifest(self, manifest: Callable[..., Source]) -> None:
+        row = {"id": "a", "inputs": "x", "parameters": {"top_k": 1}, "error": {"code": "c", "message": "m", "stage": "s"}}
+        (found,) = items(manifest("failures.jsonl", json.dumps(row).encode()))
+        assert found == SourceItem("a", "x", 3, {"top_k": 1})
+
+    def test_a_run_remembers_where_its_manifest_lies(self, manifest: Callable[..., Source], prefix: str, tmp_path: Path) -> None:
+        assert manifest("m.jsonl", b'{"inputs": "a"}').describe() in (prefix + "m.jsonl", str(tmp_path / "m.jsonl"))
+
+
+class TestIterables:
+    def test_inputs_and_rows_may_be_mixed(self, opener: Opener) -> None:
+        values = ["a", {"text": "b"}, {"inputs": "c", "id": 3}, {"inputs": "d", "parameters": {"top_k": 1}}]
+        assert [(item.id, item.inputs, item.parameters) for item in items(opener(values))] == [
+            (None, "a", {}), (None, {"text": "b"}, {}), ("3", "c", {}), (None, "d", {"top_k": 1}),
+        ]  # fmt: skip
+
+    def test_it_is_read_lazily_and_once(self, opener: Opener) -> None:
+        numbers = itertools.count()
+        source = opener(f"text {number}" for number in numbers)
+        source.check()
+        found = [item.inputs for item in itertools.islice(source.items(2, None), 3)]
+        assert found == ["text 2", "text 3", "text 4"]
+        assert next(numbers) == 5
+        assert source.describe() is None
+
+    def test_a_wrong_input_is_refused_when_it_comes(self, opener: Opener) -> None:
+        reading = opener(["a", 3]).items(0, None)
+        assert next(reading).inputs == "a"
+        with pytest.raises(InputError, match="not a value of type int"):
+            next(reading)
+
+    @pytest.mark.parametrize("source", [3, None, b"s3://media/", {"inputs": "a"}])
+    def test_what_is_no_iterable_of_inputs_is_refused(self, opener: Opener, source: Any) -> None:
+        with pytest.raises(SourceError, match=r"an s3:// URI or an iterable of inputs, not a"):
+            opener(source)
+
+    def test_a_local_folder_is_read_in_the_order_of_its_names(self, opener: Opener, tmp_path: Path, store: ObjectStore) -> None:
+        folder = tmp_path / "pictures"
+        for name in ("b.jpg", "a.jpg", "deep/er/c.jpg"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
+        found = items(opener(str(folder), PICTURES))
+        assert [store.get(refs_in(item.inputs)[0].uri).decode() for item in found] == ["a.jpg", "b.jpg", "deep/er/c.jpg"]
+
+    @pytest.mark.parametrize("name", ["none", "none.jsonl", "none/", "http://example.org/list.jsonl"])
+    def test_a_name_of_nothing_is_refused(self, opener: Opener, name: str, environment: dict[str, str]) -> None:
+        with pytest.raises(SourceError, match="no such source .*give an s3:// prefix, a .jsonl or .csv manifest"):
+            opener(name)
+
+    def test_a_local_file_that_is_no_manifest_is_refused(self, opener: Opener, tmp_path: Path) -> None:
+        (tmp_path / "photo.jpg").write_bytes(b"x")
+        with pytest.raises(SourceError, match="no such source"):
+            opener(tmp_path / "photo.jpg", PICTURES)

@@ -1,0 +1,203 @@
+"""Recordings: every container gives the same tone at the model's rate, and a damaged, cut or hostile one is refused by code."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from pipefleet.inputs import RAW_AUDIO
+from pipefleet_workers.items import Blob, ItemError
+from pipefleet_workers.media.audio import Samples, decode_audio
+
+RATE = 16_000
+TONE = 440.0
+SECONDS = 2.0
+
+
+def tone(rate: int, channels: int = 1, seconds: float = SECONDS) -> NDArray[np.float32]:
+    times = np.arange(int(seconds * rate)) / rate
+    wave = (0.5 * np.sin(2 * np.pi * TONE * times)).astype(np.float32)
+    return np.stack([wave] * channels, axis=1) if channels > 1 else wave
+
+
+def by_soundfile(form: str, subtype: str | None = None, rate: int = RATE, channels: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(rate, channels), rate, format=form, subtype=subtype)
+    return buffer.getvalue()
+
+
+def by_av(form: str, codec: str, *, rate: int = 48_000, layout: str = "mono", options: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=form, options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.layout = layout
+        samples = np.ascontiguousarray(np.atleast_2d(tone(rate, 2 if layout == "stereo" else 1).T).T.reshape(1, -1))
+        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout=layout)
+        frame.sample_rate = rate
+        size = stream.codec_context.frame_size or 1024
+        resampler = av.AudioResampler(format=stream.format.name, layout=layout, rate=rate, frame_size=size)
+        for piece in [*resampler.resample(frame), *resampler.resample(None), None]:
+            container.mux(stream.encode(piece))
+    return buffer.getvalue()
+
+
+def decode(content: bytes, *, kind: str | None = None, max_seconds: float = 60.0, rate: int = RATE) -> Samples:
+    return decode_audio(Blob("s3://bucket/key", content, kind), rate=rate, max_seconds=max_seconds)
+
+
+def refusal(content: bytes, **options: float) -> str:
+    with pytest.raises(ItemError) as caught:
+        decode(content, **options)  # type: ignore[arg-type]
+    assert caught.value.failure.stage == "decode"
+    assert "s3://bucket/key" in caught.value.failure.message
+    return caught.value.failure.code
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "wav": lambda: by_soundfile("WAV"),
+    "wav 8 bit": lambda: by_soundfile("WAV", "PCM_U8"),
+    "wav 24 bit": lambda: by_soundfile("WAV", "PCM_24"),
+    "wav float": lambda: by_soundfile("WAV", "FLOAT"),
+    "wav stereo 44.1 kHz": lambda: by_soundfile("WAV", rate=44_100, channels=2),
+    "wav 8 kHz": lambda: by_soundfile("WAV", rate=8_000),
+    "wav by FFmpeg": lambda: by_av("wav", "pcm_s16le"),
+    "flac": lambda: by_soundfile("FLAC"),
+    "flac stereo 44.1 kHz": lambda: by_soundfile("FLAC", rate=44_100, channels=2),
+    "mp3": lambda: by_soundfile("MP3", rate=44_100),
+    "mp3 by FFmpeg": lambda: by_av("mp3", "libmp3lame", layout="stereo"),
+    "ogg vorbis": lambda: by_soundfile("OGG", "VORBIS", rate=44_100, channels=2),
+    "ogg opus": lambda: by_soundfile("OGG", "OPUS", rate=48_000),
+    "ogg opus by FFmpeg": lambda: by_av("ogg", "libopus"),
+    "m4a": lambda: by_av("mp4", "aac", rate=44_100, layout="stereo"),
+    "m4a in fragments": lambda: by_av("mp4", "aac", options={"movflags": "frag_keyframe+empty_moov"}),
+    "aac": lambda: by_av("adts", "aac"),
+    "webm": lambda: by_av("webm", "libopus", layout="stereo"),
+    "matroska": lambda: by_av("matroska", "libopus"),
+    "aiff": lambda: by_soundfile("AIFF"),
+}
+SELF_CONTAINED = ["wav", "wav 8 bit", "wav float", "wav by FFmpeg", "flac", "mp3", "ogg vorbis", "ogg opus", "ogg opus by FFmpeg", "m4a"]
+"""Containers that say how long they are, or that break when they are cut."""
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("rate", [16_000, 24_000])
+def test_the_tone_comes_out_whole_at_the_rate_of_the_model(name: str, rate: int) -> None:
+    samples = decode(FILES[name](), rate=rate)
+    assert samples.dtype == np.float32
+    assert samples.ndim == 1
+    assert len(samples) / rate == pytest.approx(SECONDS, abs=0.06)
+    middle = samples[rate // 2 : rate // 2 + rate]
+    spectrum = np.abs(np.fft.rfft(middle * np.hanning(rate)))
+    assert np.argmax(spectrum) == pytest.approx(TONE, abs=2)
+    assert np.abs(middle).max() == pytest.approx(0.5, rel=0.15)
+
+
+def test_stereo_is_the_mean_of_its_channels() -> None:
+    buffer = io.BytesIO()
+    left = tone(RATE)
+    soundfile.write(buffer, np.stack([left, np.zeros_like(left)], axis=1), RATE, format="WAV", subtype="FLOAT")
+    assert np.allclose(decode(buffer.getvalue()), left / 2, atol=1e-6)
+
+
+def test_samples_at_the_rate_of_the_model_are_untouched() -> None:
+    assert np.array_equal(decode(by_soundfile("WAV", "FLOAT")), tone(RATE))
+    assert np.array_equal(decode(tone(RATE).astype("<f4").tobytes(), kind=RAW_AUDIO), tone(RATE))
+
+
+def test_bare_samples_must_be_whole() -> None:
+    with pytest.raises(ItemError) as caught:
+        decode(b"\0" * 10, kind=RAW_AUDIO)
+    assert caught.value.failure.code == "bad_media"
+
+
+@pytest.mark.parametrize("name", SELF_CONTAINED)
+@pytest.mark.parametrize("kept", [0.1, 0.25, 0.5, 0.9, 0.99])
+def test_a_file_that_was_cut_short_is_refused(name: str, kept: float) -> None:
+    content = FILES[name]()
+    assert refusal(content[: int(len(content) * kept)]) in ("truncated_media", "bad_media")
+
+
+@pytest.mark.parametrize("name", ["wav", "flac", "mp3", "ogg vorbis", "ogg opus"])
+@pytest.mark.parametrize("missing", [1, 2])
+def test_even_a_missing_byte_is_noticed(name: str, missing: int) -> None:
+    assert refusal(FILES[name]()[:-missing]) in ("truncated_media", "bad_media")
+
+
+def test_a_cut_file_says_what_is_missing() -> None:
+    with pytest.raises(ItemError, match="100 bytes of samples are missing"):
+        decode(by_soundfile("WAV")[:-100])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"RIFF", b"OggS", b"fLaC", b"ID3", b"\xff\xfb", b"hello, this is a text\n" * 50, b"<html></html>", bytes(4096)],
+)
+def test_what_is_no_recording_is_refused(content: bytes) -> None:
+    assert refusal(content) in ("bad_media", "truncated_media")
+
+
+def test_a_file_without_samples_is_refused() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(0, np.float32), RATE, format="WAV")
+    assert refusal(buffer.getvalue()) in ("bad_media", "truncated_media")
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "ffconcat version 1.0\nfile '{path}'\n",
+        "ffconcat version 1.0\nfile {path}\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{path}\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{path}\n#EXT-X-ENDLIST\n",
+        "[playlist]\nFile1={path}\n",
+        "concat:{path}|{path}",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 9 RTP/AVP 0\n",
+    ],
+)
+def test_a_playlist_opens_no_other_file(playlist: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(by_soundfile("WAV"))
+    assert refusal(playlist.format(path=secret).encode()) == "bad_media"
+
+
+@pytest.mark.parametrize("name", ["wav", "flac", "mp3", "ogg opus", "m4a", "webm"])
+def test_a_recording_longer_than_the_bound_is_refused(name: str) -> None:
+    assert refusal(FILES[name](), max_seconds=1.0) == "too_large"
+    assert len(decode(FILES[name](), max_seconds=3.0))
+
+
+def test_bare_samples_longer_than_the_bound_are_refused() -> None:
+    with pytest.raises(ItemError) as caught:
+        decode(tone(RATE).tobytes(), kind=RAW_AUDIO, max_seconds=1.0)
+    assert caught.value.failure.code == "too_large"
+
+
+def test_a_recorder_that_streams_need_not_know_the_size() -> None:
+    content = bytearray(by_soundfile("WAV"))
+    at = content.find(b"data") + 4
+    content[at : at + 4] = struct.pack("<I", 0xFFFFFFFF)
+    assert len(decode(bytes(content))) == SECONDS * RATE
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_never_raises_anything_but_a_refusal(name: str) -> None:
+    content, rng = FILES[name](), random.Random(name)
+    for _ in range(25):
+        damaged = bytearray(content)
+        for _ in range(rng.choice((1, 3, 20))):
+            damaged[rng.randrange(rng.choice((64, 512, len(content))))] = rng.randrange(256)
+        try:
+            samples = decode(bytes(damaged))
+        except ItemError as error:
+            assert error.failure.code in ("bad_media", "truncated_media", "too_large")
+        else:
+            assert samples.size
