@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -328,7 +329,8 @@ def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> R
         more = planner.step()
     except PipefleetError:
         if not planner.shards:
-            client.store.delete(layout.plan)  # nothing was planned, so the same call may be made again
+            with suppress(PipefleetError):  # nothing was planned, so the same call may be made again
+                client.store.delete(layout.plan)
         raise
     if more or planner.continued:
         run.start_planning()

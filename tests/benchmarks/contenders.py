@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.benchmarks.limit import hand_written
 from tests.benchmarks.workloads import WORKLOADS, Workload, decode_item
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,7 @@ def _reduced(workload: Workload, output: Any) -> Any:
 CONTENDERS: dict[str, Callable[[Any, Workload], list[Any]]] = {
     "pipeline one by one": one_by_one,
     "pipeline batch_size=32": batched,
+    "the limit, by hand": hand_written,
 }
 
 

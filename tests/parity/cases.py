@@ -29,8 +29,8 @@ class Case:
     """One row.
 
     `inputs` makes the inputs, each called with each of `parameters` (both the checkpoint's own by default); `expected` says
-    what one call must return. `shares` is the least number of units that some batch must hold when all calls run together (1 where the
-    model cannot be batched), `ragged` that units of unequal length must have met in a batch.
+    what one call must return. `shares` is the least number of units that some batch must hold when all calls run together (1
+    where the model cannot be batched), `ragged` that units of unequal length must have met in a batch.
     """
 
     checkpoint: str

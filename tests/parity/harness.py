@@ -49,6 +49,7 @@ class Call:
 
 def load(checkpoint: str) -> Any:
     """A pipeline of a tiny checkpoint, as the worker loads it."""
+    torch.set_num_threads(1)  # tiny models only lose by sharing their work
     task = checkpoint.partition(":")[0]
     pipe = transformers.pipeline(task, model=str(cached(checkpoint)), device="cpu", dtype=torch.float32)
     pipe.model.eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,10 @@ def test_the_same_content_is_stored_once(prepare: Prepare, photo: Path, tmp_path
     assert len(prepare.uploads()) == 2
 
 
-def test_what_was_uploaded_is_not_sent_again(prepare: Prepare, photo: Path) -> None:
-    reference = StorageRef.from_json(prepare(PICTURES, photo))
-    prepare.store.put(reference.uri, b"a mark that a second upload would replace")
-    prepare(PICTURES, photo)
-    assert prepare.store.get(reference.uri).startswith(b"a mark")
+def test_what_was_uploaded_is_not_sent_again(prepare: Prepare, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(PICTURES, photo)
+    monkeypatch.setattr(ObjectStore, "put_new", lambda *_, **__: pytest.fail("the content travels a second time"))
+    assert prepare(PICTURES, photo) == first
 
 
 @pytest.mark.parametrize("task", [SPEECH, PICTURES])
@@ -117,8 +115,6 @@ def test_samples_with_a_rate_become_a_wav_that_others_read(prepare: Prepare, fie
     assert rate == 8000
     assert np.array_equal(stored, samples)
     assert reference.type == "audio/wav"
-    with pytest.raises(wave.Error, match="unknown format: 3"):  # floats, which the standard library does not read
-        wave.open(io.BytesIO(content))
 
 
 @pytest.mark.parametrize("url", ["http://example.org/cat.jpg", "https://example.org/cat.jpg"])

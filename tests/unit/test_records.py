@@ -113,7 +113,7 @@ def test_nothing_is_known_of_a_job_without_a_state(redis: Redis) -> None:
 
 def test_references_and_failures_are_read_as_they_were_written(redis: Redis) -> None:
     reference = StorageRef("s3://results/a ü.json", size=5, type="application/json")
-    failure = JobFailure("out_of_memory", "it’s too large", "forward")
+    failure = JobFailure("out_of_memory", "ungültig", "forward")
     fields = {"output_ref": json.dumps(reference.to_json()), "error": json.dumps(failure.to_json())}
     finish(redis, JobState.FAILED, **fields)
     found = record(redis)

@@ -35,7 +35,9 @@ def by_soundfile(form: str, subtype: str | None = None, rate: int = RATE, channe
     return buffer.getvalue()
 
 
-def by_av(form: str, codec: str, *, rate: int = 48_000, layout: str = "mono", options: dict[str, str] | None = None) -> bytes:
+def by_av(
+    form: str, codec: str, *, rate: int = 48_000, layout: str = "mono", options: dict[str, str] | None = None
+) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form, options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
@@ -77,14 +79,25 @@ FILES: dict[str, Callable[[], bytes]] = {
     "ogg vorbis": lambda: by_soundfile("OGG", "VORBIS", rate=44_100, channels=2),
     "ogg opus": lambda: by_soundfile("OGG", "OPUS", rate=48_000),
     "ogg opus by FFmpeg": lambda: by_av("ogg", "libopus"),
-    "m4a": lambda: by_av("mp4", "aac", rate=44_100, layout="stereo"),
+    "m4a": lambda: by_av("mp4", "aac", rate=44_100),
     "m4a in fragments": lambda: by_av("mp4", "aac", options={"movflags": "frag_keyframe+empty_moov"}),
     "aac": lambda: by_av("adts", "aac"),
-    "webm": lambda: by_av("webm", "libopus", layout="stereo"),
+    "webm": lambda: by_av("webm", "libopus"),
     "matroska": lambda: by_av("matroska", "libopus"),
     "aiff": lambda: by_soundfile("AIFF"),
 }
-SELF_CONTAINED = ["wav", "wav 8 bit", "wav float", "wav by FFmpeg", "flac", "mp3", "ogg vorbis", "ogg opus", "ogg opus by FFmpeg", "m4a"]
+SELF_CONTAINED = [
+    "wav",
+    "wav 8 bit",
+    "wav float",
+    "wav by FFmpeg",
+    "flac",
+    "mp3",
+    "ogg vorbis",
+    "ogg opus",
+    "ogg opus by FFmpeg",
+    "m4a",
+]
 """Containers that say how long they are, or that break when they are cut."""
 
 
@@ -98,7 +111,7 @@ def test_the_tone_comes_out_whole_at_the_rate_of_the_model(name: str, rate: int)
     middle = samples[rate // 2 : rate // 2 + rate]
     spectrum = np.abs(np.fft.rfft(middle * np.hanning(rate)))
     assert np.argmax(spectrum) == pytest.approx(TONE, abs=2)
-    assert np.abs(middle).max() == pytest.approx(0.5, rel=0.15)
+    assert middle.std() * np.sqrt(2) == pytest.approx(0.5, rel=0.1)
 
 
 def test_stereo_is_the_mean_of_its_channels() -> None:
@@ -139,7 +152,18 @@ def test_a_cut_file_says_what_is_missing() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0", b"RIFF", b"OggS", b"fLaC", b"ID3", b"\xff\xfb", b"hello, this is a text\n" * 50, b"<html></html>", bytes(4096)],
+    [
+        b"",
+        b"\0",
+        b"RIFF",
+        b"OggS",
+        b"fLaC",
+        b"ID3",
+        b"\xff\xfb",
+        b"hello, this is a text\n" * 50,
+        b"<html></html>",
+        bytes(4096),
+    ],
 )
 def test_what_is_no_recording_is_refused(content: bytes) -> None:
     assert refusal(content) in ("bad_media", "truncated_media")
@@ -194,10 +218,9 @@ def test_damage_never_raises_anything_but_a_refusal(name: str) -> None:
     for _ in range(25):
         damaged = bytearray(content)
         for _ in range(rng.choice((1, 3, 20))):
-            damaged[rng.randrange(rng.choice((64, 512, len(content))))] = rng.randrange(256)
+            damaged[rng.randrange(min(len(content), rng.choice((64, 512, len(content)))))] = rng.randrange(256)
         try:
-            samples = decode(bytes(damaged))
+            code = "" if decode(bytes(damaged)).size else "nothing"
         except ItemError as error:
-            assert error.failure.code in ("bad_media", "truncated_media", "too_large")
-        else:
-            assert samples.size
+            code = error.failure.code
+        assert code in ("", "bad_media", "truncated_media", "too_large")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,38 +155,3 @@ def test_dropped_units_never_come_out_and_the_rest_does() -> None:
     assert batch is not None
     assert [id(one) for one in batch.units] == [id(units[1]), id(units[2])]
     assert batcher.take(0.0) is None
-
-
-def _padded(batches: Sequence[Sequence[int]]) -> int:
-    return sum(max(batch) * len(batch) for batch in batches)
-
-
-def _in_arrival_order(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
-    batches: list[list[int]] = []
-    for length in lengths:
-        last = [*batches[-1], length] if batches else []
-        if last and len(last) <= limits.max_items and max(last) * len(last) <= limits.max_cost:
-            batches[-1] = last
-        else:
-            batches.append([length])
-    return batches
-
-
-def test_ragged_lengths_are_padded_far_less_than_in_arrival_order() -> None:
-    rng = random.Random(7)
-    lengths = [max(1, min(512, int(rng.lognormvariate(3.5, 1.0)))) for _ in range(1024)]
-    limits = BatchLimits(max_cost=2048, max_items=64)
-    batcher, batches = MicroBatcher(limits), []
-    waiting = iter(lengths)
-    for _ in range(256):
-        batcher.add(unit(next(waiting)), 0.0)
-    while (batch := batcher.take(0.0)) is not None:
-        batches.append([one.length for one in batch.units])
-        for _, length in zip(batch.units, waiting, strict=False):
-            batcher.add(unit(length), 0.0)
-    assert sum(map(len, batches)) == 1024
-    real = sum(map(sum, batches))
-    waste = _padded(batches) / real - 1
-    arrival = _padded(_in_arrival_order(lengths, limits)) / sum(lengths) - 1
-    assert waste < 0.25
-    assert arrival > 3 * waste

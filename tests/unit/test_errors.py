@@ -1,0 +1,78 @@
+"""The tree of errors: complete, drawn, and understood by the command line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pipefleet import errors
+from pipefleet.errors import (
+    JobError,
+    JobFailedError,
+    PipefleetError,
+    ResultTimeoutError,
+    ServiceUnavailableError,
+    nearest,
+)
+
+TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PipefleetError)]
+
+
+def drawn() -> dict[str, str]:
+    """Every class in the drawing, and the one it hangs under."""
+    parents: dict[str, str] = {}
+    above: dict[int, str] = {}
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"    ([│├└─ ]*)(\w+Error)\b", line)
+        if found:
+            depth = len(found[1]) // 4
+            above[depth] = found[2]
+            parents[found[2]] = above[depth - 1] if depth else ""
+    return parents
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_every_error_has_a_word_and_an_exit_code_of_its_own(kind: type[PipefleetError]) -> None:
+    assert re.fullmatch(r"[a-z_]+", kind.code)
+    assert kind.exit_code in (1, 2, 3)
+    assert isinstance(kind.retryable, bool)
+    assert kind.__doc__
+
+
+def test_every_error_is_drawn_where_it_hangs() -> None:
+    by_name = {kind.__name__: kind for kind in TREE}
+    tree = drawn()
+    assert set(tree) == set(by_name)
+    for name, parent in tree.items():
+        if parent:
+            assert by_name[name].__bases__[0] is by_name[parent], name
+
+
+def test_no_two_errors_that_callers_tell_apart_share_a_word() -> None:
+    leaves = [kind for kind in TREE if kind is not JobError]
+    assert len({kind.code for kind in leaves}) == len(leaves)
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    for kind in TREE:
+        expected = 3 if kind is ServiceUnavailableError else 1 if issubclass(kind, JobError) else 2
+        assert kind.exit_code == expected, kind
+    assert [kind for kind in TREE if kind.retryable] == [ServiceUnavailableError, ResultTimeoutError]
+
+
+def test_a_timeout_is_also_pythons_own() -> None:
+    assert issubclass(ResultTimeoutError, TimeoutError)
+
+
+def test_a_failed_job_carries_code_and_stage() -> None:
+    error = JobFailedError("no", failure_code="bad_input", stage="decode")
+    assert (str(error), error.failure_code, error.stage) == ("no", "bad_input", "decode")
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("topk", " (did you mean 'top_k'?)"), ("zebra", ""), ("", ""), ("top_k", " (did you mean 'top_k'?)")],
+)
+def test_the_nearest_word_is_suggested_and_a_far_one_not(word: str, hint: str) -> None:
+    assert nearest(word, ["top_k", "top_p", "num_beams"]) == hint

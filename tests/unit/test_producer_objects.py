@@ -1,0 +1,275 @@
+"""Object storage and Redis as the producer sees them fail: every foreign error becomes one of ours, without secrets."""
+
+from __future__ import annotations
+
+import io
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import botocore.exceptions
+import pytest
+from redis import Redis, exceptions
+
+from pipefleet import broker
+from pipefleet.client import Client
+from pipefleet.contract import Priority
+from pipefleet.errors import PipefleetError, ServiceUnavailableError, SourceError, UsageError
+from pipefleet.objects import AccessDeniedError, ObjectMissingError, ObjectStore, map_s3_error
+from pipefleet.settings import load_settings, without_credentials
+
+SECRET = "hunter2-secret"
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that nobody listens on, held until the test ends."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+class TestStore:
+    def test_what_is_written_is_read(self, store: ObjectStore, prefix: str) -> None:
+        uri = prefix + "a/ü b?c#d.json"
+        assert store.head(uri) is None
+        store.put(uri, b"1\n22\r\n\n333", content_type="text/plain")
+        found = store.head(uri)
+        assert found is not None
+        assert (found.size, found.type) == (10, "text/plain")
+        assert found.etag
+        assert '"' not in found.etag
+        assert store.get(uri) == b"1\n22\r\n\n333"
+        assert list(store.lines(uri, etag=found.etag)) == [b"1", b"22", b"", b"333"]
+        store.delete(uri)
+        store.delete(uri)
+        assert store.head(uri) is None
+
+    def test_of_many_that_write_at_once_exactly_one_does(self, store: ObjectStore, prefix: str) -> None:
+        for number in range(5):
+            uri = f"{prefix}{number}"
+            with ThreadPoolExecutor(8) as threads:
+                bodies = [bytes([writer]) * 1000 for writer in range(8)]
+                won = list(threads.map(lambda body, uri=uri: store.put_new(uri, body), bodies))
+            assert sum(won) == 1
+            assert store.get(uri) == bodies[won.index(True)]
+
+    def test_a_large_file_is_uploaded(self, store: ObjectStore, prefix: str) -> None:
+        body = bytes(range(256)) * 40_000
+        store.upload(prefix + "large", io.BytesIO(body), content_type="application/x-ndjson")
+        assert store.get(prefix + "large") == body
+
+    def test_a_listing_starts_after_a_key(self, store: ObjectStore, prefix: str) -> None:
+        for name in "abc":
+            store.put(prefix + name, b"")
+        every = list(store.list(prefix))
+        assert [entry.key[-1] for entry in every] == ["a", "b", "c"]
+        assert list(store.list(prefix, after=every[0].key)) == every[1:]
+
+
+CALLS: dict[str, Callable[[ObjectStore, str], Any]] = {
+    "put": lambda store, uri: store.put(uri, b""),
+    "put_new": lambda store, uri: store.put_new(uri, b""),
+    "upload": lambda store, uri: store.upload(uri, io.BytesIO(b"x"), content_type="text/plain"),
+    "get": lambda store, uri: store.get(uri),
+    "head": lambda store, uri: store.head(uri),
+    "list": lambda store, uri: list(store.list(uri)),
+    "lines": lambda store, uri: list(store.lines(uri)),
+    "delete": lambda store, uri: store.delete(uri),
+    "require_bucket": lambda store, uri: store.require_bucket(uri),
+}
+
+
+class TestS3Failing:
+    @pytest.mark.parametrize("call", CALLS)
+    def test_an_unreachable_server_is_named_without_credentials(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, closed_port: int, call: str
+    ) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://user:{SECRET}@127.0.0.1:{closed_port}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+        with pytest.raises(ServiceUnavailableError) as caught:
+            CALLS[call](ObjectStore(), "s3://pipefleet/a")
+        assert f"http://127.0.0.1:{closed_port}" in str(caught.value)
+        assert "AWS_ENDPOINT_URL_S3" in str(caught.value)
+        assert SECRET not in str(caught.value)
+        assert caught.value.__cause__ is None
+
+    @pytest.mark.parametrize("call", sorted(set(CALLS) - {"head"}))
+    def test_a_missing_bucket_is_said_to_be_missing(
+        self, store: ObjectStore, environment: dict[str, str], call: str
+    ) -> None:
+        with pytest.raises(ObjectMissingError, match="bucket") as caught:
+            CALLS[call](store, "s3://no-such-bucket/a")
+        assert environment["AWS_ENDPOINT_URL_S3"] in str(caught.value)
+
+    @pytest.mark.parametrize("call", ["get", "lines"])
+    def test_a_missing_object_is_an_error_of_the_source(self, store: ObjectStore, prefix: str, call: str) -> None:
+        with pytest.raises(ObjectMissingError, match="no such object"):
+            CALLS[call](store, prefix + "none")
+
+    @pytest.mark.parametrize("call", CALLS)
+    def test_wrong_keys_are_refused_without_being_shown(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        with pytest.raises(AccessDeniedError, match=r"refuses access \(\w+\); check the AWS_\* credentials") as caught:
+            CALLS[call](ObjectStore(), "s3://pipefleet/a")
+        assert environment["AWS_ENDPOINT_URL_S3"] in str(caught.value)
+        assert SECRET not in str(caught.value)
+        assert environment["AWS_ACCESS_KEY_ID"] not in str(caught.value)
+
+    def test_no_keys_at_all_says_which_to_set(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+        monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+        with pytest.raises(AccessDeniedError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            ObjectStore().get("s3://pipefleet/a")
+
+    def test_an_object_that_changed_is_not_read_as_the_pinned_one(self, store: ObjectStore, prefix: str) -> None:
+        store.put(prefix + "a", b"old")
+        etag = store.head(prefix + "a").etag  # type: ignore[union-attr]
+        store.put(prefix + "a", b"new")
+        with pytest.raises(PipefleetError, match="412"):
+            list(store.lines(prefix + "a", etag=etag))
+
+    def test_every_error_of_botocore_becomes_one_of_ours(self) -> None:
+        kinds = [
+            kind
+            for kind in vars(botocore.exceptions).values()
+            if isinstance(kind, type) and issubclass(kind, botocore.exceptions.BotoCoreError)
+        ]
+        assert len(kinds) > 50
+        for kind in kinds:
+            error = kind.__new__(kind)
+            assert isinstance(map_s3_error(error), ServiceUnavailableError | AccessDeniedError), kind
+
+    @pytest.mark.parametrize(
+        ("status", "code", "kind"),
+        [
+            (404, "NoSuchBucket", ObjectMissingError),
+            (404, "NoSuchKey", ObjectMissingError),
+            (403, "AccessDenied", AccessDeniedError),
+            (401, "InvalidAccessKeyId", AccessDeniedError),
+            (500, "InternalError", ServiceUnavailableError),
+            (503, "SlowDown", ServiceUnavailableError),
+        ],
+    )
+    def test_a_status_decides_the_kind_of_error(self, status: int, code: str, kind: type[PipefleetError]) -> None:
+        response: Any = {"Error": {"Code": code, "Message": SECRET}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        mapped = map_s3_error(botocore.exceptions.ClientError(response, "GetObject"))
+        assert type(mapped) is kind
+        assert mapped.exit_code == (3 if kind is ServiceUnavailableError else 2)
+        assert isinstance(mapped, SourceError) == (mapped.exit_code == 2)
+        assert SECRET not in str(mapped)
+
+
+COMMANDS: dict[str, Callable[[Client], Any]] = {
+    "submit": lambda client: client.submit("text-classification", "good"),
+    "submit once": lambda client: client.submit("text-classification", "good", idempotency_key="k"),
+    "status": lambda client: client.job("x").status(),
+    "result": lambda client: client.job("x").result(1),
+    "cancel": lambda client: client.job("x").cancel(),
+    "publish": lambda client: client.publish([], "q", Priority.LOW) or client.submit("text-classification", "x"),
+    "map": lambda client: client.map(
+        "text-classification", ["good"], output=f"s3://pipefleet/tests/{uuid.uuid4().hex}/"
+    ),
+}
+
+
+class TestRedisFailing:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_an_unreachable_server_is_named_without_its_password(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, closed_port: int, command: str
+    ) -> None:
+        monkeypatch.setenv("PIPEFLEET_REDIS_URL", f"redis://user:{SECRET}@127.0.0.1:{closed_port}/3")
+        with _impatient(Client()) as client, pytest.raises(ServiceUnavailableError) as caught:
+            COMMANDS[command](client)
+        assert f"redis://127.0.0.1:{closed_port}/3" in str(caught.value)
+        assert SECRET not in str(caught.value)
+        assert caught.value.exit_code == 3
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_wrong_password_is_refused_without_being_shown(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, command: str
+    ) -> None:
+        right = environment["PIPEFLEET_REDIS_URL"]
+        wrong = f"redis://:{SECRET}@{right.split('@')[1]}"
+        monkeypatch.setenv("PIPEFLEET_REDIS_URL", wrong)
+        with _impatient(Client()) as client, pytest.raises(ServiceUnavailableError, match="refuses access") as caught:
+            COMMANDS[command](client)
+        assert without_credentials(right) in str(caught.value)
+        assert "check the password in PIPEFLEET_REDIS_URL" in str(caught.value)
+        assert SECRET not in str(caught.value)
+
+    def test_every_error_of_redis_becomes_one_of_ours(self) -> None:
+        kinds = [kind for kind in vars(exceptions).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+        assert len(kinds) > 20
+        for kind in [*kinds, OSError, ConnectionResetError, TimeoutError]:
+            if issubclass(kind, exceptions.RedisError | OSError):
+                with (
+                    pytest.raises(ServiceUnavailableError, match=r"redis://h:1/0"),
+                    broker.redis_errors(f"redis://:{SECRET}@h:1/0"),
+                ):
+                    raise kind.__new__(kind)
+
+    def test_other_errors_pass(self) -> None:
+        with pytest.raises(ZeroDivisionError), broker.redis_errors("redis://h"):
+            raise ZeroDivisionError
+
+    def test_a_right_that_is_missing_is_not_taken_for_an_outage(
+        self, client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        redis.execute_command("ACL", "SETUSER", "limited", "on", f">{SECRET}", "~*", "&*", "+ping")
+        host = client.settings.redis_url.split("@")[1]
+        monkeypatch.setenv("PIPEFLEET_REDIS_URL", f"redis://limited:{SECRET}@{host}")
+        with Client() as limited, pytest.raises(ServiceUnavailableError, match=r"refuses access \(NoPermissionError\)"):
+            limited.job("x").status()
+
+
+def _impatient(client: Client) -> Client:
+    """A client that does not wait for its watcher to be connected first: here it never will be."""
+    client.watcher._ready.set()
+    return client
+
+
+class TestSettings:
+    def test_a_wrong_variable_is_named_without_its_value(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PIPEFLEET_REDIS_URL", f"http://:{SECRET}@host")
+        monkeypatch.setenv("PIPEFLEET_STORE", "/tmp/store")
+        monkeypatch.setenv("PIPEFLEET_IN_FLIGHT", "0")
+        with pytest.raises(UsageError) as caught:
+            load_settings()
+        message = str(caught.value)
+        assert "PIPEFLEET_REDIS_URL: must start with redis://, rediss:// or unix://" in message
+        assert "PIPEFLEET_STORE: not an s3:// URI" in message
+        assert "PIPEFLEET_IN_FLIGHT: " in message
+        assert SECRET not in message
+        assert "\n" not in message
+
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("redis://user:pw@host:6379/0", "redis://host:6379/0"),
+            ("rediss://:p%40w@host/1?password=pw&ssl_cert_reqs=none", "rediss://host/1"),
+            ("redis://[::1]:6379", "redis://[::1]:6379"),
+            ("unix://user:pw@/run/redis.sock?db=1", "unix:///run/redis.sock"),
+            ("https://key:pw@s3.example.org/base", "https://s3.example.org/base"),
+        ],
+    )
+    def test_a_url_is_shown_without_user_and_password(self, url: str, shown: str) -> None:
+        assert without_credentials(url) == shown
+
+    def test_a_fleet_file_here_is_found_without_being_named(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    ) -> None:
+        monkeypatch.delenv("PIPEFLEET_FLEET")
+        assert load_settings().fleet_path is None
+        (tmp_path / "fleet.toml").touch()
+        assert load_settings().fleet_path is not None
