@@ -8,6 +8,7 @@ does not know is refused; every version has a golden file in tests/contract/.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -142,7 +143,7 @@ _OPTIONAL = {"model", "revision", "parameters", "items", "shard", "output", "dea
 def decode_message(value: Any) -> JobMessage:
     """A JobMessage from its JSON form. Raises ContractError that says what is wrong, never echoing the content."""
     version = value.get("version") if isinstance(value, Mapping) else None
-    if version != CONTRACT_VERSION:
+    if type(version) is not int or version != CONTRACT_VERSION:  # True and 1.0 are equal to 1
         raise ContractError(
             f"this worker understands contract version {CONTRACT_VERSION}, the message is of version "
             f"{str(version)[:20]}; run producers and workers of the same release"
@@ -177,8 +178,8 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
         raise ContractError("id must have 1 to 200 characters")
     for name in ("deadline", "cost"):
         value = fields.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ContractError(f"{name} must be a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            raise ContractError(f"{name} must be a number, finite and not below 0")
     if not isinstance(fields.get("parameters", {}), Mapping):
         raise ContractError("parameters must be an object")
 
@@ -195,8 +196,10 @@ def _object(value: Any, what: str, *, required: set[str], optional: set[str] = f
 
 
 def encode_json(value: Any) -> str:
-    """Compact, strict JSON (no NaN or infinity). Raises ContractError for what JSON cannot hold."""
+    """Compact, strict JSON that has a UTF-8 form. Raises ContractError for NaN, infinity, lone surrogates, other types."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text.encode()
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
         raise ContractError(f"not JSON: {error}") from None

@@ -7,12 +7,15 @@
     │   ├── ParameterError          a parameter that the task does not take, or a value out of bounds
     │   ├── InputError              an input of a kind that the task does not take
     │   ├── SourceError             a source that is missing, empty or unreadable
-    │   │   └── ManifestError       a line of a manifest that does not parse (names line and column)
+    │   │   ├── ManifestError       a line of a manifest that cannot be used (names line and column)
+    │   │   ├── ObjectMissingError  no such bucket or object
+    │   │   │   └── ObjectChangedError  the object is there, but not the version that was meant
+    │   │   └── AccessDeniedError   the credentials do not allow this
     │   ├── FleetFileError          fleet.toml is wrong (names the key)
     │   ├── RunError                no run at this URI, or one that is there already
     │   └── ContractError           a message that no version of the contract describes
     ├── ServiceUnavailableError     exit 3: Redis or S3 does not answer
-    └── JobError                    a job or an item that ended without a result
+    └── JobError                    exit 1: a job or an item that ended without a result
         ├── JobFailedError          it failed (code, stage and message say how)
         ├── JobCancelledError       somebody cancelled it
         ├── JobExpiredError         its deadline passed before it could finish
@@ -73,9 +76,27 @@ class SourceError(UsageError):
 
 
 class ManifestError(SourceError):
-    """A manifest line that does not parse; the message names line and column (both counted from 1)."""
+    """A manifest line that cannot be used; the message names line and column (both counted from 1)."""
 
     code = "bad_manifest"
+
+
+class ObjectMissingError(SourceError):
+    """There is no such bucket or object; the message names it."""
+
+    code = "not_found"
+
+
+class ObjectChangedError(ObjectMissingError):
+    """The object is there, but no longer the version that was meant."""
+
+    code = "changed"
+
+
+class AccessDeniedError(SourceError):
+    """The credentials do not allow this."""
+
+    code = "forbidden"
 
 
 class FleetFileError(UsageError):
@@ -85,7 +106,7 @@ class FleetFileError(UsageError):
 
 
 class RunError(UsageError):
-    """There is no run at this URI, or there is one already."""
+    """There is no run at this URI, there is one already, or nobody goes on with it."""
 
     code = "bad_run"
 
@@ -97,7 +118,7 @@ class ContractError(UsageError):
 
 
 class ServiceUnavailableError(PipefleetError):
-    """Redis or the object store does not answer; the message names the URL without credentials."""
+    """Redis or the object store does not answer, or not with what was asked; the message names the URL without credentials."""
 
     code = "unavailable"
     exit_code = 3

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipefleet.contract import CONTRACT_VERSION
 from pipefleet.errors import RunError
 from pipefleet.storage import directory_uri
 
@@ -44,6 +45,11 @@ class RunLayout:
     def run(self) -> str:
         """The plan with its totals."""
         return f"{self.uri}_run/run.json"
+
+    @property
+    def control(self) -> str:
+        """The prefix of all that describes the run."""
+        return f"{self.uri}_run/"
 
     @property
     def shards(self) -> str:
@@ -123,8 +129,14 @@ class RunPlan:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> RunPlan:
-        """The reverse of `to_json`. Raises RunError naming `where` for anything else."""
+        """The reverse of `to_json`. Raises RunError naming `where` for anything else, another contract version too."""
         try:
-            return cls(**value)
+            plan = cls(**value)
         except TypeError:
             raise RunError(f"{where} was not written by this version of pipefleet") from None
+        if plan.contract_version != CONTRACT_VERSION:
+            raise RunError(
+                f"{where} follows contract version {str(plan.contract_version)[:20]}, this is version "
+                f"{CONTRACT_VERSION}; use the release of pipefleet that began the run"
+            )
+        return plan

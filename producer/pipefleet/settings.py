@@ -20,7 +20,9 @@ DEFAULT_FLEET = Path("fleet.toml")
 class Settings(BaseSettings):
     """What a producer needs to know. Immutable, so it may be shared by threads."""
 
-    model_config = SettingsConfigDict(env_prefix="PIPEFLEET_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="PIPEFLEET_", frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of the broker", repr=False)
     store: str = Field("s3://pipefleet/store/", description="s3:// prefix for uploads and spilled results")
@@ -34,8 +36,13 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: str) -> str:
-        if urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+        if not value.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must start with redis://, rediss:// or unix://")
+        if _host(value) is None:
+            raise ValueError(
+                "must be like redis://user:password@host:port/0; write '/', '?', '#' and '@' of a password as %2F, %3F, "
+                "%23 and %40"
+            )
         return value
 
     @field_validator("store")
@@ -65,9 +72,24 @@ def load_settings() -> Settings:
 
 
 def without_credentials(url: str) -> str:
-    """`url` with user and password taken out, for messages and logs."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    host = f"[{host}]" if ":" in host else host
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{host}{port}{parts.path}"
+    """`url` with user, password and query taken out, for messages and logs; of a malformed one only what surely is no secret."""
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        return "…"
+    host = _host(url)
+    if host is None:  # an unescaped character of the password ends the host too early: what follows the last @ is none of it
+        host = _host(f"{scheme}://{url.rpartition('@')[2]}") if "@" in url else None
+    return f"{scheme}://{'…' if host is None else host}"
+
+
+def _host(url: str) -> str | None:
+    """Host, port and path of a URL, without user, password and query; None where it is not clear which is which."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return None
+    local = parts.scheme == "unix" or not parts.netloc
+    if not (host or local) or "@" in parts.path + parts.fragment or ("@" in parts.query and "@" not in parts.netloc):
+        return None
+    return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "") + parts.path

@@ -47,14 +47,17 @@ class StorageRef:
     def from_json(cls, value: Mapping[str, Any]) -> StorageRef:
         """The reverse of `to_json`. Raises ContractError for anything else."""
         unknown = set(value) - {REF_KEY, "etag", "size", "type"}
-        uri, size = value.get(REF_KEY), value.get("size")
-        if unknown or not isinstance(uri, str) or not (size is None or isinstance(size, int)):
-            raise ContractError(f"not a storage reference: it may hold {REF_KEY}, etag, size and type only")
+        uri, etag, size, media_type = (value.get(name) for name in (REF_KEY, "etag", "size", "type"))
+        texts = isinstance(uri, str) and all(one is None or isinstance(one, str) for one in (etag, media_type))
+        if unknown or not texts or not (size is None or (type(size) is int and size >= 0)):
+            raise ContractError(
+                f"not a storage reference: it holds {REF_KEY} and, at most, etag and type (texts) and size (bytes)"
+            )
         try:
             split_uri(uri)
         except InputError as error:
             raise ContractError(str(error)) from None
-        return cls(uri, value.get("etag"), size, value.get("type"))
+        return cls(uri, etag, size, media_type)
 
     @classmethod
     def of(cls, uri: str) -> StorageRef:
@@ -77,8 +80,13 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def is_uri(value: object) -> bool:
-    """True for a string that is an `s3://` URI as a whole (a text that merely mentions one is not)."""
-    return isinstance(value, str) and value.startswith("s3://") and not any(c.isspace() for c in value.strip("\n"))
+    """True for a string that begins with `s3://`; `split_uri` says whether the rest is right. Keys may hold spaces."""
+    return isinstance(value, str) and value.startswith("s3://")
+
+
+def is_text_uri(value: object) -> bool:
+    """True where a text may stand, for one line that begins with `s3://`; a text that only mentions a URI is none."""
+    return isinstance(value, str) and is_uri(value) and len(value.splitlines()) == 1
 
 
 def is_ref(value: object) -> bool:

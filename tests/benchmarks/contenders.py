@@ -1,101 +1,131 @@
-"""The ways to do the work. Each runs in a process of its own with the same threads, models loaded and warmed before the clock."""
+"""The ways to do the work in one process. Each runs in a fresh one with the same threads, its model loaded and warm before the clock."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.benchmarks.limit import hand_written
+from tests.benchmarks.measurement import Machine, Measurement
 from tests.benchmarks.workloads import WORKLOADS, Workload, decode_item
 
 ROOT = Path(__file__).resolve().parents[2]
+BATCH = 32
+ONE_BY_ONE = "pipeline one by one"
+LIMIT = "the limit, by hand"
+WARM_UP = 8
+"""Items that run before the clock starts."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Wall and CPU seconds of one run, and its outputs by item."""
-
-    seconds: float
-    cpu_seconds: float
-    outputs: dict[str, Any]
-
-
-def in_subprocess(contender: str, workload: str, count: int, scratch: Path) -> Measurement:
-    """Run one contender in a fresh process with the environment that workers use."""
-    target = scratch / f"{contender}-{workload}.pickle"
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "tests.benchmarks.contenders", contender, workload, str(count), str(target)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+def in_subprocess(contender: str, workload: Workload, machine: Machine, scratch: Path) -> Measurement:
+    """Run one contender in a fresh process; `workload` is made again there from its name and count."""
+    target = scratch / f"{contender}-{workload.name}.pickle"
+    order = json.dumps({"name": workload.name, "count": len(workload.items), **asdict(machine)})
+    command = [sys.executable, "-m", "tests.benchmarks.contenders", contender, order, str(target)]
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"contender {contender!r} on {workload.name} failed:\n{done.stderr[-3000:]}")
     with target.open("rb") as file:
         return Measurement(*pickle.load(file))
 
 
 def one_by_one(pipe: Any, workload: Workload) -> list[Any]:
     """`pipeline(x)` in a loop: what most scripts do."""
-    return [_reduced(workload, pipe(decode_item(workload, name), **workload.parameters)) for name in workload.items]
+    arguments = {**workload.parameters, **workload.pipeline_parameters}
+    return [_kept(workload, pipe(decode_item(workload, name), **arguments)) for name in workload.items]
 
 
 def batched(pipe: Any, workload: Workload) -> list[Any]:
     """`pipeline(generator, batch_size=32)`: what the documentation advises for throughput."""
     stream = (decode_item(workload, name) for name in workload.items)
-    return [_reduced(workload, one) for one in pipe(stream, batch_size=32, **workload.parameters)]
+    arguments = {**workload.parameters, **workload.pipeline_parameters}
+    return [_kept(workload, one) for one in pipe(stream, batch_size=BATCH, **arguments)]
 
 
-def _reduced(workload: Workload, output: Any) -> Any:
-    """A pipeline's output in the form in which all contenders are compared: embeddings as their mean."""
-    if workload.task == "feature-extraction":
-        return np.asarray(output, dtype=np.float32)[0].mean(axis=0)
-    return output
+def pipefleet_engine(pipe: Any, workload: Workload) -> list[Any]:
+    """pipefleet's engine without its transport."""
+    from tests.benchmarks.in_process import through_the_engine
+
+    return through_the_engine(pipe, workload)
 
 
-CONTENDERS: dict[str, Callable[[Any, Workload], list[Any]]] = {
-    "pipeline one by one": one_by_one,
-    "pipeline batch_size=32": batched,
-    "the limit, by hand": hand_written,
+def _kept(workload: Workload, output: Any) -> Any:
+    return output.float().cpu().numpy()[0] if workload.task == "feature-extraction" else output
+
+
+IN_PROCESS: dict[str, Callable[[Any, Workload], list[Any]]] = {
+    ONE_BY_ONE: one_by_one,
+    f"pipeline batch_size={BATCH}": batched,
+    LIMIT: hand_written,
+    "pipefleet, in process": pipefleet_engine,
 }
 
 
+def reduced(pipe: Any, workload: Workload, outputs: list[Any]) -> list[Any]:
+    """Outputs in the form in which all contenders are compared, made outside the clock: a token matrix as its mean.
+
+    With a batch size, the pipeline pads every text to the longest of its batch and returns the padding as well; only a text's
+    own tokens count here.
+    """
+    if workload.task != "feature-extraction" or outputs[0].ndim == 1:
+        return outputs
+    encoded = pipe.tokenizer(list(workload.items.values()), truncation=True)["input_ids"]
+    return [output[: len(ids)].mean(axis=0) for output, ids in zip(outputs, encoded, strict=True)]
+
+
 def agree(workload: Workload, ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """The share of items on which two contenders agree: cosine above 0.999, or the same text."""
-    same = 0
-    for name in workload.items:
-        mine, other = ours[name], theirs[name]
-        if workload.task == "feature-extraction":
-            a, b = np.asarray(mine, dtype=np.float64).ravel(), np.asarray(other, dtype=np.float64).ravel()
-            same += bool(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.999)
-        else:
-            same += json.dumps(mine) == json.dumps(other)
-    return same / len(workload.items)
+    """The share of items on which two contenders agree: cosine above 0.999, the same text, or the same top label.
+
+    Only the items that `ours` has count: slow contenders get the first ones.
+    """
+    same = sum(_same(workload.task, ours[name], theirs[name]) for name in ours if name in theirs)
+    return same / max(1, len(ours))
+
+
+def _same(task: str, mine: Any, other: Any) -> bool:
+    if task == "feature-extraction":
+        a, b = np.asarray(mine, dtype=np.float64).ravel(), np.asarray(other, dtype=np.float64).ravel()
+        return bool(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.999)
+    if task == "automatic-speech-recognition":
+        return bool(mine["text"] == other["text"])
+    top, wanted = (value[0] if isinstance(value, list) else value for value in (mine, other))
+    return bool(top["label"] == wanted["label"] and abs(top["score"] - wanted["score"]) < 0.01)
+
+
+@dataclass(frozen=True)
+class _Order:
+    workload: Workload
+    machine: Machine
+
+    @classmethod
+    def parse(cls, text: str) -> _Order:
+        fields = json.loads(text)
+        workload = WORKLOADS[fields.pop("name")](fields.pop("count"))
+        return cls(workload, Machine(**fields))
 
 
 def main() -> None:
     """Run one contender on one workload and pickle its measurement."""
-    parser = argparse.ArgumentParser()
-    for name in ("contender", "workload", "count", "target"):
-        parser.add_argument(name)
-    arguments = parser.parse_args()
-    import torch
-    from transformers import pipeline
-
-    workload = WORKLOADS[arguments.workload](int(arguments.count))
-    pipe = pipeline(workload.task, model=workload.model, device="cpu", dtype=torch.float32)
-    pipe(decode_item(workload, next(iter(workload.items))), **workload.parameters)
+    contender, order, target = sys.argv[1:]
+    parsed = _Order.parse(order)
+    workload, run = parsed.workload, IN_PROCESS[contender]
+    pipe = parsed.machine.load(workload.task, workload.model)
+    run(pipe, workload.first(WARM_UP))
     wall, cpu = time.perf_counter(), time.process_time()
-    outputs = CONTENDERS[arguments.contender](pipe, workload)
-    seconds = (time.perf_counter() - wall, time.process_time() - cpu)
-    with open(arguments.target, "wb") as file:
-        pickle.dump((*seconds, dict(zip(workload.items, outputs, strict=True))), file)
+    outputs = run(pipe, workload)
+    seconds, used = time.perf_counter() - wall, time.process_time() - cpu
+    found = dict(zip(workload.items, reduced(pipe, workload, outputs), strict=True))
+    with open(target, "wb") as file:
+        pickle.dump((seconds, {"process": used}, found), file)
 
 
 if __name__ == "__main__":

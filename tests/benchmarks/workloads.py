@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipefleet_workers.demo import assets, weights
 from pipefleet_workers.items import Blob
 from pipefleet_workers.media.audio import decode_audio
+from tests.benchmarks.pictures import pictures, small_vit
 
 SEED = 20_240_817
 MODELS = Path.home() / ".cache" / "pipefleet" / "bench"
@@ -28,11 +30,19 @@ class Workload:
     parameters: dict[str, Any] = field(default_factory=dict)
     pool_parameters: dict[str, Any] = field(default_factory=dict)
     """What pipefleet is told in addition, where it returns something smaller than the pipeline does."""
+    pipeline_parameters: dict[str, Any] = field(default_factory=dict)
+    """What transformers' pipeline is told in addition, so that no time goes into what nobody reads."""
+    slow_items: int | None = None
+    """Contenders that take milliseconds for each item get the first so many only; None: all."""
 
     @property
     def is_text(self) -> bool:
         """True when the items are texts."""
         return isinstance(next(iter(self.items.values())), str)
+
+    def first(self, count: int | None) -> Workload:
+        """The same with its first `count` items; None: all."""
+        return replace(self, items=dict(itertools.islice(self.items.items(), count)))
 
 
 def texts(count: int) -> Workload:
@@ -44,7 +54,13 @@ def texts(count: int) -> Workload:
     return Workload(
         "texts", "feature-extraction", str(weights.minilm()), items,
         parameters={"truncation": True}, pool_parameters={"pooling": "mean"},
+        pipeline_parameters={"return_tensors": True},
     )  # fmt: skip
+
+
+def images(count: int) -> Workload:
+    """JPEGs of 320x240 to 1920x1080, classified by a ViT of 5.5 M parameters."""
+    return Workload("images", "image-classification", str(small_vit(MODELS)), pictures(count, SEED))
 
 
 def speech(count: int) -> Workload:
@@ -58,26 +74,42 @@ def speech(count: int) -> Workload:
     )  # fmt: skip
 
 
+def trivial(count: int) -> Workload:
+    """Short texts and a classifier of two tiny layers: what is left is the cost of the system itself."""
+    from tests.checkpoints import cached
+
+    source = random.Random(SEED)
+    words = assets.texts().read_text().split()
+    items = {f"{index:06d}": " ".join(source.choices(words, k=source.randint(4, 8))) for index in range(count)}
+    model = str(cached("text-classification"))
+    return Workload("trivial", "text-classification", model, items, slow_items=2000)
+
+
 def _seconds(name: str, content: bytes) -> float:
     return len(decode_audio(Blob(name, content, None), rate=16_000, max_seconds=3600)) / 16_000
 
 
-def decoded(workload: Workload) -> list[Any]:
-    """The items as a pipeline takes them: texts, samples or pictures."""
-    return [decode_item(workload, name) for name in workload.items]
-
-
 def decode_item(workload: Workload, name: str) -> Any:
-    """One item as a pipeline takes it."""
-    content = workload.items[name]
+    """One item as a pipeline takes it: a text, samples or a picture."""
+    return decode(workload.task, workload.items[name])
+
+
+def decode(task: str, content: str | bytes) -> Any:
+    """The text, samples (16 kHz) or picture in `content`."""
     if isinstance(content, str):
         return content
-    if workload.task == "automatic-speech-recognition":
-        return decode_audio(Blob(name, content, None), rate=16_000, max_seconds=3600)
+    if task == "automatic-speech-recognition":
+        return decode_audio(Blob("", content, None), rate=16_000, max_seconds=3600)
     from PIL import Image
 
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-WORKLOADS: dict[str, Callable[[int], Workload]] = {"texts": texts, "speech": speech}
-DEFAULT_COUNTS = {"texts": 400, "speech": 16}
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    "texts": texts,
+    "images": images,
+    "speech": speech,
+    "trivial": trivial,
+}
+COUNTS = {"texts": 400, "images": 100, "speech": 16, "trivial": 20_000}
+QUICK_COUNTS = {"texts": 40, "images": 12, "speech": 3, "trivial": 600}

@@ -25,8 +25,10 @@ from pipefleet.inputs import RAW_AUDIO
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.items import Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.outcomes import Outcomes
 from pipefleet_workers.runtime import RUNTIME
@@ -113,7 +115,7 @@ class Running:
         row, spec = RUNTIME[task], task_spec(task)
         decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
         stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
-        self.engine = Engine(stages, limits, settings, slice_items=row.slice_items)
+        self.engine = Engine(stages, limits, settings, Instruments(Metrics("test")), slice_items=row.slice_items)
 
     def submit(self, calls: Sequence[Call], **context: Any) -> tuple[JobContext, Outcomes]:
         """Admit one job with an item for each call; `context` overrides fields of its JobContext."""
@@ -138,11 +140,11 @@ class Running:
         adapter.entered.clear()
         _, plug = self.submit(calls[:1])
         wait_until(adapter.entered.is_set, "the first batch reaches the device")
-        in_device = adapter.prepared_units - len(self.engine._room)
+        in_device = adapter.prepared_units - len(self.engine.room)
         items, units = adapter.prepared_items + len(calls), in_device
         _, sink = self.submit(calls)
         wait_until(
-            lambda: adapter.prepared_items >= items and len(self.engine._room) == adapter.prepared_units - units,
+            lambda: adapter.prepared_items >= items and len(self.engine.room) == adapter.prepared_units - units,
             "every unit waits for the device",
         )
         adapter.gate.set()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +29,11 @@ def unit(length: int, key: Any = "one", priority: int = 3) -> Unit:
     return Unit(Assembly(Work(context, 0, JobItem("0", ""), {}, 1), expected=1), 0, key, length, None)
 
 
-def check_batch(batch: Batch, held: Sequence[Unit], now: float, limits: BatchLimits) -> None:
-    """What must be true of every batch, given the units that were held when it was taken at `now`."""
+def check_batch(batch: Batch, held: Sequence[Unit], now: float, limits: BatchLimits, *, after_aged: bool) -> bool:
+    """What must be true of every batch, given the units that were held when it was taken at `now`.
+
+    `after_aged` tells that the batch before was taken for its age; returns whether this one was.
+    """
     assert batch.units
     identities = [id(one) for one in batch.units]
     assert len(set(identities)) == len(identities)
@@ -37,10 +42,15 @@ def check_batch(batch: Batch, held: Sequence[Unit], now: float, limits: BatchLim
     assert len(batch.units) <= limits.max_items
     assert batch.cost <= limits.max_cost or len(batch.units) == 1
     oldest = min(held, key=lambda one: one.created)
-    if now - oldest.created > limits.max_age:
+    aged = [one for one in held if one.created == oldest.created]
+    most_urgent = min(one.priority for one in held)
+    takes_turns = after_aged and most_urgent < max(one.priority for one in aged)
+    if now - oldest.created > limits.max_age and not takes_turns:
         assert min(one.created for one in batch.units) == oldest.created, "an aged unit was passed over"
-    else:
-        assert min(one.priority for one in batch.units) == min(one.priority for one in held)
+        return True
+    holds_aged = min(one.created for one in batch.units) == oldest.created
+    assert holds_aged or min(one.priority for one in batch.units) == most_urgent
+    return False
 
 
 def drive(steps: Sequence[Any], limits: BatchLimits) -> tuple[list[Unit], list[Unit]]:
@@ -49,12 +59,14 @@ def drive(steps: Sequence[Any], limits: BatchLimits) -> tuple[list[Unit], list[U
     added: list[Unit] = []
     held: list[Unit] = []
     out: list[Unit] = []
+    after_aged = False
 
     def take() -> None:
+        nonlocal after_aged
         batch = batcher.take(now)
         assert (batch is None) == (not held), "work-conserving: a batch whenever there is a unit"
         if batch is not None:
-            check_batch(batch, held, now, limits)
+            after_aged = check_batch(batch, held, now, limits, after_aged=after_aged)
             gone = {id(one) for one in batch.units}
             held[:] = [one for one in held if id(one) not in gone]
             out.extend(batch.units)
@@ -140,18 +152,66 @@ def test_nothing_starves_under_a_flood(
 ) -> None:
     """The flood brings more units a second than one batch takes: long ones, urgent ones, of another key."""
     takes, age = _takes_until_served(unit(*victim), flood, ahead=ahead)
-    assert takes <= 10 + ahead + 1, "only units that came no later may go first once the victim is over age"
-    assert age <= 10.0 + ahead + 2
+    assert takes <= 10 + 2 * (ahead + 1), (
+        "once the victim is over age, only older units and every second batch go first"
+    )
+    assert age <= 10.0 + 2 * (ahead + 1) + 1
 
 
-def test_dropped_units_never_come_out_and_the_rest_does() -> None:
-    batcher = MicroBatcher(BatchLimits(max_cost=100, max_items=100))
-    units = [unit(length, key) for key in ("a", "b") for length in (1, 2, 3)]
-    for one in units:
-        batcher.add(one, 0.0)
-    batcher.drop([units[0], units[3], units[4], units[5]])
-    assert len(batcher) == 2
-    batch = batcher.take(0.0)
+def _padded(batches: Sequence[Sequence[int]]) -> int:
+    return sum(max(batch) * len(batch) for batch in batches)
+
+
+def _in_arrival_order(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for length in lengths:
+        last = [*batches[-1], length] if batches else []
+        if last and len(last) <= limits.max_items and max(last) * len(last) <= limits.max_cost:
+            batches[-1] = last
+        else:
+            batches.append([length])
+    return batches
+
+
+@pytest.mark.parametrize(("max_cost", "window"), [(2048, 256), (2048, 512), (8192, 512)])
+def test_ragged_lengths_are_padded_far_less_than_in_arrival_order(max_cost: int, window: int) -> None:
+    rng = random.Random(7)
+    lengths = [max(1, min(512, int(rng.lognormvariate(3.5, 1.0)))) for _ in range(8192)]
+    limits = BatchLimits(max_cost, 64)
+    batcher, batches = MicroBatcher(limits), []
+    waiting = iter(lengths)
+    for _ in range(window):
+        batcher.add(unit(next(waiting)), 0.0)
+    while (batch := batcher.take(0.0)) is not None:
+        batches.append([one.length for one in batch.units])
+        for _, length in zip(batch.units, waiting, strict=False):
+            batcher.add(unit(length), 0.0)
+    assert sum(map(len, batches)) == len(lengths)
+    waste = _padded(batches) / sum(lengths) - 1
+    arrival = _padded(_in_arrival_order(lengths, limits)) / sum(lengths) - 1
+    assert waste < 0.3, f"waste {waste:.2f}, in arrival order {arrival:.2f}"
+
+
+def test_none_is_a_key_like_any_other() -> None:
+    batcher = MicroBatcher(BatchLimits(10, 1, max_age=1.0))
+    batcher.add(unit(1, None), 0.0)
+    batcher.add(unit(1, "late"), 9.0)
+    batch = batcher.take(9.0)
     assert batch is not None
-    assert [id(one) for one in batch.units] == [id(units[1]), id(units[2])]
-    assert batcher.take(0.0) is None
+    assert batch.key is None
+
+
+def test_interactive_work_passes_bulk_that_has_waited_long() -> None:
+    batcher, now = MicroBatcher(BatchLimits(100, 4, max_age=10.0)), 0.0
+    for _ in range(500):
+        batcher.add(unit(20, "bulk", priority=9), now)
+    now = 11.0
+    urgent = unit(20, "interactive", priority=0)
+    batcher.add(urgent, now)
+    for _taken in range(500):
+        batch = batcher.take(now)
+        assert batch is not None
+        now += 2.0
+        if any(one is urgent for one in batch.units):
+            break
+    assert _taken <= 3, f"{_taken} batches of bulk went first, {now - 11.0:.0f} s"

@@ -222,12 +222,12 @@ def test_a_cancelled_job_stops_before_the_device(pipe: Any) -> None:
         assert adapter.entered.wait(SECONDS)
         job, cancelled = engine.submit([Call(f"cancelled {index}") for index in range(5)])
         _, other = engine.submit([Call("other")])
-        wait_until(lambda: len(engine.engine._room) == 6, "all wait for the device")
+        wait_until(lambda: len(engine.engine.room) == 6, "all wait for the device")
         job.cancelled = True
         adapter.gate.set()
         outcomes = finished(cancelled)
         assert codes(finished(plug) + finished(other)) == ["", ""]
-        assert len(engine.engine._room) == 0
+        assert len(engine.engine.room) == 0
     assert codes(outcomes) == ["cancelled"] * 5
     assert stages(outcomes) == {"forward"}
     assert not any(unit.assembly.work.job is job for batch in adapter.batches for unit in batch.units)
@@ -258,7 +258,7 @@ def test_a_deadline_that_passes_while_waiting_for_the_device(pipe: Any) -> None:
         _, plug = engine.submit([Call("plug")])
         assert adapter.entered.wait(SECONDS)
         job, sink = engine.submit([Call("a"), Call("b")], deadline=time.time() + 10 * SECONDS)
-        wait_until(lambda: len(engine.engine._room) == 2, "both wait for the device")
+        wait_until(lambda: len(engine.engine.room) == 2, "both wait for the device")
         job.deadline = time.time() - 1.0
         adapter.gate.set()
         finished(plug)
@@ -312,7 +312,7 @@ def test_a_failure_shares_the_time_of_its_batch_and_keeps_its_order() -> None:
     from tests.unit.test_worker_batcher import unit
 
     units = [unit(length) for length in (1, 3, 2)]
-    done = Forward(Odd()).run(Batch("one", units))  # type: ignore[arg-type]
+    done = Forward(Odd(), lambda cost: None).run(Batch("one", units))  # type: ignore[arg-type]
     assert [one for one, _ in done] == units
     assert [output if isinstance(output, int) else output.code for _, output in done] == [1, "model_error", 2]
     assert isinstance(done[1][1], JobFailure)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipefleet_workers.batcher import MicroBatcher
 from pipefleet_workers.items import Batch, Unit
@@ -38,6 +39,12 @@ class BatchQueue:
             batch = self._batcher.take(time.monotonic())
             self._changed.notify_all()
             return batch
+
+    def limit_cost(self, cost: int) -> None:
+        """Make batches smaller from now on; never larger."""
+        with self._changed:
+            limits = self._batcher.limits
+            self._batcher.limits = replace(limits, max_cost=max(1, min(limits.max_cost, cost)))
 
     def close(self) -> None:
         """Let `take` return None once everything was taken."""

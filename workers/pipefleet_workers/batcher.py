@@ -2,11 +2,11 @@
 
 Rules, in this order:
 
-1. A unit that has waited longer than `max_age` is served next, whatever else there is (nothing starves).
-2. Else the most urgent priority goes first (interactive work passes bulk).
-3. Among equally urgent keys the one with the most work goes first (fullest batches).
-4. A batch is cut around its first unit from the units of its key sorted by length, so that padding stays small, and ends at
-   the padded cost `max_cost` (longest times count) or at `max_items`. A single unit above `max_cost` goes alone.
+1. A unit that has waited longer than `max_age` is served next (nothing starves), but while more urgent work waits only in
+   every second batch (a slow model's whole backlog is old, and interactive work must pass it).
+2. Else the most urgent priority goes first, and among equally urgent keys the one with the most work (fullest batches).
+3. Within a key batches go down from the longest units to the shortest and start over: like lengths meet, padding stays small.
+4. A batch ends at the padded cost `max_cost` (longest times count) or at `max_items`. A unit above `max_cost` goes alone.
 
 It is work-conserving: `take` returns a batch whenever there is a unit.
 """
@@ -14,7 +14,7 @@ It is work-conserving: `take` returns a batch whenever there is a unit.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class BatchLimits:
 
     max_cost: int
     max_items: int
-    max_age: float = 10.0
+    max_age: float = 30.0
 
 
 @dataclass(slots=True)
@@ -36,10 +36,21 @@ class _Lane:
 
     units: list[Unit] = field(default_factory=list)
     total: int = 0
+    below: int = sys.maxsize
+    """Length at which the last batch ended; the next one goes on downwards from there."""
 
     def add(self, unit: Unit) -> None:
         bisect.insort(self.units, unit, key=lambda one: one.length)
         self.total += unit.length
+
+    def next(self, urgent: int) -> int:
+        """Index of the longest unit of priority `urgent` that is not longer than the last batch's shortest, else of the longest.
+
+        Always taking the longest of all would serve each long unit as soon as it comes, next to whatever is there, while the
+        window fills with short ones: almost the padding of arrival order.
+        """
+        indices = [index for index, unit in enumerate(self.units) if unit.priority == urgent]
+        return next((index for index in reversed(indices) if self.units[index].length <= self.below), indices[-1])
 
 
 class MicroBatcher:
@@ -49,6 +60,7 @@ class MicroBatcher:
         self.limits = limits
         self._lanes: dict[Any, _Lane] = {}
         self._count = 0
+        self._served_aged = False
 
     def __len__(self) -> int:
         return self._count
@@ -69,43 +81,40 @@ class MicroBatcher:
         taken = lane.units[low:high]
         del lane.units[low:high]
         lane.total -= sum(unit.length for unit in taken)
+        lane.below = taken[0].length
         if not lane.units:
             del self._lanes[key]
         self._count -= len(taken)
         return Batch(key, taken)
 
-    def drop(self, stopped: Iterable[Unit]) -> None:
-        """Take units out without serving them (their job was cancelled)."""
-        gone = {id(unit) for unit in stopped}
-        for key, lane in list(self._lanes.items()):
-            lane.units = [unit for unit in lane.units if id(unit) not in gone]
-            lane.total = sum(unit.length for unit in lane.units)
-            if not lane.units:
-                del self._lanes[key]
-        self._count = sum(len(lane.units) for lane in self._lanes.values())
-
     def _first(self, now: float) -> tuple[Any, int]:
         """The key to serve and the index of the unit to cut around."""
-        oldest_key, oldest, age = None, 0, self.limits.max_age
-        best_key, best, rank = None, 0, (0, 0)
+        aged: tuple[Any, int] | None = None
+        age = self.limits.max_age
+        ranked: list[tuple[int, int, Any]] = []
         for key, lane in self._lanes.items():
             urgent = min(unit.priority for unit in lane.units)
             for index, unit in enumerate(lane.units):
                 if now - unit.created > age:
-                    oldest_key, oldest, age = key, index, now - unit.created
-            if best_key is None or (-urgent, lane.total) > rank:
-                best_key, rank = key, (-urgent, lane.total)
-                best = max(i for i, unit in enumerate(lane.units) if unit.priority == urgent)
-        return (oldest_key, oldest) if oldest_key is not None else (best_key, best)
+                    aged, age = (key, index), now - unit.created
+            ranked.append((urgent, -lane.total, key))
+        urgent, _, key = min(ranked, key=lambda one: one[:2])
+        self._served_aged = aged is not None and not (self._served_aged and urgent < self._priority(aged))
+        return aged if self._served_aged and aged is not None else (key, self._lanes[key].next(urgent))
+
+    def _priority(self, place: tuple[Any, int]) -> int:
+        key, index = place
+        return self._lanes[key].units[index].priority
 
     def _cut(self, units: list[Unit], first: int) -> tuple[int, int]:
         """The slice around `first` that fits the limits: downwards first, as that adds no padding to the longest."""
         low, high = first, first + 1
-        while low > 0 and self._fits(units[high - 1].length, high - low + 1):
+        while low > 0 and self._fits(units[high - 1], high - low + 1):
             low -= 1
-        while high < len(units) and self._fits(units[high].length, high - low + 1):
+        while high < len(units) and self._fits(units[high], high - low + 1):
             high += 1
         return low, high
 
-    def _fits(self, longest: int, count: int) -> bool:
-        return count <= self.limits.max_items and longest * count <= self.limits.max_cost
+    def _fits(self, longest: Unit, count: int) -> bool:
+        cost = (longest.length + longest.fixed) * count
+        return count <= self.limits.max_items and cost <= self.limits.max_cost

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
-from pipefleet.errors import ContractError, ParameterError, PipefleetError
+from pipefleet.errors import ContractError, PipefleetError
 from pipefleet.fleet import Pool, model_label
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectMissingError, ObjectStore
@@ -59,7 +59,7 @@ class Consumer:
         self._spec: TaskSpec = task_spec(pool.task)
         self._engine = engine
         self._outlets = outlets
-        self._jobs: dict[str, JobContext] = {}
+        self._jobs: dict[int, JobContext] = {}
         self._lock = threading.Lock()
         self._one_shard_at_a_time = threading.Lock()
         self._draining = False
@@ -92,9 +92,7 @@ class Consumer:
             time.sleep(0.05)
         with self._lock:
             for context in self._jobs.values():
-                context.cancelled = True
-                if isinstance(context.sink, Outcomes):
-                    context.sink.abandon()
+                context.give_back(DrainedError())
 
     def _handle_single(self, message: JobMessage) -> str:
         reporter = self._outlets.reporter
@@ -162,38 +160,47 @@ class Consumer:
             deadline=message.deadline,
             sink=sink,
         )
-        with self._lock:
-            self._jobs[message.id] = context
         works = [_work(context, position, item) for position, item in enumerate(items)]
+        with self._lock:
+            self._jobs[id(context)] = context
+        admitted: list[Work] = []
         try:
-            self._admit(context, works, bulk=shard is not None)
+            self._admit(context, works, admitted, bulk=shard is not None)
             self._wait(sink, shard)
         finally:
             with self._lock:
-                self._jobs.pop(message.id, None)
+                del self._jobs[id(context)]
             if shard is not None:
-                self._engine.release(works)
+                self._engine.release(admitted)
         return sink.in_order()
 
-    def _admit(self, context: JobContext, works: list[Work], *, bulk: bool) -> None:
-        admissible = []
+    def _admit(self, context: JobContext, works: list[Work], admitted: list[Work], *, bulk: bool) -> None:
         for work in works:
-            try:
-                self._spec.check(work.item.parameters)
-                admissible.append(work)
-            except ParameterError as error:
-                context.sink.deliver(Outcome(work, failure=JobFailure(error.code, str(error), "consume")))
+            failure = self._item_failure(work)
+            if failure is None:
+                admitted.append(work)
+            else:
+                context.sink.deliver(Outcome(work, failure=failure))
         if not bulk:
-            self._engine.admit(admissible, bulk=False)
+            self._engine.admit(admitted, bulk=False)
             return
         with self._one_shard_at_a_time:  # the shard that came first gets its items in first
-            self._engine.admit(admissible, bulk=True)
+            self._engine.admit(admitted, bulk=True)
+
+    def _item_failure(self, work: Work) -> JobFailure | None:
+        """Why an item must not enter the engine, or None: parameters and references come from any program that can queue."""
+        try:
+            self._spec.check(work.item.parameters)
+            refs_in(work.item.inputs)
+        except PipefleetError as error:
+            return JobFailure(error.code, str(error), "consume")
+        return None
 
     def _wait(self, sink: Outcomes, shard: Shard | None) -> None:
         while not sink.complete:
             new = sink.wait(PROGRESS_SECONDS)
-            if sink.abandoned and not sink.complete:
-                raise DrainedError
+            if sink.abandoned is not None:
+                raise sink.abandoned
             if shard is not None and not sink.complete:
                 self._outlets.reporter.progress(shard, new)
 
@@ -216,7 +223,10 @@ class Consumer:
 
 
 def _work(context: JobContext, position: int, item: JobItem) -> Work:
-    references = refs_in(item.inputs)
+    try:
+        references = refs_in(item.inputs)
+    except ContractError:
+        references = []  # refused on admission
     inline = len(item.inputs) if isinstance(item.inputs, str) else 256
     weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) or inline
     parameters = {**context.parameters, **item.parameters} if item.parameters else context.parameters

@@ -15,6 +15,7 @@ from pipefleet.errors import PipefleetError
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
+from pipefleet_workers.facts import announced_workers
 
 RACERS = 50
 ROUNDS = 3
@@ -113,12 +114,10 @@ def _fleet(settings: Settings) -> str:
 
 def _workers(settings: Settings) -> str:
     with broker.redis_errors(settings.redis_url):
-        announced = broker.announced_pools(broker.connect(settings))
-    if not announced:
-        raise PipefleetError(
-            "no worker is alive; start one with `pipefleet worker --pool NAME`, or all with `pipefleet up`"
-        )
-    return "alive: " + ", ".join(sorted(announced))
+        workers = announced_workers(broker.connect(settings))
+    if not workers:
+        raise PipefleetError("no worker is alive; start one with `pipefleet worker --pool NAME`, or `pipefleet up`")
+    return "; ".join(f"{name}: {facts['batching']}" for name, facts in sorted(workers.items()))
 
 
 def _images(settings: Settings) -> str:

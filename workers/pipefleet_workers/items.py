@@ -25,10 +25,13 @@ class ItemError(Exception):
 
 
 class Sink(Protocol):
-    """Where the outcomes of one job go."""
+    """Where the outcomes of one job go. Called by any thread."""
 
     def deliver(self, outcome: Outcome) -> None:
-        """Take one outcome; called once for each item of the job, by any thread."""
+        """Take one outcome."""
+
+    def abandon(self, reason: Exception) -> None:
+        """Take no more outcomes: the job goes back to its queue."""
 
 
 @dataclass(slots=True)
@@ -42,6 +45,11 @@ class JobContext:
     deadline: float | None
     sink: Sink
     cancelled: bool = False
+
+    def give_back(self, reason: Exception) -> None:
+        """End the job here without a result, so that it can run again: what comes in from now on is dropped."""
+        self.sink.abandon(reason)  # first: an item that is dropped because of the next line must not count as ended
+        self.cancelled = True
 
     def stopped(self, stage: str) -> JobFailure | None:
         """Why no more work should go into this job, or None. Asked before every stage."""
@@ -92,7 +100,7 @@ class Decoded:
 
 @dataclass(slots=True)
 class Assembly:
-    """Collects the outputs of the units of one item. Touched by one thread at a time: the device's."""
+    """Collects the outputs of the units of one item. Touched by one thread at a time: the one that owns its batch."""
 
     work: Work
     expected: int
@@ -101,16 +109,27 @@ class Assembly:
     outputs: dict[int, Any] = field(default_factory=dict)
     failure: JobFailure | None = None
 
+    def collect(self, index: int, output: Any | JobFailure) -> bool:
+        """Note the output of unit `index`, or why it has none. True when it was the last one."""
+        if isinstance(output, JobFailure):
+            self.failure = self.failure or output
+        self.outputs[index] = output
+        return len(self.outputs) == self.expected
+
 
 @dataclass(slots=True)
 class Unit:
-    """One model input. Units with an equal `key` may share a batch; `length` is what is padded to the longest."""
+    """One model input. Units with an equal `key` may share a batch; `length` is what is padded to the longest.
+
+    `fixed` is what a unit costs beside its length, the same for all units of a key.
+    """
 
     assembly: Assembly
     index: int
     key: Any
     length: int
     features: Any
+    fixed: int = 0
     created: float = 0.0
 
     @property
@@ -128,8 +147,8 @@ class Batch:
 
     @property
     def cost(self) -> int:
-        """Padded cost: the longest unit times their number."""
-        return max(unit.length for unit in self.units) * len(self.units)
+        """Padded cost: the longest unit, with its fixed part, times their number."""
+        return (max(unit.length for unit in self.units) + self.units[0].fixed) * len(self.units)
 
 
 @dataclass(frozen=True, slots=True)

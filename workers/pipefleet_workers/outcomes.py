@@ -15,12 +15,12 @@ class Outcomes:
         self._outcomes: dict[int, Outcome] = {}
         self._new: list[Outcome] = []
         self._changed = threading.Condition()
-        self._abandoned = False
+        self._reason: Exception | None = None
 
     def deliver(self, outcome: Outcome) -> None:
-        """Take one outcome. A second one for the same item is dropped: the first is final."""
+        """Take one outcome. Dropped: a second one for the same item, and all that come after `abandon`."""
         with self._changed:
-            if outcome.work.position in self._outcomes:
+            if self._reason is not None or outcome.work.position in self._outcomes:
                 return
             self._outcomes[outcome.work.position] = outcome
             self._new.append(outcome)
@@ -30,20 +30,21 @@ class Outcomes:
     def wait(self, seconds: float) -> list[Outcome]:
         """Wait until all items have ended, or `seconds`; returns the outcomes that came since the last call."""
         with self._changed:
-            self._changed.wait_for(lambda: self.complete or self._abandoned, seconds)
+            self._changed.wait_for(lambda: self.complete or self._reason is not None, seconds)
             new, self._new = self._new, []
             return new
 
-    def abandon(self) -> None:
-        """Wake the waiting thread: the worker shuts down and the job goes back to the queue."""
+    def abandon(self, reason: Exception) -> None:
+        """Take no more outcomes and wake the waiting thread; `reason` is what it raises. Nothing when complete."""
         with self._changed:
-            self._abandoned = True
-            self._changed.notify_all()
+            if not self.complete and self._reason is None:
+                self._reason = reason
+                self._changed.notify_all()
 
     @property
-    def abandoned(self) -> bool:
-        """True after `abandon`."""
-        return self._abandoned
+    def abandoned(self) -> Exception | None:
+        """Why the job goes back to its queue; None as long as it does not."""
+        return self._reason
 
     @property
     def complete(self) -> bool:

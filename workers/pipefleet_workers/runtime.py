@@ -29,7 +29,7 @@ class TaskRuntime:
 
 _TEXT = {"slice_items": 32, "cpu_cost": 2048, "gpu_cost": 65_536}
 _IMAGE = {"slice_items": 2, "cpu_cost": 16 * 150_528, "gpu_cost": 256 * 150_528}
-_SPEECH = {"slice_items": 1, "cpu_cost": 8 * 3000, "gpu_cost": 64 * 3000}
+_SPEECH = {"slice_items": 1, "cpu_cost": 8 * 4500, "gpu_cost": 64 * 4500}
 
 RUNTIME: Mapping[str, TaskRuntime] = MappingProxyType(
     {

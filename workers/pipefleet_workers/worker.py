@@ -8,17 +8,27 @@ import random
 import socket
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipefleet import __version__, broker
 from pipefleet.contract import TASK_NAME
-from pipefleet.errors import ContractError, PipefleetError, ServiceUnavailableError
+from pipefleet.errors import ContractError, PipefleetError, ServiceUnavailableError, UsageError
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.objects import ObjectStore
 from pipefleet.routing import queue_name
 from pipefleet.settings import Settings
 from pipefleet.tasks import task_spec
+from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.facts import Facts
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.simulated import ServiceTime, SimulatedDevice
+
+if TYPE_CHECKING:
+    from pipefleet_workers.consumer import Consumer, Outlets
+    from pipefleet_workers.device import Instruments
+    from pipefleet_workers.engine import Stages
+    from pipefleet_workers.metrics import Metrics
+    from pipefleet_workers.warmup import WarmUp
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = (2.0, 60.0)
@@ -41,32 +51,74 @@ def prepare_process(*, threads: int | None) -> None:
 
 def build_consumer(
     pool: Pool, settings: Settings, worker_settings: WorkerSettings, *, device: str | None, name: str
-) -> Any:
-    """The consumer of one pool with its model loaded and its engine running. Raises ModelError."""
-    from pipefleet_workers.batcher import BatchLimits
-    from pipefleet_workers.consumer import Consumer, Outlets
-    from pipefleet_workers.engine import Engine, Stages
+) -> tuple[Consumer, Facts]:
+    """The consumer of one pool, its model loaded and warm, its engine running; and what was found out about batching.
+
+    Raises ModelError, or UsageError when the metrics port is in use.
+    """
+    from pipefleet_workers.device import Instruments
+    from pipefleet_workers.engine import Engine
+    from pipefleet_workers.metrics import Metrics
     from pipefleet_workers.models import load_pipeline
+    from pipefleet_workers.runtime import RUNTIME
+    from pipefleet_workers.tracing import Tracer
+
+    row = RUNTIME[pool.task]
+    instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
+    _serve_metrics(instruments.metrics, worker_settings)
+    pipe = load_pipeline(pool, device=device)
+    adapter: Any = row.adapter(pipe)
+    default = row.cpu_cost if pipe.device.type == "cpu" else row.gpu_cost
+    found = _warmed(adapter, pool, worker_settings, instruments, default)
+    if worker_settings.simulated_device:
+        adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
+    limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
+    stages, outlets = _stages(adapter, pool, settings, worker_settings, name)
+    engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.slice_items)
+    engine.start()
+    log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
+    return Consumer(pool, engine, outlets), Facts(name, pool, limits, found, instruments)
+
+
+def _warmed(
+    adapter: Any, pool: Pool, worker_settings: WorkerSettings, instruments: Instruments, default: int
+) -> WarmUp:
+    from pipefleet_workers.warmup import WarmUp, warm_up
+
+    if not worker_settings.warm_up:
+        return WarmUp(adapter.pads, 0.0, 0.0, default, 0.0)
+    return warm_up(adapter, task_spec(pool.task), dict(pool.parameters), instruments.fit, default)
+
+
+def _stages(
+    adapter: Any, pool: Pool, settings: Settings, worker_settings: WorkerSettings, name: str
+) -> tuple[Stages, Outlets]:
+    from pipefleet_workers.consumer import Outlets
+    from pipefleet_workers.engine import Stages
     from pipefleet_workers.objects import WorkerStore
     from pipefleet_workers.reports import Reporter
-    from pipefleet_workers.runtime import RUNTIME
     from pipefleet_workers.stages.decode import Decoder
     from pipefleet_workers.stages.fetch import Fetcher
     from pipefleet_workers.stages.write import PartWriter
 
-    row, spec = RUNTIME[pool.task], task_spec(pool.task)
-    pipe = load_pipeline(pool, device=device)
-    adapter, store = row.adapter(pipe), WorkerStore()
-    decoder = Decoder(spec, worker_settings, sampling_rate=adapter.sampling_rate)
-    on_cpu = pipe.device.type == "cpu"
-    limits = BatchLimits(pool.max_batch_cost or (row.cpu_cost if on_cpu else row.gpu_cost), pool.max_batch_items)
-    stages = Stages(Fetcher(store, worker_settings), decoder, adapter)
-    engine = Engine(stages, limits, worker_settings, slice_items=row.slice_items)
-    engine.start()
-    log.info("pool %s serves %s with %s on %s, %s", pool.name, pool.task, pool.model, pipe.device, limits)
+    store = WorkerStore()
+    decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
     provenance = {"model": pool.model, "revision": pool.revision, "worker": name, "pipefleet": __version__}
     reporter = Reporter(broker.connect(settings), store, settings, worker=name)
-    return Consumer(pool, engine, Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter))
+    outlets = Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter)
+    return Stages(Fetcher(store, worker_settings), decoder, adapter), outlets
+
+
+def _serve_metrics(metrics: Metrics, worker_settings: WorkerSettings) -> None:
+    if not worker_settings.metrics_port:
+        return
+    try:
+        metrics.serve(worker_settings.metrics_port, worker_settings.metrics_address)
+    except OSError as error:
+        raise UsageError(
+            f"cannot serve metrics on {worker_settings.metrics_address}:{worker_settings.metrics_port} "
+            f"({error.strerror}); choose another PIPEFLEET_WORKER_METRICS_PORT"
+        ) from None
 
 
 class Worker:
@@ -86,10 +138,12 @@ class Worker:
         """Load the model, consume until told to stop. Raises ModelError or ServiceUnavailableError before it begins."""
         with broker.redis_errors(self._settings.redis_url):
             broker.connect(self._settings).ping()
-        consumer = build_consumer(self._pool, self._settings, self._worker_settings, device=device, name=self._name)
+        consumer, facts = build_consumer(
+            self._pool, self._settings, self._worker_settings, device=device, name=self._name
+        )
         self._register(consumer)
         self._connect_signals(consumer, ready_file)
-        for target in (self._announce, lambda: self._listen_for_cancels(consumer)):
+        for target in (lambda: self._announce(facts), lambda: self._listen_for_cancels(consumer)):
             threading.Thread(target=target, daemon=True).start()
         worker = self._app.Worker(
             pool="threads",
@@ -137,13 +191,14 @@ class Worker:
         signals.worker_ready.connect(ready, weak=False)
         signals.worker_shutting_down.connect(shutting_down, weak=False)
 
-    def _announce(self) -> None:
+    def _announce(self, facts: Facts) -> None:
         """Tell producers without a fleet file what is served here, again and again while this worker lives."""
         redis, seconds = broker.connect(self._settings), self._worker_settings.announce_seconds
         while not self._stopping.is_set():
             try:
                 with broker.redis_errors(self._settings.redis_url):
                     broker.announce_pool(redis, self._pool.name, self._announcement, seconds=3 * seconds)
+                    facts.announce(redis, seconds=3 * seconds)
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)
             self._stopping.wait(seconds)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
@@ -43,10 +44,15 @@ class PipelineCopies:
 class Adapter:
     """Prepares, collates, runs and finishes the items of one task. `prepare` and `finish` are thread-safe."""
 
+    typical_size = 28
+    """Size of the made-up input that batches are measured with, see `warmup.example_units`."""
+
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.copies = PipelineCopies(pipe)
         self.parser = ArgumentParser(pipe)
+        self.pads = False
+        """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
 
     @property
     def sampling_rate(self) -> int | None:
@@ -80,6 +86,11 @@ class Adapter:
         return [
             type(outputs)({name: _row(value, index) for name, value in outputs.items()}) for index in range(len(units))
         ]
+
+    def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """The model's raw outputs for each unit, its own part only: what the proof of exactness compares."""
+        rows = self.split(self.run(self.collate(units), units), units)
+        return [np.asarray(next(iter(row.values())) if isinstance(row, Mapping) else row) for row in rows]
 
     def finish(self, assembly: Assembly) -> Any:
         """The result of an item whose units all have their outputs: what a single pipeline call returns."""

@@ -17,10 +17,14 @@ from pipefleet_workers.arguments import Arguments
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 WHISPER = "seq2seq_whisper"
+SAMPLES_PER_FRAME = 160
+"""Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all speech models."""
 
 
 class SpeechRecogniser(Adapter):
     """Transcribes. Outputs of a recording's units are joined by the pipeline's own postprocess."""
+
+    typical_size = 0  # made-up sound says nothing of how long decoding takes: the row's own budget holds
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Stacked features; strides as a list, as the CTC forward takes them."""
@@ -74,10 +78,12 @@ class SpeechRecogniser(Adapter):
         alone = id(assembly) if arguments.forward.get("return_language") else None  # only row 0 of a batch is read
         key = (arguments.forward_key, shape_key(chunk), stride is None, alone)
         features = {"tensors": chunk, "stride": stride, "long": long}
-        return Unit(assembly, index, key, _frames(chunk, main), features)
+        if self.pipe.type == WHISPER:
+            # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
+            return Unit(assembly, index, key, _sounding(chunk, main), features, fixed=int(main.shape[-1]))
+        return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
 
 
-def _frames(chunk: dict[str, Any], main: torch.Tensor) -> int:
-    """Frames that hold sound: what decoding grows with, whatever the recording is padded to."""
+def _sounding(chunk: dict[str, Any], main: torch.Tensor) -> int:
     mask = chunk.get("attention_mask")
     return max(1, int(mask.sum())) if mask is not None else int(main.shape[-1])

@@ -23,6 +23,13 @@ _PADDING = {"attention_mask": 0, "special_tokens_mask": 1}
 class TextEncoder(Adapter):
     """Tokenises, pads and runs an encoder; what becomes of its outputs is for subclasses to say."""
 
+    typical_size = 48
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.pads = True
+        self._positions = position_limit(pipe.model)
+
     def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
         """The units of each item, or why it has none; items with the same tokenizer arguments in one call."""
         prepared: list[list[Unit] | ItemError] = [[] for _ in decoded]
@@ -31,7 +38,7 @@ class TextEncoder(Adapter):
         for index, one in enumerate(decoded):
             try:
                 parsed[index] = self.parse(one.work.parameters)
-                kind = "pair" if isinstance(one.value, Mapping) else "text"
+                kind = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
                 groups[kind + encode_json(sorted(parsed[index].preprocess.items()))].append(index)
             except ItemError as error:
                 prepared[index] = error
@@ -81,7 +88,7 @@ class TextEncoder(Adapter):
             return [pair for one, args, index in alone for pair in self._tokenise([one], [args], [index])]
         names = list(encoded)
         return [
-            (index, [self._unit(one, args, {name: encoded[name][row] for name in names})])
+            (index, self._units(one, args, {name: encoded[name][row] for name in names}))
             for row, (one, args, index) in enumerate(zip(decoded, parsed, indices, strict=True))
         ]
 
@@ -93,10 +100,27 @@ class TextEncoder(Adapter):
         columns = {name: [value[name] for value in values] for name in values[0]}
         return dict(tokenizer(**columns, **keywords))
 
-    def _unit(self, decoded: Decoded, arguments: Arguments, features: dict[str, Any]) -> Unit:
+    def _units(self, decoded: Decoded, arguments: Arguments, features: dict[str, Any]) -> list[Unit] | ItemError:
+        length = len(features["input_ids"])
+        if self._positions is not None and length > self._positions:
+            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            text = f"the text has {length} tokens, the model takes {self._positions}; pass truncation=true to cut it"
+            return ItemError("too_long", text, STAGE)
         assembly = Assembly(decoded.work, expected=1, context=arguments)
-        key = (self.key(decoded.work.parameters), arguments.forward_key, tuple(features))
-        return Unit(assembly, 0, key, len(features["input_ids"]), features)
+        alike = None if self.pads else length
+        key = (self.key(decoded.work.parameters), arguments.forward_key, tuple(features), alike)
+        return [Unit(assembly, 0, key, length, features)]
+
+
+def position_limit(model: torch.nn.Module) -> int | None:
+    """How many positions the model's learnt position embeddings have; None where positions are computed."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe")
+    ]
+    # RoBERTa and its kin count positions from behind the padding's.
+    return min((one.num_embeddings - (one.padding_idx + 1 if one.padding_idx else 0) for one in tables), default=None)
 
 
 class FeatureExtractor(TextEncoder):

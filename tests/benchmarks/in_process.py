@@ -1,0 +1,83 @@
+"""pipefleet's engine in this process, fed with the bytes of the items as if they had been fetched already."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+from pipefleet.contract import JobItem, Priority
+from pipefleet.fleet import Pool
+from pipefleet.tasks import task_spec
+from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.device import Instruments
+from pipefleet_workers.engine import Engine, Stages
+from pipefleet_workers.items import Blob, JobContext, Work
+from pipefleet_workers.metrics import Metrics
+from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.stages.decode import Decoder
+from pipefleet_workers.stages.fetch import Fetcher
+from pipefleet_workers.tracing import Tracer
+from pipefleet_workers.warmup import warm_up
+from tests.benchmarks.workloads import Workload
+
+SHARD = 512
+
+
+def through_the_engine(pipe: Any, workload: Workload) -> list[Any]:
+    """The outputs of all items, admitted shard by shard as the consumer does. Raises RuntimeError for a failed item.
+
+    The engine is started, with the worker's own warm-up, by the first call for a pipeline, and stays.
+    """
+    engine, shards = _engine(pipe, workload.task), _shards(workload)
+    feeder = threading.Thread(target=lambda: [engine.admit(works, bulk=True) for works, _ in shards], daemon=True)
+    feeder.start()
+    outputs: list[Any] = []
+    for works, sink in shards:
+        while not sink.complete:
+            sink.wait(1.0)
+        engine.release(works)
+        outputs += [_output(outcome) for outcome in sink.in_order()]
+    feeder.join()
+    return outputs
+
+
+@functools.lru_cache(maxsize=1)
+def _engine(pipe: Any, task: str) -> Engine:
+    row, spec, settings = RUNTIME[task], task_spec(task), WorkerSettings()
+    instruments = Instruments(Metrics("bench"), tracer=Tracer(""))
+    adapter = row.adapter(pipe)
+    default = row.cpu_cost if pipe.device.type == "cpu" else row.gpu_cost
+    found = warm_up(adapter, spec, {}, instruments.fit, default)
+    limits = BatchLimits(found.max_cost, Pool("bench", task, "").max_batch_items)
+    decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
+    stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
+    engine = Engine(stages, limits, settings, instruments, slice_items=row.slice_items)
+    engine.start()
+    return engine
+
+
+def _shards(workload: Workload) -> list[tuple[list[Work], Outcomes]]:
+    names = list(workload.items)
+    return [_shard(workload, names[start : start + SHARD]) for start in range(0, len(names), SHARD)]
+
+
+def _shard(workload: Workload, names: list[str]) -> tuple[list[Work], Outcomes]:
+    sink = Outcomes(len(names))
+    parameters = {**workload.parameters, **workload.pool_parameters}
+    context = JobContext(names[0], None, parameters, int(Priority.LOW), None, sink)
+    works = []
+    for position, name in enumerate(names):
+        content = workload.items[name]
+        inputs = content if isinstance(content, str) else Blob(f"s3://pipefleet/{name}", content, None)
+        works.append(Work(context, position, JobItem(name, inputs), parameters, len(content)))
+    return works, sink
+
+
+def _output(outcome: Any) -> Any:
+    if outcome.failure is not None:
+        raise RuntimeError(f"item {outcome.work.item.id} failed: {outcome.failure.message}")
+    return outcome.output

@@ -1,0 +1,133 @@
+"""The device's thread: takes batches, runs them, and hands complete items on. The only one that touches the model.
+
+Where a side thread collates (a GPU), the next batch is put together and copied while the last one runs, at the price that its
+members are chosen one batch earlier.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipefleet.records import JobFailure
+from pipefleet_workers.batch_queue import BatchQueue
+from pipefleet_workers.exits import BROKEN_DEVICE, end_process
+from pipefleet_workers.items import Assembly, Batch, Unit
+from pipefleet_workers.metrics import Metrics
+from pipefleet_workers.service_fit import ServiceFit
+from pipefleet_workers.stages.forward import DeviceBrokenError, Forward
+from pipefleet_workers.tracing import Tracer
+from pipefleet_workers.watchdog import Watchdog
+
+STAGE = "forward"
+
+
+@dataclass(frozen=True, slots=True)
+class Instruments:
+    """What watches the device: a fit of its service time, counters, a trace, and what to do when it is beyond help."""
+
+    metrics: Metrics
+    fit: ServiceFit = field(default_factory=ServiceFit)
+    tracer: Tracer = field(default_factory=lambda: Tracer(""))
+    on_fatal: Callable[[int, str], None] = end_process
+
+
+class Device:
+    """One thread that owns the model. `on_complete` gets the items whose units have all ended, failed ones included."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        room: BatchQueue,
+        instruments: Instruments,
+        on_complete: Callable[[Sequence[Assembly]], None],
+        *,
+        timeout: float,
+        collate_ahead: bool,
+    ) -> None:
+        self._forward = forward
+        self._room = room
+        self._instruments = instruments
+        self._on_complete = on_complete
+        self._watchdog = Watchdog(timeout, instruments.on_fatal)
+        self._ahead: queue.Queue[tuple[Batch, Any] | None] | None = queue.Queue(1) if collate_ahead else None
+        self._threads = [threading.Thread(target=self._guarded, args=(self._run_batches,), name="device", daemon=True)]
+        if collate_ahead:
+            collate = threading.Thread(target=self._guarded, args=(self._collate_ahead,), name="collate", daemon=True)
+            self._threads.append(collate)
+
+    def start(self) -> None:
+        """Start the threads, and the watchdog over them."""
+        self._watchdog.start()
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        """Wait until the room is closed and everything in it has run."""
+        for thread in self._threads:
+            thread.join()
+        self._watchdog.stop()
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        """Without this thread the worker would hold its jobs for ever, so its end is the process's."""
+        try:
+            loop()
+        except BaseException as error:
+            self._instruments.on_fatal(BROKEN_DEVICE, f"the device's thread ended: {type(error).__name__}: {error}")
+            raise
+
+    def _run_batches(self) -> None:
+        while (taken := self._next()) is not None:
+            batch, inputs = taken
+            begin = time.perf_counter()
+            with self._watchdog, self._instruments.tracer.span(STAGE, len(batch.units)):
+                try:
+                    outputs = self._forward.run(batch, inputs)
+                except DeviceBrokenError as error:
+                    self._instruments.on_fatal(BROKEN_DEVICE, str(error))
+                    raise
+            self._note(batch, time.perf_counter() - begin)
+            self._hand_on(outputs)
+
+    def _next(self) -> tuple[Batch, Any] | None:
+        if self._ahead is not None:
+            return self._ahead.get()
+        batch = self._live_batch()
+        return None if batch is None else (batch, None)
+
+    def _collate_ahead(self) -> None:
+        assert self._ahead is not None
+        while (batch := self._live_batch()) is not None:
+            with self._instruments.tracer.span("collate", len(batch.units)):
+                inputs = self._forward.collate(batch)
+            self._ahead.put((batch, inputs))
+        self._ahead.put(None)
+
+    def _live_batch(self) -> Batch | None:
+        """The next batch without the units of jobs that were stopped; None at the end."""
+        while (batch := self._room.take()) is not None:
+            live = [unit for unit in batch.units if not self._dropped(unit)]
+            if live:
+                return Batch(batch.key, live)
+        return None
+
+    def _dropped(self, unit: Unit) -> bool:
+        """Drop a unit whose job should go no further, or whose item has failed by another unit."""
+        failure = unit.assembly.failure or unit.assembly.work.job.stopped(STAGE)
+        if failure is not None:
+            self._hand_on([(unit, failure)])
+        return failure is not None
+
+    def _hand_on(self, outputs: Sequence[tuple[Unit, Any | JobFailure]]) -> None:
+        complete = [unit.assembly for unit, output in outputs if unit.assembly.collect(unit.index, output)]
+        if complete:
+            self._on_complete(complete)
+
+    def _note(self, batch: Batch, seconds: float) -> None:
+        self._instruments.fit.add(batch.cost, seconds)
+        useful = sum(unit.length + unit.fixed for unit in batch.units)
+        self._instruments.metrics.batch(len(batch.units), padded=batch.cost, useful=useful, seconds=seconds)

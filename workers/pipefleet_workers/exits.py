@@ -1,0 +1,20 @@
+"""Exit codes of a worker beside those of the command line. The jobs it held are delivered to others."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+log = logging.getLogger(__name__)
+
+HUNG_FORWARD = 70
+"""A forward did not return within `forward_timeout`."""
+BROKEN_DEVICE = 71
+"""The device answers every call with an error until the process ends, as CUDA does after an illegal access."""
+
+
+def end_process(code: int, reason: str) -> None:
+    """End at once. Threads that hang in a driver cannot be ended in any gentler way."""
+    log.critical("%s; the process ends with code %d", reason, code)
+    logging.shutdown()
+    os._exit(code)

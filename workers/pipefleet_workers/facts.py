@@ -1,0 +1,64 @@
+"""What a worker knows of itself and tells the fleet: its pool, its budget, whether padding is exact, what a batch costs.
+
+Kept in the Redis hash `pipefleet:workers`, by worker; an entry ends with its heartbeat.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.broker import KEY
+from pipefleet.contract import encode_json
+from pipefleet.fleet import Pool
+from pipefleet_workers.batcher import BatchLimits
+
+if TYPE_CHECKING:
+    from pipefleet_workers.device import Instruments
+    from pipefleet_workers.warmup import WarmUp
+
+WORKERS_KEY = f"{KEY}workers"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The facts of one worker."""
+
+    worker: str
+    pool: Pool
+    limits: BatchLimits
+    found: WarmUp
+    instruments: Instruments
+
+    def to_json(self) -> dict[str, Any]:
+        """What is announced; `base` and `per_cost` are the fitted seconds of a batch."""
+        service = self.instruments.fit.current()
+        fitted = {} if service is None else {"base": service.base, "per_cost": service.per_cost}
+        batching = self.found.describe() if self.found.seconds else "not measured"
+        return {
+            "pool": self.pool.name,
+            "max_cost": self.limits.max_cost,
+            "pads": self.found.pads,
+            **fitted,
+            "batching": batching,
+        }
+
+    def announce(self, redis: Any, *, seconds: float) -> None:
+        """Tell the fleet, for `seconds`; and set the same facts as metrics."""
+        facts = self.to_json()
+        for name in ("max_cost", "pads", "base", "per_cost"):
+            if name in facts:
+                self.instruments.metrics.fact(name, float(facts[name]))
+        redis.hset(WORKERS_KEY, self.worker, encode_json({**facts, "until": time.time() + seconds}))
+
+
+def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:
+    """The facts of every worker that is alive, by name; entries of dead ones are removed."""
+    entries = {name.decode(): json.loads(value) for name, value in redis.hgetall(WORKERS_KEY).items()}
+    now = time.time()
+    gone = [name for name, facts in entries.items() if facts["until"] < now]
+    if gone:
+        redis.hdel(WORKERS_KEY, *gone)
+    return {name: facts for name, facts in entries.items() if facts["until"] >= now}

@@ -1,0 +1,59 @@
+"""The metrics of one worker, in one table; served over HTTP for Prometheus where a port is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Counters of one worker, each labelled with its pool. Thread-safe."""
+
+    def __init__(self, pool: str) -> None:
+        self.registry = CollectorRegistry()
+        self._pool = pool
+        self._items = self._counter("pipefleet_items_total", "items that ended", "state")
+        self._failures = self._counter("pipefleet_item_failures_total", "items that failed", "code", "stage")
+        self._stage = self._counter("pipefleet_stage_seconds_total", "seconds spent on items", "stage")
+        self._cost = self._counter("pipefleet_batch_cost_total", "cost of batches, padded and useful", "kind")
+        self._busy = self._counter("pipefleet_device_busy_seconds_total", "seconds in which a forward ran")
+        self._units = self._histogram("pipefleet_batch_units", "units of a batch", SIZES)
+        self._seconds = self._histogram("pipefleet_batch_seconds", "seconds of a forward", SECONDS)
+        self._facts = Gauge(
+            "pipefleet_batching", "budget, padding (1 exact, 0 equal shapes) and service time", ("pool", "fact"),
+            registry=self.registry,
+        )  # fmt: skip
+
+    def batch(self, units: int, *, padded: float, useful: float, seconds: float) -> None:
+        """Count one batch."""
+        self._units.labels(self._pool).observe(units)
+        self._seconds.labels(self._pool).observe(seconds)
+        self._busy.labels(self._pool).inc(seconds)
+        self._cost.labels(self._pool, "padded").inc(padded)
+        self._cost.labels(self._pool, "useful").inc(useful)
+
+    def item(self, seconds: Mapping[str, float], *, code: str = "", stage: str = "") -> None:
+        """Count one item that ended, with its seconds by stage; `code` and `stage` for one that failed."""
+        self._items.labels(self._pool, "failed" if code else "succeeded").inc()
+        if code:
+            self._failures.labels(self._pool, code, stage).inc()
+        for name, value in seconds.items():
+            self._stage.labels(self._pool, name).inc(value)
+
+    def fact(self, name: str, value: float) -> None:
+        """Set one fact about batching."""
+        self._facts.labels(self._pool, name).set(value)
+
+    def serve(self, port: int, address: str = "127.0.0.1") -> None:
+        """Answer `/metrics` on `port` from a thread. Raises OSError when the port is in use."""
+        start_http_server(port, addr=address, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("pool", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ("pool",), buckets=buckets, registry=self.registry)

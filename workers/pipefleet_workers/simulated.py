@@ -1,0 +1,56 @@
+"""A simulated accelerator: a device whose forward takes `a + b * cost` seconds with Python's lock released.
+
+It shows what the engine does with a device that is faster, slower or steadier than the CPU at hand: the real adapter runs
+(a tiny model will do), then the thread sleeps until the simulated time is over. Results are the real model's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet.errors import UsageError
+from pipefleet_workers.items import Batch, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTime:
+    """Seconds of one batch: `base + per_cost * cost`, with the padded cost of the batch."""
+
+    base: float
+    per_cost: float
+
+    @classmethod
+    def parse(cls, text: str) -> ServiceTime:
+        """`"0.005,0.0002"`. Raises UsageError for anything but two numbers that are not negative."""
+        try:
+            base, per_cost = (float(part) for part in text.split(","))
+        except ValueError:
+            base = per_cost = -1.0
+        if base < 0 or per_cost < 0:
+            raise UsageError(f"a simulated device is given as BASE,PER_COST in seconds, not {text[:40]!r}")
+        return cls(base, per_cost)
+
+    def of(self, cost: float) -> float:
+        """Seconds for a batch of this padded cost."""
+        return self.base + self.per_cost * cost
+
+
+class SimulatedDevice:
+    """Stands in for an adapter: the same in everything, but its `run` takes the simulated time at least."""
+
+    def __init__(self, adapter: Any, service: ServiceTime) -> None:
+        self._adapter = adapter
+        self._service = service
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def run(self, inputs: Any, units: Sequence[Unit]) -> Any:
+        """The adapter's outputs, not before the simulated device would have had them."""
+        ready = time.perf_counter() + self._service.of(Batch(None, units).cost)
+        outputs = self._adapter.run(inputs, units)
+        time.sleep(max(0.0, ready - time.perf_counter()))
+        return outputs

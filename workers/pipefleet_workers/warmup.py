@@ -1,0 +1,162 @@
+"""Warm-up: before a worker takes jobs it proves that its batches are exact, and measures how large they should be.
+
+    examples → proof (padded against alone) → budget (throughput knee, memory) → fit of the service time
+
+Both decisions are kept in the worker's log and metrics, and `pipefleet doctor` shows them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipefleet.contract import JobItem, Priority
+from pipefleet.tasks import Media, TaskSpec
+from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.items import Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.service_fit import ServiceFit
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest difference, relative to the largest output, between a padded row and the same input alone."""
+KNEE = 0.95
+"""A budget is large enough when it reaches this share of the best throughput seen."""
+SECONDS = 2.0
+"""How long the measuring of one model may take."""
+MEMORY_SHARE = 0.8
+"""Share of a GPU's free memory that a batch may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What was found: whether padding is exact, by how much it differs, and the padded cost that a batch may have."""
+
+    pads: bool
+    difference: float
+    tolerance: float
+    max_cost: int
+    seconds: float
+
+    def describe(self) -> str:
+        """One line for people."""
+        if not self.pads:
+            how = "equal shapes only"
+            how += f" (padding differs by {self.difference:.1e}, above {self.tolerance:.0e})" if self.difference else ""
+        else:
+            how = f"padded (differs by {self.difference:.1e}, within {self.tolerance:.0e})"
+        return f"batches: {how}, up to a cost of {self.max_cost}; warm-up took {self.seconds:.1f} s"
+
+    def to_json(self) -> dict[str, Any]:
+        """What is announced."""
+        return asdict(self)
+
+
+def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
+    """Prove and measure. Changes `adapter.pads` where the proof fails; feeds `fit`. Never raises: it falls back instead."""
+    begin = time.perf_counter()
+    difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)
+    if adapter.pads:
+        difference = _difference(adapter, spec, parameters)
+        adapter.pads = difference <= tolerance
+    try:
+        cost = _budget(adapter, spec, parameters, fit, default_cost)
+    except Exception:
+        log.exception("the warm-up could not measure batches; taking %d as their largest cost", default_cost)
+        cost = default_cost
+    found = WarmUp(adapter.pads, difference, tolerance, cost, time.perf_counter() - begin)
+    log.info(found.describe())
+    return found
+
+
+def _difference(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
+    """The largest relative difference between units of unequal length in one batch and each alone; infinite on an error."""
+    try:
+        units = [unit for size in (5, 23, 61) for unit in example_units(adapter, spec, parameters, size)]
+        together = adapter.numbers(units)
+        alone = [adapter.numbers([unit])[0] for unit in units]
+    except Exception:
+        log.exception("the proof of padding failed to run")
+        return float("inf")
+    return max(_relative(mine, other) for mine, other in zip(together, alone, strict=True))
+
+
+def _relative(mine: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    if mine.shape != other.shape:
+        return float("inf")
+    scale = max(1e-6, float(np.abs(other).max()))
+    return float(np.abs(mine - other).max()) / scale
+
+
+def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default: int) -> int:
+    """The smallest padded cost near the best throughput, between a quarter and four times the default."""
+    if not adapter.typical_size:
+        return default
+    unit = example_units(adapter, spec, parameters, adapter.typical_size)[0]
+    deadline, count = time.perf_counter() + SECONDS, 1
+    rates: dict[int, float] = {}
+    _timed(adapter, [unit])  # the first call compiles and allocates
+    while unit.length * count <= 4 * default and time.perf_counter() < deadline and _fits_memory(adapter, rates):
+        cost = unit.length * count
+        seconds = min(_timed(adapter, [unit] * count) for _ in range(2))
+        fit.add(cost, seconds)
+        rates[cost] = cost / seconds
+        count *= 2
+    if not rates:
+        return default
+    best = max(rates.values())
+    knee = min(cost for cost, rate in rates.items() if rate >= KNEE * best)
+    return max(knee, default // 4, unit.length)
+
+
+def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:
+    begin = time.perf_counter()
+    adapter.split(adapter.run(adapter.collate(units), units), units)
+    return time.perf_counter() - begin
+
+
+def _fits_memory(adapter: Adapter, rates: dict[int, float]) -> bool:
+    """Whether a batch of twice the last cost would fit: its peak grows about linearly with the cost."""
+    if adapter.pipe.device.type != "cuda" or not rates:
+        return True
+    free, total = torch.cuda.mem_get_info(adapter.pipe.device)
+    peak = torch.cuda.max_memory_allocated(adapter.pipe.device)
+    return bool(2 * peak < MEMORY_SHARE * total and free > (1 - MEMORY_SHARE) * total)
+
+
+def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], size: int) -> list[Unit]:
+    """The units of one made-up input of about `size`: words, tenths of a second, or pixels times eight."""
+    context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, _Nowhere())
+    work = Work(context, 0, JobItem("warm-up", ""), parameters, 0)
+    (prepared,) = adapter.prepare([Decoded(work, _example(spec.media, size, adapter.sampling_rate or 16_000))])
+    if isinstance(prepared, ItemError):
+        raise prepared
+    return prepared
+
+
+def _example(media: Media, size: int, rate: int) -> Any:
+    source = np.random.default_rng(size)
+    if media is Media.TEXT:
+        return " ".join(source.choice(["the", "sea", "of", "trees", "was", "wide", "and", "old"], size))
+    if media is Media.AUDIO:
+        return (0.1 * source.standard_normal(int(rate * size / 10))).astype(np.float32)
+    from PIL import Image
+
+    pixels = source.integers(0, 255, (size * 8, size * 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+class _Nowhere:
+    """The sink of examples."""
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Forget it."""
+
+    def abandon(self, reason: Exception) -> None:
+        """Forget it."""
