@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     )
     from pipefleet.jobs import Job
     from pipefleet.pipelines import FleetPipeline, pipeline
-    from pipefleet.runs import Run, RunProgress
+    from pipefleet.progress import RunProgress
+    from pipefleet.runs import Run
     from pipefleet.settings import Settings
 
 _HOMES = {
@@ -47,7 +48,8 @@ _HOMES = {
     ),
     "jobs": ("Job",),
     "pipelines": ("FleetPipeline", "pipeline"),
-    "runs": ("Run", "RunProgress"),
+    "progress": ("RunProgress",),
+    "runs": ("Run",),
     "settings": ("Settings",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

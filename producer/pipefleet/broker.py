@@ -31,7 +31,7 @@ from pipefleet.contract import (
     Priority,
     encode_json,
 )
-from pipefleet.errors import ContractError, ServiceUnavailableError
+from pipefleet.errors import ContractError, ServiceUnavailableError, UsageError
 from pipefleet.settings import Settings, load_settings, without_credentials
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ def queue_lists(queue: str) -> list[str]:
     return [queue if step == 0 else f"{queue}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
 
 
+def queue_list(queue: str, priority: Priority) -> str:
+    """The Redis list that jobs of one priority wait in."""
+    step = max(step for step in PRIORITY_STEPS if step <= int(priority))
+    return queue_lists(queue)[PRIORITY_STEPS.index(step)]
+
+
 def unacked_keys(queue: str) -> dict[str, str]:
     """Celery's ledger of delivered messages, apart for each queue so that one pool never restores another's."""
     return {
@@ -82,35 +88,56 @@ def unacked_keys(queue: str) -> dict[str, str]:
 @contextmanager
 def redis_errors(url: str) -> Iterator[None]:
     """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials."""
-    from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+    from redis.exceptions import RedisError
 
     try:
         yield
-    except (AuthenticationError, NoPermissionError) as error:
-        raise ServiceUnavailableError(
-            f"Redis at {without_credentials(url)} refuses access ({type(error).__name__}); "
-            "check the password in PIPEFLEET_REDIS_URL"
-        ) from None
     except (RedisError, OSError) as error:
-        raise ServiceUnavailableError(
-            f"cannot reach Redis at {without_credentials(url)} ({type(error).__name__}); "
-            "start one with `pipefleet up`, or set PIPEFLEET_REDIS_URL"
-        ) from None
+        raise ServiceUnavailableError(_explained(error, without_credentials(url))) from None
+
+
+_ANSWERS = {
+    "AuthenticationError": "refuses access ({name}); check the password in PIPEFLEET_REDIS_URL",
+    "NoPermissionError": "refuses access ({name}); check the password in PIPEFLEET_REDIS_URL and the user's rights",
+    "OutOfMemoryError": "is out of memory; raise its maxmemory, or let the workers catch up",
+    "ReadOnlyError": "is a replica that takes no writes; name the primary in PIPEFLEET_REDIS_URL",
+    "BusyLoadingError": "is still loading its data; try again in a moment",
+}
+
+
+def _explained(error: Exception, url: str) -> str:
+    """One sentence. The server's own words are left out: they may repeat what was sent."""
+    from redis.exceptions import ConnectionError as NoConnectionError
+    from redis.exceptions import TimeoutError as NoAnswerError
+
+    name = type(error).__name__
+    known = next((_ANSWERS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _ANSWERS), None)
+    if known:
+        return f"Redis at {url} {known.format(name=name)}"
+    if isinstance(error, NoConnectionError | NoAnswerError | OSError):
+        return f"cannot reach Redis at {url} ({name}); start one with `pipefleet up`, or set PIPEFLEET_REDIS_URL"
+    return f"Redis at {url} answered with an error ({name}); see its log, and `pipefleet doctor`"
 
 
 def connect(settings: Settings) -> Redis:
-    """A thread-safe Redis client with bounded waits. It connects at its first command, not here."""
+    """A thread-safe Redis client with bounded waits. It connects at its first command, not here.
+
+    Raises UsageError for a URL with an option that redis-py does not take.
+    """
     from redis import Redis
     from redis.backoff import ExponentialBackoff
     from redis.retry import Retry
 
-    return Redis.from_url(
-        settings.redis_url,
-        socket_timeout=settings.redis_timeout,
-        socket_connect_timeout=min(5.0, settings.redis_timeout),
-        health_check_interval=30,
-        retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 2),
-    )
+    try:
+        return Redis.from_url(
+            settings.redis_url,
+            socket_timeout=settings.redis_timeout,
+            socket_connect_timeout=min(5.0, settings.redis_timeout),
+            health_check_interval=30,
+            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 2),
+        )
+    except ValueError as error:
+        raise UsageError(f"PIPEFLEET_REDIS_URL cannot be used: {error}") from None
 
 
 @contextmanager
@@ -209,8 +236,7 @@ def celery_message(job: JobMessage, queue: str, priority: Priority) -> str:
 
 def push(pipe: Any, job: JobMessage, queue: str, priority: Priority) -> None:
     """Queue `job` in a redis pipeline. One LPUSH; the caller executes the pipeline."""
-    step = max(step for step in PRIORITY_STEPS if step <= int(priority))
-    pipe.lpush(queue_lists(queue)[PRIORITY_STEPS.index(step)], celery_message(job, queue, priority))
+    pipe.lpush(queue_list(queue, priority), celery_message(job, queue, priority))
 
 
 def queued_ids(redis: Redis, queue: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ map    → route → plan shards in object storage → queue them       → Run
 
 from __future__ import annotations
 
-import functools
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,20 +15,23 @@ from typing import Any, Self
 
 from pipefleet import broker, jobs
 from pipefleet.contract import CONTRACT_VERSION, JobItem, JobMessage, JobState, Priority
-from pipefleet.errors import InputError, JobError, RunError
+from pipefleet.errors import InputError, JobError, RunError, UnknownModelError
 from pipefleet.fleet import Fleet, Pool, load_fleet
 from pipefleet.inputs import InputPreparer
-from pipefleet.jobs import Job, Watcher
+from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
-from pipefleet.records import JobRecord, read_record
+from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record
 from pipefleet.routing import queue_name, route
 from pipefleet.runs import Run, plan_run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.storage import split_uri
 from pipefleet.tasks import TaskSpec, task_spec
+from pipefleet.watcher import Watcher
 
 FORMATS = ("jsonl",)
+ANNOUNCED_SECONDS = 5.0
+"""How long what the workers announce is taken as it was read."""
 
 
 class Client:
@@ -43,7 +46,10 @@ class Client:
         self.redis = broker.connect(self.settings)
         self._channel = broker.reply_channel(uuid.uuid4().hex)
         self.watcher = Watcher(self.redis, self._channel, self.settings.redis_url)
-        self._runs: list[Run] = []
+        self._planning: list[Run] = []
+        self._fleet: Fleet | None = None
+        self._fleet_until = 0.0
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -51,11 +57,17 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            for run in self._runs_in_planning():
+                run.stop_planning()
         self.close()
 
     def close(self) -> None:
-        """Finish planning what `map` has begun, then close the connections. May be called twice."""
-        for run in self._runs:
+        """Finish planning what `map` has begun, then close the connections. May be called twice.
+
+        A `with` block that ends with an exception stops the planning instead; such a run can be resumed.
+        """
+        for run in self._runs_in_planning():
             run.join_planner()
         self.watcher.close()
         self.redis.close()
@@ -77,7 +89,8 @@ class Client:
 
         `inputs` is what the pipeline call takes for one input; `expires` is in seconds from now; `output` is an `s3://` URI
         (or prefix ending in a slash) where the result is written as JSON as well. With `idempotency_key`, a second
-        call within a day returns the first call's job. Raises UsageError or ServiceUnavailableError; nothing is queued then.
+        call within a day returns the first call's job. Raises UsageError or ServiceUnavailableError; after the former nothing
+        is queued, after the latter at most once.
 
         >>> client.submit("text-classification", "I like it").result(timeout=30)  # doctest: +SKIP
         [{'label': 'POSITIVE', 'score': 0.999}]
@@ -120,7 +133,7 @@ class Client:
         `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl` or `.csv`) there or here, a local folder, or any iterable of
         inputs. Returns when the first shard is queued; planning goes on in a thread that `close` waits for. `shard_size`
         bounds the items of a shard (default: growing from 16 to 512). Raises UsageError for anything wrong with the
-        arguments, the source or the output, before anything is written.
+        arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis or S3 is away.
         """
         spec, pool = self.route(task, model, revision)
         spec.check(parameters or {})
@@ -143,7 +156,8 @@ class Client:
             contract_version=CONTRACT_VERSION,
         )
         run = plan_run(self, layout, plan, source)
-        self._runs.append(run)
+        with self._lock:
+            self._planning = [*(one for one in self._planning if one.planning), run]
         return run
 
     def run(self, uri: str) -> Run:
@@ -157,17 +171,34 @@ class Client:
     def route(self, task: str, model: str | None, revision: str | None) -> tuple[TaskSpec, Pool]:
         """The row of `task` and the pool that serves it. Raises UnknownTaskError or UnknownModelError."""
         spec = task_spec(task)
-        return spec, route(spec.name, model, revision, self.fleet)
+        try:
+            return spec, route(spec.name, model, revision, self.fleet)
+        except UnknownModelError:
+            self._fleet = None  # the file may have been edited, or a worker have come up
+            return spec, route(spec.name, model, revision, self.fleet)
 
-    @functools.cached_property
+    @property
     def fleet(self) -> Fleet:
-        """The fleet: from the fleet file where there is one, else what the workers announce."""
+        """The fleet: from the fleet file where there is one, else what the workers announced a moment ago."""
+        known = self._fleet
+        if known is None or time.monotonic() >= self._fleet_until:
+            known = self._fleet = self._read_fleet()
+        return known
+
+    def _read_fleet(self) -> Fleet:
         path = self.settings.fleet_path
         if path is not None:
+            self._fleet_until = float("inf")
             return load_fleet(path, allow_unpinned=True)  # the workers decide what is pinned
+        self._fleet_until = time.monotonic() + ANNOUNCED_SECONDS
         with broker.redis_errors(self.settings.redis_url):
             announced = broker.announced_pools(self.redis)
-        return Fleet({name: Pool(name=name, **fields) for name, fields in announced.items()})
+        return Fleet({name: Pool.announced(name, fields) for name, fields in announced.items()})
+
+    def ping(self) -> None:
+        """Raise ServiceUnavailableError unless Redis answers."""
+        with broker.redis_errors(self.settings.redis_url):
+            self.redis.ping()
 
     def preparer(self, spec: TaskSpec) -> InputPreparer:
         """What turns a user's inputs for this task into JSON with references."""
@@ -183,8 +214,8 @@ class Client:
 
     def output_of(self, job_id: str, record: JobRecord) -> Any:
         """The output of a record in a final state. Raises the error of a job that ended without one."""
-        jobs.raise_for(job_id, record)
         self.watcher.forget(job_id)
+        jobs.raise_for(job_id, record)
         if record.output_ref is not None:
             return jobs.decode_output(self.store.get(record.output_ref.uri))
         if record.output is None:
@@ -193,8 +224,13 @@ class Client:
 
     def cancel_job(self, job_id: str) -> bool:
         """See `Job.cancel`."""
+        ttl, key = self.settings.result_ttl, broker.job_key(job_id)
+        arguments = finish_arguments(job_id, JobState.CANCELLED, time.time(), ttl=ttl, reply=self._channel, fields={})
         with broker.redis_errors(self.settings.redis_url):
-            return jobs.cancel(self.redis, job_id, ttl=self.settings.result_ttl, reply=self._channel)
+            ended = bool(self.redis.eval(CANCEL, 1, key, *arguments))
+            if ended:
+                self.redis.publish(broker.CANCELLED_CHANNEL, job_id)
+        return ended
 
     def publish(self, messages: Iterable[JobMessage], queue: str, priority: Priority) -> None:
         """Queue messages in one round trip. Raises ServiceUnavailableError; then none or all of them are queued."""
@@ -205,19 +241,17 @@ class Client:
             pipe.execute()
 
     def _enqueue(self, message: JobMessage, queue: str, priority: Priority, key: str | None) -> Job:
-        ttl = int(self.settings.result_ttl)
-        if key is not None:
-            with broker.redis_errors(self.settings.redis_url):
-                known = self.redis.set(broker.idempotency_key(key), message.id, nx=True, ex=ttl, get=True)
-            if isinstance(known, bytes):
-                return Job(self, known.decode())
-        self.watcher.watch(message.id, submitting=True)
-        pipe = self.redis.pipeline(transaction=True)
-        for name, value in {"state": JobState.QUEUED, "task": message.task, "queue": queue}.items():
-            pipe.hset(broker.job_key(message.id), name, str(value))
-        pipe.hset(broker.job_key(message.id), "submitted", str(time.time()))
-        pipe.expire(broker.job_key(message.id), ttl)
-        broker.push(pipe, message, queue, priority)
+        job = Job(self, message.id)
+        keys = [broker.job_key(job.id), broker.queue_list(queue, priority)]
+        keys += [] if key is None else [broker.idempotency_key(key)]
+        fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue, "submitted": time.time()}
+        arguments: list[Any] = [int(self.settings.result_ttl), job.id, broker.celery_message(message, queue, priority)]
+        arguments += [str(part) for pair in fields.items() for part in pair]
+        job.watch(submitting=True)
         with broker.redis_errors(self.settings.redis_url):
-            pipe.execute()
-        return Job(self, message.id)
+            queued: Any = self.redis.eval(SUBMIT, len(keys), *keys, *arguments)
+        return job if queued == job.id.encode() else Job(self, queued.decode())
+
+    def _runs_in_planning(self) -> list[Run]:
+        with self._lock:
+            return list(self._planning)

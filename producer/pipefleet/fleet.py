@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pipefleet.errors import FleetFileError, PipefleetError, UnknownModelError, nearest
+from pipefleet.errors import FleetFileError, UnknownModelError, UsageError, nearest
 from pipefleet.tasks import task_spec
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -50,6 +50,14 @@ class Pool:
     wait_slo: float = 600.0
     """Seconds that a job may wait before the pool counts as too small."""
     trust_remote_code: bool = False
+    queue: str | None = None
+    """What a worker of the pool announces that it consumes; None where the fleet file decides (see `routing`)."""
+
+    @classmethod
+    def announced(cls, name: str, content: Mapping[str, Any]) -> Pool:
+        """The pool that a worker announces. What a later version announces besides is passed over."""
+        known = {one.name for one in fields(cls)} - {"name"}
+        return cls(name=name, **{key: value for key, value in content.items() if key in known})
 
     @property
     def is_hub(self) -> bool:
@@ -57,7 +65,7 @@ class Pool:
         return not (self.model.startswith(("s3://", "/", ".", "~")) or Path(self.model).is_dir())
 
     def to_json(self) -> dict[str, Any]:
-        """What a worker announces, enough to route by."""
+        """What a worker announces of its pool; with the name of its queue, enough to route by."""
         return {"task": self.task, "model": self.model, "revision": self.revision, "default": self.default}
 
 
@@ -113,7 +121,7 @@ def load_fleet(path: Path, *, allow_unpinned: bool = False) -> Fleet:
         raise FleetFileError(f"cannot read the fleet file {path}: {error}") from None
     try:
         return parse_fleet(content, base=path.resolve().parent, allow_unpinned=allow_unpinned)
-    except PipefleetError as error:
+    except FleetFileError as error:
         raise FleetFileError(f"{path}: {error}") from None
 
 
@@ -151,14 +159,17 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
         raise FleetFileError(f"{where}: a pool's name has 1 to 63 of a-z, 0-9 and '-'")
     if not isinstance(table, Mapping):
         raise FleetFileError(f"{where} must be a table")
-    known = {one.name for one in fields(Pool)} - {"name"}
+    known = {one.name for one in fields(Pool)} - {"name", "queue"}
     _known_keys(where, table, known)
     for required in ("task", "model"):
         if required not in table:
             raise FleetFileError(f"{where} lacks {required}")
     values = {key: _value(where, key, value) for key, value in table.items()}
-    spec = task_spec(values["task"])
-    spec.check(values.get("parameters", {}))
+    try:
+        spec = task_spec(values["task"])
+        spec.check(values.get("parameters", {}))
+    except UsageError as error:
+        raise FleetFileError(f"{where}: {error}") from None
     values["task"] = spec.name
     for key in ("model", "tokenizer"):
         if key in values:

@@ -7,37 +7,36 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
-from pipefleet.errors import PipefleetError, ServiceUnavailableError, SourceError
+from pipefleet.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    PipefleetError,
+    ServiceUnavailableError,
+    UsageError,
+)
+from pipefleet.patience import pause
 from pipefleet.settings import without_credentials
 from pipefleet.storage import StorageRef, split_uri
 
 if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
     from types_boto3_s3.client import S3Client
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 60.0
 """Seconds. Long, because the losers of a conditional-write race may wait for the winner's lock."""
 CONFLICT_RETRIES = 8
 """AWS answers 409 to conditional writes that overlap and asks to try again."""
-
-
-class ObjectMissingError(SourceError):
-    """There is no such bucket or object."""
-
-    code = "not_found"
-
-
-class AccessDeniedError(SourceError):
-    """The credentials do not allow this."""
-
-    code = "forbidden"
+WRITER = "pipefleet-writer"
+"""Metadata of what was written conditionally: whose write it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +48,19 @@ class ListedObject:
     etag: str
 
 
-def _mapped(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Turn what boto3 raises into this package's errors."""
+@contextmanager
+def s3_errors(uri: str) -> Iterator[None]:
+    """Turn what boto3 raises inside into this package's errors, which name `uri`."""
+    from botocore.exceptions import BotoCoreError, ClientError
 
-    @functools.wraps(method)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            return method(*args, **kwargs)
-        except (ClientError, BotoCoreError) as error:
-            raise map_s3_error(error) from None
-
-    return call
+    try:
+        yield
+    except (ClientError, BotoCoreError) as error:
+        raise map_s3_error(error, uri) from None
 
 
-def map_s3_error(error: Exception) -> PipefleetError:
-    """The error of this package for one of botocore's."""
+def map_s3_error(error: Exception, uri: str) -> PipefleetError:
+    """The error of this package for one of botocore's about `uri`."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
@@ -78,15 +73,20 @@ def map_s3_error(error: Exception) -> PipefleetError:
             f"cannot reach S3 at {endpoint()} ({type(error).__name__}); start a server with `pipefleet up`, "
             "or set AWS_ENDPOINT_URL_S3"
         )
-    detail = error.response.get("Error", {})
-    code, status = detail.get("Code", ""), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code, status = error.response.get("Error", {}).get("Code", ""), _status(error)
     if code == "NoSuchBucket":
-        return ObjectMissingError(f"there is no bucket {detail.get('BucketName') or 'of this name'} at {endpoint()}")
+        return ObjectMissingError(f"there is no bucket {split_uri(uri)[0]!r} at {endpoint()}; create it first")
     if code in ("NoSuchKey", "NotFound", "404"):
-        return ObjectMissingError(f"no such object or bucket at {endpoint()}")
+        return ObjectMissingError(f"there is no object {uri}, or no such bucket, at {endpoint()}")
+    if status == 412:
+        return ObjectChangedError(f"{uri} was changed after its version was noted; start again with the present one")
     if status in (401, 403):
         return AccessDeniedError(f"S3 at {endpoint()} refuses access ({code}); check the AWS_* credentials")
     return ServiceUnavailableError(f"S3 at {endpoint()} failed with {status} {code}; try again later")
+
+
+def _status(error: ClientError) -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
 def endpoint() -> str:
@@ -96,9 +96,10 @@ def endpoint() -> str:
 
 
 class ObjectStore:
-    """Reads, writes and lists objects by `s3://` URI.
+    """Reads, writes and lists objects by `s3://` URI, with the credentials of the environment at its first call.
 
-    All methods raise ServiceUnavailableError, AccessDeniedError or ObjectMissingError.
+    All methods raise ServiceUnavailableError, AccessDeniedError or ObjectMissingError; UsageError where the environment
+    names no usable endpoint.
     """
 
     @functools.cached_property
@@ -116,66 +117,88 @@ class ObjectStore:
             response_checksum_validation="when_required",
         )
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        return boto3.client("s3", config=config, region_name=region)
+        try:
+            # boto3.client would use a session of the process, which keeps the credentials that it saw first.
+            return boto3.session.Session().client("s3", config=config, region_name=region)
+        except ValueError:
+            raise UsageError("AWS_ENDPOINT_URL_S3 is no URL: it must be like http://host:port") from None
 
-    @_mapped
     def put(self, uri: str, body: bytes, *, content_type: str = "application/json") -> None:
         """Write an object, replacing one that is there."""
         bucket, key = split_uri(uri)
-        self.client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
+        with s3_errors(uri):
+            self.client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
 
-    @_mapped
-    def put_new(self, uri: str, body: bytes, *, content_type: str = "application/json") -> bool:
-        """Write an object unless there is one already, atomically. True if this call wrote it."""
+    def put_new(
+        self, uri: str, body: bytes, *, content_type: str = "application/json", writer: str | None = None
+    ) -> bool:
+        """Write an object unless there is one already, atomically. True if this call wrote it.
+
+        The object is marked with its writer, so that a write whose answer was lost and that was sent again is known as our
+        own. With `writer` (at most 100 ASCII characters) the same holds for a second call by that writer.
+        """
         from botocore.exceptions import ClientError
 
         bucket, key = split_uri(uri)
-        for attempt in range(CONFLICT_RETRIES):
-            try:
-                self.client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type, IfNoneMatch="*")
-                return True
-            except ClientError as error:
-                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-                if status == 412:
-                    return False
-                if status != 409 or attempt == CONFLICT_RETRIES - 1:
-                    raise
+        writer = writer or uuid.uuid4().hex
+        request: dict[str, Any] = {"Bucket": bucket, "Key": key, "Body": body, "ContentType": content_type}
+        request |= {"IfNoneMatch": "*", "Metadata": {WRITER: writer}}
+        with s3_errors(uri):
+            for attempt in range(CONFLICT_RETRIES):
+                try:
+                    self.client.put_object(**request)
+                    return True
+                except ClientError as error:
+                    if _status(error) == 412:
+                        return self._writer_of(uri) == writer
+                    if _status(error) != 409 or attempt == CONFLICT_RETRIES - 1:
+                        raise
+                time.sleep(pause(attempt, first=0.05, longest=2.0))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    @_mapped
+    def _writer_of(self, uri: str) -> str | None:
+        found = self._head(uri)
+        return None if found is None else found["Metadata"].get(WRITER)
+
     def upload(self, uri: str, file: IO[bytes], *, content_type: str) -> None:
         """Write a file of any size, in parts where it is large."""
         bucket, key = split_uri(uri)
-        self.client.upload_fileobj(file, bucket, key, ExtraArgs={"ContentType": content_type})
+        with s3_errors(uri):
+            self.client.upload_fileobj(file, bucket, key, ExtraArgs={"ContentType": content_type})
 
-    @_mapped
     def get(self, uri: str) -> bytes:
         """The whole object."""
         bucket, key = split_uri(uri)
-        return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        with s3_errors(uri):
+            return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
-    @_mapped
     def head(self, uri: str) -> StorageRef | None:
         """Size, ETag and type of an object; None where there is none."""
-        try:
-            bucket, key = split_uri(uri)
-            found = self.client.head_object(Bucket=bucket, Key=key)
-        except self.client.exceptions.ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-                return None
-            raise
+        with s3_errors(uri):
+            found = self._head(uri)
+        if found is None:
+            return None
         return StorageRef(uri, found["ETag"].strip('"'), found["ContentLength"], found.get("ContentType"))
 
-    @_mapped
+    def _head(self, uri: str) -> Any:
+        bucket, key = split_uri(uri)
+        try:
+            return self.client.head_object(Bucket=bucket, Key=key)
+        except self.client.exceptions.ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
+
     def require_bucket(self, uri: str) -> None:
         """Raise ObjectMissingError, naming the bucket, unless the bucket of `uri` exists."""
         bucket, _ = split_uri(uri)
-        try:
-            self.client.head_bucket(Bucket=bucket)
-        except self.client.exceptions.ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+        with s3_errors(uri):
+            try:
+                self.client.head_bucket(Bucket=bucket)
+            except self.client.exceptions.ClientError as error:
+                if _status(error) != 404:
+                    raise
                 raise ObjectMissingError(f"there is no bucket {bucket!r} at {endpoint()}; create it first") from None
-            raise
 
     def list(self, uri: str, *, after: str = "") -> Iterator[ListedObject]:
         """Objects under a prefix, sorted by key, a page in memory at a time; only keys above `after`."""
@@ -184,40 +207,36 @@ class ObjectStore:
         if after:
             request["StartAfter"] = after
         while True:
-            page = self._page(request)
+            with s3_errors(uri):
+                page = self._page(request)
             for entry in page.get("Contents", []):
                 yield ListedObject(entry["Key"], entry["Size"], entry["ETag"].strip('"'))
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
 
-    @_mapped
     def _page(self, request: dict[str, Any]) -> Any:
         return self.client.list_objects_v2(**request)
 
     def lines(self, uri: str, *, etag: str | None = None) -> Iterator[bytes]:
-        """The lines of an object, streamed, without their line ends; of the version `etag` where it is given."""
-        body = self._open(uri, etag)
+        """The lines of an object, streamed, without their line ends; of the version `etag` where it is given.
+
+        Raises ObjectChangedError when the object is of another version.
+        """
+        bucket, key = split_uri(uri)
+        pinned: dict[str, Any] = {"IfMatch": etag} if etag else {}
+        with s3_errors(uri):
+            body = self.client.get_object(Bucket=bucket, Key=key, **pinned)["Body"]
         lines = body.iter_lines(chunk_size=1 << 16)
         while True:
-            line = self._next(lines)
+            with s3_errors(uri):
+                line = next(lines, None)
             if line is None:
                 return
             yield line
 
-    @_mapped
-    def _open(self, uri: str, etag: str | None) -> Any:
-        bucket, key = split_uri(uri)
-        pinned: dict[str, Any] = {"IfMatch": etag} if etag else {}
-        return self.client.get_object(Bucket=bucket, Key=key, **pinned)["Body"]
-
-    @staticmethod
-    @_mapped
-    def _next(lines: Iterator[bytes]) -> bytes | None:
-        return next(lines, None)
-
-    @_mapped
     def delete(self, uri: str) -> None:
         """Remove an object; one that is not there is no error."""
         bucket, key = split_uri(uri)
-        self.client.delete_object(Bucket=bucket, Key=key)
+        with s3_errors(uri):
+            self.client.delete_object(Bucket=bucket, Key=key)

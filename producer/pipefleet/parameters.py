@@ -107,6 +107,8 @@ def mapping_of(allowed: Mapping[str, Check]) -> Check:
 
 def check_parameters(task: str, allowed: Mapping[str, Check], given: Mapping[str, Any]) -> None:
     """Raise ParameterError for the first parameter that `allowed` does not name or whose check fails."""
+    if not isinstance(given, Mapping):
+        raise ParameterError(f"parameters are names with values, not a {type(given).__name__}")
     for name, value in given.items():
         if name not in allowed:
             known = ", ".join(sorted(allowed)) or "none"

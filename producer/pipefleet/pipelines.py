@@ -14,8 +14,9 @@ from typing import Any
 
 from pipefleet.client import Client
 from pipefleet.errors import ParameterError
+from pipefleet.inputs import is_message
 from pipefleet.jobs import Job
-from pipefleet.tasks import TaskSpec, task_spec
+from pipefleet.tasks import Media, TaskSpec, task_spec
 
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
 """Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
@@ -41,6 +42,8 @@ class FleetPipeline:
         Raises UsageError before anything is queued, JobFailedError for the first input that fails.
         """
         wanted = {name: value for name, value in parameters.items() if name not in _ACCEPTED}
+        if self._is_chat(inputs):
+            return self.submit(inputs, **wanted).result()
         if isinstance(inputs, list | tuple):
             return [self._as_in_list(one, wanted) for one in self._stream(inputs, wanted)]
         if isinstance(inputs, types.GeneratorType) or _is_dataset(inputs):
@@ -77,6 +80,10 @@ class FleetPipeline:
             for job in under_way:
                 job.cancel()
 
+    def _is_chat(self, inputs: Any) -> bool:
+        chats = self._spec.media is Media.PROMPT and isinstance(inputs, list | tuple)
+        return chats and bool(inputs) and is_message(inputs[0])
+
     def _as_in_list(self, output: Any, parameters: Mapping[str, Any]) -> Any:
         """Transformers wraps the best label in a list for a single text, but not for one in a list of texts."""
         wrapped = self._spec.name == "text-classification" and "top_k" not in parameters
@@ -106,7 +113,11 @@ def pipeline(
 
 
 def _is_dataset(value: Any) -> bool:
-    """An iterator, or a lazy collection such as `datasets.Dataset` or a torch data set; not a string, dict or array."""
-    if isinstance(value, str | bytes | Mapping) or hasattr(value, "__array_interface__") or hasattr(value, "save"):
+    """An iterator, or a lazy collection such as `datasets.Dataset` or a torch data set; not a string, bytes, dict or array."""
+    if (
+        isinstance(value, str | bytes | bytearray | memoryview | Mapping)
+        or hasattr(value, "__array_interface__")
+        or hasattr(value, "save")
+    ):
         return False
     return hasattr(value, "__next__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))

@@ -7,8 +7,10 @@ Memory is one shard, however long the source. A plan that was interrupted goes o
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, encode_json
-from pipefleet.errors import RunError, ServiceUnavailableError
+from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.finishing import finalise
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ObjectStore
+from pipefleet.patience import Patience
 from pipefleet.sources import Source, SourceItem
+from pipefleet.storage import split_uri
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -31,6 +36,8 @@ MEDIA_BYTES = 64 << 20
 TEXT_BYTES = 1 << 20
 ALIVE_SECONDS = 10.0
 """How long a planner counts as alive after its last sign; it gives one every third of this, however slow its source."""
+PATIENCE_SECONDS = 300.0
+"""How long a planner goes on trying while Redis or S3 is away. The first shard is tried once: `map` tells its caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ def decode_shard_line(line: bytes) -> tuple[int, JobItem]:
 
 
 class Planner:
-    """Plans one run, a shard at a time. Used by one thread at a time."""
+    """Plans one run, a shard at a time. Used by one thread at a time; any thread may call `stop`."""
 
     def __init__(self, client: Client, layout: RunLayout, plan: RunPlan, source: Source) -> None:
         self._client = client
@@ -93,24 +100,59 @@ class Planner:
         self.shards = 0
         self.continued = False
         """True when shards of an earlier planner were found; those are not queued here but by `Run.resume`."""
+        self.usable = True
+        """False after an error: what was read and not yet written is lost, so another planner has to go on."""
         self._cut: Iterator[list[SourceItem]] | None = None
+        self._writer = uuid.uuid4().hex
+        self._alone = True
+        self._stopped = threading.Event()
+        self._patience = Patience(self._stopped)
 
     def step(self) -> bool:
         """Write and queue the next shard. False when the source is at its end and run.json is written."""
-        if self._cut is None:
-            self._cut = self._shards(self._resume_point())
-        batch = next(self._cut, None)
-        if batch is None:
-            self._finish()
-            return False
-        self._write(batch)
-        return True
+        try:
+            if self._cut is None:
+                self._cut = self._shards(self._resume_point())
+            batch = next(self._cut, None)
+            if batch is None:
+                self._patience.call(self._finish)
+                return False
+            self._write(batch)
+            return True
+        except BaseException:
+            self.usable = False
+            raise
 
-    def run(self) -> None:
-        """Plan to the end of the source."""
-        with self.alive():
-            while self.step():
-                pass
+    def run(self) -> bool:
+        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped before."""
+        self._patience.seconds = PATIENCE_SECONDS
+        while not self._stopped.is_set():
+            if not self.step():
+                return True
+        return False
+
+    def stop(self) -> None:
+        """Let `run` return after the shard it is at."""
+        self._stopped.set()
+
+    @property
+    def stopped(self) -> bool:
+        """True after `stop`, until `go_on`."""
+        return self._stopped.is_set()
+
+    def go_on(self) -> None:
+        """Undo `stop`: `run` may be called again, and whoever does queues what was dropped meanwhile."""
+        self._stopped.clear()
+        self.continued = True
+
+    def undo(self) -> None:
+        """Remove what a first step that failed may have written, so that the same call can be made again."""
+        if self._alone and not self.items and not self.continued:
+            with suppress(
+                PipefleetError
+            ):  # in this order: a plan without shards is harmless, a shard without a plan is not
+                self._client.store.delete(self._layout.shard(0))
+                self._client.store.delete(self._layout.plan)
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -124,7 +166,8 @@ class Planner:
         finally:
             ended.set()
             thread.join()
-            with broker.redis_errors(self._client.settings.redis_url):
+            # The sign expires by itself; an error here would only hide the one that ended the block.
+            with suppress(ServiceUnavailableError), broker.redis_errors(self._client.settings.redis_url):
                 self._client.redis.delete(broker.run_key(self.plan.id, "planner"))
 
     def _give_signs(self, ended: threading.Event) -> None:
@@ -153,15 +196,39 @@ class Planner:
     def _shards(self, last: SourceItem | None) -> Iterator[list[SourceItem]]:
         batch: list[SourceItem] = []
         size = 0
-        for item in self._source.items(self.items, last):
-            limits = shard_limits(self.shards, self.plan.shard_size, media=not isinstance(item.inputs, str))
-            if batch and (len(batch) >= limits.items or size + item.size > limits.size):
+        for item in self._read(last):
+            if batch and size + item.size > self._limits(item).size:
                 yield batch
                 batch, size = [], 0
             batch.append(item)
             size += item.size
+            limits = self._limits(item)
+            if len(batch) >= limits.items or size >= limits.size:  # at once: a slow source may keep the next item back
+                yield batch
+                batch, size = [], 0
         if batch:
             yield batch
+
+    def _limits(self, item: SourceItem) -> Limits:
+        return shard_limits(self.shards, self.plan.shard_size, media=not isinstance(item.inputs, str))
+
+    def _read(self, last: SourceItem | None) -> Iterator[SourceItem]:
+        """The source after `last`; opened again behind the last item when a service it reads from was away."""
+        read = self.items
+        items: Iterator[SourceItem] | None = None
+
+        def following() -> SourceItem | None:
+            nonlocal items
+            items = self._source.items(read, last) if items is None else items
+            try:
+                return next(items, None)
+            except PipefleetError:
+                items = None
+                raise
+
+        while (item := self._patience.call(following)) is not None:
+            read, last = read + 1, item
+            yield item
 
     def _write(self, batch: list[SourceItem]) -> None:
         lines = []
@@ -169,24 +236,30 @@ class Planner:
             position = self.items + offset
             identity = str(position) if item.id is None else item.id
             lines.append(encode_shard_line(position, JobItem(identity, item.inputs, item.parameters)))
-        body = "\n".join(lines) + "\n"
-        if not self._client.store.put_new(
-            self._layout.shard(self.shards), body.encode(), content_type="application/x-ndjson"
-        ):
+        body = ("\n".join(lines) + "\n").encode()
+        if not self._patience.call(lambda: self._put(body)):
+            self._alone = False
             raise RunError(f"another client plans the run at {self._layout.uri}; open it with `client.run(uri)`")
-        self._queue(self.shards, self.items, len(batch))
+        message = shard_message(self.plan, self._layout, self.shards, self.items, len(batch))
+        self._patience.call(lambda: self._client.publish([message], self.plan.queue, Priority.LOW))
         self.items += len(batch)
         self.shards += 1
 
-    def _queue(self, index: int, first: int, count: int) -> None:
-        message = shard_message(self.plan, self._layout, index, first, count)
-        self._client.publish([message], self.plan.queue, Priority.LOW)
+    def _put(self, body: bytes) -> bool:
+        """Write the next shard; True when it is there and ours."""
+        uri = self._layout.shard(self.shards)
+        return self._client.store.put_new(uri, body, content_type="application/x-ndjson", writer=self._writer)
 
     def _finish(self) -> None:
+        """Write the totals where both sides look for them. Workers may have written every part before this."""
+        redis, store = self._client.redis, self._client.store
         total = replace(self.plan, shards=self.shards, items=self.items)
-        self._client.store.put_new(self._layout.run, encode_json(total.to_json()).encode())
+        store.put_new(self._layout.run, encode_json(total.to_json()).encode())
         with broker.redis_errors(self._client.settings.redis_url):
-            remember_totals(self._client.redis, total, ttl=self._client.settings.run_ttl)
+            remember_totals(redis, total, ttl=self._client.settings.run_ttl)
+            written = redis.bitcount(broker.run_key(total.id, "parts"))
+        if written >= self.shards:
+            finalise(store, self._layout, total)
         self.plan = total
 
 
@@ -198,9 +271,16 @@ def remember_totals(redis: Any, plan: RunPlan, *, ttl: float) -> None:
 
 
 def write_plan(client: Client, layout: RunLayout, plan: RunPlan) -> RunPlan:
-    """Write plan.json, or take the one of an interrupted client if it asks for the same. Raises RunError otherwise."""
+    """Write plan.json, or take the one of an interrupted client if it asks for the same.
+
+    Raises RunError where there is another run, or something that is left of one.
+    """
     client.store.require_bucket(layout.uri)
-    if client.store.put_new(layout.plan, encode_json(plan.to_json()).encode()):
+    if client.store.put_new(layout.plan, encode_json(plan.to_json()).encode(), writer=plan.id):
+        leftover = _leftover(client.store, layout)
+        if leftover is not None:
+            client.store.delete(layout.plan)
+            raise RunError(f"{leftover} is left of another run at {layout.uri}; choose another output, or remove it")
         return plan
     earlier = read_plan(client.store, layout)
     same = replace(earlier, id=plan.id, created=plan.created, shards=None, items=None) == plan
@@ -210,6 +290,16 @@ def write_plan(client: Client, layout: RunLayout, plan: RunPlan) -> RunPlan:
             f"`pipefleet resume {layout.uri}`, or choose another output"
         )
     return earlier
+
+
+def _leftover(store: ObjectStore, layout: RunLayout) -> str | None:
+    """The key of something that workers or clients would take for a part of the new run."""
+    _, own = split_uri(layout.plan)
+    for entry in itertools.chain(store.list(layout.control), store.list(layout.parts), store.list(layout.success)):
+        is_part_of_a_run = index_of(entry.key) is not None or not entry.key.startswith(split_uri(layout.parts)[1])
+        if entry.key != own and is_part_of_a_run:
+            return entry.key
+    return None
 
 
 def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:

@@ -1,4 +1,4 @@
-"""Showing how far a run is: a bar on a terminal, plain lines elsewhere, both on stderr."""
+"""How far a run is, and showing it: a bar on a terminal, plain lines elsewhere, both on stderr."""
 
 from __future__ import annotations
 
@@ -6,15 +6,41 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    from pipefleet.runs import RunProgress
+from dataclasses import dataclass
+from typing import Any, TextIO
 
 PLAIN_SECONDS = 5.0
 """Seconds between two lines where there is no terminal."""
 
-Show = Callable[["RunProgress"], None]
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """How far a run is. `state` is planning, running, succeeded, partial (ended, some items failed) or cancelled.
+
+    `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
+    """
+
+    uri: str
+    state: str
+    items: int
+    succeeded: int
+    failed: int
+    shards: int
+    parts: int
+    seconds: float
+
+    @property
+    def ended(self) -> bool:
+        """True when nothing will change any more."""
+        return self.state in ("succeeded", "partial", "cancelled")
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+Show = Callable[[RunProgress], None]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The record of a single job in Redis: one hash, changed only by the two scripts here, so that a final state stays final.
+"""The record of a single job in Redis: one hash, changed only by the scripts here, so that a final state stays final.
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
 StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage).
@@ -12,7 +12,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipefleet.contract import JobState
+from pipefleet.errors import ContractError
 from pipefleet.storage import StorageRef
+
+SUBMIT = """
+if KEYS[3] then
+  local known = redis.call('GET', KEYS[3])
+  if known then return known end
+end
+if redis.call('EXISTS', KEYS[1]) == 1 then return ARGV[2] end
+redis.call('LPUSH', KEYS[2], ARGV[3])
+for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+if KEYS[3] then redis.call('SET', KEYS[3], ARGV[2], 'EX', ARGV[1]) end
+return ARGV[2]
+"""
+"""KEYS: job, list of the queue, idempotency key or none. ARGV: ttl, id, message, then fields and values. The id of the job
+that is queued now, or was before: a command that is sent again queues nothing twice and sets nothing back."""
 
 START = """
 local state = redis.call('HGET', KEYS[1], 'state')
@@ -32,6 +48,9 @@ if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
 return 1
 """
 """KEYS: job. ARGV: ttl, reply channel or '', id, then fields and values. 0 when another final state was there first."""
+
+CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{FINISH}"
+"""As FINISH, but it makes no record of a job that nothing is known of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +83,21 @@ class JobRecord:
 
 
 def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
-    """The record in a hash as redis-py returns it; None when there is no such job (any more)."""
-    fields = {name.decode(): value.decode() for name, value in raw.items()}
-    if "state" not in fields:
+    """The record in a hash as redis-py returns it; None when there is no such job (any more).
+
+    Raises ContractError for a record that no version known here wrote.
+    """
+    if b"state" not in raw:
         return None
+    try:
+        return _read({name.decode(): value.decode() for name, value in raw.items()})
+    except (ValueError, TypeError, ContractError):
+        raise ContractError(
+            "the record of this job cannot be read: run producers and workers of the same release"
+        ) from None
+
+
+def _read(fields: Mapping[str, str]) -> JobRecord:
     reference, failure = fields.get("output_ref"), fields.get("error")
     return JobRecord(
         state=JobState(fields["state"]),

@@ -19,7 +19,9 @@ def route(task: str, model: str | None, revision: str | None, fleet: Fleet) -> P
 
 
 def queue_name(pool: Pool, fleet: Fleet) -> str:
-    """The queue that `pool`'s workers consume."""
+    """The queue that `pool`'s workers consume: what they announce, else what follows from the whole fleet."""
+    if pool.queue is not None:
+        return pool.queue
     shared = [other for other in fleet.pools.values() if other.task == pool.task]
     is_default = pool.default or len(shared) == 1
     return f"{PREFIX}{pool.task}" if is_default else f"{PREFIX}{pool.task}.{pool.name}"

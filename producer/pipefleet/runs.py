@@ -7,19 +7,19 @@ progress cheap to read.
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
-from pipefleet.contract import JobMessage, Priority, encode_json
+from pipefleet.artifacts import resolve
+from pipefleet.contract import JobMessage, Priority
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
+from pipefleet.finishing import finalise, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan, index_of
-from pipefleet.objects import ObjectMissingError, ObjectStore
 from pipefleet.planner import (
     Planner,
     decode_shard_line,
@@ -30,7 +30,7 @@ from pipefleet.planner import (
     shard_message,
     write_plan,
 )
-from pipefleet.progress import show_progress
+from pipefleet.progress import RunProgress, show_progress
 from pipefleet.sources import open_source
 from pipefleet.tasks import task_spec
 
@@ -40,33 +40,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.25
 LOOK_AT_STORE_SECONDS = 5.0
 """How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunProgress:
-    """How far a run is. `state` is planning, running, succeeded, partial (ended, some items failed) or cancelled.
-
-    `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
-    """
-
-    uri: str
-    state: str
-    items: int
-    succeeded: int
-    failed: int
-    shards: int
-    parts: int
-    seconds: float
-
-    @property
-    def ended(self) -> bool:
-        """True when nothing will change any more."""
-        return self.state in ("succeeded", "partial", "cancelled")
-
-    def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds")
-        return {name: getattr(self, name) for name in names}
+TAKE_OVER_SECONDS = 30.0
+"""How long `resume` waits for a planner that gives signs of life; one that died gives them for ten seconds more."""
 
 
 class Run:
@@ -79,6 +54,8 @@ class Run:
         self._planner = planner
         self._thread: threading.Thread | None = None
         self._planning_error: PipefleetError | None = None
+        self._next_look = 0.0
+        self._cancelled_in_store = False
 
     @classmethod
     def open(cls, client: Client, layout: RunLayout) -> Run:
@@ -103,21 +80,40 @@ class Run:
         """Task, model, parameters, source and, once planning has ended, totals."""
         return self._plan
 
+    @property
+    def planning(self) -> bool:
+        """True while this client plans the run."""
+        return self._thread is not None and self._thread.is_alive()
+
     def progress(self) -> RunProgress:
-        """How far the run is, from Redis; from object storage once it has ended. Raises what planning raised."""
+        """How far the run is, from Redis; from object storage once it has ended. Raises what planning raised.
+
+        Object storage is asked when Redis has every part noted, and every LOOK_AT_STORE_SECONDS in case Redis lost its data.
+        """
         self._raise_planning_error()
-        ended = read_totals(self._client.store, self._layout)
-        if ended is not None:
-            return ended
-        self._refresh_plan()
         shards, cancelled, done, failed, parts = self._counts()
-        total = self._plan.items if self._plan.items is not None else planner_alive(self._client, self._plan)
-        state = "cancelled" if cancelled else "running" if self._plan.shards is not None else "planning"
-        seconds = time.time() - self._plan.created
-        progress = RunProgress(self.uri, state, total or done, done - failed, failed, shards, parts, seconds)
-        if not cancelled and self._plan.shards is not None and parts >= self._plan.shards:
+        complete = shards is not None and parts >= shards
+        if complete or time.monotonic() >= self._next_look:
+            ended = self._look_at_store(forgotten=shards is None and cancelled is None)
+            if ended is not None:
+                return ended
+        is_cancelled = bool(cancelled) or self._cancelled_in_store
+        if complete and not is_cancelled and self._plan.shards is not None:
             return finalise(self._client.store, self._layout, self._plan)
-        return progress
+        total = self._plan.items if self._plan.items is not None else planner_alive(self._client, self._plan)
+        state = "cancelled" if is_cancelled else "planning" if self._plan.shards is None else "running"
+        seconds = time.time() - self._plan.created
+        known = self._plan.shards or shards or 0
+        return RunProgress(self.uri, state, total or done, done - failed, failed, known, parts, seconds)
+
+    def _look_at_store(self, *, forgotten: bool) -> RunProgress | None:
+        """The totals of an ended run. Brings what is known of another one up to date; `forgotten`: Redis knows nothing of it."""
+        self._next_look = time.monotonic() + LOOK_AT_STORE_SECONDS
+        ended = read_totals(self._client.store, self._layout)
+        if ended is None:
+            self._refresh_plan()
+            self._cancelled_in_store = forgotten and self._client.store.head(self._layout.cancelled) is not None
+        return ended
 
     def wait(self, *, progress: bool = False, timeout: float | None = None) -> RunProgress:
         """Wait for the end of the run, at most `timeout` seconds; with `progress`, show it as it goes.
@@ -140,13 +136,18 @@ class Run:
     def results(self) -> Iterator[dict[str, Any]]:
         """Rows `{id, input, output | error, …}` in source order, a part in memory at a time; waits for parts to come.
 
+        Long arrays, which lie beside the line as artifacts, are fetched with their row.
+
         Raises RunError when the run was cancelled before all its parts were there.
         """
         index = 0
         while self._wait_for_part(index):
             for line in self._client.store.lines(self._layout.part(index)):
-                yield json.loads(line)
+                yield self._row(json.loads(line))
             index += 1
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "output": resolve(row["output"], self._client.store.get)} if "output" in row else row
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """The failed items so far, as manifest rows with an `error` of code, message and stage."""
@@ -162,55 +163,70 @@ class Run:
         return self._layout.failures
 
     def cancel(self) -> None:
-        """Stop the run: what is queued is dropped, what is on a device is not written. `resume` takes it up again."""
+        """Stop the run: what is queued is dropped, what is on a device is not written. `resume` takes it up again.
+
+        Planning in this client stops as well, after the item that its source is at.
+        """
+        self.stop_planning()
+        key = broker.run_key(self.id)
         self._client.store.put(self._layout.cancelled, b"{}")
         with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.hset(broker.run_key(self.id), "cancelled", 1)
+            self._client.redis.hset(key, "cancelled", 1)
+            self._client.redis.expire(key, int(self._client.settings.run_ttl))
             self._client.redis.publish(broker.CANCELLED_CHANNEL, self.id)
 
     def resume(self) -> int:
-        """Queue every shard that no queue, worker or part accounts for; returns how many those were.
+        """Queue again every shard that no queue, worker or part accounts for; returns how many those were.
 
-        Also finishes an interrupted planning, and a run whose Redis was emptied. Raises RunError when the source was an
-        iterable that ended with its client.
+        Also finishes an interrupted planning, whose new shards are queued as they are written and do not count. The state is
+        that of object storage, so a run whose Redis was emptied is finished as well. Raises RunError when the source was
+        an iterable that ended with its client, or when another client goes on planning the run.
         """
         if read_totals(self._client.store, self._layout) is not None:
             return 0
         self._uncancel()
+        self._planning_error = None
         self._refresh_plan()
-        if self._plan.shards is None:
+        if self._plan.shards is None and not self._go_on_planning():
             self._resume_planning()
         return self._queue_missing()
 
-    def start_planning(self) -> None:
-        """Plan the rest of the source in a thread that keeps the process alive until it is done."""
-        self._thread = threading.Thread(target=self._plan_rest, name=f"pipefleet-plan-{self.id[:8]}", daemon=False)
+    def start_planning(self, alive: AbstractContextManager[object]) -> None:
+        """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
+        name = f"pipefleet-plan-{self.id[:8]}"
+        self._thread = threading.Thread(target=self._plan_rest, args=(alive,), name=name, daemon=False)
         self._thread.start()
+
+    def stop_planning(self) -> None:
+        """Let this client's planning end early. `resume` goes on with it."""
+        if self._planner is not None:
+            self._planner.stop()
 
     def join_planner(self) -> None:
         """Wait until the planning thread has ended."""
         if self._thread is not None:
             self._thread.join()
 
-    def _plan_rest(self) -> None:
+    def _plan_rest(self, alive: AbstractContextManager[object]) -> None:
         assert self._planner is not None
         try:
-            self._planner.run()
+            with alive:
+                if not self._planner.run():
+                    return
             self._plan = self._planner.plan
             if self._planner.continued:
                 self._queue_missing()
         except PipefleetError as error:
             self._planning_error = error
-        except Exception as error:  # noqa: BLE001 - raised by the user's own iterable; shown by wait()
-            self._planning_error = RunError(f"the source raised {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - nobody else sees what ends this thread; shown by wait()
+            self._planning_error = RunError(f"planning ended with {type(error).__name__}: {error}")
 
     def _raise_planning_error(self) -> None:
         if self._planning_error is not None:
             raise self._planning_error
 
     def _require_planner(self) -> None:
-        alive = self._thread is not None and self._thread.is_alive()
-        if self._plan.shards is None and not alive and planner_alive(self._client, self._plan) is None:
+        if self._plan.shards is None and not self.planning and planner_alive(self._client, self._plan) is None:
             self._raise_planning_error()
             self._refresh_plan()
             if self._plan.shards is None:
@@ -220,17 +236,18 @@ class Run:
                 )
 
     def _refresh_plan(self) -> None:
-        if self._plan.shards is None and self._thread is None:
+        if self._plan.shards is None and not self.planning:
             self._plan = read_plan(self._client.store, self._layout)
 
-    def _counts(self) -> tuple[int, bool, int, int, int]:
+    def _counts(self) -> tuple[int | None, bytes | None, int, int, int]:
+        """Shards and mark of cancellation, each None where Redis does not know it; items done, items failed, parts."""
         pipe = self._client.redis.pipeline(transaction=False)
         pipe.hmget(broker.run_key(self.id), ["shards", "cancelled"])
         for bitmap in ("items", "failed", "parts"):
             pipe.bitcount(broker.run_key(self.id, bitmap))
         with broker.redis_errors(self._client.settings.redis_url):
             (shards, cancelled), done, failed, parts = pipe.execute()
-        return self._plan.shards or int(shards or 0), bool(cancelled), done, failed, parts
+        return None if shards is None else int(shards), cancelled, done, failed, parts
 
     def _wait_for_part(self, index: int) -> bool:
         """True when part `index` is there; False when the run has fewer parts."""
@@ -249,10 +266,26 @@ class Run:
         self._client.store.delete(self._layout.cancelled)
         with broker.redis_errors(self._client.settings.redis_url):
             self._client.redis.hdel(broker.run_key(self.id), "cancelled")
+        self._cancelled_in_store = False
+
+    def _go_on_planning(self) -> bool:
+        """Go on with the planning of this client where it was stopped. False when it has none that could go on."""
+        planner = self._planner
+        if planner is None or not planner.usable:
+            return False
+        if planner.stopped:
+            self.join_planner()
+            if planner.usable and self._plan.shards is None:
+                planner.go_on()
+                self.start_planning(planner.alive())
+        return planner.usable
 
     def _resume_planning(self) -> None:
-        while planner_alive(self._client, self._plan) is not None:
-            time.sleep(POLL_SECONDS)  # another client plans, or one that died did so a moment ago
+        deadline = time.monotonic() + TAKE_OVER_SECONDS
+        while planner_alive(self._client, self._plan) is not None:  # it may have died a moment ago
+            if time.monotonic() >= deadline:
+                raise RunError(f"another client plans the run at {self.uri}; see `pipefleet status {self.uri}`")
+            time.sleep(POLL_SECONDS)
         self._refresh_plan()
         if self._plan.shards is not None:
             return
@@ -264,9 +297,10 @@ class Run:
         spec = task_spec(self._plan.task)
         preparer = self._client.preparer(spec)
         source = open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)
-        self._planner = Planner(self._client, self._layout, self._plan, source)
-        self._planner.run()
-        self._plan = self._planner.plan
+        self._planner = planner = Planner(self._client, self._layout, self._plan, source)
+        with planner.alive():
+            planner.run()
+        self._plan = planner.plan
 
     def _queue_missing(self) -> int:
         written = self._restore_progress()
@@ -280,8 +314,9 @@ class Run:
         """Set the progress bits of every part that Redis does not know of; returns the shards that have a part."""
         redis, key = self._client.redis, broker.run_key(self.id, "parts")
         written: set[int] = set()
-        with broker.redis_errors(self._client.settings.redis_url):
-            remember_totals(redis, self._plan, ttl=self._client.settings.run_ttl)
+        if self._plan.shards is not None:
+            with broker.redis_errors(self._client.settings.redis_url):
+                remember_totals(redis, self._plan, ttl=self._client.settings.run_ttl)
         for entry in self._client.store.list(self._layout.parts):
             index = index_of(entry.key)
             if index is None:
@@ -308,7 +343,8 @@ class Run:
     def _missing_shards(self, written: set[int]) -> list[int]:
         with broker.redis_errors(self._client.settings.redis_url):
             queued = set(broker.queued_ids(self._client.redis, self._plan.queue))
-        every = range(self._plan.shards or 0)
+        planned = self._planner.shards if self._planner is not None else 0
+        every = range(planned if self._plan.shards is None else self._plan.shards)
         return [index for index in every if index not in written and shard_id(self.id, index) not in queued]
 
     def _shard_message(self, index: int) -> JobMessage:
@@ -318,76 +354,28 @@ class Run:
 
 
 def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> Run:
-    """Start a run: check the source, write the plan, queue the first shard; the rest goes on in a thread."""
+    """Start a run: check the source, write the plan, queue the first shard; the rest goes on in a thread.
+
+    When the first shard fails, nothing stays behind.
+    """
     spec = task_spec(plan.task)
     opened = open_source(source, spec, client.store, client.preparer(spec), output=layout.uri)
     opened.check()
-    plan = write_plan(client, layout, replace(plan, source=opened.describe()))
+    client.ping()
+    asked = replace(plan, source=opened.describe())
+    plan = write_plan(client, layout, asked)
     planner = Planner(client, layout, plan, opened)
     run = Run(client, layout, plan, planner)
-    try:
-        more = planner.step()
-    except PipefleetError:
-        if not planner.shards:
-            with suppress(PipefleetError):  # nothing was planned, so the same call may be made again
-                client.store.delete(layout.plan)
-        raise
-    if more or planner.continued:
-        run.start_planning()
-    else:
-        run._plan = planner.plan
+    with ExitStack() as alive:
+        try:
+            alive.enter_context(planner.alive())
+            more = planner.step()
+        except BaseException:
+            if plan.id == asked.id:
+                planner.undo()
+            raise
+        if more or planner.continued:
+            run.start_planning(alive.pop_all())
+        else:
+            run._plan = planner.plan
     return run
-
-
-def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
-    """The progress of a run that has ended, from `_SUCCESS`; None while it has not."""
-    try:
-        totals = json.loads(store.get(layout.success))
-    except ObjectMissingError:
-        return None
-    return RunProgress(uri=layout.uri, **totals)
-
-
-def finalise(store: ObjectStore, layout: RunLayout, plan: RunPlan) -> RunProgress:
-    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time."""
-    failed = _gather_failures(store, layout)
-    totals = RunProgress(
-        uri=layout.uri,
-        state="partial" if failed else "succeeded",
-        items=plan.items or 0,
-        succeeded=(plan.items or 0) - failed,
-        failed=failed,
-        shards=plan.shards or 0,
-        parts=plan.shards or 0,
-        seconds=round(time.time() - plan.created, 3),
-    )
-    body = {name: value for name, value in totals.to_json().items() if name != "uri"}
-    store.put_new(layout.success, encode_json(body).encode())
-    return read_totals(store, layout) or totals
-
-
-def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: list[dict[str, Any]]) -> None:
-    """Write the failed rows of a part as manifest lines. Derived from the part alone, so writing twice is harmless."""
-    lines = [encode_json(_manifest_row(row)) for row in rows if "error" in row]
-    if lines:
-        body = ("\n".join(lines) + "\n").encode()
-        store.put(layout.failed_shard(index), body, content_type="application/x-ndjson")
-
-
-def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
-    parameters = {"parameters": row["parameters"]} if row.get("parameters") else {}
-    return {"id": row["id"], "inputs": row["input"], **parameters, "error": row["error"]}
-
-
-def _gather_failures(store: ObjectStore, layout: RunLayout) -> int:
-    """Join the failed items of all shards into one file; returns how many there are."""
-    count = 0
-    with tempfile.TemporaryFile() as gathered:
-        for entry in store.list(layout.failed):
-            for line in store.lines(f"s3://{layout.uri.split('/')[2]}/{entry.key}"):
-                gathered.write(line + b"\n")
-                count += 1
-        if count:
-            gathered.seek(0)
-            store.upload(layout.failures, gathered, content_type="application/x-ndjson")
-    return count

@@ -20,11 +20,11 @@ DEFAULT_FLEET = Path("fleet.toml")
 class Settings(BaseSettings):
     """What a producer needs to know. Immutable, so it may be shared by threads."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PIPEFLEET_", frozen=True, extra="ignore", hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_prefix="PIPEFLEET_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of the broker", repr=False)
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="redis:// or rediss:// URL of the broker", repr=False
+    )
     store: str = Field("s3://pipefleet/store/", description="s3:// prefix for uploads and spilled results")
     fleet: Path | None = Field(None, description="fleet.toml; without it ./fleet.toml, then what workers announce")
     result_ttl: float = Field(86_400.0, gt=0, description="seconds for which the result of a single job is kept")
@@ -72,14 +72,10 @@ def load_settings() -> Settings:
 
 
 def without_credentials(url: str) -> str:
-    """`url` with user, password and query taken out, for messages and logs; of a malformed one only what surely is no secret."""
+    """`url` with user, password and query taken out, for messages and logs; of a malformed one only the scheme."""
     scheme, separator, _ = url.partition("://")
-    if not separator:
-        return "…"
     host = _host(url)
-    if host is None:  # an unescaped character of the password ends the host too early: what follows the last @ is none of it
-        host = _host(f"{scheme}://{url.rpartition('@')[2]}") if "@" in url else None
-    return f"{scheme}://{'…' if host is None else host}"
+    return f"{scheme}://{'…' if host is None else host}" if separator else "…"
 
 
 def _host(url: str) -> str | None:

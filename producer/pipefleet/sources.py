@@ -1,13 +1,12 @@
 """Where the items of a bulk run come from: a bucket prefix, a manifest, a folder, or any iterable.
 
 Every source yields `SourceItem`s one by one, in a fixed order, with constant memory. A manifest is read through once before
-anything is written, so a malformed line refuses the run instead of ending it half way.
+anything is written, so a line that cannot be used refuses the run instead of ending it half way.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipefleet.contract import encode_json
-from pipefleet.errors import InputError, ManifestError, PipefleetError, SourceError, nearest
+from pipefleet.errors import ManifestError, RunError, SourceError, UsageError, nearest
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
 from pipefleet.storage import StorageRef, is_uri, refs_in, split_uri
@@ -47,7 +46,7 @@ class Source(Protocol):
         """Raise SourceError when the source is missing or malformed; reads it through where that is needed."""
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """The items after the first `skip`, the last of which was `last`."""
+        """The items after the first `skip`, the last of which was `last`. Called again when a service was away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,11 @@ class PrefixSource:
     def check(self) -> None:
         """Raise SourceError unless the bucket exists and holds something under the prefix."""
         self.store.require_bucket(self.uri)
+        if self.uri.startswith(self.exclude):
+            raise SourceError(
+                f"the output {self.exclude} holds the source {self.uri}, and nothing below an output is read as input; "
+                "choose another output"
+            )
         if next(self.items(0, None), None) is None:
             raise SourceError(f"nothing lies under {self.uri}; check the prefix (it is case-sensitive)")
 
@@ -96,21 +100,25 @@ class ManifestSource:
         return self.location if is_uri(self.location) else str(Path(self.location).resolve())
 
     def check(self) -> None:
-        """Read it through. Raise ManifestError for the first line that does not parse."""
+        """Read it through. Raise ManifestError for the first line that cannot be used; nothing is uploaded."""
         count = 0
-        for line, row in self._rows():
-            _check_row(line, row, self.spec, self.location)
+        for _ in self._prepared(0, self.preparer.dry()):
             count += 1
         if not count:
             raise SourceError(f"the manifest {self.location} is empty")
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
         """Items after the first `skip` rows."""
+        return self._prepared(skip, self.preparer)
+
+    def _prepared(self, skip: int, preparer: InputPreparer) -> Iterator[SourceItem]:
         for line, row in itertools.islice(self._rows(), skip, None):
             try:
-                yield row_item(row, self.preparer)
-            except InputError as error:
-                raise ManifestError(f"{self.location}, line {line}: {error}") from None
+                _check_keys(row)
+                item = row_item(row, preparer)
+            except UsageError as error:
+                raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
+            yield item
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         lines = self._lines()
@@ -130,11 +138,39 @@ class ManifestSource:
 
 
 @dataclass(frozen=True, slots=True)
+class FolderSource:
+    """Every file under a local folder, in the order of their names; each is uploaded, and named by its path in the folder."""
+
+    folder: Path
+    preparer: InputPreparer
+
+    def describe(self) -> str:
+        """The folder's absolute path."""
+        return str(self.folder.resolve())
+
+    def check(self) -> None:
+        """Raise SourceError unless there is a file in the folder."""
+        if not self._files():
+            raise SourceError(f"there is no file in the folder {self.folder}")
+
+    def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
+        """Items after the first `skip` files."""
+        for path in self._files()[skip:]:
+            yield row_item({"inputs": path, "id": path.relative_to(self.folder).as_posix()}, self.preparer)
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+@dataclass(slots=True)
 class IterableSource:
     """Any iterable of inputs, or of rows shaped like manifest lines. It is read once, lazily."""
 
     values: Iterable[Any]
     preparer: InputPreparer
+    _iterator: Iterator[Any] | None = None
+    _held: list[Any] = field(default_factory=list)
+    """The value that was taken and did not become an item yet."""
 
     def describe(self) -> None:
         """Nothing: it cannot be opened again."""
@@ -144,17 +180,34 @@ class IterableSource:
         """Nothing to look at without consuming it."""
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Items after the first `skip` values."""
-        for value in itertools.islice(self.values, skip, None):
-            row = value if _is_row(value) else {"inputs": value}
-            yield row_item(row, self.preparer)
+        """Items after the first `skip` values; called again, those after the last item, whatever `skip` is.
+
+        Raises RunError for what the iterable itself raises.
+        """
+        if self._iterator is None:
+            self._iterator = itertools.islice(self.values, skip, None)
+        while self._held or self._take(self._iterator):
+            (value,) = self._held
+            item = row_item(value if _is_row(value) else {"inputs": value}, self.preparer)
+            self._held.clear()
+            yield item
+
+    def _take(self, iterator: Iterator[Any]) -> bool:
+        """Hold the next value. False at the end."""
+        try:
+            self._held.append(next(iterator))
+        except StopIteration:
+            return False
+        except Exception as error:
+            raise RunError(f"the source raised {type(error).__name__}: {error}") from error
+        return True
 
 
 def open_source(source: Any, spec: TaskSpec, store: ObjectStore, preparer: InputPreparer, *, output: str) -> Source:
     """The Source for what a user named. Raises SourceError for a string that is neither a URI nor a local path."""
     if isinstance(source, str | Path):
         return _named_source(str(source), spec, store, preparer, output)
-    if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
+    if isinstance(source, Mapping | bytes | bytearray | memoryview) or not isinstance(source, Iterable):
         raise SourceError(f"a source is an s3:// URI or an iterable of inputs, not a {type(source).__name__}")
     return IterableSource(source, preparer)
 
@@ -167,26 +220,32 @@ def _named_source(name: str, spec: TaskSpec, store: ObjectStore, preparer: Input
             return ManifestSource(name, store, spec, preparer)
         return PrefixSource(name, store, output)
     path = Path(name)
-    if path.is_dir():
-        return IterableSource((one for one in sorted(path.rglob("*")) if one.is_file()), preparer)
+    if name and path.is_dir():
+        return FolderSource(path, preparer)
     if path.is_file() and is_manifest:
         return ManifestSource(name, store, spec, preparer)
     raise SourceError(f"no such source {name[:200]!r}: give an s3:// prefix, a .jsonl or .csv manifest, or a folder")
 
 
 def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
-    """The item of one manifest row. Without an id, the key of its one reference serves, else its position (None)."""
+    """The item of one manifest row. Without an id, the key of its one reference serves, else its position (None).
+
+    Raises UsageError for inputs, parameters or an id that a shard cannot hold.
+    """
+    parameters = row.get("parameters") or {}
+    preparer.spec.check(parameters)
     prepared = preparer.prepare(row["inputs"])
     references = refs_in(prepared)
     identity = row.get("id")
     if identity is None and isinstance(prepared, Mapping) and len(references) == 1:
         identity = references[0].key
-    size = sum(one.size or 0 for one in references) or len(encode_json(prepared))
-    return SourceItem(None if identity is None else str(identity), prepared, size, row.get("parameters") or {})
+    encoded = encode_json([prepared, identity, parameters])
+    size = sum(one.size or 0 for one in references) or len(encoded)
+    return SourceItem(None if identity is None else str(identity), prepared, size, parameters)
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, Mapping) and "inputs" in value and set(value) <= MANIFEST_KEYS
+    return isinstance(value, Mapping) and "inputs" in value and set(value) <= MANIFEST_KEYS | _ANNOTATIONS
 
 
 def _json_rows(lines: Iterator[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -194,39 +253,52 @@ def _json_rows(lines: Iterator[bytes], where: str) -> Iterator[tuple[int, dict[s
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(_text(line, number, where))
         except json.JSONDecodeError as error:
             raise ManifestError(f"{where}, line {number}, column {error.colno}: {error.msg}") from None
-        except UnicodeDecodeError as error:
-            raise ManifestError(f"{where}, line {number}, column {error.start + 1}: not UTF-8") from None
+        except RecursionError:
+            raise ManifestError(f"{where}, line {number}, column 1: nested too deeply") from None
         if not isinstance(row, dict):
             raise ManifestError(f"{where}, line {number}, column 1: a JSON object is expected")
         yield number, {key: value for key, value in row.items() if key not in _ANNOTATIONS}
 
 
-def _csv_rows(lines: Iterator[bytes], where: str, spec: TaskSpec) -> Iterator[tuple[int, dict[str, Any]]]:
+def _text(line: bytes, number: int, where: str) -> str:
+    """A line as text, without the byte order mark that the first one may have."""
     try:
-        stream = io.TextIOWrapper(io.BufferedReader(_LineReader(lines)), encoding="utf-8-sig", newline="")
-        reader = csv.DictReader(stream, strict=True)
-        columns = reader.fieldnames or []
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{where}, line {number}, column {error.start + 1}: not UTF-8") from None
+
+
+def _csv_rows(lines: Iterator[bytes], where: str, spec: TaskSpec) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and row of each record. csv gets lines with their ends, which it has to see inside quoted fields."""
+    reader = csv.reader((_text(line, number, where) + "\n" for number, line in enumerate(lines, start=1)), strict=True)
+    try:
+        columns = next(reader, [])
         _check_columns(columns, where, spec)
-        for row in reader:
-            if None in row or None in row.values():
+        for record in reader:
+            if record and len(record) != len(columns):
                 raise ManifestError(f"{where}, line {reader.line_num}, column {len(columns)}: wrong number of columns")
-            yield reader.line_num, _csv_row(row)
+            if record:
+                yield reader.line_num, _csv_row(dict(zip(columns, record, strict=True)))
     except csv.Error as error:
         raise ManifestError(f"{where}, line {reader.line_num}, column 1: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{where}, line 1, column 1: not UTF-8 ({error.reason})") from None
 
 
-def _check_columns(columns: Iterable[str], where: str, spec: TaskSpec) -> None:
+def _check_columns(columns: list[str], where: str, spec: TaskSpec) -> None:
     known = {"id", "inputs", *spec.fields}
     for column in columns:
         if column not in known:
             raise ManifestError(f"{where}, line 1, column 1: unknown column {column!r}{nearest(column, known)}")
-    if not set(columns) - {"id"}:
+        if columns.count(column) > 1:
+            raise ManifestError(f"{where}, line 1, column 1: the column {column!r} is there twice")
+    fields = set(columns) - {"id"}
+    if not fields:
         raise ManifestError(f"{where}, line 1, column 1: a column `inputs` is missing")
+    if "inputs" in fields and len(fields) > 1:
+        others = ", ".join(sorted(fields - {"inputs"}))
+        raise ManifestError(f"{where}, line 1, column 1: either a column `inputs` or its fields ({others}), not both")
 
 
 def _csv_row(row: Mapping[str, str]) -> dict[str, Any]:
@@ -235,38 +307,13 @@ def _csv_row(row: Mapping[str, str]) -> dict[str, Any]:
     return {"inputs": row.get("inputs", fields), **identity}
 
 
-def _check_row(line: int, row: Mapping[str, Any], spec: TaskSpec, where: str) -> None:
+def _check_keys(row: Mapping[str, Any]) -> None:
+    """Raise SourceError for a row whose keys, or the types of their values, are not those of a manifest."""
     unknown = set(row) - MANIFEST_KEYS
     if unknown:
         word = sorted(unknown)[0]
-        raise ManifestError(f"{where}, line {line}, column 1: unknown key {word!r}{nearest(word, MANIFEST_KEYS)}")
+        raise SourceError(f"unknown key {word!r}{nearest(word, MANIFEST_KEYS)}")
     if "inputs" not in row:
-        raise ManifestError(f"{where}, line {line}, column 1: the key 'inputs' is missing")
+        raise SourceError("the key 'inputs' is missing")
     if not isinstance(row.get("id", ""), str | int) or not isinstance(row.get("parameters", {}), Mapping):
-        raise ManifestError(f"{where}, line {line}, column 1: id must be a text, parameters an object")
-    try:
-        spec.check(row.get("parameters", {}))
-    except PipefleetError as error:
-        raise ManifestError(f"{where}, line {line}, column 1: {error}") from None
-
-
-class _LineReader(io.RawIOBase):
-    """Lines as a readable byte stream, because csv must see line ends inside quoted fields."""
-
-    def __init__(self, lines: Iterator[bytes]) -> None:
-        self._lines = lines
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._rest:
-            line = next(self._lines, None)
-            if line is None:
-                return 0
-            self._rest = line + b"\n"
-        taken = self._rest[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._rest = self._rest[len(taken) :]
-        return len(taken)
+        raise SourceError("id must be a text, parameters an object")

@@ -48,8 +48,9 @@ class StorageRef:
         """The reverse of `to_json`. Raises ContractError for anything else."""
         unknown = set(value) - {REF_KEY, "etag", "size", "type"}
         uri, etag, size, media_type = (value.get(name) for name in (REF_KEY, "etag", "size", "type"))
-        texts = isinstance(uri, str) and all(one is None or isinstance(one, str) for one in (etag, media_type))
-        if unknown or not texts or not (size is None or (type(size) is int and size >= 0)):
+        texts = all(one is None or isinstance(one, str) for one in (etag, media_type))
+        whole = size is None or (type(size) is int and size >= 0)
+        if unknown or not isinstance(uri, str) or not texts or not whole:
             raise ContractError(
                 f"not a storage reference: it holds {REF_KEY} and, at most, etag and type (texts) and size (bytes)"
             )
@@ -74,9 +75,15 @@ def split_uri(uri: str) -> tuple[str, str]:
     bucket, _, key = rest.partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise InputError(f"not a bucket name in {uri[:80]!r}: 3 to 63 of a-z, 0-9, '.', '-'")
-    if len(key.encode()) > MAX_KEY_BYTES or "\x00" in key:
-        raise InputError(f"not an object key in {uri[:80]!r}: longer than {MAX_KEY_BYTES} bytes or with a NUL")
+    if len(key.encode(errors="replace")) > MAX_KEY_BYTES or "\x00" in key or not _has_utf8(key):
+        raise InputError(
+            f"not an object key in {uri[:80]!r}: longer than {MAX_KEY_BYTES} bytes, with a NUL, or not UTF-8"
+        )
     return bucket, key
+
+
+def _has_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_uri(value: object) -> bool:

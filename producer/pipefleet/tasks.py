@@ -31,6 +31,7 @@ class Media(StrEnum):
     """What one input is made of, and so how bytes become a value."""
 
     TEXT = "text"
+    PROMPT = "text or chat"
     IMAGE = "image"
     AUDIO = "audio"
 
@@ -76,6 +77,14 @@ _GENERATE: dict[str, Check] = {
     "repetition_penalty": number(0.01, 100.0),
     "no_repeat_ngram_size": integer(0, 1000),
 }
+_WRITE: dict[str, Check] = {
+    **_GENERATE,
+    "max_length": integer(1, 1_000_000),
+    "num_return_sequences": integer(1, 64),
+    "early_stopping": either(boolean, choice("never")),
+    "stop": list_of(text(200), 16),
+    "seed": integer(-(2**63), 2**63 - 1),
+}
 _WHISPER: dict[str, Check] = {
     **_GENERATE,
     "language": text(40),
@@ -106,6 +115,18 @@ _ROWS = (
         fields={"text": Media.TEXT, "text_pair": Media.TEXT},
         parameters={"top_k": _LABELS, "function_to_apply": _ACTIVATION, **_TOKENIZE},
         returns="[{label, score}]",
+        cost_unit=CostUnit.TOKENS,
+    ),
+    TaskSpec(
+        name="text-generation",
+        media=Media.PROMPT,
+        parameters={
+            **_WRITE,
+            "return_full_text": boolean,
+            "continue_final_message": boolean,
+            "add_special_tokens": boolean,
+        },
+        returns="[{generated_text}]",
         cost_unit=CostUnit.TOKENS,
     ),
     TaskSpec(

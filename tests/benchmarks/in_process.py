@@ -33,7 +33,7 @@ def through_the_engine(pipe: Any, workload: Workload) -> list[Any]:
     The engine is started, with the worker's own warm-up, by the first call for a pipeline, and stays.
     """
     engine, shards = _engine(pipe, workload.task), _shards(workload)
-    feeder = threading.Thread(target=lambda: [engine.admit(works, bulk=True) for works, _ in shards], daemon=True)
+    feeder = threading.Thread(target=_admit, args=(engine, shards), daemon=True)
     feeder.start()
     outputs: list[Any] = []
     for works, sink in shards:
@@ -43,6 +43,11 @@ def through_the_engine(pipe: Any, workload: Workload) -> list[Any]:
         outputs += [_output(outcome) for outcome in sink.in_order()]
     feeder.join()
     return outputs
+
+
+def _admit(engine: Engine, shards: list[tuple[list[Work], Outcomes]]) -> None:
+    for works, _ in shards:
+        engine.admit(works, bulk=True)
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import shutil
 import tempfile
@@ -48,7 +47,7 @@ def small_vit(cache: Path) -> Path:
         staged = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}-"))
         _write_vit(staged)
         try:
-            os.rename(staged, folder)
+            staged.rename(folder)
         except OSError:  # another process was first
             shutil.rmtree(staged)
     return folder

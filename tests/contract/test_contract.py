@@ -96,7 +96,7 @@ def test_every_message_survives_the_wire(message: JobMessage) -> None:
     assert decode_message(json.loads(encode_json(message.to_json()).encode())) == message
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1", 1.5, [1], 10**30])
+@pytest.mark.parametrize("version", [None, 0, 2, "1", 1.0, 1.5, True, [1], 10**30])
 def test_another_version_is_refused_before_anything_else_is_looked_at(version: Any) -> None:
     with pytest.raises(ContractError, match=r"contract version 1.*releas"):
         decode_message({"version": version, "what": "a later version may hold anything"})
@@ -130,6 +130,10 @@ MALFORMED = {
     "model must be a text": wire(model=None),
     "deadline must be a number": wire(deadline="soon"),
     "cost must be a number": wire(cost=True),
+    "cost must be a number, finite": wire(cost=float("inf")),
+    "cost must be a number, finite ": wire(cost=10**400),
+    "cost must be a number, finite and not below 0": wire(cost=-1),
+    "deadline must be a number, finite": wire(deadline=float("nan")),
     "parameters must be an object": wire(parameters=[["top_k", 1]]),
     "an item must be a JSON object": wire(items=["text"]),
     "an item lacks inputs": wire(items=[{"id": "0"}]),
@@ -163,7 +167,7 @@ def test_a_refusal_does_not_echo_the_content() -> None:
     assert "patient" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"bytes", object()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"bytes", object(), "\ud800"])
 def test_only_strict_json_is_written(value: Any) -> None:
     with pytest.raises(ContractError, match="not JSON"):
         encode_json({"inputs": value})

@@ -73,6 +73,12 @@ def long_whisper(pipe: Any, call: Call) -> Any:
     return direct(pipe, call)
 
 
+def written(pipe: Any, call: Call) -> Any:
+    """The pipeline's own name for `stop` is `stop_sequence`."""
+    names = {"stop": "stop_sequence"}
+    return direct(pipe, Call(call.inputs, {names.get(name, name): value for name, value in call.parameters.items()}))
+
+
 def short_texts(folder: Path) -> list[Any]:
     """Texts that fit the model without truncation."""
     return [text[:150] for text in CHECKPOINTS["feature-extraction"].inputs(folder)]
@@ -91,6 +97,8 @@ def recordings(seconds: Sequence[float], _: Path) -> list[Any]:
     return [audio(length, kinds[index % 4], seed=index) for index, length in enumerate(seconds)]
 
 
+_WRITING = "text-generation"
+_BEAMS = {"do_sample": False, "num_beams": 3, "max_new_tokens": 7}
 _SPEECH = "automatic-speech-recognition"
 _WHISPER = f"{_SPEECH}:whisper"
 _GREEDY = {"generate_kwargs": {"num_beams": 1, "max_new_tokens": 12}}
@@ -133,6 +141,46 @@ CASES = (
     ),
     Case(
         "text-classification", [{}, {"top_k": 2}, {"truncation": True, "max_length": 12}], "pairs", pairs, ragged=True
+    ),
+    Case(
+        _WRITING,
+        [
+            {"do_sample": False, "max_new_tokens": 3},
+            {"do_sample": False, "max_new_tokens": 20},
+            {"do_sample": False, "max_new_tokens": 12, "return_full_text": False},
+            {"do_sample": False, "max_new_tokens": 25, "stop": ["e", "the"]},
+            {"do_sample": False, "max_new_tokens": 25, "stop": ["a"], "return_full_text": False},
+            {"do_sample": False, "max_length": 250},
+            {"do_sample": False, "max_new_tokens": 9, "add_special_tokens": True},
+        ],
+        expected=written,
+        ragged=True,
+        shares=30,
+    ),
+    Case(
+        _WRITING,
+        [
+            {"do_sample": False, "max_new_tokens": 9, "repetition_penalty": 1.7},
+            {"do_sample": False, "max_new_tokens": 5, "repetition_penalty": 1.7},
+            {"do_sample": False, "max_new_tokens": 9, "min_new_tokens": 9},
+            {"do_sample": False, "max_new_tokens": 14, "no_repeat_ngram_size": 1},
+        ],
+        "penalties",
+        ragged=True,
+        shares=6,
+    ),
+    Case(
+        _WRITING,
+        [
+            _BEAMS,
+            {**_BEAMS, "num_return_sequences": 2},
+            {**_BEAMS, "length_penalty": 2.0, "early_stopping": True},
+            {**_BEAMS, "stop": ["e"], "early_stopping": "never"},
+        ],
+        "beams",
+        expected=written,
+        ragged=True,
+        shares=6,
     ),
     Case(_WHISPER),
     Case(

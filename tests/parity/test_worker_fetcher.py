@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import uuid
 from typing import Any
 
 import pytest
 
 from pipefleet.contract import JobItem
+from pipefleet.errors import ServiceUnavailableError
 from pipefleet.objects import ObjectStore
 from pipefleet.storage import StorageRef
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.outcomes import Outcomes
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.fetch import Fetcher, slices
+from pipefleet_workers.stages.fetch import Fetcher, lies_under, slices
 
 
 @pytest.fixture
@@ -119,15 +121,108 @@ def test_wrong_credentials_are_forbidden(objects: ObjectStore, uri: str, monkeyp
 
 def test_a_server_that_is_away_is_told_so(objects: ObjectStore, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    assert refusal(StorageRef(uri)) == "unavailable"
+    with pytest.raises(ServiceUnavailableError, match=r"does not answer|cannot reach S3"):
+        fetch(StorageRef(uri).to_json())
+
+
+KEYS = [
+    "b\u00e4r \u4e16\u754c.txt",
+    "with space.txt",
+    "a+b=c&d@e,f;g:h.txt",
+    "(1) it's!.txt",
+    "dots.../x",
+    "per%20cent%2F.txt",
+    '~tilde#hash?question*star"quote<>[]{}|^`$.txt',
+    "back\\slash.txt",
+    "high\u0085control.txt",
+    "a//b.txt",
+    "tab\there.txt",
+    "line\nend.txt",
+    "delete\x7f.txt",
+]
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_any_form(objects: ObjectStore, uri: str, name: str) -> None:
+    reference = stored(objects, f"{uri}/{name}", name.encode())
+    assert fetch(reference.to_json()).inputs.content == name.encode()
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_what_is_written_under_a_key_of_any_form_is_found_there(objects: ObjectStore, uri: str, name: str) -> None:
+    store, key = WorkerStore(), f"{uri}/{name}"
+    assert not store.exists(key)
+    assert store.put_new(key, b"first", content_type="text/plain")
+    assert not store.put_new(key, b"second", content_type="text/plain")
+    assert store.exists(key)
+    assert objects.get(key) == b"first"
+    store.put(key, b"third", content_type="text/plain")
+    assert objects.get(key) == b"third"
+
+
+def test_a_key_that_begins_with_a_slash_is_another_than_the_one_without(objects: ObjectStore) -> None:
+    name = uuid.uuid4().hex
+    assert refusal(StorageRef(f"s3://pipefleet//{name}")) == "not_found"
+    reference = stored(objects, f"s3://pipefleet//{name}", b"bytes")
+    assert fetch(reference.to_json()).inputs.content == b"bytes"
+
+
+@pytest.mark.parametrize("name", ["a//b.txt", "a.txt"])
+def test_references_are_checked_whatever_the_form_of_the_key(objects: ObjectStore, uri: str, name: str) -> None:
+    before = stored(objects, f"{uri}/{name}", b"version one")
+    assert refusal(StorageRef(before.uri, size=9)) == "truncated_media"
+    assert refusal(StorageRef(before.uri), max_object_bytes=10) == "too_large"
+    stored(objects, before.uri, b"version two")
+    assert refusal(before) == "changed"
+    assert refusal(StorageRef(f"{uri}/missing/{name}")) == "not_found"
+
+
+@pytest.mark.parametrize("key", ["", "a/../b.txt", "./b.txt", "..", "a/."])
+def test_keys_that_no_object_can_have_are_refused(objects: ObjectStore, key: str) -> None:
+    assert refusal(StorageRef(f"s3://pipefleet/{key}")) == "bad_input"
+
+
+def test_a_server_that_is_away_is_told_so_for_keys_of_any_form(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(ServiceUnavailableError, match=r"does not answer|cannot reach S3"):
+        fetch(StorageRef(f"{uri}/a//b.txt").to_json())
+
+
+@pytest.mark.parametrize("name", ["a//b", "ab"])
+def test_an_object_above_the_bound_is_not_loaded(objects: ObjectStore, uri: str, name: str) -> None:
+    stored(objects, f"{uri}/{name}", bytes(50 << 20))
+    tracemalloc.start()
+    try:
+        assert refusal(StorageRef(f"{uri}/{name}"), max_object_bytes=100) == "too_large"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 25 << 20
 
 
 @pytest.mark.parametrize(
-    "name", ["b\u00e4r \u4e16\u754c.txt", "with space.txt", "a+b=c&d@e,f;g:h.txt", "(1) it's!.txt", "dots.../x"]
+    ("uri", "prefixes", "allowed"),
+    [
+        ("s3://pipefleet/a", ["s3://"], True),
+        ("s3://pipefleet/a", ["s3://pipefleet"], True),
+        ("s3://pipefleet/a", ["s3://pipefleet/"], True),
+        ("s3://pipefleet/a", ["s3://pipe"], False),
+        ("s3://pipefleet/fetched/a", ["s3://pipefleet/fetch"], False),
+        ("s3://pipefleet/fetch", ["s3://pipefleet/fetch"], True),
+        ("s3://pipefleet/a", ["s3://other/", "s3://pipefleet/"], True),
+        ("s3://pipefleet/a", [], False),
+    ],
 )
-def test_keys_of_any_letters(objects: ObjectStore, uri: str, name: str) -> None:
-    reference = stored(objects, f"{uri}/{name}", name.encode())
-    assert fetch(reference.to_json()).inputs.content == name.encode()
+def test_prefixes_are_counted_by_whole_parts(uri: str, prefixes: list[str], allowed: bool) -> None:
+    assert lies_under(uri, prefixes) is allowed
+
+
+def test_an_allowed_bucket_does_not_allow_buckets_whose_name_begins_so(objects: ObjectStore, uri: str) -> None:
+    reference = stored(objects, uri, b"bytes")
+    assert refusal(reference, allowed_uris="s3://pipe") == "forbidden"
+    assert fetch(reference.to_json(), allowed_uris="s3://pipefleet").inputs.content == b"bytes"
 
 
 def test_slices_keep_order_and_lose_nothing() -> None:

@@ -59,7 +59,6 @@ def environment(bare_stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     values = bare_stack.environment()
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the credentials of whoever used it first
     monkeypatch.chdir(tmp_path)
     return values
 

@@ -214,18 +214,16 @@ class TestProcess:
 
 
 class TestOutput:
-    def test_tasks_are_listed(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("COLUMNS", "400")
+    def test_tasks_are_listed(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, _ = run(capsys, "tasks")
         assert code == 0
         assert all(name in out for name in TASKS)
+        assert "[[[number]]] tokens by width" in out
         rows = {row["name"]: row for row in json.loads(run(capsys, "tasks", "--json")[1])}
         assert rows["text-classification"]["aliases"] == ["sentiment-analysis"]
         assert "top_k" in rows["text-classification"]["parameters"]
 
-    def test_queues_show_what_waits(
-        self, capsys: pytest.CaptureFixture[str], client: Client, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_queues_show_what_waits(self, capsys: pytest.CaptureFixture[str], client: Client) -> None:
         client.submit("text-classification", "a")
         client.submit("text-classification", "a", priority="high")
         code, out, _ = run(capsys, "queues", "--json")
@@ -235,8 +233,9 @@ class TestOutput:
             "pool": "texts", "queue": QUEUE, "model": "/models/texts", "high": 1, "normal": 1, "low": 0, "unacked": 0,
         }  # fmt: skip
         assert rows["other-speech"]["queue"] == "pipefleet.automatic-speech-recognition.other-speech"
-        monkeypatch.setenv("COLUMNS", "400")
-        assert QUEUE in run(capsys, "queues")[1]
+        lines = run(capsys, "queues")[1].splitlines()  # not a terminal: whole lines
+        assert lines[0].split() == ["pool", "queue", "high", "normal", "low", "unacked", "model"]
+        assert ["texts", QUEUE, "1", "1", "0", "0", "/models/texts"] in [line.split() for line in lines]
 
     @pytest.fixture
     def worker(self, client: Client) -> Any:
@@ -274,6 +273,18 @@ class TestOutput:
         assert rows[1]["error"]["code"] == "bad_input"
         assert rows[2]["output"] == [{"text": "x"}]
         assert len({row["id"] for row in rows}) == 3
+
+    def test_a_terminal_shows_brackets_as_they_are(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "400")
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        assert "[[[number]]] tokens by width" in run(capsys, "tasks")[1]
+
+    def test_submit_takes_a_local_file_of_text(self, capsys: pytest.CaptureFixture[str], client: Client) -> None:
+        Path("a.txt").write_text("hello")
+        assert run(capsys, "submit", "text-classification", "./a.txt", "--timeout", "0.05")[0] == 1
+        assert broker.depth(client.redis, QUEUE)["normal"] == 1
 
     def test_a_result_that_does_not_come_is_exit_code_1(
         self, capsys: pytest.CaptureFixture[str], client: Client

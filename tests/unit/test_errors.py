@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 
 import pytest
 
+import pipefleet
 from pipefleet import errors
 from pipefleet.errors import (
     JobError,
@@ -47,6 +50,14 @@ def test_every_error_is_drawn_where_it_hangs() -> None:
     for name, parent in tree.items():
         if parent:
             assert by_name[name].__bases__[0] is by_name[parent], name
+
+
+def test_every_error_that_the_producer_raises_is_in_the_tree() -> None:
+    for module in pkgutil.walk_packages(pipefleet.__path__, "pipefleet."):
+        if not module.name.endswith("__main__"):
+            for value in vars(importlib.import_module(module.name)).values():
+                if isinstance(value, type) and issubclass(value, PipefleetError):
+                    assert value in TREE, f"{module.name} has an error of its own"
 
 
 def test_no_two_errors_that_callers_tell_apart_share_a_word() -> None:

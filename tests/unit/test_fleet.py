@@ -53,7 +53,8 @@ trust_remote_code = true
         str(file.parent.resolve() / "tokenizer"), "cuda:1", "auto", "bfloat16", {"return_timestamps": True}, 4000, 8,
         WorkerRange(1, 20), 60.0, True,
     )  # fmt: skip
-    assert all(getattr(pool, one.name) != one.default for one in fields(Pool)), "a key without a test of its own"
+    keys = [one for one in fields(Pool) if one.name != "queue"]  # only announced, see below
+    assert all(getattr(pool, one.name) != one.default for one in keys), "a key without a test of its own"
 
 
 def test_what_is_left_out_has_a_default(file: Path) -> None:
@@ -100,7 +101,8 @@ WRONG = [
     (POOL + "name = 'x'", "unknown key 'name'"),
     ('[pools.x]\ntask = "text-classification"', r"pools\.x lacks model"),
     ('[pools.x]\nmodel = "/m"', r"pools\.x lacks task"),
-    (POOL.replace("recognition", "recogniton"), r"did you mean 'automatic-speech-recognition'\?"),
+    (POOL + "queue = 'x'", "unknown key 'queue'"),
+    (POOL.replace("recognition", "recogniton"), r"pools\.speech: .*did you mean 'automatic-speech-recognition'\?"),
     (POOL.replace('"/models/whisper"', "3"), r"pools\.speech\.model must be a text"),
     (POOL.replace('"/models/whisper"', '""'), r"pools\.speech\.model must be a text"),
     (POOL + "task = 3", "cannot read"),
@@ -112,7 +114,7 @@ WRONG = [
     (POOL + 'device_map = "balanced"', r"pools\.speech\.device_map must be auto"),
     (POOL + 'dtype = "float8"', r"pools\.speech\.dtype must be one of auto, float32, float16, bfloat16"),
     (POOL + "parameters = 3", r"pools\.speech\.parameters must be a table"),
-    (POOL + "parameters = { return_timestamp = true }", r"did you mean 'return_timestamps'\?"),
+    (POOL + "parameters = { return_timestamp = true }", r"pools\.speech: .*did you mean 'return_timestamps'\?"),
     (POOL + "max_batch_cost = 0", r"pools\.speech\.max_batch_cost must be a whole number above 0"),
     (POOL + "max_batch_cost = 1.5", r"pools\.speech\.max_batch_cost"),
     (POOL + 'max_batch_items = "auto"', r"pools\.speech\.max_batch_items must be a whole number above 0"),
@@ -191,6 +193,11 @@ def test_what_is_not_served_is_refused_with_a_list_of_what_is(file: Path) -> Non
         fleet.pool("speach")
     with pytest.raises(UnknownModelError, match="is a worker running"):
         Fleet({}).default_pool("image-classification")
+
+
+def test_what_a_later_version_announces_is_passed_over() -> None:
+    fields = {"task": "text-classification", "model": "org/a", "queue": "pipefleet.x", "later": {"version": 3}}
+    assert Pool.announced("a", fields) == Pool("a", "text-classification", "org/a", queue="pipefleet.x")
 
 
 def test_a_pool_announces_what_is_needed_to_route_to_it() -> None:

@@ -99,6 +99,42 @@ def test_an_image_object_is_uploaded_without_loss(prepare: Prepare, mode: str) -
         assert stored.tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F"])
+def test_an_image_of_a_mode_that_png_lacks_travels_as_rgb(prepare: Prepare, mode: str) -> None:
+    reference = StorageRef.from_json(prepare(PICTURES, Image.new(mode, (2, 3))))
+    with Image.open(io.BytesIO(prepare.store.get(reference.uri))) as stored:
+        assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", (2, 3))
+
+
+def test_a_path_to_a_text_is_uploaded_though_a_string_would_be_the_text(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    reference = StorageRef.from_json(prepare(TEXTS, tmp_path / "a.txt"))
+    assert prepare.store.get(reference.uri) == b"hello"
+    assert prepare(TEXTS, str(tmp_path / "a.txt")) == str(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("task", [PICTURES, TEXTS])
+def test_a_key_may_hold_spaces_but_a_line_end_is_none_of_it(prepare: Prepare, task: str) -> None:
+    assert prepare(task, "s3://media/my file 1.bin")["$ref"] == "s3://media/my file 1.bin"
+    assert prepare(task, "s3://media/a.bin\r\n")["$ref"] == "s3://media/a.bin"
+
+
+def test_a_text_of_several_lines_is_a_text_whatever_it_begins_with(prepare: Prepare) -> None:
+    text = "s3://media/a\nis where it lies"
+    assert prepare(TEXTS, text) == text
+    assert prepare(PICTURES, text)["$ref"] == text  # nothing but a URI can stand here, and a key may hold anything
+
+
+def test_a_dry_preparer_refuses_the_same_and_uploads_nothing(prepare: Prepare, photo: Path) -> None:
+    dry = prepare.preparer(PICTURES).dry()
+    dry.prepare(str(photo))
+    dry.prepare(b"bytes")
+    for wrong in ("none.jpg", 3, "http://example.org/cat.jpg", "s3://Bad_Bucket/x"):
+        with pytest.raises(InputError):
+            dry.prepare(wrong)
+    assert not prepare.uploads()
+
+
 def test_samples_without_a_rate_travel_bare(prepare: Prepare) -> None:
     samples = np.linspace(-1, 1, 50)
     reference = StorageRef.from_json(prepare(SPEECH, samples))
@@ -126,6 +162,7 @@ def test_nothing_is_fetched_from_the_web(prepare: Prepare, task: str, url: str) 
 
 REFUSED = [
     (PICTURES, "none.jpg", r"cannot read the input 'none\.jpg': No such file"),
+    (PICTURES, "a\x00b.jpg", "cannot read the input .*: embedded null byte"),
     (PICTURES, Path(), "cannot read the input '.'"),
     (PICTURES, 3, "takes s3:// URIs, local paths, bytes or image objects, not a value of type int"),
     (PICTURES, None, "not a value of type NoneType"),
@@ -138,7 +175,7 @@ REFUSED = [
     (SPEECH, {"raw": np.zeros(5), "sampling_rate": 0}, "a whole `sampling_rate`"),
     (SPEECH, {"raw": np.zeros(5), "sampling_rate": 16000.5}, "a whole `sampling_rate`"),
     (SPEECH, {"sampling_rate": 16000}, "an audio dict needs `raw`"),
-    (TEXTS, 3, "takes texts or s3:// URIs of texts, not a value of type int"),
+    (TEXTS, 3, "takes texts, s3:// URIs of texts or Path objects, not a value of type int"),
     (TEXTS, b"bytes", "not a value of type bytes"),
     (TEXTS, ["a", "b"], "not a value of type list"),
     (TEXTS, {"txt": "a"}, r"takes no field 'txt' \(did you mean 'text'\?\); it takes text, text_pair"),

@@ -63,6 +63,9 @@ class MemoryStore:
         self.objects[uri] = body if self.keep else b""
         return True
 
+    def get(self, uri: str) -> bytes:
+        return self.objects[uri]
+
     def list(self, uri: str) -> Iterator[ListedObject]:
         for found in sorted(one for one in self.objects if one.startswith(uri)):
             yield ListedObject(split_uri(found)[1], 0, "")
@@ -77,7 +80,9 @@ class Published:
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
         self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0)
-        self.redis = SimpleNamespace(set=self.ignore, hset=self.ignore, expire=self.ignore, delete=self.ignore)
+        self.redis = SimpleNamespace(
+            set=self.ignore, hset=self.ignore, expire=self.ignore, delete=self.ignore, bitcount=lambda _: 0
+        )
         self.shards: list[tuple[int, int, int]] = []
 
     def ignore(self, *args: Any, **kwargs: Any) -> None:
@@ -174,6 +179,8 @@ def test_a_plan_ends_with_its_totals() -> None:
     assert totals == plan(shards=4, items=50)
     with pytest.raises(RunError, match="was not written by this version"):
         RunPlan.from_json({**totals.to_json(), "later": 1}, LAYOUT.run)
+    with pytest.raises(RunError, match=r"run\.json follows contract version 2, this is version 1; use the release"):
+        RunPlan.from_json({**totals.to_json(), "contract_version": 2}, LAYOUT.run)
 
 
 def test_memory_does_not_grow_with_the_source() -> None:

@@ -26,8 +26,8 @@ from pipefleet.errors import (
     UnknownModelError,
 )
 from pipefleet.jobs import Job
-from pipefleet.pipelines import pipeline
-from pipefleet.records import FINISH, JobFailure, finish_arguments
+from pipefleet.pipelines import _is_dataset, pipeline
+from pipefleet.records import FINISH, SUBMIT, JobFailure, finish_arguments
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"
@@ -84,6 +84,7 @@ class TestSubmit:
         [
             ({"inputs": 3}, InputError),
             ({"inputs": "a", "parameters": {"custom_generate": "x"}}, ParameterError),
+            ({"inputs": "a", "parameters": ["top_k"]}, ParameterError),
             ({"inputs": "a", "model": "org/none"}, UnknownModelError),
             ({"inputs": "a", "output": "/tmp/out"}, InputError),
             ({"inputs": "a", "expires": 0}, InputError),
@@ -113,6 +114,41 @@ class TestSubmit:
         assert [job.result(20) for job in jobs] == [[1]] * 8
         assert client.submit(TEXTS, "good", idempotency_key="k2").id != jobs[0].id
 
+    def test_an_idempotency_key_survives_a_submit_that_failed(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(broker, "MAX_MESSAGE_BYTES", 10)
+            with pytest.raises(ContractError):
+                client.submit(TEXTS, "good", idempotency_key="k")
+        job = client.submit(TEXTS, "good", idempotency_key="k")
+        assert broker.depth(client.redis, QUEUE)["normal"] == 1
+        assert job.status() is JobState.QUEUED
+
+    @pytest.mark.parametrize("key", [None, "k"])
+    def test_a_command_that_is_sent_again_queues_nothing_twice(
+        self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch, key: str | None
+    ) -> None:
+        def lost_answer(*arguments: Any) -> Any:
+            first = whole(*arguments)
+            worker.end(worker.take().id, JobState.SUCCEEDED, output="1")
+            assert whole(*arguments) == first
+            return first
+
+        whole = client.redis.eval
+        with monkeypatch.context() as patch:
+            patch.setattr(client.redis, "eval", lambda script, *rest: (
+                lost_answer(script, *rest) if script == SUBMIT else whole(script, *rest)
+            ))  # fmt: skip
+            job = client.submit(TEXTS, "good", idempotency_key=key)
+        assert job.status() is JobState.SUCCEEDED
+        assert broker.depth(client.redis, QUEUE)["normal"] == 0
+
+    def test_what_has_no_utf8_form_is_refused(self, client: Client) -> None:
+        with pytest.raises(ContractError, match="surrogates not allowed"):
+            client.submit(TEXTS, "\ud800")
+        assert client.redis.keys("*") == []
+
     def test_a_job_is_found_again_by_its_id(self, client: Client, worker: Worker) -> None:
         job_id = client.submit(TEXTS, "good").id
         worker.answer("found")
@@ -135,7 +171,7 @@ class TestResult:
     def test_the_channel_alone_delivers_it(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.SWEEP_SECONDS", 3600.0)
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 3600.0)
         job = client.submit(TEXTS, "good")
         future = client.watcher.watch(job.id)
         worker.answer("heard")
@@ -144,7 +180,7 @@ class TestResult:
     def test_a_missed_message_is_found_by_the_sweep(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.SWEEP_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.1)
         job = client.submit(TEXTS, "good")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result, 30)
@@ -154,7 +190,7 @@ class TestResult:
     def test_a_lost_connection_of_the_watcher_loses_no_result(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.SWEEP_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.1)
         job = client.submit(TEXTS, "good")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result, 30)
@@ -234,6 +270,10 @@ class TestCancel:
         worker.answer("done")
         assert job.cancel() is False
         assert job.result(20) == "done"
+
+    def test_a_job_that_nothing_is_known_of_is_not_ended_by_cancelling_it(self, client: Client) -> None:
+        assert client.job("none").cancel() is False
+        assert client.redis.keys("*") == []
 
     def test_a_worker_cannot_finish_a_cancelled_job(self, client: Client, worker: Worker) -> None:
         job = client.submit(TEXTS, "good")
@@ -370,3 +410,26 @@ def test_a_fleet_without_a_file_is_what_workers_announce(
         assert list(unaware.fleet.pools) == ["texts"]
         unaware.submit(TEXTS, "good", model="org/a")
         assert worker.take().model == "org/a"
+
+
+def test_a_worker_that_comes_later_is_found(client: Client, monkeypatch: pytest.MonkeyPatch, worker: Worker) -> None:
+    monkeypatch.delenv("PIPEFLEET_FLEET")
+    with Client() as unaware:
+        with pytest.raises(UnknownModelError, match="is a worker running"):
+            unaware.submit(TEXTS, "good")
+        pool = {"task": TEXTS, "model": "org/a", "revision": "1", "default": False, "queue": QUEUE, "later": 1}
+        broker.announce_pool(client.redis, "texts", pool, seconds=60)
+        unaware.submit(TEXTS, "good")
+        assert worker.take().model == "org/a"
+        broker.announce_pool(client.redis, "texts", {**pool, "model": "org/b"}, seconds=60)
+        monkeypatch.setattr(unaware, "_fleet_until", 0.0)  # what was announced is taken for five seconds
+        unaware.submit(TEXTS, "good")
+        assert worker.take().model == "org/b"
+
+
+@pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")])
+def test_bytes_of_any_kind_are_one_input(client: Client, value: Any) -> None:
+    pictures = pipeline("image-classification", client=client)
+    with pytest.raises(ResultTimeoutError):
+        pictures.submit(value).result(0)
+    assert not _is_dataset(value)

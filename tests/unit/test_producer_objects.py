@@ -16,9 +16,17 @@ from redis import Redis, exceptions
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import Priority
-from pipefleet.errors import PipefleetError, ServiceUnavailableError, SourceError, UsageError
-from pipefleet.objects import AccessDeniedError, ObjectMissingError, ObjectStore, map_s3_error
-from pipefleet.settings import load_settings, without_credentials
+from pipefleet.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    PipefleetError,
+    ServiceUnavailableError,
+    SourceError,
+    UsageError,
+)
+from pipefleet.objects import ObjectStore, map_s3_error
+from pipefleet.settings import Settings, load_settings, without_credentials
 
 SECRET = "hunter2-secret"
 
@@ -55,6 +63,50 @@ class TestStore:
                 won = list(threads.map(lambda body, uri=uri: store.put_new(uri, body), bodies))
             assert sum(won) == 1
             assert store.get(uri) == bodies[won.index(True)]
+
+    def test_a_write_whose_answer_was_lost_is_known_as_our_own(
+        self, store: ObjectStore, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = store.client.put_object
+        with monkeypatch.context() as patch:  # as botocore does when the connection breaks after the write
+            patch.setattr(store.client, "put_object", lambda **request: whole(**request) and whole(**request))
+            assert store.put_new(prefix + "a", b"1")
+        assert not store.put_new(prefix + "a", b"1")  # the same bytes, but another's
+        assert store.put_new(prefix + "b", b"1", writer="we")
+        assert store.put_new(prefix + "b", b"1", writer="we")
+        assert not store.put_new(prefix + "b", b"1", writer="others")
+        assert store.get(prefix + "b") == b"1"
+
+    def test_writes_that_overlap_are_tried_again_after_a_pause(
+        self, store: ObjectStore, prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole, pauses = store.client.put_object, []
+
+        def conflict(**request: Any) -> Any:
+            if len(pauses) < 3:
+                response: Any = {"ResponseMetadata": {"HTTPStatusCode": 409}}
+                raise botocore.exceptions.ClientError(response, "PutObject")
+            return whole(**request)
+
+        monkeypatch.setattr(store.client, "put_object", conflict)
+        monkeypatch.setattr("time.sleep", pauses.append)
+        assert store.put_new(prefix + "a", b"1")
+        assert len(set(pauses)) == 3
+        assert all(0 < one <= 2 for one in pauses)
+
+    def test_each_store_reads_the_environment_anew(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert store.head("s3://pipefleet/none") is None
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        with pytest.raises(AccessDeniedError):
+            ObjectStore().head("s3://pipefleet/none")
+
+    def test_an_endpoint_without_a_scheme_is_refused(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"user:{SECRET}@localhost:8333")
+        with pytest.raises(UsageError, match="must be like http://host:port") as caught:
+            ObjectStore().get("s3://pipefleet/a")
+        assert SECRET not in str(caught.value)
 
     def test_a_large_file_is_uploaded(self, store: ObjectStore, prefix: str) -> None:
         body = bytes(range(256)) * 40_000
@@ -107,7 +159,7 @@ class TestS3Failing:
 
     @pytest.mark.parametrize("call", ["get", "lines"])
     def test_a_missing_object_is_an_error_of_the_source(self, store: ObjectStore, prefix: str, call: str) -> None:
-        with pytest.raises(ObjectMissingError, match="no such object"):
+        with pytest.raises(ObjectMissingError, match=f"there is no object {prefix}none, or no such bucket, at http://"):
             CALLS[call](store, prefix + "none")
 
     @pytest.mark.parametrize("call", CALLS)
@@ -136,8 +188,9 @@ class TestS3Failing:
         store.put(prefix + "a", b"old")
         etag = store.head(prefix + "a").etag  # type: ignore[union-attr]
         store.put(prefix + "a", b"new")
-        with pytest.raises(PipefleetError, match="412"):
+        with pytest.raises(ObjectChangedError, match=f"{prefix}a was changed") as caught:
             list(store.lines(prefix + "a", etag=etag))
+        assert not caught.value.retryable
 
     def test_every_error_of_botocore_becomes_one_of_ours(self) -> None:
         kinds = [
@@ -148,13 +201,14 @@ class TestS3Failing:
         assert len(kinds) > 50
         for kind in kinds:
             error = kind.__new__(kind)
-            assert isinstance(map_s3_error(error), ServiceUnavailableError | AccessDeniedError), kind
+            assert isinstance(map_s3_error(error, "s3://b/a"), ServiceUnavailableError | AccessDeniedError), kind
 
     @pytest.mark.parametrize(
         ("status", "code", "kind"),
         [
             (404, "NoSuchBucket", ObjectMissingError),
             (404, "NoSuchKey", ObjectMissingError),
+            (412, "PreconditionFailed", ObjectChangedError),
             (403, "AccessDenied", AccessDeniedError),
             (401, "InvalidAccessKeyId", AccessDeniedError),
             (500, "InternalError", ServiceUnavailableError),
@@ -163,7 +217,7 @@ class TestS3Failing:
     )
     def test_a_status_decides_the_kind_of_error(self, status: int, code: str, kind: type[PipefleetError]) -> None:
         response: Any = {"Error": {"Code": code, "Message": SECRET}, "ResponseMetadata": {"HTTPStatusCode": status}}
-        mapped = map_s3_error(botocore.exceptions.ClientError(response, "GetObject"))
+        mapped = map_s3_error(botocore.exceptions.ClientError(response, "GetObject"), "s3://b-1/a")
         assert type(mapped) is kind
         assert mapped.exit_code == (3 if kind is ServiceUnavailableError else 2)
         assert isinstance(mapped, SourceError) == (mapped.exit_code == 2)
@@ -219,6 +273,32 @@ class TestRedisFailing:
                 ):
                     raise kind.__new__(kind)
 
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (exceptions.OutOfMemoryError(f"OOM {SECRET}"), "is out of memory"),
+            (exceptions.ReadOnlyError("READONLY"), "is a replica"),
+            (exceptions.BusyLoadingError("LOADING"), "is still loading"),
+            (exceptions.ResponseError(f"ERR {SECRET}"), "answered with an error (ResponseError)"),
+            (exceptions.ConnectionError("refused"), "cannot reach"),
+            (exceptions.TimeoutError("slow"), "cannot reach"),
+        ],
+    )
+    def test_what_redis_answers_is_not_taken_for_silence(self, error: Exception, words: str) -> None:
+        with pytest.raises(ServiceUnavailableError) as caught, broker.redis_errors("redis://h"):
+            raise error
+        assert words in str(caught.value)
+        assert SECRET not in str(caught.value)
+
+    def test_a_submit_says_at_once_that_redis_is_away(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, closed_port: int
+    ) -> None:
+        monkeypatch.setenv("PIPEFLEET_REDIS_URL", f"redis://127.0.0.1:{closed_port}")
+        with Client() as client:
+            monkeypatch.setattr(client.watcher._ready, "wait", lambda _: pytest.fail("waits for what cannot come"))
+            with pytest.raises(ServiceUnavailableError, match="cannot reach"):
+                client.submit("text-classification", "x")
+
     def test_other_errors_pass(self) -> None:
         with pytest.raises(ZeroDivisionError), broker.redis_errors("redis://h"):
             raise ZeroDivisionError
@@ -254,6 +334,28 @@ class TestSettings:
         assert "\n" not in message
 
     @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://:pw@host:port/0", f"redis://:{SECRET}/more@host:6379/0", f"redis://:{SECRET}#x@host:6379/0",
+            f"redis://:{SECRET}?x@host/0", f"redis://:12?{SECRET}@host/0", "redis://host:99999", "redis://[::1/0",
+            f"redis://host?socket_timeout={SECRET}",
+        ],
+    )  # fmt: skip
+    def test_a_malformed_redis_url_is_refused_without_being_shown(
+        self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        monkeypatch.setenv("PIPEFLEET_REDIS_URL", url)
+        with pytest.raises(UsageError, match="PIPEFLEET_REDIS_URL") as caught:
+            Client()
+        assert SECRET not in str(caught.value)
+        assert SECRET not in without_credentials(url)
+
+    def test_settings_that_are_passed_do_not_show_the_password_either(self) -> None:
+        with pytest.raises(ValueError, match="must start with") as caught:
+            Settings(redis_url=f"http://:{SECRET}@h")  # type: ignore[call-arg]
+        assert SECRET not in str(caught.value)
+
+    @pytest.mark.parametrize(
         ("url", "shown"),
         [
             ("redis://user:pw@host:6379/0", "redis://host:6379/0"),
@@ -261,6 +363,10 @@ class TestSettings:
             ("redis://[::1]:6379", "redis://[::1]:6379"),
             ("unix://user:pw@/run/redis.sock?db=1", "unix:///run/redis.sock"),
             ("https://key:pw@s3.example.org/base", "https://s3.example.org/base"),
+            ("redis://:12/34@host:6379/0", "redis://…"),
+            ("redis://host/0?password=a@b", "redis://…"),
+            ("redis://:pw@host:port/0", "redis://…"),
+            ("host:6379", "…"),
         ],
     )
     def test_a_url_is_shown_without_user_and_password(self, url: str, shown: str) -> None:

@@ -43,6 +43,13 @@ def test_a_job_goes_to_the_queue_of_the_pool_that_serves_it(
     assert queue_name(route(task, model, revision, FLEET), FLEET) == queue
 
 
+def test_the_queue_of_a_pool_does_not_depend_on_which_workers_are_alive() -> None:
+    accurate = FLEET.pool("accurate")
+    announced = Pool.announced("accurate", accurate.to_json() | {"queue": queue_name(accurate, FLEET)})
+    alone = Fleet({"accurate": announced})
+    assert queue_name(route(SPEECH, "org/large", None, alone), alone) == f"pipefleet.{SPEECH}.accurate"
+
+
 def test_a_job_that_nobody_serves_is_refused() -> None:
     with pytest.raises(UnknownTaskError):
         route("speech", None, None, FLEET)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipefleet.errors import InputError, ManifestError, SourceError
+from pipefleet.errors import InputError, ManifestError, ParameterError, RunError, ServiceUnavailableError, SourceError
 from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectMissingError, ObjectStore
+from pipefleet.objects import ObjectStore
 from pipefleet.sources import Source, SourceItem, open_source
 from pipefleet.storage import refs_in, split_uri
 from pipefleet.tasks import TASKS
@@ -137,10 +137,18 @@ class TestPrefix:
     def test_an_empty_prefix_and_a_missing_bucket_are_refused(self, opener: Opener, prefix: str) -> None:
         with pytest.raises(SourceError, match=f"nothing lies under {prefix}in/; check the prefix"):
             opener(prefix + "in/").check()
-        with pytest.raises(ObjectMissingError, match=r"no bucket 'no-such-bucket' at http://127\.0\.0\.1:\d+"):
+        with pytest.raises(SourceError, match=r"no bucket 'no-such-bucket' at http://127\.0\.0\.1:\d+"):
             opener("s3://no-such-bucket/in/").check()
         with pytest.raises(InputError, match="not a bucket name"):
             opener("s3://No_Bucket/in/")
+
+    @pytest.mark.parametrize("output", ["", "in/", "in"])
+    def test_an_output_that_holds_the_source_is_refused(
+        self, opener: Opener, store: ObjectStore, prefix: str, output: str
+    ) -> None:
+        put_all(store, prefix + "in/", ["a.txt"])
+        with pytest.raises(SourceError, match=r"the output .* holds the source .*; choose another output"):
+            opener(prefix + "in/", output=prefix + output.rstrip("/") + "/" * bool(output)).check()
 
     def test_a_run_remembers_its_prefix(self, opener: Opener, prefix: str) -> None:
         assert opener(prefix + "in/").describe() == prefix + "in/"
@@ -168,7 +176,7 @@ class TestManifests:
             {"inputs": "good"},
             {"inputs": "bad", "id": "b", "parameters": {"top_k": 2}},
             {"inputs": {"text": "one", "text_pair": "two"}, "id": 7},
-            {"inputs": "s3://media/größe 1.txt".replace(" ", "_")},
+            {"inputs": "s3://media/größe 1.txt"},
         ]
         content = "\n\n".join(json.dumps(row) for row in rows).encode()
         found = items(manifest("m.jsonl", content))
@@ -176,7 +184,7 @@ class TestManifests:
             (None, "good", {}),
             ("b", "bad", {"top_k": 2}),
             ("7", {"text": "one", "text_pair": "two"}, {}),
-            ("größe_1.txt", {"$ref": "s3://media/größe_1.txt", "type": "text/plain"}, {}),
+            ("größe 1.txt", {"$ref": "s3://media/größe 1.txt", "type": "text/plain"}, {}),
         ]
 
     @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
@@ -232,7 +240,14 @@ class TestManifests:
         ("m.csv", b"id,inputs\n1,a\n2", "line 3, column 2: wrong number of columns"),
         ("m.csv", b"id,inputs\n1,a,b", "line 2, column 2: wrong number of columns"),
         ("m.csv", b'id,inputs\n1,"a\n', "unexpected end of data"),
-        ("m.csv", b'id,inputs\n1,"a"b\n', "',' expected after"),
+        ("m.csv", b'id,inputs\n1,"a"b\n', "line 2, column 1: ',' expected after"),
+        ("m.csv", b"id,inputs\n1,a\n2,\xff\n", "line 3, column 3: not UTF-8"),
+        ("m.csv", b"inputs,text\na,b\n", r"either a column `inputs` or its fields \(text\), not both"),
+        ("m.csv", b"inputs,inputs\na,b\n", "the column 'inputs' is there twice"),
+        ("m.jsonl", b'{"inputs": {"$ref": 3}}', "line 1, column 1: not a storage reference"),
+        ("m.jsonl", b'{"inputs": "a"}\n{"inputs": "\\ud800"}', "line 2, column 1: not JSON: .*surrogates not allowed"),
+        ("m.jsonl", b'{"inputs": "a", "id": "\\ud800"}', "line 1, column 1: not JSON"),
+        ("m.jsonl", b'{"inputs": "a"}\n{"inputs": 3}', "line 2, column 1: .*not a value of type int"),
     ]
 
     @pytest.mark.parametrize(("name", "content", "message"), WRONG)
@@ -244,10 +259,21 @@ class TestManifests:
             source.check()
         assert name in str(caught.value)
 
-    def test_an_input_of_the_wrong_kind_is_refused_with_its_line(self, manifest: Callable[..., Source]) -> None:
-        source = manifest("m.jsonl", b'{"inputs": "a"}\n{"inputs": 3}\n')
-        with pytest.raises(ManifestError, match=r"m\.jsonl, line 2: .*not a value of type int"):
-            list(source.items(0, None))
+    def test_a_name_may_hold_spaces(self, manifest: Callable[..., Source]) -> None:
+        assert [item.inputs for item in items(manifest("my list.jsonl", b'{"inputs": "a"}'))] == ["a"]
+
+    def test_local_files_that_it_names_are_checked_but_not_uploaded_before_their_turn(
+        self, manifest: Callable[..., Source], store: ObjectStore, prefix: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.jpg").write_bytes(b"picture")
+        rows = [json.dumps({"inputs": str(tmp_path / name)}).encode() for name in ("a.jpg", "none.jpg")]
+        source = manifest("m.jsonl", rows[0], PICTURES)
+        source.check()
+        assert not list(store.list(prefix + "store/"))
+        (item,) = source.items(0, None)
+        assert store.get(refs_in(item.inputs)[0].uri) == b"picture"
+        with pytest.raises(ManifestError, match=r"line 2, column 1: cannot read the input .*none\.jpg"):
+            manifest("m.jsonl", b"\n".join(rows), PICTURES).check()
 
     def test_a_failures_file_is_a_manifest(self, manifest: Callable[..., Source]) -> None:
         row = {
@@ -257,7 +283,7 @@ class TestManifests:
             "error": {"code": "c", "message": "m", "stage": "s"},
         }
         (found,) = items(manifest("failures.jsonl", json.dumps(row).encode()))
-        assert found == SourceItem("a", "x", 3, {"top_k": 1})
+        assert found == SourceItem("a", "x", 21, {"top_k": 1})
 
     def test_a_run_remembers_where_its_manifest_lies(
         self, manifest: Callable[..., Source], prefix: str, tmp_path: Path
@@ -280,6 +306,41 @@ class TestIterables:
         assert found == ["text 2", "text 3", "text 4"]
         assert next(numbers) == 5
         assert source.describe() is None
+
+    def test_failed_rows_are_rows(self, opener: Opener) -> None:
+        row = {"id": "a", "inputs": "x", "error": {"code": "c", "message": "m", "stage": "s"}}
+        assert [(item.id, item.inputs) for item in items(opener([row]))] == [("a", "x")]
+
+    def test_parameters_of_a_row_are_checked(self, opener: Opener) -> None:
+        for parameters in ({"custom_generate": "x"}, ["top_k"]):
+            with pytest.raises(ParameterError):
+                items(opener([{"inputs": "a", "parameters": parameters}]))
+
+    def test_what_it_raises_itself_ends_the_run_though_a_retry_might_help(self, opener: Opener) -> None:
+        def values() -> Any:
+            yield "a"
+            raise ServiceUnavailableError("its own service is away")
+
+        source = opener(values()).items(0, None)
+        assert next(source).inputs == "a"
+        with pytest.raises(RunError, match="the source raised ServiceUnavailableError: its own service is away"):
+            next(source)
+
+    def test_no_value_is_lost_when_its_upload_failed(
+        self, opener: Opener, monkeypatch: pytest.MonkeyPatch, store: ObjectStore
+    ) -> None:
+        source = opener(iter([b"a", b"b", b"c"]), PICTURES)
+        reading = source.items(0, None)
+        found = [next(reading)]
+        with monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+            patch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+            del vars(store)["client"]  # it is made anew, from the environment
+            with pytest.raises(ServiceUnavailableError):
+                next(reading)
+        del vars(store)["client"]
+        found += source.items(1, found[0])
+        assert [store.get(refs_in(item.inputs)[0].uri) for item in found] == [b"a", b"b", b"c"]
 
     def test_a_wrong_input_is_refused_when_it_comes(self, opener: Opener) -> None:
         reading = opener(["a", 3]).items(0, None)
@@ -305,8 +366,20 @@ class TestIterables:
             "b.jpg",
             "deep/er/c.jpg",
         ]
+        assert [item.id for item in found] == ["a.jpg", "b.jpg", "deep/er/c.jpg"]
+        source = opener(str(folder), PICTURES)
+        assert list(source.items(1, found[0])) == found[1:]
+        assert source.describe() == str(folder)
 
-    @pytest.mark.parametrize("name", ["none", "none.jsonl", "none/", "http://example.org/list.jsonl"])
+    def test_a_folder_of_texts_and_an_empty_one(self, opener: Opener, tmp_path: Path, store: ObjectStore) -> None:
+        (tmp_path / "texts").mkdir()
+        with pytest.raises(SourceError, match="there is no file in the folder"):
+            opener(tmp_path / "texts").check()
+        (tmp_path / "texts" / "a.txt").write_text("hello")
+        (found,) = items(opener(tmp_path / "texts"))
+        assert (found.id, store.get(refs_in(found.inputs)[0].uri)) == ("a.txt", b"hello")
+
+    @pytest.mark.parametrize("name", ["", "none", "none.jsonl", "none/", "http://example.org/list.jsonl"])
     def test_a_name_of_nothing_is_refused(self, opener: Opener, name: str, environment: dict[str, str]) -> None:
         with pytest.raises(SourceError, match=r"no such source .*give an s3:// prefix, a \.jsonl or \.csv"):
             opener(name)

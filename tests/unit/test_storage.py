@@ -15,6 +15,7 @@ from pipefleet.storage import (
     StorageRef,
     directory_uri,
     is_ref,
+    is_text_uri,
     is_uri,
     join_uri,
     map_refs,
@@ -96,6 +97,7 @@ def test_keys_are_taken_literally(uri: str, parts: tuple[str, str]) -> None:
         (f"s3://{'b' * 64}/a", "not a bucket name"),
         (f"s3://media/{'ü' * 513}", "not an object key"),
         ("s3://media/a\x00b", "not an object key"),
+        ("s3://media/a\ud800b", "not an object key"),
     ],
 )
 def test_what_is_no_uri_is_refused_with_its_reason(uri: str, reason: str) -> None:
@@ -113,7 +115,15 @@ def test_a_key_may_be_as_long_as_s3_allows() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{"$ref": None}, {"$ref": 1}, {}, {"$ref": "s3://media/a", "size": "1"}, {"$ref": "s3://media/a", "url": "x"}],
+    [
+        {"$ref": None},
+        {"$ref": 1},
+        {},
+        *(
+            {"$ref": "s3://media/a", **wrong}
+            for wrong in ({"size": "1"}, {"size": -1}, {"size": True}, {"url": "x"}, {"etag": ["x"]}, {"type": 3})
+        ),
+    ],
 )
 def test_a_malformed_reference_is_refused(value: dict[str, Any]) -> None:
     with pytest.raises(ContractError, match="not a storage reference"):
@@ -129,7 +139,15 @@ def test_the_suffix_suggests_the_media_type(name: str) -> None:
 @pytest.mark.parametrize("value", ["see s3://media/a", "s3", "", b"s3://media/a", None, "S3://media/a", "a s3://b"])
 def test_a_text_that_only_mentions_a_uri_is_none(value: object) -> None:
     assert not is_uri(value)
-    assert is_uri("s3://media/a.txt")
+    assert not is_text_uri(value)
+
+
+@pytest.mark.parametrize("value", ["s3://media/a.txt", "s3://media/my file.txt", "s3://media/a.txt\n"])
+def test_what_begins_like_a_uri_is_one_and_where_texts_stand_if_it_is_one_line(value: str) -> None:
+    assert is_uri(value)
+    assert is_text_uri(value)
+    assert is_uri(f"{value}\nand more")
+    assert not is_text_uri(f"{value}\nand more")
 
 
 def test_uris_are_joined_by_one_slash() -> None:

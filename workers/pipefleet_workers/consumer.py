@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
-from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.errors import ContractError, ObjectMissingError, PipefleetError
+from pipefleet.finishing import finalise, write_failed_rows
 from pipefleet.fleet import Pool, model_label
 from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectMissingError, ObjectStore
+from pipefleet.objects import ObjectStore
 from pipefleet.planner import decode_shard_line, read_plan
 from pipefleet.records import JobFailure
-from pipefleet.runs import finalise, write_failed_rows
 from pipefleet.storage import StorageRef, refs_in
 from pipefleet.tasks import TaskSpec, task_spec
 from pipefleet_workers.engine import Engine
@@ -29,6 +29,7 @@ from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.outcomes import Outcomes
 from pipefleet_workers.reports import Reporter
+from pipefleet_workers.stages.fetch import lies_under
 from pipefleet_workers.stages.write import PartWriter
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Outlets:
     objects: ObjectStore
     parts: PartWriter
     reporter: Reporter
+    allowed: tuple[str, ...] = ("s3://",)
+    """Prefixes that outputs may lie under."""
 
 
 class Consumer:
@@ -114,6 +117,8 @@ class Consumer:
 
     def _handle_shard(self, message: JobMessage, shard: Shard) -> str:
         reporter, layout = self._outlets.reporter, RunLayout(shard.run_uri)
+        if not lies_under(shard.run_uri, self._outlets.allowed):
+            raise ContractError(f"the output {shard.run_uri} lies outside what this worker may write")
         if reporter.run_cancelled(shard):
             return "cancelled"
         if self._outlets.store.exists(layout.part(shard.index)):
@@ -211,6 +216,8 @@ class Consumer:
         if message.task != self._pool.task or (message.model is not None and wanted != served):
             text = f"the job wants {message.task} with {wanted or 'any model'}, this worker serves {self._pool.task} with {served}"
             return JobFailure("wrong_pool", text, "consume")
+        if message.output is not None and not lies_under(message.output, self._outlets.allowed):
+            return JobFailure("forbidden", f"{message.output} lies outside what this worker may write", "consume")
         try:
             self._spec.check(message.parameters)
         except PipefleetError as error:

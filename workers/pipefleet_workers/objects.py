@@ -1,13 +1,16 @@
 """The worker's object store: reads and conditional writes through obstore, in Rust and outside the GIL.
 
 obstore must not be used before a fork; workers never fork. Its errors are mapped here, and nowhere else. Thread-safe.
+S3 takes keys that obstore refuses or silently shortens (`a//b`, `/a`, `a/`, control characters): these go through boto3.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
+from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
@@ -22,58 +25,99 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from pipefleet.errors import ServiceUnavailableError
-from pipefleet.objects import AccessDeniedError, ObjectMissingError, endpoint
+from pipefleet.errors import (
+    AccessDeniedError,
+    InputError,
+    ObjectChangedError,
+    ObjectMissingError,
+    ServiceUnavailableError,
+    SourceError,
+)
+from pipefleet.objects import ObjectStore, endpoint, s3_errors
 from pipefleet.storage import StorageRef, split_uri
 
+_ODD_KEY = re.compile(r"^/|//|/$|[\x00-\x1f\x7f]")
+"""Keys that obstore does not take as they are."""
 
-class ObjectChangedError(ObjectMissingError):
-    """The object is there, but no longer the version that was meant."""
 
-    code = "changed"
+class ObjectTooLargeError(SourceError):
+    """The object has more bytes than the caller takes."""
+
+    code = "too_large"
+
+
+class ObjectSizeError(SourceError):
+    """The object has another size than its reference says."""
+
+    code = "truncated_media"
 
 
 class WorkerStore:
     """Reads and writes objects by `s3://` URI.
 
-    Raises ObjectMissingError, ObjectChangedError, AccessDeniedError, or ServiceUnavailableError after bounded retries.
+    Raises ObjectMissingError, AccessDeniedError, InputError for a key that no server takes, or ServiceUnavailableError after
+    bounded retries.
     """
 
     def __init__(self, *, retries: int = 6, retry_seconds: float = 30.0) -> None:
         self._retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=retry_seconds)}
         self._lock = threading.Lock()
+        self._plain = ObjectStore()
 
-    def get(self, reference: StorageRef) -> bytes:
-        """The bytes of an object, of the pinned version where the reference has an ETag."""
+    def get(self, reference: StorageRef, *, max_bytes: int | None = None) -> bytes:
+        """The bytes of an object, of the pinned version where the reference has an ETag.
+
+        Raises ObjectChangedError for another version; ObjectTooLargeError above `max_bytes` and ObjectSizeError for another
+        size than the reference's, both before the bytes are read.
+        """
+        bucket, key = _split(reference.uri)
+        if _ODD_KEY.search(key):
+            return self._get_plain(reference, max_bytes)
         options: Any = {"if_match": f'"{reference.etag}"'} if reference.etag else {}
         try:
-            found = obstore.get(self._bucket(reference.bucket), reference.key, options=options)
+            found = obstore.get(self._bucket(bucket), key, options=options)
+            _check_size(reference, found.meta["size"], max_bytes)
             return bytes(found.bytes())
-        except (BaseError, OSError) as error:
+        except (BaseError, OSError, ValueError) as error:
             raise _mapped(error, reference.uri) from None
 
     def exists(self, uri: str) -> bool:
         """Whether there is an object at `uri`."""
-        bucket, key = split_uri(uri)
+        bucket, key = _split(uri)
+        if _ODD_KEY.search(key):
+            return self._plain.head(uri) is not None
         try:
             obstore.head(self._bucket(bucket), key)
         except (FileNotFoundError, NotFoundError):
             return False
-        except (BaseError, OSError) as error:
+        except (BaseError, OSError, ValueError) as error:
             raise _mapped(error, uri) from None
         return True
 
     def put(self, uri: str, body: bytes, *, content_type: str) -> None:
         """Write an object, replacing one that is there."""
-        self._put(uri, body, content_type, mode="overwrite")
+        if _ODD_KEY.search(_split(uri)[1]):
+            self._plain.put(uri, body, content_type=content_type)
+        else:
+            self._put(uri, body, content_type, mode="overwrite")
 
     def put_new(self, uri: str, body: bytes, *, content_type: str) -> bool:
         """Write an object unless there is one already, atomically. True if this call wrote it."""
+        if _ODD_KEY.search(_split(uri)[1]):
+            return self._plain.put_new(uri, body, content_type=content_type)
         try:
             self._put(uri, body, content_type, mode="create")
         except AlreadyExistsError:
             return False
         return True
+
+    def _get_plain(self, reference: StorageRef, max_bytes: int | None) -> bytes:
+        pinned: Any = {"IfMatch": f'"{reference.etag}"'} if reference.etag else {}
+        with s3_errors(reference.uri):
+            found = self._plain.client.get_object(Bucket=reference.bucket, Key=reference.key, **pinned)
+            with closing(found["Body"]) as body:
+                _check_size(reference, found["ContentLength"], max_bytes)
+                return body.read()
 
     def _put(self, uri: str, body: bytes, content_type: str, *, mode: Any) -> None:
         bucket, key = split_uri(uri)
@@ -89,7 +133,7 @@ class WorkerStore:
             )
         except AlreadyExistsError:
             raise
-        except (BaseError, OSError) as error:
+        except (BaseError, OSError, ValueError) as error:
             raise _mapped(error, uri) from None
 
     def _bucket(self, name: str) -> S3Store:
@@ -105,6 +149,21 @@ class WorkerStore:
         return S3Store(name, region=region, client_options=client, retry_config=self._retry, **custom)
 
 
+def _split(uri: str) -> tuple[str, str]:
+    """Bucket and key. A key with `.` or `..` between its slashes is refused here: some servers refuse it, others resolve it."""
+    bucket, key = split_uri(uri)
+    if not key or any(segment in (".", "..") for segment in key.split("/")):
+        raise InputError(f"{uri} has no key that can be read or written: it is empty, or has . or .. between slashes")
+    return bucket, key
+
+
+def _check_size(reference: StorageRef, size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise ObjectTooLargeError(f"{reference.uri} has {size} bytes, above the bound of {max_bytes}")
+    if reference.size is not None and size != reference.size:
+        raise ObjectSizeError(f"{reference.uri} has {size} bytes instead of {reference.size}")
+
+
 def _mapped(error: Exception, uri: str) -> Exception:
     if isinstance(error, FileNotFoundError | NotFoundError):
         return ObjectMissingError(f"there is no object {uri}")
@@ -112,4 +171,6 @@ def _mapped(error: Exception, uri: str) -> Exception:
         return ObjectChangedError(f"{uri} was changed after the run was planned")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
         return AccessDeniedError(f"S3 refuses access to {uri}; check the credentials of the worker")
+    if isinstance(error, ValueError):
+        return InputError(f"{uri} has a key that cannot be read or written; rename the object")
     return ServiceUnavailableError(f"S3 at {endpoint()} does not answer for {uri} ({type(error).__name__})")

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest difference, relative to the largest output, between a padded row and the same input alone."""
 KNEE = 0.95
 """A budget is large enough when it reaches this share of the best throughput seen."""
-SECONDS = 2.0
+SECONDS = 1.0
 """How long the measuring of one model may take."""
 MEMORY_SHARE = 0.8
 """Share of a GPU's free memory that a batch may take."""
@@ -95,7 +95,7 @@ def _relative(mine: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
 
 
 def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default: int) -> int:
-    """The smallest padded cost near the best throughput, between a quarter and four times the default."""
+    """The smallest padded cost near the best throughput, between half and four times the default."""
     if not adapter.typical_size:
         return default
     unit = example_units(adapter, spec, parameters, adapter.typical_size)[0]
@@ -112,7 +112,7 @@ def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: S
         return default
     best = max(rates.values())
     knee = min(cost for cost, rate in rates.items() if rate >= KNEE * best)
-    return max(knee, default // 4, unit.length)
+    return max(knee, default // 2, unit.length)
 
 
 def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:
@@ -142,7 +142,7 @@ def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], 
 
 def _example(media: Media, size: int, rate: int) -> Any:
     source = np.random.default_rng(size)
-    if media is Media.TEXT:
+    if media in (Media.TEXT, Media.PROMPT):
         return " ".join(source.choice(["the", "sea", "of", "trees", "was", "wide", "and", "old"], size))
     if media is Media.AUDIO:
         return (0.1 * source.standard_normal(int(rate * size / 10))).astype(np.float32)

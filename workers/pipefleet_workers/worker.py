@@ -56,6 +56,7 @@ def build_consumer(
 
     Raises ModelError, or UsageError when the metrics port is in use.
     """
+    from pipefleet_workers.consumer import Consumer
     from pipefleet_workers.device import Instruments
     from pipefleet_workers.engine import Engine
     from pipefleet_workers.metrics import Metrics
@@ -98,14 +99,15 @@ def _stages(
     from pipefleet_workers.objects import WorkerStore
     from pipefleet_workers.reports import Reporter
     from pipefleet_workers.stages.decode import Decoder
-    from pipefleet_workers.stages.fetch import Fetcher
+    from pipefleet_workers.stages.fetch import Fetcher, allowed_prefixes
     from pipefleet_workers.stages.write import PartWriter
 
     store = WorkerStore()
     decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
-    provenance = {"model": pool.model, "revision": pool.revision, "worker": name, "pipefleet": __version__}
+    pinned = {"revision": pool.revision} if pool.revision else {}
+    provenance = {"model": pool.model, **pinned, "worker": name, "pipefleet": __version__}
     reporter = Reporter(broker.connect(settings), store, settings, worker=name)
-    outlets = Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter)
+    outlets = Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter, allowed_prefixes(worker_settings))
     return Stages(Fetcher(store, worker_settings), decoder, adapter), outlets
 
 
@@ -129,7 +131,7 @@ class Worker:
         self._settings = settings
         self._worker_settings = worker_settings
         self._queue = queue_name(pool, fleet)
-        self._announcement = pool.to_json() | {"default": self._queue.count(".") == 1}
+        self._announcement = pool.to_json() | {"default": self._queue.count(".") == 1, "queue": self._queue}
         self._name = f"{pool.name}@{socket.gethostname()}-{os.getpid()}"
         self._stopping = threading.Event()
         self._app = broker.celery_app(settings, queue=self._queue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from pipefleet.cli.common import Commands, command, print_json
@@ -72,10 +73,17 @@ def queues(arguments: argparse.Namespace) -> int:
 
 
 def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Aligned columns: folded to the width of a terminal, whole lines where another program reads them."""
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+        for row in (names, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*names, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as they are: in plain strings rich takes [words] for markup
     Console().print(table)

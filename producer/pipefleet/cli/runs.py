@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pipefleet.cli.common import Commands, add_model_options, command, print_json, read_parameters
 
 if TYPE_CHECKING:
-    from pipefleet.runs import Run, RunProgress
+    from pipefleet.progress import RunProgress
+    from pipefleet.runs import Run
 
 
 def register(commands: Commands) -> None:
@@ -29,7 +30,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     for name, run, text in (
         ("status", status, "say how far a run is"),
-        ("resume", resume, "queue what is missing of a run and wait for its end"),
+        ("resume", resume, "queue again what is missing of a run and wait for its end"),
         ("cancel", cancel, "stop a run"),
         ("failures", failures, "list the failed items of a run"),
     ):
@@ -77,7 +78,7 @@ def resume(arguments: argparse.Namespace) -> int:
     with Client() as client:
         run = client.run(arguments.uri)
         queued = run.resume()
-        print(f"queued {queued} shards of {run.uri}", file=sys.stderr)
+        print(f"{run.uri}: {queued} shards were missing and are queued again", file=sys.stderr)
         if arguments.detach:
             return _report(run, run.progress(), as_json=arguments.json)
         return _wait(run, as_json=arguments.json)
@@ -112,7 +113,12 @@ def _wait(run: Run, *, as_json: bool) -> int:
     try:
         ended = run.wait(progress=True)
     except KeyboardInterrupt:
-        print(f"the run goes on without this command; see `pipefleet status {run.uri}`", file=sys.stderr)
+        text = (
+            f"planning stops; go on with `pipefleet resume {run.uri}`"
+            if run.planning
+            else f"the run goes on without this command; see `pipefleet status {run.uri}`"
+        )
+        print(text, file=sys.stderr)
         raise
     return _report(run, ended, as_json=as_json)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from pipefleet.client import Client
 from pipefleet.errors import UsageError
 from pipefleet.objects import ObjectStore
-from pipefleet.runs import Run, RunProgress
+from pipefleet.progress import RunProgress
+from pipefleet.runs import Run
 from pipefleet_workers.demo import assets, weights
 from pipefleet_workers.local import Stack
 

@@ -1,12 +1,12 @@
 """Recordings: bytes to mono float32 samples at the model's rate. libsndfile first, FFmpeg (PyAV) for what it cannot open.
 
-Both decode a file that was cut short to a short clip without a word, so the containers are checked for their end as well.
+Both decode a file that was cut short to a short clip without a word, so its container is looked at first (see `containers`).
 """
 
 from __future__ import annotations
 
 import io
-import struct
+from dataclasses import dataclass
 
 import av
 import numpy as np
@@ -16,120 +16,116 @@ from numpy.typing import NDArray
 
 from pipefleet.inputs import RAW_AUDIO
 from pipefleet_workers.items import Blob, ItemError
+from pipefleet_workers.media.containers import truncation
 
 STAGE = "decode"
 _FORMATS = "mov,matroska,webm,avi,mpegts,wav,mp3,flac,ogg,aac,aiff,amr,caf,asf"
 """Demuxers that FFmpeg may choose. Playlist formats (concat, hls) would open other files."""
-_UNKNOWN_SIZES = (0, 0xFFFFFFFF)
-_XING_AHEAD = 4096
+_RATES = (1_000, 1_000_000)
+"""Sampling rates in Hz that are believed. Beyond them a small file becomes gigabytes, and soxr crashes."""
+_BLOCK = 1 << 18
+"""Numbers that are decoded at once; libsndfile allows 1024 channels."""
+_UNKNOWN_FRAMES = (1 << 63) - 1
+"""libsndfile's length of a FLAC that was streamed; it cannot read it, FFmpeg can."""
 
 Samples = NDArray[np.float32]
 
 
 def decode_audio(blob: Blob, *, rate: int, max_seconds: float) -> Samples:
-    """One-dimensional samples at `rate` Hz. Raises ItemError: bad_media, truncated_media, too_large."""
+    """One-dimensional samples at `rate` Hz, the mean of the channels. Raises ItemError: bad_media, truncated_media, too_large."""
+    bounds = _Bounds(blob.uri, rate, max_seconds)
     if blob.type == RAW_AUDIO:
-        return _raw(blob, rate, max_seconds)
-    truncation = _truncated(blob.content)
-    if truncation:
-        raise ItemError("truncated_media", f"{blob.uri} ends too early: {truncation}", STAGE)
+        return _raw(blob, bounds)
+    missing = truncation(blob.content)
+    if missing:
+        raise ItemError("truncated_media", f"{blob.uri} ends too early: {missing}", STAGE)
     try:
-        samples, found = _soundfile(blob, max_seconds)
+        samples = _soundfile(blob, bounds)
     except soundfile.LibsndfileError:
-        samples, found = _ffmpeg(blob, rate, max_seconds)
+        samples = np.zeros(0, np.float32)
+    if not samples.size:  # libsndfile takes the size 0 of a streamed WAV at its word
+        samples = _ffmpeg(blob, bounds)
     if not samples.size:
         raise ItemError("bad_media", f"{blob.uri} holds no audio", STAGE)
-    return samples if found == rate else soxr.resample(samples, found, rate, quality="HQ")
-
-
-def _raw(blob: Blob, rate: int, max_seconds: float) -> Samples:
-    if len(blob.content) % 4:
-        raise ItemError("bad_media", f"{blob.uri} is not a whole number of float32 samples", STAGE)
-    samples = np.frombuffer(blob.content, dtype="<f4").astype(np.float32)
-    _check_seconds(blob, len(samples) / rate, max_seconds)
     return samples
 
 
-def _soundfile(blob: Blob, max_seconds: float) -> tuple[Samples, int]:
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    uri: str
+    rate: int
+    """Hz that the model wants."""
+    max_seconds: float
+
+    def check(self, seconds: float) -> None:
+        if seconds > self.max_seconds:
+            text = f"{self.uri} lasts {seconds:.0f} s, above the bound of {self.max_seconds:.0f} s"
+            raise ItemError("too_large", text, STAGE)
+
+
+class _Track:
+    """Blocks as they are decoded: downmixed and resampled one by one, so that a long recording never lies here in full."""
+
+    def __init__(self, bounds: _Bounds, rate: int) -> None:
+        if not _RATES[0] <= rate <= _RATES[1]:
+            raise ItemError("bad_media", f"{bounds.uri} has a sampling rate of {rate} Hz", STAGE)
+        self._bounds = bounds
+        self._rate = rate
+        self._frames = 0
+        self._pieces: list[Samples] = []
+        same = rate == bounds.rate
+        self._stream = None if same else soxr.ResampleStream(rate, bounds.rate, 1, dtype="float32", quality="HQ")
+
+    def add(self, block: Samples) -> None:
+        """Take a block of shape (frames, channels)."""
+        self._frames += len(block)
+        self._bounds.check(self._frames / self._rate)
+        self._append(block.mean(axis=1, dtype=np.float32), last=False)
+
+    def end(self) -> Samples:
+        """All samples at the model's rate."""
+        self._append(np.zeros(0, np.float32), last=True)
+        return np.concatenate(self._pieces)
+
+    def _append(self, samples: Samples, *, last: bool) -> None:
+        self._pieces.append(self._stream.resample_chunk(samples, last=last) if self._stream else samples)
+
+
+def _raw(blob: Blob, bounds: _Bounds) -> Samples:
+    if len(blob.content) % 4:
+        raise ItemError("bad_media", f"{blob.uri} is not a whole number of float32 samples", STAGE)
+    bounds.check(len(blob.content) / 4 / bounds.rate)
+    return np.frombuffer(blob.content, dtype="<f4").astype(np.float32)
+
+
+def _soundfile(blob: Blob, bounds: _Bounds) -> Samples:
     with soundfile.SoundFile(io.BytesIO(blob.content)) as file:
-        _check_seconds(blob, file.frames / file.samplerate, max_seconds)
-        frames = int(max_seconds * file.samplerate)
-        samples = file.read(frames, dtype="float32", always_2d=True)
-        return samples.mean(axis=1, dtype=np.float32), file.samplerate
+        track = _Track(bounds, file.samplerate)
+        if file.frames != _UNKNOWN_FRAMES:
+            bounds.check(file.frames / file.samplerate)
+        while len(block := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
+            track.add(block)
+        return track.end()
 
 
-def _ffmpeg(blob: Blob, rate: int, max_seconds: float) -> tuple[Samples, int]:
-    pieces: list[Samples] = []
-    count = 0
+def _ffmpeg(blob: Blob, bounds: _Bounds) -> Samples:
     try:
         with av.open(io.BytesIO(blob.content), "r", options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.audio:
                 raise ItemError("bad_media", f"{blob.uri} has no audio track", STAGE)
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            for frame in container.decode(audio=0):
-                for piece in resampler.resample(frame):
-                    pieces.append(piece.to_ndarray()[0])
-                    count += pieces[-1].size
-                _check_seconds(blob, count / rate, max_seconds)
-            pieces.extend(piece.to_ndarray()[0] for piece in resampler.resample(None))
+            return _decoded(container, bounds)
     except av.error.EOFError:
         raise ItemError("truncated_media", f"{blob.uri} ends too early", STAGE) from None
     except (av.error.FFmpegError, ValueError) as error:
         cause = getattr(error, "strerror", None) or str(error)
         raise ItemError("bad_media", f"{blob.uri} cannot be read as audio: {cause}", STAGE) from None
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32), rate
 
 
-def _check_seconds(blob: Blob, seconds: float, most: float) -> None:
-    if seconds > most:
-        raise ItemError("too_large", f"{blob.uri} lasts {seconds:.0f} s, above the bound of {most:.0f} s", STAGE)
-
-
-def _truncated(content: bytes) -> str | None:
-    """Why a wav, ogg or mp3 file is shorter than it says, or None. Other containers fail while they are decoded."""
-    if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
-        return _truncated_wav(content)
-    if content[:4] == b"OggS":
-        return _truncated_ogg(content)
-    return _truncated_mp3(content)
-
-
-def _truncated_wav(content: bytes) -> str | None:
-    at = 12
-    while at + 8 <= len(content):
-        name, size = content[at : at + 4], struct.unpack_from("<I", content, at + 4)[0]
-        if name == b"data":
-            # Recorders that stream write 0 or the largest number there.
-            missing = at + 8 + size - len(content)
-            return f"{missing} bytes of samples are missing" if size not in _UNKNOWN_SIZES and missing > 0 else None
-        at += 8 + size + size % 2
-    return "it has no samples"
-
-
-def _truncated_ogg(content: bytes) -> str | None:
-    """The last page of an Ogg stream carries the end-of-stream flag (RFC 3533, section 6)."""
-    at = content.rfind(b"OggS")
-    if at + 27 > len(content):
-        return "the last page is cut"
-    segments = content[at + 26]
-    table = content[at + 27 : at + 27 + segments]
-    end = at + 27 + segments + sum(table)
-    if len(table) < segments or end > len(content):
-        return "the last page is cut"
-    return None if content[at + 5] & 4 else "the end of the stream is missing"
-
-
-def _truncated_mp3(content: bytes) -> str | None:
-    """Encoders write the number of bytes into the first frame (the Xing or Info tag), where there is one."""
-    head = content[:_XING_AHEAD]
-    at = max(head.find(b"Xing"), head.find(b"Info"))
-    if content[:3] != b"ID3" and content[:1] != b"\xff":
-        return None
-    if at < 0 or at + 16 > len(content):
-        return None
-    flags = struct.unpack_from(">I", content, at + 4)[0]
-    if flags & 3 != 3:
-        return None
-    size = struct.unpack_from(">I", content, at + 12)[0]
-    missing = size - len(content)
-    return f"{missing} bytes are missing" if missing > 0 else None
+def _decoded(container: av.container.InputContainer, bounds: _Bounds) -> Samples:
+    # Rate and channels stay: FFmpeg's own downmix is louder than the mean of the channels.
+    converter, track = av.AudioResampler(format="fltp"), None
+    for frame in container.decode(audio=0):
+        track = track or _Track(bounds, frame.sample_rate)
+        for piece in converter.resample(frame):
+            track.add(piece.to_ndarray().T.astype(np.float32, copy=False))
+    return track.end() if track else np.zeros(0, np.float32)

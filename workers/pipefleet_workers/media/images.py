@@ -22,15 +22,23 @@ def decode_image(blob: Blob, *, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(blob.content), formats=FORMATS)
     except UnidentifiedImageError:
         raise ItemError("bad_media", f"{blob.uri} is not a picture ({', '.join(FORMATS)})", STAGE) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise _too_large(blob, "more pixels than are opened at all", max_pixels) from None
+    except (OSError, ValueError, SyntaxError) as error:
         raise ItemError("bad_media", f"{blob.uri} cannot be read as a picture: {error}", STAGE) from None
     pixels = image.width * image.height
     if pixels > max_pixels:
-        raise ItemError("too_large", f"{blob.uri} has {pixels} pixels, above the bound of {max_pixels}", STAGE)
+        raise _too_large(blob, f"{pixels} pixels", max_pixels)
     try:
         image.load()
         return ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError:
+        raise _too_large(blob, "more pixels than are opened at all", max_pixels) from None
     except OSError as error:
         raise ItemError("truncated_media", f"{blob.uri} ends too early: {error}", STAGE) from None
     except (ValueError, SyntaxError, EOFError) as error:
         raise ItemError("bad_media", f"{blob.uri} is damaged: {error}", STAGE) from None
+
+
+def _too_large(blob: Blob, found: str, bound: int) -> ItemError:
+    return ItemError("too_large", f"{blob.uri} has {found}, above the bound of {bound}", STAGE)

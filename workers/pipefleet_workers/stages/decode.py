@@ -28,6 +28,7 @@ class Decoder:
         self._rate = sampling_rate or 16_000
         self._decoders: Mapping[Media, Callable[[Any], Any]] = {
             Media.TEXT: self._text,
+            Media.PROMPT: self._prompt,
             Media.IMAGE: self._image,
             Media.AUDIO: self._audio,
         }
@@ -60,6 +61,14 @@ class Decoder:
             return value.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ItemError("bad_media", f"{value.uri} is not UTF-8 text (byte {error.start})", STAGE) from None
+
+    def _prompt(self, value: Any) -> Any:
+        """A text, or the messages of a chat; a content that was too long for the message has come as an object."""
+        if not isinstance(value, list):
+            return self._text(value)
+        if not value or not all(isinstance(one, Mapping) and set(one) == {"role", "content"} for one in value):
+            raise ItemError("bad_input", "a chat is a list of messages with role and content", STAGE)
+        return [{name: self._text(part) for name, part in one.items()} for one in value]
 
     def _image(self, value: Any) -> Any:
         return decode_image(self._blob(value), max_pixels=self._settings.max_pixels)

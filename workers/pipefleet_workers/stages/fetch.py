@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from pipefleet.errors import PipefleetError
+from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.storage import StorageRef, map_refs
 from pipefleet_workers.items import Blob, Fetched, ItemError, Work
 from pipefleet_workers.objects import WorkerStore
@@ -20,35 +20,44 @@ class Fetcher:
     def __init__(self, store: WorkerStore, settings: WorkerSettings) -> None:
         self._store = store
         self._limit = settings.max_object_bytes
-        self._allowed = tuple(prefix.strip() for prefix in settings.allowed_uris.split(",") if prefix.strip())
+        self._allowed = allowed_prefixes(settings)
 
     def fetch(self, work: Work) -> Fetched:
-        """`work` with the bytes of its objects. Raises ItemError with a code that says what is wrong with the object."""
+        """`work` with the bytes of its objects.
+
+        Raises ItemError with a code that says what is wrong with the object, and ServiceUnavailableError when the object store
+        stays away: then nothing is wrong with the item, and its job should go back to the queue.
+        """
         begin = time.perf_counter()
         inputs = map_refs(work.item.inputs, self._blob)
         work.seconds[STAGE] = time.perf_counter() - begin
         return Fetched(work, inputs)
 
     def _blob(self, reference: StorageRef) -> Blob:
-        if not reference.uri.startswith(self._allowed):
+        if not lies_under(reference.uri, self._allowed):
             raise ItemError("forbidden", f"{reference.uri} lies outside what this worker may read", STAGE)
-        self._check_size(reference.uri, reference.size)
+        if reference.size is not None and reference.size > self._limit:
+            text = f"{reference.uri} has {reference.size} bytes, above the bound of {self._limit}"
+            raise ItemError("too_large", text, STAGE)
         try:
-            content = self._store.get(reference)
+            content = self._store.get(reference, max_bytes=self._limit)
+        except ServiceUnavailableError:
+            raise
         except PipefleetError as error:
             raise ItemError(error.code, str(error), STAGE) from None
-        self._check_size(reference.uri, len(content))
-        if reference.size is not None and len(content) != reference.size:
-            raise ItemError(
-                "truncated_media", f"{reference.uri} has {len(content)} bytes instead of {reference.size}", STAGE
-            )
+        if not content:
+            raise ItemError("empty_object", f"{reference.uri} is empty", STAGE)
         return Blob(reference.uri, content, reference.type)
 
-    def _check_size(self, uri: str, size: int | None) -> None:
-        if size == 0:
-            raise ItemError("empty_object", f"{uri} is empty", STAGE)
-        if size is not None and size > self._limit:
-            raise ItemError("too_large", f"{uri} has {size} bytes, above the bound of {self._limit}", STAGE)
+
+def allowed_prefixes(settings: WorkerSettings) -> tuple[str, ...]:
+    """The prefixes that inputs and outputs may lie under."""
+    return tuple(prefix.strip() for prefix in settings.allowed_uris.split(",") if prefix.strip())
+
+
+def lies_under(uri: str, prefixes: Sequence[str]) -> bool:
+    """Whether `uri` is one of `prefixes` or lies below one, counted by whole parts: `s3://pipe` is not above `s3://pipefleet/`."""
+    return any(uri == prefix or uri.startswith(prefix if prefix.endswith("/") else prefix + "/") for prefix in prefixes)
 
 
 def slices(works: Sequence[Work], size: int) -> list[Sequence[Work]]:

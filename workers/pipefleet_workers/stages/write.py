@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,30 +23,51 @@ INLINE_NUMBERS = 16_384
 """Longest array that stands in a JSON line; longer ones become .npy artifacts."""
 
 
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+
+
 def dumps(value: Any) -> bytes:
     """JSON of a result. Raises ItemError (bad_output) for what JSON cannot hold, NaN and infinity included."""
     try:
-        body = orjson.dumps(_plain(value), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+        body = _encode(value)
     except (TypeError, ValueError) as error:
         raise ItemError("bad_output", f"the result is not JSON: {error}", STAGE) from None
+    # orjson writes NaN and infinity as null: only where one stands is the value itself walked, which costs far more.
+    if b"null" in body and not _is_finite(value):
+        raise ItemError("bad_output", "the result holds NaN or infinity", STAGE)
     return body
 
 
+def _encode(value: Any) -> bytes:
+    return orjson.dumps(value, default=_plain, option=_OPTIONS)
+
+
 def _plain(value: Any) -> Any:
-    """`value` with arrays that orjson can write: contiguous, and finite, since it would turn NaN into null."""
+    """What orjson can write, for what it cannot: arrays that are not contiguous or of a rare type, mappings that are no dict."""
     if isinstance(value, np.ndarray):
-        if not np.isfinite(value).all():
-            raise ItemError("bad_output", "the result holds NaN or infinity", STAGE)
-        return np.ascontiguousarray(value)
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a JSON value, its keys included, is NaN or infinite."""
+    if isinstance(value, float | np.floating):
+        return math.isfinite(value)
+    if isinstance(value, np.ndarray):
+        return bool(np.isfinite(value).all()) if value.dtype.kind == "f" else _is_finite(value.tolist())
+    if isinstance(value, Mapping):
+        return all(_is_finite(name) and _is_finite(item) for name, item in value.items())
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+        return all(_is_finite(item) for item in value)
+    return True
 
 
 class PartWriter:
-    """Writes the part of a shard. Thread-safe."""
+    """Writes the part of a shard. Thread-safe. Raises what the store raises; a shard can be written again."""
 
     def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
         self._store = store
@@ -59,35 +81,48 @@ class PartWriter:
         return self._store.put_new(layout.part(shard.index), body, content_type="application/x-ndjson")
 
     def _line(self, layout: RunLayout, position: int, outcome: Outcome) -> bytes:
+        """The line of one item; where its input or its result is no JSON, the line says so and the shard goes on."""
         item = outcome.work.item
-        row: dict[str, Any] = {"id": item.id, "input": map_refs(item.inputs, lambda reference: reference.uri)}
-        if item.parameters:
-            row["parameters"] = dict(item.parameters)
         seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
-        provenance = {**self._provenance, "seconds": seconds}
-        if outcome.failure is None:
-            try:
-                output = self._with_artifacts(layout, position, outcome.output)
-                return dumps({**row, "output": output, "provenance": provenance})
-            except ItemError as error:
-                return dumps({**row, "error": error.failure.to_json(), "provenance": provenance})
-        return dumps({**row, "error": outcome.failure.to_json(), "provenance": provenance})
+        tail = {**self._result(layout, position, outcome), "provenance": {**self._provenance, "seconds": seconds}}
+        try:
+            parameters = {"parameters": dict(item.parameters)} if item.parameters else {}
+            return _encode({"id": item.id, "input": _with_uris(item.inputs), **parameters, **tail})
+        except (TypeError, ValueError, RecursionError, PipefleetError) as error:
+            failure = outcome.failure or JobFailure("bad_input", f"the item cannot be written as JSON: {error}", STAGE)
+            row = {"id": item.id, "input": None, **tail, "error": failure.to_json()}
+            row.pop("output", None)
+            return _encode(_utf8(row))
+
+    def _result(self, layout: RunLayout, position: int, outcome: Outcome) -> dict[str, Any]:
+        if outcome.failure is not None:
+            return {"error": outcome.failure.to_json()}
+        try:
+            return {"output": orjson.Fragment(dumps(self._with_artifacts(layout, position, outcome.output)))}
+        except ItemError as error:
+            return {"error": error.failure.to_json()}
 
     def _with_artifacts(self, layout: RunLayout, position: int, output: Any) -> Any:
-        if not isinstance(output, np.ndarray) or output.size <= INLINE_NUMBERS:
+        """`output`, or what stands for it where it is a long array of numbers, which is stored first."""
+        if not isinstance(output, np.ndarray) or output.size <= INLINE_NUMBERS or output.dtype.kind not in "biuf":
             return output
         if not np.isfinite(output).all():
             raise ItemError("bad_output", "the result holds NaN or infinity", STAGE)
         uri = layout.artifact(position, "output.npy")
         buffer = io.BytesIO()
         np.save(buffer, output, allow_pickle=False)
-        try:
-            self._store.put(uri, buffer.getvalue(), content_type="application/x-npy")
-        except PipefleetError as error:
-            raise ItemError(error.code, str(error), STAGE) from None
+        self._store.put(uri, buffer.getvalue(), content_type="application/x-npy")
         return {"$artifact": uri, "kind": "array", "shape": list(output.shape), "dtype": str(output.dtype)}
 
 
-def to_failure(error: PipefleetError, stage: str) -> JobFailure:
-    """The failure of a job for one of the package's own errors."""
-    return JobFailure(error.code, str(error), stage)
+def _with_uris(inputs: Any) -> Any:
+    return map_refs(inputs, lambda reference: reference.uri)
+
+
+def _utf8(value: Any) -> Any:
+    """`value` with a question mark for each character that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, Mapping):
+        return {name: _utf8(item) for name, item in value.items()}
+    return value

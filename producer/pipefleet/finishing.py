@@ -1,0 +1,71 @@
+"""How a run ends: the failed items of its parts, gathered, and `_SUCCESS` with the totals.
+
+Everything here is derived from parts that are in object storage, so that each step may be done twice, and by anybody.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from typing import Any
+
+from pipefleet.contract import encode_json
+from pipefleet.errors import ObjectMissingError
+from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.objects import ObjectStore
+from pipefleet.progress import RunProgress
+
+
+def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
+    """The progress of a run that has ended, from `_SUCCESS`; None while it has not."""
+    try:
+        totals = json.loads(store.get(layout.success))
+    except ObjectMissingError:
+        return None
+    return RunProgress(uri=layout.uri, **totals)
+
+
+def finalise(store: ObjectStore, layout: RunLayout, plan: RunPlan) -> RunProgress:
+    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time."""
+    failed = _gather_failures(store, layout)
+    totals = RunProgress(
+        uri=layout.uri,
+        state="partial" if failed else "succeeded",
+        items=plan.items or 0,
+        succeeded=(plan.items or 0) - failed,
+        failed=failed,
+        shards=plan.shards or 0,
+        parts=plan.shards or 0,
+        seconds=round(time.time() - plan.created, 3),
+    )
+    body = {name: value for name, value in totals.to_json().items() if name != "uri"}
+    store.put_new(layout.success, encode_json(body).encode())
+    return read_totals(store, layout) or totals
+
+
+def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: list[dict[str, Any]]) -> None:
+    """Write the failed rows of a part as manifest lines. Derived from the part alone, so writing twice is harmless."""
+    lines = [encode_json(_manifest_row(row)) for row in rows if "error" in row]
+    if lines:
+        body = ("\n".join(lines) + "\n").encode()
+        store.put(layout.failed_shard(index), body, content_type="application/x-ndjson")
+
+
+def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"parameters": row["parameters"]} if row.get("parameters") else {}
+    return {"id": row["id"], "inputs": row["input"], **parameters, "error": row["error"]}
+
+
+def _gather_failures(store: ObjectStore, layout: RunLayout) -> int:
+    """Join the failed items of all shards into one file; returns how many there are."""
+    count = 0
+    with tempfile.TemporaryFile() as gathered:
+        for entry in store.list(layout.failed):
+            for line in store.lines(f"s3://{layout.uri.split('/')[2]}/{entry.key}"):
+                gathered.write(line + b"\n")
+                count += 1
+        if count:
+            gathered.seek(0)
+            store.upload(layout.failures, gathered, content_type="application/x-ndjson")
+    return count

@@ -1,0 +1,142 @@
+"""Waiting for jobs: nobody waits for what cannot come, and a long-lived client keeps nothing that nobody asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from pipefleet import broker
+from pipefleet.client import Client
+from pipefleet.contract import JobState
+from pipefleet.errors import ContractError, JobError, JobFailedError, ResultTimeoutError
+from pipefleet.jobs import Job
+from pipefleet.records import FINISH, JobFailure, finish_arguments
+from tests.unit.conftest import eventually
+
+TEXTS = "text-classification"
+
+
+def end(client: Client, job_id: str, state: JobState, **fields: str) -> None:
+    """End a job silently: the watcher has to find out by itself."""
+    arguments = finish_arguments(job_id, state, 1.0, ttl=60, reply=None, fields=fields)
+    assert client.redis.eval(FINISH, 1, broker.job_key(job_id), *arguments)
+
+
+async def _of(job: Job) -> Any:
+    return await job
+
+
+class TestUnknown:
+    def test_a_job_that_nothing_is_known_of_until_the_timeout_is_no_timeout(self, client: Client) -> None:
+        with pytest.raises(JobError, match="nothing is known of job none") as caught:
+            client.job("none").result(0.2)
+        assert not isinstance(caught.value, ResultTimeoutError)
+
+    def test_without_a_timeout_it_is_given_up_after_a_while(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.watcher.UNKNOWN_SECONDS", 0.2)
+        with ThreadPoolExecutor(1) as threads, pytest.raises(JobError, match="nothing is known of job none"):
+            threads.submit(client.job("none").result).result(20)
+
+    def test_so_is_one_whose_record_was_lost(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.watcher.UNKNOWN_SECONDS", 0.2)
+        job = client.submit(TEXTS, "x")
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(job.result)
+            client.redis.flushall()
+            with pytest.raises(JobError, match="nothing is known of job"):
+                waiting.result(20)
+
+    def test_a_job_that_another_celery_client_queued_may_get_its_record_later(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
+        job = client.job("from-celery")
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(job.result, 20)
+            assert eventually(lambda: job._future is not None and job._future.unknown_since is not None)
+            end(client, job.id, JobState.SUCCEEDED, output='"late"')
+            assert waiting.result(20) == "late"
+
+
+class TestMemory:
+    @pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED])
+    def test_a_job_whose_result_was_read_is_forgotten(self, client: Client, state: JobState) -> None:
+        job = client.submit(TEXTS, "x")
+        end(client, job.id, state, output="1", error=json.dumps(JobFailure("a", "b", "c").to_json()))
+        if state is JobState.FAILED:
+            with pytest.raises(JobFailedError):
+                job.result(20)
+        else:
+            assert job.result(20) == 1
+        assert not client.watcher._futures
+        assert job._future is None
+
+    def test_results_that_nobody_reads_are_not_kept(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.1)
+        jobs = [client.submit(TEXTS, "x") for _ in range(50)]
+        assert len(client.watcher._futures) == 50
+        for job in jobs:
+            end(client, job.id, JobState.SUCCEEDED, output="1" * 1000)
+        del jobs, job
+        assert eventually(lambda: not client.watcher._futures)
+
+
+class TestClosed:
+    def test_a_job_that_ended_unread_is_not_waited_for(self, environment: dict[str, str]) -> None:
+        with Client() as client:
+            job_id = client.submit(TEXTS, "x").id
+        with pytest.raises(JobError, match="the client is closed"):
+            client.job(job_id).result(20)
+        with pytest.raises(JobError, match="the client is closed"):
+            client.submit(TEXTS, "x")
+
+    def test_who_awaits_gets_an_error_of_ours(self, environment: dict[str, str]) -> None:
+        async def close_meanwhile(client: Client, job: Job) -> None:
+            waiting = asyncio.ensure_future(_of(job))
+            while job._future is None or not job._future._done_callbacks:  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(client.close)
+            with pytest.raises(JobError, match="the client was closed while job"):
+                await asyncio.wait_for(waiting, 20)
+
+        client = Client()
+        asyncio.run(close_meanwhile(client, client.submit(TEXTS, "x")))
+
+
+def test_awaiting_does_no_redis_work_on_the_event_loop(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, threads, whole = client.submit(TEXTS, "x"), [], client.watcher._look_up
+
+    def look_up(ids: list[str]) -> None:
+        threads.append(threading.current_thread())
+        whole(ids)
+
+    async def impatient() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(_of(job), 0.2)
+
+    monkeypatch.setattr(client.watcher, "_look_up", look_up)
+    asyncio.run(impatient())
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) -> None:
+    odd, good = client.submit(TEXTS, "x"), client.submit(TEXTS, "y")
+    client.redis.hset(broker.job_key(odd.id), mapping={"state": "from-the-future"})
+    client.redis.publish(client._channel, odd.id)
+    with pytest.raises(ContractError, match="cannot be read"):
+        odd.result(20)
+    with pytest.raises(ContractError, match="same release"):
+        odd.status()
+    end(client, good.id, JobState.SUCCEEDED, output="1")
+    assert good._future is not None
+    assert good._future.result(20).output == "1"  # the thread still listens and sweeps

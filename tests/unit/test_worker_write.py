@@ -1,0 +1,193 @@
+"""The write stage: a line for every item in order, whatever its input and its result are; never NaN, and never a lost shard."""
+
+from __future__ import annotations
+
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from pipefleet.contract import JobItem, Shard
+from pipefleet.errors import ServiceUnavailableError
+from pipefleet.layout import RunLayout
+from pipefleet.objects import ObjectStore
+from pipefleet.records import JobFailure
+from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
+from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.stages.write import INLINE_NUMBERS, PartWriter, dumps
+
+
+@dataclass
+class Plain:
+    score: float
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "body"),
+    [
+        ({"label": "null", "score": 0.5, "box": None}, b'{"label":"null","score":0.5,"box":null}'),
+        ((1, [2.0, True]), b"[1,[2.0,true]]"),
+        ({1: "a", None: "b"}, b'{"1":"a","null":"b"}'),
+        (np.arange(3, dtype=np.float32), b"[0.0,1.0,2.0]"),
+        (np.arange(6, dtype=np.int64).reshape(2, 3).T, b"[[0,3],[1,4],[2,5]]"),
+        ([np.float16(0.5), np.int8(-1), np.bool_(True)], b"[0.5,-1,true]"),
+        (MappingProxyType({"a": OrderedDict(b=1)}), b'{"a":{"b":1}}'),
+    ],
+)
+def test_results_become_json(value: Any, body: bytes) -> None:
+    assert dumps(value) == body
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda number: number,
+        lambda number: [{"score": number}],
+        lambda number: (1.0, None, (2.0, number)),
+        lambda number: {"a": {number: 1}},
+        lambda number: {"score": np.float32(number)},
+        lambda number: {"score": np.float16(number)},
+        lambda number: {"vector": np.array([1.0, number])},
+        lambda number: np.array([[1.0, 2.0], [3.0, number]])[:, ::-1],
+        lambda number: np.array([None, number], dtype=object),
+        lambda number: MappingProxyType({"a": [number]}),
+    ],
+)
+def test_nan_and_infinity_are_refused_wherever_they_stand(place: Any, number: float) -> None:
+    with pytest.raises(ItemError, match="NaN or infinity") as caught:
+        dumps(place(number))
+    assert caught.value.failure.code == "bad_output"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        {1, 2},
+        b"bytes",
+        1j,
+        np.array([1j]),
+        np.zeros(2, ">f4"),
+        2**64,
+        "lone \ud800",
+        Plain(float("nan")),
+        nested(300),
+    ],
+)
+def test_what_json_cannot_hold_is_refused(value: Any) -> None:
+    with pytest.raises(ItemError) as caught:
+        dumps({"value": value})
+    assert caught.value.failure.code == "bad_output"
+
+
+@pytest.fixture
+def shard(environment: dict[str, str]) -> Shard:
+    run = f"s3://pipefleet/write/{uuid.uuid4().hex}/"
+    return Shard("run", run, RunLayout(run).shard(0), 0, 0, 2)
+
+
+def outcome(
+    position: int, inputs: Any, *, output: Any = None, failure: JobFailure | None = None, **item: Any
+) -> Outcome:
+    context = JobContext("job", None, {}, 9, None, Outcomes(2))
+    work = Work(context, position, JobItem(**{"id": str(position), "inputs": inputs} | item), {}, 1, {"fetch": 0.25})
+    return Outcome(work, output=output, failure=failure)
+
+
+def written(shard: Shard, outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    assert PartWriter(WorkerStore(), {"worker": "w"}).write(shard, outcomes)
+    return [orjson.loads(line) for line in ObjectStore().get(RunLayout(shard.run_uri).part(0)).splitlines()]
+
+
+def test_a_part_has_a_line_for_each_item_in_order(shard: Shard) -> None:
+    reference = {"$ref": "s3://media/cat.jpg", "size": 3}
+    failure = JobFailure("bad_media", "no picture", "decode")
+    first = outcome(0, {"image": reference}, output=[{"label": "cat"}], parameters={"top_k": 1})
+    rows = written(shard, [first, outcome(1, "text", failure=failure)])
+    provenance = {"worker": "w", "seconds": {"fetch": 0.25}}
+    assert rows == [
+        {
+            "id": "0",
+            "input": {"image": "s3://media/cat.jpg"},
+            "parameters": {"top_k": 1},
+            "output": [{"label": "cat"}],
+            "provenance": provenance,
+        },
+        {"id": "1", "input": "text", "error": failure.to_json(), "provenance": provenance},
+    ]
+
+
+def test_the_first_part_stays(shard: Shard) -> None:
+    rows = written(shard, [outcome(0, "a", output=1), outcome(1, "b", output=2)])
+    assert not PartWriter(WorkerStore(), {}).write(shard, [outcome(0, "a", output=3), outcome(1, "b", output=4)])
+    assert [row["output"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"inputs": 2**70},
+        {"inputs": {"text": "lone \ud800 surrogate"}},
+        {"inputs": [1.0, 10**30]},
+        {"inputs": nested(300)},
+        {"inputs": nested(2000)},
+        {"inputs": {"$ref": "s3://bucket/key", "size": "large"}},
+        {"inputs": "fine", "parameters": {"top_k": 2**70}},
+        {"inputs": "fine", "id": "lone \ud800"},
+    ],
+)
+def test_an_item_that_cannot_be_written_fails_alone(shard: Shard, item: dict[str, Any]) -> None:
+    rows = written(shard, [outcome(0, output={"a": 1}, **item), outcome(1, "fine", output={"a": 1})])
+    assert (rows[0]["error"]["code"], rows[0]["error"]["stage"]) == ("bad_input", "write")
+    assert rows[0]["input"] is None
+    assert "output" not in rows[0]
+    assert (rows[1]["input"], rows[1]["output"]) == ("fine", {"a": 1})
+
+
+def test_an_item_that_cannot_be_written_keeps_the_failure_it_had(shard: Shard) -> None:
+    failure = JobFailure("model_error", "lone \ud800", "forward")
+    rows = written(shard, [outcome(0, 2**70, failure=failure), outcome(1, "fine", output=1)])
+    assert rows[0]["error"] == JobFailure("model_error", "lone ?", "forward").to_json()
+
+
+@pytest.mark.parametrize(
+    "output", [float("nan"), object(), np.full(INLINE_NUMBERS + 1, np.nan), {"score": np.float32("inf")}]
+)
+def test_a_result_that_cannot_be_written_fails_alone(shard: Shard, output: Any) -> None:
+    rows = written(shard, [outcome(0, "text", output=output), outcome(1, "fine", output=1)])
+    assert rows[0]["error"]["code"] == "bad_output"
+    assert rows[0]["input"] == "text"
+    assert rows[1]["output"] == 1
+
+
+def test_a_long_array_becomes_an_artifact(shard: Shard) -> None:
+    array = np.random.default_rng(0).normal(size=(2, INLINE_NUMBERS)).astype(np.float32)
+    row = written(shard, [outcome(0, "a", output=array), outcome(1, "b", output=array[0])])
+    artifact = row[0]["output"]
+    assert (artifact["kind"], artifact["shape"], artifact["dtype"]) == ("array", [2, INLINE_NUMBERS], "float32")
+    body = ObjectStore().get(artifact["$artifact"])
+    assert body.startswith(b"\x93NUMPY")
+    assert body.endswith(array.tobytes())
+    assert len(row[1]["output"]) == INLINE_NUMBERS
+
+
+@pytest.mark.parametrize("output", [1, np.zeros(INLINE_NUMBERS + 1)])
+def test_a_server_that_is_away_fails_no_item(shard: Shard, output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    store = WorkerStore(retries=1, retry_seconds=2.0)
+    with pytest.raises(ServiceUnavailableError):
+        PartWriter(store, {}).write(shard, [outcome(0, "a", output=output), outcome(1, "b", output=output)])

@@ -1,0 +1,285 @@
+"""The adapter of decoders that write text: prompts and chats of different requests in one generate() call.
+
+Prompts are padded on the left, where the attention mask and the positions hide it; the warm-up proves that for each model.
+What may differ between requests moves into rows (`generation.py`), the rest is the key (`generation_plan.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.utils.chat_template_utils import Chat
+
+from pipefleet.records import JobFailure
+from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.generation import Row, RowSampler, RowStops, default_seed, row_seed
+from pipefleet_workers.generation_plan import Plan, Planner
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+
+PROBED_TOKENS = 3
+"""How many steps the proof of exactness goes: the first reads the prompts, the later ones go on from the cache."""
+KEPT_STOPS = 64
+"""Lists of stop strings whose tables, of one row a token, are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt with what was asked for; `ids` are its tokens."""
+
+    arguments: Arguments
+    plan: Plan
+    prompt: str | Any
+    ids: torch.Tensor
+    max_new_tokens: int
+    stop: Any
+    seed: int
+
+
+class TextGenerator(Adapter):
+    """text-generation: strings and chats. A sampled result depends on its seed and prompt, never on its neighbours."""
+
+    typical_size = 0  # made-up prompts say nothing of how long the answers are: the row's own budget holds
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.pads = True
+        self._planner = Planner(pipe)
+        self._stops = _StopStrings(pipe)
+        self._positions = _learnt_positions(pipe.model)
+
+    def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Token ids and attention mask, padded on the left; a row for each sampled sequence."""
+        return self._padded([unit.features for unit in units for _ in range(_request(unit).plan.copies)])
+
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        """For each unit its sequences, each a list of new tokens, or why it has none."""
+        if len(units) > 1 and not self._within_positions(units):
+            return [output for unit in units for output in self.run(self.collate([unit]), [unit])]
+        plan, prompt = _request(units[0]).plan, inputs["input_ids"].shape[1]
+        rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
+        stops = RowStops(rows, prompt)
+        arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
+        if plan.sampling is not None:
+            sampler = RowSampler(rows, prompt, first=self._planner.first, last=self._planner.last)
+            arguments["logits_processor"] = LogitsProcessorList([sampler])
+        if plan.min_length:  # it counts the prompt; a key with it holds prompts of one length only
+            arguments["min_new_tokens"] = max(0, plan.min_length - prompt)
+        with self._randomness(units):
+            sequences = self._generate(inputs, stopping_criteria=StoppingCriteriaList([stops]), **arguments)
+        return _outputs(sequences[:, prompt:].tolist(), stops, units)
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """The outputs themselves: `run` has taken them apart."""
+        return list(outputs)
+
+    def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """Logits behind each prompt, and behind its last token once and twice again."""
+        probed = self._generate(
+            self._padded([unit.features for unit in units]),
+            max_new_tokens=PROBED_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            pad_token_id=self._pad,
+            output_logits=True,
+            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([_Repeat()]),
+        )
+        logits = torch.stack(probed.logits, 1).float().cpu().numpy()
+        return [np.where(np.isfinite(row), row, 0.0) for row in logits]
+
+    def finish(self, assembly: Assembly) -> Any:
+        """`[{"generated_text": …}]`, one for each sequence."""
+        request: Request = assembly.context
+        pipe, prompt = self.copies.get(), request.ids[None]
+        records: list[Any] = []
+        for tokens in assembly.outputs[0]:
+            sequence = torch.cat([request.ids, torch.tensor(tokens, dtype=torch.long)])
+            outputs = {"generated_sequence": sequence[None, None], "input_ids": prompt, "prompt_text": request.prompt}
+            records += pipe.postprocess(outputs, **request.arguments.fresh().postprocess)
+        return records
+
+    @property
+    def _pad(self) -> int:
+        """Any token: what stands in padding is hidden."""
+        known = self.pipe.tokenizer.pad_token_id
+        return 0 if known is None else int(known)
+
+    def _prepare(self, decoded: Decoded) -> list[Unit]:
+        request = self._request(decoded)
+        plan, length = request.plan, len(request.ids)
+        assembly = Assembly(decoded.work, expected=1, context=request)
+        exact = not self.pads or plan.equal_lengths or bool(plan.min_length)
+        key = (
+            plan.key,
+            length if exact else None,
+            request.max_new_tokens if plan.equal_bounds else None,
+            getattr(request.stop, "stop_strings", None) if plan.beams > 1 else None,
+            id(assembly) if plan.alone else None,
+        )
+        return [Unit(assembly, 0, key, (length + request.max_new_tokens) * plan.rows, request.ids)]
+
+    def _request(self, decoded: Decoded) -> Request:
+        parameters = dict(decoded.work.parameters)
+        stop, seed = parameters.pop("stop", None), parameters.pop("seed", None)
+        arguments = self.parser.parse(parameters)
+        plan = self._planner.plan(arguments.forward_key, arguments.forward)
+        prompt = decoded.value if isinstance(decoded.value, str) else Chat(decoded.value)
+        ids = self._ids(prompt, arguments)
+        seed = default_seed(decoded.work) if seed is None else seed
+        bound = self._bounded(plan.new_tokens(len(ids)), len(ids))
+        return Request(arguments, plan, prompt, ids, bound, self._stops.get(stop or ()), seed)
+
+    def _ids(self, prompt: Any, arguments: Arguments) -> torch.Tensor:
+        encoded = self.copies.get().preprocess(prompt, **arguments.fresh().preprocess)
+        ids: torch.Tensor = encoded["input_ids"][0].long()
+        begin = self.pipe.model.generation_config.bos_token_id
+        if len(ids):
+            return ids
+        if begin is None:
+            raise ItemError("bad_input", "the prompt is empty, and the model has no token to begin with", STAGE)
+        return torch.tensor([begin])
+
+    def _bounded(self, new_tokens: int, prompt: int) -> int:
+        """`new_tokens`, or as many as a table of positions has room for; the last token of all needs none."""
+        if self._positions is None:
+            return new_tokens
+        if prompt > self._positions:
+            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            raise ItemError("too_long", f"the prompt has {prompt} tokens, the model takes {self._positions}", STAGE)
+        return min(new_tokens, self._positions - prompt + 1)
+
+    def _within_positions(self, units: Sequence[Unit]) -> bool:
+        """Whether rows that have ended stay within the table of positions while the others go on."""
+        steps = max(_request(unit).max_new_tokens for unit in units)
+        longest = max(len(unit.features) for unit in units)
+        return self._positions is None or longest + steps - 1 <= self._positions
+
+    def _padded(self, rows: Sequence[torch.Tensor]) -> dict[str, Any]:
+        longest = max(len(row) for row in rows)
+        ids = torch.full((len(rows), longest), self._pad)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, longest - len(row) :] = row
+            mask[index, longest - len(row) :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _generate(self, inputs: dict[str, Any], **arguments: Any) -> Any:
+        device = self.pipe.device
+        with torch.inference_mode():
+            tensors = {name: tensor.to(device) for name, tensor in inputs.items()}
+            return self.pipe.model.generate(**tensors, **arguments)
+
+    @contextlib.contextmanager
+    def _randomness(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Torch's own random numbers from the seed of a request that has the call for itself."""
+        if not _request(units[0]).plan.alone:
+            yield
+            return
+        device = self.pipe.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_request(units[0]).seed)
+            yield
+
+
+class _StopStrings:
+    """Makes criteria for lists of stop strings, and keeps them: one takes a look at the whole vocabulary. Thread-safe."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._tokenizer = copy.deepcopy(pipe.tokenizer)
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+
+    def get(self, strings: Sequence[str]) -> Any:
+        """The criterion; None for no strings. Raises ItemError (bad_parameter) for those that no token can make."""
+        key = tuple(strings)
+        if not key:
+            return None
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = self._made(key)
+                if len(self._known) > KEPT_STOPS:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(key)
+            return self._known[key]
+
+    def _made(self, strings: tuple[str, ...]) -> Any:
+        try:
+            return StopStringCriteria(self._tokenizer, list(strings))
+        except ValueError as error:
+            raise ItemError("bad_parameter", f"stop holds a text that cannot be looked for: {error}", STAGE) from None
+
+
+class _Repeat(LogitsProcessor):  # type: ignore[misc]
+    """Goes on with the last token whatever the scores: the proof must not hang on which of two like scores is larger."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(1, input_ids[:, -1:], 0.0)
+
+
+def _request(unit: Unit) -> Request:
+    found = unit.assembly.context
+    assert isinstance(found, Request)
+    return found
+
+
+def _rows(request: Request, unit: Unit, prompt: int) -> list[Row]:
+    job, padding = unit.assembly.work.job, prompt - len(request.ids)
+    return [
+        Row(job, request.max_new_tokens, padding, request.stop, request.plan.sampling, row_seed(request.seed, sequence))
+        for sequence in range(request.plan.copies)
+    ]
+
+
+def _outputs(sequences: list[list[int]], stops: RowStops, units: Sequence[Unit]) -> list[list[list[int]] | JobFailure]:
+    """The sequences of each unit up to their ends; a failure for one whose job was stopped before all had ended."""
+    plan, ends = _request(units[0]).plan, stops.ends()
+    each, copies = len(sequences) // len(units), plan.copies
+    outputs: list[list[list[int]] | JobFailure] = []
+    for index in range(len(units)):
+        own = sequences[index * each : (index + 1) * each]
+        bounds = ends[index * copies : (index + 1) * copies] if plan.beams == 1 else [0] * each
+        cut = [_cut(tokens, end, plan) for tokens, end in zip(own, bounds, strict=True)]
+        stopped = stops.stopped.get(index * copies)
+        if stopped is not None and not all(ended and len(tokens) <= stopped[0] for tokens, ended in cut):
+            outputs.append(stopped[1])
+        else:
+            outputs.append([tokens for tokens, _ in cut])
+    return outputs
+
+
+def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
+    """The tokens of one sequence, and whether it came to its end."""
+    tokens = tokens[:end] if end else tokens
+    last = next((index for index, token in enumerate(tokens) if token in plan.ends), None)
+    if last is not None:
+        return tokens[: last + 1], True
+    while plan.beams > 1 and tokens and tokens[-1] in plan.fills:
+        tokens = tokens[:-1]
+    return tokens, end > 0
+
+
+def _learnt_positions(model: torch.nn.Module) -> int | None:
+    """How many positions the model's learnt tables have; None where positions are computed."""
+    config: Any = model.config
+    tables = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and _names_positions(name.rsplit(".", 1)[-1])
+    ]
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min([*tables, *([known] if known else [])]) if tables else None
+
+
+def _names_positions(name: str) -> bool:
+    return name == "wpe" or "pos" in name
