@@ -259,6 +259,7 @@ class TestCancel:
 
     def test_it_is_known_from_the_store_when_redis_forgot(self, client: Client, prefix: str) -> None:
         run = client.map(TEXTS, ["a"], output=prefix)
+        run.join_planner()
         run.cancel()
         assert client.redis.ttl(broker.run_key(run.id)) > 0  # type: ignore[operator]
         client.redis.flushall()
@@ -308,6 +309,7 @@ class TestProgress:
     ) -> None:
         monkeypatch.setattr("pipefleet.runs.LOOK_AT_STORE_SECONDS", 0.2)
         run = client.map(TEXTS, ["a"], output=prefix)
+        run.join_planner()
         assert run.progress().state == "running"
         finish_parts(client, run, [0])
         assert client.run(prefix).progress().state == "succeeded"
