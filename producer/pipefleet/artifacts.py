@@ -40,5 +40,7 @@ def _load(reference: Mapping[str, Any], read: Callable[[str], bytes]) -> Any:
     try:
         import numpy
     except ImportError:
-        raise UsageError("this result holds an array: pip install numpy, or read the artifact's .npy yourself") from None
+        raise UsageError(
+            "this result holds an array: pip install numpy, or read the artifact's .npy yourself"
+        ) from None
     return numpy.load(io.BytesIO(read(str(reference[ARTIFACT_KEY]))), allow_pickle=False)
