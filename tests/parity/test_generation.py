@@ -192,6 +192,7 @@ def test_a_request_that_has_its_result_before_its_deadline_keeps_it(pipe: Any, e
     ("parameters", "code", "words"),
     [
         ({"max_length": 2}, "too_long", "max_length is 2"),
+        ({"max_new_tokens": 1}, "too_long", "the model takes 512"),
         ({"temperature": 0}, "bad_parameter", "pass do_sample=false"),
         ({"do_sample": False, "num_return_sequences": 2}, "bad_parameter", "num_return_sequences"),
         ({"do_sample": False, "num_beams": 2, "num_return_sequences": 3}, "bad_parameter", "num_return_sequences"),
@@ -199,7 +200,8 @@ def test_a_request_that_has_its_result_before_its_deadline_keeps_it(pipe: Any, e
 )
 def test_what_cannot_be_served_fails_alone(engine: Running, parameters: dict[str, Any], code: str, words: str) -> None:
     good = Call(PROMPTS[0], {"do_sample": False, "max_new_tokens": 4})
-    bad, fine = engine.run([Call(PROMPTS[2], parameters), good])
+    prompt = "word " * 600 if "takes" in words else PROMPTS[2]
+    bad, fine = engine.run([Call(prompt, parameters), good])
     assert bad.failure is not None
     assert (bad.failure.code, bad.failure.stage) == (code, "preprocess")
     assert words in bad.failure.message

@@ -85,7 +85,7 @@ def test_abandoning_wakes_the_waiting_thread() -> None:
         woken.set()
 
     threading.Thread(target=wait, daemon=True).start()
-    sink.abandon()
+    sink.abandon(RuntimeError("going away"))
     assert woken.wait(SECONDS)
     assert sink.abandoned
     assert not sink.complete

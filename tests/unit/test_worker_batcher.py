@@ -20,7 +20,7 @@ PRIORITIES = (0, 3, 9)
 
 # Either a unit to add (length, key, priority), or a number of seconds that pass before a batch is taken.
 _UNITS = st.tuples(st.integers(1, 60), st.sampled_from(KEYS), st.sampled_from(PRIORITIES))
-_STEPS = st.lists(st.one_of(_UNITS, st.floats(0.0, 4.0)), max_size=120)
+_STEPS = st.lists(st.one_of(_UNITS, st.integers(0, 400).map(lambda hundredths: hundredths / 100)), max_size=120)
 _LIMITS = st.builds(BatchLimits, st.integers(1, 120), st.integers(1, 9), st.sampled_from((0.5, 3.0, 1_000_000.0)))
 
 

@@ -152,12 +152,12 @@ class TextGenerator(Adapter):
 
     def _bounded(self, new_tokens: int, prompt: int) -> int:
         """`new_tokens`, or as many as a table of positions has room for; the last token of all needs none."""
-        if self._positions is None:
-            return new_tokens
-        if prompt > self._positions:
-            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
-            raise ItemError("too_long", f"the prompt has {prompt} tokens, the model takes {self._positions}", STAGE)
-        return min(new_tokens, self._positions - prompt + 1)
+        longest = self._positions or _context(self.pipe.model)
+        if longest is not None and prompt > longest:
+            # Refused here: on a GPU an index beyond a table breaks the device for every later input, and without a table
+            # the time and memory of one such prompt are everybody's.
+            raise ItemError("too_long", f"the prompt has {prompt} tokens, the model takes {longest}", STAGE)
+        return new_tokens if self._positions is None else min(new_tokens, self._positions - prompt + 1)
 
     def _within_positions(self, units: Sequence[Unit]) -> bool:
         """Whether rows that have ended stay within the table of positions while the others go on."""
@@ -271,14 +271,18 @@ def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
 
 def _learnt_positions(model: torch.nn.Module) -> int | None:
     """How many positions the model's learnt tables have; None where positions are computed."""
-    config: Any = model.config
     tables = [
         module.num_embeddings
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Embedding) and _names_positions(name.rsplit(".", 1)[-1])
     ]
-    known = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min([*tables, *([known] if known else [])]) if tables else None
+    return min([*tables, _context(model) or min(tables)]) if tables else None
+
+
+def _context(model: Any) -> int | None:
+    """How many positions the model was made for; None where its config does not say."""
+    known: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return known
 
 
 def _names_positions(name: str) -> bool:
