@@ -35,13 +35,20 @@ class TextEncoder(Adapter):
         prepared: list[list[Unit] | ItemError] = [[] for _ in decoded]
         groups: dict[str, list[int]] = defaultdict(list)
         parsed: dict[int, Arguments] = {}
+        # The items of a job share one mapping of parameters: parsed once for all of them.
+        known: dict[int, tuple[Arguments, str]] = {}
         for index, one in enumerate(decoded):
+            shared = id(one.work.parameters)
             try:
-                parsed[index] = self.parse(one.work.parameters)
-                kind = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
-                groups[kind + encode_json(sorted(parsed[index].preprocess.items()))].append(index)
+                if shared not in known:
+                    arguments = self.parse(one.work.parameters)
+                    known[shared] = arguments, encode_json(sorted(arguments.preprocess.items()))
             except ItemError as error:
                 prepared[index] = error
+                continue
+            parsed[index], group = known[shared]
+            fields = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
+            groups[fields + group].append(index)
         for indices in groups.values():
             for index, result in self._tokenise([decoded[i] for i in indices], [parsed[i] for i in indices], indices):
                 prepared[index] = result
