@@ -66,6 +66,10 @@ class Device:
         for thread in self._threads:
             thread.start()
 
+    def tick(self) -> None:
+        """A sign of life from inside a forward, for the watchdog."""
+        self._watchdog.tick()
+
     def join(self) -> None:
         """Wait until the room is closed and everything in it has run."""
         for thread in self._threads:

@@ -69,6 +69,7 @@ class Engine:
         self._device = Device(
             forward, self.room, instruments, self._complete, timeout=settings.forward_timeout, collate_ahead=on_gpu
         )
+        stages.adapter.tick = self._device.tick
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, room=256)
         self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, room=4 * cpu)

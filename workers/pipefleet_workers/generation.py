@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,12 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
     generate() fills ended rows with padding and returns when no row is left. For one call, on one thread.
     """
 
-    def __init__(self, rows: Sequence[Row], prompt: int) -> None:
-        """`prompt` is the padded length of the prompts. With beams, rows of the call are taken in equal groups."""
+    def __init__(self, rows: Sequence[Row], prompt: int, tick: Callable[[], None] = lambda: None) -> None:
+        """`prompt` is the padded length of the prompts. With beams, rows of the call are taken in equal groups.
+
+        `tick` is called at every step: a long generation is a sign of life, not a hung forward.
+        """
+        self._tick = tick
         self._rows = rows
         self._prompt = prompt
         self._limits = torch.tensor([row.max_new_tokens for row in rows])
@@ -70,6 +74,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """A bool for each row of `input_ids`: whether it has ended."""
+        self._tick()
         device, step = input_ids.device, input_ids.shape[1] - self._prompt
         group = input_ids.shape[0] // len(self._rows)
         self._limits, self._ended = self._limits.to(device), self._ended.to(device)

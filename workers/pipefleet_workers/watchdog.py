@@ -33,6 +33,11 @@ class Watchdog:
     def __enter__(self) -> None:
         self._started = time.monotonic()
 
+    def tick(self) -> None:
+        """A sign of life from inside the call that is watched: its time starts anew."""
+        if self._started is not None:
+            self._started = time.monotonic()
+
     def __exit__(self, *error: object) -> None:
         self._started = None
 

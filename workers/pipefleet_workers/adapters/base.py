@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
 _OWN_PARAMETERS = ("pooling", "normalize")
+
+
+def _nothing() -> None:
+    return None
 
 
 class PipelineCopies:
@@ -51,6 +55,8 @@ class Adapter:
         self.pipe = pipe
         self.copies = PipelineCopies(pipe)
         self.parser = ArgumentParser(pipe)
+        self.tick: Callable[[], None] = _nothing
+        """Called by an adapter whose forward takes many steps, at each of them; the engine lets it feed the watchdog."""
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
 

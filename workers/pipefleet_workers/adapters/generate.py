@@ -67,7 +67,7 @@ class TextGenerator(Adapter):
             return [output for unit in units for output in self.run(self.collate([unit]), [unit])]
         plan, prompt = _request(units[0]).plan, inputs["input_ids"].shape[1]
         rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
-        stops = RowStops(rows, prompt)
+        stops = RowStops(rows, prompt, self.tick)
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
         if plan.sampling is not None:
             sampler = RowSampler(rows, prompt, first=self._planner.first, last=self._planner.last)
