@@ -128,6 +128,13 @@ def test_a_fleet_file_with_a_typo_names_the_key(tmp_path: Path) -> None:
     assert "revision" in done.stderr
 
 
+def test_a_second_stack_on_the_same_data_is_refused_in_one_line(servers: Servers) -> None:
+    done = run("up", "--fleet", str(servers.fleet), "--data", str(servers.stack.data))
+    assert done.returncode == 3
+    assert str(os.getpid()) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_up_serves_until_sigterm_and_leaves_nothing_behind(tmp_path: Path) -> None:
     fleet = write_fleet(tmp_path / "fleet.toml", {"classify": POOLS["classify"]})
     variables = tmp_path / "env"

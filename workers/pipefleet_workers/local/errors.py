@@ -1,11 +1,16 @@
-"""Errors of the embedded stack."""
+"""What can go wrong with the embedded stack."""
 
 from __future__ import annotations
 
+from pipefleet.errors import PipefleetError
 
-class StackError(RuntimeError):
-    """The embedded stack cannot start or go on; the message names the cause and the next step."""
+
+class StackError(PipefleetError):
+    """The stack cannot start or go on; the message names the part and what to do."""
+
+    code = "stack"
+    exit_code = 3
 
 
 class PortTakenError(StackError):
-    """A server lost its port to another program between the choice and the bind; worth one more try."""
+    """Another program took a port between its choice and its use; choosing anew helps."""
