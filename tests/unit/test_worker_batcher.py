@@ -50,7 +50,7 @@ def check_batch(batch: Batch, held: Sequence[Unit], now: float, limits: BatchLim
         return True
     holds_aged = min(one.created for one in batch.units) == oldest.created
     assert holds_aged or min(one.priority for one in batch.units) == most_urgent
-    return False
+    return holds_aged and now - oldest.created > limits.max_age
 
 
 def drive(steps: Sequence[Any], limits: BatchLimits) -> tuple[list[Unit], list[Unit]]:
