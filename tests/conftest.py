@@ -8,12 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipefleet.client import Client
 from pipefleet.objects import ObjectStore
 from pipefleet_workers.local import Stack
 from tests.checkpoints import cached
+
+# A change is judged by the same examples each time; on a laptop every run looks at new ones.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 POOLS = {
     "embed": (
