@@ -14,6 +14,7 @@ import pytest
 from pipefleet.client import Client
 from pipefleet.objects import ObjectStore
 from pipefleet_workers.local import Stack
+from pipefleet_workers.local.environment import in_environment
 from tests.checkpoints import cached
 
 # A change is judged by the same examples each time; on a laptop every run looks at new ones.
@@ -71,14 +72,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     fleet = write_fleet(folder / "fleet.toml")
     with Stack(folder / "data", fleet=fleet, pools=pool_names(), flower=True) as stack:
         environment = stack.environment()
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        yield Servers(stack, fleet, environment)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        with in_environment(environment):
+            yield Servers(stack, fleet, environment)
 
 
 @pytest.fixture

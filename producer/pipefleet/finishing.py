@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from pipefleet.contract import encode_json
 from pipefleet.errors import ObjectMissingError
-from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ObjectStore
 from pipefleet.progress import RunProgress
 
@@ -52,6 +53,14 @@ def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: l
         store.put(layout.failed_shard(index), body, content_type="application/x-ndjson")
 
 
+def failed_lines(store: ObjectStore, layout: RunLayout) -> Iterator[bytes]:
+    """The failed items that are listed so far, as manifest lines, a shard after the other."""
+    for entry in store.list(layout.failed):
+        index = index_of(entry.key)
+        if index is not None:
+            yield from store.lines(layout.failed_shard(index))
+
+
 def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
     parameters = {"parameters": row["parameters"]} if row.get("parameters") else {}
     return {"id": row["id"], "inputs": row["input"], **parameters, "error": row["error"]}
@@ -61,10 +70,9 @@ def _gather_failures(store: ObjectStore, layout: RunLayout) -> int:
     """Join the failed items of all shards into one file; returns how many there are."""
     count = 0
     with tempfile.TemporaryFile() as gathered:
-        for entry in store.list(layout.failed):
-            for line in store.lines(f"s3://{layout.uri.split('/')[2]}/{entry.key}"):
-                gathered.write(line + b"\n")
-                count += 1
+        for line in failed_lines(store, layout):
+            gathered.write(line + b"\n")
+            count += 1
         if count:
             gathered.seek(0)
             store.upload(layout.failures, gathered, content_type="application/x-ndjson")

@@ -148,9 +148,8 @@ class Planner:
     def undo(self) -> None:
         """Remove what a first step that failed may have written, so that the same call can be made again."""
         if self._alone and not self.items and not self.continued:
-            with suppress(
-                PipefleetError
-            ):  # in this order: a plan without shards is harmless, a shard without a plan is not
+            # In this order: a plan without shards is harmless, a shard without a plan is not.
+            with suppress(PipefleetError):
                 self._client.store.delete(self._layout.shard(0))
                 self._client.store.delete(self._layout.plan)
 

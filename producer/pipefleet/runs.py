@@ -18,7 +18,7 @@ from pipefleet import broker
 from pipefleet.artifacts import resolve
 from pipefleet.contract import JobMessage, Priority
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
-from pipefleet.finishing import finalise, read_totals, write_failed_rows
+from pipefleet.finishing import failed_lines, finalise, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.planner import (
     Planner,
@@ -151,11 +151,7 @@ class Run:
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """The failed items so far, as manifest rows with an `error` of code, message and stage."""
-        for entry in self._client.store.list(self._layout.failed):
-            index = index_of(entry.key)
-            if index is not None:
-                for line in self._client.store.lines(self._layout.failed_shard(index)):
-                    yield json.loads(line)
+        return map(json.loads, failed_lines(self._client.store, self._layout))
 
     @property
     def failures_uri(self) -> str:

@@ -97,18 +97,3 @@ def cpu_seconds(process: psutil.Process) -> float:
             continue
         total += times.user + times.system
     return total
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """`values` in this process's environment during the block, for the processes that it starts."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -16,8 +16,9 @@ import psutil
 
 from pipefleet.client import Client
 from pipefleet_workers.local import Stack
+from pipefleet_workers.local.environment import in_environment
 from tests.benchmarks.contenders import ENGINE_WARM_UP
-from tests.benchmarks.measurement import Machine, Measurement, environment, timed
+from tests.benchmarks.measurement import Machine, Measurement, timed
 from tests.benchmarks.workloads import Workload
 
 POOL = "bench"
@@ -46,10 +47,10 @@ def running(
     fleet.write_text("\n".join([f"[pools.{POOL}]", *lines, ""]))
     data, begin = scratch / f"data-{uuid.uuid4().hex[:8]}", time.perf_counter()
     with contextlib.ExitStack() as held:
-        with environment({**machine.environment(), **(worker or {})}):
+        with in_environment({**machine.environment(), **(worker or {})}):
             stack = held.enter_context(Stack(data, fleet=fleet, pools=[POOL], flower=False))
         print(f"  stack with the model of {workload.name} ready after {time.perf_counter() - begin:.1f} s", flush=True)
-        held.enter_context(environment(stack.environment()))
+        held.enter_context(in_environment(stack.environment()))
         client = held.enter_context(Client())
         _upload(client, workload)
         yield System(client, stack, _processes(stack))

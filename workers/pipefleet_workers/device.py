@@ -19,7 +19,7 @@ from pipefleet_workers.exits import BROKEN_DEVICE, end_process
 from pipefleet_workers.items import Assembly, Batch, Unit
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.stages.forward import DeviceBrokenError, Forward
+from pipefleet_workers.stages.forward import Forward
 from pipefleet_workers.tracing import Tracer
 from pipefleet_workers.watchdog import Watchdog
 
@@ -89,11 +89,7 @@ class Device:
             batch, inputs = taken
             begin = time.perf_counter()
             with self._watchdog, self._instruments.tracer.span(STAGE, len(batch.units)):
-                try:
-                    outputs = self._forward.run(batch, inputs)
-                except DeviceBrokenError as error:
-                    self._instruments.on_fatal(BROKEN_DEVICE, str(error))
-                    raise
+                outputs = self._forward.run(batch, inputs)
             self._note(batch, time.perf_counter() - begin)
             self._hand_on(outputs)
 

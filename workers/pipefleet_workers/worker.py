@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import socket
 import threading
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipefleet.contract import TASK_NAME
 from pipefleet.errors import ContractError, PipefleetError, ServiceUnavailableError, UsageError
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.objects import ObjectStore
+from pipefleet.patience import pause
 from pipefleet.routing import queue_name
 from pipefleet.settings import Settings
 from pipefleet.tasks import task_spec
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from pipefleet_workers.warmup import WarmUp
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = (2.0, 60.0)
-"""First and longest wait before a job whose service was away is tried again; doubled each time, with jitter."""
+RETRY_FIRST, RETRY_LONGEST = 4.0, 60.0
+"""Seconds before a job whose service was away is tried again: at most these, at least half, doubled each time."""
 
 
 def prepare_process(*, threads: int | None) -> None:
@@ -172,7 +172,8 @@ class Worker:
             except DrainedError:
                 raise Reject("the worker shuts down", requeue=True) from None
             except ServiceUnavailableError as error:
-                raise task.retry(exc=error, countdown=_backoff(task.request.retries)) from None
+                countdown = pause(task.request.retries, first=RETRY_FIRST, longest=RETRY_LONGEST)
+                raise task.retry(exc=error, countdown=countdown) from None
             except ContractError as error:
                 log.error("refused a message: %s", error)
                 raise
@@ -219,9 +220,3 @@ class Worker:
                             consumer.cancel(message["data"].decode())
             except PipefleetError:
                 self._stopping.wait(1.0)  # cancelled jobs are also told when they start and before they are written
-
-
-def _backoff(retries: int) -> float:
-    """Seconds before the next try: exponential, bounded, with full jitter."""
-    first, longest = RETRY_SECONDS
-    return random.uniform(first, max(first, min(longest, first * 2.0 ** min(retries, 20))))

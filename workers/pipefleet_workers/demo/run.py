@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pipefleet.client import Client
@@ -16,6 +14,7 @@ from pipefleet.progress import RunProgress
 from pipefleet.runs import Run
 from pipefleet_workers.demo import assets, weights
 from pipefleet_workers.local import Stack
+from pipefleet_workers.local.environment import in_environment
 
 SAMPLES = "s3://pipefleet/samples/"
 FLEET = """\
@@ -45,7 +44,7 @@ def run_demo(data: Path, *, stay: bool) -> int:
     with suppress(KeyboardInterrupt), Stack(data, fleet=fleet, pools=["speech", "embeddings"]) as stack:
         print(f"Ready after {time.monotonic() - begin:.1f} s.", flush=True)
         stack.write_env_file(data / "env")
-        with _in_environment(stack.environment()), Client() as client:
+        with in_environment(stack.environment()), Client() as client:
             failed = _run_jobs(client)
         _say_how_to_go_on(stack, data)
         if stay:
@@ -114,17 +113,3 @@ def _say_how_to_go_on(stack: Stack, data: Path) -> None:
     print(
         f"  later     pipefleet up --fleet {data / 'fleet.toml'} --data {data}   (the bucket and its results are kept)"
     )
-
-
-@contextmanager
-def _in_environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
