@@ -20,9 +20,10 @@ def is_artifact(value: object) -> bool:
 
 
 def resolve(value: Any, read: Callable[[str], bytes]) -> Any:
-    """`value` with every artifact replaced by what it holds: an array for kind `array`. `read` gives the bytes of a URI.
+    """`value` with every artifact replaced by what it holds. `read` gives the bytes of a URI.
 
-    Raises UsageError when the library for a kind is not installed, ContractError for a kind this version does not know.
+    An array for the kinds array, mask (booleans) and audio (float32 `[frames]` or `[channels, frames]`), a PIL image for the
+    kind image. Raises UsageError when the library for a kind is not installed, ContractError for a kind this version does not know.
     """
     if is_artifact(value):
         return _load(value, read)
@@ -35,12 +36,57 @@ def resolve(value: Any, read: Callable[[str], bytes]) -> Any:
 
 
 def _load(reference: Mapping[str, Any], read: Callable[[str], bytes]) -> Any:
-    if reference.get("kind") != "array":
-        raise ContractError(f"an artifact of kind {str(reference.get('kind'))[:40]!r}: read it with a newer pipefleet")
+    kind, uri = reference.get("kind"), str(reference[ARTIFACT_KEY])
+    loader = _LOADERS.get(str(kind))
+    if loader is None:
+        raise ContractError(f"an artifact of kind {str(kind)[:40]!r}: read it with a newer pipefleet")
+    content = read(uri)
     try:
-        import numpy
-    except ImportError:
-        raise UsageError(
-            "this result holds an array: pip install numpy, or read the artifact's .npy yourself"
-        ) from None
-    return numpy.load(io.BytesIO(read(str(reference[ARTIFACT_KEY]))), allow_pickle=False)
+        return loader(content, reference)
+    except ImportError as error:
+        raise UsageError(f"this result holds an artifact of kind {kind}: pip install {_package(error)}") from None
+
+
+def _array(content: bytes, _: Mapping[str, Any]) -> Any:
+    import numpy
+
+    return numpy.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _mask(content: bytes, reference: Mapping[str, Any]) -> Any:
+    import numpy
+
+    shape = [int(size) for size in reference["shape"]]
+    bits = numpy.unpackbits(_array(content, reference), count=int(numpy.prod(shape)))
+    return bits.astype(bool).reshape(shape)
+
+
+def _audio(content: bytes, reference: Mapping[str, Any]) -> Any:
+    """The samples of a WAV of float32 as the worker writes it: frames of interleaved channels behind the data chunk's header."""
+    import numpy
+
+    size = 4 * int(numpy.prod([int(one) for one in reference["shape"]]))
+    start = content.index(b"data") + 8
+    samples = numpy.frombuffer(content[start : start + size], "<f4")
+    shape = [int(one) for one in reference["shape"]]
+    return samples.reshape(shape[::-1]).T.copy()
+
+
+def _image(content: bytes, _: Mapping[str, Any]) -> Any:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(content), formats=("PNG",))
+    image.load()
+    return image
+
+
+def _package(error: ImportError) -> str:
+    return {"PIL": "pillow"}.get(str(error.name), str(error.name))
+
+
+_LOADERS: Mapping[str, Callable[[bytes, Mapping[str, Any]], Any]] = {
+    "array": _array,
+    "mask": _mask,
+    "audio": _audio,
+    "image": _image,
+}

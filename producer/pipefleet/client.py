@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipefleet import broker, jobs
+from pipefleet.artifacts import resolve
 from pipefleet.contract import CONTRACT_VERSION, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import InputError, JobError, RunError, UnknownModelError
 from pipefleet.fleet import Fleet, Pool, load_fleet
@@ -26,7 +27,7 @@ from pipefleet.routing import queue_name, route
 from pipefleet.runs import Run, plan_run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.storage import split_uri
-from pipefleet.tasks import TaskSpec, task_spec
+from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
 from pipefleet.watcher import Watcher
 
 FORMATS = ("jsonl",)
@@ -96,7 +97,8 @@ class Client:
         [{'label': 'POSITIVE', 'score': 0.999}]
         """
         spec, pool = self.route(task, model, revision)
-        spec.check(parameters or {})
+        parameters = {**implied_parameters(task), **(parameters or {})}
+        spec.check(parameters)
         if output is not None:
             split_uri(output)
         if expires is not None and expires <= 0:
@@ -108,7 +110,7 @@ class Client:
             task=spec.name,
             model=pool.model,
             revision=pool.revision,
-            parameters=parameters or {},
+            parameters=parameters,
             items=(JobItem("0", preparer.spill(preparer.prepare(inputs))),),
             output=output,
             deadline=None if expires is None else time.time() + expires,
@@ -136,7 +138,8 @@ class Client:
         arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis or S3 is away.
         """
         spec, pool = self.route(task, model, revision)
-        spec.check(parameters or {})
+        parameters = {**implied_parameters(task), **(parameters or {})}
+        spec.check(parameters)
         if format not in FORMATS:
             raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
         if shard_size is not None and shard_size < 1:
@@ -147,7 +150,7 @@ class Client:
             task=spec.name,
             model=pool.model,
             revision=pool.revision,
-            parameters=dict(parameters or {}),
+            parameters=parameters,
             source=None,
             queue=queue_name(pool, self.fleet),
             format=format,
@@ -217,10 +220,13 @@ class Client:
         self.watcher.forget(job_id)
         jobs.raise_for(job_id, record)
         if record.output_ref is not None:
-            return jobs.decode_output(self.store.get(record.output_ref.uri))
+            return self._resolved(self.store.get(record.output_ref.uri))
         if record.output is None:
             raise JobError(f"the record of job {job_id} holds no output")
-        return jobs.decode_output(record.output)
+        return self._resolved(record.output)
+
+    def _resolved(self, text: str | bytes) -> Any:
+        return resolve(jobs.decode_output(text), self.store.get)
 
     def cancel_job(self, job_id: str) -> bool:
         """See `Job.cancel`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UnknownModelError, UsageError, nearest
-from pipefleet.tasks import task_spec
+from pipefleet.tasks import implied_parameters, task_spec
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?")
@@ -170,6 +170,7 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
         spec.check(values.get("parameters", {}))
     except UsageError as error:
         raise FleetFileError(f"{where}: {error}") from None
+    values["parameters"] = {**implied_parameters(values["task"]), **values.get("parameters", {})}
     values["task"] = spec.name
     for key in ("model", "tokenizer"):
         if key in values:

@@ -1,39 +1,52 @@
-"""From what a user passes to what travels: local files, bytes, images and arrays become references to uploads.
-
-Uploads lie under the store by content hash, so the same picture is sent once however often it is submitted.
-"""
+"""From what a user passes to what travels: JSON with references where media stood. One method for each kind of `Media`."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import mimetypes
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipefleet.contract import encode_json
 from pipefleet.errors import InputError, nearest
 from pipefleet.objects import ObjectStore
-from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, join_uri
+from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri
 from pipefleet.tasks import Media, TaskSpec
+from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
 
-RAW_AUDIO = "audio/x-raw-float32"
-"""Media type of bare samples: little-endian float32, mono, at the model's own rate (as transformers assumes)."""
-TEXT_TYPE = "text/plain; charset=utf-8"
-_TEXTS = (Media.TEXT, Media.PROMPT)
-_PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
+_PARTS = {"image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
+"""Types of the parts of a chat's message that hold media; a part holds it under its type's name, or under `url`."""
+_MOST_LABELS = 1000
 
 
 class InputPreparer:
     """Turns the inputs of one task into JSON with references. Thread-safe; uploads through `store`."""
 
-    def __init__(self, spec: TaskSpec, store: ObjectStore, prefix: str, *, inline_bytes: int) -> None:
+    def __init__(
+        self,
+        spec: TaskSpec,
+        store: ObjectStore,
+        prefix: str,
+        *,
+        inline_bytes: int,
+        uploader: Uploader | None = None,
+    ) -> None:
         self.spec = spec
         self._store = store
         self._prefix = prefix
         self._inline_bytes = inline_bytes
+        self._upload = uploader or Uploader(store, prefix)
+        self._kinds: Mapping[Media, Callable[[Any], Any]] = {
+            Media.TEXT: self._text,
+            Media.PROMPT: self._prompt,
+            Media.IMAGE: self._image,
+            Media.IMAGES: self._images,
+            Media.IMAGE_PAIR: self._image_pair,
+            Media.AUDIO: self._audio,
+            Media.VIDEO: self._media,
+            Media.TABLE: self._table,
+            Media.LABELS: self._labels,
+            Media.DATA: self._data,
+        }
 
     def prepare(self, value: Any) -> Any:
         """The JSON form of one input. Raises InputError for a kind that the task does not take."""
@@ -41,19 +54,39 @@ class InputPreparer:
             return StorageRef.from_json(value).to_json()
         if self.spec.fields and isinstance(value, Mapping):
             return self._prepare_fields(value)
-        return self._prepare_one(value, self.spec.media)
+        if self.spec.media is None:
+            raise InputError(f"{self.spec.name} takes {_shown(self.spec)}, not {_kind(value)}")
+        return self._kinds[self.spec.media](value)
 
     def spill(self, prepared: Any) -> Any:
         """`prepared` itself, or with texts too long for a message moved to the store."""
         if len(encode_json(prepared).encode()) <= self._inline_bytes:
             return prepared
         if isinstance(prepared, str):
-            return self._upload(prepared.encode(), "txt", TEXT_TYPE)
+            return self._upload.content(prepared.encode(), "txt", TEXT_TYPE)
         if isinstance(prepared, Mapping) and not is_ref(prepared):
-            return {name: self.spill(item) for name, item in prepared.items()}
+            return {name: self._spill_field(name, item) for name, item in prepared.items()}
         if isinstance(prepared, list):
             return [self.spill(item) for item in prepared]
         return prepared
+
+    def dry(self) -> InputPreparer:
+        """One that refuses what this one refuses, but reads no local file and uploads nothing."""
+        return InputPreparer(
+            self.spec,
+            self._store,
+            self._prefix,
+            inline_bytes=self._inline_bytes,
+            uploader=DryUploader(self._prefix),
+        )
+
+    def _spill_field(self, name: str, item: Any) -> Any:
+        """Long data and tables are spilled whole, as JSON; texts inside chats one by one."""
+        whole = self.spec.fields.get(name) in (Media.DATA, Media.TABLE, Media.LABELS)
+        text = encode_json(item)
+        if whole and not is_ref(item) and len(text.encode()) > self._inline_bytes:
+            return self._upload.content(text.encode(), "json", "application/json")
+        return self.spill(item)
 
     def _prepare_fields(self, value: Mapping[str, Any]) -> dict[str, Any]:
         fields = self.spec.fields
@@ -63,90 +96,114 @@ class InputPreparer:
                 raise InputError(
                     f"{self.spec.name} takes no field {str(name)[:40]!r}{nearest(str(name), fields)}; it takes {known}"
                 )
-        return {name: self._prepare_one(item, fields[name]) for name, item in value.items()}
+        missing = [name for name in self.spec.required if name not in value]
+        if missing:
+            raise InputError(f"{self.spec.name} takes {_shown(self.spec)}; {', '.join(missing)} is missing")
+        return {name: self._kinds[fields[name]](item) for name, item in value.items()}
 
-    def _prepare_one(self, value: Any, media: Media) -> Any:
-        if media is Media.PROMPT and isinstance(value, list | tuple):
-            return self._chat(value)
-        if is_uri(value) and (media not in _TEXTS or is_text_uri(value)):
+    def _text(self, value: Any) -> Any:
+        if is_text_uri(value):
             return StorageRef.of(value.rstrip("\r\n")).to_json()
-        if isinstance(value, Path) or (isinstance(value, str) and media not in _TEXTS):
-            return self._local_file(value)
-        if media in _TEXTS:
-            return self._text(value)
-        if isinstance(value, bytes | bytearray | memoryview):
-            return self._upload(bytes(value), "bin", "application/octet-stream")
-        if media is Media.IMAGE and hasattr(value, "save") and hasattr(value, "mode"):
-            return self._upload(_png(value), "png", "image/png")
-        if media is Media.AUDIO:
-            return self._samples(value)
-        raise InputError(
-            f"{self.spec.name} takes s3:// URIs, local paths, bytes or {media.value} objects, not {_kind(value)}"
-        )
-
-    def _text(self, value: Any) -> str:
+        if isinstance(value, Path):
+            return self._upload.file(value)
         if isinstance(value, str):
             return value
+        if is_ref(value):
+            return StorageRef.from_json(value).to_json()
         raise InputError(f"{self.spec.name} takes texts, s3:// URIs of texts or Path objects, not {_kind(value)}")
 
-    def _chat(self, messages: Sequence[Any]) -> list[dict[str, str]]:
+    def _words(self, value: Any) -> str:
+        """What somebody says in a chat: never a reference, whatever it looks like."""
+        if isinstance(value, str):
+            return value
+        raise InputError(f"{self.spec.name} takes texts as role and content of a message, not {_kind(value)}")
+
+    def _prompt(self, value: Any) -> Any:
+        return self._chat(value) if isinstance(value, list | tuple) else self._text(value)
+
+    def _chat(self, messages: Sequence[Any]) -> list[dict[str, Any]]:
         if not messages or not all(is_message(one) and len(one) == 2 for one in messages):
             raise InputError(
                 f"{self.spec.name} takes chats as lists of messages {{role, content}} that hold nothing else"
             )
-        return [{"role": self._text(one["role"]), "content": self._text(one["content"])} for one in messages]
+        return [{"role": self._words(one["role"]), "content": self._chat_content(one["content"])} for one in messages]
 
-    def _local_file(self, value: str | Path) -> dict[str, Any]:
-        text = str(value)
-        if text.startswith(("http://", "https://")):
-            raise InputError(f"workers fetch nothing from the web: copy {text[:80]!r} to a bucket, or pass its bytes")
-        path = Path(value)
-        try:
-            content = self._read(path)
-        except (OSError, ValueError) as error:  # ValueError: a NUL, or what has no form on this file system
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot read the input {text[:200]!r}: {reason}") from None
-        return self._upload(content, path.suffix.lstrip(".").lower() or "bin", mimetypes.guess_type(path.name)[0])
+    def _chat_content(self, content: Any) -> Any:
+        if not isinstance(content, list | tuple):
+            return self._words(content)
+        return [self._chat_part(part) for part in content]
 
-    def _read(self, path: Path) -> bytes:
-        return path.read_bytes()
+    def _chat_part(self, part: Any) -> dict[str, Any]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and set(part) == {"type", "text"}:
+            return {"type": "text", "text": self._words(part["text"])}
+        media = _PARTS.get(str(kind))
+        if media not in self.spec.chat_media:
+            known = ", ".join("text" if one is Media.TEXT else str(one) for one in self.spec.chat_media)
+            raise InputError(f"{self.spec.name} takes {known} in the parts of a message, not {str(kind)[:40]!r}")
+        names = set(part) - {"type"}
+        if len(names) != 1 or not names <= {kind, "url", "path"}:
+            raise InputError(f"a part of type {kind} is {{type, {kind}}} and holds nothing else")
+        return {"type": kind, str(kind): self._kinds[_PARTS[str(kind)]](part[names.pop()])}
 
-    def _samples(self, value: Any) -> dict[str, Any]:
-        """Mono samples: an array, or the dict `{"raw" or "array", "sampling_rate"}` that transformers takes."""
-        rate: int | None = None
-        if isinstance(value, Mapping):
-            samples = value.get("raw", value.get("array"))
-            rate = value.get("sampling_rate")
-            if samples is None or not isinstance(rate, int) or rate <= 0:
-                raise InputError("an audio dict needs `raw` (or `array`) with samples and a whole `sampling_rate`")
-        else:
-            samples = value
-        if not hasattr(samples, "astype") or getattr(samples, "ndim", 0) != 1:
-            raise InputError(f"audio samples must be a one-dimensional array, not {_kind(samples)}")
-        content = samples.astype("<f4").tobytes()
-        if rate is None:
-            return self._upload(content, "f32", RAW_AUDIO)
-        return self._upload(_wav_header(len(content), rate) + content, "wav", "audio/wav")
+    def _image(self, value: Any) -> Any:
+        if hasattr(value, "save") and hasattr(value, "mode"):
+            return self._upload.image(value)
+        return self._media(value)
 
-    def _upload(self, content: bytes, suffix: str, media_type: str | None) -> dict[str, Any]:
-        digest = hashlib.sha256(content).hexdigest()
-        uri = join_uri(self._prefix, "uploads", digest[:2], f"{digest}.{suffix}")
-        if self._store.head(uri) is None:
-            self._store.put_new(uri, content, content_type=media_type or "application/octet-stream")
-        return StorageRef(uri, size=len(content), type=media_type).to_json()
+    def _images(self, value: Any) -> Any:
+        return [self._image(one) for one in value] if isinstance(value, list | tuple) else self._image(value)
 
-    def dry(self) -> InputPreparer:
-        """One that refuses what this one refuses, but reads no local file and uploads nothing."""
-        return _DryPreparer(self.spec, self._store, self._prefix, inline_bytes=self._inline_bytes)
+    def _image_pair(self, value: Any) -> list[Any]:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise InputError(f"{self.spec.name} takes lists of two images, not {_kind(value)}")
+        return [self._image(one) for one in value]
 
+    def _audio(self, value: Any) -> Any:
+        samples = isinstance(value, Mapping | list | tuple) and not is_ref(value)
+        return self._upload.samples(value) if samples or hasattr(value, "astype") else self._media(value)
 
-class _DryPreparer(InputPreparer):
-    def _read(self, path: Path) -> bytes:
-        with path.open("rb"):
-            return b""
+    def _media(self, value: Any) -> Any:
+        """What every kind of media may be: a URI, a reference, a local file, bytes."""
+        if is_uri(value):
+            return StorageRef.of(value.rstrip("\r\n")).to_json()
+        if is_ref(value):
+            return StorageRef.from_json(value).to_json()
+        if isinstance(value, str | Path):
+            return self._upload.file(value)
+        if isinstance(value, bytes | bytearray | memoryview):
+            return self._upload.content(bytes(value))
+        raise InputError(
+            f"{self.spec.name} takes s3:// URIs, local paths, bytes or {self.spec.media or 'media'} objects, "
+            f"not {_kind(value)}"
+        )
 
-    def _upload(self, content: bytes, suffix: str, media_type: str | None) -> dict[str, Any]:
-        return StorageRef(join_uri(self._prefix, "uploads", f"any.{suffix}"), type=media_type).to_json()
+    def _table(self, value: Any) -> Any:
+        """Columns of texts: a pandas table, a dict of columns, a list of rows, or a CSV or JSON file with those."""
+        if isinstance(value, str | Path) or is_ref(value):
+            return self._media(value)
+        if hasattr(value, "to_dict") and hasattr(value, "columns"):
+            value = value.to_dict("list")
+        if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
+            value = {name: [row.get(name, "") for row in value] for name in value[0]}
+        columns = isinstance(value, Mapping) and all(isinstance(cells, list | tuple) for cells in value.values())
+        if not columns or not value or len({len(cells) for cells in value.values()}) != 1:
+            raise InputError(
+                "a table is a pandas table, a dict of columns of one length, a list of rows, or a CSV or JSON file"
+            )
+        return {str(name): [str(cell) for cell in cells] for name, cells in value.items()}
+
+    def _labels(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        texts = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+        if not texts or not 0 < len(value) <= _MOST_LABELS:
+            raise InputError(f"labels are a list of 1 to {_MOST_LABELS} texts, or one text with commas")
+        return list(value)
+
+    def _data(self, value: Any) -> Any:
+        encode_json(value)
+        return value
 
 
 def is_message(value: object) -> bool:
@@ -154,21 +211,9 @@ def is_message(value: object) -> bool:
     return isinstance(value, Mapping) and "role" in value and "content" in value
 
 
-def _png(image: Any) -> bytes:
-    """PNG bytes; of a mode that PNG lacks (CMYK, YCbCr, F …) as RGB, to which a pipeline would convert it anyway."""
-    buffer = io.BytesIO()
-    image = image if image.mode in _PNG_MODES else image.convert("RGB")
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _wav_header(data_bytes: int, rate: int) -> bytes:
-    """RIFF header of mono IEEE-float samples (format 3), as the WAVE specification of 1991 and its 1994 update give it."""
-    fmt = struct.pack("<HHIIHH", 3, 1, rate, rate * 4, 4, 32)
-    return (
-        b"RIFF" + struct.pack("<I", 36 + data_bytes) + b"WAVEfmt " + struct.pack("<I", 16) + fmt
-        + b"data" + struct.pack("<I", data_bytes)
-    )  # fmt: skip
+def _shown(spec: TaskSpec) -> str:
+    optional = [name for name in spec.fields if name not in spec.required]
+    return f"a dict of {', '.join(spec.required)}" + (f" and, if wanted, {', '.join(optional)}" if optional else "")
 
 
 def _kind(value: Any) -> str:

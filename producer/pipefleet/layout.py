@@ -93,9 +93,9 @@ class RunLayout:
         """The failed items of one shard."""
         return f"{self.failed}{index:05d}.jsonl"
 
-    def artifact(self, position: int, name: str) -> str:
-        """One artifact of the item at `position` in the run."""
-        return f"{self.uri}artifacts/{position:08d}/{name}"
+    def artifacts(self, position: int) -> str:
+        """The prefix of the artifacts of the item at `position` in the run."""
+        return f"{self.uri}artifacts/{position:08d}/"
 
 
 def index_of(key: str) -> int | None:

@@ -13,13 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipefleet.client import Client
-from pipefleet.errors import ParameterError
+from pipefleet.errors import InputError, ParameterError
 from pipefleet.inputs import is_message
 from pipefleet.jobs import Job
 from pipefleet.tasks import Media, TaskSpec, task_spec
 
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
 """Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
+_MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
+"""Names that transformers' pipelines have for their first argument."""
+_SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
+"""Fields that hold one value, so that a list of them means several inputs."""
 
 
 class FleetPipeline:
@@ -36,19 +40,21 @@ class FleetPipeline:
         """The canonical name of the task."""
         return self._spec.name
 
-    def __call__(self, inputs: Any, **parameters: Any) -> Any:
+    def __call__(self, *inputs: Any, **parameters: Any) -> Any:
         """Run one input, a list, or a lazy iterable; parameters are those of the transformers call.
 
+        Fields of an input may come as keywords or in their order (`pipe(image, question)`), each of them one value or a list.
         Raises UsageError before anything is queued, JobFailedError for the first input that fails.
         """
-        wanted = {name: value for name, value in parameters.items() if name not in _ACCEPTED}
-        if self._is_chat(inputs):
-            return self.submit(inputs, **wanted).result()
-        if isinstance(inputs, list | tuple):
-            return [self._as_in_list(one, wanted) for one in self._stream(inputs, wanted)]
-        if isinstance(inputs, types.GeneratorType) or _is_dataset(inputs):
-            return (self._as_in_list(one, wanted) for one in self._stream(inputs, wanted))
-        return self.submit(inputs, **wanted).result()
+        given, wanted = arguments_of(self._spec, inputs, parameters)
+        wanted = {name: value for name, value in wanted.items() if name not in _ACCEPTED}
+        if self._is_one_input(given):
+            return self._restored(self.submit(given, **wanted).result(), wanted)
+        if isinstance(given, list | tuple):
+            return [self._restored(one, wanted, bare=True) for one in self._stream(given, wanted)]
+        if isinstance(given, types.GeneratorType) or _is_dataset(given):
+            return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted))
+        return self._restored(self.submit(given, **wanted).result(), wanted)
 
     def submit(self, inputs: Any, *, priority: str = "normal", expires: float | None = None, **parameters: Any) -> Job:
         """Queue one input and return its Job at once."""
@@ -80,14 +86,20 @@ class FleetPipeline:
             for job in under_way:
                 job.cancel()
 
-    def _is_chat(self, inputs: Any) -> bool:
-        chats = self._spec.media is Media.PROMPT and isinstance(inputs, list | tuple)
-        return chats and bool(inputs) and is_message(inputs[0])
+    def _is_one_input(self, inputs: Any) -> bool:
+        """Whether a list is one input by itself: the messages of a chat, or a pair of images."""
+        if not isinstance(inputs, list | tuple):
+            return False
+        if self._spec.media is Media.IMAGE_PAIR:
+            return not any(isinstance(one, list | tuple) for one in inputs)
+        return self._spec.media is Media.PROMPT and bool(inputs) and is_message(inputs[0])
 
-    def _as_in_list(self, output: Any, parameters: Mapping[str, Any]) -> Any:
-        """Transformers wraps the best label in a list for a single text, but not for one in a list of texts."""
-        wrapped = self._spec.name == "text-classification" and "top_k" not in parameters
-        return output[0] if wrapped and isinstance(output, list) and len(output) == 1 else output
+    def _restored(self, output: Any, parameters: Mapping[str, Any], *, bare: bool = False) -> Any:
+        """A result in the very form of transformers: its tuples, and without the list around the only one of a batch."""
+        if self._spec.tuples:
+            output = _with_tuples(output, self._spec.tuples)
+        alone = isinstance(output, list) and len(output) == 1
+        return output[0] if bare and self._spec.bare_in_lists and alone and "top_k" not in parameters else output
 
 
 def pipeline(
@@ -110,6 +122,55 @@ def pipeline(
     spec = task_spec(task)
     client.route(spec.name, model, revision)
     return FleetPipeline(client, spec, model=model, revision=revision)
+
+
+def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The inputs and the parameters of a call. Raises InputError for none, and for inputs that are given twice."""
+    wanted = dict(parameters)
+    if len(inputs) > max(1, len(spec.positional)):
+        raise InputError(f"{spec.name} takes {max(1, len(spec.positional))} positional arguments, not {len(inputs)}")
+    if len(inputs) > 1:
+        named = dict(zip(spec.positional, inputs, strict=False))
+        if twice := named.keys() & wanted.keys():
+            raise InputError(f"{spec.name} was given {sorted(twice)[0]} twice")
+        wanted.update(named)
+        inputs = (wanted.pop(spec.positional[0]),) if spec.positional[0] not in spec.fields else ()
+    fields = {name: wanted.pop(name) for name in spec.fields if name in wanted and name not in spec.parameters}
+    if inputs and fields:
+        raise InputError(f"{spec.name} was given an input and {', '.join(fields)} beside it; put them into one dict")
+    if inputs:
+        given = inputs[0]
+        return (_each(spec, given) if spec.fields and isinstance(given, Mapping) else given), wanted
+    if fields:
+        return _each(spec, fields), wanted
+    main = [name for name in _MAIN if name in wanted and name not in spec.parameters]
+    if len(main) != 1:
+        raise InputError(f"{spec.name} needs an input as its first argument")
+    return wanted.pop(main[0]), wanted
+
+
+def _each(spec: TaskSpec, fields: Mapping[str, Any]) -> Any:
+    """One dict, or a list of them where a field that holds one value is given as a list; single values go with each."""
+    lists = {
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, list | tuple) and spec.fields.get(name) in _SINGLE
+    }
+    if not lists:
+        return dict(fields)
+    if len({len(value) for value in lists.values()}) > 1:
+        raise InputError(f"{', '.join(lists)} are lists of different lengths")
+    count = len(next(iter(lists.values())))
+    return [{**fields, **{name: value[index] for name, value in lists.items()}} for index in range(count)]
+
+
+def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: tuple(item) if name in keys and isinstance(item, list) else _with_tuples(item, keys)
+            for name, item in value.items()
+        }
+    return [_with_tuples(item, keys) for item in value] if isinstance(value, list) else value
 
 
 def _is_dataset(value: Any) -> bool:

@@ -55,12 +55,12 @@ def _engine(pipe: Any, task: str) -> Engine:
     row, spec, settings = RUNTIME[task], task_spec(task), WorkerSettings()
     instruments = Instruments(Metrics("bench"), tracer=Tracer(""))
     adapter = row.adapter(pipe)
-    default = row.cpu_cost if pipe.device.type == "cpu" else row.gpu_cost
+    default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     found = warm_up(adapter, spec, {}, instruments.fit, default)
     limits = BatchLimits(found.max_cost, Pool("bench", task, "").max_batch_items)
     decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
     stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
-    engine = Engine(stages, limits, settings, instruments, slice_items=row.slice_items)
+    engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     return engine
 

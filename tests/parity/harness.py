@@ -21,8 +21,8 @@ import transformers
 from PIL import Image
 
 from pipefleet.contract import JobItem
-from pipefleet.inputs import RAW_AUDIO
 from pipefleet.tasks import task_spec
+from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.device import Instruments
@@ -53,7 +53,8 @@ def load(checkpoint: str) -> Any:
     """A pipeline of a tiny checkpoint, as the worker loads it."""
     torch.set_num_threads(1)  # tiny models only lose by sharing their work
     task = checkpoint.partition(":")[0]
-    pipe = transformers.pipeline(task, model=str(cached(checkpoint)), device="cpu", dtype=torch.float32)
+    name = RUNTIME[task].transformers_task or task
+    pipe = transformers.pipeline(name, model=str(cached(checkpoint)), device="cpu", dtype=torch.float32)
     pipe.model.eval()
     return pipe
 
@@ -115,7 +116,7 @@ class Running:
         row, spec = RUNTIME[task], task_spec(task)
         decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
         stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
-        self.engine = Engine(stages, limits, settings, Instruments(Metrics("test")), slice_items=row.slice_items)
+        self.engine = Engine(stages, limits, settings, Instruments(Metrics("test")), slice_items=row.sizing.slice_items)
 
     def submit(self, calls: Sequence[Call], **context: Any) -> tuple[JobContext, Outcomes]:
         """Admit one job with an item for each call; `context` overrides fields of its JobContext."""

@@ -13,10 +13,11 @@ import soundfile
 from PIL import Image
 
 from pipefleet.errors import InputError
-from pipefleet.inputs import RAW_AUDIO, TEXT_TYPE, InputPreparer
+from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
 from pipefleet.storage import StorageRef
 from pipefleet.tasks import TASKS
+from pipefleet.uploads import RAW_AUDIO, TEXT_TYPE
 
 SPEECH, PICTURES, TEXTS = "automatic-speech-recognition", "image-classification", "text-classification"
 

@@ -118,7 +118,7 @@ def test_recordings_of_ctc_models_share_batches_at_the_default_cost(checkpoint: 
     adapter = recording(row.adapter, load(checkpoint))
     wave = np.random.default_rng(1).normal(0, 0.1, 16_000 * 5).astype(np.float32)
     calls = [Call(np.roll(wave, 100 * index)) for index in range(8)]
-    with running(adapter, task, limits=BatchLimits(row.cpu_cost, 64)) as engine:
+    with running(adapter, task, limits=BatchLimits(row.sizing.cpu_cost, 64)) as engine:
         engine.run_together(calls)
     assert max(len(batch.units) for batch in adapter.batches) >= 4
 
@@ -128,10 +128,10 @@ def test_short_recordings_do_not_make_a_batch_beyond_what_whisper_pads_them_to()
     row = RUNTIME[task]
     adapter = recording(row.adapter, load(f"{task}:whisper"))
     wave = np.random.default_rng(1).normal(0, 0.1, 8_000).astype(np.float32)
-    with running(adapter, task, limits=BatchLimits(row.cpu_cost, 64)) as engine:
+    with running(adapter, task, limits=BatchLimits(row.sizing.cpu_cost, 64)) as engine:
         engine.run_together(
             [Call(wave + index, {"generate_kwargs": {"max_new_tokens": 2, "num_beams": 1}}) for index in range(40)]
         )
     for batch in adapter.batches:
         frames = sum(unit.features["tensors"]["input_features"].shape[-1] for unit in batch.units)
-        assert frames <= row.cpu_cost, f"{len(batch.units)} clips in one batch"
+        assert frames <= row.sizing.cpu_cost, f"{len(batch.units)} clips in one batch"

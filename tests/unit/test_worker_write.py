@@ -20,7 +20,8 @@ from pipefleet.records import JobFailure
 from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.outcomes import Outcomes
-from pipefleet_workers.stages.write import INLINE_NUMBERS, PartWriter, dumps
+from pipefleet_workers.stages.artifacts import INLINE_NUMBERS
+from pipefleet_workers.stages.write import PartWriter, dumps
 
 
 @dataclass

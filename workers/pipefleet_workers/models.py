@@ -24,6 +24,8 @@ def load_pipeline(pool: Pool, *, device: str | None = None) -> Any:
     import torch
     from transformers import pipeline
 
+    from pipefleet_workers.runtime import RUNTIME
+
     chosen = device or pool.device
     if chosen == "auto":
         chosen = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -32,7 +34,7 @@ def load_pipeline(pool: Pool, *, device: str | None = None) -> Any:
     placement = {"device_map": pool.device_map} if pool.device_map else {"device": chosen}
     try:
         pipe = pipeline(
-            pool.task,
+            RUNTIME[pool.task].transformers_task or pool.task,
             model=folder,
             tokenizer=pool.tokenizer,
             revision=pool.revision,

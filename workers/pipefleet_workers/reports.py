@@ -13,6 +13,7 @@ from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.stages.artifacts import ArtifactWriter
 from pipefleet_workers.stages.write import dumps
 
 PROGRESS = """
@@ -34,6 +35,7 @@ class Reporter:
     def __init__(self, redis: Any, store: WorkerStore, settings: Settings, *, worker: str) -> None:
         self._redis = redis
         self._store = store
+        self._artifacts = ArtifactWriter(store)
         self._settings = settings
         self._worker = worker
 
@@ -49,7 +51,9 @@ class Reporter:
         timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
         if failure is not None:
             return self.fail(message, failure, timings=timings)
-        fields = {**self._result_fields(message, dumps(outcome.output)), "timings": timings}
+        artifacts = join_uri(self._settings.store, "results", message.id)
+        body = dumps(self._artifacts.store(outcome.output, artifacts))
+        fields = {**self._result_fields(message, body), "timings": timings}
         return self._end(message, JobState.SUCCEEDED, fields)
 
     def fail(self, message: JobMessage, failure: JobFailure, *, timings: str = "{}") -> bool:

@@ -134,22 +134,38 @@ def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], 
     """The units of one made-up input of about `size`: words, tenths of a second, or pixels times eight."""
     context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, _Nowhere())
     work = Work(context, 0, JobItem("warm-up", ""), parameters, 0)
-    (prepared,) = adapter.prepare([Decoded(work, _example(spec.media, size, adapter.sampling_rate or 16_000))])
+    (prepared,) = adapter.prepare([Decoded(work, _example(spec, size, adapter.sampling_rate or 16_000))])
     if isinstance(prepared, ItemError):
         raise prepared
     return prepared
 
 
-def _example(media: Media, size: int, rate: int) -> Any:
+def _example(spec: TaskSpec, size: int, rate: int) -> Any:
+    """A made-up input of a task: its main value, or the fields it cannot do without."""
+    if spec.media is not None:
+        return _made_up(spec.media, size, rate)
+    return {name: _made_up(spec.fields[name], size, rate) for name in spec.required}
+
+
+def _made_up(media: Media, size: int, rate: int) -> Any:
     source = np.random.default_rng(size)
-    if media in (Media.TEXT, Media.PROMPT):
-        return " ".join(source.choice(["the", "sea", "of", "trees", "was", "wide", "and", "old"], size))
-    if media is Media.AUDIO:
-        return (0.1 * source.standard_normal(int(rate * size / 10))).astype(np.float32)
+    match media:
+        case Media.TEXT | Media.PROMPT:
+            return " ".join(source.choice(["the", "sea", "of", "trees", "was", "wide", "and", "old"], size))
+        case Media.AUDIO:
+            return (0.1 * source.standard_normal(int(rate * size / 10))).astype(np.float32)
+        case Media.IMAGE | Media.IMAGES:
+            return _picture(source, size)
+        case Media.IMAGE_PAIR:
+            return [_picture(source, size), _picture(source, size)]
+        case _:
+            raise NotImplementedError(f"no example is made up of {media}")
+
+
+def _picture(source: np.random.Generator, size: int) -> Any:
     from PIL import Image
 
-    pixels = source.integers(0, 255, (size * 8, size * 8, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return Image.fromarray(source.integers(0, 255, (size * 8, size * 8, 3), dtype=np.uint8))
 
 
 class _Nowhere:

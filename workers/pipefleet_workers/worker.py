@@ -69,13 +69,13 @@ def build_consumer(
     _serve_metrics(instruments.metrics, worker_settings)
     pipe = load_pipeline(pool, device=device)
     adapter: Any = row.adapter(pipe)
-    default = row.cpu_cost if pipe.device.type == "cpu" else row.gpu_cost
+    default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     found = _warmed(adapter, pool, worker_settings, instruments, default)
     if worker_settings.simulated_device:
         adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     stages, outlets = _stages(adapter, pool, settings, worker_settings, name)
-    engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.slice_items)
+    engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
     return Consumer(pool, engine, outlets), Facts(name, pool, limits, found, instruments)
@@ -84,11 +84,13 @@ def build_consumer(
 def _warmed(
     adapter: Any, pool: Pool, worker_settings: WorkerSettings, instruments: Instruments, default: int
 ) -> WarmUp:
+    from pipefleet_workers.runtime import RUNTIME
     from pipefleet_workers.warmup import WarmUp, warm_up
 
     if not worker_settings.warm_up:
         return WarmUp(adapter.pads, 0.0, 0.0, default, 0.0)
-    return warm_up(adapter, task_spec(pool.task), dict(pool.parameters), instruments.fit, default)
+    parameters = {**RUNTIME[pool.task].example_parameters, **pool.parameters}
+    return warm_up(adapter, task_spec(pool.task), parameters, instruments.fit, default)
 
 
 def _stages(

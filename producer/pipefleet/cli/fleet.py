@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, command, print_json
+
+if TYPE_CHECKING:
+    from pipefleet.tasks import TaskSpec
 
 
 def register(commands: Commands) -> None:
@@ -41,13 +44,18 @@ def task_rows() -> list[dict[str, Any]]:
         {
             "name": spec.name,
             "aliases": list(spec.aliases),
-            "input": str(spec.media) + (f" or {{{', '.join(spec.fields)}}}" if spec.fields else ""),
+            "input": _input(spec),
             "returns": spec.returns,
             "parameters": sorted(spec.parameters),
             "cost": str(spec.cost_unit),
         }
         for spec in TASKS.values()
     ]
+
+
+def _input(spec: TaskSpec) -> str:
+    fields = ", ".join(name if name in spec.required or not spec.required else f"{name}?" for name in spec.fields)
+    return " or ".join(one for one in (str(spec.media or ""), f"{{{fields}}}" if fields else "") if one)
 
 
 def queues(arguments: argparse.Namespace) -> int:

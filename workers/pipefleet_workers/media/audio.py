@@ -14,7 +14,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from pipefleet.inputs import RAW_AUDIO
+from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.containers import truncation
 

@@ -6,6 +6,7 @@ files. Codecs are told from the content, never from the name.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +15,12 @@ from pipefleet.tasks import Media, TaskSpec
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError
 from pipefleet_workers.media.audio import decode_audio
 from pipefleet_workers.media.images import decode_image
+from pipefleet_workers.media.tables import decode_table
+from pipefleet_workers.media.video import Clip
 from pipefleet_workers.settings import WorkerSettings
 
 STAGE = "decode"
+_PARTS = {"text": Media.TEXT, "image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
 
 
 class Decoder:
@@ -30,7 +34,13 @@ class Decoder:
             Media.TEXT: self._text,
             Media.PROMPT: self._prompt,
             Media.IMAGE: self._image,
+            Media.IMAGES: self._images,
+            Media.IMAGE_PAIR: self._image_pair,
             Media.AUDIO: self._audio,
+            Media.VIDEO: self._video,
+            Media.TABLE: self._table,
+            Media.LABELS: self._labels,
+            Media.DATA: self._data,
         }
 
     def decode(self, fetched: Fetched) -> Decoded:
@@ -41,20 +51,21 @@ class Decoder:
         return Decoded(fetched.work, value)
 
     def _value(self, inputs: Any) -> Any:
-        if self._spec.fields and isinstance(inputs, Mapping):
-            unknown = set(inputs) - set(self._spec.fields)
-            if unknown or not inputs:
-                raise ItemError(
-                    "bad_input", f"{self._spec.name} takes the fields {', '.join(self._spec.fields)}", STAGE
-                )
-            return {name: self._decoders[self._spec.fields[name]](one) for name, one in inputs.items()}
-        return self._decoders[self._spec.media](inputs)
+        spec = self._spec
+        if spec.fields and isinstance(inputs, Mapping):
+            lacks = [name for name in spec.required if name not in inputs]
+            if not inputs or lacks or set(inputs) - set(spec.fields):
+                raise self._bad(f"takes the fields {', '.join(spec.fields)}")
+            return {name: self._decoders[spec.fields[name]](one) for name, one in inputs.items()}
+        if spec.media is None:
+            raise self._bad(f"takes a dict of {', '.join(spec.fields)}")
+        return self._decoders[spec.media](inputs)
 
     def _text(self, value: Any) -> str:
         if isinstance(value, str):
             return value
         if not isinstance(value, Blob):
-            raise ItemError("bad_input", f"{self._spec.name} takes a text, not {type(value).__name__}", STAGE)
+            raise self._bad(f"takes a text, not {type(value).__name__}")
         if len(value.content) > self._settings.max_text_bytes:
             raise ItemError("too_large", f"{value.uri} is longer than {self._settings.max_text_bytes} bytes", STAGE)
         try:
@@ -67,16 +78,59 @@ class Decoder:
         if not isinstance(value, list):
             return self._text(value)
         if not value or not all(isinstance(one, Mapping) and set(one) == {"role", "content"} for one in value):
-            raise ItemError("bad_input", "a chat is a list of messages with role and content", STAGE)
-        return [{name: self._text(part) for name, part in one.items()} for one in value]
+            raise self._bad("takes a chat as a list of messages with role and content")
+        return [{"role": self._text(one["role"]), "content": self._chat_content(one["content"])} for one in value]
+
+    def _chat_content(self, content: Any) -> Any:
+        return [self._chat_part(part) for part in content] if isinstance(content, list) else self._text(content)
+
+    def _chat_part(self, part: Any) -> dict[str, Any]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        media = _PARTS.get(kind) if isinstance(kind, str) else None
+        if media not in self._spec.chat_media or set(part) != {"type", kind}:
+            raise self._bad("takes no such part in a message of a chat")
+        return {"type": kind, str(kind): self._decoders[_PARTS[str(kind)]](part[kind])}
 
     def _image(self, value: Any) -> Any:
         return decode_image(self._blob(value), max_pixels=self._settings.max_pixels)
 
+    def _images(self, value: Any) -> Any:
+        return [self._image(one) for one in value] if isinstance(value, list) else self._image(value)
+
+    def _image_pair(self, value: Any) -> list[Any]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise self._bad("takes a list of two images")
+        return [self._image(one) for one in value]
+
     def _audio(self, value: Any) -> Any:
         return decode_audio(self._blob(value), rate=self._rate, max_seconds=self._settings.max_audio_seconds)
 
+    def _video(self, value: Any) -> Clip:
+        settings = self._settings
+        return Clip(self._blob(value), max_frames=settings.max_video_frames, max_pixels=settings.max_pixels)
+
+    def _table(self, value: Any) -> Any:
+        return decode_table(value, max_bytes=self._settings.max_text_bytes)
+
+    def _labels(self, value: Any) -> Any:
+        value = self._data(value)
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            return value
+        raise self._bad("takes labels as a list of texts or one text with commas")
+
+    def _data(self, value: Any) -> Any:
+        """JSON as it is; what was too long for the message has come as an object."""
+        if not isinstance(value, Blob):
+            return value
+        try:
+            return json.loads(self._text(value))
+        except ValueError:
+            raise ItemError("bad_media", f"{value.uri} is not JSON", STAGE) from None
+
     def _blob(self, value: Any) -> Blob:
         if not isinstance(value, Blob):
-            raise ItemError("bad_input", f"{self._spec.name} takes an s3:// reference, not inline data", STAGE)
+            raise self._bad("takes an s3:// reference, not inline data")
         return value
+
+    def _bad(self, what: str) -> ItemError:
+        return ItemError("bad_input", f"{self._spec.name} {what}", STAGE)

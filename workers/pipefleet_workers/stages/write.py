@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +16,9 @@ from pipefleet.records import JobFailure
 from pipefleet.storage import map_refs
 from pipefleet_workers.items import ItemError, Outcome
 from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.stages.artifacts import ArtifactWriter
 
 STAGE = "write"
-INLINE_NUMBERS = 16_384
-"""Longest array that stands in a JSON line; longer ones become .npy artifacts."""
-
-
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 
@@ -71,6 +67,7 @@ class PartWriter:
 
     def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
         self._store = store
+        self._artifacts = ArtifactWriter(store)
         self._provenance = dict(provenance)
 
     def write(self, shard: Shard, outcomes: list[Outcome]) -> bool:
@@ -98,21 +95,9 @@ class PartWriter:
         if outcome.failure is not None:
             return {"error": outcome.failure.to_json()}
         try:
-            return {"output": orjson.Fragment(dumps(self._with_artifacts(layout, position, outcome.output)))}
+            return {"output": orjson.Fragment(dumps(self._artifacts.store(outcome.output, layout.artifacts(position))))}
         except ItemError as error:
             return {"error": error.failure.to_json()}
-
-    def _with_artifacts(self, layout: RunLayout, position: int, output: Any) -> Any:
-        """`output`, or what stands for it where it is a long array of numbers, which is stored first."""
-        if not isinstance(output, np.ndarray) or output.size <= INLINE_NUMBERS or output.dtype.kind not in "biuf":
-            return output
-        if not np.isfinite(output).all():
-            raise ItemError("bad_output", "the result holds NaN or infinity", STAGE)
-        uri = layout.artifact(position, "output.npy")
-        buffer = io.BytesIO()
-        np.save(buffer, output, allow_pickle=False)
-        self._store.put(uri, buffer.getvalue(), content_type="application/x-npy")
-        return {"$artifact": uri, "kind": "array", "shape": list(output.shape), "dtype": str(output.dtype)}
 
 
 def _with_uris(inputs: Any) -> Any:

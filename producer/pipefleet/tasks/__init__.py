@@ -1,0 +1,48 @@
+"""The producer's half of the task table: what each task takes, allows and returns. `TASKS` is the whole of it.
+
+A task is one row in a module here and one row in `pipefleet_workers.runtime`; a test holds the two key sets equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from pipefleet.errors import UnknownTaskError, nearest
+from pipefleet.tasks import audio, multimodal, text, vision
+from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
+
+__all__ = ["ALIASES", "TASKS", "CostUnit", "Media", "TaskSpec", "implied_parameters", "task_spec"]
+
+_ROWS = (*text.ROWS, *audio.ROWS, *vision.ROWS, *multimodal.ROWS)
+_TRANSLATION = re.compile(r"translation_([A-Za-z-]+)_to_([A-Za-z-]+)")
+_TRANSLATION_ROW = "translation_xx_to_yy"
+
+TASKS: Mapping[str, TaskSpec] = MappingProxyType({row.name: row for row in sorted(_ROWS, key=lambda row: row.name)})
+"""Every task by its canonical name, in alphabetical order."""
+
+ALIASES: Mapping[str, str] = MappingProxyType({alias: row.name for row in TASKS.values() for alias in row.aliases})
+"""Other names that people know, and the canonical name of each."""
+
+
+def task_spec(name: str) -> TaskSpec:
+    """The row of a task given by name, alias, or a name such as `translation_en_to_fr`.
+
+    Raises UnknownTaskError with the nearest name there is.
+    """
+    canonical = _TRANSLATION_ROW if _TRANSLATION.fullmatch(name) else ALIASES.get(name, name)
+    if canonical not in TASKS:
+        known = [*TASKS, *ALIASES]
+        raise UnknownTaskError(
+            f"there is no task {name[:60]!r}{nearest(name, known)}; `pipefleet tasks` lists all {len(TASKS)}"
+        )
+    return TASKS[canonical]
+
+
+def implied_parameters(name: str) -> dict[str, str]:
+    """Parameters that a task's name stands for: the languages of `translation_en_to_fr`; none for other names."""
+    found = _TRANSLATION.fullmatch(name)
+    if found is None or name == _TRANSLATION_ROW:
+        return {}
+    return {"src_lang": found[1], "tgt_lang": found[2]}

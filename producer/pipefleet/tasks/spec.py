@@ -1,0 +1,62 @@
+"""The types of the task table's producer half: `TaskSpec` is a row, `Media` what an input is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pipefleet.parameters import Check, check_parameters
+
+
+class Media(StrEnum):
+    """What one value of an input is made of, and so how bytes become that value."""
+
+    TEXT = "text"
+    PROMPT = "text or chat"
+    IMAGE = "image"
+    IMAGES = "image or list of images"
+    IMAGE_PAIR = "pair of images"
+    AUDIO = "audio"
+    VIDEO = "video"
+    TABLE = "table"
+    LABELS = "list of texts"
+    DATA = "JSON"
+
+
+class CostUnit(StrEnum):
+    """What the work of one item grows with."""
+
+    TOKENS = "tokens"
+    SECONDS = "seconds"
+    IMAGES = "images"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """One row: `media` of the main input, `fields` a dict input may have, allowed `parameters`, what comes back."""
+
+    name: str
+    media: Media | None
+    """None where an input is always a dict of `fields`."""
+    parameters: Mapping[str, Check]
+    returns: str
+    cost_unit: CostUnit
+    aliases: tuple[str, ...] = ()
+    fields: Mapping[str, Media] = field(default_factory=dict)
+    """Fields of an input that is a dict, e.g. a text and its pair; empty when the task takes no dicts."""
+    required: tuple[str, ...] = ()
+    """Fields that a dict must have."""
+    positional: tuple[str, ...] = ()
+    """Names of the call's positional arguments where it has several, fields or parameters: `pipe(image, question)`."""
+    chat_media: tuple[Media, ...] = (Media.TEXT,)
+    """What the parts of a chat's messages may hold."""
+    tuples: tuple[str, ...] = ()
+    """Keys of a result whose values transformers returns as tuples; JSON has none, so `pipeline()` makes them again."""
+    bare_in_lists: bool = False
+    """Whether a result that is a list of one is given without its list when the call was made with a list of inputs."""
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raise ParameterError unless every parameter is allowed for this task and within its bounds."""
+        check_parameters(self.name, self.parameters, parameters)

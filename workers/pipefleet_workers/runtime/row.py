@@ -1,0 +1,39 @@
+"""The type of the task table's worker half: `TaskRuntime` is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipefleet_workers.adapters.base import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """Items that a stage handles at a time, and the padded cost of a batch on CPU and on a GPU where it is not measured.
+
+    Costs count what the adapter pads: tokens of a text (read and written), frames of a recording, elements of a picture's tensor.
+    """
+
+    slice_items: int
+    cpu_cost: int
+    gpu_cost: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRuntime:
+    """One row: how inputs become model inputs, batches and results, and how large those should be."""
+
+    adapter: type[Adapter]
+    sizing: Sizing
+    transformers_task: str = ""
+    """Name under which `transformers.pipeline` knows the task; empty where it is the task's own."""
+    example_parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters without which a call of the task is not possible, for the examples of the warm-up."""
+
+
+TEXT = Sizing(slice_items=32, cpu_cost=2048, gpu_cost=65_536)
+WRITING = Sizing(slice_items=8, cpu_cost=4096, gpu_cost=32_768)
+IMAGE = Sizing(slice_items=2, cpu_cost=16 * 150_528, gpu_cost=256 * 150_528)
+SPEECH = Sizing(slice_items=1, cpu_cost=8 * 4500, gpu_cost=64 * 4500)
