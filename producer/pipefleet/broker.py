@@ -11,7 +11,13 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     run:<id>:failed         bitmap  those of them that failed
     run:<id>:parts          bitmap  shards whose part is written
     pools                   hash    what workers announce, by pool; each entry ends with its heartbeat
-    unacked:<queue> …       Celery's book-keeping of delivered messages, one set for each queue
+    unacked:<queue>         hash    delivered messages, by delivery tag: Celery's own record of them
+    unacked_index:<queue>   zset    when each was delivered or renewed last; for delayed ones, when they are due
+    deliveries:<queue>      hash    how often each was delivered
+    retries:<queue>         hash    how often each was given back with a delay
+    owners:<queue>          hash    who holds each: host, process, fetch, and since when
+    delayed:<queue>         zset    those that no worker holds and that go back to their list when they are due
+    dead:<queue>            list    dead letters, newest first; `dead_unreported:<queue>` those nobody was told of yet
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.contract import (
@@ -43,6 +50,8 @@ PRIORITY_SEPARATOR = "\x06\x16"
 KEY = "pipefleet:"
 CANCELLED_CHANNEL = f"{KEY}cancelled"
 POOLS_KEY = f"{KEY}pools"
+SHARD_HEADER = "pipefleet-shard"
+"""Messages with it are delivered again however often they failed: the consumer finds the one item that is to blame."""
 
 
 def job_key(job_id: str) -> str:
@@ -77,12 +86,13 @@ def queue_list(queue: str, priority: Priority) -> str:
 
 
 def unacked_keys(queue: str) -> dict[str, str]:
-    """Celery's ledger of delivered messages, apart for each queue so that one pool never restores another's."""
-    return {
-        "unacked_key": f"{KEY}unacked:{queue}",
-        "unacked_index_key": f"{KEY}unacked_index:{queue}",
-        "unacked_mutex_key": f"{KEY}unacked_mutex:{queue}",
-    }
+    """The ledger of delivered messages as transport options, apart for each queue: one pool never restores another's.
+
+    The first three are Celery's own; its stock transport leaves the others alone.
+    """
+    names = ("unacked", "unacked_index", "unacked_mutex", "deliveries", "retries", "owners", "delayed", "dead")
+    keys = {f"{name}_key": f"{KEY}{name}:{queue}" for name in names}
+    return {**keys, "unreported_key": f"{KEY}dead_unreported:{queue}"}
 
 
 @contextmanager
@@ -149,10 +159,17 @@ def subscribed(redis: Redis, channel: str) -> Iterator[Any]:
         yield listener
 
 
-def celery_app(settings: Settings, *, queue: str | None = None) -> Celery:
+def celery_app(
+    settings: Settings,
+    *,
+    queue: str | None = None,
+    transport: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Celery:
     """The Celery application; with `queue`, one that consumes it and keeps its own ledger of deliveries.
 
-    Stock Redis transport: a dead worker's messages come back after `visibility_timeout` seconds.
+    `transport` names another than Celery's own for Redis, `options` are added to its options. With Celery's own, a dead worker's
+    messages come back after `visibility_timeout` seconds.
     """
     from celery import Celery
     from kombu import Queue
@@ -178,8 +195,11 @@ def celery_app(settings: Settings, *, queue: str | None = None) -> Celery:
             "queue_order_strategy": "priority",
             "visibility_timeout": 3600,
             **(unacked_keys(queue) if queue else {}),
+            **(options or {}),
         },
     )
+    if transport:
+        app.conf.broker_transport = transport
     if queue:
         app.conf.task_queues = [Queue(queue)]
         app.conf.task_default_queue = queue
@@ -214,6 +234,8 @@ def celery_message(job: JobMessage, queue: str, priority: Priority) -> str:
     if size > MAX_MESSAGE_BYTES:
         raise ContractError(f"a message of {size} bytes is above the bound of {MAX_MESSAGE_BYTES}")
     headers = {**template["headers"], "id": job.id, "root_id": job.id, "argsrepr": repr((job.task,))}
+    if job.shard is not None:
+        headers[SHARD_HEADER] = True
     properties = {
         **template["properties"],
         "correlation_id": job.id,
@@ -240,7 +262,7 @@ def push(pipe: Any, job: JobMessage, queue: str, priority: Priority) -> None:
 
 
 def queued_ids(redis: Redis, queue: str) -> Iterator[str]:
-    """Ids of the jobs that wait in a queue or are with a worker, in no order; reads a thousand at a time."""
+    """Ids of the jobs that wait in a queue, are with a worker or are delayed, in no order; reads a thousand at a time."""
     for name in queue_lists(queue):
         start = 0
         while batch := _all(redis.lrange(name, start, start + 999)):
@@ -265,14 +287,136 @@ def _ids(raw_messages: Iterable[bytes]) -> Iterator[str]:
 
 
 def depth(redis: Redis, queue: str) -> Mapping[str, int]:
-    """How many messages of a queue wait, by priority, and how many are with workers (`unacked`)."""
+    """How many messages of a queue wait, by priority, are with workers (`unacked`), and wait to be tried again (`delayed`)."""
+    keys = unacked_keys(queue)
     pipe = redis.pipeline(transaction=False)
     for name in queue_lists(queue):
         pipe.llen(name)
-    pipe.hlen(unacked_keys(queue)["unacked_key"])
-    *lengths, unacked = pipe.execute()
+    pipe.hlen(keys["unacked_key"])
+    pipe.zcard(keys["delayed_key"])
+    *lengths, unacked, delayed = pipe.execute()
     high, normal, middle, low = lengths
-    return {"high": high, "normal": normal + middle, "low": low, "unacked": unacked}
+    waiting = {"high": high, "normal": normal + middle, "low": low}
+    return {**waiting, "unacked": max(0, unacked - delayed), "delayed": delayed}
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that no worker will run: why, when (server seconds), its queue, its deliveries, and its text."""
+
+    reason: str
+    at: float
+    queue: str
+    deliveries: int
+    message: str
+    entry: bytes = field(repr=False)
+    """The letter as it lies in Redis, which tells it from any other."""
+
+    @classmethod
+    def parse(cls, entry: bytes) -> DeadLetter:
+        """Read a letter; what is not one becomes a letter without a message, so that it can be seen and removed."""
+        try:
+            value = json.loads(entry.decode(errors="replace"))
+            texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
+            return cls(**texts, at=float(value["at"]), deliveries=int(value["deliveries"]), entry=entry)
+        except (ValueError, LookupError, TypeError):
+            return cls("this entry is no dead letter", 0.0, "", 0, "", entry)
+
+    @property
+    def job_id(self) -> str | None:
+        """The id of the job, or None when the message does not tell."""
+        return next(_ids([self.message.encode()]), None)
+
+    @property
+    def code(self) -> str:
+        """The code that its job fails with: `killed_worker` or `malformed`."""
+        return "killed_worker" if self.reason.startswith("delivered ") else "malformed"
+
+
+def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
+    """Up to `count` dead letters of a queue, newest first, after leaving out `start`."""
+    keys = unacked_keys(queue)
+    unreported = _all(redis.lrange(keys["unreported_key"], 0, -1))
+    filed = _all(redis.lrange(keys["dead_key"], 0, start + count - 1))
+    return [DeadLetter.parse(entry) for entry in (unreported + filed)[start : start + count]]
+
+
+def count_dead_letters(redis: Redis, queue: str) -> int:
+    """How many dead letters a queue has."""
+    keys = unacked_keys(queue)
+    return int(redis.llen(keys["unreported_key"])) + int(redis.llen(keys["dead_key"]))
+
+
+def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
+    """Put the text of a message to the dead letters of a queue."""
+    seconds, micros = redis.time()
+    entry = {"reason": reason, "at": seconds + micros / 1e6, "queue": queue, "deliveries": deliveries, "message": message}
+    redis.lpush(unacked_keys(queue)["dead_key"], encode_json(entry))
+
+
+_MOVE_LETTER = """
+local removed = 0
+for i = 1, 2 do
+  if removed == 0 then removed = redis.call('LREM', KEYS[i], 1, ARGV[1]) end
+end
+if removed > 0 and ARGV[2] then redis.call('LPUSH', KEYS[3], ARGV[2]) end
+return removed
+"""
+
+
+def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
+    """Throw a dead letter away; False when it was gone already."""
+    keys = unacked_keys(queue)
+    return bool(redis.eval(_MOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry))
+
+
+def requeue_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
+    """Queue the message of a dead letter once more, behind the others, its deliveries counted anew; False when it was gone.
+
+    Raises UsageError for a message that no worker could read.
+    """
+    try:
+        step = json.loads(letter.message)["properties"].get("priority") or 0
+        target = queue_lists(queue)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UsageError("this dead letter is not a message that can be queued; remove it") from None
+    keys = unacked_keys(queue)
+    names = (keys["dead_key"], keys["unreported_key"], target)
+    return bool(redis.eval(_MOVE_LETTER, 3, *names, letter.entry, letter.message))
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedMessage:
+    """A message that is with a worker."""
+
+    tag: str
+    job_id: str | None
+    owner: str
+    """Host, process, a random part and a number, with colons between."""
+    seconds: float
+    """How long the worker has had it."""
+    renewed_seconds: float
+    """How long ago its lease was renewed."""
+    deliveries: int
+
+
+def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
+    """The messages that workers of the lease transport hold, longest held first."""
+    keys = unacked_keys(queue)
+    pipe = redis.pipeline(transaction=True)
+    pipe.time()
+    for name in ("owners_key", "deliveries_key", "unacked_key"):
+        pipe.hgetall(keys[name])
+    pipe.zrange(keys["unacked_index_key"], 0, -1, withscores=True)
+    (seconds, micros), owners, deliveries, messages, renewed = pipe.execute()
+    now, scores = seconds + micros / 1e6, dict(renewed)
+    found = []
+    for tag, value in owners.items():
+        owner, _, since = value.decode(errors="replace").rpartition("@")
+        job_id = next(_ids([messages.get(tag, b"")]), None)
+        ages = (now - float(since or now), now - scores.get(tag, now))
+        found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, int(deliveries.get(tag, 0))))
+    return sorted(found, key=lambda one: -one.seconds)
 
 
 def announced_pools(redis: Redis) -> dict[str, dict[str, Any]]:

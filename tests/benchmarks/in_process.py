@@ -15,7 +15,7 @@ from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.items import Blob, JobContext, Work
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
@@ -71,7 +71,7 @@ def _shards(workload: Workload) -> list[tuple[list[Work], Outcomes]]:
 
 
 def _shard(workload: Workload, names: list[str]) -> tuple[list[Work], Outcomes]:
-    sink = Outcomes(len(names))
+    sink = Outcomes(range(len(names)))
     parameters = {**workload.parameters, **workload.pool_parameters}
     context = JobContext(names[0], None, parameters, int(Priority.LOW), None, sink)
     works = []

@@ -30,7 +30,7 @@ from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.items import Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
@@ -120,7 +120,7 @@ class Running:
 
     def submit(self, calls: Sequence[Call], **context: Any) -> tuple[JobContext, Outcomes]:
         """Admit one job with an item for each call; `context` overrides fields of its JobContext."""
-        sink = Outcomes(len(calls))
+        sink = Outcomes(range(len(calls)))
         fields: dict[str, Any] = {"id": "job", "run_id": None, "parameters": {}, "priority": 3, "deadline": None}
         job = JobContext(**{**fields, "sink": sink, **context})
         works = [

@@ -15,12 +15,12 @@ import transformers
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.generate import TextGenerator
 from pipefleet_workers.items import JobContext, Outcome
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.service_fit import ServiceFit
 from pipefleet_workers.warmup import example_units, warm_up
 from tests.checkpoints.text import llama_config
 from tests.checkpoints.vocabularies import chat_tokenizer
-from tests.parity.cases import direct
+from tests.parity.cases.case import direct
 from tests.parity.harness import Call, Running, finished, load, recording, running, wait_until
 
 TASK = "text-generation"

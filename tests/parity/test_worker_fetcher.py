@@ -14,7 +14,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.storage import StorageRef
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.fetch import Fetcher, lies_under, slices
 
@@ -26,7 +26,7 @@ def uri(objects: ObjectStore) -> str:
 
 
 def work(inputs: Any) -> Work:
-    return Work(JobContext("job", None, {}, 3, None, Outcomes(1)), 0, JobItem("0", inputs), {}, 1)
+    return Work(JobContext("job", None, {}, 3, None, Outcomes(range(1))), 0, JobItem("0", inputs), {}, 1)
 
 
 def fetch(inputs: Any, **settings: Any) -> Fetched:

@@ -10,7 +10,7 @@ from pipefleet.contract import JobItem
 from pipefleet.records import JobFailure
 from pipefleet_workers.admission import Budget
 from pipefleet_workers.items import JobContext, Outcome, Work
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 
 SECONDS = 30.0
 
@@ -55,12 +55,12 @@ def test_a_closed_budget_lets_everybody_pass() -> None:
 
 
 def outcome(position: int, output: object = None, failure: JobFailure | None = None) -> Outcome:
-    context = JobContext("job", None, {}, 3, None, Outcomes(1))
+    context = JobContext("job", None, {}, 3, None, Outcomes(range(1)))
     return Outcome(Work(context, position, JobItem(str(position), ""), {}, 1), output, failure)
 
 
 def test_outcomes_come_in_order_and_the_first_of_an_item_is_final() -> None:
-    sink = Outcomes(3)
+    sink = Outcomes(range(3))
     for one in (outcome(2, "c"), outcome(0, "a"), outcome(2, "other"), outcome(1, failure=JobFailure("x", "y", "z"))):
         sink.deliver(one)
     assert sink.complete
@@ -68,7 +68,7 @@ def test_outcomes_come_in_order_and_the_first_of_an_item_is_final() -> None:
 
 
 def test_wait_gives_each_new_outcome_once() -> None:
-    sink = Outcomes(3)
+    sink = Outcomes(range(3))
     sink.deliver(outcome(1))
     assert [one.work.position for one in sink.wait(0.0)] == [1]
     assert sink.wait(0.0) == []
@@ -78,7 +78,7 @@ def test_wait_gives_each_new_outcome_once() -> None:
 
 
 def test_abandoning_wakes_the_waiting_thread() -> None:
-    sink, woken = Outcomes(1), threading.Event()
+    sink, woken = Outcomes(range(1)), threading.Event()
 
     def wait() -> None:
         sink.wait(SECONDS * 10)

@@ -8,13 +8,13 @@ from pipefleet.contract import JobItem
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 
 SECONDS = 30.0
 
 
 def unit(length: int) -> Unit:
-    context = JobContext("job", None, {}, 3, None, Outcomes(1))
+    context = JobContext("job", None, {}, 3, None, Outcomes(range(1)))
     return Unit(Assembly(Work(context, 0, JobItem("0", ""), {}, 1), expected=1), 0, "key", length, None)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipefleet.contract import JobItem
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 
 KEYS = ("short labels", ("nested", 1), ("nested", 2))
 PRIORITIES = (0, 3, 9)
@@ -25,7 +25,7 @@ _LIMITS = st.builds(BatchLimits, st.integers(1, 120), st.integers(1, 9), st.samp
 
 
 def unit(length: int, key: Any = "one", priority: int = 3) -> Unit:
-    context = JobContext("job", None, {}, priority, None, Outcomes(1))
+    context = JobContext("job", None, {}, priority, None, Outcomes(range(1)))
     return Unit(Assembly(Work(context, 0, JobItem("0", ""), {}, 1), expected=1), 0, key, length, None)
 
 

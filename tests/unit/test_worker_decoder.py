@@ -9,14 +9,14 @@ import pytest
 from pipefleet.contract import JobItem
 from pipefleet.tasks import task_spec
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
 
 
 def decode(task: str, value: Any, *, max_text_bytes: int = 1000) -> Any:
     decoder = Decoder(task_spec(task), WorkerSettings(max_text_bytes=max_text_bytes), sampling_rate=16_000)
-    context = JobContext("job", None, {}, 3, None, Outcomes(1))
+    context = JobContext("job", None, {}, 3, None, Outcomes(range(1)))
     work = Work(context, 0, JobItem("0", None), {}, 1)
     decoded = decoder.decode(Fetched(work, value))
     assert decoded.work is work

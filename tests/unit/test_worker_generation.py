@@ -19,7 +19,7 @@ from pipefleet.tasks import TASKS, task_spec
 from pipefleet_workers.adapters.generate import TextGenerator
 from pipefleet_workers.generation import Row, RowSampler, RowStops, Sampling, default_seed, gumbel, row_seed
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContext, Unit, Work
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
 from tests.parity.harness import load
@@ -36,7 +36,7 @@ def adapter() -> TextGenerator:
 
 
 def job(**fields: Any) -> JobContext:
-    known = {"id": "job", "run_id": None, "parameters": {}, "priority": 3, "deadline": None, "sink": Outcomes(1)}
+    known = {"id": "job", "run_id": None, "parameters": {}, "priority": 3, "deadline": None, "sink": Outcomes(range(1))}
     return JobContext(**{**known, **fields})
 
 

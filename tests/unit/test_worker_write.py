@@ -19,7 +19,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
 from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.outcomes import Outcomes
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.stages.artifacts import INLINE_NUMBERS
 from pipefleet_workers.stages.write import PartWriter, dumps
 
@@ -104,7 +104,7 @@ def shard(environment: dict[str, str]) -> Shard:
 def outcome(
     position: int, inputs: Any, *, output: Any = None, failure: JobFailure | None = None, **item: Any
 ) -> Outcome:
-    context = JobContext("job", None, {}, 9, None, Outcomes(2))
+    context = JobContext("job", None, {}, 9, None, Outcomes(range(2)))
     work = Work(context, position, JobItem(**{"id": str(position), "inputs": inputs} | item), {}, 1, {"fetch": 0.25})
     return Outcome(work, output=output, failure=failure)
 

@@ -162,11 +162,11 @@ class Engine:
                 try:
                     done.append(do(item))
                     continue
-                except (
-                    ServiceUnavailableError
-                ) as error:  # an outage is nobody's failure: the whole job runs again later
-                    work.job.give_back(error)
-                    continue
+                except ServiceUnavailableError as error:
+                    if work.job.patient:  # an outage is nobody's failure: the whole job runs again later
+                        work.job.give_back(error)
+                        continue
+                    failure = JobFailure(error.code, str(error), stage)
                 except ItemError as error:
                     failure = error.failure
                 except Exception as error:

@@ -45,6 +45,8 @@ class JobContext:
     deadline: float | None
     sink: Sink
     cancelled: bool = False
+    patient: bool = True
+    """Whether the job goes back when a service fails one of its items; otherwise that item fails."""
 
     def give_back(self, reason: Exception) -> None:
         """End the job here without a result, so that it can run again: what comes in from now on is dropped."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from pipefleet import broker
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
+from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.records import FINISH, START, JobFailure, finish_arguments
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
-from pipefleet_workers.items import Outcome
+from pipefleet_workers.items import ItemError, Outcome
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.artifacts import ArtifactWriter
 from pipefleet_workers.stages.write import dumps
@@ -39,28 +40,55 @@ class Reporter:
         self._settings = settings
         self._worker = worker
 
-    def start(self, message: JobMessage) -> bool:
-        """Mark a single job as running. False when it has ended already: cancelled, or finished elsewhere."""
-        arguments = [time.time(), self._worker, int(self._settings.result_ttl)]
+    @property
+    def store_uri(self) -> str:
+        """The prefix under which long results lie."""
+        return self._settings.store
+
+    def ping(self) -> None:
+        """Ask Redis whether it is there."""
         with broker.redis_errors(self._settings.redis_url):
-            return bool(self._redis.eval(START, 1, broker.job_key(message.id), *arguments))
+            self._redis.ping()
 
-    def finish(self, message: JobMessage, outcome: Outcome) -> bool:
-        """Bring a single job to its final state, its result stored first. False when it had one already."""
-        failure = outcome.failure
-        timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
-        if failure is not None:
-            return self.fail(message, failure, timings=timings)
-        artifacts = join_uri(self._settings.store, "results", message.id)
-        body = dumps(self._artifacts.store(outcome.output, artifacts))
-        fields = {**self._result_fields(message, body), "timings": timings}
-        return self._end(message, JobState.SUCCEEDED, fields)
+    def start_many(self, messages: Sequence[JobMessage]) -> list[bool]:
+        """Mark single jobs as running. False for each that has ended already: cancelled, or finished elsewhere."""
+        pipe = self._redis.pipeline(transaction=False)
+        arguments = [time.time(), self._worker, int(self._settings.result_ttl)]
+        for message in messages:
+            pipe.eval(START, 1, broker.job_key(message.id), *arguments)
+        with broker.redis_errors(self._settings.redis_url):
+            return [bool(one) for one in pipe.execute()]
 
-    def fail(self, message: JobMessage, failure: JobFailure, *, timings: str = "{}") -> bool:
-        """End a single job without a result."""
-        states = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
-        fields = {"error": encode_json(failure.to_json()), "timings": timings}
-        return self._end(message, states.get(failure.code, JobState.FAILED), fields)
+    def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[str | Exception]:
+        """Bring single jobs to their final states, results stored first. The state each reached, or why it has none yet."""
+        pipe = self._redis.pipeline(transaction=False)
+        states: list[str | Exception] = []
+        for message, outcome in ends:
+            try:
+                state, fields = self._fields(message, outcome)
+            except PipefleetError as error:
+                states.append(error)
+                continue
+            arguments = finish_arguments(
+                message.id, state, time.time(), ttl=self._settings.result_ttl, reply=message.reply, fields=fields
+            )
+            pipe.eval(FINISH, 1, broker.job_key(message.id), *arguments)
+            states.append(str(state))
+        try:
+            with broker.redis_errors(self._settings.redis_url):
+                pipe.execute()
+        except ServiceUnavailableError as error:
+            return [error] * len(states)
+        return states
+
+    def fail(self, message: JobMessage, failure: JobFailure) -> None:
+        """End a single job that never came into the engine."""
+        fields = {"error": encode_json(failure.to_json()), "timings": "{}"}
+        arguments = finish_arguments(
+            message.id, JobState.FAILED, time.time(), ttl=self._settings.result_ttl, reply=message.reply, fields=fields
+        )
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 
     def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
         """Set the bits of items that have ended, in one command."""
@@ -91,8 +119,23 @@ class Reporter:
         with broker.redis_errors(self._settings.redis_url):
             return bool(self._redis.hexists(broker.run_key(shard.run_id), "cancelled"))
 
-    def _result_fields(self, message: JobMessage, body: bytes) -> dict[str, Any]:
+    def _fields(self, message: JobMessage, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
+        """The final state of a job, and what its record says beside it. Raises what the store raises."""
+        failure, fields = outcome.failure, dict[str, Any]()
+        if failure is None:
+            try:
+                fields = self._result_fields(message, outcome.output)
+            except ItemError as error:
+                failure = error.failure
+        timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
+        if failure is not None:
+            state = _FAILED_STATES.get(failure.code, JobState.FAILED)
+            return state, {"error": encode_json(failure.to_json()), "timings": timings}
+        return JobState.SUCCEEDED, {**fields, "timings": timings}
+
+    def _result_fields(self, message: JobMessage, output: Any) -> dict[str, Any]:
         """The result itself, or a reference to it where it is long or was asked for under a URI."""
+        body = dumps(self._artifacts.store(output, join_uri(self._settings.store, "results", message.id)))
         uri = message.output
         if uri is not None and uri.endswith("/"):
             uri = join_uri(uri, f"{message.id}.json")
@@ -103,8 +146,5 @@ class Reporter:
         reference = StorageRef(uri, size=len(body), type="application/json")
         return {"output_ref": encode_json(reference.to_json())}
 
-    def _end(self, message: JobMessage, state: JobState, fields: dict[str, Any]) -> bool:
-        ttl, key = self._settings.result_ttl, broker.job_key(message.id)
-        arguments = finish_arguments(message.id, state, time.time(), ttl=ttl, reply=message.reply, fields=fields)
-        with broker.redis_errors(self._settings.redis_url):
-            return bool(self._redis.eval(FINISH, 1, key, *arguments))
+
+_FAILED_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -11,7 +13,12 @@ class WorkerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PIPEFLEET_WORKER_", frozen=True, extra="ignore")
 
-    concurrency: int = Field(16, ge=1, description="messages that the worker holds at once")
+    transport: Literal["lease", "stock"] = Field("lease", description="how messages are held: ours, or Celery's own")
+    lease_seconds: float = Field(20.0, ge=1, description="seconds after which a dead worker's jobs run elsewhere")
+    max_deliveries: int = Field(3, ge=1, description="how often a job may be delivered before it counts as deadly")
+    prefetch: int = Field(512, ge=1, description="messages that the worker holds at once")
+    shards: int = Field(8, ge=1, description="shards of bulk runs among them")
+    retries: int = Field(6, ge=0, description="how often a job begins again because a service failed it alone")
     fetch_threads: int = Field(8, ge=1, description="objects that are downloaded at once")
     cpu_threads: int = Field(2, ge=1, description="threads that decode and preprocess")
     finish_threads: int = Field(1, ge=1, description="threads that postprocess and write")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,13 @@ class PartWriter:
         self._artifacts = ArtifactWriter(store)
         self._provenance = dict(provenance)
 
-    def write(self, shard: Shard, outcomes: list[Outcome]) -> bool:
-        """Write the part with a line for each outcome, in order. False when another worker's part was there first."""
+    def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
+        """Write the part with a line for each outcome, in order; the part. None when another worker's was there first."""
         layout = RunLayout(shard.run_uri)
         lines = [self._line(layout, shard.first + index, outcome) for index, outcome in enumerate(outcomes)]
         body = b"\n".join(lines) + b"\n"
-        return self._store.put_new(layout.part(shard.index), body, content_type="application/x-ndjson")
+        ours = self._store.put_new(layout.part(shard.index), body, content_type="application/x-ndjson")
+        return body if ours else None
 
     def _line(self, layout: RunLayout, position: int, outcome: Outcome) -> bytes:
         """The line of one item; where its input or its result is no JSON, the line says so and the shard goes on."""

@@ -1,17 +1,18 @@
-"""`Outcomes`: the sink of one job, where its message's thread waits for the items to end."""
+"""`Outcomes`: the sink of one shard, where its thread waits for the items to end."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from pipefleet_workers.items import Outcome
 
 
 class Outcomes:
-    """Collects the outcomes of one job's items, by position. Thread-safe."""
+    """Collects the outcomes of the items at `positions` of one job. Thread-safe."""
 
-    def __init__(self, expected: int) -> None:
-        self._expected = expected
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._positions = positions
         self._outcomes: dict[int, Outcome] = {}
         self._new: list[Outcome] = []
         self._changed = threading.Condition()
@@ -49,8 +50,8 @@ class Outcomes:
     @property
     def complete(self) -> bool:
         """True when every item has ended."""
-        return len(self._outcomes) >= self._expected
+        return len(self._outcomes) >= len(self._positions)
 
     def in_order(self) -> list[Outcome]:
         """All outcomes by position. Only when complete."""
-        return [self._outcomes[position] for position in range(self._expected)]
+        return [self._outcomes[position] for position in self._positions]

@@ -1,0 +1,170 @@
+"""Putting a worker together: model, warm-up, engine, and the consumer that feeds it. Imports torch, so it is imported late."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet import __version__, broker
+from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
+from pipefleet.errors import ContractError, PipefleetError, UsageError
+from pipefleet.fleet import Pool
+from pipefleet.objects import ObjectStore
+from pipefleet.records import JobFailure
+from pipefleet.settings import Settings
+from pipefleet.storage import join_uri
+from pipefleet.tasks import task_spec
+from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.consume.consumer import Consumer, Limits
+from pipefleet_workers.consume.health import Health
+from pipefleet_workers.consume.jobs import Jobs, Outlets
+from pipefleet_workers.consume.shards import Shards
+from pipefleet_workers.consume.suspects import Journal, Suspects
+from pipefleet_workers.device import Instruments
+from pipefleet_workers.engine import Engine, Stages
+from pipefleet_workers.facts import Facts
+from pipefleet_workers.metrics import Metrics
+from pipefleet_workers.models import load_pipeline
+from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.reports import Reporter
+from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.simulated import ServiceTime, SimulatedDevice
+from pipefleet_workers.stages.decode import Decoder
+from pipefleet_workers.stages.fetch import Fetcher, allowed_prefixes
+from pipefleet_workers.stages.write import PartWriter
+from pipefleet_workers.tracing import Tracer
+from pipefleet_workers.warmup import WarmUp, warm_up
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A worker without a queue."""
+
+    consumer: Consumer
+    reporter: Reporter
+    facts: Facts
+
+    def bury(self, letter: broker.DeadLetter) -> None:
+        """Tell who waits for the job of a dead letter that it has failed. Raises ServiceUnavailableError; then it is told again."""
+        if letter.job_id is not None:
+            failure = JobFailure(letter.code, f"the job went to the dead letters: {letter.reason}", "consume")
+            self.reporter.fail(JobMessage(letter.job_id, ""), failure)
+
+    def refused(self, payload: Any, reason: str) -> None:
+        """Tell who waits for a job that it was refused, where its message says who that is."""
+        try:
+            self.reporter.fail(decode_message(payload), JobFailure("refused", reason, "consume"))
+        except ContractError:
+            return  # nobody can wait for what is no job
+        except PipefleetError as error:
+            log.warning("a refused job cannot be reported: %s", error)
+
+
+def build(
+    pool: Pool, settings: Settings, worker_settings: WorkerSettings, *, queue: str, device: str | None, name: str
+) -> Built:
+    """The consumer of one pool, its model loaded and warm, its engine running; and what was found out about batching.
+
+    Raises ModelError, or UsageError when the metrics port is in use.
+    """
+    row = RUNTIME[pool.task]
+    instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
+    _serve_metrics(instruments.metrics, worker_settings)
+    pipe = load_pipeline(pool, device=device)
+    adapter: Any = row.adapter(pipe)
+    default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
+    found = _warmed(adapter, pool, worker_settings, instruments, default)
+    if worker_settings.simulated_device:
+        adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
+    limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
+    outlets = _outlets(pool, settings, worker_settings, name)
+    decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
+    stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter)
+    engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
+    engine.start()
+    log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
+    consumer = _consumer(pool, engine, outlets, worker_settings, undertaker=Undertaker(settings, queue))
+    return Built(consumer, outlets.reporter, Facts(name, pool, limits, found, instruments))
+
+
+class Undertaker:
+    """Puts single items of shards to the dead letters, and keeps what is known of shards that kill. Thread-safe."""
+
+    def __init__(self, settings: Settings, queue: str) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._redis = broker.connect(settings)
+
+    def journal(self, shard: Shard) -> Journal:
+        """What is known of a shard."""
+        return Journal(self._redis, self._settings, shard)
+
+    def bury(self, reason: str, message: JobMessage, item: JobItem) -> None:
+        """Write a dead letter for one item: the job that it would be by itself."""
+        alone = JobMessage(
+            f"{message.id}-{item.id}"[:200],
+            message.task,
+            message.model,
+            message.revision,
+            message.parameters,
+            items=(item,),
+        )
+        text = broker.celery_message(alone, self._queue, Priority.LOW)
+        with broker.redis_errors(self._settings.redis_url):
+            broker.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
+
+
+def _consumer(
+    pool: Pool, engine: Engine, outlets: Outlets, worker_settings: WorkerSettings, *, undertaker: Undertaker
+) -> Consumer:
+    jobs = Jobs(pool, engine, outlets.allowed)
+    shards = Shards(jobs, outlets)
+    suspects = Suspects(jobs, shards, undertaker.journal, undertaker.bury)
+    limits = Limits(
+        shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
+    )
+    return Consumer(jobs, shards, suspects, outlets.reporter, Health(_probe(outlets)), limits=limits)
+
+
+def _probe(outlets: Outlets) -> Any:
+    """Asks Redis and the object store for something small."""
+    quick = WorkerStore(retries=0, retry_seconds=5.0)
+
+    def probe() -> None:
+        outlets.reporter.ping()
+        quick.exists(join_uri(outlets.reporter.store_uri, "probe"))
+
+    return probe
+
+
+def _warmed(
+    adapter: Any, pool: Pool, worker_settings: WorkerSettings, instruments: Instruments, default: int
+) -> WarmUp:
+    if not worker_settings.warm_up:
+        return WarmUp(adapter.pads, 0.0, 0.0, default, 0.0)
+    parameters = {**RUNTIME[pool.task].example_parameters, **pool.parameters}
+    return warm_up(adapter, task_spec(pool.task), parameters, instruments.fit, default)
+
+
+def _outlets(pool: Pool, settings: Settings, worker_settings: WorkerSettings, name: str) -> Outlets:
+    store = WorkerStore()
+    pinned = {"revision": pool.revision} if pool.revision else {}
+    provenance = {"model": pool.model, **pinned, "worker": name, "pipefleet": __version__}
+    reporter = Reporter(broker.connect(settings), store, settings, worker=name)
+    return Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter, allowed_prefixes(worker_settings))
+
+
+def _serve_metrics(metrics: Metrics, worker_settings: WorkerSettings) -> None:
+    if not worker_settings.metrics_port:
+        return
+    try:
+        metrics.serve(worker_settings.metrics_port, worker_settings.metrics_address)
+    except OSError as error:
+        raise UsageError(
+            f"cannot serve metrics on {worker_settings.metrics_address}:{worker_settings.metrics_port} "
+            f"({error.strerror}); choose another PIPEFLEET_WORKER_METRICS_PORT"
+        ) from None

@@ -1,0 +1,224 @@
+"""`Consumer`: takes deliveries from the queue and sees to it that each ends once: done, given back, or refused.
+
+    take ─▶ intake ─┬▶ singles            many jobs at once, no thread for each
+                    ├▶ shards             a few threads
+                    └▶ suspects           alone: delivered so often that they may have killed their workers
+
+A job that a service failed begins again here after a pause, counted only while the service is well otherwise: an outage makes
+work wait, it does not make it fail.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipefleet.contract import JobMessage, decode_message
+from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.patience import pause
+from pipefleet_workers.consume.delivery import Delivery, DrainedError
+from pipefleet_workers.consume.gate import Gate
+from pipefleet_workers.consume.health import Health
+from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.consume.shards import Shards
+from pipefleet_workers.consume.singles import TOGETHER, Singles
+from pipefleet_workers.consume.suspects import Suspects
+from pipefleet_workers.reports import Reporter
+
+log = logging.getLogger(__name__)
+TICK = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a consumer does at once, and how long it goes on trying."""
+
+    shards: int = 8
+    """Shards that run at once."""
+    deliveries: int = 3
+    """A message that is delivered as often as this runs alone; a shard that was delivered more often is split."""
+    retries: int = 6
+    """How often a job begins again because a service failed it alone; after that its item fails."""
+    pause: tuple[float, float] = (1.0, 30.0)
+    """First and longest seconds before that."""
+
+
+class Consumer:
+    """Runs the jobs of one pool. `take` is called by the thread that reads the queue and returns at once."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        shards: Shards,
+        suspects: Suspects,
+        reporter: Reporter,
+        health: Health,
+        *,
+        limits: Limits | None = None,
+    ) -> None:
+        self._jobs = jobs
+        self._shards = shards
+        self._suspects = suspects
+        self._health = health
+        self._limits = limits or Limits()
+        self._gate = Gate()
+        self._singles = Singles(jobs, reporter, self._gate, self.postpone, budget=self._limits.retries)
+        self._bulk: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
+        self._suspect: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
+        self._intake: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._later: list[tuple[float, int, Delivery]] = []
+        self._order = itertools.count()
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._draining = threading.Event()
+
+    def start(self) -> None:
+        """Start the threads; daemons, all of them."""
+        loops: list[Callable[[], None]] = [
+            self._take_in,
+            self._begin_again,
+            lambda: self._each(self._suspect, self._run_alone),
+        ]
+        loops += [lambda: self._each(self._bulk, self._run_shard)] * self._limits.shards
+        for loop in loops:
+            threading.Thread(target=loop, daemon=True).start()
+
+    def take(self, delivery: Delivery) -> None:
+        """Take one delivery in; it is given back when the worker drains."""
+        with self._lock:
+            self._inside += 1
+        self._intake.put(delivery)
+
+    def cancel(self, name: str) -> None:
+        """Stop a job, or all jobs of a run, by id."""
+        self._jobs.cancel(name)
+
+    def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
+        """Give back what has not begun, wait up to `seconds` for the rest (less when `hurry` is set), then give that back too."""
+        self._draining.set()
+        with self._lock:
+            waiting, self._later = self._later, []
+        for _, _, delivery in waiting:
+            delivery.give_back()
+        deadline = time.monotonic() + seconds
+        while self._inside and time.monotonic() < deadline and not (hurry and hurry.is_set()):
+            time.sleep(TICK)
+        self._jobs.give_back_all(DrainedError())
+        deadline = time.monotonic() + max(2.0, seconds)
+        while self._inside and time.monotonic() < deadline:
+            time.sleep(TICK)
+
+    def postpone(self, delivery: Delivery, error: Exception) -> None:
+        """Begin a job again later. A failure while everything else works is counted, and bounded; an outage is waited for."""
+        if self._draining.is_set() or delivery.lost:
+            return delivery.give_back()
+        if self._health.check():
+            delivery.retries += 1
+        if delivery.retries > self._limits.retries + 1:
+            return delivery.refuse(f"failed {delivery.retries} times, at last with: {error}")
+        first, longest = self._limits.pause
+        seconds = pause(max(0, delivery.retries - 1), first=first, longest=longest)
+        log.warning("a job begins again in %.1f s: %s", seconds, error)
+        with self._lock:
+            heapq.heappush(self._later, (time.monotonic() + seconds, next(self._order), delivery))
+
+    def ended(self) -> None:
+        """Count a delivery that has left this worker's hands."""
+        with self._lock:
+            self._inside -= 1
+
+    def _take_in(self) -> None:
+        while True:
+            batch = [self._intake.get()]
+            while len(batch) < TOGETHER and not self._intake.empty():
+                batch.append(self._intake.get())
+            while not (self._health.wait(TICK) or self._draining.is_set()):
+                continue
+            try:
+                self._sort(batch)
+            except Exception:
+                log.exception("taking in %d deliveries failed", len(batch))
+
+    def _sort(self, batch: list[Delivery]) -> None:
+        singles = []
+        for delivery in batch:
+            if self._draining.is_set():
+                delivery.give_back()
+                continue
+            try:
+                message = decode_message(delivery.payload)
+            except ContractError as error:
+                log.error("refused a message: %s", error)
+                delivery.refuse(str(error))
+                continue
+            if delivery.deliveries >= self._limits.deliveries:
+                self._suspect.put((delivery, message))
+            elif message.shard is not None:
+                self._bulk.put((delivery, message))
+            else:
+                singles.append((delivery, message))
+        if singles:
+            self._singles.start(singles)
+
+    def _each(
+        self, deliveries: queue.SimpleQueue[tuple[Delivery, JobMessage]], run: Callable[[Delivery, JobMessage], None]
+    ) -> None:
+        while True:
+            run(*deliveries.get())
+
+    def _run_shard(self, delivery: Delivery, message: JobMessage) -> None:
+        self._gate.enter()
+        try:
+            self._end(delivery, lambda: self._shard(delivery, message))
+        finally:
+            self._gate.leave()
+
+    def _run_alone(self, delivery: Delivery, message: JobMessage) -> None:
+        with self._gate.alone():
+            if message.shard is None:
+                self._singles.run_alone(delivery, message)
+            else:
+                self._end(delivery, lambda: self._shard(delivery, message))
+
+    def _shard(self, delivery: Delivery, message: JobMessage) -> str:
+        assert message.shard is not None
+        if self._draining.is_set():
+            raise DrainedError
+        delivery.started()
+        if delivery.deliveries > self._limits.deliveries:
+            return self._suspects.run(delivery, message, message.shard)
+        return self._shards.run(message, message.shard, patient=delivery.retries < self._limits.retries)
+
+    def _end(self, delivery: Delivery, run: Callable[[], str]) -> None:
+        """Run a shard, and end its delivery as it deserves."""
+        try:
+            state = run()
+        except DrainedError:
+            delivery.give_back()
+        except ContractError as error:
+            log.error("refused a shard: %s", error)
+            delivery.refuse(str(error))
+        except PipefleetError as error:
+            self.postpone(delivery, error)
+        except Exception as error:
+            log.exception("a shard failed")
+            self.postpone(delivery, error)
+        else:
+            delivery.done(state)
+
+    def _begin_again(self) -> None:
+        while True:
+            time.sleep(TICK)
+            now = time.monotonic()
+            with self._lock:
+                due = []
+                while self._later and self._later[0][0] <= now:
+                    due.append(heapq.heappop(self._later)[2])
+            for delivery in due:
+                self._intake.put(delivery)

@@ -1,0 +1,37 @@
+"""`Delivery`: one message in this worker's hands, and the four ways in which it can leave them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class DrainedError(Exception):
+    """The worker shuts down and this job was not finished: its message goes back."""
+
+
+class Delivery(Protocol):
+    """A message that was delivered to this worker. Exactly one of `done`, `give_back` and `refuse` ends it. Thread-safe."""
+
+    payload: Any
+    priority: int
+    """As in Celery: 0 is served first."""
+    deliveries: int
+    """How often the message was delivered, this time included; giving it back does not count."""
+    retries: int
+    """How often this worker began it again because a service failed it."""
+
+    @property
+    def lost(self) -> bool:
+        """True when the lease ran out and another worker may have the message: its results are not wanted any more."""
+
+    def started(self) -> None:
+        """Tell Celery that work begins."""
+
+    def done(self, state: str) -> None:
+        """Acknowledge: what the job became is written."""
+
+    def give_back(self) -> None:
+        """Put the message back to its place in the queue."""
+
+    def refuse(self, reason: str) -> None:
+        """Put the message to the dead letters."""

@@ -1,0 +1,137 @@
+"""What single jobs and shards have in common: whether this worker may run them, and their way into the engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipefleet.contract import JobItem, JobMessage
+from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.fleet import Pool, model_label
+from pipefleet.objects import ObjectStore
+from pipefleet.records import JobFailure
+from pipefleet.storage import refs_in
+from pipefleet.tasks import TaskSpec, task_spec
+from pipefleet_workers.engine import Engine
+from pipefleet_workers.items import JobContext, Outcome, Sink, Work
+from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.reports import Reporter
+from pipefleet_workers.stages.fetch import lies_under
+from pipefleet_workers.stages.write import PartWriter
+
+UNKNOWN_BYTES = 1 << 20
+"""What an object of unknown size is counted with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlets:
+    """Where results go: parts and results to S3, states and progress to Redis, the end of a run to both."""
+
+    store: WorkerStore
+    objects: ObjectStore
+    parts: PartWriter
+    reporter: Reporter
+    allowed: tuple[str, ...] = ("s3://",)
+    """Prefixes that outputs may lie under."""
+
+
+class Jobs:
+    """The jobs inside this worker. Thread-safe."""
+
+    def __init__(self, pool: Pool, engine: Engine, allowed: tuple[str, ...] = ("s3://",)) -> None:
+        self._pool = pool
+        self._spec: TaskSpec = task_spec(pool.task)
+        self._allowed = allowed
+        self._contexts: dict[int, JobContext] = {}
+        self._lock = threading.Lock()
+        self._one_shard_at_a_time = threading.Lock()
+        self.engine = engine
+
+    def begin(self, message: JobMessage, sink: Sink, *, priority: int, patient: bool) -> JobContext:
+        """The context of a job that begins here; `end` must follow. See `JobContext.patient`."""
+        context = JobContext(
+            id=message.id,
+            run_id=message.shard.run_id if message.shard else None,
+            parameters={**self._pool.parameters, **message.parameters},
+            priority=priority,
+            deadline=message.deadline,
+            sink=sink,
+            patient=patient,
+        )
+        with self._lock:
+            self._contexts[id(context)] = context
+        return context
+
+    def end(self, context: JobContext) -> None:
+        """The job is not here any more."""
+        with self._lock:
+            self._contexts.pop(id(context), None)
+
+    def cancel(self, name: str) -> None:
+        """Stop a job, or all jobs of a run, by id."""
+        with self._lock:
+            for context in self._contexts.values():
+                if name in (context.id, context.run_id):
+                    context.cancelled = True
+
+    def give_back_all(self, reason: Exception) -> None:
+        """End every job here without a result."""
+        with self._lock:
+            contexts = list(self._contexts.values())
+        for context in contexts:
+            context.give_back(reason)
+
+    def refusal(self, message: JobMessage) -> JobFailure | None:
+        """Why this worker must not run a job, or None."""
+        served = model_label(self._pool.model, self._pool.revision)
+        wanted = model_label(message.model or "", message.revision)
+        if message.task != self._pool.task or (message.model is not None and wanted != served):
+            text = f"the job wants {message.task} with {wanted or 'any model'}, this worker serves {self._pool.task} with {served}"
+            return JobFailure("wrong_pool", text, "consume")
+        if message.output is not None and not lies_under(message.output, self._allowed):
+            return JobFailure("forbidden", f"{message.output} lies outside what this worker may write", "consume")
+        if message.shard is None and len(message.items) != 1:
+            return JobFailure("bad_contract", "a job without a shard carries one item", "consume")
+        try:
+            self._spec.check(message.parameters)
+        except PipefleetError as error:
+            return JobFailure(error.code, str(error), "consume")
+        return None
+
+    def admit(self, works: Sequence[Work], *, bulk: bool) -> list[Work]:
+        """Send items into the engine; those that must not enter it end at once. Returns the others."""
+        admitted = []
+        for work in works:
+            failure = self._item_failure(work)
+            if failure is None:
+                admitted.append(work)
+            else:
+                work.job.sink.deliver(Outcome(work, failure=failure))
+        if bulk:
+            with self._one_shard_at_a_time:  # the shard that came first gets its items in first
+                self.engine.admit(admitted, bulk=True)
+        else:
+            self.engine.admit(admitted, bulk=False)
+        return admitted
+
+    def _item_failure(self, work: Work) -> JobFailure | None:
+        """Why an item must not enter the engine, or None: parameters and references come from any program that can queue."""
+        try:
+            self._spec.check(work.item.parameters)
+            refs_in(work.item.inputs)
+        except PipefleetError as error:
+            return JobFailure(error.code, str(error), "consume")
+        return None
+
+
+def work_of(context: JobContext, position: int, item: JobItem) -> Work:
+    """One item of a job as the engine takes it."""
+    try:
+        references = refs_in(item.inputs)
+    except ContractError:
+        references = []  # refused on admission
+    inline = len(item.inputs) if isinstance(item.inputs, str) else 256
+    weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) or inline
+    parameters = {**context.parameters, **item.parameters} if item.parameters else context.parameters
+    return Work(context, position, item, parameters, weight)

@@ -1,0 +1,148 @@
+"""Single jobs: no thread waits for one. They start together, share batches like all items, and are reported together."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipefleet.contract import JobMessage
+from pipefleet.errors import ServiceUnavailableError
+from pipefleet_workers.consume.delivery import Delivery, DrainedError
+from pipefleet_workers.consume.gate import Gate
+from pipefleet_workers.consume.jobs import Jobs, work_of
+from pipefleet_workers.items import JobContext, Outcome, Work
+from pipefleet_workers.reports import Reporter
+
+log = logging.getLogger(__name__)
+TOGETHER = 128
+"""Jobs that are started or reported in one round trip at most."""
+Postpone = Callable[[Delivery, Exception], None]
+
+
+@dataclass(slots=True)
+class Single:
+    """One job with one item on its way through the worker; also the sink of its outcome."""
+
+    delivery: Delivery
+    message: JobMessage
+    singles: Singles
+    context: JobContext | None = None
+    ended: threading.Event | None = None
+    """Set when the delivery has left this worker's hands, for who waits."""
+    _end: Outcome | Exception | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Take the outcome; a second one is dropped."""
+        self._take(outcome)
+
+    def abandon(self, reason: Exception) -> None:
+        """End without an outcome."""
+        self._take(reason)
+
+    def _take(self, end: Outcome | Exception) -> None:
+        with self._lock:
+            if self._end is not None:
+                return
+            self._end = end
+        self.singles.reports.put((self, end))
+
+
+class Singles:
+    """Starts and reports single jobs. `start` is called by one thread, outcomes come from any."""
+
+    def __init__(self, jobs: Jobs, reporter: Reporter, gate: Gate, postpone: Postpone, *, budget: int) -> None:
+        self._jobs = jobs
+        self._reporter = reporter
+        self._gate = gate
+        self._postpone = postpone
+        self._budget = budget
+        self.reports: queue.SimpleQueue[tuple[Single, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._report, name="report", daemon=True).start()
+
+    def start(self, batch: Sequence[tuple[Delivery, JobMessage]]) -> None:
+        """Start jobs, all in one round trip; each ends its delivery when it is reported."""
+        singles = []
+        for delivery, message in batch:
+            self._gate.enter()
+            singles.append(Single(delivery, message, self))
+        self._start(singles)
+
+    def run_alone(self, delivery: Delivery, message: JobMessage) -> None:
+        """Run one job to its end; the caller has made sure that nothing runs beside it."""
+        single = Single(delivery, message, self, ended=threading.Event())
+        self._start([single])
+        assert single.ended is not None
+        single.ended.wait()
+
+    def _start(self, singles: Sequence[Single]) -> None:
+        try:
+            running = self._reporter.start_many([single.message for single in singles])
+        except ServiceUnavailableError as error:
+            for single in singles:
+                self._leave(single, error)
+            return
+        works = []
+        for single, runs in zip(singles, running, strict=True):
+            if not runs:
+                self._leave(single, "ended before")
+                continue
+            single.delivery.started()
+            works += self._begin(single)
+        for priority in sorted({work.job.priority for work in works}):
+            self._jobs.admit([work for work in works if work.job.priority == priority], bulk=False)
+
+    def _begin(self, single: Single) -> list[Work]:
+        """The item of a job that this worker may run; a refused one ends here."""
+        delivery, message = single.delivery, single.message
+        patient = delivery.retries < self._budget
+        single.context = self._jobs.begin(message, single, priority=delivery.priority, patient=patient)
+        work = work_of(single.context, 0, message.items[0])
+        refusal = self._jobs.refusal(message)
+        if refusal is not None:
+            single.deliver(Outcome(work, failure=refusal))
+        return [work] if refusal is None else []
+
+    def _report(self) -> None:
+        while True:
+            batch = [self.reports.get()]
+            while len(batch) < TOGETHER and not self.reports.empty():
+                batch.append(self.reports.get())
+            try:
+                self._report_batch(batch)
+            except Exception as error:
+                log.exception("reporting %d jobs failed", len(batch))
+                for single, _ in batch:
+                    self._leave(single, error)
+
+    def _report_batch(self, batch: Sequence[tuple[Single, Any]]) -> None:
+        finished = []
+        for single, end in batch:
+            if isinstance(end, Exception):
+                self._leave(single, end)
+            elif single.delivery.lost:
+                self._leave(single, "lost")  # whoever has the job now reports it
+            else:
+                finished.append((single, end))
+        ends = [(single.message, outcome) for single, outcome in finished]
+        for (single, _), state in zip(finished, self._reporter.finish_many(ends), strict=True):
+            self._leave(single, state)
+
+    def _leave(self, single: Single, end: str | Exception) -> None:
+        """The one place where a single job's delivery ends."""
+        if single.context is not None:
+            self._jobs.end(single.context)
+        if isinstance(end, str):
+            single.delivery.done(end)
+        elif isinstance(end, DrainedError):
+            single.delivery.give_back()
+        else:
+            self._postpone(single.delivery, end)
+        if single.ended is not None:
+            single.ended.set()
+        else:
+            self._gate.leave()

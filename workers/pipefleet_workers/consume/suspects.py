@@ -1,0 +1,135 @@
+"""Jobs that may have killed a worker: run alone, and a shard of them split until the culprit is known.
+
+A shard that was delivered too often is run item by item, the position noted in Redis before each begins. If the worker dies, the
+next one finds the position of the culprit, fails that item with code `killed_worker`, and runs the others as usual, but alone;
+should that die as well, there is another culprit, and the search begins again without the first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet import broker
+from pipefleet.contract import JobItem, JobMessage, Shard
+from pipefleet.records import JobFailure
+from pipefleet.settings import Settings
+from pipefleet_workers.consume.delivery import Delivery
+from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.consume.shards import Shards, refused
+from pipefleet_workers.items import Outcome
+
+log = logging.getLogger(__name__)
+CODE = "killed_worker"
+Bury = Callable[[str, JobMessage, JobItem], None]
+"""Puts an item to the dead letters: reason, message, item."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What earlier deliveries of a shard have found out."""
+
+    trying: int | None = None
+    """Position of the item that was running when the worker died."""
+    culprits: tuple[int, ...] = ()
+
+
+class Journal:
+    """What is known of one shard, in a Redis hash. Raises ServiceUnavailableError when Redis is away."""
+
+    def __init__(self, redis: Any, settings: Settings, shard: Shard) -> None:
+        self._redis = redis
+        self._settings = settings
+        self._key = broker.run_key(shard.run_id, f"suspects:{shard.index}")
+
+    def read(self) -> Finding:
+        """What is known."""
+        with broker.redis_errors(self._settings.redis_url):
+            raw = self._redis.hgetall(self._key)
+        trying = raw.get(b"trying")
+        return Finding(None if trying is None else int(trying), tuple(json.loads(raw.get(b"culprits", b"[]"))))
+
+    def convict(self, finding: Finding) -> Finding:
+        """The item that was running is a culprit from now on."""
+        assert finding.trying is not None
+        found = Finding(None, tuple(sorted({*finding.culprits, finding.trying})))
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hset(self._key, "culprits", json.dumps(found.culprits))
+        pipe.hdel(self._key, "trying")
+        pipe.expire(self._key, int(self._settings.run_ttl))
+        with broker.redis_errors(self._settings.redis_url):
+            pipe.execute()
+        return found
+
+    def tries(self, position: int) -> None:
+        """The item at `position` begins."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hset(self._key, "trying", position)
+        pipe.expire(self._key, int(self._settings.run_ttl))
+        with broker.redis_errors(self._settings.redis_url):
+            pipe.execute()
+
+    def tried(self) -> None:
+        """The item that was running has ended, and the worker lives."""
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.hdel(self._key, "trying")
+
+    def forget(self) -> None:
+        """The shard has ended."""
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.delete(self._key)
+
+
+class Suspects:
+    """Runs shards that were delivered more often than `most` times. The caller has made sure that nothing runs beside them."""
+
+    def __init__(self, jobs: Jobs, shards: Shards, journal: Callable[[Shard], Journal], bury: Bury) -> None:
+        self._jobs = jobs
+        self._shards = shards
+        self._journal = journal
+        self._bury = bury
+
+    def run(self, delivery: Delivery, message: JobMessage, shard: Shard) -> str:
+        """Run one shard to its end; the state it reached. Raises what `Shards.run` raises."""
+        journal = self._journal(shard)
+        items = self._shards.open(message, shard)
+        if items is None:
+            return "ended before"
+        refusal = self._jobs.refusal(message)
+        if refusal is not None:
+            return self._shards.close(shard, refused(message, items, refusal))
+        finding = journal.read()
+        convicted = finding.trying is not None
+        if convicted:
+            finding = journal.convict(finding)
+            log.warning("item %d of shard %d kills its workers", finding.culprits[-1], shard.index)
+        failures = {position: _failure(delivery.deliveries) for position in finding.culprits}
+        if convicted:
+            outcomes = self._shards.process(message, items, without=failures)
+        else:
+            outcomes = self._one_by_one(message, items, journal, failures)
+        state = self._shards.close(shard, outcomes)
+        for position, failure in failures.items():
+            self._bury(failure.message, message, items[position])
+        journal.forget()
+        return state
+
+    def _one_by_one(
+        self, message: JobMessage, items: list[JobItem], journal: Journal, failures: Mapping[int, JobFailure]
+    ) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for position in range(len(items)):
+            if position not in failures:
+                journal.tries(position)
+            outcomes += self._shards.process(message, items, without=failures, only=[position])
+            if position not in failures:
+                journal.tried()
+        return outcomes
+
+
+def _failure(deliveries: int) -> JobFailure:
+    text = f"workers died each time they worked on this item; its shard was delivered {deliveries} times"
+    return JobFailure(CODE, text, "forward")

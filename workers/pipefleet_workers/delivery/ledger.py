@@ -1,0 +1,320 @@
+"""The thread that keeps a worker's leases: it renews them, writes acks and give-backs, and sweeps up what others left.
+
+It has its own connection and its own thread because neither the event loop nor the pool's threads may be relied on: a solo
+task keeps the loop busy for as long as it runs, and a lease must live on through a reconnect of the consumer.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from pipefleet.broker import DeadLetter
+from pipefleet_workers.delivery.leases import Acked, Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
+from pipefleet_workers.delivery.scripts import ACK, BURY, GIVE_BACK, RENEW, REPORTED, SWEEP
+
+log = logging.getLogger(__name__)
+_CHUNK = 500
+"""Most leases in one call of a script."""
+_PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 1.0
+"""Seconds before Redis is tried again."""
+
+
+class User(Protocol):
+    """Who takes messages for a ledger."""
+
+    def credit_freed(self) -> None:
+        """A lease ended, so there may be room for another message. Called by any thread."""
+
+
+class Ledger:
+    """The leases of one process on one queue. Thread-safe.
+
+    Its thread runs while a user is attached, a lease is held or a settlement is not written.
+    """
+
+    def __init__(self, client: Redis, keys: LeaseKeys, terms: Terms) -> None:
+        self._redis: Any = client
+        self._keys = keys.all()
+        self._terms = terms
+        self._name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._fetches, self._order = itertools.count(1), itertools.count(1)
+        self._pid = os.getpid()
+        self._held: dict[str, weakref.ref[Lease]] = {}
+        self._low: set[str] = set()
+        self._pending: deque[tuple[Lease, Settlement]] = deque()
+        self._unwritten = 0
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self._written = threading.Condition(self._lock)
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._renew_at = self._sweep_at = self._wrote_at = self._answered_at = 0.0
+        self._pause = 0.0
+        self._silence = 3 * max(terms.renew_seconds, terms.sweep_seconds)
+        atexit.register(self.flush, 5.0)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """KEYS[1..8] of every script."""
+        return self._keys
+
+    @property
+    def held(self) -> int:
+        """How many messages this process holds."""
+        return len(self._held)
+
+    @property
+    def held_low(self) -> int:
+        """How many of them came from the lowest priority's lists."""
+        return len(self._low)
+
+    def owner(self) -> str:
+        """A new name for the holder of what one fetch brings: host, process, a random part, a number."""
+        return f"{self._name}:{next(self._fetches)}"
+
+    def next_order(self) -> int:
+        """A number above all before it."""
+        return next(self._order)
+
+    def attach(self, user: User) -> None:
+        """Keep the thread running for `user`, and tell it when a lease ends. Users are held weakly."""
+        with self._lock:
+            self._users.add(user)
+            self._start()
+
+    def detach(self, user: User) -> None:
+        """The user takes no more messages."""
+        with self._lock:
+            self._users.discard(user)
+        self._wake.set()
+
+    def add(self, leases: Iterable[Lease]) -> None:
+        """Hold and renew `leases` from now on."""
+        with self._lock:
+            for lease in leases:
+                self._held[lease.key] = weakref.ref(lease)
+                if lease.low:
+                    self._low.add(lease.key)
+            self._start()
+
+    def find(self, key: str) -> Lease | None:
+        """The lease of a local delivery tag, while it is held."""
+        reference = self._held.get(key)
+        return reference() if reference else None
+
+    def leases(self) -> list[Lease]:
+        """What is held now, in the order of fetching."""
+        with self._lock:
+            references = list(self._held.values())
+        found = [lease for reference in references if (lease := reference()) is not None]
+        return sorted(found, key=lambda lease: lease.order)
+
+    def settle(self, lease: Lease, settlement: Settlement) -> None:
+        """End a lease; written within `ack_seconds`, and again until Redis has answered. Only the first call counts."""
+        with self._lock:
+            if lease.settled or lease.lost:
+                return
+            lease.settled = True
+            self._drop(lease.key)
+            self._pending.append((lease, settlement))
+            self._unwritten += 1
+            self._start()
+        self._wake.set()
+        self._tell_users()
+
+    def nudge(self) -> None:
+        """Look after dead letters and expired leases now rather than at the next sweep."""
+        self._sweep_at = 0.0
+        self._wake.set()
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until every settlement is written; False when that took longer than `seconds`."""
+        if os.getpid() != self._pid:
+            return True  # a forked child: the thread and its work stayed with the parent
+        self._wake.set()
+        with self._written:
+            return self._written.wait_for(lambda: not self._unwritten, seconds)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            now = time.monotonic()
+            self._renew_at, self._sweep_at = now + self._terms.renew_seconds, now + self._terms.sweep_seconds
+            self._answered_at = now
+            self._thread = threading.Thread(target=self._run, name="lease-ledger", daemon=True)
+            self._thread.start()
+
+    def _drop(self, key: str) -> None:
+        self._held.pop(key, None)
+        self._low.discard(key)
+
+    def _tell_users(self) -> None:
+        for user in list(self._users):
+            user.credit_freed()
+
+    def _run(self) -> None:
+        while not self._finished():
+            self._wake.wait(max(0.0, min(self._renew_at, self._sweep_at) - time.monotonic()))
+            try:
+                self._turn()
+                self._pause = 0.0
+            except RedisError as error:
+                self._wait_for_redis(error)
+            except Exception:
+                log.exception("the ledger of %s failed and goes on", self._keys[0])
+                time.sleep(_PAUSE_LONGEST)
+
+    def _finished(self) -> bool:
+        with self._lock:
+            if len(self._users) or self._held or self._unwritten:
+                return False
+            self._thread = None
+            self._redis.connection_pool.disconnect()
+            return True
+
+    def _turn(self) -> None:
+        self._wake.clear()
+        if self._pending:
+            # Alone it goes at once; in a stream those of a few milliseconds share a round trip.
+            time.sleep(
+                max(0.0, min(self._terms.ack_seconds, self._wrote_at + self._terms.ack_seconds - time.monotonic()))
+            )
+            self._write()
+        if time.monotonic() >= self._renew_at:
+            self._renew()
+        if time.monotonic() >= self._sweep_at:
+            self._sweep()
+
+    def _wait_for_redis(self, error: RedisError) -> None:
+        if not self._pause:
+            log.warning("leases of %s wait for Redis: %s", self._keys[0], type(error).__name__)
+        self._pause = min(_PAUSE_LONGEST, max(_PAUSE_FIRST, 2 * self._pause))
+        time.sleep(self._pause)
+        self._renew_at = 0.0  # before anything else, once it is back
+        self._wake.set()
+
+    def _call(self, script: str, *arguments: Any) -> Any:
+        answer = self._redis.eval(script, len(self._keys), *self._keys, *arguments)
+        self._note_answer()
+        return answer
+
+    def _note_answer(self) -> None:
+        """After a silence that all workers share, everybody renews before anybody sweeps."""
+        now = time.monotonic()
+        if now - self._answered_at > self._silence:
+            self._sweep_at = max(self._sweep_at, now + 2 * self._terms.renew_seconds)
+        self._answered_at = now
+
+    def _write(self) -> None:
+        batch = [self._pending.popleft() for _ in range(min(_CHUNK, len(self._pending)))]
+        try:
+            pipe = self._redis.pipeline(transaction=False)
+            for script, arguments in _calls(batch):
+                pipe.eval(script, len(self._keys), *self._keys, *arguments)
+            answers = pipe.execute()
+        except RedisError:
+            self._pending.extendleft(reversed(batch))
+            raise
+        self._wrote_at = time.monotonic()
+        self._note_answer()
+        if missed := [tag for answer in answers if isinstance(answer, list) for tag in answer]:
+            log.info("%d messages of %s were acknowledged after their lease had ended", len(missed), self._keys[0])
+        if any(isinstance(settlement, Buried) for _, settlement in batch):
+            self._report()
+        with self._written:
+            self._unwritten -= len(batch)
+            self._written.notify_all()
+        if self._pending:
+            self._wake.set()
+
+    def _renew(self) -> None:
+        self._forget_unheld()
+        leases = self.leases()
+        for start in range(0, len(leases), _CHUNK):
+            chunk = leases[start : start + _CHUNK]
+            lost = set(self._call(RENEW, *_fences(chunk)))
+            self._lose([lease for lease in chunk if lease.tag in lost])
+        self._renew_at = time.monotonic() + self._terms.renew_seconds
+
+    def _forget_unheld(self) -> None:
+        with self._lock:
+            gone = [key for key, reference in list(self._held.items()) if reference() is None]
+            for key in gone:
+                self._drop(key)
+        if gone:
+            log.warning("%d messages were dropped without an ack; they are delivered again", len(gone))
+            self._tell_users()
+
+    def _lose(self, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            with self._lock:
+                if lease.settled:
+                    continue  # settled while the renewal was on its way
+                lease.lost = True
+                self._drop(lease.key)
+            log.warning("the lease of message %s is lost; another worker may run it", lease.key)
+            _guarded(self._terms.on_lost, lease)
+        if leases:
+            self._tell_users()
+
+    def _sweep(self) -> None:
+        terms, found = self._terms, 100
+        if time.monotonic() - self._answered_at > self._silence:
+            self._redis.ping()
+            self._note_answer()
+            return
+        while found >= 100:
+            steps = sorted(terms.steps, reverse=True)
+            found = self._call(SWEEP, int(terms.lease_seconds * 1e6), 100, terms.separator, *steps)
+            if found:
+                log.info("%d messages of %s are back in their queue", found, self._keys[0])
+        self._report()
+        self._sweep_at = max(self._sweep_at, time.monotonic() + terms.sweep_seconds)
+
+    def _report(self) -> None:
+        """Tell of dead letters at least once, whichever worker's they were, then file them."""
+        entries = self._redis.lrange(self._keys[7], -100, -1)
+        done = [entry for entry in reversed(entries) if _guarded(self._terms.on_dead, DeadLetter.parse(entry))]
+        if done:
+            self._call(REPORTED, *done)
+
+
+def _calls(batch: Sequence[tuple[Lease, Settlement]]) -> list[tuple[str, list[Any]]]:
+    acked = [lease for lease, how in batch if isinstance(how, Acked)]
+    # The last one put back is the next one out, so the oldest comes last.
+    back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
+    buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
+    calls: list[tuple[str, list[Any]]] = [
+        (GIVE_BACK, [x for one, how in back for x in (one.tag, one.owner, one.list, int(how.delay * 1e6))]),
+        (BURY, [x for lease, how in buried for x in (lease.tag, lease.owner, lease.queue, how.reason)]),
+        (ACK, _fences(acked)),
+    ]
+    return [call for call in calls if call[1]]
+
+
+def _fences(leases: Sequence[Lease]) -> list[Any]:
+    return [x for lease in leases for x in (lease.tag, lease.owner)]
+
+
+def _guarded(callback: Callable[[Any], None] | None, argument: Any) -> bool:
+    if callback is None:
+        return True
+    try:
+        callback(argument)
+    except Exception:
+        log.exception("a callback of the lease transport failed")
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""Which ledger a channel uses: one for each server, set of keys and terms, so that a new connection finds the old leases."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from redis import ConnectionPool, Redis
+
+from pipefleet_workers.delivery.leases import LeaseKeys, Terms
+from pipefleet_workers.delivery.ledger import Ledger
+
+_ledgers: dict[tuple[Any, ...], Ledger] = {}
+_ledgers_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """A function among the transport options. Celery sends its options as JSON when it is inspected; a plain one breaks that."""
+
+    function: Callable[[Any], None]
+
+    def __call__(self, argument: Any) -> None:
+        """Call the function."""
+        self.function(argument)
+
+    def __json__(self) -> str:
+        return repr(self.function)
+
+
+def ledger_for(channel: Any) -> Ledger:
+    """The process's ledger for a channel's server, keys and terms; made when there is none."""
+    prefix = channel.global_keyprefix
+    keys = LeaseKeys(
+        *(prefix + key for key in (channel.unacked_key, channel.unacked_index_key, channel.deliveries_key)),
+        *(prefix + key for key in (channel.retries_key, channel.owners_key, channel.delayed_key)),
+        *(prefix + key for key in (channel.dead_key, channel.unreported_key)),
+    )
+    terms = _terms(channel)
+    parameters = channel._connparams()
+    place = tuple(str(parameters.get(name)) for name in ("host", "port", "path", "db", "username"))
+    with _ledgers_lock:
+        found = _ledgers.get((place, keys, terms))
+        if found is None:
+            found = _ledgers[place, keys, terms] = Ledger(_ledger_client(parameters, terms), keys, terms)
+        return found
+
+
+def _terms(channel: Any) -> Terms:
+    renew = channel.renew_seconds or channel.lease_seconds / 5
+    steps = tuple(channel.priority_steps)
+    return Terms(
+        channel.lease_seconds,
+        renew,
+        channel.sweep_seconds,
+        channel.ack_seconds,
+        channel.sep,
+        steps,
+        channel.on_dead,
+        channel.on_lost,
+    )
+
+
+def _ledger_client(parameters: dict[str, Any], terms: Terms) -> Redis:
+    """The channel's own way to the server, with waits that leave time for another try before a lease runs out."""
+    seconds = max(0.5, min(5.0, terms.lease_seconds / 5))
+    bounded = {**parameters, "socket_timeout": seconds, "socket_connect_timeout": seconds, "max_connections": 4}
+    return Redis(connection_pool=ConnectionPool(**bounded))

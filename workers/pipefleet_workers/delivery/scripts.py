@@ -1,0 +1,230 @@
+"""The Lua that moves messages between a queue's lists, its leases and its dead letters. Each script is atomic.
+
+KEYS[1..8] are the same in every script, in the order of `leases.LeaseKeys`; times come from the server's clock, in
+microseconds inside the scripts and in seconds in the keys. A lease is held by whoever's owner string stands in `owners`:
+everything that a worker does to a message afterwards compares it first, so repeating a script after a lost reply, or after
+somebody else took the message over, changes nothing.
+"""
+
+from __future__ import annotations
+
+_COMMON = r"""
+local unacked, index, deliveries, retries, owners, delayed, dead, unreported =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+
+local function clock()
+  local t = redis.call('TIME')
+  return t[1] * 1000000 + t[2]
+end
+
+local function seconds(us)
+  return string.format('%d.%06d', math.floor(us / 1000000), us % 1000000)
+end
+
+local function text_of(record)
+  return record and string.match(record, '^%[(.*), "[^"\\]*", "[^"\\]*"%]$')
+end
+
+local function forget(tag)
+  redis.call('ZREM', index, tag)
+  redis.call('ZREM', delayed, tag)
+  for _, key in ipairs({unacked, deliveries, retries, owners}) do redis.call('HDEL', key, tag) end
+end
+
+local function release(tag)
+  redis.call('ZREM', index, tag)
+  redis.call('ZREM', delayed, tag)
+  redis.call('HDEL', unacked, tag)
+  redis.call('HDEL', owners, tag)
+end
+
+local function bury(reason, queue, count, text)
+  redis.call('LPUSH', unreported, cjson.encode(
+    {reason = reason, at = clock() / 1000000, queue = queue, deliveries = count, message = text}))
+end
+"""
+
+FETCH = (
+    _COMMON
+    + r"""
+-- ARGV: messages, messages of the low lists, position of the first low list, most deliveries, owner, queue of each list.
+-- A list is read, then recorded, then popped: a command that fails in the middle leaves a message twice, never lost.
+local us, left, low_left = clock(), tonumber(ARGV[1]), tonumber(ARGV[2])
+local first_low, most = 8 + tonumber(ARGV[3]), tonumber(ARGV[4])
+local owner = ARGV[5] .. '@' .. seconds(us)
+local taken, buried = {}, 0
+
+local function flaw(readable, m)
+  if not readable then return 'it is not JSON' end
+  if type(m) ~= 'table' then return 'it is not a JSON object' end
+  if type(m.properties) ~= 'table' then return 'it has no properties' end
+  local tag = m.properties.delivery_tag
+  if type(tag) ~= 'string' or tag == '' or #tag > 512 then return 'it has no delivery tag' end
+  if type(m.properties.delivery_info) ~= 'table' then return 'it has no delivery info' end
+end
+
+local function take(text, position, queue)
+  local readable, m = pcall(cjson.decode, text)
+  local why = flaw(readable, m)
+  if why then
+    buried = buried + 1
+    return bury(why, queue, 0, text)
+  end
+  local tag, record = m.properties.delivery_tag, '[' .. text .. ', "", "' .. queue .. '"]'
+  local held = redis.call('HGET', unacked, tag)
+  if held and redis.call('ZSCORE', index, tag) then
+    if held ~= record then
+      buried = buried + 1
+      bury('another message has its delivery tag', queue, 0, text)
+    end
+    return
+  end
+  local count = redis.call('HINCRBY', deliveries, tag, 1)
+  local shard = type(m.headers) == 'table' and m.headers['pipefleet-shard'] == true
+  if count > most and not shard then
+    buried = buried + 1
+    bury('delivered ' .. (count - 1) .. ' times', queue, count - 1, text)
+    return forget(tag)
+  end
+  redis.call('HSET', unacked, tag, record)
+  redis.call('HSET', owners, tag, owner)
+  redis.call('ZADD', index, seconds(us + #taken), tag)
+  taken[#taken + 1] = {position, tag, text, count, tonumber(redis.call('HGET', retries, tag) or 0)}
+  return true
+end
+
+for k = 9, #KEYS do
+  local low = k >= first_low
+  while buried < 100 do
+    local room = low and math.min(left, low_left) or left
+    if room <= 0 then break end
+    local texts = redis.call('LRANGE', KEYS[k], -room, -1)
+    if #texts == 0 then break end
+    for i = #texts, 1, -1 do
+      if take(texts[i], k - 9, ARGV[k - 3]) then
+        left = left - 1
+        if low then low_left = low_left - 1 end
+      end
+    end
+    redis.call('RPOP', KEYS[k], #texts)
+  end
+end
+return {owner, buried, taken}
+"""
+)
+
+ACK = (
+    _COMMON
+    + r"""
+-- ARGV: tag, owner, …  Returns the tags that somebody else holds by now.
+local missed = {}
+for i = 1, #ARGV, 2 do
+  if redis.call('HGET', owners, ARGV[i]) == ARGV[i + 1] then forget(ARGV[i]) else missed[#missed + 1] = ARGV[i] end
+end
+return missed
+"""
+)
+
+RENEW = (
+    _COMMON
+    + r"""
+-- ARGV: tag, owner, … in the order of fetching, which the scores keep.  Returns the tags whose lease is lost.
+local us, lost = clock(), {}
+for i = 1, #ARGV, 2 do
+  local tag = ARGV[i]
+  if redis.call('HGET', owners, tag) == ARGV[i + 1] and redis.call('ZSCORE', index, tag) then
+    redis.call('ZADD', index, seconds(us + i), tag)
+  else
+    lost[#lost + 1] = tag
+  end
+end
+return lost
+"""
+)
+
+GIVE_BACK = (
+    _COMMON
+    + r"""
+-- ARGV: tag, owner, list, delay in microseconds, …  The last one given back is the next one to be fetched.
+local us = clock()
+for i = 1, #ARGV, 4 do
+  local tag, list, delay = ARGV[i], ARGV[i + 2], tonumber(ARGV[i + 3])
+  if redis.call('HGET', owners, tag) == ARGV[i + 1] then
+    local text = text_of(redis.call('HGET', unacked, tag))
+    if delay > 0 then
+      redis.call('HINCRBY', retries, tag, 1)
+      redis.call('HDEL', owners, tag)
+      redis.call('ZADD', delayed, seconds(us + delay), tag)
+      redis.call('ZADD', index, seconds(us + delay), tag)
+    else
+      if text then redis.call('RPUSH', list, text) end
+      release(tag)
+    end
+    if redis.call('HINCRBY', deliveries, tag, -1) <= 0 then redis.call('HDEL', deliveries, tag) end
+  end
+end
+"""
+)
+
+BURY = (
+    _COMMON
+    + r"""
+-- ARGV: tag, owner, queue, reason, …
+for i = 1, #ARGV, 4 do
+  local tag = ARGV[i]
+  if redis.call('HGET', owners, tag) == ARGV[i + 1] then
+    local record = redis.call('HGET', unacked, tag)
+    local count = tonumber(redis.call('HGET', deliveries, tag) or 0)
+    bury(ARGV[i + 3], ARGV[i + 2], count, text_of(record) or record or '')
+    forget(tag)
+  end
+end
+"""
+)
+
+SWEEP = (
+    _COMMON
+    + r"""
+-- ARGV: lease in microseconds, most messages, separator, priority steps, highest number first.
+-- Back to the head of their lists go the leases that ran out and the delayed messages that are due.
+local us, found = clock(), 0
+
+local function list_of(queue, priority)
+  for i = 4, #ARGV do
+    local step = tonumber(ARGV[i])
+    if step > 0 and priority >= step then return queue .. ARGV[3] .. ARGV[i] end
+  end
+  return queue
+end
+
+local function put_back(tag)
+  local record = redis.call('HGET', unacked, tag)
+  release(tag)
+  if not record then return end
+  local text, readable, r = text_of(record), pcall(cjson.decode, record)
+  local properties = text and readable and type(r[1]) == 'table' and r[1].properties
+  if type(properties) ~= 'table' then
+    bury('its lease ran out and its record cannot be read', '', 0, text or record)
+    return forget(tag)
+  end
+  redis.call('RPUSH', list_of(r[3], tonumber(properties.priority) or 0), text)
+end
+
+for key, before in pairs({[index] = us - ARGV[1], [delayed] = us}) do
+  local tags = redis.call('ZRANGE', key, '-inf', seconds(before), 'BYSCORE', 'LIMIT', 0, tonumber(ARGV[2]))
+  for i = #tags, 1, -1 do put_back(tags[i]) end
+  found = found + #tags
+end
+return found
+"""
+)
+
+REPORTED = (
+    _COMMON
+    + r"""
+-- ARGV: entries whose letters have been reported.
+for _, entry in ipairs(ARGV) do
+  if redis.call('LREM', unreported, -1, entry) > 0 then redis.call('LPUSH', dead, entry) end
+end
+"""
+)

@@ -1,0 +1,397 @@
+"""kombu's Redis transport with leases: a fetch that is atomic and takes many messages, renewed, fenced and counted.
+
+    app = Celery(broker="redis://…", broker_transport="pipefleet_workers.delivery.transport:Transport")
+
+Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout` and `unacked_restore_*` mean nothing here):
+
+    lease_seconds    20     a dead worker's messages come back this long after its last renewal; longer than Python's lock
+                            is ever held in one piece and than a failover of Redis takes; the same in every worker of a queue
+    renew_seconds    a fifth of it
+    sweep_seconds    2      how often each worker looks for leases that ran out
+    ack_seconds      0.003  how long acks wait for each other under load
+    max_deliveries   3      a message that would be delivered once more goes to the dead letters; shards never do
+    fetch_max        128    most messages in one fetch
+    low_prefetch     None   most messages of the lowest priority held at a time; the others are bounded by the prefetch count
+    wait_seconds     5      how long one wait on an idle list lasts
+    on_dead          None   called with each DeadLetter, at least once, by the ledger's thread of any worker of the queue
+    on_lost          None   called with each Lease that was lost, by the ledger's thread
+    deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.broker.unacked_keys`
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from queue import Empty
+from time import monotonic
+from typing import Any, NamedTuple
+
+from kombu.transport import redis as stock
+from kombu.utils.encoding import bytes_to_str
+from redis import Redis
+from redis.exceptions import AuthorizationError, NoPermissionError, ResponseError
+from redis.exceptions import ConnectionError as NoConnectionError
+
+from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
+from pipefleet_workers.delivery.leases import Lease
+from pipefleet_workers.delivery.ledger import Ledger
+from pipefleet_workers.delivery.ledgers import Callback, ledger_for
+from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
+from pipefleet_workers.delivery.scripts import FETCH
+from pipefleet_workers.delivery.waiting import Bell, LeasePoller
+
+log = logging.getLogger(__name__)
+
+
+class _List(NamedTuple):
+    name: str
+    queue: str
+    low: bool
+
+
+class _Fetch(NamedTuple):
+    """A fetch that was sent and not answered."""
+
+    lists: Sequence[_List]
+    credit: int
+    low_credit: int
+
+
+class Channel(stock.Channel):  # type: ignore[misc]
+    """One channel; queues that are consumed without acks stay with kombu's own way."""
+
+    QoS = QoS
+    lease_seconds = 20.0
+    renew_seconds: float | None = None
+    sweep_seconds = 2.0
+    ack_seconds = 0.003
+    max_deliveries: int | None = 3
+    fetch_max = 128
+    low_prefetch: int | None = None
+    wait_seconds = 5.0
+    on_dead: Callable[[Any], None] | None = None
+    on_lost: Callable[[Any], None] | None = None
+    deliveries_key = "unacked_deliveries"
+    retries_key = "unacked_retries"
+    owners_key = "unacked_owners"
+    delayed_key = "unacked_delayed"
+    dead_key = "dead_letters"
+    unreported_key = "dead_letters_unreported"
+    from_transport_options = (
+        *stock.Channel.from_transport_options,
+        *(
+            "lease_seconds",
+            "renew_seconds",
+            "sweep_seconds",
+            "ack_seconds",
+            "max_deliveries",
+            "fetch_max",
+            "low_prefetch",
+        ),
+        *("wait_seconds", "on_dead", "on_lost", "deliveries_key", "retries_key", "owners_key", "delayed_key"),
+        *("dead_key", "unreported_key"),
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.starved = self.low_starved = False
+        self._receivers: dict[str, Callable[[Any], None]] = {}
+        self._without_acks: set[str] = set()
+        self._bells: dict[str, Bell] = {}
+        self._known_empty: set[str] = set()
+        self._fetch: _Fetch | None = None
+        self._ledger: Ledger | None = None
+        self._cached: tuple[Any, Any] | None = None
+        super().__init__(*args, **kwargs)
+        self._transport = self.connection
+
+    @property
+    def ledger(self) -> Ledger:
+        """The leases of this process on these keys, shared by its channels."""
+        if self._ledger is None:
+            self._ledger = ledger_for(self)
+        return self._ledger
+
+    @property
+    def leasing(self) -> bool:
+        """Whether this channel ever took a message with a lease."""
+        return self._ledger is not None
+
+    @property
+    def do_restore(self) -> bool:
+        """Whether closing gives back: not when a Celery worker merely lost its connection, whose tasks go on."""
+        if self._transport.loop is None:
+            return True
+        state = sys.modules.get("celery.worker.state")
+        ends = (getattr(state, name, None) for name in ("should_stop", "should_terminate"))
+        return any(end is not None and end is not False for end in ends)
+
+    def credit_freed(self) -> None:
+        """Wake the event loop if it waits for room. Called by any thread."""
+        loop = self._transport.loop
+        if self.starved and loop is not None:
+            self.starved = False
+            loop.call_soon(_nothing)
+
+    def basic_consume(
+        self, queue: str, no_ack: bool, callback: Callable[[Any], None], consumer_tag: str, **kwargs: Any
+    ) -> Any:
+        """Consume from `queue`. Raises ValueError for a name that the book-keeping cannot carry."""
+        if no_ack:
+            self._without_acks.add(queue)
+        elif queue not in self._fanout_queues:
+            if json.dumps(queue, ensure_ascii=False) != f'"{queue}"':
+                raise ValueError(f"the queue name {queue!r} has quotes, backslashes or control characters")
+            self._receivers[queue] = callback
+            self.ledger.attach(self)
+        return super().basic_consume(queue, no_ack=no_ack, callback=callback, consumer_tag=consumer_tag, **kwargs)
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
+        """The next message of `queue`, with a lease unless `no_ack`; None when there is none."""
+        if no_ack:
+            return super().basic_get(queue, no_ack=True, **kwargs)
+        self.ledger.attach(self)
+        fetch = _Fetch(self._lists([queue]), 1, 1)
+        answer = Redis(connection_pool=self.pool).eval(*self._fetch_command(fetch)[1:])
+        for lease, raw in self._leases(fetch, answer):
+            message = self._opened(lease, raw)
+            if message is not None:
+                return message
+        return None
+
+    def check_bells(self) -> None:
+        """Drop waiting connections that a lost server left without an answer."""
+        for bell in self._bells.values():
+            if self.health_check_interval and bell.overdue(self.wait_seconds + self.health_check_interval):
+                bell.connection.disconnect()
+
+    def close(self) -> None:
+        """Close the channel; see `do_restore` for what becomes of its messages."""
+        try:
+            super().close()
+        finally:
+            if self._ledger is not None:
+                self._ledger.detach(self)
+
+    def _basic_cancel(self, consumer_tag: str) -> Any:
+        done = super()._basic_cancel(consumer_tag)
+        for queue in set(self._receivers) - set(self.active_queues):
+            del self._receivers[queue]
+        if not self.active_queues and self._fetch is not None and self._in_poll:
+            try:  # nobody reads the answer any more, and what it brings must not wait for its lease to run out
+                self._brpop_read()
+            except (Empty, *self.connection_errors):
+                pass
+        return done
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if self._without_acks.intersection(self.active_queues):
+            super()._brpop_start(timeout)
+            return
+        lists = self._lists(self._queue_cycle.consume(len(self.active_queues)))
+        low_credit = UNBOUNDED
+        if self.low_prefetch is not None:
+            self.low_starved = True
+            low_credit = max(0, self.low_prefetch - self.ledger.held_low)
+            self.low_starved = low_credit == 0
+            self.starved = self.starved or self.low_starved
+        if not low_credit:
+            lists = [one for one in lists if not one.low]
+        if self._known_empty.issuperset(one.name for one in lists):
+            self._wait_for(lists)
+        else:
+            self._send_fetch(_Fetch(lists, min(self.fetch_max, self.qos.credit()), low_credit))
+
+    def _send_fetch(self, fetch: _Fetch) -> None:
+        connection = self.client.connection
+        self._fetch, self._in_poll, self._brpop_sent_at = fetch, connection, monotonic()
+        connection.send_command(*self._fetch_command(fetch))
+
+    def _fetch_command(self, fetch: _Fetch) -> list[Any]:
+        lists = fetch.lists
+        first_low = next((place for place, one in enumerate(lists, 1) if one.low), len(lists) + 1)
+        keys = [*self.ledger.keys, *(one.name for one in lists)]
+        most = UNBOUNDED if self.max_deliveries is None else self.max_deliveries
+        arguments = [fetch.credit, min(fetch.low_credit, fetch.credit), first_low, most, self.ledger.owner()]
+        return ["EVAL", FETCH, len(keys), *keys, *arguments, *(one.queue for one in lists)]
+
+    def _brpop_read(self, **options: Any) -> bool:
+        if self._fetch is None:
+            return bool(super()._brpop_read(**options))
+        fetch, self._fetch = self._fetch, None
+        connection = self.client.connection
+        try:
+            answer = self.client.parse_response(connection, "EVAL")
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        except ResponseError as error:
+            raise _retried(error) from error
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        return self._deliver(fetch, answer)
+
+    def _deliver(self, fetch: _Fetch, answer: Any) -> bool:
+        found = self._leases(fetch, answer)
+        self._note_empty(fetch, answer, found)
+        delivered = False
+        for position, (lease, raw) in enumerate(found):
+            receive = self._receivers.get(lease.queue)
+            if receive is None or self._closing or self._stopping():
+                for rest, _ in found[position:]:
+                    rest.give_back()
+                break
+            message = self._opened(lease, raw)
+            if message is not None:
+                self._hand_over(receive, message, [rest for rest, _ in found[position + 1 :]])
+                delivered = True
+        if not delivered:
+            raise Empty
+        self._queue_cycle.rotate(found[-1][0].queue)
+        return True
+
+    def _hand_over(self, receive: Callable[[Any], None], message: Any, rest: Sequence[Lease]) -> None:
+        try:
+            receive(message)
+        except BaseException as error:
+            ours = not isinstance(error, Exception) or isinstance(error, (*self.connection_errors, MemoryError))
+            if ours:
+                for lease in rest:
+                    lease.give_back()
+                raise
+            log.exception("a message that its consumer cannot take goes to the dead letters")
+            message.lease.dead_letter("its consumer cannot take it")
+
+    def _stopping(self) -> bool:
+        return self._transport.loop is not None and self.do_restore
+
+    def _leases(self, fetch: _Fetch, answer: Any) -> list[tuple[Lease, bytes]]:
+        owner, buried, taken = answer
+        if buried:
+            self.ledger.nudge()
+        found = [(self._lease(fetch.lists[one[0]], bytes_to_str(owner), one), one[2]) for one in taken]
+        self.ledger.add(lease for lease, _ in found)
+        return found
+
+    def _lease(self, source: _List, owner: str, taken: Sequence[Any]) -> Lease:
+        _, tag, _, deliveries, retries = taken
+        order = self.ledger.next_order()
+        return Lease(
+            tag, owner, source.queue, source.name, int(deliveries), int(retries), order, self.ledger, low=source.low
+        )
+
+    def _opened(self, lease: Lease, raw: bytes) -> Any:
+        """The message of a lease, or None when it is malformed and was buried."""
+        try:
+            envelope = read_envelope(raw)
+            mark(envelope, lease.deliveries, lease.retries)
+            message = self._message(envelope)
+            check_message(message)
+        except MalformedError as error:
+            lease.dead_letter(str(error))
+            return None
+        message.delivery_tag = lease.key
+        message.lease = lease
+        return message
+
+    def _message(self, envelope: dict[str, Any]) -> Any:
+        try:
+            return self.Message(envelope, channel=self)
+        except Exception:  # noqa: BLE001 - whatever a hostile body makes the codecs raise
+            raise MalformedError("its body is not what its encoding says") from None
+
+    def _note_empty(self, fetch: _Fetch, answer: Any, found: Sequence[tuple[Lease, bytes]]) -> None:
+        """A fetch that had room left has emptied its lists; no second one is needed to know."""
+        self._known_empty.clear()
+        if len(found) >= fetch.credit or answer[1] >= 100:
+            return
+        low_taken = sum(lease.low for lease, _ in found)
+        low_seen = low_taken < fetch.low_credit
+        self._known_empty.update(one.name for one in fetch.lists if low_seen or not one.low)
+
+    def _wait_for(self, lists: Sequence[_List]) -> None:
+        for one in lists:
+            bell = self._bells.get(one.name) or self._new_bell(one.name)
+            if not bell.armed:
+                self.connection.cycle.register_bell(self, bell)
+                bell.arm(self.wait_seconds)
+
+    def _new_bell(self, name: str) -> Bell:
+        pool = self.async_pool
+        bell = Bell(pool.connection_class(**pool.connection_kwargs), name, self._known_empty.discard)
+        self._bells[name] = bell
+        self.handlers[bell.kind] = lambda: self._read_bell(bell)
+        return bell
+
+    def _read_bell(self, bell: Bell) -> None:
+        try:
+            bell.read()
+        except ResponseError as error:
+            raise _retried(error) from error
+
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        for bell in self._bells.values():
+            if bell.connection is connection:
+                bell.disconnected()
+        client = self.__dict__.get("client")  # a cached property, which must not be made here
+        if client is not None and client.connection is connection:
+            self._fetch = None
+            self._known_empty.clear()
+        super()._on_connection_disconnect(connection)
+
+    def _close_clients(self) -> None:
+        super()._close_clients()
+        for bell in self._bells.values():
+            bell.connection.disconnect()
+        self._bells.clear()
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """Kombu makes a client for every publish; one for each pool does."""
+        if asynchronous:
+            return super()._create_client(asynchronous)
+        if self._cached is None or self._cached[0] is not self.pool:
+            self._cached = (self.pool, super()._create_client())
+        return self._cached[1]
+
+    def _lists(self, queues: Sequence[str]) -> list[_List]:
+        lowest = max(self.priority_steps)
+        prefix = self.global_keyprefix
+        return [
+            _List(prefix + self._q_for_pri(queue, step), queue, step == lowest)
+            for step in self.priority_steps
+            for queue in queues
+        ]
+
+
+class Transport(stock.Transport):  # type: ignore[misc]
+    """The transport; `broker_transport="pipefleet_workers.delivery.transport:Transport"` with a redis:// or rediss:// URL."""
+
+    Channel = Channel
+    loop: Any = None
+    """The event loop of a Celery worker, once there is one."""
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        options = client.transport_options
+        for name in ("on_dead", "on_lost"):
+            if options.get(name) is not None and not isinstance(options[name], Callback):
+                options[name] = Callback(options[name])
+        super().__init__(client, **kwargs)
+        self.cycle = LeasePoller()
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Be polled by a Celery worker's event loop."""
+        self.loop = loop
+        super().register_with_event_loop(connection, loop)
+
+
+def _retried(error: ResponseError) -> Exception:
+    """A server that is full, read-only or loading is waited for like one that is away; a refused right is an error."""
+    if isinstance(error, NoPermissionError | AuthorizationError):
+        return error
+    return NoConnectionError(f"Redis cannot serve messages now: {error}")
+
+
+def _nothing() -> None:
+    """What the event loop is woken with."""
