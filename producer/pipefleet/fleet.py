@@ -18,6 +18,7 @@ from pipefleet.tasks import implied_parameters, task_spec
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?")
+_MEMORY = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -50,6 +51,12 @@ class Pool:
     wait_slo: float = 600.0
     """Seconds that a job may wait before the pool counts as too small."""
     trust_remote_code: bool = False
+    processor: str | None = None
+    """What makes inputs of recordings and pictures, where it does not lie beside the model; `tokenizer` does so for texts."""
+    max_memory: Mapping[str, str] = field(default_factory=dict)
+    """With `device_map`: what it may use of each GPU, by its number, and of the host, as `cpu`: "20GiB". The disk has the rest."""
+    offload_folder: str | None = None
+    """With `device_map`: where the rest of the weights lies; None for a folder in the cache."""
     queue: str | None = None
     """What a worker of the pool announces that it consumes; None where the fleet file decides (see `routing`)."""
 
@@ -62,11 +69,24 @@ class Pool:
     @property
     def is_hub(self) -> bool:
         """True when `model` is a name on the hub rather than a folder or an s3:// prefix."""
-        return not (self.model.startswith(("s3://", "/", ".", "~")) or Path(self.model).is_dir())
+        return is_hub_name(self.model)
 
     def to_json(self) -> dict[str, Any]:
         """What a worker announces of its pool; with the name of its queue, enough to route by."""
         return {"task": self.task, "model": self.model, "revision": self.revision, "default": self.default}
+
+
+def pinned(name: str) -> tuple[str, str | None]:
+    """Name and revision of a tokenizer or processor given as `org/name@revision`; folders and prefixes have none."""
+    if not is_hub_name(name):
+        return name, None
+    plain, _, revision = name.partition("@")
+    return plain, revision or None
+
+
+def is_hub_name(name: str) -> bool:
+    """True for a name on the hub rather than a folder or an s3:// prefix."""
+    return not (name.startswith(("s3://", "/", ".", "~")) or Path(name).is_dir())
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +158,17 @@ def parse_fleet(content: Mapping[str, Any], *, base: Path, allow_unpinned: bool 
                 f"pools.{pool.name}: model {pool.model!r} has no revision; pin one (a commit hash), name a folder that "
                 "exists, or pass --allow-unpinned"
             )
+        if not allow_unpinned:
+            _check_parts(pool)
     _check_defaults(pools)
     return Fleet(pools)
+
+
+def _check_parts(pool: Pool) -> None:
+    """Raise FleetFileError for a tokenizer or processor of another repository on the hub without its own revision."""
+    for key, name in (("tokenizer", pool.tokenizer), ("processor", pool.processor)):
+        if name and name != pool.model and is_hub_name(name) and pinned(name)[1] is None:
+            raise FleetFileError(f"pools.{pool.name}: {key} {name!r} has no revision; write it as {name}@REVISION")
 
 
 def _check_defaults(pools: Mapping[str, Pool]) -> None:
@@ -172,9 +201,11 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
         raise FleetFileError(f"{where}: {error}") from None
     values["parameters"] = {**implied_parameters(values["task"]), **values.get("parameters", {})}
     values["task"] = spec.name
-    for key in ("model", "tokenizer"):
+    for key in ("model", "tokenizer", "processor", "offload_folder"):
         if key in values:
             values[key] = _resolve(values[key], base)
+    for key in ("max_memory", "offload_folder"):
+        _require(key not in values or "device_map" in values, where, key, 'left out, or beside device_map = "auto"')
     return Pool(name=name, **values)
 
 
@@ -199,6 +230,8 @@ def _value(where: str, key: str, value: Any) -> Any:
             _require(isinstance(value, bool), where, key, "true or false")
         case "parameters":
             _require(isinstance(value, Mapping), where, key, "a table")
+        case "max_memory":
+            _require(_is_memory(value), where, key, 'a table like { 0 = "20GiB", cpu = "60GiB" }')
         case "device":
             _require(isinstance(value, str) and bool(_DEVICE.fullmatch(value)), where, key, "auto, cpu or cuda:N")
         case "dtype":
@@ -208,6 +241,13 @@ def _value(where: str, key: str, value: Any) -> Any:
         case _:
             _require(isinstance(value, str) and bool(value), where, key, "a text")
     return value
+
+
+def _is_memory(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    names = all(name == "cpu" or name.isdecimal() for name in value)
+    return names and all(isinstance(one, str) and bool(_MEMORY.fullmatch(one)) for one in value.values())
 
 
 def _workers(where: str, value: Any) -> WorkerRange:

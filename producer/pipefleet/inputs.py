@@ -16,6 +16,8 @@ from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
 _PARTS = {"image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
 """Types of the parts of a chat's message that hold media; a part holds it under its type's name, or under `url`."""
 _MOST_LABELS = 1000
+_MOST_TEXTS = 100_000
+"""Words of one pre-tokenised text, or questions about one table."""
 
 
 class InputPreparer:
@@ -37,6 +39,7 @@ class InputPreparer:
         self._upload = uploader or Uploader(store, prefix)
         self._kinds: Mapping[Media, Callable[[Any], Any]] = {
             Media.TEXT: self._text,
+            Media.TEXTS: self._texts,
             Media.PROMPT: self._prompt,
             Media.IMAGE: self._image,
             Media.IMAGES: self._images,
@@ -112,11 +115,19 @@ class InputPreparer:
             return StorageRef.from_json(value).to_json()
         raise InputError(f"{self.spec.name} takes texts, s3:// URIs of texts or Path objects, not {_kind(value)}")
 
+    def _texts(self, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return self._text(value)
+        if not 0 < len(value) <= _MOST_TEXTS:
+            raise InputError(f"{self.spec.name} takes lists of 1 to {_MOST_TEXTS} texts, not of {len(value)}")
+        return [self._words(one) for one in value]
+
     def _words(self, value: Any) -> str:
-        """What somebody says in a chat: never a reference, whatever it looks like."""
+        """What somebody says in a chat, or one of a list of texts: never a reference, whatever it looks like."""
         if isinstance(value, str):
             return value
-        raise InputError(f"{self.spec.name} takes texts as role and content of a message, not {_kind(value)}")
+        where = "in a list" if self.spec.media is not Media.PROMPT else "as role and content of a message"
+        raise InputError(f"{self.spec.name} takes texts {where}, not {_kind(value)}")
 
     def _prompt(self, value: Any) -> Any:
         return self._chat(value) if isinstance(value, list | tuple) else self._text(value)

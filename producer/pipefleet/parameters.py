@@ -61,6 +61,17 @@ def text(longest: int = 10_000) -> Check:
     return check
 
 
+def template(longest: int = 1000) -> Check:
+    """A text with one plain `{}` and no other brace: `str.format` of anything else reads attributes or makes gigabytes."""
+
+    def check(value: Any) -> str | None:
+        ok = isinstance(value, str) and len(value) <= longest
+        ok = ok and "{}" in value and value.count("{") == 1 and value.count("}") == 1
+        return None if ok else f"must be a text of at most {longest} characters with one {{}} in it and no other brace"
+
+    return check
+
+
 def list_of(item: Check, longest: int = 1000) -> Check:
     """A list of at most `longest` values that all pass `item`."""
 

@@ -51,7 +51,8 @@ class FleetPipeline:
         if self._is_one_input(given):
             return self._restored(self.submit(given, **wanted).result(), wanted)
         if isinstance(given, list | tuple):
-            return [self._restored(one, wanted, bare=True) for one in self._stream(given, wanted)]
+            results = [self._restored(one, wanted, bare=True) for one in self._stream(given, wanted)]
+            return results[0] if self._spec.answers_one_alone and len(results) == 1 else results
         if isinstance(given, types.GeneratorType) or _is_dataset(given):
             return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted))
         return self._restored(self.submit(given, **wanted).result(), wanted)
@@ -99,7 +100,8 @@ class FleetPipeline:
         if self._spec.tuples:
             output = _with_tuples(output, self._spec.tuples)
         alone = isinstance(output, list) and len(output) == 1
-        return output[0] if bare and self._spec.bare_in_lists and alone and "top_k" not in parameters else output
+        kept = any(name in parameters for name in self._spec.kept_with)
+        return output[0] if bare and self._spec.bare_in_lists and alone and not kept else output
 
 
 def pipeline(
@@ -167,10 +169,15 @@ def _each(spec: TaskSpec, fields: Mapping[str, Any]) -> Any:
 def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
         return {
-            name: tuple(item) if name in keys and isinstance(item, list) else _with_tuples(item, keys)
+            name: _tuples(item) if name in keys and isinstance(item, list) else _with_tuples(item, keys)
             for name, item in value.items()
         }
     return [_with_tuples(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def _tuples(value: list[Any]) -> Any:
+    """A list as a tuple, a list of lists as a list of tuples."""
+    return [tuple(one) for one in value] if value and isinstance(value[0], list) else tuple(value)
 
 
 def _is_dataset(value: Any) -> bool:

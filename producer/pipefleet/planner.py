@@ -36,6 +36,8 @@ MEDIA_BYTES = 64 << 20
 TEXT_BYTES = 1 << 20
 ALIVE_SECONDS = 10.0
 """How long a planner counts as alive after its last sign; it gives one every third of this, however slow its source."""
+HELD_BACK_SECONDS = 0.5
+"""How long a planner waits before it looks again whether the fleet has caught up."""
 PATIENCE_SECONDS = 300.0
 """How long a planner goes on trying while Redis or S3 is away. The first shard is tried once: `map` tells its caller."""
 
@@ -124,12 +126,26 @@ class Planner:
             raise
 
     def run(self) -> bool:
-        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped before."""
+        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped before.
+
+        Waits while the fleet has `Settings.outstanding_shards` of the run before it, so that a fast source fills no Redis.
+        """
         self._patience.seconds = PATIENCE_SECONDS
         while not self._stopped.is_set():
-            if not self.step():
+            if self._held_back():
+                self._stopped.wait(HELD_BACK_SECONDS)
+            elif not self.step():
                 return True
         return False
+
+    def _held_back(self) -> bool:
+        most, redis = self._client.settings.outstanding_shards, self._client.redis
+
+        def written() -> int:
+            with broker.redis_errors(self._client.settings.redis_url):
+                return int(redis.bitcount(broker.run_key(self.plan.id, "parts")))
+
+        return self.shards >= most and self.shards - self._patience.call(written) >= most
 
     def stop(self) -> None:
         """Let `run` return after the shard it is at."""
@@ -177,7 +193,7 @@ class Planner:
     def _give_sign(self) -> None:
         key = broker.run_key(self.plan.id, "planner")
         with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.set(key, self.items, ex=int(ALIVE_SECONDS))
+            self._client.redis.set(key, f"{self.items} {self.shards}", ex=int(ALIVE_SECONDS))
 
     def _resume_point(self) -> SourceItem | None:
         """Count what an earlier, interrupted planner wrote, and find its last item."""
@@ -309,8 +325,16 @@ def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
     raise RunError(f"there is no run at {layout.uri}; name the output that map was given")
 
 
-def planner_alive(client: Client, plan: RunPlan) -> int | None:
-    """How many items a live planner of this run has queued; None when there is no live planner."""
+@dataclass(frozen=True, slots=True)
+class SignOfLife:
+    """What a live planner has queued so far."""
+
+    items: int
+    shards: int
+
+
+def planner_alive(client: Client, plan: RunPlan) -> SignOfLife | None:
+    """What a live planner of this run has queued; None when there is no live planner."""
     with broker.redis_errors(client.settings.redis_url):
         found: Any = client.redis.get(broker.run_key(plan.id, "planner"))
-    return None if found is None else int(found)
+    return None if found is None else SignOfLife(*map(int, found.split()))

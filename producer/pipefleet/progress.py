@@ -62,7 +62,8 @@ def describe(progress: RunProgress) -> str:
     total = f"{progress.items}" + ("+" if progress.state == "planning" else "")
     failed = f", {progress.failed} failed" if progress.failed else ""
     rate = done / progress.seconds if progress.seconds > 0 else 0.0
-    return f"{done}/{total} items{failed}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+    shards = f", {progress.parts}/{progress.shards} shards" if progress.state == "planning" and progress.shards else ""
+    return f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
 
 
 class _PlainLines:

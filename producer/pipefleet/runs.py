@@ -100,10 +100,11 @@ class Run:
         is_cancelled = bool(cancelled) or self._cancelled_in_store
         if complete and not is_cancelled and self._plan.shards is not None:
             return finalise(self._client.store, self._layout, self._plan)
-        total = self._plan.items if self._plan.items is not None else planner_alive(self._client, self._plan)
+        queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
+        total = queued.items if queued else self._plan.items
         state = "cancelled" if is_cancelled else "planning" if self._plan.shards is None else "running"
         seconds = time.time() - self._plan.created
-        known = self._plan.shards or shards or 0
+        known = self._plan.shards or shards or (queued.shards if queued else 0)
         return RunProgress(self.uri, state, total or done, done - failed, failed, known, parts, seconds)
 
     def _look_at_store(self, *, forgotten: bool) -> RunProgress | None:
@@ -183,9 +184,10 @@ class Run:
         self._uncancel()
         self._planning_error = None
         self._refresh_plan()
+        queued = 0
         if self._plan.shards is None and not self._go_on_planning():
-            self._resume_planning()
-        return self._queue_missing()
+            queued = self._resume_planning()
+        return queued + self._queue_missing()
 
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
@@ -207,6 +209,8 @@ class Run:
         assert self._planner is not None
         try:
             with alive:
+                if self._planner.continued:
+                    self._queue_missing()  # first: planning waits where too many shards are not done
                 if not self._planner.run():
                     return
             self._plan = self._planner.plan
@@ -276,7 +280,8 @@ class Run:
                 self.start_planning(planner.alive())
         return planner.usable
 
-    def _resume_planning(self) -> None:
+    def _resume_planning(self) -> int:
+        """Plan the rest of the source; returns how many of the shards that were there are queued again."""
         deadline = time.monotonic() + TAKE_OVER_SECONDS
         while planner_alive(self._client, self._plan) is not None:  # it may have died a moment ago
             if time.monotonic() >= deadline:
@@ -284,12 +289,13 @@ class Run:
             time.sleep(POLL_SECONDS)
         self._refresh_plan()
         if self._plan.shards is not None:
-            return
+            return 0
         if self._plan.source is None:
             raise RunError(
                 f"the source of the run at {self.uri} was an iterable that ended with its client; "
                 "call map again with the same arguments to go on"
             )
+        queued = self._queue_missing()  # first: planning waits where too many shards are not done
         spec = task_spec(self._plan.task)
         preparer = self._client.preparer(spec)
         source = open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)
@@ -297,6 +303,7 @@ class Run:
         with planner.alive():
             planner.run()
         self._plan = planner.plan
+        return queued
 
     def _queue_missing(self) -> int:
         written = self._restore_progress()
@@ -339,9 +346,14 @@ class Run:
     def _missing_shards(self, written: set[int]) -> list[int]:
         with broker.redis_errors(self._client.settings.redis_url):
             queued = set(broker.queued_ids(self._client.redis, self._plan.queue))
-        planned = self._planner.shards if self._planner is not None else 0
-        every = range(planned if self._plan.shards is None else self._plan.shards)
+        every = range(self._planned_shards() if self._plan.shards is None else self._plan.shards)
         return [index for index in every if index not in written and shard_id(self.id, index) not in queued]
+
+    def _planned_shards(self) -> int:
+        """How many shards are there while the run is still being planned."""
+        if self._planner is not None:
+            return self._planner.shards
+        return sum(index_of(entry.key) is not None for entry in self._client.store.list(self._layout.shards))
 
     def _shard_message(self, index: int) -> JobMessage:
         lines = list(self._client.store.lines(self._layout.shard(index)))

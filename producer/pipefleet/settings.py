@@ -31,6 +31,7 @@ class Settings(BaseSettings):
     run_ttl: float = Field(14 * 86_400.0, gt=0, description="seconds for which the progress of a run is kept")
     inline_bytes: int = Field(16_384, ge=0, le=49_152, description="largest input or result that travels in Redis")
     in_flight: int = Field(256, ge=1, description="inputs that a pipeline keeps under way for a generator")
+    outstanding_shards: int = Field(2000, ge=1, description="shards of a run that are queued and not done, at most")
     redis_timeout: float = Field(10.0, gt=0, description="seconds to wait for one answer of Redis")
 
     @field_validator("redis_url")

@@ -1,4 +1,4 @@
-"""What the lease transport overrides or uses of kombu's inside: names and signatures, so that an upgrade that changes them is seen."""
+"""What the lease transport overrides or uses inside kombu: names and signatures, so that an upgrade shows what it changes."""
 
 from __future__ import annotations
 

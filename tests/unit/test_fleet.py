@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import FleetFileError, UnknownModelError
-from pipefleet.fleet import Fleet, Pool, WorkerRange, load_fleet, model_label
+from pipefleet.fleet import Fleet, Pool, WorkerRange, load_fleet, model_label, pinned
 
 POOL = '[pools.speech]\ntask = "automatic-speech-recognition"\nmodel = "/models/whisper"\n'
 OTHER = POOL.replace("speech]", "ctc]").replace("whisper", "ctc")
@@ -46,12 +46,16 @@ max_batch_items = 8
 workers = { min = 1, max = 20 }
 wait_slo = 60
 trust_remote_code = true
+processor = "org/processor@5b1d8f4"
+max_memory = { 0 = "20GiB", cpu = "1.5GB" }
+offload_folder = "../offload"
 """,
     ).pool("speech")
     assert pool == Pool(
         "speech", "automatic-speech-recognition", "openai/whisper-tiny.en", "87c7102", True,
         str(file.parent.resolve() / "tokenizer"), "cuda:1", "auto", "bfloat16", {"return_timestamps": True}, 4000, 8,
-        WorkerRange(1, 20), 60.0, True,
+        WorkerRange(1, 20), 60.0, True, "org/processor@5b1d8f4", {"0": "20GiB", "cpu": "1.5GB"},
+        str(file.parent.resolve().parent / "offload"),
     )  # fmt: skip
     keys = [one for one in fields(Pool) if one.name != "queue"]  # only announced, see below
     assert all(getattr(pool, one.name) != one.default for one in keys), "a key without a test of its own"
@@ -115,6 +119,14 @@ WRONG = [
     (POOL + 'dtype = "float8"', r"pools\.speech\.dtype must be one of auto, float32, float16, bfloat16"),
     (POOL + "parameters = 3", r"pools\.speech\.parameters must be a table"),
     (POOL + "parameters = { return_timestamp = true }", r"pools\.speech: .*did you mean 'return_timestamps'\?"),
+    (POOL + 'max_memory = { cpu = "1GB" }', r"pools\.speech\.max_memory must be left out, or beside device_map"),
+    (POOL + 'offload_folder = "/x"', r"pools\.speech\.offload_folder must be left out, or beside device_map"),
+    (POOL + 'device_map = "auto"\nmax_memory = "1GB"', r"pools\.speech\.max_memory must be a table like"),
+    (POOL + 'device_map = "auto"\nmax_memory = { cpu = 3 }', r"pools\.speech\.max_memory must be a table like"),
+    (POOL + 'device_map = "auto"\nmax_memory = { gpu = "1GB" }', r"pools\.speech\.max_memory must be a table like"),
+    (POOL + 'device_map = "auto"\nmax_memory = { cpu = "much" }', r"pools\.speech\.max_memory must be a table like"),
+    (POOL + 'tokenizer = "org/name"', r"tokenizer 'org/name' has no revision; write it as org/name@REVISION"),
+    (POOL + 'processor = "org/name@"', r"processor 'org/name@' has no revision"),
     (POOL + "max_batch_cost = 0", r"pools\.speech\.max_batch_cost must be a whole number above 0"),
     (POOL + "max_batch_cost = 1.5", r"pools\.speech\.max_batch_cost"),
     (POOL + 'max_batch_items = "auto"', r"pools\.speech\.max_batch_items must be a whole number above 0"),
@@ -171,6 +183,13 @@ def test_no_value_of_any_key_raises_anything_else(table: dict[str, object]) -> N
     except UsageError:
         return
     assert isinstance(fleet.pool("x"), Pool)
+
+
+def test_a_part_beside_its_model_shares_its_revision_and_another_has_its_own(file: Path) -> None:
+    assert read(file, HUB + 'revision = "1"\ntokenizer = "org/name"').pool("hub").tokenizer == "org/name"
+    assert pinned("org/other@5b1d8f4") == ("org/other", "5b1d8f4")
+    assert pinned("./folder@2") == ("./folder@2", None)
+    assert pinned("s3://bucket/model@2/") == ("s3://bucket/model@2/", None)
 
 
 def test_pools_are_found_by_name_task_and_model(file: Path) -> None:

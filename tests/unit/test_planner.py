@@ -24,6 +24,7 @@ from pipefleet.planner import (
     TEXT_BYTES,
     Limits,
     Planner,
+    SignOfLife,
     decode_shard_line,
     encode_shard_line,
     planner_alive,
@@ -36,6 +37,7 @@ from pipefleet.planner import (
 from pipefleet.sources import Source, SourceItem, open_source
 from pipefleet.storage import split_uri
 from pipefleet.tasks import TASKS
+from tests.unit.conftest import eventually
 
 LAYOUT = RunLayout.at("s3://out/run")
 QUEUE = "pipefleet.text-classification"
@@ -79,7 +81,7 @@ class Published:
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
-        self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0)
+        self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0, outstanding_shards=1 << 30)
         self.redis = SimpleNamespace(
             set=self.ignore, hset=self.ignore, expire=self.ignore, delete=self.ignore, bitcount=lambda _: 0
         )
@@ -311,5 +313,23 @@ class TestPlanFile:
 
 def test_a_live_planner_is_seen_by_others(client: Client) -> None:
     assert planner_alive(client, plan()) is None
-    client.redis.set(broker.run_key("run1", "planner"), 48)
-    assert planner_alive(client, plan()) == 48
+    client.redis.set(broker.run_key("run1", "planner"), "48 3")
+    assert planner_alive(client, plan()) == SignOfLife(48, 3)
+
+
+def test_a_planner_waits_for_the_fleet_and_goes_on_when_it_has_caught_up(
+    environment: dict[str, str], client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPEFLEET_OUTSTANDING_SHARDS", "3")
+    with Client() as bounded:
+        run = bounded.map("text-classification", (str(i) for i in range(10)), output=prefix, shard_size=1)
+        queue = run.plan.queue
+        assert eventually(lambda: len(list(broker.queued_ids(client.redis, queue))) == 3)
+        assert eventually(lambda: run.progress().shards == 3)
+        for index in range(10):
+            assert eventually(
+                lambda index=index: len(list(broker.queued_ids(client.redis, queue))) >= min(10, index + 3)
+            )
+            client.redis.setbit(broker.run_key(run.id, "parts"), index, 1)
+        run.join_planner()
+        assert run.plan.shards == 10

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 def test_a_line_says_how_far_how_fast_and_what_failed() -> None:
     assert describe(at(40)) == "40/100 items, 4.0 items/s, 10 s, running"
     assert describe(at(40, failed=3)) == "40/100 items, 3 failed, 4.0 items/s, 10 s, running"
-    assert describe(at(0, state="planning", seconds=0.0)) == "0/100+ items, 0.0 items/s, 0 s, planning"
+    assert describe(at(0, state="planning", seconds=0.0)) == "0/100+ items, 1/4 shards, 0.0 items/s, 0 s, planning"
 
 
 @pytest.mark.parametrize("state", ["succeeded", "partial", "cancelled"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -85,7 +86,7 @@ def test_under_a_constant_load_the_pool_settles(load: float) -> None:
     settled = sizes[len(sizes) // 2 :]
     assert backlog <= 0.5 * LIMITS.wait_slo * max(load, 1.0)
     assert max(settled) - min(settled) <= max(1.0, 0.05 * load)
-    changes = sum(before != after for before, after in zip(settled, settled[1:], strict=False))
+    changes = sum(before != after for before, after in itertools.pairwise(settled))
     assert changes <= len(settled) / 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ from redis import Redis
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard
+from pipefleet_workers.scaling.decide import Limits, State, decide
 from pipefleet_workers.scaling.ledger import Done, read_done, record_done, work_key
 from pipefleet_workers.scaling.messages import SAMPLE, Content, message_cost
 from pipefleet_workers.scaling.signal import Memory, Reading, measure, read_pool
@@ -165,6 +167,22 @@ class TestMeasure:
         assert emptied.signal.arrived == 0
         _, late = measure(memory, reading(10_000.0, 5000, 2000.0))
         assert late.signal.arrived == 0
+
+    @pytest.mark.parametrize("wrong", [0.25, 4.0, 20.0])
+    def test_a_wrong_belief_mends_itself(self, wrong: float) -> None:
+        """The whole loop on a load of 20 devices, from a memory of jobs that took `wrong` seconds and now take one."""
+        memory, state, backlog, workers, done = Memory(saturated=Done(100.0, 100.0 * wrong)), State(), 2000.0, 20, 0.0
+        limits = Limits(0, 1000, wait_slo=600.0)
+        sizes = []
+        for step in range(6 * 240):
+            served = min(backlog + 20.0 * 15, workers * 15.0)
+            backlog, done = backlog + 20.0 * 15 - served, done + served
+            memory, measured = measure(memory, reading(15.0 * step, math.ceil(backlog), done, workers=workers))
+            state, decision = decide(state, measured.signal, limits=limits)
+            workers = decision.desired
+            sizes.append(workers)
+        assert 19 <= sum(sizes[-240:]) / 240 <= 22
+        assert backlog < 20 * limits.wait_slo / 2
 
     def test_memory_survives_json(self) -> None:
         memory, _ = measure(Memory(), reading(0.0, 500, 10.0))

@@ -162,7 +162,7 @@ def test_each_item_has_exactly_one_outcome_and_its_own(pipe: Any) -> None:
     with running(recording(Faulty, pipe), TASK, limits=BatchLimits(200, 8)) as engine:
         calls = [Call(f"{list(kinds)[index % 3]} {'word ' * (index % 11)}") for index in range(120)]
         calls[7::30] = [Call(13)] * 4
-        sink = Counting(len(calls))
+        sink = Counting(range(len(calls)))
         engine.submit(calls, sink=sink)
         outcomes = finished(sink)
     assert sink.counts == dict.fromkeys(range(120), 1)
@@ -192,7 +192,7 @@ def test_many_threads_with_jobs_of_different_parameters(embedder: Any) -> None:
 
         def client(number: int) -> None:
             own = rng_texts[number::8] * 3
-            sinks[number] = Counting(len(own))
+            sinks[number] = Counting(range(len(own)))
             engine.submit(
                 [Call(text, ways[number % 4]) for text in own], sink=sinks[number], priority=(0, 3, 9)[number % 3]
             )

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipefleet.contract import JobItem, JobMessage, Shard
+from pipefleet.contract import JobItem, JobMessage
 from pipefleet.fleet import Pool
 from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.batcher import BatchLimits
-from pipefleet_workers.consumer import Consumer, DrainedError
+from pipefleet_workers.consume.delivery import DrainedError
+from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.items import Decoded, ItemError, Unit
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
@@ -60,52 +62,46 @@ def test_items_end_even_when_the_adapter_raises_as_a_whole(pipe: Any, error: typ
     assert complete, "the items of the slice never end"
 
 
-def _shard(count: int) -> Shard:
-    return Shard("run", "s3://bucket/run/", "s3://bucket/run/_run/shards/00000.jsonl", 0, 0, count)
-
-
-def consumer(engine: Any, task: str = TASK) -> Consumer:
-    return Consumer(Pool("pool", task, "model"), engine, None)  # type: ignore[arg-type]
+def shards(engine: Any, task: str = TASK) -> tuple[Jobs, Shards]:
+    jobs = Jobs(Pool("pool", task, "model"), engine)
+    return jobs, Shards(jobs, None)  # type: ignore[arg-type]
 
 
 def test_refused_items_give_back_no_room_they_never_took(pipe: Any) -> None:
     with running(recording(TextClassifier, pipe), TASK) as one:
         items = [JobItem("0", "good"), JobItem("1", "bad", {"no such": 1}), JobItem("2", "bad", {"no such": 1})]
-        outcomes = consumer(one.engine)._run(JobMessage("job", TASK, shard=_shard(3)), items, _shard(3))
+        outcomes = shards(one.engine)[1].process(JobMessage("job", TASK), items)
         assert [bool(outcome.failure) for outcome in outcomes] == [False, True, True]
         assert (one.engine._budget._items, one.engine._budget._bytes) == (0, 0)
 
 
 def test_a_malformed_reference_fails_its_item_alone(pipe: Any) -> None:
     with running(recording(TextClassifier, pipe), TASK) as one:
-        served = consumer(one.engine)
+        jobs, served = shards(one.engine)
         items = [JobItem("0", "good"), JobItem("1", {"$ref": "s3://bucket/key", "size": "large"})]
-        try:
-            outcomes = served._run(JobMessage("job", TASK, shard=_shard(2)), items, _shard(2))
-        finally:
-            left = dict(served._jobs)
+        outcomes = served.process(JobMessage("job", TASK), items)
         assert [bool(outcome.failure) for outcome in outcomes] == [False, True]
-        assert not left
+        assert not jobs._contexts
 
 
 def test_a_job_that_is_drained_is_handed_back_and_not_ended_as_cancelled(pipe: Any) -> None:
     adapter = recording(TextClassifier, pipe)
     with running(adapter, TASK) as one:
-        served, raised = consumer(one.engine), []
+        (jobs, served), raised = shards(one.engine), []
         adapter.gate.clear()
         one.submit([Call("plug")])
         assert adapter.entered.wait(60)
 
         def handle() -> None:
             try:
-                raised.append(served._run(JobMessage("job", TASK), [JobItem("0", "waits")], None))
+                raised.append(served.process(JobMessage("job", TASK), [JobItem("0", "waits")]))
             except DrainedError as error:
                 raised.append(error)
 
         thread = threading.Thread(target=handle, daemon=True)
         thread.start()
         wait_until(lambda: len(one.engine.room) == 1, "the item waits for the device")
-        served.drain(0.0)
+        jobs.give_back_all(DrainedError())
         adapter.gate.set()
         thread.join(60)
     assert isinstance(raised[0], DrainedError), raised

@@ -2,6 +2,110 @@
 
 from __future__ import annotations
 
-from pipefleet.tasks.spec import TaskSpec
+from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
+from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, WRITE
+from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
-ROWS: tuple[TaskSpec, ...] = ()
+_ROW = {name: WRITE[name] for name in ("stop", "seed")}
+_GENERATE_KWARGS = {name: check for name, check in WRITE.items() if name not in _ROW}
+_CHAT: dict[str, Check] = {
+    **_ROW,
+    "max_new_tokens": WRITE["max_new_tokens"],
+    "generate_kwargs": mapping_of(_GENERATE_KWARGS),
+    "return_full_text": boolean,
+    "continue_final_message": boolean,
+    "skip_special_tokens": boolean,
+}
+_CHAT_RETURNS = (
+    "[{input_text, generated_text}], where the messages of a chat name their media ({type}) without holding them"
+)
+_ANSWERS = integer(1, 10_000)
+
+ROWS = (
+    TaskSpec(
+        name="image-text-to-text",
+        media=Media.PROMPT,
+        fields={"images": Media.IMAGES, "text": Media.PROMPT},
+        required=("text",),
+        positional=("images", "text"),
+        chat_media=(Media.TEXT, Media.IMAGE),
+        parameters=_CHAT,
+        returns=_CHAT_RETURNS,
+        cost_unit=CostUnit.TOKENS,
+    ),
+    TaskSpec(
+        name="any-to-any",
+        media=Media.PROMPT,
+        fields={"text": Media.PROMPT, "images": Media.IMAGES, "videos": Media.VIDEO, "audio": Media.AUDIO},
+        required=("text",),
+        positional=("text", "images", "videos", "audio"),
+        chat_media=(Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO),
+        parameters=_CHAT,
+        returns=_CHAT_RETURNS,
+        cost_unit=CostUnit.TOKENS,
+    ),
+    TaskSpec(
+        name="image-to-text",
+        media=Media.IMAGE,
+        fields={"image": Media.IMAGE, "images": Media.IMAGES, "text": Media.TEXT},
+        parameters={
+            **_ROW,
+            "prompt": text(10_000),
+            "max_new_tokens": WRITE["max_new_tokens"],
+            "generate_kwargs": mapping_of(_GENERATE_KWARGS),
+        },
+        returns="[{generated_text}]",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="visual-question-answering",
+        aliases=("vqa",),
+        media=None,
+        fields={"image": Media.IMAGE, "question": Media.TEXT},
+        required=("image", "question"),
+        positional=("image", "question"),
+        # top_k counts answers here, so a model that writes them samples without it.
+        parameters={**GENERATE, **_ROW, "top_k": _ANSWERS, "truncation": boolean},
+        returns="[{score, answer}], or [{answer}] from a model that writes",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="document-question-answering",
+        media=None,
+        fields={"image": Media.IMAGE, "question": Media.TEXT, "word_boxes": Media.DATA},
+        required=("image", "question"),
+        positional=("image", "question", "word_boxes"),
+        parameters={
+            "top_k": _ANSWERS,
+            "doc_stride": integer(0, 100_000),
+            "max_answer_len": integer(1, 100_000),
+            "max_seq_len": integer(1, 100_000),
+            "max_question_len": integer(1, 100_000),
+            "handle_impossible_answer": boolean,
+        },
+        returns="[{score, answer, start, end}], or [{answer}] from a model that reads the page itself",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="zero-shot-image-classification",
+        media=Media.IMAGE,
+        positional=("image", "candidate_labels"),
+        parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000)},
+        returns="[{score, label}]",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="zero-shot-object-detection",
+        media=Media.IMAGE,
+        fields={"image": Media.IMAGE, "candidate_labels": Media.LABELS},
+        required=("image",),
+        positional=("image", "candidate_labels"),
+        parameters={
+            "candidate_labels": CANDIDATE_LABELS,
+            "threshold": number(0.0, 1.0),
+            "top_k": either(null, integer(1, 100_000)),
+        },
+        returns="[{score, label, box: {xmin, ymin, xmax, ymax}}]",
+        cost_unit=CostUnit.IMAGES,
+    ),
+)

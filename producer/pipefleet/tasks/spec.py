@@ -14,6 +14,7 @@ class Media(StrEnum):
     """What one value of an input is made of, and so how bytes become that value."""
 
     TEXT = "text"
+    TEXTS = "text or list of texts"
     PROMPT = "text or chat"
     IMAGE = "image"
     IMAGES = "image or list of images"
@@ -56,6 +57,10 @@ class TaskSpec:
     """Keys of a result whose values transformers returns as tuples; JSON has none, so `pipeline()` makes them again."""
     bare_in_lists: bool = False
     """Whether a result that is a list of one is given without its list when the call was made with a list of inputs."""
+    kept_with: tuple[str, ...] = ()
+    """Parameters with which such a list stays."""
+    answers_one_alone: bool = False
+    """Whether a list of one input is answered as that input alone, without a list around its result."""
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise ParameterError unless every parameter is allowed for this task and within its bounds."""

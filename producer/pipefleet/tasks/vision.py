@@ -2,15 +2,115 @@
 
 from __future__ import annotations
 
+from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, mapping_of, null, number
 from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
+_SHARE = number(0.0, 1.0)
+_EDGE = integer(1, 4096)
+_SIZE = either(
+    _EDGE, mapping_of({name: _EDGE for name in ("height", "width", "shortest_edge", "longest_edge")}), list_of(_EDGE, 2)
+)
+_IMAGE_PROCESSOR: dict[str, Check] = {
+    "size": _SIZE,
+    "crop_size": _SIZE,
+    "resample": integer(0, 5),
+    "do_resize": boolean,
+    "do_center_crop": boolean,
+    "do_rescale": boolean,
+    "do_normalize": boolean,
+}
+"""Arguments of an image processor that change the picture within bounds."""
+
 ROWS = (
+    TaskSpec(
+        name="depth-estimation",
+        media=Media.IMAGE,
+        parameters={},
+        returns="{predicted_depth: array of the picture's size, depth: image}",
+        cost_unit=CostUnit.IMAGES,
+    ),
     TaskSpec(
         name="image-classification",
         media=Media.IMAGE,
         parameters={"top_k": LABEL_COUNT, "function_to_apply": ACTIVATION},
         returns="[{label, score}]",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="image-feature-extraction",
+        media=Media.IMAGE,
+        parameters={
+            "pool": either(null, boolean),
+            "image_processor_kwargs": mapping_of(_IMAGE_PROCESSOR),
+            "out_indices": either(null, list_of(integer(-1000, 1000), 100)),
+        },
+        returns="[[[number]]] patches by width, [[number]] with pool, a list of feature maps (AutoBackbone's) with out_indices",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="image-segmentation",
+        media=Media.IMAGE,
+        parameters={
+            "subtask": either(null, choice("semantic", "instance", "panoptic")),
+            "threshold": _SHARE,
+            "mask_threshold": _SHARE,
+            "overlap_mask_area_threshold": _SHARE,
+        },
+        returns="[{score, label, mask: image}]",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="image-to-image",
+        media=Media.IMAGE,
+        parameters={},
+        returns="image",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="keypoint-matching",
+        media=Media.IMAGE_PAIR,
+        parameters={"threshold": _SHARE},
+        returns="[{keypoint_image_0: {x, y}, keypoint_image_1: {x, y}, score}]",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="mask-generation",
+        media=Media.IMAGE,
+        parameters={
+            "points_per_batch": either(null, integer(1, 1024)),
+            "points_per_crop": integer(1, 128),
+            "crops_n_layers": integer(0, 2),
+            "crop_overlap_ratio": number(0.0, 0.9),
+            "crop_n_points_downscale_factor": integer(1, 16),
+            "pred_iou_thresh": number(-1000.0, 1000.0),
+            "stability_score_thresh": number(-1.0, 1.0),
+            "stability_score_offset": number(0.0, 1000.0),
+            "mask_threshold": number(-1000.0, 1000.0),
+            "crops_nms_thresh": _SHARE,
+            "output_rle_mask": boolean,
+            "output_bboxes_mask": boolean,
+        },
+        returns="{masks: [array of booleans], scores: array, rle_mask?, bounding_boxes?}",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="object-detection",
+        media=Media.IMAGE,
+        parameters={"threshold": _SHARE},
+        returns="[{score, label, box: {xmin, ymin, xmax, ymax}}]",
+        cost_unit=CostUnit.IMAGES,
+    ),
+    TaskSpec(
+        name="video-classification",
+        media=Media.VIDEO,
+        parameters={
+            "top_k": LABEL_COUNT,
+            "function_to_apply": either(null, choice("softmax", "sigmoid", "none")),
+            "num_frames": either(null, integer(1, 1024)),
+            "frame_sampling_rate": either(null, integer(1, 1000)),
+        },
+        returns="[{score, label}]",
         cost_unit=CostUnit.IMAGES,
     ),
 )
