@@ -22,8 +22,9 @@ def is_artifact(value: object) -> bool:
 def resolve(value: Any, read: Callable[[str], bytes]) -> Any:
     """`value` with every artifact replaced by what it holds. `read` gives the bytes of a URI.
 
-    An array for the kinds array, mask (booleans) and audio (float32 `[frames]` or `[channels, frames]`), a PIL image for the
-    kind image. Raises UsageError when the library for a kind is not installed, ContractError for a kind this version does not know.
+    An array for the kinds array, mask (booleans; mask_list: a list of them) and audio (float32 `[frames]` or
+    `[channels, frames]`), a PIL image for the kind image. Raises UsageError when the library for a kind is not installed,
+    ContractError for a kind this version does not know.
     """
     if is_artifact(value):
         return _load(value, read)
@@ -61,6 +62,10 @@ def _mask(content: bytes, reference: Mapping[str, Any]) -> Any:
     return bits.astype(bool).reshape(shape)
 
 
+def _mask_list(content: bytes, reference: Mapping[str, Any]) -> Any:
+    return list(_mask(content, reference))
+
+
 def _audio(content: bytes, reference: Mapping[str, Any]) -> Any:
     """The samples of a WAV of float32 as the worker writes it: frames of interleaved channels behind the data chunk's header."""
     import numpy
@@ -87,6 +92,7 @@ def _package(error: ImportError) -> str:
 _LOADERS: Mapping[str, Callable[[bytes, Mapping[str, Any]], Any]] = {
     "array": _array,
     "mask": _mask,
+    "mask_list": _mask_list,
     "audio": _audio,
     "image": _image,
 }

@@ -50,6 +50,8 @@ PRIORITY_SEPARATOR = "\x06\x16"
 KEY = "pipefleet:"
 CANCELLED_CHANNEL = f"{KEY}cancelled"
 POOLS_KEY = f"{KEY}pools"
+COST_HEADER, TIME_HEADER = "pipefleet-cost", "pipefleet-at"
+"""What a message costs, see `JobMessage.work`, and when it was queued (seconds since 1970): read without its body."""
 SHARD_HEADER = "pipefleet-shard"
 """Messages with it are delivered again however often they failed: the consumer finds the one item that is to blame."""
 
@@ -234,6 +236,7 @@ def celery_message(job: JobMessage, queue: str, priority: Priority) -> str:
     if size > MAX_MESSAGE_BYTES:
         raise ContractError(f"a message of {size} bytes is above the bound of {MAX_MESSAGE_BYTES}")
     headers = {**template["headers"], "id": job.id, "root_id": job.id, "argsrepr": repr((job.task,))}
+    headers.update({COST_HEADER: job.work, TIME_HEADER: time.time()})
     if job.shard is not None:
         headers[SHARD_HEADER] = True
     properties = {
@@ -336,22 +339,20 @@ class DeadLetter:
 def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
     """Up to `count` dead letters of a queue, newest first, after leaving out `start`."""
     keys = unacked_keys(queue)
-    unreported = _all(redis.lrange(keys["unreported_key"], 0, -1))
-    filed = _all(redis.lrange(keys["dead_key"], 0, start + count - 1))
+    pipe = redis.pipeline(transaction=True)  # or letters that are filed meanwhile would show twice, or not
+    pipe.lrange(keys["unreported_key"], 0, -1)
+    pipe.lrange(keys["dead_key"], 0, start + count - 1)
+    unreported, filed = pipe.execute()
     return [DeadLetter.parse(entry) for entry in (unreported + filed)[start : start + count]]
 
 
 def count_dead_letters(redis: Redis, queue: str) -> int:
     """How many dead letters a queue has."""
     keys = unacked_keys(queue)
-    return int(redis.llen(keys["unreported_key"])) + int(redis.llen(keys["dead_key"]))
-
-
-def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
-    """Put the text of a message to the dead letters of a queue."""
-    seconds, micros = redis.time()
-    entry = {"reason": reason, "at": seconds + micros / 1e6, "queue": queue, "deliveries": deliveries, "message": message}
-    redis.lpush(unacked_keys(queue)["dead_key"], encode_json(entry))
+    pipe = redis.pipeline(transaction=True)  # or letters that are filed meanwhile would count twice
+    pipe.llen(keys["unreported_key"])
+    pipe.llen(keys["dead_key"])
+    return sum(pipe.execute())
 
 
 _MOVE_LETTER = """

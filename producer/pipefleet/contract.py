@@ -120,6 +120,11 @@ class JobMessage:
     reply: str | None = None
     """Redis channel on which the client waits to hear that the job has ended."""
 
+    @property
+    def work(self) -> float:
+        """What the job costs as far as it says; else the number of its items."""
+        return self.cost or float(self.shard.count if self.shard else len(self.items))
+
     def to_json(self) -> dict[str, Any]:
         """The wire form; fields that say nothing are left out."""
         body: dict[str, Any] = {"version": CONTRACT_VERSION, "id": self.id, "task": self.task}

@@ -107,7 +107,7 @@ def mapping_of(allowed: Mapping[str, Check]) -> Check:
             return "must be an object"
         for name, item in value.items():
             if name not in allowed:
-                return f"may not hold {str(name)!r}{nearest(str(name), allowed)}"
+                return f"may not hold {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}"
             problem = allowed[name](item)
             if problem:
                 return f"holds {name!r}, which {problem}"
@@ -124,7 +124,7 @@ def check_parameters(task: str, allowed: Mapping[str, Check], given: Mapping[str
         if name not in allowed:
             known = ", ".join(sorted(allowed)) or "none"
             raise ParameterError(
-                f"{task} takes no parameter {str(name)[:40]!r}{nearest(str(name), allowed)}; it takes {known}"
+                f"{task} takes no parameter {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}; it takes {known}"
             )
         problem = allowed[name](value)
         if problem:

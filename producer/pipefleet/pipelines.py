@@ -138,6 +138,9 @@ def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[st
         wanted.update(named)
         inputs = (wanted.pop(spec.positional[0]),) if spec.positional[0] not in spec.fields else ()
     fields = {name: wanted.pop(name) for name in spec.fields if name in wanted and name not in spec.parameters}
+    first = spec.positional[0] if spec.positional else None
+    if inputs and fields and first in spec.fields.keys() - fields.keys() and not isinstance(inputs[0], Mapping):
+        fields, inputs = {str(first): inputs[0], **fields}, ()
     if inputs and fields:
         raise InputError(f"{spec.name} was given an input and {', '.join(fields)} beside it; put them into one dict")
     if inputs:
@@ -153,17 +156,26 @@ def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[st
 
 def _each(spec: TaskSpec, fields: Mapping[str, Any]) -> Any:
     """One dict, or a list of them where a field that holds one value is given as a list; single values go with each."""
-    lists = {
-        name: value
-        for name, value in fields.items()
-        if isinstance(value, list | tuple) and spec.fields.get(name) in _SINGLE
-    }
+    lists = {name: value for name, value in fields.items() if _is_several(spec.fields.get(name), value)}
     if not lists:
         return dict(fields)
+    # Beside several texts, a list of pictures holds one for each; beside one text they all belong to it.
+    lists |= {name: fields[name] for name in fields if _is_list_of_images(spec.fields.get(name), fields[name])}
     if len({len(value) for value in lists.values()}) > 1:
         raise InputError(f"{', '.join(lists)} are lists of different lengths")
     count = len(next(iter(lists.values())))
     return [{**fields, **{name: value[index] for name, value in lists.items()}} for index in range(count)]
+
+
+def _is_several(kind: Media | None, value: Any) -> bool:
+    """Whether the value of a field stands for several inputs."""
+    if not isinstance(value, list | tuple):
+        return False
+    return bool(value) and not is_message(value[0]) if kind is Media.PROMPT else kind in _SINGLE
+
+
+def _is_list_of_images(kind: Media | None, value: Any) -> bool:
+    return kind is Media.IMAGES and isinstance(value, list | tuple)
 
 
 def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:

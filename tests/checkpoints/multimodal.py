@@ -13,6 +13,7 @@ from tests.checkpoints.parts import (
     image_processor,
     labels,
     save,
+    set_bias,
     token_ids,
 )
 from tests.checkpoints.registry import checkpoint
@@ -23,6 +24,7 @@ from tests.checkpoints.vocabularies import CHATML, bert_tokenizer, chat_tokenize
 _PATCHES: dict[str, Any] = {**STACK, "image_size": 32, "patch_size": 8, "projection_dim": 16}
 _CROP_32: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": SQUARE_32}
 _ANSWER = {"generate_kwargs": inputs.GREEDY}
+_SIGLIP_LABELS = {"candidate_labels": ["a cat", "a dog", "a red boat"]}
 
 
 def _clip_towers(tokenizer: Any) -> dict[str, Any]:
@@ -46,6 +48,18 @@ def clip(directory: Path) -> None:
     tokenizer = clip_tokenizer()
     model = hf.CLIPModel(hf.CLIPConfig(**_clip_towers(tokenizer), projection_dim=16))
     save(directory, model, tokenizer, image_processor("CLIPImageProcessor", **_CROP_32))
+
+
+@checkpoint("zero-shot-image-classification:siglip", inputs=inputs.few_images, parameters=_SIGLIP_LABELS)
+def siglip(directory: Path) -> None:
+    """SigLIP: texts of 64 tokens always, scores by a sigmoid with a bias."""
+    tokenizer = clip_tokenizer(64, pad_token="!")
+    text = {**STACK, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "projection_size": 32}
+    vision = {**STACK, "image_size": 32, "patch_size": 8}
+    model = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=vision))
+    set_bias(model.logit_scale, 1.5)
+    set_bias(model.logit_bias, -0.5)
+    save(directory, model, tokenizer, image_processor("SiglipImageProcessor", size=SQUARE_32))
 
 
 @checkpoint(
@@ -126,6 +140,12 @@ _QWEN2_ENCODER: dict[str, Any] = {
 @checkpoint("image-to-text", inputs=inputs.captions, parameters=_ANSWER)
 def blip(directory: Path) -> None:
     """BLIP captions: its tokenizer pads on the right, in front of a decoder."""
+    config, processor = _blip_parts()
+    save(directory, hf.BlipForConditionalGeneration(config), processor)
+
+
+def _blip_parts() -> tuple[Any, Any]:
+    """Config and processor of a BLIP."""
     tokenizer = bert_tokenizer(64)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     text = {
@@ -139,7 +159,7 @@ def blip(directory: Path) -> None:
     }
     config = hf.BlipConfig(text_config=text, vision_config=_PATCHES, projection_dim=16, image_text_hidden_size=16)
     processor = hf.BlipProcessor(image_processor("BlipImageProcessor", size=SQUARE_32), tokenizer)
-    save(directory, hf.BlipForConditionalGeneration(config), processor)
+    return config, processor
 
 
 @checkpoint("image-to-text:vit-gpt2", inputs=inputs.few_images, parameters=_ANSWER)
@@ -187,6 +207,13 @@ def vilt(directory: Path) -> None:
     model = amplify(hf.ViltForQuestionAnswering(config), "classifier", 2.0)
     pixels = image_processor("ViltImageProcessor", size={"shortest_edge": 64}, size_divisor=16)
     save(directory, model, hf.ViltProcessor(pixels, tokenizer))
+
+
+@checkpoint("visual-question-answering:blip", inputs=inputs.image_questions, parameters={"max_new_tokens": 5})
+def blip_vqa(directory: Path) -> None:
+    """BLIP that writes its answers; its decoder looks at all places of the question, padding included."""
+    config, processor = _blip_parts()
+    save(directory, hf.BlipForQuestionAnswering(config), processor)
 
 
 @checkpoint("document-question-answering", inputs=inputs.documents, parameters={"top_k": 2})

@@ -10,6 +10,7 @@ from tests.checkpoints.parts import STACK, amplify, bert_sizes, labels, save, se
 from tests.checkpoints.registry import checkpoint
 from tests.checkpoints.vocabularies import (
     bert_tokenizer,
+    byte_bpe,
     chat_tokenizer,
     from_vocab_file,
     t5_tokenizer,
@@ -131,3 +132,56 @@ def sequence_to_sequence(directory: Path) -> None:
     )
     config.task_specific_params = {"summarization": summary, "translation_en_to_de": german}
     save(directory, amplify(hf.T5ForConditionalGeneration(config), "EncDecAttention", 4.0), tokenizer)
+
+
+@checkpoint("summarization:bart", inputs=inputs.sources(""), parameters={**inputs.GREEDY, "num_beams": 2})
+def denoiser(directory: Path) -> None:
+    """BART: learnt positions, a decoder that begins with the end token, and a last token that is forced."""
+    vocab, merges = byte_bpe(420, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer = hf.RobertaTokenizer(vocab=vocab, merges=merges, model_max_length=128)
+    config = hf.BartConfig(
+        **_encoder_decoder(tokenizer),
+        max_position_embeddings=128,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_bos_token_id=tokenizer.bos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+    save(directory, amplify(hf.BartForConditionalGeneration(config), "encoder_attn", 4.0), tokenizer)
+
+
+@checkpoint(
+    "translation:nllb",
+    inputs=inputs.sources(""),
+    parameters={**GREEDY_SEARCH, "src_lang": "eng_Latn", "tgt_lang": "fra_Latn"},
+)
+def many_languages(directory: Path) -> None:
+    """NLLB: the language of a text stands in front of it, that of its translation is forced on the decoder."""
+    vocab, merges = byte_bpe(420, ["<s>", "<pad>", "</s>", "<unk>"])
+    languages = ["eng_Latn", "fra_Latn", "deu_Latn"]
+    tokenizer = hf.NllbTokenizer(
+        vocab=vocab, merges=merges, extra_special_tokens=languages, src_lang="eng_Latn", model_max_length=256
+    )
+    config = hf.M2M100Config(
+        **_encoder_decoder(tokenizer),
+        max_position_embeddings=256,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+    )
+    save(directory, amplify(hf.M2M100ForConditionalGeneration(config), "encoder_attn", 4.0), tokenizer)
+
+
+def _encoder_decoder(tokenizer: Any) -> dict[str, Any]:
+    """Sizes of a BART-like model that fits `tokenizer`."""
+    layers = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _LAYERS.items()}
+    return {
+        **layers,
+        **token_ids(tokenizer),
+        "vocab_size": len(tokenizer),
+        "d_model": 32,
+        "dropout": 0.0,
+        "init_std": 0.2,
+    }
+
+
+_LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}

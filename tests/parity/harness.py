@@ -33,6 +33,7 @@ from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.stages.artifacts import Audio
 from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher
 from tests.checkpoints import cached
@@ -190,6 +191,8 @@ def plain(value: Any) -> Any:
         return value.float().numpy()
     if isinstance(value, Image.Image):
         return np.asarray(value)
+    if isinstance(value, Audio):
+        return value.samples
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
@@ -200,12 +203,15 @@ def plain(value: Any) -> Any:
 
 
 def assert_same(found: Any, wanted: Any, where: str = "result") -> None:
-    """Texts, labels, lengths and shapes are equal; numbers within 1e-4."""
+    """Texts, labels, lengths and shapes are equal; numbers within 1e-4, levels of a picture within 1."""
     found, wanted = plain(found), plain(wanted)
     if isinstance(found, np.ndarray) or isinstance(wanted, np.ndarray) or _is_matrix(wanted):
         assert np.shape(found) == np.shape(wanted), where
         difference = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))
-        assert difference.size == 0 or float(difference.max()) <= TOLERANCE, f"{where}: {difference.max():.2e}"
+        # A level of a picture may round the other way, here and there.
+        limit, share = (1.0, 0.01) if np.asarray(wanted).dtype == np.uint8 else (TOLERANCE, TOLERANCE)
+        assert difference.size == 0 or float(difference.max()) <= limit, f"{where}: {difference.max():.2e}"
+        assert difference.size == 0 or float(difference.mean()) <= share, f"{where}: {difference.mean():.2e} on average"
     elif isinstance(wanted, dict):
         assert isinstance(found, dict), where
         assert list(found) == list(wanted), where

@@ -33,7 +33,8 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(found.choices)
 
 
-EVERY = {"submit", "map", "status", "resume", "cancel", "failures", "tasks", "queues", "up", "worker", "doctor"}
+EVERY = {"submit", "map", "status", "resume", "cancel", "failures", "tasks", "queues", "up", "worker", "doctor", "scaler"}
+EVERY |= {"simulate", "render", "dead-letters"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -231,11 +232,12 @@ class TestOutput:
         assert code == 0
         assert rows["texts"] == {
             "pool": "texts", "queue": QUEUE, "model": "/models/texts", "high": 1, "normal": 1, "low": 0, "unacked": 0,
+            "delayed": 0, "dead": 0,
         }  # fmt: skip
         assert rows["other-speech"]["queue"] == "pipefleet.automatic-speech-recognition.other-speech"
         lines = run(capsys, "queues")[1].splitlines()  # not a terminal: whole lines
-        assert lines[0].split() == ["pool", "queue", "high", "normal", "low", "unacked", "model"]
-        assert ["texts", QUEUE, "1", "1", "0", "0", "/models/texts"] in [line.split() for line in lines]
+        assert lines[0].split() == ["pool", "queue", "high", "normal", "low", "unacked", "delayed", "dead", "model"]
+        assert ["texts", QUEUE, "1", "1", "0", "0", "0", "0", "/models/texts"] in [line.split() for line in lines]
 
     @pytest.fixture
     def worker(self, client: Client) -> Any:

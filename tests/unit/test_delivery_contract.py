@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from kombu.asynchronous.hub import Hub
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 
@@ -37,6 +38,7 @@ SIGNATURES = [
     (stock.MultiChannelPoller, "on_readable", "(self, fileno)"),
     (stock.MultiChannelPoller, "handle_event", "(self, fileno, event)"),
     (stock.MultiChannelPoller, "maybe_check_brpop_health", "(self)"),
+    (Hub, "_pop_ready", "(self)"),
     (stock.Transport, "register_with_event_loop", "(self, connection, loop)"),
 ]
 

@@ -17,9 +17,9 @@ from pipefleet.pipelines import FleetPipeline
 from pipefleet.storage import is_ref
 from pipefleet.tasks import TASKS, task_spec
 from pipefleet_workers.adapters.generate import TextGenerator
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.generation import Row, RowSampler, RowStops, Sampling, default_seed, gumbel, row_seed
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContext, Unit, Work
-from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
 from tests.parity.harness import load
@@ -170,6 +170,36 @@ def unit(adapter: TextGenerator, prompt: Any, **parameters: Any) -> Unit:
     if isinstance(prepared, ItemError):
         raise prepared
     return prepared[0]
+
+
+PARTS = [{"type": "text", "text": "What is "}, {"type": "text", "text": "the capital?"}]
+
+
+def test_contents_in_parts_are_read_as_the_template_reads_them(adapter: TextGenerator) -> None:
+    joined = unit(adapter, [{"role": "user", "content": "What is the capital?"}])
+    parts = unit(adapter, [{"role": "user", "content": PARTS}])
+    assert torch.equal(joined.features, parts.features)
+    assert parts.assembly.context.prompt.messages == [{"role": "user", "content": PARTS}], (
+        "the result repeats what came"
+    )
+
+
+def test_a_template_that_knows_no_parts_gets_texts() -> None:
+    pipe = load(TASK)
+    told = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    pipe.tokenizer.chat_template = told + "{% if add_generation_prompt %}bot:{% endif %}"
+    plain = TextGenerator(pipe)
+    parts = unit(plain, [{"role": "user", "content": PARTS}])
+    assert pipe.tokenizer.decode(parts.features) == "user: What is the capital?\nbot:"
+
+
+def test_a_begun_answer_in_parts_is_gone_on_with_as_a_text(adapter: TextGenerator) -> None:
+    begun = unit(adapter, [CHAT[1], {"role": "assistant", "content": PARTS}])
+    plain = unit(adapter, [CHAT[1], {"role": "assistant", "content": "What is the capital?"}])
+    assert torch.equal(begun.features, plain.features)
+    begun.assembly.outputs[0] = [adapter.pipe.tokenizer("x")["input_ids"]]
+    (record,) = adapter.finish(begun.assembly)
+    assert record["generated_text"][-1]["content"] == "What is the capital?x"
 
 
 SHARED = [

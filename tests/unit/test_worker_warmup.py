@@ -65,7 +65,7 @@ def test_a_model_that_fails_on_examples_still_gets_a_budget(pipe: Any) -> None:
 def test_every_task_has_examples(task: str) -> None:
     checkpoint = "automatic-speech-recognition:whisper" if task == "automatic-speech-recognition" else task
     adapter = RUNTIME[task].adapter(load(checkpoint))
-    units = example_units(adapter, TASKS[task], {}, 20)
+    units = example_units(adapter, TASKS[task], dict(RUNTIME[task].example_parameters), 20)
     assert units
     numbers = adapter.numbers(units) if adapter.pads else []
     assert all(np.isfinite(one).all() for one in numbers)

@@ -21,6 +21,7 @@ from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.suspects import Journal, Suspects
+from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.facts import Facts
@@ -87,7 +88,9 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    consumer = _consumer(pool, engine, outlets, worker_settings, undertaker=Undertaker(settings, queue))
+    jobs = Jobs(pool, engine, outlets.allowed)
+    tally = Tally(instruments.metrics, instruments.work)
+    consumer = _consumer(jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue), tally=tally)
     return Built(consumer, outlets.reporter, Facts(name, pool, limits, found, instruments))
 
 
@@ -119,15 +122,14 @@ class Undertaker:
 
 
 def _consumer(
-    pool: Pool, engine: Engine, outlets: Outlets, worker_settings: WorkerSettings, *, undertaker: Undertaker
+    jobs: Jobs, outlets: Outlets, worker_settings: WorkerSettings, *, undertaker: Undertaker, tally: Tally
 ) -> Consumer:
-    jobs = Jobs(pool, engine, outlets.allowed)
     shards = Shards(jobs, outlets)
     suspects = Suspects(jobs, shards, undertaker.journal, undertaker.bury)
     limits = Limits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
-    return Consumer(jobs, shards, suspects, outlets.reporter, Health(_probe(outlets)), limits=limits)
+    return Consumer(jobs, shards, suspects, outlets.reporter, Health(_probe(outlets)), tally=tally, limits=limits)
 
 
 def _probe(outlets: Outlets) -> Any:

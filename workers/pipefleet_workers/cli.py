@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, command, print_json
 from pipefleet.errors import UsageError
+from pipefleet_workers.render import cli as render
+from pipefleet_workers.scaling import command as scaler
+from pipefleet_workers.simulation import command as simulation
 
 if TYPE_CHECKING:
     from pipefleet.fleet import Fleet, Pool
@@ -44,6 +47,8 @@ def register(commands: Commands) -> None:
         example="pipefleet demo",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the one directory for all data (.pipefleet)")
+    for further in (scaler, simulation, render):
+        further.register(commands)
 
 
 def _register_worker(commands: Commands) -> None:

@@ -18,9 +18,11 @@ from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.exits import BROKEN_DEVICE, end_process
 from pipefleet_workers.items import Assembly, Batch, Unit
 from pipefleet_workers.metrics import Metrics
+from pipefleet_workers.scaling.ledger import WorkCount
 from pipefleet_workers.service_fit import ServiceFit
 from pipefleet_workers.stages.forward import Forward
 from pipefleet_workers.tracing import Tracer
+from pipefleet_workers.transfer import Staged
 from pipefleet_workers.watchdog import Watchdog
 
 STAGE = "forward"
@@ -34,6 +36,7 @@ class Instruments:
     fit: ServiceFit = field(default_factory=ServiceFit)
     tracer: Tracer = field(default_factory=lambda: Tracer(""))
     on_fatal: Callable[[int, str], None] = end_process
+    work: WorkCount = field(default_factory=WorkCount)
 
 
 class Device:
@@ -54,7 +57,7 @@ class Device:
         self._instruments = instruments
         self._on_complete = on_complete
         self._watchdog = Watchdog(timeout, instruments.on_fatal)
-        self._ahead: queue.Queue[tuple[Batch, Any] | None] | None = queue.Queue(1) if collate_ahead else None
+        self._ahead: queue.Queue[tuple[Batch, Staged | None] | None] | None = queue.Queue(1) if collate_ahead else None
         self._threads = [threading.Thread(target=self._guarded, args=(self._run_batches,), name="device", daemon=True)]
         if collate_ahead:
             collate = threading.Thread(target=self._guarded, args=(self._collate_ahead,), name="collate", daemon=True)
@@ -69,6 +72,11 @@ class Device:
     def tick(self) -> None:
         """A sign of life from inside a forward, for the watchdog."""
         self._watchdog.tick()
+
+    def release(self, unit: Unit, output: Any) -> None:
+        """Hand on the output of a unit while its batch still runs. From inside the forward, at most once a unit."""
+        unit.released = True
+        self._hand_on([(unit, output)])
 
     def join(self) -> None:
         """Wait until the room is closed and everything in it has run."""
@@ -86,14 +94,14 @@ class Device:
 
     def _run_batches(self) -> None:
         while (taken := self._next()) is not None:
-            batch, inputs = taken
+            batch, staged = taken
             begin = time.perf_counter()
             with self._watchdog, self._instruments.tracer.span(STAGE, len(batch.units)):
-                outputs = self._forward.run(batch, inputs)
+                outputs = self._forward.run(batch, staged)
             self._note(batch, time.perf_counter() - begin)
-            self._hand_on(outputs)
+            self._hand_on([(unit, output) for unit, output in outputs if not unit.released])
 
-    def _next(self) -> tuple[Batch, Any] | None:
+    def _next(self) -> tuple[Batch, Staged | None] | None:
         if self._ahead is not None:
             return self._ahead.get()
         batch = self._live_batch()
@@ -103,8 +111,8 @@ class Device:
         assert self._ahead is not None
         while (batch := self._live_batch()) is not None:
             with self._instruments.tracer.span("collate", len(batch.units)):
-                inputs = self._forward.collate(batch)
-            self._ahead.put((batch, inputs))
+                staged = self._forward.collate(batch)
+            self._ahead.put((batch, staged))
         self._ahead.put(None)
 
     def _live_batch(self) -> Batch | None:
@@ -129,5 +137,6 @@ class Device:
 
     def _note(self, batch: Batch, seconds: float) -> None:
         self._instruments.fit.add(batch.cost, seconds)
+        self._instruments.work.add(seconds=seconds)
         useful = sum(unit.length + unit.fixed for unit in batch.units)
         self._instruments.metrics.batch(len(batch.units), padded=batch.cost, useful=useful, seconds=seconds)

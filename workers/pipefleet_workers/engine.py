@@ -31,6 +31,7 @@ from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher, slices
 from pipefleet_workers.stages.forward import Forward
+from pipefleet_workers.transfer import Transfer
 
 log = logging.getLogger(__name__)
 _In = TypeVar("_In", Work, Fetched, Decoded)
@@ -64,12 +65,18 @@ class Engine:
         self._instruments = instruments
         self._budget = Budget(settings.in_flight_items, settings.in_flight_bytes)
         self.room = BatchQueue(MicroBatcher(limits), settings.window_units)
-        forward = Forward(stages.adapter, self.room.limit_cost)
-        on_gpu = stages.adapter.pipe.device.type != "cpu"
+        device = stages.adapter.pipe.device
+        forward = Forward(stages.adapter, self.room.limit_cost, Transfer.to(device))
         self._device = Device(
-            forward, self.room, instruments, self._complete, timeout=settings.forward_timeout, collate_ahead=on_gpu
+            forward,
+            self.room,
+            instruments,
+            self._complete,
+            timeout=settings.forward_timeout,
+            collate_ahead=device.type != "cpu",
         )
         stages.adapter.tick = self._device.tick
+        stages.adapter.release = self._device.release
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, room=256)
         self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, room=4 * cpu)

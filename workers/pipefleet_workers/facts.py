@@ -51,6 +51,7 @@ class Facts:
         for name in ("max_cost", "pads", "base", "per_cost"):
             if name in facts:
                 self.instruments.metrics.fact(name, float(facts[name]))
+        self.instruments.work.flush(redis, self.pool.name)
         redis.hset(WORKERS_KEY, self.worker, encode_json({**facts, "until": time.time() + seconds}))
 
 

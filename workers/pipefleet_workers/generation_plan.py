@@ -108,7 +108,7 @@ class Planner:
 
     def _plan(self, forward: dict[str, Any]) -> Plan:
         prefix = forward.pop("prefix_length", 0)
-        arguments, config = self._merged(forward)
+        arguments, config = self.merged(forward)
         mode = config.get_generation_mode()
         sampled = mode == _Mode.SAMPLE
         beams, sequences = config.num_beams or 1, config.num_return_sequences or 1
@@ -132,8 +132,11 @@ class Planner:
             fills=frozenset({*_ids(config.pad_token_id), -1}),
         )
 
-    def _merged(self, forward: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        """The arguments that the pipeline passes to generate(), and the config that generate() makes of them."""
+    def merged(self, forward: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The arguments that the pipeline passes to generate(), and the config that generate() makes of them.
+
+        Raises ItemError (bad_parameter) for those that generate() refuses.
+        """
         given = {name: float(value) if name in _FLOATS else value for name, value in forward.items()}
         if given.get("temperature") == 0:
             text = "temperature must be above 0; pass do_sample=false for the most probable tokens"

@@ -133,6 +133,8 @@ class Unit:
     features: Any
     fixed: int = 0
     created: float = 0.0
+    released: bool = False
+    """Its output was handed on before its batch had ended. Set by the device's thread alone."""
 
     @property
     def priority(self) -> int:

@@ -22,6 +22,9 @@ class Metrics:
         self._stage = self._counter("pipefleet_stage_seconds_total", "seconds spent on items", "stage")
         self._cost = self._counter("pipefleet_batch_cost_total", "cost of batches, padded and useful", "kind")
         self._busy = self._counter("pipefleet_device_busy_seconds_total", "seconds in which a forward ran")
+        self._messages = self._counter("pipefleet_messages_total", "messages of the queue", "event")
+        for event in ("delivered", "redelivered", "handed_back"):
+            self._child(self._messages, event)  # a rate needs the zero before the first
         self._units = self._histogram("pipefleet_batch_units", "units of a batch", SIZES)
         self._seconds = self._histogram("pipefleet_batch_seconds", "seconds of a forward", SECONDS)
         self._facts = Gauge(
@@ -36,6 +39,10 @@ class Metrics:
         self._busy.labels(self._pool).inc(seconds)
         self._cost.labels(self._pool, "padded").inc(padded)
         self._cost.labels(self._pool, "useful").inc(useful)
+
+    def message(self, event: str) -> None:
+        """Count one message that was `delivered`, `redelivered` or `handed_back`."""
+        self._child(self._messages, event).inc()
 
     def item(self, seconds: Mapping[str, float], *, code: str = "", stage: str = "") -> None:
         """Count one item that ended, with its seconds by stage; `code` and `stage` for one that failed."""

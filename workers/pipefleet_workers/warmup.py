@@ -7,6 +7,7 @@ Both decisions are kept in the worker's log and metrics, and `pipefleet doctor` 
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ import torch
 from pipefleet.contract import JobItem, Priority
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.items import Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.media.video import Clip
 from pipefleet_workers.service_fit import ServiceFit
 
 log = logging.getLogger(__name__)
@@ -132,9 +134,13 @@ def _fits_memory(adapter: Adapter, rates: dict[int, float]) -> bool:
 
 def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], size: int) -> list[Unit]:
     """The units of one made-up input of about `size`: words, tenths of a second, or pixels times eight."""
+    parameters = {**adapter.example_parameters(), **parameters}
     context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, _Nowhere())
     work = Work(context, 0, JobItem("warm-up", ""), parameters, 0)
-    (prepared,) = adapter.prepare([Decoded(work, _example(spec, size, adapter.sampling_rate or 16_000))])
+    example = adapter.example(size)
+    if example is None:
+        example = _example(spec, size, adapter.sampling_rate or 16_000)
+    (prepared,) = adapter.prepare([Decoded(work, example)])
     if isinstance(prepared, ItemError):
         raise prepared
     return prepared
@@ -150,7 +156,7 @@ def _example(spec: TaskSpec, size: int, rate: int) -> Any:
 def _made_up(media: Media, size: int, rate: int) -> Any:
     source = np.random.default_rng(size)
     match media:
-        case Media.TEXT | Media.PROMPT:
+        case Media.TEXT | Media.TEXTS | Media.PROMPT:
             return " ".join(source.choice(["the", "sea", "of", "trees", "was", "wide", "and", "old"], size))
         case Media.AUDIO:
             return (0.1 * source.standard_normal(int(rate * size / 10))).astype(np.float32)
@@ -158,6 +164,8 @@ def _made_up(media: Media, size: int, rate: int) -> Any:
             return _picture(source, size)
         case Media.IMAGE_PAIR:
             return [_picture(source, size), _picture(source, size)]
+        case Media.VIDEO:
+            return _clip(source)
         case _:
             raise NotImplementedError(f"no example is made up of {media}")
 
@@ -166,6 +174,14 @@ def _picture(source: np.random.Generator, size: int) -> Any:
     from PIL import Image
 
     return Image.fromarray(source.integers(0, 255, (size * 8, size * 8, 3), dtype=np.uint8))
+
+
+def _clip(source: np.random.Generator) -> Any:
+    """More frames than most models take, of noise: an animation leaves out frames that are equal."""
+    buffer = io.BytesIO()
+    first, *rest = [_picture(source, 4) for _ in range(128)]
+    first.save(buffer, format="GIF", save_all=True, append_images=rest)
+    return Clip(Blob("warm-up.gif", buffer.getvalue(), None), max_frames=len(rest) + 1, max_pixels=1 << 20)
 
 
 class _Nowhere:

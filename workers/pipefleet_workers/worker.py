@@ -55,6 +55,8 @@ class Worker:
         """Load the model, consume until told to stop. Raises ModelError or ServiceUnavailableError before it begins."""
         from pipefleet_workers.build import build
 
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)  # of a process before this one
         with broker.redis_errors(self._settings.redis_url):
             broker.connect(self._settings).ping()
         built = build(
@@ -113,7 +115,13 @@ class Worker:
                 ready_file.write_text(f"{os.getpid()}\n")
 
         signals.worker_ready.connect(ready, weak=False)
-        signals.worker_shutting_down.connect(lambda **_: self._stopping.set(), weak=False)
+
+        def shutting_down(**_: Any) -> None:
+            self._stopping.set()
+            if ready_file is not None:
+                ready_file.unlink(missing_ok=True)
+
+        signals.worker_shutting_down.connect(shutting_down, weak=False)
 
     def _announce(self, facts: Facts) -> None:
         """Tell producers without a fleet file what is served here, again and again while this worker lives."""

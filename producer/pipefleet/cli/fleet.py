@@ -1,4 +1,4 @@
-"""`pipefleet tasks` and `pipefleet queues`: what can be run, and what waits."""
+"""`pipefleet tasks`, `queues` and `dead-letters`: what can be run, what waits, and what no worker will run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, command, print_json
+from pipefleet.errors import UsageError
 
 if TYPE_CHECKING:
+    from pipefleet.broker import DeadLetter
+    from pipefleet.client import Client
+    from pipefleet.fleet import Pool
     from pipefleet.tasks import TaskSpec
+
+MOST_LETTERS = 10_000
+"""Dead letters of one queue that are looked at in one go."""
 
 
 def register(commands: Commands) -> None:
@@ -21,6 +28,15 @@ def register(commands: Commands) -> None:
     parser = command(
         commands, "queues", queues, help="show what waits in the queues of the fleet", example="pipefleet queues --json"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser = command(
+        commands, "dead-letters", dead_letters, help="list messages that were given up, queue them again or remove them",
+        example="pipefleet dead-letters --requeue",
+    )  # fmt: skip
+    parser.add_argument("--pool", help="only those of this pool")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--requeue", action="store_true", help="queue them once more, their deliveries counted anew")
+    what.add_argument("--remove", action="store_true", help="throw them away")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
@@ -59,25 +75,76 @@ def _input(spec: TaskSpec) -> str:
 
 
 def queues(arguments: argparse.Namespace) -> int:
-    """Print the depth of every pool's queue: waiting by priority, and with workers."""
+    """Print the depth of every pool's queue: waiting by priority, with workers, kept aside, and given up."""
     from pipefleet import broker
     from pipefleet.client import Client
     from pipefleet.fleet import model_label
-    from pipefleet.routing import queue_name
 
     with Client() as client:
         rows = []
-        for pool in client.fleet.pools.values():
-            queue = queue_name(pool, client.fleet)
+        for pool, queue in _queues(client):
             with broker.redis_errors(client.settings.redis_url):
                 depth = broker.depth(client.redis, queue)
-            rows.append({"pool": pool.name, "queue": queue, "model": model_label(pool.model, pool.revision), **depth})
+                dead = broker.count_dead_letters(client.redis, queue)
+            label = model_label(pool.model, pool.revision)
+            rows.append({"pool": pool.name, "queue": queue, "model": label, **depth, "dead": dead})
     if arguments.json:
         print_json(rows)
         return 0
-    names = ("pool", "queue", "high", "normal", "low", "unacked", "model")
+    names = ("pool", "queue", "high", "normal", "low", "unacked", "delayed", "dead", "model")
     _table(names, [tuple(str(row[name]) for name in names) for row in rows])
     return 0
+
+
+def dead_letters(arguments: argparse.Namespace) -> int:
+    """Print, queue again or remove the messages that no worker will run. Exit code 1 when one could not be queued again."""
+    from pipefleet import broker
+    from pipefleet.client import Client
+
+    rows, left = [], 0
+    with Client() as client:
+        for pool, queue in _queues(client, only=arguments.pool):
+            with broker.redis_errors(client.settings.redis_url):
+                for letter in broker.dead_letters(client.redis, queue, count=MOST_LETTERS):
+                    became = _deal_with(client.redis, letter, queue, arguments)
+                    left += became == "cannot be queued"
+                    rows.append(_letter_row(pool.name, letter, became))
+    if arguments.json:
+        print_json(rows)
+    else:
+        names = ("pool", "job", "deliveries", "reason", "became")
+        _table(names, [tuple(str(row[name]) for name in names) for row in rows])
+    return 1 if left else 0
+
+
+def _deal_with(redis: Any, letter: DeadLetter, queue: str, arguments: argparse.Namespace) -> str:
+    from pipefleet import broker
+
+    if arguments.remove:
+        broker.remove_dead_letter(redis, letter, queue)
+        return "removed"
+    if not arguments.requeue:
+        return "kept"
+    try:
+        broker.requeue_dead_letter(redis, letter, queue)
+    except UsageError:
+        return "cannot be queued"
+    return "queued again"
+
+
+def _letter_row(pool: str, letter: DeadLetter, became: str) -> dict[str, Any]:
+    facts = {"reason": letter.reason, "at": letter.at, "deliveries": letter.deliveries}
+    return {"pool": pool, "queue": letter.queue, "job": letter.job_id, **facts, "became": became}
+
+
+def _queues(client: Client, *, only: str | None = None) -> list[tuple[Pool, str]]:
+    """Every pool with its queue. Raises UsageError for a pool that is not there."""
+    from pipefleet.routing import queue_name
+
+    pools = client.fleet.pools
+    if only is not None and only not in pools:
+        raise UsageError(f"there is no pool {only[:60]!r}; the fleet has {', '.join(pools)}")
+    return [(pool, queue_name(pool, client.fleet)) for pool in pools.values() if only in (None, pool.name)]
 
 
 def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

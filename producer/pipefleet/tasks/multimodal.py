@@ -47,7 +47,7 @@ ROWS = (
     TaskSpec(
         name="image-to-text",
         media=Media.IMAGE,
-        fields={"image": Media.IMAGE, "images": Media.IMAGES, "text": Media.TEXT},
+        fields={"image": Media.IMAGE, "images": Media.IMAGE, "text": Media.TEXT},
         parameters={
             **_ROW,
             "prompt": text(10_000),

@@ -7,6 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from pipefleet_workers.adapters.zero_shot_audio import content_seed
 from tests.checkpoints.media import audio
 from tests.parity.cases.case import Case, direct
 from tests.parity.harness import Call
@@ -24,7 +28,38 @@ def recordings(seconds: Sequence[float], _: Path) -> list[Any]:
     return [audio(length, kinds[index % 4], seed=index) for index, length in enumerate(seconds)]
 
 
+def seeded(pipe: Any, call: Call) -> Any:
+    """transformers has no parameter for it: the caller seeds torch before the call."""
+    parameters = dict(call.parameters)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(parameters.pop("seed"))
+        return direct(pipe, Call(call.inputs, parameters))
+
+
+def cropped_by_content(pipe: Any, call: Call) -> Any:
+    """CLAP chooses ten seconds of a longer recording with numpy's global numbers, which the caller seeds before the call."""
+    state = np.random.get_state()
+    np.random.seed(content_seed(call.inputs))
+    try:
+        return direct(pipe, call)
+    finally:
+        np.random.set_state(state)
+
+
+def sounds(seconds: Sequence[float], _: Path) -> list[Any]:
+    """Recordings at CLAP's 48 kHz."""
+    kinds = ("chirp", "noise", "speech", "sine")
+    return [audio(length, kinds[index % 4], 48_000, seed=index) for index, length in enumerate(seconds)]
+
+
+def sentences(_: Path) -> list[Any]:
+    return ["Good evening.", "yes", "The night train to the coast leaves at nine.", "No, not at all!"]
+
+
 _SPEECH = "automatic-speech-recognition"
+_CLASSIFY = "audio-classification"
+_ZERO_SHOT = "zero-shot-audio-classification"
+_SPEAK = "text-to-audio"
 _WHISPER = f"{_SPEECH}:whisper"
 _GREEDY = {"generate_kwargs": {"num_beams": 1, "max_new_tokens": 12}}
 
@@ -68,12 +103,75 @@ CASES = (
         "chunked",
         partial(recordings, (0.8, 7.3, 4.0, 2.0, 5.5)),
     ),
-    Case(f"{_SPEECH}:ctc-masked"),
-    Case(f"{_SPEECH}:ctc-masked", [{}], "whole", shares=1),
+    Case(f"{_SPEECH}:ctc-masked", ragged=True),
+    Case(
+        f"{_SPEECH}:ctc-masked",
+        [{}, {"return_timestamps": "char"}, {"return_timestamps": "word"}],
+        "whole",
+        partial(recordings, (0.8, 7.3, 4.01, 2.0, 5.5003, 0.31)),
+        shares=12,
+        ragged=True,
+    ),
     Case(
         f"{_SPEECH}:ctc-masked",
         [{"chunk_length_s": 2.0}, {"chunk_length_s": 1.5, "stride_length_s": [0.5, 0.1]}],
         "chunked",
         partial(recordings, (0.8, 7.3, 4.0, 2.0, 5.5)),
+        shares=12,
+        ragged=True,
+    ),
+    Case(_CLASSIFY, shares=1),
+    Case(
+        _CLASSIFY,
+        [{}, {"top_k": 2}, {"top_k": 1, "function_to_apply": "sigmoid"}, {"top_k": None, "function_to_apply": "none"}],
+        "parameters",
+        partial(recordings, (1.0, 2.5, 1.0)),
+        shares=8,
+    ),
+    Case(f"{_CLASSIFY}:ast", shares=5),
+    Case(_ZERO_SHOT, expected=cropped_by_content, shares=4),
+    Case(
+        _ZERO_SHOT,
+        [
+            {"candidate_labels": ["rain", "a dog barking"]},
+            {"candidate_labels": ["a dog barking", "music", "rain", "a very long description of wind in the trees"]},
+            {"candidate_labels": ["rain"], "hypothesis_template": "one hears {}"},
+            {"candidate_labels": ["music", "rain", "music"], "hypothesis_template": "{}"},
+        ],
+        "labels",
+        partial(sounds, (0.4, 3.0, 9.9)),
+        shares=12,
+    ),
+    Case(
+        _ZERO_SHOT,
+        [{"candidate_labels": ["a person speaking", "rain"]}, {"candidate_labels": ["wind", "rain", "birds"]}],
+        "longer-than-ten-seconds",
+        partial(sounds, (12.0, 10.0, 31.5)),
+        cropped_by_content,
+        shares=4,
+    ),
+    Case(_SPEAK, [{"seed": 7}], "seeded", expected=seeded, shares=1),
+    Case(
+        _SPEAK,
+        [{"seed": 3, "forward_params": {"speaking_rate": 0.5}}, {"seed": 4}, {"seed": 5}],
+        "parameters",
+        sentences,
+        seeded,
+        shares=1,
+    ),
+    Case(f"{_SPEAK}:musicgen", shares=3),
+    Case(
+        f"{_SPEAK}:musicgen",
+        [
+            {"seed": 1, "generate_kwargs": {"max_new_tokens": 9}},
+            {"seed": 2, "generate_kwargs": {"max_new_tokens": 9}},
+            {"seed": 2, "generate_kwargs": {"max_new_tokens": 14, "temperature": 0.7, "top_k": 5}},
+            {"seed": 2, "generate_kwargs": {"max_new_tokens": 9, "guidance_scale": 1.0}},
+            {"seed": 3, "forward_params": {"max_new_tokens": 9}},
+        ],
+        "sampled",
+        sentences,
+        seeded,
+        shares=8,
     ),
 )

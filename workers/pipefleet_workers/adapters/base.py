@@ -24,6 +24,10 @@ def _nothing() -> None:
     return None
 
 
+def _keep(unit: Unit, output: Any) -> None:
+    return None
+
+
 class PipelineCopies:
     """One pipeline a thread, the model shared: a fast tokenizer that two threads use is silently wrong."""
 
@@ -57,6 +61,8 @@ class Adapter:
         self.parser = ArgumentParser(pipe)
         self.tick: Callable[[], None] = _nothing
         """Called by an adapter whose forward takes many steps, at each of them; the engine lets it feed the watchdog."""
+        self.release: Callable[[Unit, Any], None] = _keep
+        """Called by an adapter that knows the output of a unit before its batch has ended; the engine hands it on at once."""
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
 
@@ -65,6 +71,14 @@ class Adapter:
         """The model's own rate in Hz, for audio."""
         extractor = getattr(self.pipe, "feature_extractor", None)
         return getattr(extractor, "sampling_rate", None)
+
+    def example(self, size: int) -> Any:
+        """An input of about `size` for the warm-up; None where one can be made up from the task's media alone."""
+        return None
+
+    def example_parameters(self) -> Mapping[str, Any]:
+        """Parameters without which this model takes no example."""
+        return {}
 
     def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
         """The units of each item, or why it has none. As long as `decoded`, in its order."""

@@ -10,8 +10,9 @@ import contextlib
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ PROBED_TOKENS = 3
 """How many steps the proof of exactness goes: the first reads the prompts, the later ones go on from the cache."""
 KEPT_STOPS = 64
 """Lists of stop strings whose tables, of one row a token, are kept."""
+_SENSES = ("vision", "visual", "image", "audio")
+"""Parts of the names of encoders, whose positions are no tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +58,17 @@ class TextGenerator(Adapter):
         self.pads = True
         self._planner = Planner(pipe)
         self._stops = _StopStrings(pipe)
-        self._positions = _learnt_positions(pipe.model)
+        self._positions = learnt_positions(pipe.model, pipe.model)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Token ids and attention mask, padded on the left; a row for each sampled sequence."""
-        return self._padded([unit.features for unit in units for _ in range(_request(unit).plan.copies)])
+        return self._inputs([unit for unit in units for _ in range(_request(unit).plan.copies)])
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
         """For each unit its sequences, each a list of new tokens, or why it has none."""
         if len(units) > 1 and not self._within_positions(units):
             return [output for unit in units for output in self.run(self.collate([unit]), [unit])]
-        plan, prompt = _request(units[0]).plan, inputs["input_ids"].shape[1]
+        plan, prompt = _request(units[0]).plan, self.prompt_length(inputs)
         rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
         stops = RowStops(rows, prompt, self.tick)
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
@@ -78,6 +81,10 @@ class TextGenerator(Adapter):
             sequences = self._generate(inputs, stopping_criteria=StoppingCriteriaList([stops]), **arguments)
         return _outputs(sequences[:, prompt:].tolist(), stops, units)
 
+    def prompt_length(self, inputs: dict[str, Any]) -> int:
+        """How many tokens of what generate() returns stood there before it began."""
+        return int(inputs["input_ids"].shape[1])
+
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
         """The outputs themselves: `run` has taken them apart."""
         return list(outputs)
@@ -85,7 +92,7 @@ class TextGenerator(Adapter):
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """Logits behind each prompt, and behind its last token once and twice again."""
         probed = self._generate(
-            self._padded([unit.features for unit in units]),
+            self._inputs(units),
             max_new_tokens=PROBED_TOKENS,
             do_sample=False,
             num_beams=1,
@@ -116,29 +123,64 @@ class TextGenerator(Adapter):
         return 0 if known is None else int(known)
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
-        request = self._request(decoded)
-        plan, length = request.plan, len(request.ids)
+        request, features = self._request(decoded)
+        plan = request.plan
         assembly = Assembly(decoded.work, expected=1, context=request)
-        exact = not self.pads or plan.equal_lengths or bool(plan.min_length)
+        exact = not self.pads or self._hears_padding(plan)
         key = (
             plan.key,
-            length if exact else None,
+            self._shape(features) if exact else None,
             request.max_new_tokens if plan.equal_bounds else None,
             getattr(request.stop, "stop_strings", None) if plan.beams > 1 else None,
             id(assembly) if plan.alone else None,
         )
-        return [Unit(assembly, 0, key, (length + request.max_new_tokens) * plan.rows, request.ids)]
+        length = self._prompt_cost(request, features) + request.max_new_tokens
+        return [Unit(assembly, 0, key, length * plan.rows, features)]
 
-    def _request(self, decoded: Decoded) -> Request:
+    def _hears_padding(self, plan: Plan) -> bool:
+        """Whether even hidden padding would change what is written by this plan."""
+        return plan.equal_lengths or bool(plan.min_length)
+
+    def _prompt_cost(self, request: Request, features: Any) -> int:
+        """Tokens that are read before the first is written."""
+        return len(request.ids)
+
+    def _request(self, decoded: Decoded) -> tuple[Request, Any]:
         parameters = dict(decoded.work.parameters)
         stop, seed = parameters.pop("stop", None), parameters.pop("seed", None)
         arguments = self.parser.parse(parameters)
-        plan = self._planner.plan(arguments.forward_key, arguments.forward)
-        prompt = decoded.value if isinstance(decoded.value, str) else Chat(decoded.value)
-        ids = self._ids(prompt, arguments)
+        plan = self._planner.plan(arguments.forward_key, self._generation(arguments))
+        prompt, ids, features = self._read(decoded.value, arguments)
         seed = default_seed(decoded.work) if seed is None else seed
         bound = self._bounded(plan.new_tokens(len(ids)), len(ids))
-        return Request(arguments, plan, prompt, ids, bound, self._stops.get(stop or ()), seed)
+        return Request(arguments, plan, prompt, ids, bound, self._stops.get(stop or ()), seed), features
+
+    def _generation(self, arguments: Arguments) -> Mapping[str, Any]:
+        """The arguments of generate() among those of the pipeline's forward."""
+        return arguments.forward
+
+    def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
+        """The prompt as the pipeline's postprocess takes it, its tokens, and what a unit holds of it: here, the tokens."""
+        if isinstance(value, str):
+            ids = self._ids(value, arguments)
+            return value, ids, ids
+        final = arguments.preprocess.get("continue_final_message")
+        continued = value[-1]["role"] == "assistant" if final is None else final
+        if continued:  # postprocess goes on with a text
+            value = [*value[:-1], _in_one_text(value[-1])]
+        ids = self._ids(Chat(value if self._knows_parts else [_in_one_text(one) for one in value]), arguments)
+        return Chat(value), ids, ids
+
+    @cached_property
+    def _knows_parts(self) -> bool:
+        """Whether the chat template reads contents that are lists of parts; others would write such a list out as it is."""
+        text = "pipefleet"
+        part = {"type": "text", "text": text}
+        try:
+            said = self.pipe.tokenizer.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False)
+        except Exception:  # noqa: BLE001 - a template raises whatever it likes
+            return False
+        return text in said and "'type'" not in said and '"type"' not in said
 
     def _ids(self, prompt: Any, arguments: Arguments) -> torch.Tensor:
         encoded = self.copies.get().preprocess(prompt, **arguments.fresh().preprocess)
@@ -152,7 +194,7 @@ class TextGenerator(Adapter):
 
     def _bounded(self, new_tokens: int, prompt: int) -> int:
         """`new_tokens`, or as many as a table of positions has room for; the last token of all needs none."""
-        longest = self._positions or _context(self.pipe.model)
+        longest = self._positions or context_length(self.pipe.model)
         if longest is not None and prompt > longest:
             # Refused here: on a GPU an index beyond a table breaks the device for every later input, and without a table
             # the time and memory of one such prompt are everybody's.
@@ -162,8 +204,16 @@ class TextGenerator(Adapter):
     def _within_positions(self, units: Sequence[Unit]) -> bool:
         """Whether rows that have ended stay within the table of positions while the others go on."""
         steps = max(_request(unit).max_new_tokens for unit in units)
-        longest = max(len(unit.features) for unit in units)
+        longest = max(len(_request(unit).ids) for unit in units)
         return self._positions is None or longest + steps - 1 <= self._positions
+
+    def _inputs(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """The model's inputs, a row for each of `units`."""
+        return self._padded([_request(unit).ids for unit in units])
+
+    def _shape(self, features: Any) -> Any:
+        """What must be equal where units may not be padded."""
+        return len(features)
 
     def _padded(self, rows: Sequence[torch.Tensor]) -> dict[str, Any]:
         longest = max(len(row) for row in rows)
@@ -177,8 +227,7 @@ class TextGenerator(Adapter):
     def _generate(self, inputs: dict[str, Any], **arguments: Any) -> Any:
         device = self.pipe.device
         with torch.inference_mode():
-            tensors = {name: tensor.to(device) for name, tensor in inputs.items()}
-            return self.pipe.model.generate(**tensors, **arguments)
+            return self.pipe.model.generate(**on_device(inputs, device), **arguments)
 
     @contextlib.contextmanager
     def _randomness(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -234,7 +283,7 @@ def _request(unit: Unit) -> Request:
 
 
 def _rows(request: Request, unit: Unit, prompt: int) -> list[Row]:
-    job, padding = unit.assembly.work.job, prompt - len(request.ids)
+    job, padding = unit.assembly.work.job, max(0, prompt - len(request.ids))
     return [
         Row(job, request.max_new_tokens, padding, request.stop, request.plan.sampling, row_seed(request.seed, sequence))
         for sequence in range(request.plan.copies)
@@ -269,20 +318,33 @@ def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
     return tokens, end > 0
 
 
-def _learnt_positions(model: torch.nn.Module) -> int | None:
-    """How many positions the model's learnt tables have; None where positions are computed."""
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Inputs of a model with their tensors on its device."""
+    return {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
+
+
+def learnt_positions(decoder: torch.nn.Module, model: Any) -> int | None:
+    """How many positions the learnt tables of a model's decoder have; None where positions are computed."""
     tables = [
         module.num_embeddings
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and _names_positions(name.rsplit(".", 1)[-1])
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and _names_positions(name.rsplit(".", 1)[-1])
+        and not any(sense in name for sense in _SENSES)
     ]
-    return min([*tables, _context(model) or min(tables)]) if tables else None
+    return min([*tables, context_length(model) or min(tables)]) if tables else None
 
 
-def _context(model: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """How many positions the model was made for; None where its config does not say."""
     known: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return known
+
+
+def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of a chat with the texts of its parts joined."""
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _names_positions(name: str) -> bool:

@@ -1,7 +1,8 @@
 """The adapter of automatic-speech-recognition: recordings and their chunks, for Whisper, CTC and other models.
 
-Units are chunks where `chunk_length_s` asks for them, else whole recordings. Only equal shapes share a batch: Whisper pads
-every recording up to 30 s to one shape itself, and padding a CTC model that normalises over time would change its text.
+Units are chunks where `chunk_length_s` asks for them, else whole recordings. Whisper pads every recording up to 30 s to one shape
+itself. CTC models are padded with a mask where the warm-up proves that exact (layer normalisation); one that normalises over time
+would hear the padding, and gets equal lengths only, as all others do.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.waveforms import SAMPLES_PER_FRAME, hears_padding, padded
 from pipefleet_workers.arguments import Arguments
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 WHISPER = "seq2seq_whisper"
-SAMPLES_PER_FRAME = 160
-"""Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all speech models."""
+CTC = "ctc"
 
 
 class SpeechRecogniser(Adapter):
@@ -26,9 +28,14 @@ class SpeechRecogniser(Adapter):
 
     typical_size = 0  # made-up sound says nothing of how long decoding takes: the row's own budget holds
 
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        counts = hasattr(pipe.model, "_get_feat_extract_output_lengths")
+        self.pads = pipe.type == CTC and counts and not hears_padding(pipe.model)
+
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """Stacked features; strides as a list, as the CTC forward takes them."""
-        inputs = super().collate([replace(unit, features=unit.features["tensors"]) for unit in units])
+        """Stacked or padded features; strides as a list, as the CTC forward takes them."""
+        inputs = self._tensors(units)
         strides = [unit.features["stride"] for unit in units]
         if self.pipe.type.startswith("ctc") and strides[0] is not None:
             inputs["stride"] = strides
@@ -44,7 +51,16 @@ class SpeechRecogniser(Adapter):
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
         """The outputs of each unit in the form that postprocess expects, with its own stride."""
-        return [self._row(outputs, unit, index) for index, unit in enumerate(units)]
+        longest = max(_samples(unit) for unit in units)
+        return [self._row(outputs, unit, index, longest) for index, unit in enumerate(units)]
+
+    def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """Logits of each unit's own frames: tokens would hide what is nearly a tie."""
+        with torch.inference_mode():
+            inputs = {name: tensor.to(self.pipe.device) for name, tensor in self._tensors(units).items()}
+            logits = self.pipe.model(**inputs).logits.float().cpu()
+        longest = max(_samples(unit) for unit in units)
+        return [logits[index, : self._own(unit, longest)].numpy() for index, unit in enumerate(units)]
 
     def finish(self, assembly: Assembly) -> Any:
         """`{"text": …}`, with `chunks` where timestamps were asked for."""
@@ -53,9 +69,22 @@ class SpeechRecogniser(Adapter):
         rows[-1]["is_last"] = True
         return self.copies.get().postprocess(rows, **arguments.postprocess)
 
-    def _row(self, outputs: Any, unit: Unit, index: int) -> dict[str, Any]:
+    def _tensors(self, units: Sequence[Unit]) -> dict[str, Any]:
+        if self.pads:
+            value = getattr(self.pipe.feature_extractor, "padding_value", 0.0)
+            return padded([unit.features["tensors"] for unit in units], value)
+        return super().collate([replace(unit, features=unit.features["tensors"]) for unit in units])
+
+    def _own(self, unit: Unit, longest: int) -> int | None:
+        """How many frames of a padded row are the unit's own; None for all: the pipeline's estimate is one too many at times."""
+        if not self.pads or _samples(unit) == longest:
+            return None
+        return int(self.pipe.model._get_feat_extract_output_lengths(torch.tensor(_samples(unit))))
+
+    def _row(self, outputs: Any, unit: Unit, index: int, longest: int) -> dict[str, Any]:
+        own = self._own(unit, longest)
         row = {
-            name: value[index : index + 1]
+            name: value[index : index + 1] if own is None else value[index : index + 1, :own]
             for name, value in outputs.items()
             if name in ("tokens", "logits", "token_timestamps")
         }
@@ -76,12 +105,18 @@ class SpeechRecogniser(Adapter):
         main = next(iter(chunk.values()))
         long = self.pipe.type == WHISPER and main.shape[-1] > self.pipe.feature_extractor.nb_max_frames
         alone = id(assembly) if arguments.forward.get("return_language") else None  # only row 0 of a batch is read
-        key = (arguments.forward_key, shape_key(chunk), stride is None, alone)
+        # A CTC forward takes no arguments: what is asked for is done with its tokens later.
+        forward_key = None if self.pipe.type == CTC else arguments.forward_key
+        key = (forward_key, tuple(chunk) if self.pads else shape_key(chunk), stride is None, alone)
         features = {"tensors": chunk, "stride": stride, "long": long}
         if self.pipe.type == WHISPER:
             # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
             return Unit(assembly, index, key, _sounding(chunk, main), features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
+
+
+def _samples(unit: Unit) -> int:
+    return int(next(iter(unit.features["tensors"].values())).shape[1])
 
 
 def _sounding(chunk: dict[str, Any], main: torch.Tensor) -> int:

@@ -5,6 +5,7 @@ Padding is exact here because the attention mask hides it from every other posit
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,17 +19,24 @@ from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _PADDING = {"attention_mask": 0, "special_tokens_mask": 1}
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+_SIGMOID, _SOFTMAX, _NONE = "sigmoid", "softmax", "none"
 
 
 class TextEncoder(Adapter):
     """Tokenises, pads and runs an encoder; what becomes of its outputs is for subclasses to say."""
 
     typical_size = 48
+    cut_hint = "pass truncation=true to cut it"
+    """What somebody can do whose text has more tokens than the model has positions."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self.pads = True
         self._positions = position_limit(pipe.model)
+        # Decoders among the classifiers would return a cache that nobody reads.
+        cached = "use_cache" in inspect.signature(pipe.model.forward).parameters
+        self._switches = {"use_cache": False} if cached else {}
 
     def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
         """The units of each item, or why it has none; items with the same tokenizer arguments in one call."""
@@ -73,7 +81,7 @@ class TextEncoder(Adapter):
         """The model's outputs, still on the device."""
         device = self.pipe.device
         with torch.inference_mode():
-            return self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+            return self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, **self._switches)
 
     def key(self, work_parameters: Mapping[str, Any]) -> Any:
         """What must be equal for two texts to share a forward, beyond their tensors."""
@@ -83,40 +91,61 @@ class TextEncoder(Adapter):
         """The positions of a unit's own tokens in a row of `longest`."""
         return slice(longest - unit.length, None) if self.pipe.tokenizer.padding_side == "left" else slice(unit.length)
 
+    def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
+        """For each value what `units` makes its units of. May raise for all of them when one is at fault.
+
+        Of `arguments` only those of preprocess hold for all of the values.
+        """
+        tokenizer, keywords = self.copies.get().tokenizer, self.keywords(arguments)
+        if isinstance(values[0], Mapping):
+            encoded = tokenizer(**{name: [value[name] for value in values] for name in values[0]}, **keywords)
+        else:
+            encoded = tokenizer(list(values), **keywords)
+        return [{name: encoded[name][row] for name in encoded} for row in range(len(values))]
+
+    def keywords(self, arguments: Arguments) -> dict[str, Any]:
+        """The tokenizer's arguments. Padding is left out: texts are padded to their batch, not to their job."""
+        return {name: value for name, value in arguments.fresh().preprocess.items() if name != "padding"}
+
+    def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
+        """The units of one item. Raises ItemError (too_long)."""
+        return [self.unit(Assembly(decoded.work, expected=1, context=arguments), 0, encoded, arguments)]
+
+    def unit(self, assembly: Assembly, index: int, features: Mapping[str, Any], arguments: Arguments) -> Unit:
+        """A unit of lists of numbers, one for each input of the model. Raises ItemError (too_long)."""
+        length = len(features["input_ids"])
+        if self._positions is not None and length > self._positions:
+            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            text = f"the text has {length} tokens, the model takes {self._positions}; {self.cut_hint}"
+            raise ItemError("too_long", text, STAGE)
+        alike = None if self.pads else length
+        key = (self.key(assembly.work.parameters), arguments.forward_key, tuple(features), alike)
+        return Unit(assembly, index, key, length, features)
+
     def _tokenise(
         self, decoded: Sequence[Decoded], parsed: Sequence[Arguments], indices: Sequence[int]
     ) -> list[tuple[int, list[Unit] | ItemError]]:
         try:
-            encoded = self._encode([one.value for one in decoded], parsed[0])
+            encoded = self.encode([one.value for one in decoded], parsed[0])
         except Exception as error:  # noqa: BLE001 - told apart below: with one text it is that text's own failure
             if len(decoded) == 1:
-                return [(indices[0], ItemError("bad_input", f"the tokenizer refuses the input: {brief(error)}", STAGE))]
+                return [(indices[0], _refusal(error))]
             alone = zip(decoded, parsed, indices, strict=True)
             return [pair for one, args, index in alone for pair in self._tokenise([one], [args], [index])]
-        names = list(encoded)
-        return [
-            (index, self._units(one, args, {name: encoded[name][row] for name in names}))
-            for row, (one, args, index) in enumerate(zip(decoded, parsed, indices, strict=True))
-        ]
+        rows = zip(decoded, parsed, indices, encoded, strict=True)
+        return [(index, self._units(one, args, own)) for one, args, index, own in rows]
 
-    def _encode(self, values: list[Any], arguments: Arguments) -> Mapping[str, Any]:
-        tokenizer = self.copies.get().tokenizer
-        keywords = dict(arguments.fresh().preprocess)
-        if not isinstance(values[0], Mapping):
-            return dict(tokenizer(values, **keywords))
-        columns = {name: [value[name] for value in values] for name in values[0]}
-        return dict(tokenizer(**columns, **keywords))
+    def _units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit] | ItemError:
+        try:
+            return self.units(decoded, arguments, encoded)
+        except ItemError as error:
+            return error
 
-    def _units(self, decoded: Decoded, arguments: Arguments, features: dict[str, Any]) -> list[Unit] | ItemError:
-        length = len(features["input_ids"])
-        if self._positions is not None and length > self._positions:
-            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
-            text = f"the text has {length} tokens, the model takes {self._positions}; pass truncation=true to cut it"
-            return ItemError("too_long", text, STAGE)
-        assembly = Assembly(decoded.work, expected=1, context=arguments)
-        alike = None if self.pads else length
-        key = (self.key(decoded.work.parameters), arguments.forward_key, tuple(features), alike)
-        return [Unit(assembly, 0, key, length, features)]
+
+def _refusal(error: Exception) -> ItemError:
+    if isinstance(error, ItemError):
+        return error
+    return ItemError("bad_input", f"the tokenizer refuses the input: {brief(error)}", STAGE)
 
 
 def position_limit(model: torch.nn.Module) -> int | None:
@@ -124,10 +153,17 @@ def position_limit(model: torch.nn.Module) -> int | None:
     tables = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe")
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES
     ]
-    # RoBERTa and its kin count positions from behind the padding's.
-    return min((one.num_embeddings - (one.padding_idx + 1 if one.padding_idx else 0) for one in tables), default=None)
+    return min((one.num_embeddings - _unused_positions(one) for one in tables), default=None)
+
+
+def _unused_positions(table: Any) -> int:
+    """RoBERTa and its kin count positions from behind the padding's; BART and its kin name an offset."""
+    offset: int | None = getattr(table, "offset", None)
+    if offset is not None:
+        return offset
+    return table.padding_idx + 1 if table.padding_idx else 0
 
 
 class FeatureExtractor(TextEncoder):
@@ -169,15 +205,63 @@ class FeatureExtractor(TextEncoder):
 
 
 class TextClassifier(TextEncoder):
-    """text-classification: scores of labels for a text or a pair of texts."""
+    """text-classification: scores of labels for a text or a pair of texts, ranked for a whole batch on the device."""
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The logits of each unit, `[1, labels]`."""
-        logits = outputs["logits"].float().cpu()
-        return [{"logits": logits[index : index + 1]} for index in range(len(units))]
+        """For each unit its scores and its labels' indices, the highest score first, as many as its `top_k` asks for."""
+        asked = [self.arguments(unit) for unit in units]
+        wanted = {id(one): self._wanted(one) for one in {id(one): one for one in asked}.values()}
+        most: dict[str, int] = defaultdict(int)
+        for function, count in wanted.values():
+            most[function] = max(most[function], count)
+        with torch.inference_mode():
+            logits = outputs["logits"].float()
+            ranked = {function: _ranked(logits, function, count) for function, count in most.items()}
+        rows = []
+        for row, one in enumerate(asked):
+            function, count = wanted[id(one)]
+            scores, labels = ranked[function]
+            rows.append((scores[row][:count], labels[row][:count]))
+        return rows
+
+    def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """The logits of each unit."""
+        return list(self.run(self.collate(units), units)["logits"].float().cpu().numpy())
 
     def finish(self, assembly: Assembly) -> Any:
         """`[{label, score}]` for a text, as the pipeline returns it for a single one; a dict for a pair without top_k."""
-        result = super().finish(assembly)
-        single = isinstance(assembly.work.item.inputs, Mapping) and "text" in assembly.work.item.inputs
-        return result if isinstance(result, list) or single else [result]
+        arguments, names = assembly.context, self.pipe.model.config.id2label
+        scores, labels = assembly.outputs[0]
+        records = [{"label": names[label], "score": score} for score, label in zip(scores, labels, strict=True)]
+        pair = isinstance(assembly.work.item.inputs, Mapping) and "text" in assembly.work.item.inputs
+        return records[0] if pair and arguments.postprocess.get("_legacy", True) else records
+
+    def _wanted(self, arguments: Arguments) -> tuple[str, int]:
+        """The function to apply and how many labels to keep."""
+        post, config = arguments.postprocess, self.pipe.model.config
+        function = post.get("function_to_apply") or default_function(config)
+        count = post.get("top_k", 1)
+        return str(getattr(function, "value", function)), config.num_labels if count is None else count
+
+
+def default_function(config: Any) -> str:
+    """What transformers applies to the logits of a classifier when nothing else is asked for."""
+    problem, labels = config.problem_type, config.num_labels
+    if problem == "regression":
+        return _NONE
+    if problem == "multi_label_classification" or labels == 1:
+        return _SIGMOID
+    if problem == "single_label_classification" or labels > 1:
+        return _SOFTMAX
+    own = getattr(config, "function_to_apply", None) or _NONE
+    return str(getattr(own, "value", own))
+
+
+def _ranked(logits: torch.Tensor, function: str, count: int) -> tuple[list[list[float]], list[list[int]]]:
+    """The `count` highest scores of each row, and where they stand; equal ones in the order of the labels."""
+    if function == _SOFTMAX:
+        logits = logits.softmax(-1)
+    elif function == _SIGMOID:
+        logits = logits.sigmoid()
+    scores, labels = logits.sort(dim=-1, descending=True, stable=True)
+    return scores[:, :count].tolist(), labels[:, :count].tolist()

@@ -29,6 +29,7 @@ from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.singles import TOGETHER, Singles
 from pipefleet_workers.consume.suspects import Suspects
+from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.reports import Reporter
 
 log = logging.getLogger(__name__)
@@ -60,15 +61,17 @@ class Consumer:
         reporter: Reporter,
         health: Health,
         *,
+        tally: Tally,
         limits: Limits | None = None,
     ) -> None:
         self._jobs = jobs
         self._shards = shards
         self._suspects = suspects
         self._health = health
+        self._tally = tally
         self._limits = limits or Limits()
         self._gate = Gate()
-        self._singles = Singles(jobs, reporter, self._gate, self.postpone, budget=self._limits.retries)
+        self._singles = Singles(jobs, reporter, self._gate, self, budget=self._limits.retries)
         self._bulk: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
         self._suspect: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
         self._intake: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
@@ -93,6 +96,7 @@ class Consumer:
         """Take one delivery in; it is given back when the worker drains."""
         with self._lock:
             self._inside += 1
+        self._tally.taken(delivery)
         self._intake.put(delivery)
 
     def cancel(self, name: str) -> None:
@@ -105,7 +109,7 @@ class Consumer:
         with self._lock:
             waiting, self._later = self._later, []
         for _, _, delivery in waiting:
-            delivery.give_back()
+            self.give_back(delivery)
         deadline = time.monotonic() + seconds
         while self._inside and time.monotonic() < deadline and not (hurry and hurry.is_set()):
             time.sleep(TICK)
@@ -114,10 +118,20 @@ class Consumer:
         while self._inside and time.monotonic() < deadline:
             time.sleep(TICK)
 
+    def done(self, delivery: Delivery, message: JobMessage, state: str) -> None:
+        """Acknowledge, and count the work."""
+        self._tally.done(message, state)
+        delivery.done(state)
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Put the message back to its place in the queue."""
+        self._tally.handed_back()
+        delivery.give_back()
+
     def postpone(self, delivery: Delivery, error: Exception) -> None:
         """Begin a job again later. A failure while everything else works is counted, and bounded; an outage is waited for."""
         if self._draining.is_set() or delivery.lost:
-            return delivery.give_back()
+            return self.give_back(delivery)
         if self._health.check():
             delivery.retries += 1
         if delivery.retries > self._limits.retries + 1:
@@ -149,7 +163,7 @@ class Consumer:
         singles = []
         for delivery in batch:
             if self._draining.is_set():
-                delivery.give_back()
+                self.give_back(delivery)
                 continue
             try:
                 message = decode_message(delivery.payload)
@@ -175,7 +189,7 @@ class Consumer:
     def _run_shard(self, delivery: Delivery, message: JobMessage) -> None:
         self._gate.enter()
         try:
-            self._end(delivery, lambda: self._shard(delivery, message))
+            self._end(delivery, message)
         finally:
             self._gate.leave()
 
@@ -184,7 +198,7 @@ class Consumer:
             if message.shard is None:
                 self._singles.run_alone(delivery, message)
             else:
-                self._end(delivery, lambda: self._shard(delivery, message))
+                self._end(delivery, message)
 
     def _shard(self, delivery: Delivery, message: JobMessage) -> str:
         assert message.shard is not None
@@ -195,12 +209,12 @@ class Consumer:
             return self._suspects.run(delivery, message, message.shard)
         return self._shards.run(message, message.shard, patient=delivery.retries < self._limits.retries)
 
-    def _end(self, delivery: Delivery, run: Callable[[], str]) -> None:
+    def _end(self, delivery: Delivery, message: JobMessage) -> None:
         """Run a shard, and end its delivery as it deserves."""
         try:
-            state = run()
+            state = self._shard(delivery, message)
         except DrainedError:
-            delivery.give_back()
+            self.give_back(delivery)
         except ContractError as error:
             log.error("refused a shard: %s", error)
             delivery.refuse(str(error))
@@ -210,7 +224,7 @@ class Consumer:
             log.exception("a shard failed")
             self.postpone(delivery, error)
         else:
-            delivery.done(state)
+            self.done(delivery, message, state)
 
     def _begin_again(self) -> None:
         while True:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pipefleet.contract import JobMessage
 from pipefleet.errors import ServiceUnavailableError
@@ -20,7 +20,19 @@ from pipefleet_workers.reports import Reporter
 log = logging.getLogger(__name__)
 TOGETHER = 128
 """Jobs that are started or reported in one round trip at most."""
-Postpone = Callable[[Delivery, Exception], None]
+
+
+class Ends(Protocol):
+    """Where deliveries end. Called by any thread."""
+
+    def done(self, delivery: Delivery, message: JobMessage, state: str) -> None:
+        """Acknowledge."""
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Put the message back to its place in the queue."""
+
+    def postpone(self, delivery: Delivery, error: Exception) -> None:
+        """Begin the job again later."""
 
 
 @dataclass(slots=True)
@@ -55,11 +67,11 @@ class Single:
 class Singles:
     """Starts and reports single jobs. `start` is called by one thread, outcomes come from any."""
 
-    def __init__(self, jobs: Jobs, reporter: Reporter, gate: Gate, postpone: Postpone, *, budget: int) -> None:
+    def __init__(self, jobs: Jobs, reporter: Reporter, gate: Gate, ends: Ends, *, budget: int) -> None:
         self._jobs = jobs
         self._reporter = reporter
         self._gate = gate
-        self._postpone = postpone
+        self._ends = ends
         self._budget = budget
         self.reports: queue.SimpleQueue[tuple[Single, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._report, name="report", daemon=True).start()
@@ -137,11 +149,11 @@ class Singles:
         if single.context is not None:
             self._jobs.end(single.context)
         if isinstance(end, str):
-            single.delivery.done(end)
+            self._ends.done(single.delivery, single.message, end)
         elif isinstance(end, DrainedError):
-            single.delivery.give_back()
+            self._ends.give_back(single.delivery)
         else:
-            self._postpone(single.delivery, end)
+            self._ends.postpone(single.delivery, end)
         if single.ended is not None:
             single.ended.set()
         else:

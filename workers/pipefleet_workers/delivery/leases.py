@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
 from pipefleet.broker import DeadLetter
@@ -37,6 +37,8 @@ class Terms:
     sweep_seconds: float
     ack_seconds: float
     """How long acks may wait for each other while the worker is busy."""
+    prefix: str
+    """What stands before every key and list."""
     separator: str
     steps: tuple[int, ...]
     """Priority steps, lowest number first."""
@@ -97,11 +99,11 @@ class Lease:
     lost: bool = False
     """True once another worker may have the message, or Redis no longer knows it: settling it does nothing any more."""
     settled: bool = False
+    key: str = field(init=False)
+    """The delivery tag that this process gives the message: apart for each delivery, as Redis's own tags are not."""
 
-    @property
-    def key(self) -> str:
-        """The delivery tag that this process gives the message: apart for each delivery, as Redis's own tags are not."""
-        return f"{self.order}.{self.tag.decode(errors='replace')}"
+    def __post_init__(self) -> None:
+        self.key = f"{self.order}.{self.tag.decode(errors='replace')}"
 
     def ack(self) -> None:
         """The message is done: drop it within milliseconds, again and again until Redis has heard it."""

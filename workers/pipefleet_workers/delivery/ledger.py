@@ -17,7 +17,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -31,6 +31,16 @@ _CHUNK = 500
 """Most leases in one call of a script."""
 _PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 1.0
 """Seconds before Redis is tried again."""
+
+
+class _Held(NamedTuple):
+    """A lease that the consumer may drop, and what it takes to give its message back all the same."""
+
+    lease: weakref.ref[Lease]
+    tag: bytes
+    owner: str
+    list: str
+    order: int
 
 
 class User(Protocol):
@@ -53,7 +63,7 @@ class Ledger:
         self._name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._fetches, self._order = itertools.count(1), itertools.count(1)
         self._pid = os.getpid()
-        self._held: dict[str, weakref.ref[Lease]] = {}
+        self._held: dict[str, _Held] = {}
         self._low: set[str] = set()
         self._pending: deque[tuple[Lease, Settlement]] = deque()
         self._unwritten = 0
@@ -106,22 +116,29 @@ class Ledger:
         """Hold and renew `leases` from now on."""
         with self._lock:
             for lease in leases:
-                self._held[lease.key] = weakref.ref(lease)
+                self._held[lease.key] = _Held(weakref.ref(lease), lease.tag, lease.owner, lease.list, lease.order)
                 if lease.low:
                     self._low.add(lease.key)
             self._start()
 
     def find(self, key: str) -> Lease | None:
         """The lease of a local delivery tag, while it is held."""
-        reference = self._held.get(key)
-        return reference() if reference else None
+        held = self._held.get(key)
+        return held.lease() if held else None
 
     def leases(self) -> list[Lease]:
         """What is held now, in the order of fetching."""
         with self._lock:
-            references = list(self._held.values())
-        found = [lease for reference in references if (lease := reference()) is not None]
+            held = list(self._held.values())
+        found = [lease for one in held if (lease := one.lease()) is not None]
         return sorted(found, key=lambda lease: lease.order)
+
+    def give_all_back(self) -> None:
+        """Give back what is held, with what the consumer dropped: Celery's thread pool cancels at shutdown what has not begun."""
+        with self._lock:
+            held = list(self._held.values())
+        for one in held:
+            (one.lease() or Lease(one.tag, one.owner, "", one.list, 0, 0, one.order, self)).give_back()
 
     def settle(self, lease: Lease, settlement: Settlement) -> None:
         """End a lease; written within `ack_seconds`, and again until Redis has answered. Only the first call counts."""
@@ -179,6 +196,8 @@ class Ledger:
 
     def _finished(self) -> bool:
         with self._lock:
+            if not len(self._users):
+                self._forget_unheld()
             if len(self._users) or self._held or self._unwritten:
                 return False
             self._thread = None
@@ -251,7 +270,7 @@ class Ledger:
 
     def _forget_unheld(self) -> None:
         with self._lock:
-            gone = [key for key, reference in list(self._held.items()) if reference() is None]
+            gone = [key for key, held in list(self._held.items()) if held.lease() is None]
             for key in gone:
                 self._drop(key)
         if gone:
@@ -278,7 +297,7 @@ class Ledger:
             return
         while found >= 100:
             steps = sorted(terms.steps, reverse=True)
-            found = self._call(SWEEP, int(terms.lease_seconds * 1e6), 100, terms.separator, *steps)
+            found = self._call(SWEEP, int(terms.lease_seconds * 1e6), 100, terms.separator, terms.prefix, *steps)
             if found:
                 log.info("%d messages of %s are back in their queue", found, self._keys[0])
         self._report()

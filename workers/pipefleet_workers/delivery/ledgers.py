@@ -56,6 +56,7 @@ def _terms(channel: Any) -> Terms:
         renew,
         channel.sweep_seconds,
         channel.ack_seconds,
+        channel.global_keyprefix,
         channel.sep,
         steps,
         channel.on_dead,

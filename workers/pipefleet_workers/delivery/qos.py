@@ -57,8 +57,8 @@ class QoS(stock.QoS):  # type: ignore[misc]
     def restore_unacked(self, client: Any = None) -> None:
         """Give everything back that this process holds, and wait until Redis has it."""
         ledger = self.channel.ledger
-        for lease in ledger.leases():
-            lease.give_back()
+        self.channel.finish_callbacks()
+        ledger.give_all_back()
         if not ledger.flush(5.0):
             log.warning("messages could not be given back; they are delivered again once their lease runs out")
 

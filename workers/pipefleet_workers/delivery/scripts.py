@@ -185,16 +185,16 @@ end
 SWEEP = (
     _COMMON
     + r"""
--- ARGV: lease in microseconds, most messages, separator, priority steps, highest number first.
+-- ARGV: lease in microseconds, most messages, separator, prefix of every key, priority steps, highest number first.
 -- Back to the head of their lists go the leases that ran out and the delayed messages that are due.
 local us, found = clock(), 0
 
 local function list_of(queue, priority)
-  for i = 4, #ARGV do
+  for i = 5, #ARGV do
     local step = tonumber(ARGV[i])
-    if step > 0 and priority >= step then return queue .. ARGV[3] .. ARGV[i] end
+    if step > 0 and priority >= step then return ARGV[4] .. queue .. ARGV[3] .. ARGV[i] end
   end
-  return queue
+  return ARGV[4] .. queue
 end
 
 local function put_back(tag)

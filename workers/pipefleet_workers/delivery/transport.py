@@ -13,7 +13,8 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
     fetch_max        128    most messages in one fetch
     low_prefetch     None   most messages of the lowest priority held at a time; the others are bounded by the prefetch count
     wait_seconds     5      how long one wait on an idle list lasts
-    on_dead          None   called with each DeadLetter, at least once, by the ledger's thread of any worker of the queue
+    on_dead          None   called with each DeadLetter, at least once, by the ledger's thread of any worker of the
+                            queue: it returns quickly, and raises where it is to be called again
     on_lost          None   called with each Lease that was lost, by the ledger's thread
     deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.broker.unacked_keys`
 """
@@ -133,6 +134,15 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if self.starved and loop is not None:
             self.starved = False
             loop.call_soon(_nothing)
+
+    def finish_callbacks(self) -> None:
+        """Run the acks that wait in an event loop which has ended; it runs only what was there when it closed."""
+        loop = self._transport.loop
+        for callback in (one for _ in range(8) for one in (loop._pop_ready() if loop is not None else ())):
+            try:
+                callback()
+            except Exception:
+                log.exception("what the event loop had left to do failed")
 
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Any], None], consumer_tag: str, **kwargs: Any

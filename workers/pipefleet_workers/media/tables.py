@@ -38,7 +38,7 @@ def _from_file(blob: Blob, max_bytes: int) -> pandas.DataFrame:
             table = pandas.DataFrame(found)
         else:
             table = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    except (ValueError, TypeError, pandas.errors.ParserError) as error:
+    except (ValueError, TypeError, RecursionError, pandas.errors.ParserError) as error:
         raise ItemError("bad_media", f"{blob.uri} is neither a CSV nor a JSON table: {error}", STAGE) from None
     if table.empty:
         raise ItemError("bad_media", f"{blob.uri} holds an empty table", STAGE)

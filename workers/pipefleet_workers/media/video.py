@@ -11,62 +11,90 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipefleet_workers.items import Blob, ItemError
+from pipefleet_workers.media.containers import truncation
 
 STAGE = "decode"
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,gif,asf,ogg"
+"""Demuxers that FFmpeg may choose. Playlist formats (concat, hls, dash) would open other files."""
+_KEPT_PICTURES = 8
+"""Frames are kept for a model up to this many times the pixels that a single one may have."""
+_ALIGNMENT = 1 << 16
+"""Pixels by which a decoder may round a small frame up."""
 Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """An encoded video; frames are decoded when a model asks for them, within bounds on their number and size."""
+    """An encoded video; frames are decoded when a model asks for them, within bounds on their number and size. Thread-safe."""
 
     blob: Blob
     max_frames: int
     """Frames that are decoded at most, those that are skipped included."""
     max_pixels: int
+    """Pixels that one frame may have; eight times as many for all frames that are kept."""
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
         """The frames at `indices` (from 0, rising), each `[height, width, 3]` RGB. Fewer where the clip ends before.
 
         Raises ItemError: bad_media, truncated_media, too_large.
         """
-        wanted = set(indices)
-        found: list[Frame] = []
-        last = max(wanted, default=-1)
+        wanted, last = set(indices), max(indices, default=-1)
         if last >= self.max_frames:
-            raise ItemError("too_large", f"{self.blob.uri}: frame {last} is beyond {self.max_frames} frames", STAGE)
+            raise self._too_large(f"frame {last} is wanted", f"{self.max_frames} frames")
+        found: list[Frame] = []
+        pixels = 0
         for index, frame in enumerate(self._decoded()):
             if index in wanted:
+                pixels += frame.width * frame.height
+                if pixels > _KEPT_PICTURES * self.max_pixels:
+                    raise self._too_large("the frames wanted are large", f"{_KEPT_PICTURES * self.max_pixels} pixels")
                 found.append(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8))
             if index >= last:
                 break
-        if not found:
-            raise ItemError("bad_media", f"{self.blob.uri} holds no video frames", STAGE)
+        if not found and wanted:
+            raise ItemError("bad_media", f"{self.blob.uri} holds no frames", STAGE)
         return found
 
     def count(self) -> int:
-        """Frames in the clip: as its container says, else counted by decoding, at most `max_frames`."""
+        """Frames in the clip: as its container says, else counted by decoding. Raises ItemError as `frames` does."""
         with self._open() as container:
-            declared = container.streams.video[0].frames if container.streams.video else 0
-        return int(declared) or sum(1 for _, _ in zip(range(self.max_frames), self._decoded(), strict=False))
+            found = int(container.streams.video[0].frames)
+        if found <= 0:
+            found = sum(1 for _, _ in zip(range(self.max_frames + 1), self._decoded(), strict=False))
+        if found > self.max_frames:
+            raise self._too_large("it has more frames", str(self.max_frames))
+        return found
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         with self._open() as container:
-            if not container.streams.video:
-                raise ItemError("bad_media", f"{self.blob.uri} holds no video", STAGE)
             stream = container.streams.video[0]
-            pixels = stream.codec_context.width * stream.codec_context.height
-            if pixels > self.max_pixels:
-                text = f"{self.blob.uri} has frames of {pixels} pixels, above the bound of {self.max_pixels}"
-                raise ItemError("too_large", text, STAGE)
+            self._check(stream.codec_context.width, stream.codec_context.height)
+            # The header's size binds nobody: a stream may change it, which the decoder notices before it allocates.
+            stream.codec_context.options = {"max_pixels": str(2 * self.max_pixels + _ALIGNMENT)}
             try:
-                yield from container.decode(stream)
-            except av.FFmpegError as error:
-                raise ItemError("truncated_media", f"{self.blob.uri} is damaged: {error.strerror}", STAGE) from None
+                for frame in container.decode(stream):
+                    self._check(frame.width, frame.height)
+                    yield frame
+            except (av.FFmpegError, ValueError) as error:
+                cause = getattr(error, "strerror", None) or type(error).__name__
+                raise ItemError("truncated_media", f"{self.blob.uri} is damaged or cut: {cause}", STAGE) from None
 
     def _open(self) -> av.container.InputContainer:
+        missing = truncation(self.blob.content)
+        if missing:
+            raise ItemError("truncated_media", f"{self.blob.uri} ends too early: {missing}", STAGE)
         try:
-            return av.open(io.BytesIO(self.blob.content), mode="r", options={"format_whitelist": _FORMATS})
+            container = av.open(io.BytesIO(self.blob.content), mode="r", options={"format_whitelist": _FORMATS})
         except (av.FFmpegError, ValueError):
             raise ItemError("bad_media", f"{self.blob.uri} is not a video ({_FORMATS})", STAGE) from None
+        if not container.streams.video or container.streams.video[0].codec_context is None:
+            container.close()
+            raise ItemError("bad_media", f"{self.blob.uri} holds no video that can be decoded", STAGE)
+        return container
+
+    def _check(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise self._too_large(f"its frames have {width} x {height} pixels", f"{self.max_pixels} pixels")
+
+    def _too_large(self, found: str, bound: str) -> ItemError:
+        return ItemError("too_large", f"{self.blob.uri}: {found}, above the bound of {bound}", STAGE)

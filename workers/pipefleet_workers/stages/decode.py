@@ -32,6 +32,7 @@ class Decoder:
         self._rate = sampling_rate or 16_000
         self._decoders: Mapping[Media, Callable[[Any], Any]] = {
             Media.TEXT: self._text,
+            Media.TEXTS: self._texts,
             Media.PROMPT: self._prompt,
             Media.IMAGE: self._image,
             Media.IMAGES: self._images,
@@ -72,6 +73,9 @@ class Decoder:
             return value.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ItemError("bad_media", f"{value.uri} is not UTF-8 text (byte {error.start})", STAGE) from None
+
+    def _texts(self, value: Any) -> Any:
+        return [self._text(one) for one in value] if isinstance(value, list) and value else self._text(value)
 
     def _prompt(self, value: Any) -> Any:
         """A text, or the messages of a chat; a content that was too long for the message has come as an object."""
@@ -124,7 +128,7 @@ class Decoder:
             return value
         try:
             return json.loads(self._text(value))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ItemError("bad_media", f"{value.uri} is not JSON", STAGE) from None
 
     def _blob(self, value: Any) -> Blob:

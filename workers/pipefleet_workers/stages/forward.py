@@ -13,6 +13,7 @@ import torch
 from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Batch, Unit
+from pipefleet_workers.transfer import Staged, Transfer
 
 log = logging.getLogger(__name__)
 STAGE = "forward"
@@ -27,46 +28,53 @@ class DeviceBrokenError(Exception):
 class Forward:
     """Runs batches through the model. Used by the device's thread, `collate` also by the thread beside it."""
 
-    def __init__(self, adapter: Adapter, on_memory: Callable[[int], None]) -> None:
+    def __init__(self, adapter: Adapter, on_memory: Callable[[int], None], transfer: Transfer | None = None) -> None:
         self._adapter = adapter
         self._on_memory = on_memory
+        self._transfer = transfer or Transfer()
 
-    def collate(self, batch: Batch) -> Any:
-        """The inputs of a batch ahead of its run; None where that fails, so that `run` finds the culprit."""
+    def collate(self, batch: Batch) -> Staged | None:
+        """The inputs of a batch, on their way to the device ahead of its run; None where that fails: `run` finds the culprit."""
         try:
-            return self._adapter.collate(batch.units)
+            return self._transfer.begin(self._adapter.collate(batch.units))
         except Exception as error:  # noqa: BLE001 - found again, and put down to a unit, by `run`
             log.warning("a batch of %d cannot be collated (%s)", len(batch.units), brief(error))
             return None
 
-    def run(self, batch: Batch, inputs: Any = None) -> list[tuple[Unit, Any | JobFailure]]:
+    def run(self, batch: Batch, staged: Staged | None = None) -> list[tuple[Unit, Any | JobFailure]]:
         """The output of every unit, or why it has none, in the batch's order. Raises DeviceBrokenError."""
         begin = time.perf_counter()
-        outputs = self._run(batch.units, inputs)
+        outputs = self._run(batch.units, staged)
         share = (time.perf_counter() - begin) / len(batch.units)
         for unit in batch.units:
             seconds = unit.assembly.work.seconds
             seconds[STAGE] = seconds.get(STAGE, 0.0) + share
         return list(zip(batch.units, outputs, strict=True))
 
-    def _run(self, units: Sequence[Unit], inputs: Any = None) -> list[Any | JobFailure]:
+    def _run(self, units: Sequence[Unit], staged: Staged | None = None) -> list[Any | JobFailure]:
         try:
-            return self._once(units, inputs)
+            return self._once(units, staged)
         except Exception as error:
             if any(words in str(error) for words in _BROKEN):
                 raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
             memory = _out_of_memory(error)
             if len(units) == 1:
-                return [_failure(units[0], error)]
+                return [_failure(units[0], error)]  # dropped where its output is handed on already
             log.warning("a batch of %d failed (%s); running it again in pieces", len(units), brief(error))
         if memory:
             self._free_memory(units)
-        half = len(units) // 2
-        pieces = [units[:half], units[half:]] if memory else [[unit] for unit in units]
-        return [output for piece in pieces for output in self._run(piece)]
+        return self._in_pieces(units, halves=memory)
 
-    def _once(self, units: Sequence[Unit], inputs: Any) -> list[Any]:
-        inputs = self._adapter.collate(units) if inputs is None else inputs
+    def _in_pieces(self, units: Sequence[Unit], *, halves: bool) -> list[Any | JobFailure]:
+        """The outputs of units that failed together; None for those whose output is handed on already."""
+        rest = [unit for unit in units if not unit.released]
+        half = len(rest) // 2
+        pieces = [piece for piece in (rest[:half], rest[half:]) if piece] if halves else [[unit] for unit in rest]
+        outputs = dict(zip(map(id, rest), (output for piece in pieces for output in self._run(piece)), strict=True))
+        return [outputs.get(id(unit)) for unit in units]
+
+    def _once(self, units: Sequence[Unit], staged: Staged | None) -> list[Any]:
+        inputs = self._adapter.collate(units) if staged is None else self._transfer.finish(staged)
         outputs = self._adapter.split(self._adapter.run(inputs, units), units)
         if len(outputs) != len(units):
             raise RuntimeError(f"the model gave {len(outputs)} outputs for {len(units)} inputs")

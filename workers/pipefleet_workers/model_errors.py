@@ -1,0 +1,55 @@
+"""One sentence for whatever transformers, huggingface_hub, safetensors or torch raise while a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipefleet.fleet import Pool
+
+_TOKEN = "set HF_TOKEN to a token that may read it"
+_HUB = {
+    "GatedRepoError": f"it is gated: accept its terms on the hub, and {_TOKEN}",
+    "RevisionNotFoundError": "it has no such revision; check the pool's revision",
+    "RepositoryNotFoundError": f"there is no such repository, or it is private: check the name, or {_TOKEN}",
+    "LocalEntryNotFoundError": "it is not in the cache and the hub cannot be reached; check the network, or name a folder",
+    "OfflineModeIsEnabled": "it is not in the cache and HF_HUB_OFFLINE forbids to fetch it; unset that, or name a folder",
+}
+"""By class of huggingface_hub, the special ones first: a gated repository is one that was not found, too."""
+_WORDS = {
+    "trust_remote_code": "it brings code of its own, which is not run; use a model that transformers knows, or set "
+    "trust_remote_code = true for this pool if you have read that code",
+    "model.safetensors": "it has no weights as safetensors, and other forms can run code while they load; convert them "
+    "(load and save_pretrained them where you trust them)",
+    "out of memory": 'its weights do not fit there; choose a smaller dtype, or device_map = "auto"',
+    "couldn't connect to": _HUB["LocalEntryNotFoundError"],
+    "offload": "it does not fit within max_memory and could not be offloaded; raise max_memory, or name an offload_folder",
+}
+
+
+def explained(pool: Pool, device: str, error: Exception) -> str:
+    """What happened to which model, and what to do. Never a traceback, at most 300 characters of foreign text."""
+    model = f"{pool.model}@{pool.revision}" if pool.revision else pool.model
+    return f"pool {pool.name}: cannot load {model} for {pool.task} on {device}: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    causes = list(_chain(error))
+    for name, sentence in _HUB.items():
+        if any(name in [kind.__name__ for kind in type(one).__mro__] for one in causes):
+            return sentence
+    if any(type(one).__name__ == "SafetensorError" for one in causes):
+        return "a file of its weights is damaged or cut short; copy it again"
+    for words, sentence in _WORDS.items():
+        if any(words in str(one) for one in causes):
+            return sentence
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,41 @@
+"""image-to-image: a picture made anew by a model, such as a larger one. transformers 5 has the models, no longer the pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageToImage
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
+
+NAME = "pipefleet/image-to-image"
+
+
+class ImageToImagePipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+    """A PIL image in, a PIL image out. The stages are those of transformers 4."""
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def _sanitize_parameters(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        return {}, {}, {}
+
+    def preprocess(self, image: Image.Image) -> Any:
+        """`pixel_values`, of the picture's own size rounded up to what the model takes."""
+        return self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"reconstruction": self.model(**model_inputs).reconstruction}
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> Image.Image:
+        """The picture, of the size that the model gave it."""
+        pixels = model_outputs["reconstruction"][0].float().clamp(0, 1).permute(1, 2, 0).numpy()
+        return Image.fromarray((pixels * 255.0).round().astype(np.uint8))
+
+
+PIPELINE_REGISTRY.register_pipeline(NAME, pipeline_class=ImageToImagePipeline, pt_model=AutoModelForImageToImage)

@@ -1,0 +1,142 @@
+"""text2text-generation, summarization and translation: encoder-decoders that write. transformers 5 no longer has the pipelines.
+
+As in transformers 4, a T5-like checkpoint names parameters and a prefix for each task it was trained for
+(`task_specific_params`), and a multilingual one is told the two languages by the codes of its own tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
+
+PREFIX = "pipefleet/"
+_GENERATION = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+_Sets = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+_OTHER_BOUND = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
+
+
+class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+    """A text in, a list of `{generated_text}` out, one for each sequence."""
+
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256, num_beams=4)
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+    trained_task = "text2text-generation"
+    """Name of the task in the model's `task_specific_params`."""
+    result_key = "generated_text"
+
+    def _sanitize_parameters(self, **parameters: Any) -> _Sets:
+        given = {name: value for name, value in parameters.items() if value is not None}
+        pre = {name: given.pop(name) for name in {"truncation"} & given.keys()}
+        post = {name: given.pop(name) for name in {"clean_up_tokenization_spaces"} & given.keys()}
+        trained, forward = self._trained(self.trained_task, given)
+        return {**pre, **trained}, forward, post
+
+    def preprocess(self, text: str, truncation: bool = False, prefix: str = "") -> Any:
+        """The tokens of one text behind its task's prefix."""
+        prefix = prefix or getattr(self.model.config, "prefix", None) or ""
+        inputs = self.tokenizer(prefix + text, return_tensors="pt", truncation=truncation)
+        inputs.pop("token_type_ids", None)
+        return inputs
+
+    def _forward(self, model_inputs: dict[str, Any], **generation: Any) -> dict[str, Any]:
+        rows = len(model_inputs["input_ids"])
+        written = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generation))
+        return {"output_ids": written.reshape(rows, -1, written.shape[-1])}
+
+    def postprocess(self, model_outputs: Mapping[str, Any], clean_up_tokenization_spaces: bool = False) -> Any:
+        """The texts of one input's sequences."""
+        return [
+            {
+                self.result_key: self.tokenizer.decode(
+                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up_tokenization_spaces
+                )
+            }
+            for ids in model_outputs["output_ids"][0]
+        ]
+
+    def _trained(self, task: str, generation: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the model's config asks for in this task, below what the call asks for: preprocess and generate() arguments."""
+        own = (getattr(self.model.config, "task_specific_params", None) or {}).get(task) or {}
+        hidden = {name for name, other in _OTHER_BOUND.items() if other in generation}
+        defaults = {name: value for name, value in own.items() if name in _GENERATION and name not in hidden}
+        prefix = own.get("prefix")
+        return ({"prefix": prefix} if prefix else {}), {**defaults, **generation}
+
+
+class SummarizationPipeline(Text2TextPipeline):
+    """A text in, a list of `{summary_text}` out."""
+
+    trained_task = "summarization"
+    result_key = "summary_text"
+
+
+class TranslationPipeline(Text2TextPipeline):
+    """A text in, a list of `{translation_text}` out."""
+
+    trained_task = "translation"
+    result_key = "translation_text"
+
+    def _sanitize_parameters(self, **parameters: Any) -> _Sets:
+        src_lang, tgt_lang = parameters.pop("src_lang", None), parameters.pop("tgt_lang", None)
+        pre, forward, post = super()._sanitize_parameters(**parameters)
+        if src_lang is None or tgt_lang is None:
+            return pre, forward, post
+        trained, forward = self._trained(f"translation_{src_lang}_to_{tgt_lang}", forward)
+        if self._is_multilingual:
+            for code in (src_lang, tgt_lang):
+                self._check_language(code)
+            pre = {**pre, "src_lang": src_lang, "tgt_lang": tgt_lang}
+            forward = {**forward, "forced_bos_token_id": self._inputs("", src_lang, tgt_lang)["forced_bos_token_id"]}
+        return {**pre, **trained}, forward, post
+
+    def preprocess(
+        self,
+        text: str,
+        truncation: bool = False,
+        prefix: str = "",
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+    ) -> Any:
+        """The tokens of one text in its language. Raises ValueError when a multilingual model is told no languages."""
+        if not self._is_multilingual:
+            return super().preprocess(text, truncation, prefix)
+        inputs = self._inputs(text, src_lang, tgt_lang, truncation=truncation)
+        for name in ("forced_bos_token_id", "token_type_ids"):
+            inputs.pop(name, None)
+        return inputs
+
+    @property
+    def languages(self) -> list[str]:
+        """The codes of the languages that the tokenizer knows; none where the model has one pair only."""
+        if not self._is_multilingual:
+            return []
+        return list(getattr(self.tokenizer, "lang_code_to_id", None) or self.tokenizer.extra_special_tokens)
+
+    @property
+    def _is_multilingual(self) -> bool:
+        return hasattr(self.tokenizer, "_build_translation_inputs")
+
+    def _inputs(self, text: str, src_lang: str | None, tgt_lang: str | None, **arguments: Any) -> Any:
+        return self.tokenizer._build_translation_inputs(
+            text, return_tensors="pt", src_lang=src_lang, tgt_lang=tgt_lang, **arguments
+        )
+
+    def _check_language(self, code: str) -> None:
+        """Raise ValueError for a code that the tokenizer does not know: the model would write in any language."""
+        known = self.languages
+        if not {code, f"__{code}__"} & set(known):
+            raise ValueError(f"the model knows no language {code!r}, but {', '.join(known[:20])} …")
+
+
+for _pipeline in (Text2TextPipeline, SummarizationPipeline, TranslationPipeline):
+    PIPELINE_REGISTRY.register_pipeline(
+        PREFIX + _pipeline.trained_task, pipeline_class=_pipeline, pt_model=AutoModelForSeq2SeqLM
+    )

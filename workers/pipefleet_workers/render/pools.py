@@ -1,0 +1,106 @@
+"""What a pool of the fleet file means for the files that deploy it. Pure but for reading the fleet file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipefleet.errors import FleetFileError, UsageError
+from pipefleet.fleet import Pool, load_fleet
+from pipefleet.routing import queue_name
+
+DRAIN_SECONDS = 45
+"""Seconds that started work may take after SIGTERM, where --drain does not say otherwise."""
+GRACE_MARGIN = 15
+"""Seconds between the end of the drain and SIGKILL: results are written and the other messages handed back."""
+NAMESPACE = "pipefleet"
+_LONGEST_NAME = 63 - len("pipefleet-worker-")
+"""A Kubernetes label has 63 characters, and KEDA labels its objects with the name of the Deployment."""
+_SCALING = ("workers", "wait_slo")
+"""Keys that only the scaler reads."""
+_DNS = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class RenderOptions:
+    """What the fleet file does not say: `drain` in whole seconds, and the Kubernetes namespace."""
+
+    drain: int = DRAIN_SECONDS
+    namespace: str = NAMESPACE
+
+    def __post_init__(self) -> None:
+        if self.drain < 0:
+            raise UsageError(f"--drain must be 0 or more seconds, not {self.drain}")
+        if not _DNS.fullmatch(self.namespace) or len(self.namespace) > 63:
+            raise UsageError(f"--namespace {self.namespace!r} is no name that Kubernetes takes; use a-z, 0-9 and '-'")
+
+    @property
+    def grace(self) -> int:
+        """Seconds between SIGTERM and SIGKILL."""
+        return self.drain + GRACE_MARGIN
+
+
+@dataclass(frozen=True, slots=True)
+class DeployedPool:
+    """A pool, and `digest`: what its workers have to be started anew for. A new range of workers is no reason."""
+
+    pool: Pool
+    digest: str
+
+    @property
+    def on_gpu(self) -> bool:
+        """True where the pool takes a GPU when it can have one."""
+        return self.pool.device != "cpu"
+
+    @property
+    def gpu(self) -> str | None:
+        """The index in `device = "cuda:N"`."""
+        return self.pool.device.partition(":")[2] or None
+
+    @property
+    def replicas(self) -> int:
+        """Workers where nothing scales them: the pool's minimum, but at least one."""
+        return max(1, self.pool.workers.min)
+
+    def arguments(self, ready_file: str) -> list[str]:
+        """The command line behind `pipefleet`. A container sees the one GPU it was given as the first."""
+        device = ["--device", "cuda:0"] if self.gpu else []
+        return ["worker", "--pool", self.pool.name, "--ready-file", ready_file, *device]
+
+
+def load_pools(path: Path) -> list[DeployedPool]:
+    """The pools of a fleet file, in its order. Raises FleetFileError for one that no container can run."""
+    fleet = load_fleet(path)
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))["pools"]
+    for pool in fleet.pools.values():
+        _check(pool, tables[pool.name], path)
+    return [DeployedPool(pool, _digest(tables[pool.name], queue_name(pool, fleet))) for pool in fleet.pools.values()]
+
+
+def _check(pool: Pool, table: Mapping[str, Any], path: Path) -> None:
+    where = f"{path}: pools.{pool.name}"
+    if not _DNS.fullmatch(pool.name) or len(pool.name) > _LONGEST_NAME:
+        raise FleetFileError(
+            f"{where}: a deployed pool's name has at most {_LONGEST_NAME} characters and no '-' at its end"
+        )
+    if pool.device.startswith(("mps", "xpu")):
+        raise FleetFileError(f"{where}: the images have no {pool.device}; use auto, cpu or cuda:N")
+    if pool.model.startswith(("/", "s3://")) and table["model"] == pool.model:
+        return
+    if not pool.is_hub or table["model"] != pool.model:
+        raise FleetFileError(
+            f"{where}: the folder {table['model']!r} of this machine is not in the image; name an s3:// prefix, a hub model "
+            "or an absolute path that is mounted in the containers"
+        )
+
+
+def _digest(table: Mapping[str, Any], queue: str) -> str:
+    """Of what the file says, not of the defaults: a new version of pipefleet starts workers anew by its image."""
+    content = {key: value for key, value in table.items() if key not in _SCALING} | {"queue": queue}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

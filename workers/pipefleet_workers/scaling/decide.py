@@ -1,0 +1,149 @@
+"""How many workers a pool should have, as a pure function: no clock, no I/O. The service and the simulator call the same code.
+
+    (state, signal, limits) ─▶ average of the load ─▶ correction by the backlog ─▶ hold and round ─▶ (state, decision)
+
+All work is in device-seconds, so a load is a number of busy devices. The backlog is steered to a part of the wait that the pool
+allows (`Limits.slack`) rather than to zero: then no device idles, and an average that is wrong by a few per cent moves the
+backlog a little where it would otherwise waste devices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+LEVEL_SECONDS = 300.0
+"""Memory of the average load."""
+SURGE = 2.0
+"""A reading above this many times the load or the pool is a burst: the backlog shows it, the average does not follow it."""
+REACH = 0.9
+"""Share of the allowed wait within which a backlog is worked off, cold starts included."""
+COLD_SHARE = 0.5
+"""Share of a cold start by which that is shortened: the workers that are ready go on meanwhile."""
+SHORTEST = 60.0
+"""Seconds that a backlog is given at least, however late it is."""
+QUIET = 0.3
+"""A backlog this close to the wanted one, as a share of it, needs no correction."""
+LEAN = 0.15
+"""By how much the pool goes below the load, as a share, where there is no backlog at all."""
+HOLD_SECONDS = 300.0
+"""A pool shrinks only to the most that was wanted for this long; it goes to zero after being idle for as long."""
+GAP_SECONDS = 120.0
+"""After a longer silence than this a reading starts afresh, for nobody knows how what arrived was spread over it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the fleet file says of a pool: bounds on the workers, seconds that a job may wait, seconds until a worker is ready."""
+
+    min: int
+    max: int
+    wait_slo: float
+    cold_start: float = 180.0
+    slack: float = 0.1
+    """The wait that is aimed at for work that need not be first, as a share of `wait_slo`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One reading of a pool. Work in device-seconds, `now` in seconds since 1970 (UTC)."""
+
+    now: float
+    queued: float
+    """Work that waits, in all priorities and delayed."""
+    leased: float
+    """Work that workers hold."""
+    arrived: float
+    """Work that arrived since the last reading."""
+    oldest_age: float = 0.0
+    """Seconds that the oldest waiting job has waited; 0 where nothing waits or messages do not tell."""
+    ready: int = 0
+    """Workers that take work."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a decision leaves for the next one; small, and JSON by `to_json`."""
+
+    at: float | None = None
+    level: float = 0.0
+    workers: int = 0
+    idle_since: float | None = None
+    recent: tuple[tuple[float, float], ...] = ()
+    """Time and number of workers wanted, for the last HOLD_SECONDS."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**asdict(self), "recent": [list(one) for one in self.recent]}
+
+    @classmethod
+    def from_json(cls, value: Any) -> State:
+        """The reverse of `to_json`. Raises ValueError, LookupError or TypeError for anything else."""
+        recent = tuple((float(time), float(wanted)) for time, wanted in value["recent"])
+        at, idle = (None if value[name] is None else float(value[name]) for name in ("at", "idle_since"))
+        return cls(at, float(value["level"]), int(value["workers"]), idle, recent)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How many workers the pool should have, and from what that followed."""
+
+    desired: int
+    load: float
+    """Average of the work that arrives, in device-seconds a second: the devices it keeps busy."""
+    wanted: float
+    """Workers wanted at this moment, before holding, rounding and bounds."""
+
+
+def decide(state: State, signal: Signal, *, limits: Limits) -> tuple[State, Decision]:
+    """The next number of workers, within `limits`; at least 1 while there is work.
+
+    Readings must come in order of time; more often than every minute is useful, more often than every 5 s is not.
+    """
+    state = _observe(state, signal)
+    wanted = _wanted(state.level, signal, limits)
+    state = _remember(state, signal, wanted)
+    desired = min(max(_held(state, signal, wanted), limits.min), limits.max)
+    return replace(state, workers=desired), Decision(desired, state.level, wanted)
+
+
+def _observe(state: State, signal: Signal) -> State:
+    """The state with the average brought to this reading. After a silence what runs is taken for what is needed."""
+    elapsed = None if state.at is None else signal.now - state.at
+    if elapsed is None or not 0 <= elapsed <= GAP_SECONDS:
+        running = max(signal.ready, state.workers)
+        recent = ((signal.now, float(running)),)
+        return State(signal.now, max(state.level, float(signal.ready)), running, None, recent)
+    rate = min(signal.arrived / elapsed if elapsed else state.level, SURGE * max(state.level, float(signal.ready), 1.0))
+    level = state.level + (rate - state.level) * -math.expm1(-elapsed / LEVEL_SECONDS)
+    return replace(state, at=signal.now, level=max(0.0, level))
+
+
+def _wanted(load: float, signal: Signal, limits: Limits) -> float:
+    """The load, more where the backlog is above what the allowed wait wants, less where it is below."""
+    backlog = signal.queued + signal.leased
+    aim = limits.slack * limits.wait_slo * load
+    over = backlog - aim * (1 + QUIET)
+    if over > 0:
+        reach = REACH * limits.wait_slo - COLD_SHARE * limits.cold_start - signal.oldest_age / 2
+        return load + over / max(SHORTEST, reach)
+    under = aim * (1 - QUIET) - backlog
+    return load * (1 - LEAN * under / aim) if under > 0 else load
+
+
+def _remember(state: State, signal: Signal, wanted: float) -> State:
+    recent = [one for one in state.recent if signal.now - HOLD_SECONDS < one[0] <= signal.now]
+    busy = signal.queued > 0 or signal.leased > 0
+    idle_since = None if busy else signal.now if state.idle_since is None else state.idle_since
+    return replace(state, recent=(*recent, (signal.now, wanted)), idle_since=idle_since)
+
+
+def _held(state: State, signal: Signal, wanted: float) -> int:
+    """A whole number: up at once, down to the most that was wanted lately, to zero after being idle for long."""
+    if state.idle_since is not None and signal.now - state.idle_since >= HOLD_SECONDS:
+        return 0
+    most = max(wanted for _, wanted in state.recent)
+    up, down = math.ceil(wanted - 0.25), math.ceil(most - 0.25)
+    chosen = up if up > state.workers else min(down, state.workers)
+    return max(1, chosen) if state.idle_since is None or state.workers else chosen

@@ -1,0 +1,60 @@
+"""What a pool's workers have done, as two running totals in Redis: `pipefleet:work:<pool>` with `cost` and `seconds`.
+
+Every worker adds what it did since it last told, so a worker that ends leaves the totals as they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet.broker import KEY
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Totals since the pool began: cost of the messages that ended (see `messages.message_cost`), seconds of forwards."""
+
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+def work_key(pool: str) -> str:
+    """The hash that holds a pool's totals."""
+    return f"{KEY}work:{pool}"
+
+
+def record_done(redis: Any, pool: str, *, cost: float, seconds: float) -> None:
+    """Add what one worker did since it last called this. One round trip; raises redis-py's errors."""
+    pipe = redis.pipeline(transaction=True)
+    pipe.hincrbyfloat(work_key(pool), "cost", cost)
+    pipe.hincrbyfloat(work_key(pool), "seconds", seconds)
+    pipe.execute()
+
+
+def read_done(redis: Any, pool: str) -> Done:
+    """The totals of a pool; zeros before the first worker told."""
+    cost, seconds = redis.hmget(work_key(pool), ["cost", "seconds"])
+    return Done(float(cost or 0.0), float(seconds or 0.0))
+
+
+class WorkCount:
+    """What one worker did and has not told yet. Thread-safe; `flush` is called by one thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cost = self._seconds = 0.0
+
+    def add(self, *, cost: float = 0.0, seconds: float = 0.0) -> None:
+        """Count the cost of a message that ended here, or the seconds of a forward."""
+        with self._lock:
+            self._cost += cost
+            self._seconds += seconds
+
+    def flush(self, redis: Any, pool: str) -> None:
+        """Tell it. What could not be told is told the next time; raises redis-py's errors."""
+        with self._lock:
+            cost, seconds = self._cost, self._seconds
+        record_done(redis, pool, cost=cost, seconds=seconds)
+        self.add(cost=-cost, seconds=-seconds)

@@ -1,0 +1,141 @@
+"""The messages of one pool in Redis: how many there are, exactly, and what they cost, from a sample of bounded size.
+
+A reading costs the same for a hundred thousand messages as for ten million: the lengths of a few lists and hashes, and SAMPLE
+messages of each.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipefleet import broker
+
+SAMPLE = 64
+"""Messages that are read of each list or hash; a shorter one is read whole and its cost is exact."""
+DEPTH = 50_000
+"""No further than this from either end of a list: Redis walks there, and takes 10 ms for the middle of a million."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where messages of a pool lie, and whether they wait there or are with workers.
+
+    `kind` is `list`, `hash`, or `tags`: a sorted set that names those entries of the hash before it that no worker holds.
+    """
+
+    key: str
+    state: str
+    """`queued`, `leased` or `delayed`."""
+    kind: str = "list"
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What lies in one place: the number of messages, exact; their mean cost, with its standard error."""
+
+    count: int
+    mean: float = 0.0
+    error: float = 0.0
+    queued_at: float | None = None
+    """When the oldest message was queued; None where there is none or it does not say."""
+
+
+def places(queue: str) -> list[Place]:
+    """Every place where the messages of a queue can be. The one function that knows the transport's keys."""
+    keys = broker.unacked_keys(queue)
+    waiting = [Place(name, "queued") for name in broker.queue_lists(queue)]
+    return [*waiting, Place(keys["unacked_key"], "leased", "hash"), Place(keys["delayed_key"], "delayed", "tags")]
+
+
+def read_contents(redis: Any, wanted: Sequence[Place], source: random.Random) -> list[Content]:
+    """What lies in each place, in two round trips. `source` chooses the sample."""
+    counts = _counts(redis, wanted)
+    pipe = redis.pipeline(transaction=False)
+    for place, count in zip(wanted, counts, strict=True):
+        for position in _positions(place, count, source):
+            pipe.lindex(place.key, position)
+        if count and place.kind == "hash":
+            pipe.hrandfield(place.key, SAMPLE, withvalues=True)
+    replies = iter(pipe.execute())
+    contents: list[Content] = []
+    for place, count in zip(wanted, counts, strict=True):
+        if place.kind == "hash":
+            raw = list(next(replies))[1::2] if count else []
+            contents.append(_content(raw, count, oldest=None))
+        elif place.kind == "tags":
+            contents += _split(contents.pop(), count)
+        else:
+            raw = [next(replies) for _ in _positions(place, count, None)]
+            contents.append(_content(raw[1:], count, oldest=raw[0] if raw else None))
+    return contents
+
+
+def _split(both: Content, tagged: int) -> tuple[Content, Content]:
+    """What lies in a hash, apart: the rest, and those that are tagged. They count as of the same mean cost."""
+    tagged = min(tagged, both.count)
+    return replace(both, count=both.count - tagged), replace(both, count=tagged)
+
+
+def message_cost(payload: Mapping[str, Any]) -> float:
+    """What a job costs, from its JSON form: as it says, else the number of its items. See `JobMessage.work`."""
+    cost = float(payload.get("cost") or 0.0)
+    shard = payload.get("shard")
+    return cost or float(shard["count"] if shard else len(payload.get("items") or (1,)))
+
+
+def _counts(redis: Any, wanted: Iterable[Place]) -> list[int]:
+    pipe = redis.pipeline(transaction=False)
+    for place in wanted:
+        {"list": pipe.llen, "hash": pipe.hlen, "tags": pipe.zcard}[place.kind](place.key)
+    return [int(count) for count in pipe.execute()]
+
+
+def _positions(place: Place, count: int, source: random.Random | None) -> list[int]:
+    """The oldest message's place in a list, then those of a sample: spread evenly, for a run's shards grow along it."""
+    if place.kind != "list" or not count:
+        return []
+    if count <= SAMPLE:
+        return [-1, *range(count)]
+    within = min(count, 2 * DEPTH)
+    phase = source.random() if source else 0.0
+    spread = (int((index + phase) * within / SAMPLE) for index in range(SAMPLE))
+    return [-1, *(at if at < within / 2 else at - within for at in spread)]
+
+
+def _content(raw: Sequence[bytes | None], count: int, *, oldest: bytes | None) -> Content:
+    """A message that went away between the two round trips is not counted as read."""
+    costs = [_cost_and_time(one)[0] for one in raw if one is not None]
+    queued_at = _cost_and_time(oldest)[1] if oldest is not None else None
+    if not costs:
+        return Content(count, 1.0 if count else 0.0, 0.0, queued_at)
+    mean = sum(costs) / len(costs)
+    variance = sum((cost - mean) ** 2 for cost in costs) / max(1, len(costs) - 1)
+    unread = max(0.0, 1.0 - len(costs) / count) if count else 0.0
+    return Content(count, mean, math.sqrt(variance / len(costs) * unread), queued_at)
+
+
+def _cost_and_time(raw: bytes) -> tuple[float, float | None]:
+    """Cost of one message, and when it was queued. What is not one of ours counts as one item."""
+    try:
+        message = json.loads(raw)
+        message = message[0] if isinstance(message, list) else message
+        headers = message["headers"]
+        time = headers.get(broker.TIME_HEADER)
+        cost = float(headers.get(broker.COST_HEADER) or message_cost(_payload(message)))
+        return (cost if math.isfinite(cost) and cost > 0 else 1.0), (None if time is None else float(time))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return 1.0, None
+
+
+def _payload(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    body = message["body"]
+    if message["properties"].get("body_encoding") == "base64":
+        body = base64.b64decode(body)
+    payload: Mapping[str, Any] = json.loads(body)[0][0]
+    return payload

@@ -1,0 +1,189 @@
+"""A pool's signal: what Redis holds of it, turned into device-seconds.
+
+    read_pool: lengths, sampled costs, totals of what was done, live workers ─▶ Reading
+    measure:   (memory, reading) ─▶ (memory, Signal), pure
+
+What a unit of cost takes is measured on the pool itself: whenever work waits all the while, every worker is busy, and the time
+that passed times the workers, over the cost that was done, is what one worker takes, whatever holds it up. Before that was
+seen, the seconds of forwards over the same cost stand in for it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from pipefleet_workers.scaling.decide import GAP_SECONDS, Signal
+from pipefleet_workers.scaling.ledger import Done, read_done
+from pipefleet_workers.scaling.messages import SAMPLE, Content, places, read_contents
+
+RATE_SECONDS = 300.0
+"""Memory of what a unit of cost takes."""
+MEAN_SECONDS = 90.0
+"""Memory of the mean cost of waiting messages, where it is sampled."""
+TRACE_SECONDS = 1e-3
+"""What a message counts as before anything was measured: enough for one worker, which then measures it."""
+STATES = ("queued", "leased", "delayed")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at a pool. `contents` by state and Redis key; `now` in seconds since 1970 (UTC)."""
+
+    now: float
+    contents: Mapping[str, Mapping[str, Content]]
+    done: Done
+    workers: int
+
+    def count(self, state: str) -> int:
+        """How many messages are in this state; exact."""
+        return sum(content.count for content in self.contents.get(state, {}).values())
+
+    @property
+    def oldest_age(self) -> float:
+        """Seconds that the oldest message has waited, as far as messages tell."""
+        times = [one.queued_at for one in self.contents.get("queued", {}).values() if one.queued_at is not None]
+        return max(0.0, self.now - min(times)) if times else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one reading leaves for the next; JSON by `to_json`."""
+
+    at: float | None = None
+    outstanding: float = 0.0
+    """Cost of all messages of the pool."""
+    waiting: int = 0
+    done: Done = field(default_factory=Done)
+    saturated: Done = field(default_factory=Done)
+    """Cost done while work waited, and the seconds that workers took for it, both fading."""
+    device: Done = field(default_factory=Done)
+    """Cost done, and the seconds of forwards, both fading."""
+    served: Done = field(default_factory=Done)
+    """Cost done, and the seconds of all workers, busy or not, both fading."""
+    means: Mapping[str, float] = field(default_factory=dict)
+    """Mean cost of a message, by key, where it is sampled."""
+
+    @property
+    def seconds_per_cost(self) -> float | None:
+        """What a unit of cost takes one worker; None before anything was measured."""
+        measured = next((one for one in (self.saturated, self.device) if one.cost > 0 and one.seconds > 0), None)
+        return None if measured is None else measured.seconds / measured.cost
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**asdict(replace(self, means={})), "means": dict(self.means)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Memory:
+        """The reverse of `to_json`. Raises ValueError, LookupError or TypeError for anything else."""
+        totals = {name: Done(float(value[name]["cost"]), float(value[name]["seconds"])) for name in _TOTALS}
+        means = {str(key): float(mean) for key, mean in value["means"].items()}
+        at = None if value["at"] is None else float(value["at"])
+        return cls(at, float(value["outstanding"]), int(value["waiting"]), **totals, means=means)
+
+
+_TOTALS = ("done", "saturated", "device", "served")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A signal, and how well it is known."""
+
+    signal: Signal
+    seconds_per_cost: float | None
+    error: float
+    """Relative standard error of the cost that is outstanding; 0 where every message was read."""
+
+
+def read_pool(
+    redis: Any, pool: str, queue: str, *, workers: int, now: float, source: random.Random | None = None
+) -> Reading:
+    """Look at one pool, in three round trips that read at most SAMPLE messages of each list. Raises redis-py's errors."""
+    wanted = places(queue)
+    contents: dict[str, dict[str, Content]] = {state: {} for state in STATES}
+    for place, content in zip(wanted, read_contents(redis, wanted, source or random.Random()), strict=True):
+        contents[place.state][place.key] = content
+    return Reading(now, contents, read_done(redis, pool), workers)
+
+
+def measure(memory: Memory, reading: Reading) -> tuple[Memory, Measured]:
+    """The signal of a reading. Readings come in order of time; after a long silence nothing counts as arrived."""
+    elapsed = 0.0 if memory.at is None else reading.now - memory.at
+    if not 0 < elapsed <= GAP_SECONDS:
+        elapsed = 0.0
+    means = _means(memory.means, reading, elapsed)
+    costs = {state: _cost(reading.contents.get(state, {}), means) for state in STATES}
+    outstanding = sum(costs.values())
+    done = max(0.0, reading.done.cost - memory.done.cost) if elapsed else 0.0
+    learnt = _learnt(memory, reading, done, elapsed) if elapsed else memory
+    now = replace(
+        learnt, at=reading.now, outstanding=outstanding, waiting=reading.count("queued"), done=reading.done, means=means
+    )
+    arrived = done + outstanding - memory.outstanding if elapsed else 0.0
+    return now, _measured(now, reading, costs, arrived)
+
+
+def _learnt(memory: Memory, reading: Reading, done: float, elapsed: float) -> Memory:
+    """What a unit of cost takes, after `done` units more."""
+    took = elapsed * reading.workers
+    seconds = max(0.0, reading.done.seconds - memory.done.seconds)
+    served = _learn(memory.served, done, took, elapsed=elapsed)
+    device = _learn(memory.device, done, seconds, elapsed=elapsed) if done else memory.device
+    saturated = memory.saturated
+    if done and took and memory.waiting and reading.count("queued"):
+        saturated = _learn(saturated, done, took, elapsed=elapsed)
+    return replace(memory, served=served, saturated=_capped(saturated, served), device=_capped(device, served))
+
+
+def _capped(learnt: Done, served: Done) -> Done:
+    """A pool that got more done lately than it was thought to can do is faster than that.
+
+    Otherwise a pool that was slow for a while would be kept too large for ever: then no work waits, and nothing is measured.
+    """
+    if not served.cost or not served.seconds:
+        return learnt
+    return Done(learnt.cost, min(learnt.seconds, learnt.cost * served.seconds / served.cost))
+
+
+def _measured(memory: Memory, reading: Reading, costs: Mapping[str, float], arrived: float) -> Measured:
+    scale = memory.seconds_per_cost
+    signal = Signal(
+        now=reading.now,
+        queued=_seconds(costs["queued"] + costs["delayed"], scale),
+        leased=_seconds(costs["leased"], scale),
+        arrived=arrived * scale if scale is not None else 0.0,
+        oldest_age=reading.oldest_age,
+        ready=reading.workers,
+    )
+    variance = sum((one.count * one.error) ** 2 for kind in reading.contents.values() for one in kind.values())
+    error = math.sqrt(variance) / memory.outstanding if memory.outstanding else 0.0
+    return Measured(signal, scale, error)
+
+
+def _seconds(cost: float, scale: float | None) -> float:
+    return cost * scale if scale is not None else TRACE_SECONDS if cost else 0.0
+
+
+def _cost(contents: Mapping[str, Content], means: Mapping[str, float]) -> float:
+    return sum(content.count * means.get(key, content.mean) for key, content in contents.items())
+
+
+def _means(before: Mapping[str, float], reading: Reading, elapsed: float) -> dict[str, float]:
+    """The mean costs of what is too long to be read whole: sampling errors of one reading must not look like arrivals."""
+    means = {}
+    for contents in reading.contents.values():
+        for key, content in contents.items():
+            if content.count > SAMPLE:
+                keep = math.exp(-elapsed / MEAN_SECONDS) if elapsed and key in before else 0.0
+                means[key] = keep * before.get(key, 0.0) + (1 - keep) * content.mean
+    return means
+
+
+def _learn(total: Done, cost: float, seconds: float, *, elapsed: float) -> Done:
+    """A fading total: what is RATE_SECONDS old weighs a third."""
+    keep = math.exp(-elapsed / RATE_SECONDS)
+    return Done(total.cost * keep + cost, total.seconds * keep + seconds)

@@ -1,0 +1,88 @@
+"""The workers of a simulated pool: they start, become ready, are lost, are stopped; every second that one exists is paid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a simulated pool runs on. Times in seconds, prices per device-hour."""
+
+    cold_start: tuple[float, float] = (60.0, 300.0)
+    """Seconds from a start to the first job, uniformly in between."""
+    spot_loss: float = 0.03
+    """Share of the spot workers that is reclaimed within an hour."""
+    hard: float = 0.2
+    """Share of the lost workers that end without notice: what they hold is delivered again."""
+    redelivery: float = 30.0
+    """Seconds until it is."""
+    reclaims: tuple[tuple[float, float], ...] = ((0.6, 0.3),)
+    """Events of the last day: at which share of it, which share of the spot workers is lost at once."""
+    in_flight: float = 4.0
+    """Device-seconds of work that a busy worker holds."""
+    on_demand: float = 0.0
+    """Share of the wanted workers that is bought on demand: never lost, at its own price."""
+    spot_price: float = 1.0
+    on_demand_price: float = 3.0
+
+
+class Workers:
+    """Counts of one kind of worker, spot or on demand."""
+
+    def __init__(self, hardware: Hardware, steps: int, step: float, random: Any) -> None:
+        self._low, self._high = (max(1, round(seconds / step)) for seconds in hardware.cold_start)
+        self._due = [0] * (steps + self._high + 2)
+        self._random = random
+        self.ready = 0
+        self.pending = 0
+        self.starts = 0
+
+    @property
+    def total(self) -> int:
+        """All that are paid."""
+        return self.ready + self.pending
+
+    def begin(self, now: int) -> None:
+        """Let those become ready whose time has come."""
+        due, self._due[now] = self._due[now], 0
+        self.ready += due
+        self.pending -= due
+
+    def lose(self, share: float) -> int:
+        """Lose each ready worker with this probability; how many there were."""
+        if not self.ready or share <= 0:
+            return 0
+        lost = int(self._random.binomial(self.ready, share))
+        self.ready -= lost
+        return lost
+
+    def resize(self, now: int, wanted: int) -> int:
+        """Start or stop until there are `wanted`; how many ready ones were stopped. The ones that start last are stopped first."""
+        change = wanted - self.total
+        if change > 0:
+            self._start(now, change)
+            return 0
+        return self._stop(now, -change)
+
+    def _start(self, now: int, count: int) -> None:
+        self.starts += count
+        self.pending += count
+        delays = np.bincount(self._random.integers(self._low, self._high + 1, count))
+        for delay in np.flatnonzero(delays):
+            self._due[now + int(delay)] += int(delays[delay])
+
+    def _stop(self, now: int, count: int) -> int:
+        for at in range(now + self._high, now, -1):
+            if not count or not self.pending:
+                break
+            gone = min(count, self._due[at])
+            self._due[at] -= gone
+            self.pending -= gone
+            count -= gone
+        stopped = min(count, self.ready)
+        self.ready -= stopped
+        return stopped
