@@ -25,12 +25,12 @@ from pipefleet.tasks import task_spec
 from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.items import Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.artifacts import Audio

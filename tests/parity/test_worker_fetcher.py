@@ -12,9 +12,9 @@ from pipefleet.contract import JobItem
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.objects import ObjectStore
 from pipefleet.storage import StorageRef
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.fetch import Fetcher, lies_under, slices
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 import transformers
 
+from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.equal_writer import EqualWriter
 from pipefleet_workers.adapters.image_text import EqualMultimodal, ImageTextWriter, MultimodalGenerator
+from pipefleet_workers.service_fit import ServiceFit
+from pipefleet_workers.warmup import warm_up
 from tests.checkpoints import CHECKPOINTS, cached
 from tests.checkpoints.media import image
 from tests.parity.cases.multimodal import without_media
@@ -102,6 +105,39 @@ def test_media_of_unequal_shapes_are_taken_apart_and_their_order_is_kept(llava: 
     together = [batch for batch in adapter.batches if len(batch.units) == 4]
     assert together, "the four waited as one batch"
     assert adapter.collate(together[0].units) == {}
+
+
+class Careless(MultimodalGenerator):
+    """Hides no padding from the model."""
+
+    def _inputs(self, units: Any) -> dict[str, Any]:
+        inputs = super()._inputs(units)
+        return {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+
+class Swapped(MultimodalGenerator):
+    """Hands each request the media of another."""
+
+    def _inputs(self, units: Any) -> dict[str, Any]:
+        inputs = super()._inputs(units)
+        return {name: one.flip(0) if one.is_floating_point() else one for name, one in inputs.items()}
+
+
+@pytest.mark.parametrize("task", [CHAT, "any-to-any"])
+@pytest.mark.parametrize(("kind", "exact"), [(MultimodalGenerator, True), (Careless, False), (Swapped, False)])
+def test_the_proof_looks_at_words_and_media_in_one_batch(task: str, kind: Any, exact: bool) -> None:
+    assert warm_up(kind(load(task)), task_spec(task), {}, ServiceFit(), 4096).pads is exact
+
+
+def test_a_model_that_padding_changes_batches_equal_shapes_only(llava: Any, engine: Running) -> None:
+    pictured = [Call(chat("What?", one), {"max_new_tokens": 5}) for one in PICTURES]
+    calls = [*pictured, Call(chat("What is it?", PICTURES[0]), {"max_new_tokens": 5}), Call(chat("What?"), {})]
+    wanted = outputs(engine.run(calls))
+    adapter = recording(Careless, llava)
+    adapter.pads = False
+    with running(adapter, CHAT) as careless:
+        assert outputs(careless.run_together(calls)) == wanted
+    assert max(len(batch.units) for batch in adapter.batches) == len(pictured)
 
 
 @pytest.mark.parametrize(

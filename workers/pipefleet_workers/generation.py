@@ -19,6 +19,8 @@ from pipefleet.records import JobFailure
 from pipefleet_workers.items import JobContext, Work
 
 STAGE = "forward"
+LOOK_STEPS = 8
+"""How often somebody looks at the sequences so far: a look waits for the device."""
 _NO_TOKEN = torch.iinfo(torch.int32).max
 """Stands for padding where stop strings are looked for: it is above every vocabulary, and so part of no string."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -55,12 +57,21 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
     generate() fills ended rows with padding and returns when no row is left. For one call, on one thread.
     """
 
-    def __init__(self, rows: Sequence[Row], prompt: int, tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompt: int,
+        tick: Callable[[], None] = lambda: None,
+        *,
+        look: Callable[[list[list[int]]], None] | None = None,
+    ) -> None:
         """`prompt` is the padded length of the prompts. With beams, rows of the call are taken in equal groups.
 
-        `tick` is called at every step: a long generation is a sign of life, not a hung forward.
+        `tick` is called at every step: a long generation is a sign of life, not a hung forward. `look` gets the new tokens of
+        every row each `LOOK_STEPS` steps.
         """
         self._tick = tick
+        self._look = look
         self._rows = rows
         self._prompt = prompt
         self._limits = torch.tensor([row.max_new_tokens for row in rows])
@@ -87,6 +98,8 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         if self._ask_jobs(step):
             stopped = [index in self.stopped for index in range(len(self._rows))]
             done |= torch.tensor(stopped, device=device).repeat_interleave(group)
+        if self._look is not None and step % LOOK_STEPS == 0:
+            self._look(input_ids[:, self._prompt :].tolist())
         return done
 
     def ends(self) -> list[int]:

@@ -70,7 +70,7 @@ class TextGenerator(Adapter):
             return [output for unit in units for output in self.run(self.collate([unit]), [unit])]
         plan, prompt = _request(units[0]).plan, self.prompt_length(inputs)
         rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
-        stops = RowStops(rows, prompt, self.tick)
+        stops = RowStops(rows, prompt, self.tick, look=lambda tokens: self._release_ended(tokens, stops, units))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
         if plan.sampling is not None:
             sampler = RowSampler(rows, prompt, first=self._planner.first, last=self._planner.last)
@@ -80,6 +80,19 @@ class TextGenerator(Adapter):
         with self._randomness(units):
             sequences = self._generate(inputs, stopping_criteria=StoppingCriteriaList([stops]), **arguments)
         return _outputs(sequences[:, prompt:].tolist(), stops, units)
+
+    def _release_ended(self, tokens: list[list[int]], stops: RowStops, units: Sequence[Unit]) -> None:
+        """Hand on the sequences of units that have all come to their ends, while others of the batch are still written."""
+        plan, ends = _request(units[0]).plan, stops.ends()
+        if plan.beams > 1:
+            return  # which beam is the best is known at the end
+        for index, unit in enumerate(units):
+            own = range(index * plan.copies, (index + 1) * plan.copies)
+            if unit.released or index * plan.copies in stops.stopped:
+                continue
+            cut = [_cut(tokens[row], ends[row], plan) for row in own]
+            if all(ended for _, ended in cut):
+                self.release(unit, [sequence for sequence, _ in cut])
 
     def prompt_length(self, inputs: dict[str, Any]) -> int:
         """How many tokens of what generate() returns stood there before it began."""
