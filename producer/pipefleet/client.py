@@ -97,8 +97,8 @@ class Client:
         [{'label': 'POSITIVE', 'score': 0.999}]
         """
         spec, pool = self.route(task, model, revision)
+        spec.check({} if parameters is None else parameters)
         parameters = {**implied_parameters(task), **(parameters or {})}
-        spec.check(parameters)
         if output is not None:
             split_uri(output)
         if expires is not None and expires <= 0:
@@ -138,8 +138,8 @@ class Client:
         arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis or S3 is away.
         """
         spec, pool = self.route(task, model, revision)
+        spec.check({} if parameters is None else parameters)
         parameters = {**implied_parameters(task), **(parameters or {})}
-        spec.check(parameters)
         if format not in FORMATS:
             raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
         if shard_size is not None and shard_size < 1:

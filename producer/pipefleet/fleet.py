@@ -57,6 +57,8 @@ class Pool:
     """With `device_map`: what it may use of each GPU, by its number, and of the host, as `cpu`: "20GiB". The disk has the rest."""
     offload_folder: str | None = None
     """With `device_map`: where the rest of the weights lies; None for a folder in the cache."""
+    compile: bool = False
+    """Whether the model goes through torch.compile before the first job; for models that answer in one forward."""
     queue: str | None = None
     """What a worker of the pool announces that it consumes; None where the fleet file decides (see `routing`)."""
 
@@ -226,7 +228,7 @@ def _value(where: str, key: str, value: Any) -> Any:
             return _positive(where, key, value)
         case "wait_slo":
             return float(_positive(where, key, value))
-        case "default" | "trust_remote_code":
+        case "default" | "trust_remote_code" | "compile":
             _require(isinstance(value, bool), where, key, "true or false")
         case "parameters":
             _require(isinstance(value, Mapping), where, key, "a table")

@@ -48,6 +48,8 @@ class FleetPipeline:
         """
         given, wanted = arguments_of(self._spec, inputs, parameters)
         wanted = {name: value for name, value in wanted.items() if name not in _ACCEPTED}
+        if wanted.get("is_split_into_words") and _is_words(given):
+            given = [given]
         if self._is_one_input(given):
             return self._restored(self.submit(given, **wanted).result(), wanted)
         if isinstance(given, list | tuple):
@@ -185,6 +187,11 @@ def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:
             for name, item in value.items()
         }
     return [_with_tuples(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def _is_words(value: Any) -> bool:
+    """A flat list of words, which is one text."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def _tuples(value: list[Any]) -> Any:

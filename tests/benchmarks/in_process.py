@@ -9,6 +9,7 @@ from typing import Any
 from pipefleet.contract import JobItem, Priority
 from pipefleet.fleet import Pool
 from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.device_images import on_device
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
@@ -55,6 +56,8 @@ def _engine(pipe: Any, task: str) -> Engine:
     row, spec, settings = RUNTIME[task], task_spec(task), WorkerSettings()
     instruments = Instruments(Metrics("bench"), tracer=Tracer(""))
     adapter = row.adapter(pipe)
+    if pipe.device.type == "cuda":
+        adapter = on_device(adapter)
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     found = warm_up(adapter, spec, {}, instruments.fit, default)
     limits = BatchLimits(found.max_cost, Pool("bench", task, "").max_batch_items)

@@ -29,7 +29,7 @@ from tests.deploy.tools import DEPLOY, FLEET, module, prometheus_tool
 
 POOL = "embeddings"
 SECONDS = 60.0
-AWAITED: set[str] = {"pipefleet_messages_total", "pipefleet_pool_dead_letters"}
+AWAITED: set[str] = set()
 """Metrics that are asked for here and that nobody has yet."""
 
 
@@ -53,6 +53,8 @@ class Live:
         self._metrics.item({"fetch": 0.01, "forward": 0.1})
         self._metrics.item({"fetch": 0.01}, code="killed_worker", stage="forward")
         self._metrics.fact("max_cost", 4096.0)
+        for event in ("delivered", "redelivered", "handed_back"):
+            self._metrics.message(event)
 
     def ask(self, expr: str) -> list[Any]:
         """The series that a query finds now. Fails for a query that Prometheus does not take."""

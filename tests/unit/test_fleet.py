@@ -49,13 +49,14 @@ trust_remote_code = true
 processor = "org/processor@5b1d8f4"
 max_memory = { 0 = "20GiB", cpu = "1.5GB" }
 offload_folder = "../offload"
+compile = true
 """,
     ).pool("speech")
     assert pool == Pool(
         "speech", "automatic-speech-recognition", "openai/whisper-tiny.en", "87c7102", True,
         str(file.parent.resolve() / "tokenizer"), "cuda:1", "auto", "bfloat16", {"return_timestamps": True}, 4000, 8,
         WorkerRange(1, 20), 60.0, True, "org/processor@5b1d8f4", {"0": "20GiB", "cpu": "1.5GB"},
-        str(file.parent.resolve().parent / "offload"),
+        str(file.parent.resolve().parent / "offload"), True,
     )  # fmt: skip
     keys = [one for one in fields(Pool) if one.name != "queue"]  # only announced, see below
     assert all(getattr(pool, one.name) != one.default for one in keys), "a key without a test of its own"

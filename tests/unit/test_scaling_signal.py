@@ -45,6 +45,19 @@ def cost(reading: Reading, state: str) -> float:
     return sum(one.count * one.mean for one in reading.contents[state].values())
 
 
+@pytest.mark.parametrize("shard_seconds", [2.0, 20.0, 200.0])
+def test_shards_that_last_longer_than_a_reading_are_measured_as_well(shard_seconds: float) -> None:
+    memory, each = Memory(), 0.0
+    waiting = {"queued": {"q": Content(100, 100.0)}, "leased": {"u": Content(1, 100.0)}, "delayed": {}}
+    for tick in range(200):
+        seconds = 5.0 * tick
+        done = Done(100.0 * (seconds // shard_seconds), seconds)
+        memory, measured = measure(memory, Reading(1e6 + seconds, waiting, done, 1))
+        each = measured.seconds_per_cost or each
+    assert each == pytest.approx(shard_seconds / 100, rel=0.3)
+    assert Memory.from_json(memory.to_json()) == memory
+
+
 def test_an_empty_queue(client: Client, redis: Redis) -> None:
     reading = look(redis)
     assert [reading.count(state) for state in ("queued", "leased", "delayed")] == [0, 0, 0]

@@ -61,7 +61,9 @@ class ArgumentParser:
         try:
             sets = pipe._sanitize_parameters(**copy.deepcopy(dict(parameters)))
         except (TypeError, ValueError, KeyError) as error:
-            raise ItemError("bad_parameter", f"the pipeline refuses the parameters: {str(error)[:300]}", STAGE) from None
+            raise ItemError(
+                "bad_parameter", f"the pipeline refuses the parameters: {str(error)[:300]}", STAGE
+            ) from None
         defaults = (pipe._preprocess_params, pipe._forward_params, pipe._postprocess_params)
         pre, forward, post = ({**default, **own} for default, own in zip(defaults, sets, strict=True))
         return Arguments(

@@ -28,6 +28,7 @@ from pipefleet_workers.facts import Facts
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.models import load_pipeline
 from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.pulse import Pulse
 from pipefleet_workers.reports import Reporter
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
@@ -91,7 +92,8 @@ def build(
     jobs = Jobs(pool, engine, outlets.allowed)
     tally = Tally(instruments.metrics, instruments.work)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue), tally=tally)
-    return Built(consumer, outlets.reporter, Facts(name, pool, limits, found, instruments))
+    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
+    return Built(consumer, outlets.reporter, facts)
 
 
 class Undertaker:

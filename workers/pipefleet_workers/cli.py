@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import signal
 import sys
 from pathlib import Path
@@ -12,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, command, print_json
 from pipefleet.errors import UsageError
+from pipefleet_workers import logs
 from pipefleet_workers.render import cli as render
 from pipefleet_workers.scaling import command as scaler
 from pipefleet_workers.simulation import command as simulation
+from pipefleet_workers.watch import command as watch
 
 if TYPE_CHECKING:
     from pipefleet.fleet import Fleet, Pool
+    from pipefleet_workers.local import Stack
 
 DEFAULT_DATA = Path(".pipefleet")
 
@@ -33,6 +35,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the one directory for all data (.pipefleet)")
     parser.add_argument("--env-file", type=Path, help="write the settings of clients there, as KEY=VALUE lines")
     parser.add_argument("--no-flower", action="store_true", help="leave Flower out")
+    _register_autoscaling(parser)
     parser.add_argument("--allow-unpinned", action="store_true", help="accept hub models without a revision")
     _register_worker(commands)
     parser = command(
@@ -47,8 +50,26 @@ def register(commands: Commands) -> None:
         example="pipefleet demo",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the one directory for all data (.pipefleet)")
-    for further in (scaler, simulation, render):
+    for further in (scaler, simulation, render, watch):
         further.register(commands)
+
+
+def _register_autoscaling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--autoscale", action="store_true",
+        help="start and stop workers with the work, between workers.min and workers.max of each pool "
+        "(without a max: as many as there are cores)",
+    )  # fmt: skip
+    options = {
+        "--scale-interval": (scaler.seconds, 5.0, "seconds between two looks at the queues (5, at most 60)"),
+        "--cold-start": (scaler.seconds, 10.0, "seconds from the start of a worker to its first job (10)"),
+        "--scale-down-after": (
+            scaler.seconds, 60.0, "seconds for which fewer workers must be wanted until some are stopped (60)"
+        ),
+        "--scaler-port": (scaler.port, None, "port on which the scaler answers (a free one)"),
+    }  # fmt: skip
+    for name, (kind, default, text) in options.items():
+        parser.add_argument(name, type=kind, default=default, help=f"with --autoscale: {text}")
 
 
 def _register_worker(commands: Commands) -> None:
@@ -75,19 +96,17 @@ def worker(arguments: argparse.Namespace) -> int:
     from pipefleet_workers.worker import Worker, prepare_process
 
     prepare_process(threads=arguments.threads)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "celery", "kombu", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     settings = load_settings()
     fleet, pool = _chosen_pool(arguments, settings.fleet_path)
-    return Worker(fleet, pool, settings, WorkerSettings()).run(device=arguments.device, ready_file=arguments.ready_file)
+    one = Worker(fleet, pool, settings, WorkerSettings())
+    logs.configure(pool=pool.name, worker=one.name)
+    return one.run(device=arguments.device, ready_file=arguments.ready_file)
 
 
 def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
     from pipefleet.fleet import load_fleet
     from pipefleet.settings import load_settings
-    from pipefleet_workers.local import Stack
     from pipefleet_workers.models import require_folder
 
     path = arguments.fleet or load_settings().fleet_path
@@ -96,7 +115,8 @@ def up(arguments: argparse.Namespace) -> int:
     fleet = load_fleet(path, allow_unpinned=arguments.allow_unpinned)
     for pool in fleet.pools.values():
         require_folder(pool)
-    stack = Stack(arguments.data, fleet=path, pools=worker_pools(fleet), flower=not arguments.no_flower)
+    stack = _stack(arguments, path, fleet)
+    logs.configure()
     interrupt_on_sigterm()
     with contextlib.suppress(KeyboardInterrupt), stack:
         if arguments.env_file is not None:
@@ -104,6 +124,12 @@ def up(arguments: argparse.Namespace) -> int:
         print("\n".join(f"export {name}={value}" for name, value in stack.environment().items()))
         if stack.flower is not None:
             print(f"# Flower: {stack.flower.url}  user pipefleet  password {stack.flower.password}")
+        if stack.scaler_url is not None:
+            print(f"# scaler: {stack.scaler_url}/pools")
+        elif unasked := [pool.name for pool in fleet.pools.values() if pool.workers.min == 0]:
+            print(
+                f"# one worker runs for each pool with min = 0 ({', '.join(unasked)}); --autoscale starts them with the work"
+            )
         print(f"# ready: {len(fleet.pools)} pools, data in {arguments.data}; Ctrl-C stops everything", flush=True)
         stack.supervise()
     return 0
@@ -129,9 +155,22 @@ def demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.data, stay=sys.stdout.isatty())
 
 
-def worker_pools(fleet: Fleet) -> list[str]:
-    """The pool of each worker to start: every pool's minimum, but at least one."""
-    return [pool.name for pool in fleet.pools.values() for _ in range(max(1, pool.workers.min))]
+def worker_pools(fleet: Fleet, *, least: int = 1) -> list[str]:
+    """The pool of each worker to start: every pool's minimum, but at least `least`."""
+    return [pool.name for pool in fleet.pools.values() for _ in range(max(least, pool.workers.min))]
+
+
+def _stack(arguments: argparse.Namespace, path: Path, fleet: Fleet) -> Stack:
+    from pipefleet_workers.local import Stack
+    from pipefleet_workers.local.autoscale import Pace
+
+    flower = not arguments.no_flower
+    if not arguments.autoscale:
+        return Stack(arguments.data, fleet=path, pools=worker_pools(fleet), flower=flower)
+    scaler.check_interval(arguments.scale_interval, "--scale-interval")
+    stack = Stack(arguments.data, fleet=path, pools=worker_pools(fleet, least=0), flower=flower)
+    pace = Pace(arguments.scale_interval, arguments.cold_start, arguments.scale_down_after, arguments.scaler_port)
+    return stack.autoscale(pace)
 
 
 def interrupt_on_sigterm() -> None:

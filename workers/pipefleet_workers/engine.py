@@ -26,7 +26,8 @@ from pipefleet_workers.admission import Budget
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.device import Device, Instruments
-from pipefleet_workers.items import Assembly, Decoded, Fetched, ItemError, Outcome, Work
+from pipefleet_workers.items import Assembly, Decoded, Fetched, ItemError, Outcome, Unit, Work
+from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher, slices
@@ -46,6 +47,8 @@ class Stages:
     fetcher: Fetcher
     decoder: Decoder
     adapter: Adapter
+    processes: PreprocessPool | None = None
+    """Where they are, decoding and preprocessing happen there; started and stopped by the engine."""
 
 
 class Engine:
@@ -78,12 +81,16 @@ class Engine:
         stages.adapter.tick = self._device.tick
         stages.adapter.release = self._device.release
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
+        if stages.processes is not None:
+            cpu = settings.preprocess_processes  # each thread waits for one process
         self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, room=256)
         self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, room=4 * cpu)
         self._fetch = _Stage("fetch", fetch, self._fetch_slice, room=2 * fetch)
 
     def start(self) -> None:
-        """Start the threads. They are daemons: a worker that must end does not wait for them."""
+        """Start the processes, where there are any, and the threads. They are daemons: a worker that must end does not wait for them."""
+        if self._stages.processes is not None:
+            self._stages.processes.start()
         for stage in (self._finish, self._cpu, self._fetch):
             stage.start()
         self._device.start()
@@ -107,6 +114,8 @@ class Engine:
         self._budget.close()
         self._fetch.stop()
         self._cpu.stop()
+        if self._stages.processes is not None:
+            self._stages.processes.stop()
         self.room.close()
         self._device.join()
         self._finish.stop()
@@ -118,11 +127,20 @@ class Engine:
             self._cpu.put(works[0].job.priority, fetched)
 
     def _decode_and_prepare(self, fetched: Sequence[Fetched]) -> None:
-        with self._instruments.tracer.span("decode", len(fetched)):
+        tracer, processes = self._instruments.tracer, self._stages.processes
+        if processes is not None:
+            live = self._each(fetched, "decode", lambda one: one)
+            with tracer.span("preprocess", len(live)):
+                return self._enter(live, processes.prepare(live))
+        with tracer.span("decode", len(fetched)):
             decoded = self._each(fetched, "decode", self._stages.decoder.decode)
-        with self._instruments.tracer.span("preprocess", len(decoded)):
+        with tracer.span("preprocess", len(decoded)):
             prepared = self._prepare(decoded)
-        for one, units in zip(decoded, prepared, strict=True):
+        return self._enter(decoded, prepared)
+
+    def _enter(self, items: Sequence[Fetched | Decoded], prepared: Sequence[list[Unit] | ItemError]) -> None:
+        """Let the units into the room before the device; end the items that have none."""
+        for one, units in zip(items, prepared, strict=True):
             if isinstance(units, ItemError):
                 self._fail(one.work, units.failure)
             elif not units:

@@ -1,6 +1,6 @@
 """What a worker knows of itself and tells the fleet: its pool, its budget, whether padding is exact, what a batch costs.
 
-Kept in the Redis hash `pipefleet:workers`, by worker; an entry ends with its heartbeat.
+Kept in the Redis hash `pipefleet:workers`, by worker; an entry ends with its heartbeat, or when the worker signs off.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pipefleet.broker import KEY
 from pipefleet.contract import encode_json
 from pipefleet.fleet import Pool
 from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.scaling.ledger import record_items
 
 if TYPE_CHECKING:
     from pipefleet_workers.device import Instruments
+    from pipefleet_workers.pulse import Beat, Pulse
     from pipefleet_workers.warmup import WarmUp
 
 WORKERS_KEY = f"{KEY}workers"
@@ -31,6 +33,7 @@ class Facts:
     limits: BatchLimits
     found: WarmUp
     instruments: Instruments
+    pulse: Pulse
 
     def to_json(self) -> dict[str, Any]:
         """What is announced; `base` and `per_cost` are the fitted seconds of a batch."""
@@ -51,8 +54,22 @@ class Facts:
         for name in ("max_cost", "pads", "base", "per_cost"):
             if name in facts:
                 self.instruments.metrics.fact(name, float(facts[name]))
+        beat = self._tell(redis)
+        now = time.time()
+        content = {**facts, **beat.to_json(), "at": now, "until": now + seconds}
+        redis.hset(WORKERS_KEY, self.worker, encode_json(content))
+
+    def withdraw(self, redis: Any) -> None:
+        """The worker ends: take the entry away and tell what it did last."""
+        self._tell(redis)
+        redis.hdel(WORKERS_KEY, self.worker)
+
+    def _tell(self, redis: Any) -> Beat:
         self.instruments.work.flush(redis, self.pool.name)
-        redis.hset(WORKERS_KEY, self.worker, encode_json({**facts, "until": time.time() + seconds}))
+        beat = self.pulse.beat()
+        record_items(redis, self.pool.name, items=beat.items, failed=beat.failed)
+        self.pulse.told(beat)
+        return beat
 
 
 def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.registry import Collector
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Items of one worker that ended, those of them that failed, and seconds in which a forward ran."""
+
+    items: int = 0
+    failed: int = 0
+    busy: float = 0.0
 
 
 class Metrics:
@@ -17,6 +29,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._pool = pool
         self._children: dict[tuple[object, ...], Counter] = {}
+        self._succeeded = self._failed = 0
+        self._busy_seconds = 0.0
+        self._lock = threading.Lock()
         self._items = self._counter("pipefleet_items_total", "items that ended", "state")
         self._failures = self._counter("pipefleet_item_failures_total", "items that failed", "code", "stage")
         self._stage = self._counter("pipefleet_stage_seconds_total", "seconds spent on items", "stage")
@@ -37,6 +52,8 @@ class Metrics:
         self._units.labels(self._pool).observe(units)
         self._seconds.labels(self._pool).observe(seconds)
         self._busy.labels(self._pool).inc(seconds)
+        with self._lock:
+            self._busy_seconds += seconds
         self._cost.labels(self._pool, "padded").inc(padded)
         self._cost.labels(self._pool, "useful").inc(useful)
 
@@ -47,14 +64,26 @@ class Metrics:
     def item(self, seconds: Mapping[str, float], *, code: str = "", stage: str = "") -> None:
         """Count one item that ended, with its seconds by stage; `code` and `stage` for one that failed."""
         self._child(self._items, "failed" if code else "succeeded").inc()
+        with self._lock:
+            self._succeeded += not code
+            self._failed += bool(code)
         if code:
             self._child(self._failures, code, stage).inc()
         for name, value in seconds.items():
             self._child(self._stage, name).inc(value)
 
+    def totals(self) -> Totals:
+        """What was counted since the worker began."""
+        with self._lock:
+            return Totals(self._succeeded + self._failed, self._failed, self._busy_seconds)
+
     def fact(self, name: str, value: float) -> None:
         """Set one fact about batching."""
         self._facts.labels(self._pool, name).set(value)
+
+    def add(self, collector: Collector) -> None:
+        """Expose what `collector` finds at each scrape, too."""
+        self.registry.register(collector)
 
     def serve(self, port: int, address: str = "127.0.0.1") -> None:
         """Answer `/metrics` on `port` from a thread. Raises OSError when the port is in use."""

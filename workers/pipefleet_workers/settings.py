@@ -35,6 +35,10 @@ class WorkerSettings(BaseSettings):
     simulated_device: str = Field("", description="BASE,PER_COST in seconds: a forward takes at least this long")
     forward_timeout: float = Field(900.0, gt=0, description="seconds after which a forward counts as hung")
     warm_up: bool = Field(True, description="prove and measure batches before taking jobs")
+    device_pictures: Literal["auto", "on", "off"] = Field(
+        "auto", description="where pictures are resized: on the device (on), or only where that is a GPU (auto)"
+    )
+    preprocess_processes: int = Field(0, ge=0, description="processes that decode and preprocess; 0 for threads")
     metrics_port: int = Field(0, ge=0, le=65_535, description="port for Prometheus on loopback; 0 serves none")
     metrics_address: str = Field("127.0.0.1", description="address that the metrics are served on")
     trace: str = Field("", description="file that the spans of all stages are appended to")

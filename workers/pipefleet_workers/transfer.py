@@ -34,7 +34,7 @@ class CudaLink:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, once the stream is there; `pin_memory` makes a copy and never pins in place."""
@@ -96,11 +96,12 @@ class Transfer:
 
         Nothing else may hold the inputs: a batch that is out of memory must be able to let go of its own.
         """
-        inputs, staged.inputs = staged.inputs, None
-        if self._link is not None and staged.arrived is not None:
+        inputs, arrived = staged.inputs, staged.arrived
+        staged.inputs = staged.arrived = None
+        if self._link is not None and arrived is not None:
             found: list[torch.Tensor] = []
             map_tensors(inputs, lambda one: _noted(one, found))
-            self._link.join(staged.arrived, found)
+            self._link.join(arrived, found)
         return inputs
 
 
@@ -109,8 +110,8 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        changed = {name: map_tensors(item, change) for name, item in value.items()}
-        return changed if type(value) is dict else type(value)(changed)
+        kind: Any = type(value)
+        return kind({name: map_tensors(item, change) for name, item in value.items()})
     if isinstance(value, list | tuple):
         items = [map_tensors(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -15,6 +15,7 @@ from pipefleet.errors import PipefleetError
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.routing import queue_name
 from pipefleet.settings import Settings
+from pipefleet_workers import logs
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def prepare_process(*, threads: int | None) -> None:
 
 
 class Worker:
-    """One worker process. `run` blocks until SIGTERM or SIGINT and returns an exit code."""
+    """One worker process, called `name` in the fleet. `run` blocks until SIGTERM or SIGINT and returns an exit code."""
 
     def __init__(self, fleet: Fleet, pool: Pool, settings: Settings, worker_settings: WorkerSettings) -> None:
         self._pool = pool
@@ -48,31 +49,33 @@ class Worker:
         self._worker_settings = worker_settings
         self._queue = queue_name(pool, fleet)
         self._announcement = pool.to_json() | {"default": self._queue.count(".") == 1, "queue": self._queue}
-        self._name = f"{pool.name}@{socket.gethostname()}-{os.getpid()}"
+        self.name = f"{pool.name}@{socket.gethostname()}-{os.getpid()}"
         self._stopping = threading.Event()
 
     def run(self, *, device: str | None = None, ready_file: Path | None = None) -> int:
         """Load the model, consume until told to stop. Raises ModelError or ServiceUnavailableError before it begins."""
         from pipefleet_workers.build import build
 
+        logs.adopt("transformers")  # imported by now, with a handler of its own
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)  # of a process before this one
         with broker.redis_errors(self._settings.redis_url):
             broker.connect(self._settings).ping()
         built = build(
-            self._pool, self._settings, self._worker_settings, queue=self._queue, device=device, name=self._name
+            self._pool, self._settings, self._worker_settings, queue=self._queue, device=device, name=self.name
         )
         app = broker.celery_app(self._settings, queue=self._queue, **self._transport(built))
         self._register(app, built)
         self._connect_signals(ready_file)
         built.consumer.start()
-        for target in (lambda: self._announce(built.facts), lambda: self._listen_for_cancels(built.consumer)):
-            threading.Thread(target=target, daemon=True).start()
+        announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
+        announcer.start()
+        threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
         worker = app.Worker(
             pool="solo",  # never used: the task's Strategy hands messages to the consumer
             concurrency=1,
             prefetch_multiplier=self._worker_settings.prefetch,
-            hostname=self._name,
+            hostname=self.name,
             loglevel="WARNING",
             without_gossip=True,
             without_mingle=True,
@@ -80,6 +83,8 @@ class Worker:
             quiet=True,
         )
         worker.start()
+        announcer.join(timeout=1.0)  # or it could announce this worker once more
+        self._withdraw(built.facts)
         return int(worker.exitcode or 0)
 
     def _transport(self, built: Built) -> dict[str, Any]:
@@ -134,6 +139,14 @@ class Worker:
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)
             self._stopping.wait(seconds)
+
+    def _withdraw(self, facts: Facts) -> None:
+        """Tell the fleet that this worker has ended, and what it did last."""
+        try:
+            with broker.redis_errors(self._settings.redis_url):
+                facts.withdraw(broker.connect(self._settings))
+        except PipefleetError as error:
+            log.warning("cannot sign off: %s", error)
 
     def _listen_for_cancels(self, consumer: Consumer) -> None:
         redis = broker.connect(self._settings)

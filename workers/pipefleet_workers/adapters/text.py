@@ -16,6 +16,7 @@ import torch
 from pipefleet.contract import encode_json
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.buckets import rounded_length
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _PADDING = {"attention_mask": 0, "special_tokens_mask": 1}
@@ -29,6 +30,8 @@ class TextEncoder(Adapter):
     typical_size = 48
     cut_hint = "pass truncation=true to cut it"
     """What somebody can do whose text has more tokens than the model has positions."""
+    rounds_lengths = False
+    """Whether batches are padded to one of few lengths, for a compiled model. Exact as all padding is, see `pads`."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -68,6 +71,8 @@ class TextEncoder(Adapter):
         left = tokenizer.padding_side == "left"
         padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id, **_PADDING}
         longest = max(unit.length for unit in units)
+        if self.rounds_lengths and self.pads:
+            longest = rounded_length(longest, self._positions)
         inputs = {}
         for name in units[0].features:
             rows = np.full((len(units), longest), padding.get(name, 0), dtype=np.int64)

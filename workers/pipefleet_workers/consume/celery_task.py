@@ -6,6 +6,7 @@ A pool would cost a thread hop and several times the time of a small job.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import threading
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from celery import Task, bootsteps
+from celery import Task, bootsteps, signals
 from celery.utils.imports import symbol_by_name
 from celery.worker import state
 from celery.worker.request import create_request_cls
@@ -165,8 +166,15 @@ class CeleryDelivery:
 def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopStep]:
     """A step of Celery's consumer that drains ours when the worker shuts down, before the connection closes.
 
-    While it waits, a second SIGTERM ends the waiting.
+    A second SIGTERM ends the waiting, also one that comes before the waiting begins.
     """
+    hurry, asked = threading.Event(), itertools.count()
+
+    def told(**_: Any) -> None:
+        if next(asked):
+            hurry.set()
+
+    signals.worker_shutting_down.connect(told, weak=False)
 
     class Drain(bootsteps.StartStopStep):  # type: ignore[misc]
         requires = ("celery.worker.consumer.connection:Connection",)
@@ -174,7 +182,6 @@ def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopSt
         def stop(self, celery: Any) -> None:
             if state.should_stop is None and state.should_terminate is None:
                 return  # a lost connection: work goes on
-            hurry = threading.Event()
             before = signal.signal(signal.SIGTERM, lambda *_: hurry.set())
             try:
                 consumer.drain(seconds, hurry)

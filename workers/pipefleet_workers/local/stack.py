@@ -1,14 +1,13 @@
-"""All of pipefleet on one machine: a Redis-compatible server, an S3 server, workers and Flower."""
+"""All of pipefleet on one machine: a Redis-compatible server, an S3 server, workers, Flower, and a scaler if wanted."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from .children import Children
 from .credentials import Credentials
@@ -19,7 +18,10 @@ from .lock import DataLock
 from .ports import LOOPBACK, PortBook
 from .servers import BUCKET, REGION, RedisServer, S3Server
 from .service import Service, Site, wait_ready
-from .workers import WorkerCommand, WorkerProcess, worker_command
+from .workers import Crew, WorkerCommand, worker_command
+
+if TYPE_CHECKING:
+    from .autoscale import Autoscaler, Pace
 
 _Part = TypeVar("_Part", RedisServer, S3Server)
 
@@ -27,7 +29,6 @@ FLOWER_APP = "pipefleet.broker:flower_app"
 SERVER_SECONDS = 30.0
 WORKER_SECONDS = 300.0
 WORKER_GRACE = 20.0
-MAX_RESTARTS = 3
 _PORT_ATTEMPTS = 3
 _WATCH_SECONDS = 0.1
 # What the caller's shell says about other brokers, stores and dashboards must not reach the children.
@@ -70,7 +71,9 @@ class Stack:
         self._redis: RedisServer | None = None
         self._s3: S3Server | None = None
         self._flower: Flower | None = None
-        self._workers: list[WorkerProcess] = []
+        self._crew: Crew | None = None
+        self._pace: Pace | None = None
+        self._autoscaler: Autoscaler | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -96,11 +99,26 @@ class Stack:
         """Flower, or None without one."""
         return self._flower
 
+    @property
+    def scaler_url(self) -> str | None:
+        """Where the scaler answers, or None without one."""
+        return None if self._autoscaler is None else self._autoscaler.url
+
+    def autoscale(self, pace: Pace) -> Self:
+        """From `start` on, let `supervise` start and drain workers with the work, by the fleet file's limits. Returns itself.
+
+        `pools` are the workers of the beginning. Raises StackError without a fleet file.
+        """
+        if self._fleet is None:
+            raise StackError("autoscaling needs a fleet file: it says how many workers a pool may have")
+        self._pace = pace
+        return self
+
     def start(self) -> None:
         """Start everything and return once it answers; on any error or interrupt, stop what was started.
 
         Raises StackError when the data directory is in use, a program is missing, or a part ends or is not
-        ready in time (servers and Flower 30 s, workers 300 s).
+        ready in time (servers and Flower 30 s, workers 300 s); UsageError when the scaler's port is in use.
         """
         site = self._open_site()
         try:
@@ -114,6 +132,7 @@ class Stack:
         """Return what a client or worker needs in its environment. Raises StackError unless started."""
         credentials = self.s3.credentials
         fleet = {} if self._fleet is None else {"PIPEFLEET_FLEET": str(self._fleet)}
+        scaler = {} if self.scaler_url is None else {"PIPEFLEET_SCALER_URL": self.scaler_url}
         return {
             "PIPEFLEET_REDIS_URL": self.redis.url,
             "PIPEFLEET_STORE": f"s3://{BUCKET}/store/",
@@ -122,6 +141,7 @@ class Stack:
             "AWS_ACCESS_KEY_ID": credentials.s3_access_key,
             "AWS_SECRET_ACCESS_KEY": credentials.s3_secret_key,
             "AWS_REGION": REGION,
+            **scaler,
         }
 
     def write_env_file(self, path: Path) -> None:
@@ -139,12 +159,14 @@ class Stack:
         self._stop_requested = True
 
     def supervise(self) -> None:
-        """Block until `request_stop` is called; start an ended worker again, up to 3 times, with a note.
+        """Block until `request_stop` is called; start an ended worker again, up to 3 times, with a note; autoscale, if told to.
 
         Raises StackError, with the end of its log, when another part ended or a worker for the fourth time.
         """
         while not self._stop_requested:
             self._revive()
+            if self._autoscaler is not None:
+                self._autoscaler.step()
             time.sleep(_WATCH_SECONDS)
 
     def stop(self) -> None:
@@ -153,11 +175,14 @@ class Stack:
         A second call does nothing. After an interrupt in the middle it can be called again.
         """
         self._stop_requested = True
+        if self._autoscaler is not None:
+            self._autoscaler.stop()
+            self._autoscaler = None
         self._children.stop()
         if self._s3 is not None:
             self._s3.sweep()
         self._redis = self._s3 = self._flower = None
-        self._workers.clear()
+        self._crew = None
         self._lock.release()
 
     def _open_site(self) -> Site:
@@ -188,25 +213,39 @@ class Stack:
 
     def _start_clients(self, site: Site) -> None:
         environment = _child_environment(self.environment())
-        for number, pool in enumerate(self._pools, start=1):
-            worker = WorkerProcess(site, pool, number=number, command=self._worker_command)
-            self._workers.append(worker)
-            worker.start(environment, grace=WORKER_GRACE)
+        if self._pace is not None:
+            # What workers tell of themselves must be as fresh as the readings; a setting of the user's own comes first.
+            environment = {"PIPEFLEET_WORKER_ANNOUNCE_SECONDS": str(self._pace.interval), **environment}
+        self._crew = Crew(site, environment, command=self._worker_command, grace=WORKER_GRACE)
+        if self._pace is not None:
+            self._start_autoscaler(site, self._crew, self._pace)
+        workers = [self._crew.start(pool) for pool in self._pools]
         if self._with_flower:
             self._flower = Flower(site, FLOWER_APP, broker_url=self.redis.url, environment=environment)
             self._flower.start()
         others: list[Service] = [] if self._flower is None else [self._flower]
-        wait_ready([*self._workers, *others], WORKER_SECONDS if self._pools else SERVER_SECONDS)
+        wait_ready([*workers, *others], WORKER_SECONDS if self._pools else SERVER_SECONDS)
+
+    def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
+        from pipefleet.fleet import load_fleet
+        from pipefleet.settings import Settings
+
+        from .autoscale import Autoscaler
+
+        assert self._fleet is not None
+        port = site.ports.take(["scaler"])["scaler"] if pace.port is None else pace.port
+        settings = Settings(redis_url=self.redis.url, fleet=self._fleet)
+        fleet = load_fleet(self._fleet, allow_unpinned=True)  # the workers decide what is pinned
+        autoscaler = Autoscaler(self._fleet, fleet, settings, pace, crew=crew, port=port)
+        autoscaler.start()
+        self._autoscaler = autoscaler
 
     def _revive(self) -> None:
-        workers = {worker.child: worker for worker in self._workers}
+        if self._crew is None:
+            return
+        self._crew.forget_drained()
         for child in self._children.dead():
-            worker = workers.get(child)
-            if worker is None or worker.restarts >= MAX_RESTARTS:
-                raise StackError(child.epitaph())
-            note = f"starting it again ({worker.restarts + 1} of {MAX_RESTARTS})"
-            print(f"{child.epitaph()}\n{note}", file=sys.stderr, flush=True)
-            worker.restart()
+            self._crew.revive(child)
 
 
 def _started(part: _Part | None) -> _Part:

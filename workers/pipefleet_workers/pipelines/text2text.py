@@ -32,6 +32,11 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
     """Name of the task in the model's `task_specific_params`."""
     result_key = "generated_text"
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # Every call takes what the model was trained with anew; kept here, it could not give way to what a call asks for.
+        self._forward_params: dict[str, Any] = {}
+
     def _sanitize_parameters(self, **parameters: Any) -> _Sets:
         given = {name: value for name, value in parameters.items() if value is not None}
         pre = {name: given.pop(name) for name in {"truncation"} & given.keys()}

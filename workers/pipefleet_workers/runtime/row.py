@@ -33,7 +33,7 @@ class TaskRuntime:
     """Parameters without which a call of the task is not possible, for the examples of the warm-up."""
 
 
-TEXT = Sizing(slice_items=32, cpu_cost=2048, gpu_cost=65_536)
+TEXT = Sizing(slice_items=64, cpu_cost=2048, gpu_cost=65_536)
 WRITING = Sizing(slice_items=8, cpu_cost=4096, gpu_cost=32_768)
 IMAGE = Sizing(slice_items=2, cpu_cost=16 * 150_528, gpu_cost=256 * 150_528)
 SPEECH = Sizing(slice_items=1, cpu_cost=8 * 4500, gpu_cost=64 * 4500)

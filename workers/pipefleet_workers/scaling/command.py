@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipefleet.cli.common import Commands, command, print_json
 from pipefleet.errors import UsageError
+from pipefleet_workers import logs
 
 if TYPE_CHECKING:
     from pipefleet.fleet import Fleet
@@ -25,12 +25,16 @@ def register(commands: Commands) -> None:
         example="pipefleet scaler --fleet fleet.toml --port 9180",
     )  # fmt: skip
     parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
-    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="port to serve on (9180); 0 takes a free one")
+    parser.add_argument("--port", type=port, default=DEFAULT_PORT, help="port to serve on (9180); 0 takes a free one")
     parser.add_argument("--address", default="127.0.0.1", help="address to serve on (loopback)")
-    parser.add_argument("--interval", type=_seconds, default=15.0, help="seconds between two readings (15, at most 60)")
+    parser.add_argument("--interval", type=seconds, default=15.0, help="seconds between two readings (15, at most 60)")
     parser.add_argument(
-        "--cold-start", type=_seconds, default=180.0, help="seconds from the start of a worker to its first job (180)"
+        "--cold-start", type=seconds, default=180.0, help="seconds from the start of a worker to its first job (180)"
     )
+    parser.add_argument(
+        "--scale-down-after", type=seconds, default=300.0, metavar="SECONDS",
+        help="seconds for which fewer workers must be wanted until fewer are asked for (300)",
+    )  # fmt: skip
     parser.add_argument("--json-once", action="store_true", help="read once, print one JSON list, change nothing")
 
 
@@ -40,16 +44,14 @@ def scaler(arguments: argparse.Namespace) -> int:
     from pipefleet_workers.cli import interrupt_on_sigterm
     from pipefleet_workers.scaling.service import Scaler, ScalerService
 
-    if arguments.interval > 60:
-        raise UsageError(
-            "--interval must be at most 60 seconds; longer, and what arrives between two is not understood"
-        )
+    check_interval(arguments.interval, "--interval")
     settings = load_settings()
-    reader = Scaler(_fleet(arguments, settings.fleet_path), settings, cold_start=arguments.cold_start)
+    fleet, hold = _fleet(arguments, settings.fleet_path), arguments.scale_down_after
+    reader = Scaler(fleet, settings, cold_start=arguments.cold_start, hold=hold)
     if arguments.json_once:
         print_json([status.to_json() for status in reader.tick(remember=False).values()])
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure()
     interrupt_on_sigterm()
     try:
         service = ScalerService(reader, interval=arguments.interval, address=arguments.address, port=arguments.port)
@@ -62,6 +64,12 @@ def scaler(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_interval(interval: float, option: str) -> None:
+    """Raise UsageError for readings that are too rare."""
+    if interval > 60:
+        raise UsageError(f"{option} must be at most 60 seconds; longer, and what arrives between two is not understood")
+
+
 def _fleet(arguments: argparse.Namespace, path: Path | None) -> Fleet:
     from pipefleet.fleet import load_fleet
 
@@ -71,15 +79,17 @@ def _fleet(arguments: argparse.Namespace, path: Path | None) -> Fleet:
     return load_fleet(path, allow_unpinned=True)  # the workers decide what is pinned
 
 
-def _port(text: str) -> int:
+def port(text: str) -> int:
+    """A port number, 0 for a free one, as an option's type."""
     number = int(text)
     if not 0 <= number <= 65_535:
         raise argparse.ArgumentTypeError("a port is between 0 and 65535")
     return number
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
+def seconds(text: str) -> float:
+    """A time above 0, as an option's type."""
+    value = float(text)
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("must be above 0 seconds")
-    return seconds
+    return value

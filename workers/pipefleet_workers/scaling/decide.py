@@ -22,7 +22,7 @@ REACH = 0.9
 COLD_SHARE = 0.5
 """Share of a cold start by which that is shortened: the workers that are ready go on meanwhile."""
 SHORTEST = 60.0
-"""Seconds that a backlog is given at least, however late it is."""
+"""Seconds that a backlog is given at least, however late it is; two cold starts where those are shorter."""
 QUIET = 0.3
 """A backlog this close to the wanted one, as a share of it, needs no correction."""
 LEAN = 0.15
@@ -43,6 +43,8 @@ class Limits:
     cold_start: float = 180.0
     slack: float = 0.1
     """The wait that is aimed at for work that need not be first, as a share of `wait_slo`."""
+    hold: float = HOLD_SECONDS
+    """See HOLD_SECONDS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class State:
     workers: int = 0
     idle_since: float | None = None
     recent: tuple[tuple[float, float], ...] = ()
-    """Time and number of workers wanted, for the last HOLD_SECONDS."""
+    """Time and number of workers wanted, for the last `Limits.hold` seconds."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form."""
@@ -103,8 +105,8 @@ def decide(state: State, signal: Signal, *, limits: Limits) -> tuple[State, Deci
     """
     state = _observe(state, signal)
     wanted = _wanted(state.level, signal, limits)
-    state = _remember(state, signal, wanted)
-    desired = min(max(_held(state, signal, wanted), limits.min), limits.max)
+    state = _remember(state, signal, wanted, limits.hold)
+    desired = min(max(_held(state, signal, wanted, limits.hold), limits.min), limits.max)
     return replace(state, workers=desired), Decision(desired, state.level, wanted)
 
 
@@ -127,21 +129,21 @@ def _wanted(load: float, signal: Signal, limits: Limits) -> float:
     over = backlog - aim * (1 + QUIET)
     if over > 0:
         reach = REACH * limits.wait_slo - COLD_SHARE * limits.cold_start - signal.oldest_age / 2
-        return load + over / max(SHORTEST, reach)
+        return load + over / max(min(SHORTEST, 2 * limits.cold_start), reach)
     under = aim * (1 - QUIET) - backlog
     return load * (1 - LEAN * under / aim) if under > 0 else load
 
 
-def _remember(state: State, signal: Signal, wanted: float) -> State:
-    recent = [one for one in state.recent if signal.now - HOLD_SECONDS < one[0] <= signal.now]
+def _remember(state: State, signal: Signal, wanted: float, hold: float) -> State:
+    recent = [one for one in state.recent if signal.now - hold < one[0] <= signal.now]
     busy = signal.queued > 0 or signal.leased > 0
     idle_since = None if busy else signal.now if state.idle_since is None else state.idle_since
     return replace(state, recent=(*recent, (signal.now, wanted)), idle_since=idle_since)
 
 
-def _held(state: State, signal: Signal, wanted: float) -> int:
+def _held(state: State, signal: Signal, wanted: float, hold: float) -> int:
     """A whole number: up at once, down to the most that was wanted lately, to zero after being idle for long."""
-    if state.idle_since is not None and signal.now - state.idle_since >= HOLD_SECONDS:
+    if state.idle_since is not None and signal.now - state.idle_since >= hold:
         return 0
     most = max(wanted for _, wanted in state.recent)
     up, down = math.ceil(wanted - 0.25), math.ceil(most - 0.25)

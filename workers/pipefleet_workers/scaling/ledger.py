@@ -1,4 +1,4 @@
-"""What a pool's workers have done, as two running totals in Redis: `pipefleet:work:<pool>` with `cost` and `seconds`.
+"""What a pool's workers have done, as running totals in Redis: `pipefleet:work:<pool>` with `cost`, `seconds`, `items`, `failed`.
 
 Every worker adds what it did since it last told, so a worker that ends leaves the totals as they are.
 """
@@ -25,12 +25,32 @@ def work_key(pool: str) -> str:
     return f"{KEY}work:{pool}"
 
 
+def state_key(pool: str) -> str:
+    """Where the scaler keeps what it remembers of a pool."""
+    return f"{KEY}scaler:{pool}"
+
+
 def record_done(redis: Any, pool: str, *, cost: float, seconds: float) -> None:
     """Add what one worker did since it last called this. One round trip; raises redis-py's errors."""
     pipe = redis.pipeline(transaction=True)
     pipe.hincrbyfloat(work_key(pool), "cost", cost)
     pipe.hincrbyfloat(work_key(pool), "seconds", seconds)
     pipe.execute()
+
+
+def record_items(redis: Any, pool: str, *, items: int, failed: int) -> None:
+    """Add the items that ended in one worker, and those of them that failed. One round trip; raises redis-py's errors."""
+    if items:
+        pipe = redis.pipeline(transaction=True)
+        pipe.hincrby(work_key(pool), "items", items)
+        pipe.hincrby(work_key(pool), "failed", failed)
+        pipe.execute()
+
+
+def read_items(redis: Any, pool: str) -> tuple[int, int]:
+    """Items of a pool that ended since it began, and how many of them failed."""
+    items, failed = redis.hmget(work_key(pool), ["items", "failed"])
+    return int(items or 0), int(failed or 0)
 
 
 def read_done(redis: Any, pool: str) -> Done:

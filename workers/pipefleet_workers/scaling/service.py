@@ -32,7 +32,8 @@ from pipefleet.fleet import Fleet, Pool
 from pipefleet.routing import queue_name
 from pipefleet.settings import Settings
 from pipefleet_workers.facts import announced_workers
-from pipefleet_workers.scaling.decide import GAP_SECONDS, Decision, Limits, State, decide
+from pipefleet_workers.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide
+from pipefleet_workers.scaling.ledger import state_key
 from pipefleet_workers.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class PoolStatus:
     reading: Reading
     measured: Measured
     decision: Decision
+    dead_letters: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `/pools/<name>` answers. Work in device-seconds; messages are counted exactly."""
@@ -58,6 +60,7 @@ class PoolStatus:
             "value": decision.desired,
             "workers": {"ready": signal.ready, "min": self.pool.workers.min, "max": self.pool.workers.max},
             "messages": {state: self.reading.count(state) for state in STATES},
+            "dead_letters": self.dead_letters,
             "backlog_seconds": {"queued": signal.queued, "leased": signal.leased},
             "backlog_error": self.measured.error,
             "load": decision.load,
@@ -70,15 +73,28 @@ class PoolStatus:
 
 
 class Scaler:
-    """Reads and decides for every pool of a fleet. `tick` is called by one thread, the rest by any."""
+    """Reads and decides for every pool of a fleet. `tick` is called by one thread, the rest by any.
+
+    `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `Limits`. With `from_zero` no worker runs
+    yet: then it does not matter how many an earlier scaler wanted, only what it measured.
+    """
 
     def __init__(
-        self, fleet: Fleet, settings: Settings, *, cold_start: float, clock: Callable[[], float] = time.time
+        self,
+        fleet: Fleet,
+        settings: Settings,
+        *,
+        cold_start: float,
+        hold: float = HOLD_SECONDS,
+        from_zero: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._fleet = fleet
         self._url = settings.redis_url
         self._redis: Any = broker.connect(settings)
         self._cold_start = cold_start
+        self._hold = hold
+        self._from_zero = from_zero
         self._clock = clock
         self._minds: dict[str, tuple[Memory, State]] = {}
         self._statuses: Mapping[str, PoolStatus] = {}
@@ -110,23 +126,20 @@ class Scaler:
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
             self._redis.set(state_key(pool.name), content, ex=int(60 * GAP_SECONDS))
-        return PoolStatus(pool, reading, measured, decision)
+        return PoolStatus(pool, reading, measured, decision, broker.count_dead_letters(self._redis, queue))
 
     def _recall(self, pool: str) -> tuple[Memory, State]:
         """What an earlier scaler left in Redis; a fresh start where there is nothing that can be read."""
         try:
             content = json.loads(self._redis.get(state_key(pool)) or "")
-            return Memory.from_json(content["memory"]), State.from_json(content["state"])
+            state = State() if self._from_zero else State.from_json(content["state"])
+            return Memory.from_json(content["memory"]), state
         except (ValueError, LookupError, TypeError):
             return Memory(), State()
 
     def _limits(self, pool: Pool) -> Limits:
-        return Limits(pool.workers.min, pool.workers.max, pool.wait_slo, cold_start=self._cold_start)
-
-
-def state_key(pool: str) -> str:
-    """Where the scaler keeps what it remembers of a pool."""
-    return f"{broker.KEY}scaler:{pool}"
+        workers = pool.workers
+        return Limits(workers.min, workers.max, pool.wait_slo, cold_start=self._cold_start, hold=self._hold)
 
 
 class ScalerService:
@@ -242,6 +255,7 @@ _GAUGES: dict[str, tuple[str, Callable[[PoolStatus], float]]] = {
     "load": ("work that arrives, in devices that it keeps busy", lambda one: one.decision.load),
     "queued_seconds": ("work that waits, in device-seconds", lambda one: one.measured.signal.queued),
     "leased_seconds": ("work that workers hold, in device-seconds", lambda one: one.measured.signal.leased),
+    "dead_letters": ("messages that no worker will run", lambda one: one.dead_letters),
     "backlog_error": ("relative standard error of the outstanding work", lambda one: one.measured.error),
     "oldest_age_seconds": ("how long the oldest job has waited", lambda one: one.measured.signal.oldest_age),
     "wait_slo_seconds": ("how long a job may wait", lambda one: one.pool.wait_slo),

@@ -66,6 +66,8 @@ class Memory:
     """Cost done, and the seconds of all workers, busy or not, both fading."""
     means: Mapping[str, float] = field(default_factory=dict)
     """Mean cost of a message, by key, where it is sampled."""
+    pending: float = 0.0
+    """Seconds that workers took, while work waited, for what has not ended yet: a shard may last for many readings."""
 
     @property
     def seconds_per_cost(self) -> float | None:
@@ -83,7 +85,8 @@ class Memory:
         totals = {name: Done(float(value[name]["cost"]), float(value[name]["seconds"])) for name in _TOTALS}
         means = {str(key): float(mean) for key, mean in value["means"].items()}
         at = None if value["at"] is None else float(value["at"])
-        return cls(at, float(value["outstanding"]), int(value["waiting"]), **totals, means=means)
+        pending = float(value.get("pending", 0.0))
+        return cls(at, float(value["outstanding"]), int(value["waiting"]), **totals, means=means, pending=pending)
 
 
 _TOTALS = ("done", "saturated", "device", "served")
@@ -132,11 +135,14 @@ def _learnt(memory: Memory, reading: Reading, done: float, elapsed: float) -> Me
     took = elapsed * reading.workers
     seconds = max(0.0, reading.done.seconds - memory.done.seconds)
     served = _learn(memory.served, done, took, elapsed=elapsed)
-    device = _learn(memory.device, done, seconds, elapsed=elapsed) if done else memory.device
-    saturated = memory.saturated
-    if done and took and memory.waiting and reading.count("queued"):
-        saturated = _learn(saturated, done, took, elapsed=elapsed)
-    return replace(memory, served=served, saturated=_capped(saturated, served), device=_capped(device, served))
+    device = _learn(memory.device, done, seconds, elapsed=elapsed) if done or seconds else memory.device
+    saturated, pending = memory.saturated, 0.0
+    if memory.waiting and reading.count("queued"):
+        pending = memory.pending + took
+        if done and pending:
+            saturated, pending = _learn(saturated, done, pending, elapsed=elapsed), 0.0
+    saturated, device = _capped(saturated, served), _capped(device, served)
+    return replace(memory, served=served, saturated=saturated, device=device, pending=pending)
 
 
 def _capped(learnt: Done, served: Done) -> Done:

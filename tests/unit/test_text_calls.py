@@ -1,0 +1,146 @@
+"""Calls of text tasks as people know them from transformers: positional arguments, lists, names, tuples, bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pipefleet.errors import InputError, ParameterError
+from pipefleet.inputs import InputPreparer
+from pipefleet.objects import ObjectStore
+from pipefleet.pipelines import FleetPipeline, arguments_of
+from pipefleet.tasks import TASKS, implied_parameters, task_spec
+from pipefleet_workers.items import ItemError
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.stages.decode import Decoder
+
+
+class Echo(FleetPipeline):
+    """Answers every input with what it was given and the answers of its task, without a fleet."""
+
+    def __init__(self, task: str, answer: Any) -> None:
+        self._spec = task_spec(task)
+        self.answer = answer
+        self.given: list[tuple[Any, dict[str, Any]]] = []
+
+    def submit(self, inputs: Any, **parameters: Any) -> Any:
+        self.given.append((inputs, parameters))
+        return self
+
+    def result(self) -> Any:
+        return self.answer
+
+    def _stream(self, inputs: Any, parameters: Any) -> Iterator[Any]:
+        return (self.submit(one, **parameters).result() for one in inputs)
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "parameters", "wanted"),
+    [
+        ("zero-shot-classification", ("a", ["x", "y"]), {}, ("a", {"candidate_labels": ["x", "y"]})),
+        ("zero-shot-classification", (), {"sequences": "a", "candidate_labels": "x"}, ("a", {"candidate_labels": "x"})),
+        ("question-answering", ("q", "c"), {"top_k": 2}, ({"question": "q", "context": "c"}, {"top_k": 2})),
+        ("question-answering", (), {"question": ["q", "p"], "context": "c"},
+         ([{"question": "q", "context": "c"}, {"question": "p", "context": "c"}], {})),
+        ("table-question-answering", ({"a": ["1"]}, ["q", "p"]), {},
+         ({"table": {"a": ["1"]}, "query": ["q", "p"]}, {})),
+        ("decision", ("late", {"q": {}}), {}, ({"state": "late", "questions": {"q": {}}}, {})),
+    ],
+)  # fmt: skip
+def test_arguments_may_come_in_order_or_by_name(task: str, inputs: Any, parameters: Any, wanted: Any) -> None:
+    assert arguments_of(task_spec(task), inputs, parameters) == wanted
+
+
+def test_lists_of_texts_are_answered_without_a_list_around_each_single_answer() -> None:
+    pipe = Echo("translation_en_to_fr", [{"translation_text": "oui"}])
+    assert pipe("yes") == [{"translation_text": "oui"}]
+    assert pipe(["yes", "yes"]) == [{"translation_text": "oui"}] * 2
+    assert pipe(["yes"], top_k=3) == [{"translation_text": "oui"}], "here top_k is a matter of sampling"
+    pipe.answer = [{"translation_text": "oui"}, {"translation_text": "si"}]
+    assert pipe(["yes"], num_return_sequences=2) == [pipe.answer]
+    labels = Echo("text-classification", [{"label": "A"}])
+    assert labels(["a"]) == [{"label": "A"}]
+    assert labels(["a"], top_k=1) == [[{"label": "A"}]]
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "question-answering", "table-question-answering"])
+def test_a_list_of_one_is_answered_as_that_one_alone_where_transformers_does_so(task: str) -> None:
+    pipe = Echo(task, {"answer": "x"})
+    assert pipe([{"question": "q", "context": "c"}]) == {"answer": "x"}
+    assert pipe([{"question": "q", "context": "c"}] * 2) == [{"answer": "x"}] * 2
+
+
+def test_cells_have_tuples_as_coordinates() -> None:
+    pipe = Echo("table-question-answering", {"answer": "1", "coordinates": [[0, 1], [2, 3]], "cells": ["1", "2"]})
+    assert pipe({"table": {}, "query": "q"})["coordinates"] == [(0, 1), (2, 3)]
+    pipe.answer = {"answer": "", "coordinates": [], "cells": []}
+    assert not pipe({"table": {}, "query": "q"})["coordinates"]
+
+
+def test_a_list_of_words_is_one_text_and_a_list_of_such_lists_is_several() -> None:
+    pipe = Echo("ner", [])
+    pipe(["Ada", "codes"], is_split_into_words=True)
+    pipe([["Ada"], ["codes", "."]], is_split_into_words=True)
+    pipe(["Ada", "codes"])
+    assert [inputs for inputs, _ in pipe.given] == [["Ada", "codes"], ["Ada"], ["codes", "."], "Ada", "codes"]
+
+
+def test_words_travel_as_they_are_and_never_become_references() -> None:
+    preparer = InputPreparer(TASKS["token-classification"], ObjectStore.__new__(ObjectStore), "x/", inline_bytes=100)
+    words = ["see", "s3://bucket/text.txt"]
+    assert preparer.prepare(words) == words
+    for wrong in ([], ["a", 3], [["a"]]):
+        with pytest.raises(InputError, match="token-classification takes"):
+            preparer.prepare(wrong)
+    decoder = Decoder(TASKS["token-classification"], WorkerSettings(), sampling_rate=None)
+    assert decoder._value(words) == words
+    for wrong in ([], [3], 3):
+        with pytest.raises(ItemError):
+            decoder._value(wrong)
+
+
+def test_a_translation_task_is_named_with_its_languages() -> None:
+    assert task_spec("translation_en_to_fr") is TASKS["translation_xx_to_yy"]
+    assert implied_parameters("translation_en_to_fr") == {"src_lang": "en", "tgt_lang": "fr"}
+    assert implied_parameters("translation_xx_to_yy") == implied_parameters("translation") == {}
+    task_spec("translation_en_to_fr").check(implied_parameters("translation_en_to_fr"))
+
+
+REFUSED = [
+    ("zero-shot-classification", {"hypothesis_template": "{:>3000000}"}),
+    ("zero-shot-classification", {"hypothesis_template": "{0.__class__}"}),
+    ("zero-shot-classification", {"hypothesis_template": "no place for a label"}),
+    ("zero-shot-classification", {"hypothesis_template": "{} and {}"}),
+    ("fill-mask", {"tokenizer_kwargs": {"chat_template": "{{ 1 }}"}}),
+    ("fill-mask", {"top_k": 0}),
+    ("question-answering", {"top_k": 0}),
+    ("question-answering", {"max_answer_len": 0}),
+    ("table-question-answering", {"truncation": "only_first"}),
+    ("token-classification", {"aggregation_strategy": "median"}),
+    ("summarization", {"return_tensors": True}),
+    ("translation", {"src_lang": 3}),
+    ("translation", {"custom_generate": "org/code"}),
+    ("decision", {"assets": {"x": "/etc/passwd"}}),
+]
+
+
+@pytest.mark.parametrize(("task", "parameters"), REFUSED)
+def test_what_no_task_allows_is_refused(task: str, parameters: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError):
+        task_spec(task).check(parameters)
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters"),
+    [
+        ("zero-shot-classification", {"hypothesis_template": "It is {}.", "candidate_labels": "a,b"}),
+        ("fill-mask", {"targets": "cat", "top_k": 3, "tokenizer_kwargs": {"truncation": True, "padding": True}}),
+        ("text-classification", {"truncation": True, "padding": True, "max_length": 512}),
+        ("summarization", {"min_length": 5, "max_length": 20, "num_beams": 4, "early_stopping": True}),
+        ("ner", {"aggregation_strategy": "simple", "ignore_labels": ["O"], "stride": 16}),
+    ],
+)
+def test_what_people_pass_is_allowed(task: str, parameters: dict[str, Any]) -> None:
+    task_spec(task).check(parameters)

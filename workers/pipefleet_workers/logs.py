@@ -1,0 +1,102 @@
+"""What a process says while it runs: logs and notes, as text for people or, with PIPEFLEET_LOG=json, one JSON object a line.
+
+    {"time": "2026-01-31T12:00:00.123Z", "level": "ERROR", "logger": …, "message": …, "pool": …, "worker": …, "job": …, "run": …,
+     "exception": "Traceback …"}
+
+What is not known is left out. Payloads and credentials are never logged, in either form.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from pipefleet.errors import UsageError
+
+VARIABLE = "PIPEFLEET_LOG"
+FIELDS = ("pool", "worker", "job", "run")
+"""What a record may say besides, as attributes (`extra=`) or from `log_context`."""
+NOISY = ("httpx", "celery", "kombu", "transformers")
+"""Libraries whose lines below WARNING are nobody's concern."""
+_context: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("pipefleet_log", default={})  # noqa: B039
+
+
+def as_json() -> bool:
+    """Whether lines are JSON. Raises UsageError for a value of PIPEFLEET_LOG that is neither `json` nor `text`."""
+    chosen = os.environ.get(VARIABLE, "text").lower() or "text"
+    if chosen not in ("json", "text"):
+        raise UsageError(f"{VARIABLE} must be json or text, not {chosen[:40]!r}")
+    return chosen == "json"
+
+
+def configure(stream: TextIO | None = None, **fields: str) -> None:
+    """Send this process's logs from INFO up to `stream` (stderr), `fields` (see FIELDS) with every line. Raises UsageError."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter(fields) if as_json() else _text())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(as_json())
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def adopt(*names: str) -> None:
+    """Take from these libraries the handlers that they set up at import, so that all lines have one form."""
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+@contextmanager
+def log_context(**fields: str | None) -> Iterator[None]:
+    """`fields` (see FIELDS) with every line that this thread logs inside the block; None is left out."""
+    token = _context.set({**_context.get(), **{name: value for name, value in fields.items() if value is not None}})
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def say(text: str, *, trouble: bool = False, **fields: str) -> None:
+    """A note to who watches the process: as it is on stdout, on stderr for `trouble`; or as a line of JSON on stderr."""
+    if not as_json():
+        print(text, file=sys.stderr if trouble else sys.stdout, flush=True)
+        return
+    level = logging.WARNING if trouble else logging.INFO
+    record = logging.LogRecord("pipefleet.up", level, __file__, 0, text, None, None)
+    record.__dict__.update(fields)
+    print(JsonFormatter({}).format(record), file=sys.stderr, flush=True)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a record, on one line. `fields` are those of the process."""
+
+    def __init__(self, fields: dict[str, str]) -> None:
+        super().__init__()
+        self._fields = fields
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **self._fields,
+            **_context.get(),
+        }
+        line.update({name: str(getattr(record, name)) for name in FIELDS if getattr(record, name, None) is not None})
+        if record.exc_info and record.exc_info[0] is not None:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _text() -> logging.Formatter:
+    return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,0 +1,53 @@
+"""`Pulse`: how much one worker gets done, told with its facts: items a second and the share of time in which a forward ran."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet_workers.metrics import Metrics, Totals
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a worker did since the beat before: items that ended, those of them that failed, and the rates."""
+
+    totals: Totals
+    items: int
+    failed: int
+    items_per_second: float
+    busy: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What is announced: totals of this process, rates since the last announcement."""
+        return {
+            "items": self.totals.items,
+            "failed": self.totals.failed,
+            "items_per_second": round(self.items_per_second, 3),
+            "busy": round(self.busy, 4),
+        }
+
+
+class Pulse:
+    """Takes the beats of one worker. `beat` and `told` are called by one thread."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._told, self._before, self._at = Totals(), Totals(), clock()
+
+    def beat(self) -> Beat:
+        """What happened since the last call; `items` and `failed` since the last `told`."""
+        now, totals = self._clock(), self._metrics.totals()
+        elapsed = max(1e-6, now - self._at)
+        ended = totals.items - self._before.items
+        busy = min(1.0, (totals.busy - self._before.busy) / elapsed)
+        self._before, self._at = totals, now
+        untold = (totals.items - self._told.items, totals.failed - self._told.failed)
+        return Beat(totals, *untold, items_per_second=ended / elapsed, busy=busy)
+
+    def told(self, beat: Beat) -> None:
+        """The fleet has heard of this beat."""
+        self._told = beat.totals

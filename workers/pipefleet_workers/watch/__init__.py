@@ -1,0 +1,1 @@
+"""`pipefleet top`: the fleet at a glance, in a terminal. Reads Redis alone; needs no torch and no scaler."""

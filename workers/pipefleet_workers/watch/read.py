@@ -1,0 +1,155 @@
+"""One look at the fleet in Redis: what waits, who works, how fast, what failed.
+
+queues (as the scaler reads them) + what workers announce + what the scaler remembers ─▶ Snapshot
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipefleet import broker
+from pipefleet.client import Client
+from pipefleet.fleet import Pool, model_label
+from pipefleet.routing import queue_name
+from pipefleet_workers.facts import announced_workers
+from pipefleet_workers.scaling.decide import State
+from pipefleet_workers.scaling.ledger import Done, read_items, state_key
+from pipefleet_workers.scaling.signal import STATES, Memory, Reading, read_pool
+
+SCALER_SECONDS = 90.0
+"""What a scaler wanted longer ago than this is not shown: it looks at least once a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRow:
+    """One pool. Seconds of backlog are device-seconds; None where nothing was measured, or nobody tells."""
+
+    pool: str
+    task: str
+    model: str
+    messages: Mapping[str, int]
+    """How many are `queued`, `leased` and `delayed`."""
+    backlog_seconds: float | None
+    oldest_age_seconds: float
+    alive: int
+    wanted: int | None
+    """Workers that the scaler wants; None without a scaler."""
+    items_per_second: float
+    busy: float | None
+    """Mean share of time in which a forward ran; None without a worker."""
+    items: int
+    """Items that ended since the pool began, and how many of them failed."""
+    failed: int
+    dead_letters: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """One worker, as it announced itself `age` seconds ago."""
+
+    worker: str
+    pool: str
+    items_per_second: float
+    busy: float
+    items: int
+    failed: int
+    max_cost: int
+    """Budget of a batch, padded."""
+    pads: bool
+    """Whether padding is exact; else only equal shapes share a batch."""
+    base: float | None
+    """Seconds of a batch without work, and of a unit of cost; None before the first batches."""
+    per_cost: float | None
+    age: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The fleet at `read_at` (seconds since 1970)."""
+
+    read_at: float
+    pools: tuple[PoolRow, ...]
+    workers: tuple[WorkerRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def read_fleet(client: Client) -> Snapshot:
+    """Look once. Raises ServiceUnavailableError when Redis is away, UsageError for a wrong fleet file."""
+    fleet = client.fleet
+    now = time.time()
+    with broker.redis_errors(client.settings.redis_url):
+        workers = sorted(_workers(client.redis, now), key=lambda one: (one.pool, one.worker))
+        pools = [
+            _pool(client.redis, pool, queue_name(pool, fleet), [one for one in workers if one.pool == pool.name], now)
+            for pool in fleet.pools.values()
+        ]
+    return Snapshot(now, tuple(pools), tuple(workers))
+
+
+def _workers(redis: Any, now: float) -> list[WorkerRow]:
+    return [
+        WorkerRow(
+            worker=name,
+            pool=facts["pool"],
+            items_per_second=facts.get("items_per_second", 0.0),
+            busy=facts.get("busy", 0.0),
+            items=facts.get("items", 0),
+            failed=facts.get("failed", 0),
+            max_cost=facts.get("max_cost", 0),
+            pads=bool(facts.get("pads")),
+            base=facts.get("base"),
+            per_cost=facts.get("per_cost"),
+            age=max(0.0, now - facts.get("at", now)),
+        )
+        for name, facts in announced_workers(redis).items()
+    ]
+
+
+def _pool(redis: Any, pool: Pool, queue: str, workers: list[WorkerRow], now: float) -> PoolRow:
+    reading = read_pool(redis, pool.name, queue, workers=len(workers), now=now)
+    memory, wanted = _scaler(redis, pool.name, now)
+    each = memory.seconds_per_cost or _seconds_per_cost(reading.done)
+    items, failed = read_items(redis, pool.name)
+    return PoolRow(
+        pool=pool.name,
+        task=pool.task,
+        model=model_label(pool.model, pool.revision),
+        messages={state: reading.count(state) for state in STATES},
+        backlog_seconds=_backlog(reading, each),
+        oldest_age_seconds=reading.oldest_age,
+        alive=len(workers),
+        wanted=wanted,
+        items_per_second=sum(one.items_per_second for one in workers),
+        busy=sum(one.busy for one in workers) / len(workers) if workers else None,
+        items=items,
+        failed=failed,
+        dead_letters=broker.count_dead_letters(redis, queue),
+    )
+
+
+def _scaler(redis: Any, pool: str, now: float) -> tuple[Memory, int | None]:
+    """What a scaler measured of a pool, and how many workers it wants if it still looks."""
+    try:
+        content = json.loads(redis.get(state_key(pool)) or "")
+        memory, state = Memory.from_json(content["memory"]), State.from_json(content["state"])
+    except (ValueError, LookupError, TypeError):
+        return Memory(), None
+    fresh = state.at is not None and now - state.at < SCALER_SECONDS
+    return memory, state.workers if fresh else None
+
+
+def _seconds_per_cost(done: Done) -> float | None:
+    """Without a scaler: what the forwards took so far, over what they did."""
+    return done.seconds / done.cost if done.cost > 0 and done.seconds > 0 else None
+
+
+def _backlog(reading: Reading, each: float | None) -> float | None:
+    cost = sum(one.count * one.mean for state in STATES for one in reading.contents.get(state, {}).values())
+    return 0.0 if not cost else None if each is None else cost * each
