@@ -215,18 +215,15 @@ class Client:
         with broker.redis_errors(self.settings.redis_url):
             return [read_record(raw) for raw in pipe.execute()]
 
-    def output_of(self, job_id: str, record: JobRecord) -> Any:
-        """The output of a record in a final state. Raises the error of a job that ended without one."""
+    def output_of(self, job_id: str, record: JobRecord, *, resolved: bool = True) -> Any:
+        """The output of a record in a final state, its artifacts read if `resolved`. Raises the error of a job that has none."""
         self.watcher.forget(job_id)
         jobs.raise_for(job_id, record)
-        if record.output_ref is not None:
-            return self._resolved(self.store.get(record.output_ref.uri))
-        if record.output is None:
+        text = record.output if record.output_ref is None else self.store.get(record.output_ref.uri)
+        if text is None:
             raise JobError(f"the record of job {job_id} holds no output")
-        return self._resolved(record.output)
-
-    def _resolved(self, text: str | bytes) -> Any:
-        return resolve(jobs.decode_output(text), self.store.get)
+        output = jobs.decode_output(text)
+        return resolve(output, self.store.get) if resolved else output
 
     def cancel_job(self, job_id: str) -> bool:
         """See `Job.cancel`."""

@@ -172,7 +172,8 @@ class InputPreparer:
 
     def _audio(self, value: Any) -> Any:
         samples = isinstance(value, Mapping | list | tuple) and not is_ref(value)
-        return self._upload.samples(value) if samples or hasattr(value, "astype") else self._media(value)
+        samples = samples or any(hasattr(value, name) for name in ("astype", "detach", "get_all_samples"))
+        return self._upload.samples(value) if samples else self._media(value)
 
     def _media(self, value: Any) -> Any:
         """What every kind of media may be: a URI, a reference, a local file, bytes."""
@@ -193,7 +194,7 @@ class InputPreparer:
         """Columns of texts: a pandas table, a dict of columns, a list of rows, or a CSV or JSON file with those."""
         if isinstance(value, str | Path) or is_ref(value):
             return self._media(value)
-        if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        if is_table(value):
             value = value.to_dict("list")
         if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
             value = {name: [row.get(name, "") for row in value] for name in value[0]}
@@ -220,6 +221,11 @@ class InputPreparer:
 def is_message(value: object) -> bool:
     """True for a message of a chat, as transformers tells it: a list that begins with one is a chat, not a batch."""
     return isinstance(value, Mapping) and "role" in value and "content" in value
+
+
+def is_table(value: object) -> bool:
+    """True for a table of pandas, which is one input: that a table has columns is not enough, sets of `datasets` have them too."""
+    return hasattr(value, "columns") and hasattr(value, "iloc")
 
 
 def _shown(spec: TaskSpec) -> str:

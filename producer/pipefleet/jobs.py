@@ -46,9 +46,10 @@ class Job:
             raise nothing_known(self.id)
         return found
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None, *, resolved: bool = True) -> Any:
         """The output, as the pipeline call returns it; waits up to `timeout` seconds (None: without end).
 
+        Unless `resolved`, pictures, sound and long arrays in it stay references to their objects (see `artifacts`).
         Raises JobFailedError, JobCancelledError, JobExpiredError or ResultTimeoutError; after the last one the job
         goes on and can be waited for again. Raises JobError when the client is closed, and when nothing is known of the job
         for `watcher.UNKNOWN_SECONDS` or until the timeout.
@@ -60,7 +61,7 @@ class Job:
             if future.unknown_since is not None:
                 raise nothing_known(self.id) from None
             raise ResultTimeoutError(f"job {self.id} has not finished within {timeout} s; it goes on") from None
-        return self._output(record)
+        return self._output(record, resolved=resolved)
 
     def cancel(self) -> bool:
         """Cancel the job wherever it is. True if that ended it; False if it had ended before or nothing is known of it."""
@@ -79,9 +80,9 @@ class Job:
         record = await asyncio.wrap_future(future)
         return await asyncio.to_thread(self._output, record)
 
-    def _output(self, record: JobRecord) -> Any:
+    def _output(self, record: JobRecord, *, resolved: bool = True) -> Any:
         self._future = None
-        return self._client.output_of(self.id, record)
+        return self._client.output_of(self.id, record, resolved=resolved)
 
 
 def raise_for(job_id: str, record: JobRecord) -> None:

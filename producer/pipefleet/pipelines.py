@@ -7,19 +7,23 @@ generator that keeps a bounded number of inputs under way and yields in order.
 from __future__ import annotations
 
 import itertools
-import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipefleet.client import Client
-from pipefleet.errors import InputError, ParameterError
-from pipefleet.inputs import is_message
+from pipefleet.errors import InputError, ParameterError, UnknownModelError
+from pipefleet.inputs import is_message, is_table
 from pipefleet.jobs import Job
 from pipefleet.tasks import Media, TaskSpec, task_spec
 
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
 """Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
+_OF_THE_POOL = {
+    "config", "feature_extractor", "image_processor", "model_kwargs", "pipeline_class", "processor", "token", "tokenizer",
+    "trust_remote_code", "use_fast",
+}  # fmt: skip
+"""Arguments of transformers that say how the model is loaded, which the fleet file does."""
 _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
 """Names that transformers' pipelines have for their first argument."""
 _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
@@ -27,13 +31,17 @@ _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
 
 
 class FleetPipeline:
-    """A task on the fleet, callable like a transformers pipeline. Thread-safe."""
+    """A task on the fleet, callable like a transformers pipeline. Thread-safe. `task` is the name it was asked for by."""
 
-    def __init__(self, client: Client, spec: TaskSpec, *, model: str | None, revision: str | None) -> None:
+    def __init__(
+        self, client: Client, task: str, *, model: str | None, revision: str | None, defaults: Mapping[str, Any]
+    ) -> None:
         self._client = client
-        self._spec = spec
+        self._asked = task
+        self._spec = task_spec(task)
         self._model = model
         self._revision = revision
+        self._defaults = dict(defaults)
 
     @property
     def task(self) -> str:
@@ -46,8 +54,8 @@ class FleetPipeline:
         Fields of an input may come as keywords or in their order (`pipe(image, question)`), each of them one value or a list.
         Raises UsageError before anything is queued, JobFailedError for the first input that fails.
         """
-        given, wanted = arguments_of(self._spec, inputs, parameters)
-        wanted = {name: value for name, value in wanted.items() if name not in _ACCEPTED}
+        given, called = arguments_of(self._spec, inputs, parameters)
+        wanted = {**self._defaults, **{name: value for name, value in called.items() if name not in _ACCEPTED}}
         if wanted.get("is_split_into_words") and _is_words(given):
             given = [given]
         if self._is_one_input(given):
@@ -55,17 +63,18 @@ class FleetPipeline:
         if isinstance(given, list | tuple):
             results = [self._restored(one, wanted, bare=True) for one in self._stream(given, wanted)]
             return results[0] if self._spec.answers_one_alone and len(results) == 1 else results
-        if isinstance(given, types.GeneratorType) or _is_dataset(given):
+        if _is_dataset(given):
             return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted))
         return self._restored(self.submit(given, **wanted).result(), wanted)
 
     def submit(self, inputs: Any, *, priority: str = "normal", expires: float | None = None, **parameters: Any) -> Job:
         """Queue one input and return its Job at once."""
+        parameters = {**self._defaults, **parameters}
         reserved = {"output", "idempotency_key"} & set(parameters)
         if reserved:
             raise ParameterError(f"{sorted(reserved)[0]} is an argument of Client.submit, not of a pipeline")
         return self._client.submit(
-            self._spec.name,
+            self._asked,
             inputs,
             model=self._model,
             revision=self._revision,
@@ -77,7 +86,7 @@ class FleetPipeline:
     def _stream(self, inputs: Iterable[Any], parameters: Mapping[str, Any]) -> Iterator[Any]:
         """Results in order, with at most `in_flight` inputs under way."""
         under_way: deque[Job] = deque()
-        source = iter(inputs)
+        source = _each_of(inputs)
         try:
             for one in itertools.islice(source, self._client.settings.in_flight):
                 under_way.append(self.submit(one, **parameters))
@@ -107,25 +116,40 @@ class FleetPipeline:
 
 
 def pipeline(
-    task: str,
+    task: str | None = None,
     model: str | None = None,
     *,
     revision: str | None = None,
     client: Client | None = None,
-    **accepted: Any,
+    **parameters: Any,
 ) -> FleetPipeline:
     """A pipeline whose model runs on the fleet.
 
-    Without `model`, the task's default pool serves; a model that no pool serves raises UnknownModelError with a list of what
-    is served. Arguments that choose hardware (`device`, `dtype`, `batch_size` …) are accepted and left to the fleet.
+    Without `model`, the task's default pool serves; without `task`, the one that the model is served for. Parameters of the task
+    hold for every call that does not say otherwise; those that choose hardware (`device`, `dtype`, `batch_size` …) are accepted
+    and left to the fleet. Raises UnknownModelError with a list of what is served, ParameterError for anything else.
     """
-    unknown = set(accepted) - _ACCEPTED
-    if unknown:
-        raise ParameterError(f"pipeline() takes no argument {sorted(unknown)[0]!r}; pass task parameters per call")
+    for name in sorted(_OF_THE_POOL & set(parameters)):
+        raise ParameterError(f"{name} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()")
     client = client or Client()
-    spec = task_spec(task)
-    client.route(spec.name, model, revision)
-    return FleetPipeline(client, spec, model=model, revision=revision)
+    name = _task_of(client, model, revision) if task is None else task
+    spec, _ = client.route(name, model, revision)
+    defaults = {key: value for key, value in parameters.items() if key not in _ACCEPTED}
+    spec.check(defaults)
+    return FleetPipeline(client, name, model=model, revision=revision, defaults=defaults)
+
+
+def _task_of(client: Client, model: str | None, revision: str | None) -> str:
+    """The one task that a model is served for."""
+    if model is None:
+        raise ParameterError("pipeline() needs a task, a model, or both")
+    pools = [one for one in client.fleet.pools.values() if one.model == model and revision in (None, one.revision)]
+    tasks = sorted({pool.task for pool in pools})
+    if not tasks:
+        raise UnknownModelError(f"no pool of the fleet serves {model}; `pipefleet queues` lists those there are")
+    if len(tasks) > 1:
+        raise ParameterError(f"{model} is served for {' and '.join(tasks)}; name one of them as task")
+    return tasks[0]
 
 
 def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -200,11 +224,16 @@ def _tuples(value: list[Any]) -> Any:
 
 
 def _is_dataset(value: Any) -> bool:
-    """An iterator, or a lazy collection such as `datasets.Dataset` or a torch data set; not a string, bytes, dict or array."""
-    if (
-        isinstance(value, str | bytes | bytearray | memoryview | Mapping)
-        or hasattr(value, "__array_interface__")
-        or hasattr(value, "save")
-    ):
+    """Whether `value` holds inputs to be taken one by one: an iterator, a column or set of `datasets`, a torch data set.
+
+    Not a text, bytes, a dict, a picture, an array, a tensor or a table: each of these is one input.
+    """
+    single = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
+    if single or is_table(value) or any(hasattr(value, name) for name in ("__array_interface__", "detach", "save")):
         return False
-    return hasattr(value, "__next__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
+    return hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
+
+
+def _each_of(values: Any) -> Iterator[Any]:
+    """The values of an iterable, or of a torch data set, which has a length and may answer beyond its end."""
+    return iter(values) if hasattr(values, "__iter__") else (values[index] for index in range(len(values)))

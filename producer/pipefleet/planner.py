@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -84,9 +84,9 @@ def encode_shard_line(position: int, item: JobItem) -> str:
     return encode_json({"position": position, **item.to_json()})
 
 
-def decode_shard_line(line: bytes) -> tuple[int, JobItem]:
+def decode_shard_line(line: bytes, loads: Callable[[bytes], Any] = json.loads) -> tuple[int, JobItem]:
     """Position in the run, and item, of one line of a shard. Raises ContractError or ValueError for anything else."""
-    fields = json.loads(line)
+    fields = loads(line)
     return int(fields.pop("position")), JobItem.from_json(fields)
 
 

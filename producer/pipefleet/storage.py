@@ -98,7 +98,7 @@ def is_text_uri(value: object) -> bool:
 
 def is_ref(value: object) -> bool:
     """True for the wire form of a StorageRef."""
-    return isinstance(value, Mapping) and REF_KEY in value
+    return not isinstance(value, str) and isinstance(value, Mapping) and REF_KEY in value
 
 
 def join_uri(prefix: str, *parts: str) -> str:
@@ -114,6 +114,8 @@ def directory_uri(uri: str) -> str:
 
 def map_refs(value: Any, change: Callable[[StorageRef], Any]) -> Any:
     """A copy of a JSON value in which every reference is replaced by what `change` returns for it."""
+    if isinstance(value, str):  # most of what there is, and quick to tell
+        return value
     if is_ref(value):
         return change(StorageRef.from_json(value))
     if isinstance(value, Mapping):

@@ -57,7 +57,10 @@ class Uploader:
         return self.content(buffer.getvalue(), "png", "image/png")
 
     def samples(self, value: Any) -> dict[str, Any]:
-        """Mono samples: an array, or the dict `{"raw" or "array", "sampling_rate"}` that transformers takes."""
+        """Mono samples: an array or tensor, a decoder of torchcodec, or the dict `{"raw" or "array", "sampling_rate"}`."""
+        if hasattr(value, "get_all_samples"):  # what `datasets` gives for a recording
+            decoded = value.get_all_samples()
+            value = {"raw": decoded.data.mean(0), "sampling_rate": decoded.sample_rate}
         rate: int | None = None
         samples = value
         if isinstance(value, Mapping):
@@ -65,11 +68,7 @@ class Uploader:
             rate = value.get("sampling_rate")
             if samples is None or not isinstance(rate, int) or rate <= 0:
                 raise InputError("an audio dict needs `raw` (or `array`) with samples and a whole `sampling_rate`")
-        if not hasattr(samples, "astype") or getattr(samples, "ndim", 0) != 1:
-            raise InputError(
-                f"audio samples must be a one-dimensional array, not a value of type {type(samples).__name__}"
-            )
-        content = samples.astype("<f4").tobytes()
+        content = _float32(samples)
         if rate is None:
             return self.content(content, "f32", RAW_AUDIO)
         return self.content(_wav_header(len(content), rate) + content, "wav", "audio/wav")
@@ -91,6 +90,14 @@ class DryUploader(Uploader):
     def _read(self, path: Path) -> bytes:
         with path.open("rb"):
             return b""
+
+
+def _float32(samples: Any) -> bytes:
+    """One-dimensional samples as little-endian float32."""
+    array = samples.detach().cpu().numpy() if hasattr(samples, "detach") else samples
+    if not hasattr(array, "astype") or getattr(array, "ndim", 0) != 1:
+        raise InputError(f"audio samples must be a one-dimensional array, not a value of type {type(samples).__name__}")
+    return bytes(array.astype("<f4").tobytes())
 
 
 def _wav_header(data_bytes: int, rate: int) -> bytes:

@@ -46,7 +46,9 @@ def play(world: World, name: str, scale: Scale) -> bool:
         finding = SCENARIOS[name](world, scale)
     except Exception as error:  # noqa: BLE001 - the table tells of each; the next scenario runs in any case
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        print(f"| {name} | BROKEN | - | {time.monotonic() - begin:.0f} s | {type(error).__name__}: {text} |", flush=True)
+        print(
+            f"| {name} | BROKEN | - | {time.monotonic() - begin:.0f} s | {type(error).__name__}: {text} |", flush=True
+        )
         (world.folder / f"{name}.txt").write_text(traceback.format_exc())
         return False
     recovery = "-" if finding.recovery is None else f"{finding.recovery:.1f} s"

@@ -30,7 +30,9 @@ def killed_at(point: str) -> None:
         with world.scene(workers=2) as client:
             for index in range(8):
                 client.store.put(f"s3://pipefleet/chaos/in/{index}.txt", f"object {index}".encode())
-            rows = [f"s3://pipefleet/chaos/in/{n % 8}.txt" if n % 10 == 0 else text for n, text in enumerate(texts(400))]
+            rows = [
+                f"s3://pipefleet/chaos/in/{n % 8}.txt" if n % 10 == 0 else text for n, text in enumerate(texts(400))
+            ]
             world.order_death(point)
             jobs = [client.submit(TASK, text) for text in texts(40, "single")]
             run = start_run(client, rows, shard_size=50)

@@ -24,7 +24,9 @@ def through(world: World, scale: Scale, fault: Callable[[], object], **settings:
     with world.scene(workers=2, **settings) as client:
         for index in range(8):
             client.store.put(f"s3://pipefleet/chaos/in/{index}.txt", f"object {index}".encode())
-        rows = [f"s3://pipefleet/chaos/in/{n % 8}.txt" if n % 5 == 0 else f"SLOW:0.01 {n}" for n in range(scale.jobs * 3)]
+        rows = [
+            f"s3://pipefleet/chaos/in/{n % 8}.txt" if n % 5 == 0 else f"SLOW:0.01 {n}" for n in range(scale.jobs * 3)
+        ]
         run = start_run(client, rows, shard_size=20)
         jobs = [client.submit(TASK, text) for text in texts(50, "single")]
         until(lambda: len(world.ran) > 30, what="work has begun")

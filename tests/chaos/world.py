@@ -220,7 +220,11 @@ class World:
         keys = broker.unacked_keys(QUEUE)
         if self.transport == "stock":
             return dict(self._redis.hgetall(keys["unacked_key"]))
-        return {tag: own for tag, own in self._redis.hgetall(keys["owners_key"]).items() if own.split(b":")[1] == b"%d" % pid}
+        return {
+            tag: own
+            for tag, own in self._redis.hgetall(keys["owners_key"]).items()
+            if own.split(b":")[1] == b"%d" % pid
+        }
 
     def still_held(self, held: dict[bytes, bytes]) -> bool:
         """Whether any of these messages is still where it was."""

@@ -50,8 +50,8 @@ class Live:
     def work(self) -> None:
         """Let the worker do something of every kind."""
         self._metrics.batch(8, padded=100.0, useful=90.0, seconds=0.1)
-        self._metrics.item({"fetch": 0.01, "forward": 0.1})
-        self._metrics.item({"fetch": 0.01}, code="killed_worker", stage="forward")
+        self._metrics.succeeded([{"fetch": 0.01, "forward": 0.1}])
+        self._metrics.failed({"fetch": 0.01}, code="killed_worker", stage="forward")
         self._metrics.fact("max_cost", 4096.0)
         for event in ("delivered", "redelivered", "handed_back"):
             self._metrics.message(event)

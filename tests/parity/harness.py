@@ -125,7 +125,9 @@ class Running:
         fields: dict[str, Any] = {"id": "job", "run_id": None, "parameters": {}, "priority": 3, "deadline": None}
         job = JobContext(**{**fields, "sink": sink, **context})
         works = [
-            Work(job, position, JobItem(str(position), on_the_wire(call.inputs)), dict(call.parameters), 1)
+            Work(
+                job, position, JobItem(str(position), on_the_wire(call.inputs)), dict(call.parameters), 1, fetches=False
+            )
             for position, call in enumerate(calls)
         ]
         self.engine.admit(works, bulk=False)

@@ -25,6 +25,7 @@ from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.facts import Facts
+from pipefleet_workers.gpu_metrics import visible_gpus, watch_gpus
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.models import load_pipeline
 from pipefleet_workers.objects import WorkerStore
@@ -77,6 +78,9 @@ def build(
     instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
     _serve_metrics(instruments.metrics, worker_settings)
     pipe = load_pipeline(pool, device=device)
+    if pipe.device.type == "cuda":
+        gpus = visible_gpus(every=pool.device_map is not None, index=pipe.device.index)
+        watch_gpus(instruments.metrics, pool.name, gpus)
     adapter: Any = row.adapter(pipe)
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     found = _warmed(adapter, pool, worker_settings, instruments, default)

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.records import JobFailure
-from pipefleet.storage import refs_in
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.admission import Budget
 from pipefleet_workers.batch_queue import BatchQueue
@@ -88,7 +87,7 @@ class Engine:
         self._fetch = _Stage("fetch", fetch, self._fetch_slice, room=2 * fetch)
 
     def start(self) -> None:
-        """Start the processes, where there are any, and the threads. They are daemons: a worker that must end does not wait for them."""
+        """Start processes and threads. All are daemons: a worker that must end does not wait for them."""
         if self._stages.processes is not None:
             self._stages.processes.start()
         for stage in (self._finish, self._cpu, self._fetch):
@@ -100,7 +99,7 @@ class Engine:
         for piece in slices(works, self._slice_items):
             if bulk:
                 self._budget.acquire(len(piece), sum(work.weight for work in piece))
-            if any(refs_in(work.item.inputs) for work in piece):
+            if any(work.fetches for work in piece):
                 self._fetch.put(piece[0].job.priority, piece)
             else:
                 self._cpu.put(piece[0].job.priority, [Fetched(work, work.item.inputs) for work in piece])
@@ -161,21 +160,24 @@ class Engine:
 
     def _finish_assemblies(self, assemblies: Sequence[Assembly]) -> None:
         with self._instruments.tracer.span("finish", len(assemblies)):
-            for assembly in assemblies:
-                self._finish_one(assembly)
+            done = [assembly.work.seconds for assembly in assemblies if self._finish_one(assembly)]
+        self._instruments.metrics.succeeded(done)
 
-    def _finish_one(self, assembly: Assembly) -> None:
+    def _finish_one(self, assembly: Assembly) -> bool:
+        """Deliver the result of an item, or why it has none; whether it has one."""
         if assembly.failure is not None:
-            return self._fail(assembly.work, assembly.failure)
+            self._fail(assembly.work, assembly.failure)
+            return False
         begin = time.perf_counter()
         try:
             output = self._stages.adapter.finish(assembly)
         except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is this item's failure alone
             failure = JobFailure("model_error", f"postprocessing failed: {brief(error)}", "postprocess")
-            return self._fail(assembly.work, failure)
+            self._fail(assembly.work, failure)
+            return False
         assembly.work.seconds["postprocess"] = time.perf_counter() - begin
-        self._instruments.metrics.item(assembly.work.seconds)
-        return assembly.work.job.sink.deliver(Outcome(assembly.work, output=output))
+        assembly.work.job.sink.deliver(Outcome(assembly.work, output=output))
+        return True
 
     def _each(self, items: Sequence[_In], stage: str, do: Callable[[Any], _Out]) -> list[_Out]:
         """`do` for every item whose job goes on; failures are delivered, the others returned in order."""
@@ -201,7 +203,7 @@ class Engine:
         return done
 
     def _fail(self, work: Work, failure: JobFailure) -> None:
-        self._instruments.metrics.item(work.seconds, code=failure.code, stage=failure.stage)
+        self._instruments.metrics.failed(work.seconds, code=failure.code, stage=failure.stage)
         work.job.sink.deliver(Outcome(work, failure=failure))
 
 

@@ -73,6 +73,8 @@ class Work:
     weight: int
     """Bytes it is counted with while it is in the worker."""
     seconds: dict[str, float] = field(default_factory=dict)
+    fetches: bool = True
+    """Whether its inputs hold references."""
 
 
 @dataclass(frozen=True, slots=True)

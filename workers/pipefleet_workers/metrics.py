@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -61,21 +61,19 @@ class Metrics:
         """Count one message that was `delivered`, `redelivered` or `handed_back`."""
         self._child(self._messages, event).inc()
 
-    def item(self, seconds: Mapping[str, float], *, code: str = "", stage: str = "") -> None:
-        """Count one item that ended, with its seconds by stage; `code` and `stage` for one that failed."""
-        self._child(self._items, "failed" if code else "succeeded").inc()
-        with self._lock:
-            self._succeeded += not code
-            self._failed += bool(code)
-        if code:
-            self._child(self._failures, code, stage).inc()
+    def succeeded(self, seconds: Sequence[Mapping[str, float]]) -> None:
+        """Count items that have a result, with the seconds of each by stage; together, as each counter has a lock."""
+        if seconds:
+            self._child(self._items, "succeeded").inc(len(seconds))
+        for name in {name for one in seconds for name in one}:
+            self._child(self._stage, name).inc(sum(one.get(name, 0.0) for one in seconds))
+
+    def failed(self, seconds: Mapping[str, float], *, code: str, stage: str) -> None:
+        """Count one item that failed in `stage`, with its seconds by stage."""
+        self._child(self._items, "failed").inc()
+        self._child(self._failures, code, stage).inc()
         for name, value in seconds.items():
             self._child(self._stage, name).inc(value)
-
-    def totals(self) -> Totals:
-        """What was counted since the worker began."""
-        with self._lock:
-            return Totals(self._succeeded + self._failed, self._failed, self._busy_seconds)
 
     def fact(self, name: str, value: float) -> None:
         """Set one fact about batching."""

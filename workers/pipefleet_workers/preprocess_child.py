@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from pipefleet_workers.stages.decode import Decoder
 
 SHARED = 1 << 16
 """Bytes of arrays above which they go through shared memory."""
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def packed(value: Any, name: str) -> tuple[bytes, list[int], bytes]:
     _Pickler(stream, protocol=5, buffer_callback=keep).dump(value)
     views = [one.raw() for one in buffers]
     sizes = [len(view) for view in views]
-    if sum(sizes) <= SHARED:
+    if sum(sizes) <= SHARED or not _has_room(sum(sizes)):
         return stream.getvalue(), sizes, b"".join(views)
     memory = SharedMemory(name, create=True, size=sum(sizes))
     at = 0
@@ -175,6 +177,14 @@ def packed(value: Any, name: str) -> tuple[bytes, list[int], bytes]:
         at += size
     memory.close()
     return stream.getvalue(), sizes, b""
+
+
+def _has_room(size: int) -> bool:
+    """Whether shared memory can hold it: a container may have little, and writing beyond that kills a process."""
+    try:
+        return shutil.disk_usage(_SHARED_MEMORY).free > 2 * size
+    except FileNotFoundError:  # a system that keeps it elsewhere, and bounds it otherwise
+        return True
 
 
 def unpacked(message: tuple[bytes, list[int], bytes], name: str) -> Any:

@@ -12,6 +12,7 @@ from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.records import FINISH, START, JobFailure, finish_arguments
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
+from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.items import ItemError, Outcome
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.artifacts import ArtifactWriter
@@ -28,6 +29,13 @@ for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[1]) end
 """
 """KEYS: the bitmaps items and failed. ARGV: ttl, JSON lists of succeeded and of failed positions. One script, since two commands
 for each item take far more of this process's time."""
+
+COUNT = """
+for i = 1, #ARGV - 1, 2 do
+  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HINCRBY', KEYS[2], ARGV[i], ARGV[#ARGV]) end
+end
+"""
+"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, …, and by how much each of these counts more, if it is still theirs."""
 
 
 class Reporter:
@@ -49,6 +57,14 @@ class Reporter:
         """Ask Redis whether it is there."""
         with broker.redis_errors(self._settings.redis_url):
             self._redis.ping()
+
+    def count_deliveries(self, leases: Sequence[Lease], by: int) -> None:
+        """Count each of these messages as delivered `by` times more; those that were lost meanwhile stay as they are."""
+        for queue in {lease.queue for lease in leases}:
+            keys = broker.unacked_keys(queue)
+            fences = [part for lease in leases if lease.queue == queue for part in (lease.tag, lease.owner)]
+            with broker.redis_errors(self._settings.redis_url):
+                self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *fences, by)
 
     def start_many(self, messages: Sequence[JobMessage]) -> list[bool]:
         """Mark single jobs as running. False for each that has ended already: cancelled, or finished elsewhere."""

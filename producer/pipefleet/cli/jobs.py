@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.cli.common import Commands, add_model_options, command, print_json, read_parameters
+from pipefleet.tasks import Media, TaskSpec, task_spec
 
 
 def register(commands: Commands) -> None:
@@ -15,10 +16,15 @@ def register(commands: Commands) -> None:
     parser = command(
         commands, "submit", submit,
         help="run a task on one or several inputs and print the results",
-        example="pipefleet submit text-classification 'I like it' --param top_k=2",
+        example="pipefleet submit text-classification 'I like it' --param top_k=2\n"
+        """  pipefleet submit vqa '{"image": "cat.jpg", "question": "What is it?"}' --json""",
     )  # fmt: skip
     parser.add_argument("task", help="a task, see `pipefleet tasks`")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a text, an s3:// URI, or a local file")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="a text, an s3:// URI or a local file; a JSON object where the task takes several fields, a JSON list for a "
+        "chat or a pair of images",
+    )  # fmt: skip
     add_model_options(parser)
     parser.add_argument("--priority", choices=("high", "normal", "low"), default="normal")
     parser.add_argument("--expires", type=float, metavar="SECONDS", help="give up after this many seconds")
@@ -30,12 +36,12 @@ def submit(arguments: argparse.Namespace) -> int:
     """Submit every input, wait for all, print in order. 1 when one of them failed."""
     from pipefleet.client import Client
 
-    parameters = read_parameters(arguments.param)
+    parameters, spec = read_parameters(arguments.param), task_spec(arguments.task)
     with Client() as client:
         jobs = [
             client.submit(
                 arguments.task,
-                _input(one),
+                _input(spec, one),
                 model=arguments.model,
                 revision=arguments.revision,
                 parameters=parameters,
@@ -53,12 +59,13 @@ def submit(arguments: argparse.Namespace) -> int:
     return int(any("error" in row for row in rows))
 
 
-def _input(text: str) -> Any:
-    """A JSON object stands for an input with several fields; anything else is taken as it is."""
-    if text.lstrip().startswith("{"):
+def _input(spec: TaskSpec, text: str) -> Any:
+    """JSON where the task takes what JSON has; a file for a path where the task would take any words; else the text itself."""
+    objects, lists = bool(spec.fields), spec.media in (Media.PROMPT, Media.IMAGE_PAIR)
+    if (objects and text.lstrip().startswith("{")) or (lists and text.lstrip().startswith("[")):
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
     return Path(text) if text.startswith(("./", "../", "/")) and Path(text).is_file() else text
 
@@ -67,7 +74,7 @@ def _outcome(job: Any, timeout: float | None) -> dict[str, Any]:
     from pipefleet.errors import JobError, JobFailedError
 
     try:
-        return {"id": job.id, "state": "succeeded", "output": job.result(timeout)}
+        return {"id": job.id, "state": "succeeded", "output": job.result(timeout, resolved=False)}
     except JobFailedError as error:
         failure = {"code": error.failure_code, "message": str(error), "stage": error.stage}
         return {"id": job.id, "state": "failed", "error": failure}

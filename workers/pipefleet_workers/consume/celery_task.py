@@ -80,7 +80,7 @@ class CeleryDelivery:
         self._begun = 0.0
         self._ended = threading.Lock()
         headers, properties = request.message.headers, request.message.properties
-        self._lease = lease_of(request.message)
+        self.lease = lease_of(request.message)
         args = request.args
         self.payload = args[0] if isinstance(args, list) and len(args) == 1 else args
         priority = properties.get("priority")
@@ -91,7 +91,7 @@ class CeleryDelivery:
     @property
     def lost(self) -> bool:
         """True when the lease ran out."""
-        return self._lease is not None and self._lease.lost
+        return self.lease is not None and self.lease.lost
 
     def received(self) -> None:
         """Tell Celery that the message is here. In the event loop."""
@@ -116,8 +116,8 @@ class CeleryDelivery:
 
     def done(self, state_reached: str) -> None:
         """Acknowledge."""
-        if self._lease is not None:
-            self._lease.ack()  # at once, from this thread; the event loop may be waiting for the drain
+        if self.lease is not None:
+            self.lease.ack()  # at once, from this thread; the event loop may be waiting for the drain
         self._end(lambda: self._finish(state_reached))
 
     def give_back(self) -> None:
@@ -152,10 +152,10 @@ class CeleryDelivery:
         state.task_ready(self._request)
         self._send("task-failed", exception=reason, traceback="")
         self._task.refused(self.payload, reason)
-        if self._lease is None:
+        if self.lease is None:
             self._request.reject(requeue=False)
         else:
-            self._lease.dead_letter(reason)
+            self.lease.dead_letter(reason)
 
     def _send(self, event: str, **fields: Any) -> None:
         eventer = self._celery.event_dispatcher

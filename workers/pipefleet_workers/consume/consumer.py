@@ -1,8 +1,11 @@
 """`Consumer`: takes deliveries from the queue and sees to it that each ends once: done, given back, or refused.
 
-    take ─▶ intake ─┬▶ singles            many jobs at once, no thread for each
-                    ├▶ shards             a few threads
-                    └▶ suspects           alone: delivered so often that they may have killed their workers
+    take ─┬▶ intake ─┬▶ singles            many jobs at once, no thread for each
+          │          └▶ shards             a few threads
+          └▶ accused ─▶ suspects           alone: delivered so often that they may have killed their workers
+
+A suspect is excused while it waits: its delivery counts against it only when it runs, or the one that kills the worker would bring
+down with it all that wait behind it.
 
 A job that a service failed begins again here after a pause, counted only while the service is well otherwise: an outage makes
 work wait, it does not make it fail.
@@ -10,6 +13,7 @@ work wait, it does not make it fail.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -30,6 +34,7 @@ from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.singles import TOGETHER, Singles
 from pipefleet_workers.consume.suspects import Suspects
 from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.logs import log_context
 from pipefleet_workers.reports import Reporter
 
 log = logging.getLogger(__name__)
@@ -67,6 +72,7 @@ class Consumer:
         self._jobs = jobs
         self._shards = shards
         self._suspects = suspects
+        self._reporter = reporter
         self._health = health
         self._tally = tally
         self._limits = limits or Limits()
@@ -74,6 +80,7 @@ class Consumer:
         self._singles = Singles(jobs, reporter, self._gate, self, budget=self._limits.retries)
         self._bulk: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
         self._suspect: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
+        self._accused: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._intake: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._later: list[tuple[float, int, Delivery]] = []
         self._order = itertools.count()
@@ -86,6 +93,7 @@ class Consumer:
         loops: list[Callable[[], None]] = [
             self._take_in,
             self._begin_again,
+            self._take_accused_in,
             lambda: self._each(self._suspect, self._run_alone),
         ]
         loops += [lambda: self._each(self._bulk, self._run_shard)] * self._limits.shards
@@ -97,7 +105,7 @@ class Consumer:
         with self._lock:
             self._inside += 1
         self._tally.taken(delivery)
-        self._intake.put(delivery)
+        self._route(delivery)
 
     def cancel(self, name: str) -> None:
         """Stop a job, or all jobs of a run, by id."""
@@ -159,32 +167,62 @@ class Consumer:
             except Exception:
                 log.exception("taking in %d deliveries failed", len(batch))
 
+    def _route(self, delivery: Delivery) -> None:
+        accused = delivery.deliveries >= self._limits.deliveries
+        (self._accused if accused else self._intake).put(delivery)
+
     def _sort(self, batch: list[Delivery]) -> None:
         singles = []
-        for delivery in batch:
-            if self._draining.is_set():
-                self.give_back(delivery)
-                continue
-            try:
-                message = decode_message(delivery.payload)
-            except ContractError as error:
-                log.error("refused a message: %s", error)
-                delivery.refuse(str(error))
-                continue
-            if delivery.deliveries >= self._limits.deliveries:
-                self._suspect.put((delivery, message))
-            elif message.shard is not None:
+        for delivery, message in self._readable(batch):
+            if message.shard is not None:
                 self._bulk.put((delivery, message))
             else:
                 singles.append((delivery, message))
         if singles:
             self._singles.start(singles)
 
+    def _readable(self, batch: list[Delivery]) -> list[tuple[Delivery, JobMessage]]:
+        """The deliveries that are jobs, with these; the others end here, and all of them while the worker drains."""
+        found = []
+        for delivery in batch:
+            if self._draining.is_set():
+                self.give_back(delivery)
+                continue
+            try:
+                found.append((delivery, decode_message(delivery.payload)))
+            except ContractError as error:
+                log.error("refused a message: %s", error)
+                delivery.refuse(str(error))
+        return found
+
+    def _take_accused_in(self) -> None:
+        """Excuse the accused as they come, and let the first one run only when no more come: all of a fetch are excused then."""
+        while True:
+            batch = [self._accused.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    batch.append(self._accused.get(timeout=TICK))
+            while not (self._draining.is_set() or self._counted(batch, -1)):
+                time.sleep(TICK)
+            for pair in self._readable(batch):
+                self._suspect.put(pair)
+
+    def _counted(self, batch: list[Delivery], by: int) -> bool:
+        """Change how often these count as delivered; False while Redis is away."""
+        try:
+            self._reporter.count_deliveries([one.lease for one in batch if one.lease is not None], by)
+        except PipefleetError as error:
+            log.warning("suspects wait: %s", error)
+            return False
+        return True
+
     def _each(
         self, deliveries: queue.SimpleQueue[tuple[Delivery, JobMessage]], run: Callable[[Delivery, JobMessage], None]
     ) -> None:
         while True:
-            run(*deliveries.get())
+            delivery, message = deliveries.get()
+            with log_context(job=message.id, run=message.shard.run_id if message.shard else None):
+                run(delivery, message)
 
     def _run_shard(self, delivery: Delivery, message: JobMessage) -> None:
         self._gate.enter()
@@ -195,7 +233,11 @@ class Consumer:
 
     def _run_alone(self, delivery: Delivery, message: JobMessage) -> None:
         with self._gate.alone():
-            if message.shard is None:
+            while not (self._draining.is_set() or (self._health.wait(TICK) and self._counted([delivery], 1))):
+                time.sleep(TICK)
+            if self._draining.is_set():
+                self.give_back(delivery)
+            elif message.shard is None:
                 self._singles.run_alone(delivery, message)
             else:
                 self._end(delivery, message)
@@ -206,7 +248,7 @@ class Consumer:
             raise DrainedError
         delivery.started()
         if delivery.deliveries > self._limits.deliveries:
-            return self._suspects.run(delivery, message, message.shard)
+            return self._suspects.run(message, message.shard)
         return self._shards.run(message, message.shard, patient=delivery.retries < self._limits.retries)
 
     def _end(self, delivery: Delivery, message: JobMessage) -> None:
@@ -235,4 +277,4 @@ class Consumer:
                 while self._later and self._later[0][0] <= now:
                     due.append(heapq.heappop(self._later)[2])
             for delivery in due:
-                self._intake.put(delivery)
+                self._route(delivery)

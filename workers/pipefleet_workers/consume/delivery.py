@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from pipefleet_workers.delivery.leases import Lease
+
 
 class DrainedError(Exception):
     """The worker shuts down and this job was not finished: its message goes back."""
@@ -19,6 +21,10 @@ class Delivery(Protocol):
     """How often the message was delivered, this time included; giving it back does not count."""
     retries: int
     """How often this worker began it again because a service failed it."""
+
+    @property
+    def lease(self) -> Lease | None:
+        """What it is held by; None with Celery's own transport."""
 
     @property
     def lost(self) -> bool:

@@ -117,9 +117,12 @@ class Jobs:
 
     def _item_failure(self, work: Work) -> JobFailure | None:
         """Why an item must not enter the engine, or None: parameters and references come from any program that can queue."""
+        item = work.item
+        if not item.parameters and isinstance(item.inputs, str):
+            return None  # most items
         try:
-            self._spec.check(work.item.parameters)
-            refs_in(work.item.inputs)
+            self._spec.check(item.parameters)
+            refs_in(item.inputs)
         except PipefleetError as error:
             return JobFailure(error.code, str(error), "consume")
         return None
@@ -127,11 +130,12 @@ class Jobs:
 
 def work_of(context: JobContext, position: int, item: JobItem) -> Work:
     """One item of a job as the engine takes it."""
+    parameters = {**context.parameters, **item.parameters} if item.parameters else context.parameters
+    if isinstance(item.inputs, str):
+        return Work(context, position, item, parameters, len(item.inputs), fetches=False)
     try:
         references = refs_in(item.inputs)
     except ContractError:
         references = []  # refused on admission
-    inline = len(item.inputs) if isinstance(item.inputs, str) else 256
-    weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) or inline
-    parameters = {**context.parameters, **item.parameters} if item.parameters else context.parameters
-    return Work(context, position, item, parameters, weight)
+    weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) or 256
+    return Work(context, position, item, parameters, weight, fetches=bool(references))

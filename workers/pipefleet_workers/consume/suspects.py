@@ -2,13 +2,15 @@
 
 A shard that was delivered too often is run item by item, the position noted in Redis before each begins. If the worker dies, the
 next one finds the position of the culprit, fails that item with code `killed_worker`, and runs the others as usual, but alone;
-should that die as well, there is another culprit, and the search begins again without the first.
+should that die as well, there is another culprit, and the search begins again without the first. A worker that is still alive
+convicts nobody by what it noted itself: it gave the item up for another reason, such as a Redis that was away.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,6 @@ from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, Shard
 from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
-from pipefleet_workers.consume.delivery import Delivery
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.shards import Shards, refused
 from pipefleet_workers.items import Outcome
@@ -37,6 +38,10 @@ class Finding:
     culprits: tuple[int, ...] = ()
 
 
+_OWN = uuid.uuid4().hex
+"""Marks what this process has noted."""
+
+
 class Journal:
     """What is known of one shard, in a Redis hash. Raises ServiceUnavailableError when Redis is away."""
 
@@ -49,8 +54,9 @@ class Journal:
         """What is known."""
         with broker.redis_errors(self._settings.redis_url):
             raw = self._redis.hgetall(self._key)
-        trying = raw.get(b"trying")
-        return Finding(None if trying is None else int(trying), tuple(json.loads(raw.get(b"culprits", b"[]"))))
+        position, _, process = raw.get(b"trying", b"").decode().partition(":")
+        trying = int(position) if position and process != _OWN else None
+        return Finding(trying, tuple(json.loads(raw.get(b"culprits", b"[]"))))
 
     def convict(self, finding: Finding) -> Finding:
         """The item that was running is a culprit from now on."""
@@ -67,13 +73,13 @@ class Journal:
     def tries(self, position: int) -> None:
         """The item at `position` begins."""
         pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._key, "trying", position)
+        pipe.hset(self._key, "trying", f"{position}:{_OWN}")
         pipe.expire(self._key, int(self._settings.run_ttl))
         with broker.redis_errors(self._settings.redis_url):
             pipe.execute()
 
     def tried(self) -> None:
-        """The item that was running has ended, and the worker lives."""
+        """The item that was running has ended, or was given up, and the worker lives."""
         with broker.redis_errors(self._settings.redis_url):
             self._redis.hdel(self._key, "trying")
 
@@ -92,30 +98,36 @@ class Suspects:
         self._journal = journal
         self._bury = bury
 
-    def run(self, delivery: Delivery, message: JobMessage, shard: Shard) -> str:
+    def run(self, message: JobMessage, shard: Shard) -> str:
         """Run one shard to its end; the state it reached. Raises what `Shards.run` raises."""
         journal = self._journal(shard)
         items = self._shards.open(message, shard)
+        finding = journal.read()
         if items is None:
+            self._settle(journal, finding, message, shard)
             return "ended before"
         refusal = self._jobs.refusal(message)
         if refusal is not None:
             return self._shards.close(shard, refused(message, items, refusal))
-        finding = journal.read()
         convicted = finding.trying is not None
         if convicted:
             finding = journal.convict(finding)
             log.warning("item %d of shard %d kills its workers", finding.culprits[-1], shard.index)
-        failures = {position: _failure(delivery.deliveries) for position in finding.culprits}
+        failures = dict.fromkeys(finding.culprits, _FAILURE)
         if convicted:
             outcomes = self._shards.process(message, items, without=failures)
         else:
             outcomes = self._one_by_one(message, items, journal, failures)
         state = self._shards.close(shard, outcomes)
-        for position, failure in failures.items():
-            self._bury(failure.message, message, items[position])
-        journal.forget()
+        self._settle(journal, finding, message, shard)
         return state
+
+    def _settle(self, journal: Journal, finding: Finding, message: JobMessage, shard: Shard) -> None:
+        """The shard has ended: a dead letter for each culprit, twice only if this process ends in here."""
+        items = self._shards.read(shard) if finding.culprits else []
+        for position in finding.culprits:
+            self._bury(_FAILURE.message, message, items[position])
+        journal.forget()
 
     def _one_by_one(
         self, message: JobMessage, items: list[JobItem], journal: Journal, failures: Mapping[int, JobFailure]
@@ -124,12 +136,13 @@ class Suspects:
         for position in range(len(items)):
             if position not in failures:
                 journal.tries(position)
-            outcomes += self._shards.process(message, items, without=failures, only=[position])
-            if position not in failures:
+            try:
+                outcomes += self._shards.process(message, items, without=failures, only=[position])
+            finally:
                 journal.tried()
         return outcomes
 
 
-def _failure(deliveries: int) -> JobFailure:
-    text = f"workers died each time they worked on this item; its shard was delivered {deliveries} times"
-    return JobFailure(CODE, text, "forward")
+_FAILURE = JobFailure(
+    CODE, "workers died with the shard of this item again and again, at last with this item alone", "forward"
+)

@@ -172,4 +172,5 @@ def _reason(status: PoolStatus) -> str:
         return "no work waits"
     if status.measured.seconds_per_cost is None:
         return f"{messages} {'message' if messages == 1 else 'messages'} of unknown length to do"
-    return f"{signal.queued:.0f} s of work waits, workers hold {signal.leased:.0f} s"
+    held = f", workers hold {signal.leased:.0f} s" if signal.leased else ""
+    return f"{signal.queued:.0f} s of work waits{held}"

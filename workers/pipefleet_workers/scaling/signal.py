@@ -68,6 +68,8 @@ class Memory:
     """Mean cost of a message, by key, where it is sampled."""
     pending: float = 0.0
     """Seconds that workers took, while work waited, for what has not ended yet: a shard may last for many readings."""
+    workers: int = 0
+    """Workers that were alive."""
 
     @property
     def seconds_per_cost(self) -> float | None:
@@ -85,8 +87,8 @@ class Memory:
         totals = {name: Done(float(value[name]["cost"]), float(value[name]["seconds"])) for name in _TOTALS}
         means = {str(key): float(mean) for key, mean in value["means"].items()}
         at = None if value["at"] is None else float(value["at"])
-        pending = float(value.get("pending", 0.0))
-        return cls(at, float(value["outstanding"]), int(value["waiting"]), **totals, means=means, pending=pending)
+        memory = cls(at, float(value["outstanding"]), int(value["waiting"]), **totals, means=means)
+        return replace(memory, pending=float(value.get("pending", 0.0)), workers=int(value.get("workers", 0)))
 
 
 _TOTALS = ("done", "saturated", "device", "served")
@@ -123,16 +125,16 @@ def measure(memory: Memory, reading: Reading) -> tuple[Memory, Measured]:
     outstanding = sum(costs.values())
     done = max(0.0, reading.done.cost - memory.done.cost) if elapsed else 0.0
     learnt = _learnt(memory, reading, done, elapsed) if elapsed else memory
-    now = replace(
-        learnt, at=reading.now, outstanding=outstanding, waiting=reading.count("queued"), done=reading.done, means=means
-    )
+    waiting = reading.count("queued")
+    seen = replace(learnt, at=reading.now, done=reading.done, workers=reading.workers)
+    now = replace(seen, outstanding=outstanding, waiting=waiting, means=means)
     arrived = done + outstanding - memory.outstanding if elapsed else 0.0
     return now, _measured(now, reading, costs, arrived)
 
 
 def _learnt(memory: Memory, reading: Reading, done: float, elapsed: float) -> Memory:
     """What a unit of cost takes, after `done` units more."""
-    took = elapsed * reading.workers
+    took = elapsed * min(memory.workers, reading.workers)  # who has just come has hardly begun
     seconds = max(0.0, reading.done.seconds - memory.done.seconds)
     served = _learn(memory.served, done, took, elapsed=elapsed)
     device = _learn(memory.device, done, seconds, elapsed=elapsed) if done or seconds else memory.device

@@ -57,7 +57,7 @@ def watch(client: Client) -> None:
     from pipefleet_workers.watch.view import screen
 
     snapshot = read_fleet(client)
-    with contextlib.suppress(KeyboardInterrupt), Live(screen(snapshot), screen=True, auto_refresh=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
         while True:
             begin = time.monotonic()
             trouble = ""
@@ -65,5 +65,5 @@ def watch(client: Client) -> None:
                 snapshot = read_fleet(client)
             except ServiceUnavailableError as error:
                 trouble = str(error)
-            live.update(screen(snapshot, trouble=trouble), refresh=True)
+            live.update(screen(snapshot, width=live.console.width, trouble=trouble), refresh=True)
             time.sleep(max(0.1, begin + REFRESH_SECONDS - time.monotonic()))

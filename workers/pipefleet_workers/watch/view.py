@@ -10,10 +10,12 @@ from pipefleet_workers.watch.read import PoolRow, Snapshot, WorkerRow
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 POOL_COLUMNS = ("pool", "waits", "held", "backlog", "oldest", "workers", "items/s", "busy", "failed", "dead")
-WORKER_COLUMNS = ("worker", "items/s", "busy", "items", "failed", "batches of", "a batch takes")
+WORKER_COLUMNS = ("worker", "items/s", "busy", "items", "failed", "batch budget", "batch takes")
+NOBODY = "no worker is alive"
+SHORTEST = 12
+"""Characters that a name gets at least."""
 Cells = tuple[str, ...]
 
 
@@ -35,9 +37,9 @@ def pool_cells(row: PoolRow) -> Cells:
 
 
 def worker_cells(row: WorkerRow) -> Cells:
-    """The columns of WORKER_COLUMNS."""
-    batches = f"{row.max_cost} {'padded' if row.pads else 'of equal shape'}"
-    takes = "not measured" if row.base is None else f"{seconds(row.base)} + {seconds(row.per_cost or 0.0)} a unit"
+    """The columns of WORKER_COLUMNS: the budget of a batch, padded or of equal shapes alone, and what its work takes."""
+    batches = f"{row.max_cost} {'padded' if row.pads else 'equal'}"
+    takes = "?" if row.base is None else f"{seconds(row.base)}+{seconds(row.per_cost or 0.0)}/unit"
     return (row.worker, rate(row.items_per_second), f"{row.busy:.0%}", str(row.items), str(row.failed), batches, takes)
 
 
@@ -52,6 +54,8 @@ def duration(value: float) -> str:
 
 def seconds(value: float) -> str:
     """A short time with its unit: `2.1 ms`, `340 µs`."""
+    if not value:
+        return "0"
     scale, unit = (1.0, "s") if value >= 1 else (1e-3, "ms") if value >= 1e-3 else (1e-6, "µs")
     return f"{value / scale:.3g} {unit}"
 
@@ -63,53 +67,56 @@ def rate(value: float) -> str:
 
 def plain(snapshot: Snapshot) -> str:
     """Both tables as text without colours, one line for each row however wide."""
-    pools = _aligned(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools])
-    workers = _aligned(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers])
-    return f"{pools}\n\n{workers if snapshot.workers else 'no worker is alive'}"
+    pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools])
+    workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers])
+    return "\n".join([*pools, "", *(workers if snapshot.workers else [NOBODY])])
 
 
-def _aligned(names: Cells, rows: Sequence[Cells]) -> str:
+def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list[str]:
+    """The head and the rows in aligned columns; the first column is shortened where `width` is too little for all."""
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) if first else cell.rjust(width) for first, cell, width in _places(row, widths))
-        for row in (names, *rows)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    gap = 2 if width is None or sum(widths) + 2 * len(widths) <= width else 1
+    if width is not None:
+        rest = sum(widths[1:]) + gap * (len(widths) - 1)
+        widths[0] = max(SHORTEST, min(widths[0], width - rest))
+    found = []
+    for first, *others in (names, *rows):
+        cells = [shortened(first, widths[0]).ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        found.append((" " * gap).join(cells).rstrip())
+    return found
 
 
-def _places(row: Cells, widths: Sequence[int]) -> list[tuple[bool, str, int]]:
-    return [(place == 0, cell, width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))]
+def shortened(text: str, room: int) -> str:
+    """`text` in `room` characters: its middle goes, since names begin with the pool and end with the process."""
+    if len(text) <= room:
+        return text
+    end = (room - 1) // 2 + 2
+    return f"{text[: room - 1 - end]}…{text[-end:]}"
 
 
-def screen(snapshot: Snapshot, *, trouble: str = "") -> Group:
-    """Both tables for a terminal; `trouble` says why they are out of date."""
+def screen(snapshot: Snapshot, *, width: int, trouble: str = "") -> Group:
+    """Both tables for a terminal of this width; `trouble` says why they are out of date."""
     from rich.console import Group
     from rich.text import Text
 
-    age = time.time() - snapshot.read_at
-    head = Text(f"pipefleet  {time.strftime('%H:%M:%S', time.localtime(snapshot.read_at))}", style="bold")
+    head = [Text(f"pipefleet  {time.strftime('%H:%M:%S', time.localtime(snapshot.read_at))}", style="bold")]
     if trouble:
-        head.append(f"  STALE, {duration(age)} old: {trouble}", style="bold red")
-    style = "dim" if trouble else ""
-    pools = _table(POOL_COLUMNS, [(pool_cells(one), _pool_style(one)) for one in snapshot.pools], style)
-    if not snapshot.workers:
-        return Group(head, "", pools, "", Text("no worker is alive", style="yellow"))
-    workers = _table(WORKER_COLUMNS, [(worker_cells(one), "") for one in snapshot.workers], style)
-    return Group(head, "", pools, "", workers)
+        head.append(Text(f"STALE, {duration(time.time() - snapshot.read_at)} old: {trouble}", style="bold red"))
+    pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools], width)
+    workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers], width)
+    dim = "dim" if trouble else ""
+    body = [Text(pools[0], style="bold cyan")]
+    body += [Text(line, style=_style(row) or dim) for line, row in zip(pools[1:], snapshot.pools, strict=True)]
+    body.append(Text(""))
+    if snapshot.workers:
+        body += [Text(workers[0], style="bold cyan"), *(Text(line, style=dim) for line in workers[1:])]
+    else:
+        body.append(Text(NOBODY, style="yellow"))
+    for line in body:
+        line.no_wrap, line.overflow = True, "ellipsis"
+    return Group(*head, Text(""), *body)
 
 
-def _pool_style(row: PoolRow) -> str:
+def _style(row: PoolRow) -> str:
     starved = row.alive == 0 and sum(row.messages.values()) > 0
     return "red" if row.dead_letters else "yellow" if starved else ""
-
-
-def _table(names: Cells, rows: Sequence[tuple[Cells, str]], style: str) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1), style=style, header_style="bold cyan")
-    for place, name in enumerate(names):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True, overflow="ellipsis")
-    for cells, row_style in rows:
-        table.add_row(*map(Text, cells), style=row_style)  # as they are: in plain strings rich takes [words] for markup
-    return table
