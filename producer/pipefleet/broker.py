@@ -40,6 +40,7 @@ from pipefleet.contract import (
 )
 from pipefleet.errors import ContractError, ServiceUnavailableError, UsageError
 from pipefleet.settings import Settings, load_settings, without_credentials
+from pipefleet.tracecontext import trace_headers
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -236,7 +237,7 @@ def celery_message(job: JobMessage, queue: str, priority: Priority) -> str:
     if size > MAX_MESSAGE_BYTES:
         raise ContractError(f"a message of {size} bytes is above the bound of {MAX_MESSAGE_BYTES}")
     headers = {**template["headers"], "id": job.id, "root_id": job.id, "argsrepr": repr((job.task,))}
-    headers.update({COST_HEADER: job.work, TIME_HEADER: time.time()})
+    headers.update({COST_HEADER: job.work, TIME_HEADER: time.time(), **trace_headers()})
     if job.shard is not None:
         headers[SHARD_HEADER] = True
     properties = {

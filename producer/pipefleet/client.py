@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from pipefleet import broker, jobs
+from pipefleet import broker, jobs, tracecontext
 from pipefleet.artifacts import resolve
 from pipefleet.contract import CONTRACT_VERSION, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import InputError, JobError, RunError, UnknownModelError
@@ -116,7 +116,8 @@ class Client:
             deadline=None if expires is None else time.time() + expires,
             reply=self._channel,
         )
-        return self._enqueue(message, queue_name(pool, self.fleet), Priority.named(priority), idempotency_key)
+        with tracecontext.submitting(spec.name, job_id):
+            return self._enqueue(message, queue_name(pool, self.fleet), Priority.named(priority), idempotency_key)
 
     def map(
         self,

@@ -62,10 +62,13 @@ class FleetPipeline:
             return self._restored(self.submit(given, **wanted).result(), wanted)
         if isinstance(given, list | tuple):
             results = [self._restored(one, wanted, bare=True) for one in self._stream(given, wanted)]
+            if self._are_joined(given, inputs):
+                return [record for records in results for record in records]
             return results[0] if self._spec.answers_one_alone and len(results) == 1 else results
         if _is_dataset(given):
             return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted))
-        return self._restored(self.submit(given, **wanted).result(), wanted)
+        result = self._restored(self.submit(given, **wanted).result(), wanted)
+        return [result] if self._is_nested(given, called) else result
 
     def submit(self, inputs: Any, *, priority: str = "normal", expires: float | None = None, **parameters: Any) -> Job:
         """Queue one input and return its Job at once."""
@@ -105,6 +108,15 @@ class FleetPipeline:
         if self._spec.media is Media.IMAGE_PAIR:
             return not any(isinstance(one, list | tuple) for one in inputs)
         return self._spec.media is Media.PROMPT and bool(inputs) and is_message(inputs[0])
+
+    def _are_joined(self, given: Iterable[Any], inputs: tuple[Any, ...]) -> bool:
+        """Whether results make one list: transformers takes texts beside pictures (`images=[…], text=[…]`) for a single input."""
+        pairs = all(isinstance(one, Mapping) and "text" in one and len(one) > 1 for one in given)
+        return self._spec.media is Media.PROMPT and pairs and not (inputs and isinstance(inputs[0], list | tuple))
+
+    def _is_nested(self, given: Any, called: Mapping[str, Any]) -> bool:
+        """Whether a text's list stands in another: with top_k in pipeline(), transformers looks for it in the call alone."""
+        return isinstance(given, str) and any(name in self._defaults.keys() - called for name in self._spec.kept_with)
 
     def _restored(self, output: Any, parameters: Mapping[str, Any], *, bare: bool = False) -> Any:
         """A result in the very form of transformers: its tuples, and without the list around the only one of a batch."""
@@ -163,7 +175,11 @@ def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[st
             raise InputError(f"{spec.name} was given {sorted(twice)[0]} twice")
         wanted.update(named)
         inputs = (wanted.pop(spec.positional[0]),) if spec.positional[0] not in spec.fields else ()
-    fields = {name: wanted.pop(name) for name in spec.fields if name in wanted and name not in spec.parameters}
+    fields = {
+        name: wanted.pop(name)
+        for name in spec.fields
+        if name in wanted and (name not in spec.parameters or _is_nested(wanted[name]))
+    }
     first = spec.positional[0] if spec.positional else None
     if inputs and fields and first in spec.fields.keys() - fields.keys() and not isinstance(inputs[0], Mapping):
         fields, inputs = {str(first): inputs[0], **fields}, ()
@@ -197,7 +213,14 @@ def _is_several(kind: Media | None, value: Any) -> bool:
     """Whether the value of a field stands for several inputs."""
     if not isinstance(value, list | tuple):
         return False
+    if kind is Media.LABELS:
+        return _is_nested(value)
     return bool(value) and not is_message(value[0]) if kind is Media.PROMPT else kind in _SINGLE
+
+
+def _is_nested(value: Any) -> bool:
+    """A list of lists: labels for each of several pictures."""
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], list | tuple)
 
 
 def _is_list_of_images(kind: Media | None, value: Any) -> bool:

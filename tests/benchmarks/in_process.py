@@ -11,12 +11,12 @@ from pipefleet.fleet import Pool
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.device_images import on_device
 from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.items import Blob, JobContext, Work
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
@@ -81,7 +81,7 @@ def _shard(workload: Workload, names: list[str]) -> tuple[list[Work], Outcomes]:
     for position, name in enumerate(names):
         content = workload.items[name]
         inputs = content if isinstance(content, str) else Blob(f"s3://pipefleet/{name}", content, None)
-        works.append(Work(context, position, JobItem(name, inputs), parameters, len(content)))
+        works.append(Work(context, position, JobItem(name, inputs), parameters, len(content), fetches=False))
     return works, sink
 
 

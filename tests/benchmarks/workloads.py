@@ -16,6 +16,8 @@ from pipefleet_workers.media.audio import decode_audio
 from tests.benchmarks.pictures import pictures, small_vit
 
 SEED = 20_240_817
+DISTINCT = 100
+"""Pictures that are made; drawing one takes longer than classifying it."""
 MODELS = Path.home() / ".cache" / "pipefleet" / "bench"
 
 
@@ -60,7 +62,9 @@ def texts(count: int) -> Workload:
 
 def images(count: int) -> Workload:
     """JPEGs of 320x240 to 1920x1080, classified by a ViT of 5.5 M parameters."""
-    return Workload("images", "image-classification", str(small_vit(MODELS)), pictures(count, SEED))
+    return Workload(
+        "images", "image-classification", str(small_vit(MODELS)), _again(pictures(min(count, DISTINCT), SEED), count)
+    )
 
 
 def speech(count: int) -> Workload:
@@ -69,7 +73,7 @@ def speech(count: int) -> Workload:
     files = {path.name: path.read_bytes() for path in assets.recordings()}
     short = {name: content for name, content in files.items() if 1.5 <= _seconds(name, content) <= 25}
     return Workload(
-        "speech", "automatic-speech-recognition", str(folder), dict(list(short.items())[:count]),
+        "speech", "automatic-speech-recognition", str(folder), _again(dict(list(short.items())[:count]), count),
         parameters={"generate_kwargs": {"num_beams": 1}},
     )  # fmt: skip
 
@@ -83,6 +87,12 @@ def trivial(count: int) -> Workload:
     items = {f"{index:06d}": " ".join(source.choices(words, k=source.randint(4, 8))) for index in range(count)}
     model = str(cached("text-classification"))
     return Workload("trivial", "text-classification", model, items, slow_items=2000)
+
+
+def _again(items: dict[str, bytes], count: int) -> dict[str, bytes]:
+    """`items`, and where they are fewer than `count` the same contents again under names of their own."""
+    more = itertools.islice(itertools.cycle(items.items()), len(items), count)
+    return items | {f"again-{index:05d}-{name}": content for index, (name, content) in enumerate(more)}
 
 
 def _seconds(name: str, content: bytes) -> float:

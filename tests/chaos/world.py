@@ -162,7 +162,13 @@ class World:
 
     def wait_ready(self) -> None:
         """Wait until every worker consumes."""
-        until(lambda: all(worker.ready for worker in self.workers), START_SECONDS, what="workers are ready")
+
+        def ready() -> bool:
+            hopeless = [worker.number for worker in self.workers if len(worker.codes) > 5]
+            assert not hopeless, f"worker {hopeless} does not start; see its log in {self.folder}"
+            return all(worker.ready for worker in self.workers)
+
+        until(ready, START_SECONDS, what="workers are ready")
 
     def clear_workers(self) -> None:
         """End all workers at once."""

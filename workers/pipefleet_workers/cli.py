@@ -100,7 +100,8 @@ def worker(arguments: argparse.Namespace) -> int:
     fleet, pool = _chosen_pool(arguments, settings.fleet_path)
     one = Worker(fleet, pool, settings, WorkerSettings())
     logs.configure(pool=pool.name, worker=one.name)
-    return one.run(device=arguments.device, ready_file=arguments.ready_file)
+    with logs.errors_as_lines():
+        return one.run(device=arguments.device, ready_file=arguments.ready_file)
 
 
 def up(arguments: argparse.Namespace) -> int:

@@ -197,7 +197,8 @@ class Engine:
                 except ItemError as error:
                     failure = error.failure
                 except Exception as error:
-                    log.exception("stage %s failed on item %s of job %s", stage, work.item.id, work.job.id)
+                    where = {"job": work.job.id, "run": work.job.run_id}
+                    log.exception("stage %s failed on item %s of job %s", stage, work.item.id, work.job.id, extra=where)
                     failure = JobFailure("internal_error", brief(error), stage)
             self._fail(work, failure)
         return done

@@ -13,13 +13,16 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, TextIO
 
-from pipefleet.errors import UsageError
+from pipefleet.errors import PipefleetError, UsageError
 
+log = logging.getLogger(__name__)
 VARIABLE = "PIPEFLEET_LOG"
 FIELDS = ("pool", "worker", "job", "run")
 """What a record may say besides, as attributes (`extra=`) or from `log_context`."""
@@ -41,17 +44,40 @@ def configure(stream: TextIO | None = None, **fields: str) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(fields) if as_json() else _text())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.captureWarnings(as_json())
+    if as_json():
+        _adopt_the_rest()
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def adopt(*names: str) -> None:
-    """Take from these libraries the handlers that they set up at import, so that all lines have one form."""
-    for name in names:
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
+def adopt_transformers() -> None:
+    """Take from transformers, once it is imported, the handler that it brings, and from JSON logs its progress bars."""
+    logger = logging.getLogger("transformers")
+    logger.handlers.clear()
+    logger.propagate = True
+    if as_json():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
+def _adopt_the_rest() -> None:
+    """What Python and Celery would print past the loggers: warnings, errors that end a thread, notes at the shutdown."""
+    from celery.apps import worker
+
+    def thread_ended(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_type is not SystemExit:
+            name = failed.thread.name if failed.thread else "?"
+            error = failed.exc_value or failed.exc_type()
+            log.error("the thread %s ended", name, exc_info=(failed.exc_type, error, failed.exc_traceback))
+
+    def process_ends(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        log.critical("the process ends", exc_info=(kind, error, trace))
+
+    logging.captureWarnings(True)
+    threading.excepthook = thread_ended
+    sys.excepthook = process_ends
+    worker.safe_say = lambda text, *_: log.info(text)
 
 
 @contextmanager
@@ -62,6 +88,18 @@ def log_context(**fields: str | None) -> Iterator[None]:
         yield
     finally:
         _context.reset(token)
+
+
+@contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """With JSON logs, an error that the command line would print becomes a line like all others, and ends the process."""
+    try:
+        yield
+    except PipefleetError as error:
+        if not as_json():
+            raise
+        log.error("%s", error)
+        sys.exit(error.exit_code)
 
 
 def say(text: str, *, trouble: bool = False, **fields: str) -> None:
@@ -85,7 +123,9 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
         line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": datetime.fromtimestamp(record.created, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),

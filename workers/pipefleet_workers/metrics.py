@@ -65,15 +65,24 @@ class Metrics:
         """Count items that have a result, with the seconds of each by stage; together, as each counter has a lock."""
         if seconds:
             self._child(self._items, "succeeded").inc(len(seconds))
+            with self._lock:
+                self._succeeded += len(seconds)
         for name in {name for one in seconds for name in one}:
             self._child(self._stage, name).inc(sum(one.get(name, 0.0) for one in seconds))
 
     def failed(self, seconds: Mapping[str, float], *, code: str, stage: str) -> None:
         """Count one item that failed in `stage`, with its seconds by stage."""
         self._child(self._items, "failed").inc()
+        with self._lock:
+            self._failed += 1
         self._child(self._failures, code, stage).inc()
         for name, value in seconds.items():
             self._child(self._stage, name).inc(value)
+
+    def totals(self) -> Totals:
+        """What was counted since the worker began."""
+        with self._lock:
+            return Totals(self._succeeded + self._failed, self._failed, self._busy_seconds)
 
     def fact(self, name: str, value: float) -> None:
         """Set one fact about batching."""

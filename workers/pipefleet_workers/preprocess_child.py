@@ -57,7 +57,7 @@ class Recipe:
 
     def adapter(self) -> Adapter:
         """An adapter that prepares, and can do no more."""
-        pipe = object.__new__(self.kind)
+        pipe: Any = object.__new__(self.kind)
         vars(pipe).update(self.state)
         pipe.model = self.model.eval()
         found = RUNTIME[self.task].adapter(pipe)
@@ -68,8 +68,9 @@ class Recipe:
 def _importable(kind: type) -> type:
     """The first class of a pipeline's family that another process can import."""
     for one in kind.__mro__:
-        if getattr(sys.modules.get(one.__module__), one.__qualname__, None) is one and one is not object:
-            return one
+        if one is not object and getattr(sys.modules.get(one.__module__), one.__qualname__, None) is one:
+            found: type = one
+            return found
     raise TypeError(f"{kind.__name__} cannot be imported")
 
 
@@ -171,10 +172,12 @@ def packed(value: Any, name: str) -> tuple[bytes, list[int], bytes]:
     if sum(sizes) <= SHARED or not _has_room(sum(sizes)):
         return stream.getvalue(), sizes, b"".join(views)
     memory = SharedMemory(name, create=True, size=sum(sizes))
-    at = 0
+    content, at = memory.buf, 0
+    assert content is not None
     for view, size in zip(views, sizes, strict=True):
-        memory.buf[at : at + size] = view
+        content[at : at + size] = view
         at += size
+    del content  # memory that is looked at cannot be closed
     memory.close()
     return stream.getvalue(), sizes, b""
 
@@ -201,7 +204,9 @@ def unpacked(message: tuple[bytes, list[int], bytes], name: str) -> Any:
 def _taken(name: str, size: int) -> bytearray:
     memory = SharedMemory(name)
     try:
-        return bytearray(memory.buf[:size])
+        content = memory.buf
+        assert content is not None
+        return bytearray(content[:size])
     finally:
         memory.close()
         memory.unlink()

@@ -9,6 +9,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
+from pipefleet.layout import RunLayout
 from pipefleet.records import FINISH, START, JobFailure, finish_arguments
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
@@ -131,9 +132,11 @@ class Reporter:
         return shards is not None and written >= int(shards)
 
     def run_cancelled(self, shard: Shard) -> bool:
-        """Whether the run of a shard was cancelled."""
+        """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked."""
+        key = broker.run_key(shard.run_id)
         with broker.redis_errors(self._settings.redis_url):
-            return bool(self._redis.hexists(broker.run_key(shard.run_id), "cancelled"))
+            cancelled, known = self._redis.hexists(key, "cancelled"), self._redis.exists(key)
+        return bool(cancelled) or (not known and self._store.exists(RunLayout(shard.run_uri).cancelled))
 
     def _fields(self, message: JobMessage, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
         """The final state of a job, and what its record says beside it. Raises what the store raises."""
@@ -143,6 +146,10 @@ class Reporter:
                 fields = self._result_fields(message, outcome.output)
             except ItemError as error:
                 failure = error.failure
+            except PipefleetError as error:
+                if error.retryable:
+                    raise
+                failure = JobFailure(error.code, str(error), "write")
         timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
         if failure is not None:
             state = _FAILED_STATES.get(failure.code, JobState.FAILED)

@@ -15,7 +15,7 @@ from pipefleet.errors import PipefleetError
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.routing import queue_name
 from pipefleet.settings import Settings
-from pipefleet_workers import logs
+from pipefleet_workers import logs, telemetry
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Worker:
         """Load the model, consume until told to stop. Raises ModelError or ServiceUnavailableError before it begins."""
         from pipefleet_workers.build import build
 
-        logs.adopt("transformers")  # imported by now, with a handler of its own
+        logs.adopt_transformers()
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)  # of a process before this one
         with broker.redis_errors(self._settings.redis_url):
@@ -68,6 +68,7 @@ class Worker:
         self._register(app, built)
         self._connect_signals(ready_file)
         built.consumer.start()
+        telemetry.start(self._pool.name, self.name)
         announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
         announcer.start()
         threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
@@ -85,6 +86,7 @@ class Worker:
         worker.start()
         announcer.join(timeout=1.0)  # or it could announce this worker once more
         self._withdraw(built.facts)
+        telemetry.stop()
         return int(worker.exitcode or 0)
 
     def _transport(self, built: Built) -> dict[str, Any]:
@@ -127,6 +129,8 @@ class Worker:
                 ready_file.unlink(missing_ok=True)
 
         signals.worker_shutting_down.connect(shutting_down, weak=False)
+        # Or Celery raises the root logger's level, and turns each piece of what is printed into a record.
+        signals.setup_logging.connect(lambda **_: None, weak=False)
 
     def _announce(self, facts: Facts) -> None:
         """Tell producers without a fleet file what is served here, again and again while this worker lives."""

@@ -73,6 +73,7 @@ ROWS = (
         parameters={"threshold": _SHARE},
         returns="[{keypoint_image_0: {x, y}, keypoint_image_1: {x, y}, score}]",
         cost_unit=CostUnit.IMAGES,
+        answers_one_alone=True,
     ),
     TaskSpec(
         name="mask-generation",

@@ -77,9 +77,10 @@ class CeleryDelivery:
         self._request = request
         self._celery = celery
         self._task = task
-        self._begun = 0.0
+        self.begun = 0.0
         self._ended = threading.Lock()
         headers, properties = request.message.headers, request.message.properties
+        self.trace = headers if "traceparent" in headers else None
         self.lease = lease_of(request.message)
         args = request.args
         self.payload = args[0] if isinstance(args, list) and len(args) == 1 else args
@@ -111,7 +112,7 @@ class CeleryDelivery:
 
     def started(self) -> None:
         """Tell Celery that work begins."""
-        self._begun = time.monotonic()
+        self.begun = time.monotonic()
         self._celery.call_soon(self._accept)
 
     def done(self, state_reached: str) -> None:
@@ -141,7 +142,7 @@ class CeleryDelivery:
     def _finish(self, reached: str) -> None:
         state.task_ready(self._request)
         self._request.acknowledge()
-        seconds = time.monotonic() - self._begun if self._begun else 0.0
+        seconds = time.monotonic() - self.begun if self.begun else 0.0
         self._send("task-succeeded", result=reached, runtime=seconds)
 
     def _reject(self, *, requeue: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pipefleet.contract import JobMessage
 from pipefleet.errors import ServiceUnavailableError
+from pipefleet_workers import telemetry
 from pipefleet_workers.consume.delivery import Delivery, DrainedError
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.jobs import Jobs, work_of
@@ -45,6 +46,8 @@ class Single:
     context: JobContext | None = None
     ended: threading.Event | None = None
     """Set when the delivery has left this worker's hands, for who waits."""
+    left: bool = False
+    """Set when its delivery has ended."""
     _end: Outcome | Exception | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -141,11 +144,16 @@ class Singles:
             else:
                 finished.append((single, end))
         ends = [(single.message, outcome) for single, outcome in finished]
-        for (single, _), state in zip(finished, self._reporter.finish_many(ends), strict=True):
+        for (single, outcome), state in zip(finished, self._reporter.finish_many(ends), strict=True):
+            if isinstance(state, str):
+                telemetry.job_ended(single.delivery, single.message, outcome)
             self._leave(single, state)
 
     def _leave(self, single: Single, end: str | Exception) -> None:
-        """The one place where a single job's delivery ends."""
+        """The one place where a single job's delivery ends. Once: a second call, after an error in between, does nothing."""
+        if single.left:
+            return
+        single.left = True
         if single.context is not None:
             self._jobs.end(single.context)
         if isinstance(end, str):

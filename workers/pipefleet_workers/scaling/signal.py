@@ -84,11 +84,13 @@ class Memory:
     @classmethod
     def from_json(cls, value: Any) -> Memory:
         """The reverse of `to_json`. Raises ValueError, LookupError or TypeError for anything else."""
-        totals = {name: Done(float(value[name]["cost"]), float(value[name]["seconds"])) for name in _TOTALS}
+        totals = (Done(float(value[name]["cost"]), float(value[name]["seconds"])) for name in _TOTALS)
+        done, saturated, device, served = totals
         means = {str(key): float(mean) for key, mean in value["means"].items()}
         at = None if value["at"] is None else float(value["at"])
-        memory = cls(at, float(value["outstanding"]), int(value["waiting"]), **totals, means=means)
-        return replace(memory, pending=float(value.get("pending", 0.0)), workers=int(value.get("workers", 0)))
+        outstanding, waiting = float(value["outstanding"]), int(value["waiting"])
+        pending, workers = float(value.get("pending", 0.0)), int(value.get("workers", 0))
+        return cls(at, outstanding, waiting, done, saturated, device, served, means, pending, workers)
 
 
 _TOTALS = ("done", "saturated", "device", "served")
