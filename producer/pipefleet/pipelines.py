@@ -15,7 +15,7 @@ from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError, UnknownModelError
 from pipefleet.inputs import is_message, is_table
 from pipefleet.jobs import Job
-from pipefleet.tasks import Media, TaskSpec, task_spec
+from pipefleet.tasks import Media, TaskSpec, implied_parameters
 
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
 """Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
@@ -31,17 +31,22 @@ _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
 
 
 class FleetPipeline:
-    """A task on the fleet, callable like a transformers pipeline. Thread-safe. `task` is the name it was asked for by."""
+    """A task on the fleet, callable like a transformers pipeline. Thread-safe. `defaults` are parameters of every call."""
 
     def __init__(
-        self, client: Client, task: str, *, model: str | None, revision: str | None, defaults: Mapping[str, Any]
+        self,
+        client: Client,
+        spec: TaskSpec,
+        *,
+        model: str | None,
+        revision: str | None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self._client = client
-        self._asked = task
-        self._spec = task_spec(task)
+        self._spec = spec
         self._model = model
         self._revision = revision
-        self._defaults = dict(defaults)
+        self._defaults = dict(defaults or {})
 
     @property
     def task(self) -> str:
@@ -77,7 +82,7 @@ class FleetPipeline:
         if reserved:
             raise ParameterError(f"{sorted(reserved)[0]} is an argument of Client.submit, not of a pipeline")
         return self._client.submit(
-            self._asked,
+            self._spec.name,
             inputs,
             model=self._model,
             revision=self._revision,
@@ -141,14 +146,17 @@ def pipeline(
     hold for every call that does not say otherwise; those that choose hardware (`device`, `dtype`, `batch_size` …) are accepted
     and left to the fleet. Raises UnknownModelError with a list of what is served, ParameterError for anything else.
     """
-    for name in sorted(_OF_THE_POOL & set(parameters)):
-        raise ParameterError(f"{name} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()")
+    for foreign in sorted(_OF_THE_POOL & set(parameters)):
+        raise ParameterError(
+            f"{foreign} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()"
+        )
     client = client or Client()
     name = _task_of(client, model, revision) if task is None else task
     spec, _ = client.route(name, model, revision)
     defaults = {key: value for key, value in parameters.items() if key not in _ACCEPTED}
     spec.check(defaults)
-    return FleetPipeline(client, name, model=model, revision=revision, defaults=defaults)
+    defaults = {**implied_parameters(name), **defaults}
+    return FleetPipeline(client, spec, model=model, revision=revision, defaults=defaults)
 
 
 def _task_of(client: Client, model: str | None, revision: str | None) -> str:

@@ -385,8 +385,8 @@ class TestPipeline:
         assert [client.job(job_id).status() for job_id in left] == [JobState.CANCELLED] * 2
 
     def test_unknown_arguments_and_models_are_refused_at_once(self, client: Client) -> None:
-        with pytest.raises(ParameterError, match="takes no argument 'top_k'"):
-            pipeline(TEXTS, client=client, top_k=1)
+        with pytest.raises(ParameterError, match=r"takes no parameter 'topk' \(did you mean 'top_k'"):
+            pipeline(TEXTS, client=client, topk=1)
         with pytest.raises(UnknownModelError, match="served are: text-classification: /models/texts"):
             pipeline(TEXTS, model="org/none", client=client)
         with pytest.raises(ParameterError, match="idempotency_key is an argument of Client"):

@@ -21,7 +21,7 @@ class Echo(FleetPipeline):
     """Answers every input with what it was given and the answers of its task, without a fleet."""
 
     def __init__(self, task: str, answer: Any) -> None:
-        self._spec = task_spec(task)
+        super().__init__(None, task_spec(task), model=None, revision=None)  # type: ignore[arg-type]
         self.answer = answer
         self.given: list[tuple[Any, dict[str, Any]]] = []
 

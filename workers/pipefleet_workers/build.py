@@ -15,6 +15,7 @@ from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
 from pipefleet.storage import join_uri
 from pipefleet.tasks import task_spec
+from pipefleet_workers.acceleration import accelerated
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.consumer import Consumer, Limits
 from pipefleet_workers.consume.health import Health
@@ -29,6 +30,7 @@ from pipefleet_workers.gpu_metrics import visible_gpus, watch_gpus
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.models import load_pipeline
 from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.pulse import Pulse
 from pipefleet_workers.reports import Reporter
 from pipefleet_workers.runtime import RUNTIME
@@ -81,15 +83,19 @@ def build(
     if pipe.device.type == "cuda":
         gpus = visible_gpus(every=pool.device_map is not None, index=pipe.device.index)
         watch_gpus(instruments.metrics, pool.name, gpus)
-    adapter: Any = row.adapter(pipe)
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
+    parameters = {**row.example_parameters, **pool.parameters}
+    adapter: Any = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
     found = _warmed(adapter, pool, worker_settings, instruments, default)
+    processes = (
+        PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
+    )
     if worker_settings.simulated_device:
         adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     outlets = _outlets(pool, settings, worker_settings, name)
     decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
-    stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter)
+    stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter, processes)
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)

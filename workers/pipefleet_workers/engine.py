@@ -138,14 +138,17 @@ class Engine:
         return self._enter(decoded, prepared)
 
     def _enter(self, items: Sequence[Fetched | Decoded], prepared: Sequence[list[Unit] | ItemError]) -> None:
-        """Let the units into the room before the device; end the items that have none."""
+        """Let the units into the room before the device, all in one go; end the items that have none."""
+        entering: list[Unit] = []
         for one, units in zip(items, prepared, strict=True):
             if isinstance(units, ItemError):
                 self._fail(one.work, units.failure)
             elif not units:
                 self._fail(one.work, JobFailure("bad_input", "the input is empty for this model", "preprocess"))
             else:
-                self.room.put(units)
+                entering += units
+        if entering:
+            self.room.put(entering)
 
     def _prepare(self, decoded: Sequence[Decoded]) -> list[Any]:
         begin = time.perf_counter()

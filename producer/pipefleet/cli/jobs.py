@@ -16,14 +16,13 @@ def register(commands: Commands) -> None:
     parser = command(
         commands, "submit", submit,
         help="run a task on one or several inputs and print the results",
-        example="pipefleet submit text-classification 'I like it' --param top_k=2\n"
-        """  pipefleet submit vqa '{"image": "cat.jpg", "question": "What is it?"}' --json""",
+        example="pipefleet submit text-classification 'I like it' --param top_k=2",
     )  # fmt: skip
     parser.add_argument("task", help="a task, see `pipefleet tasks`")
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
-        help="a text, an s3:// URI or a local file; a JSON object where the task takes several fields, a JSON list for a "
-        "chat or a pair of images",
+        help="a text, an s3:// URI or a local file; where the task takes several fields, a JSON object such as "
+        """'{"image": "cat.jpg", "question": "What?"}'; for a chat or a pair of images, a JSON list""",
     )  # fmt: skip
     add_model_options(parser)
     parser.add_argument("--priority", choices=("high", "normal", "low"), default="normal")
