@@ -39,7 +39,7 @@ from pipefleet.contract import (
     encode_json,
 )
 from pipefleet.errors import ContractError, ServiceUnavailableError, UsageError
-from pipefleet.settings import Settings, load_settings, without_credentials
+from pipefleet.settings import Settings, without_credentials
 from pipefleet.tracecontext import trace_headers
 
 if TYPE_CHECKING:
@@ -209,12 +209,6 @@ def celery_app(
     return app
 
 
-def __getattr__(name: str) -> Any:
-    if name == "flower_app":  # `celery --app pipefleet.broker:flower_app flower`
-        return celery_app(load_settings())
-    raise AttributeError(name)
-
-
 @functools.cache
 def _template() -> dict[str, Any]:
     """Headers and properties of a protocol 2 message as this Celery writes them, made once and filled in per job."""
@@ -354,6 +348,13 @@ def count_dead_letters(redis: Redis, queue: str) -> int:
     pipe.llen(keys["unreported_key"])
     pipe.llen(keys["dead_key"])
     return sum(pipe.execute())
+
+
+def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
+    """Put the text of a message to the dead letters of a queue."""
+    seconds, micros = _all(redis.time())
+    entry = {"reason": reason, "at": int(seconds) + int(micros) / 1e6, "queue": queue, "deliveries": deliveries}
+    redis.lpush(unacked_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
 
 
 _MOVE_LETTER = """

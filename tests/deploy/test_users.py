@@ -94,7 +94,7 @@ def test_producer_worker_scaler_and_flower_have_the_rights_they_need(guarded: Gu
         folder.mkdir()
     commands = [
         [sys.executable, "-m", "pipefleet", "worker", "--ready-file", str(tmp_path / "ready")],
-        [sys.executable, "-m", "celery", "--app", "pipefleet.broker:flower_app", "flower"],
+        [sys.executable, "-m", "celery", "--app", "pipefleet.flower:app", "flower"],
     ]
     with ExitStack() as stack:
         started = [

@@ -27,7 +27,7 @@ from pipefleet.errors import InputError, ParameterError, UnknownModelError
 from pipefleet.objects import ObjectStore
 from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment
-from tests.checkpoints import CHECKPOINTS, cached
+from tests.checkpoints import cached
 from tests.checkpoints.media import audio, document, image, image_bytes, sound_bytes
 from tests.parity.harness import assert_same, load
 from tests.parity.in_process_worker import working
@@ -585,7 +585,3 @@ def test_what_is_no_input_at_all_is_refused_before_anything_is_queued(fleet: Tut
     with pytest.raises(InputError, match="one-dimensional array"):
         fleet.pipe("ctc")(torch.zeros(2, 5))
 
-
-def test_the_sample_inputs_hold_what_they_say() -> None:
-    """The checkpoints that are served here are those whose cases the parity tests hold."""
-    assert set(SERVED.values()) <= set(CHECKPOINTS)

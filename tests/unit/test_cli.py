@@ -34,7 +34,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 EVERY = {"submit", "map", "status", "resume", "cancel", "failures", "tasks", "queues", "up", "worker", "doctor", "scaler"}
-EVERY |= {"simulate", "render", "dead-letters"}
+EVERY |= {"simulate", "render", "dead-letters", "top"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

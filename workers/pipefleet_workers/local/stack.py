@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _Part = TypeVar("_Part", RedisServer, S3Server)
 
-FLOWER_APP = "pipefleet.broker:flower_app"
+FLOWER_APP = "pipefleet.flower:app"
 SERVER_SECONDS = 30.0
 WORKER_SECONDS = 300.0
 WORKER_GRACE = 20.0

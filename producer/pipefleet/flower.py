@@ -1,0 +1,8 @@
+"""The Celery application for Flower, which wants to be given one by name: `celery --app pipefleet.flower:app flower`."""
+
+from __future__ import annotations
+
+from pipefleet.broker import celery_app
+from pipefleet.settings import load_settings
+
+app = celery_app(load_settings())
