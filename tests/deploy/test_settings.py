@@ -8,6 +8,7 @@ from flower import options as _options  # noqa: F401 - defines Flower's options
 from tornado.options import options
 
 from pipefleet.settings import Settings
+from pipefleet_workers import logs
 from pipefleet_workers.settings import WorkerSettings
 from tests.deploy.project import PASSWORDS
 from tests.deploy.tools import DEPLOY, ROOT
@@ -25,7 +26,7 @@ def test_settings_of_workers_and_producers_exist() -> None:
     workers = {f"PIPEFLEET_WORKER_{name.upper()}" for name in WorkerSettings.model_fields}
     producers = {f"PIPEFLEET_{name.upper()}" for name in Settings.model_fields}
     assert len(named("PIPEFLEET_WORKER_")) >= 5
-    assert named("PIPEFLEET_") <= workers | producers | OF_COMPOSE
+    assert named("PIPEFLEET_") <= workers | producers | OF_COMPOSE | {logs.VARIABLE}
 
 
 def test_passwords_that_compose_wants_are_in_the_example() -> None:
