@@ -33,7 +33,20 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(found.choices)
 
 
-EVERY = {"submit", "map", "status", "resume", "cancel", "failures", "tasks", "queues", "up", "worker", "doctor", "scaler"}
+EVERY = {
+    "submit",
+    "map",
+    "status",
+    "resume",
+    "cancel",
+    "failures",
+    "tasks",
+    "queues",
+    "up",
+    "worker",
+    "doctor",
+    "scaler",
+}
 EVERY |= {"simulate", "render", "dead-letters", "top"}
 
 

@@ -7,8 +7,8 @@ import threading
 from pipefleet.contract import JobItem
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
-from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
 
 SECONDS = 30.0
 

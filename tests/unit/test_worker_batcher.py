@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipefleet.contract import JobItem
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
-from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
 
 KEYS = ("short labels", ("nested", 1), ("nested", 2))
 PRIORITIES = (0, 3, 9)

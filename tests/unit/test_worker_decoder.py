@@ -8,8 +8,8 @@ import pytest
 
 from pipefleet.contract import JobItem
 from pipefleet.tasks import task_spec
-from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
 

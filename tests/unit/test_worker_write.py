@@ -17,9 +17,9 @@ from pipefleet.errors import ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
+from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.stages.artifacts import INLINE_NUMBERS
 from pipefleet_workers.stages.write import PartWriter, dumps
 

@@ -87,9 +87,7 @@ def build(
     parameters = {**row.example_parameters, **pool.parameters}
     adapter: Any = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
     found = _warmed(adapter, pool, worker_settings, instruments, default)
-    processes = (
-        PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
-    )
+    processes = PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
     if worker_settings.simulated_device:
         adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)

@@ -30,6 +30,7 @@ class WorkerSettings(BaseSettings):
     max_audio_seconds: float = Field(6 * 3600.0, gt=0, description="longest recording that is decoded")
     max_video_frames: int = Field(100_000, ge=1, description="frames of a video that are decoded at most")
     max_text_bytes: int = Field(16 << 20, ge=1, description="longest text that is read from an object")
+    max_tokens: int = Field(8192, ge=1, description="tokens of one text, where its model has no table of positions")
     allowed_uris: str = Field("s3://", description="comma-separated prefixes that inputs and outputs may lie under")
     drain_seconds: float = Field(5.0, ge=0, description="seconds that started work may take after SIGTERM")
     simulated_device: str = Field("", description="BASE,PER_COST in seconds: a forward takes at least this long")

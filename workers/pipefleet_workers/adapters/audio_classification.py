@@ -12,7 +12,7 @@ from typing import Any
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
-from pipefleet_workers.adapters.waveforms import frames, hears_padding, padded
+from pipefleet_workers.adapters.waveforms import frames, hears_padding, padded, require_frames
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 
@@ -37,6 +37,7 @@ class AudioClassifier(Adapter):
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         arguments = self.parse(decoded.work.parameters)
         features = dict(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
+        require_frames(self.pipe.model, features)
         masked = self.pads and "attention_mask" in features
         key = (arguments.forward_key, tuple(features) if masked else shape_key(features))
         assembly = Assembly(decoded.work, expected=1, context=arguments)

@@ -15,6 +15,7 @@ import torch
 
 from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+from pipefleet_workers.settings import WorkerSettings
 
 _PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
 _OWN_PARAMETERS = ("pooling", "normalize")
@@ -63,6 +64,7 @@ class Adapter:
         """Called by an adapter whose forward takes many steps, at each of them; the engine lets it feed the watchdog."""
         self.release: Callable[[Unit, Any], None] = _keep
         """Called by an adapter that knows the output of a unit before its batch has ended; the engine hands it on at once."""
+        self.max_tokens = WorkerSettings().max_tokens
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
 
@@ -71,6 +73,16 @@ class Adapter:
         """The model's own rate in Hz, for audio."""
         extractor = getattr(self.pipe, "feature_extractor", None)
         return getattr(extractor, "sampling_rate", None)
+
+    def longest(self, positions: int | None) -> int:
+        """Tokens that a text may have: those of a table of positions, else what the settings or the model's config allow.
+
+        Without a bound one text could take all memory, which grows with the square of its tokens, and the worker with it.
+        """
+        if positions is not None:
+            return positions
+        known = getattr(self.pipe.model.config.get_text_config(), "max_position_embeddings", None)
+        return max(self.max_tokens, known or 0)
 
     def example(self, size: int) -> Any:
         """An input of about `size` for the warm-up; None where one can be made up from the task's media alone."""

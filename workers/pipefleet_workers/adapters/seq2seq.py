@@ -49,8 +49,9 @@ class TextRewriter(TextGenerator):
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
         """The text, the one token that its decoder begins with, and the tokens of the text."""
         ids: torch.Tensor = self.copies.get().preprocess(value, **arguments.fresh().preprocess)["input_ids"][0].long()
-        if self._readable is not None and len(ids) > self._readable:
-            text = f"the text has {len(ids)} tokens, the model takes {self._readable}; pass truncation=true to cut it"
+        longest = self.longest(self._readable)
+        if len(ids) > longest:
+            text = f"the text has {len(ids)} tokens, the model takes {longest}; pass truncation=true to cut it"
             raise ItemError("too_long", text, STAGE)
         if not len(ids):
             raise ItemError("bad_input", "the text is empty, and the tokenizer adds no token to it", STAGE)

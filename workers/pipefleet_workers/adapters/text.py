@@ -119,9 +119,10 @@ class TextEncoder(Adapter):
     def unit(self, assembly: Assembly, index: int, features: Mapping[str, Any], arguments: Arguments) -> Unit:
         """A unit of lists of numbers, one for each input of the model. Raises ItemError (too_long)."""
         length = len(features["input_ids"])
-        if self._positions is not None and length > self._positions:
+        longest = self.longest(self._positions)
+        if length > longest:
             # Refused here: on a GPU an index beyond the table breaks the device for every later input.
-            text = f"the text has {length} tokens, the model takes {self._positions}; {self.cut_hint}"
+            text = f"the text has {length} tokens, the model takes {longest}; {self.cut_hint}"
             raise ItemError("too_long", text, STAGE)
         alike = None if self.pads else length
         key = (self.key(assembly.work.parameters), arguments.forward_key, tuple(features), alike)

@@ -104,6 +104,9 @@ class TextToAudio(Adapter):
         length = int(features["input_ids"].shape[-1])
         if not length:
             raise ItemError("bad_input", "the text has nothing that the model could speak", STAGE)
+        if length > self.longest(None):
+            text = f"the text has {length} tokens, the model takes {self.longest(None)}; cut it into sentences"
+            raise ItemError("too_long", text, STAGE)
         request = Request(arguments, default_seed(decoded.work) if seed is None else seed)
         assembly = Assembly(decoded.work, expected=1, context=request)
         key = (arguments.forward_key, tuple(features), None if self.pads else id(assembly))

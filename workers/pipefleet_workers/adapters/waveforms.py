@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from pipefleet_workers.arguments import STAGE
+from pipefleet_workers.items import ItemError
+
 SAMPLES_PER_FRAME = 160
 """Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all models that hear."""
 
@@ -16,6 +19,20 @@ def frames(features: torch.Tensor) -> int:
     if features.ndim == 2:
         return max(1, features.shape[1] // SAMPLES_PER_FRAME)
     return max(features.shape[1:])
+
+
+def require_frames(model: Any, features: Mapping[str, Any]) -> None:
+    """Raise ItemError (bad_input) for a waveform that is too short for the convolutions of its model."""
+    counts = getattr(model, "_get_feat_extract_output_lengths", None)
+    wave = features.get("input_values")
+    if counts is None or wave is None or wave.ndim != 2:
+        return
+    samples = int(wave.shape[1])
+    left = samples
+    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
+        left = (left - kernel) // stride + 1 if left >= kernel else 0
+    if left < 1:
+        raise ItemError("bad_input", f"the recording has {samples} samples, too few for this model", STAGE)
 
 
 def hears_padding(model: Any) -> bool:

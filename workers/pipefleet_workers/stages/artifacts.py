@@ -61,7 +61,11 @@ class ArtifactWriter:
     def _walk_list(self, values: list[Any] | tuple[Any, ...], prefix: str, name: str) -> Any:
         if not values or isinstance(values[0], float | int | str):  # lists of numbers are most of what there is
             return values
-        if isinstance(values[0], np.ndarray) and values[0].dtype == np.bool_ and len({one.shape for one in values}) == 1:
+        if (
+            isinstance(values[0], np.ndarray)
+            and values[0].dtype == np.bool_
+            and len({one.shape for one in values}) == 1
+        ):
             masks = np.stack(values)  # hundreds of masks of one picture are one object
             facts = {"kind": "mask_list", "shape": list(masks.shape)}
             return self._put(_npy(np.packbits(masks)), prefix, f"{name}.npy", **facts)

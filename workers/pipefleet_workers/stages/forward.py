@@ -21,6 +21,10 @@ _BROKEN = ("device-side assert", "illegal memory access", "unspecified launch fa
 """After these a CUDA context answers every call with an error, so every later item would fail as well."""
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""Words of the allocators of GPUs, of Linux and of Windows."""
+
+
 class DeviceBrokenError(Exception):
     """The device can only be used again by a new process."""
 
@@ -90,7 +94,8 @@ class Forward:
 
 def _out_of_memory(error: BaseException) -> bool:
     """Torch names it differently on each kind of device."""
-    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower()
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def _failure(unit: Unit, error: BaseException) -> JobFailure:
