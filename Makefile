@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check format bench clean
+.PHONY: setup run test check format bench chaos clean
 
 setup: .venv/.ok
 
@@ -30,6 +30,9 @@ format: .venv/.ok
 
 bench: .venv/.ok  ## throughput against transformers' own pipeline, printed as ratios
 	$(BIN)/python -m tests.benchmarks
+
+chaos: .venv/.ok  ## every delivery guarantee with processes that are killed, paused and cut off; takes about half an hour
+	$(BIN)/python -m tests.chaos
 
 clean:
 	rm -rf .venv .pipefleet .pytest_cache .mypy_cache .ruff_cache .hypothesis

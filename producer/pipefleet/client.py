@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
+from pipefleet.parts import FORMATS
 from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record
 from pipefleet.routing import queue_name, route
 from pipefleet.runs import Run, plan_run
@@ -30,7 +32,6 @@ from pipefleet.storage import split_uri
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
 from pipefleet.watcher import Watcher
 
-FORMATS = ("jsonl",)
 ANNOUNCED_SECONDS = 5.0
 """How long what the workers announce is taken as it was read."""
 
@@ -135,7 +136,8 @@ class Client:
 
         `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl` or `.csv`) there or here, a local folder, or any iterable of
         inputs. Returns when the first shard is queued; planning goes on in a thread that `close` waits for. `shard_size`
-        bounds the items of a shard (default: growing from 16 to 512). Raises UsageError for anything wrong with the
+        bounds the items of a shard (default: growing from 16 to 512). `format` is that of the parts: `jsonl`, or `parquet`, where
+        embeddings are vectors (it needs pyarrow here and on the workers). Raises UsageError for anything wrong with the
         arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis or S3 is away.
         """
         spec, pool = self.route(task, model, revision)
@@ -143,9 +145,10 @@ class Client:
         parameters = {**implied_parameters(task), **(parameters or {})}
         if format not in FORMATS:
             raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
+        FORMATS[format].require()
         if shard_size is not None and shard_size < 1:
             raise RunError("shard_size must be at least 1")
-        layout = RunLayout.at(output)
+        layout = replace(RunLayout.at(output), format=format)
         plan = RunPlan(
             id=uuid.uuid4().hex,
             task=spec.name,

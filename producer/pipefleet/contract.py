@@ -78,7 +78,10 @@ class JobItem:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A slice of a bulk run: `count` items from position `first`, listed at `uri`; `run_uri` is the run's output."""
+    """A slice of a bulk run: `count` items from position `first`, listed at `uri`; `run_uri` is the run's output.
+
+    `format` is that of its part; on the wire it is left out where it is JSON lines.
+    """
 
     run_id: str
     run_uri: str
@@ -86,20 +89,22 @@ class Shard:
     index: int
     first: int
     count: int
+    format: str = "jsonl"
 
     def to_json(self) -> dict[str, Any]:
         """The wire form."""
-        return {name: getattr(self, name) for name in ("run_id", "run_uri", "uri", "index", "first", "count")}
+        body = {name: getattr(self, name) for name in ("run_id", "run_uri", "uri", "index", "first", "count")}
+        return body if self.format == "jsonl" else {**body, "format": self.format}
 
     @classmethod
     def from_json(cls, value: Any) -> Shard:
         """The reverse of `to_json`. Raises ContractError for anything else."""
         names = {"run_id", "run_uri", "uri", "index", "first", "count"}
-        fields = _object(value, "a shard", required=names)
-        texts = all(isinstance(fields[name], str) for name in ("run_id", "run_uri", "uri"))
+        fields = _object(value, "a shard", required=names, optional={"format"})
+        texts = all(isinstance(fields.get(name, ""), str) for name in ("run_id", "run_uri", "uri", "format"))
         counts = all(type(fields[name]) is int and fields[name] >= 0 for name in ("index", "first", "count"))
         if not texts or not counts:
-            raise ContractError("a shard needs texts as run_id, run_uri and uri, whole numbers elsewhere")
+            raise ContractError("a shard needs texts as run_id, run_uri, uri and format, whole numbers elsewhere")
         return cls(**fields)
 
 

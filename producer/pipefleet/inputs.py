@@ -9,7 +9,7 @@ from typing import Any
 from pipefleet.contract import encode_json
 from pipefleet.errors import InputError, nearest
 from pipefleet.objects import ObjectStore
-from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri
+from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
 
@@ -215,6 +215,7 @@ class InputPreparer:
 
     def _data(self, value: Any) -> Any:
         encode_json(value)
+        refs_in(value)
         return value
 
 

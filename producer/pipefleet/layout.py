@@ -3,7 +3,7 @@
 <output>/_run/plan.json             what is to be run, written first
 <output>/_run/shards/00000.jsonl    the items of a shard
 <output>/_run/run.json              the plan with its totals, written when every shard is there; never changed
-<output>/part-00000.jsonl           the results of a shard, a line for each item, in the shard's order
+<output>/part-00000.jsonl           (or .parquet) the results of a shard, a line for each item, in the shard's order
 <output>/artifacts/<position>/…     what does not fit a JSON line
 <output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
 <output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
@@ -22,14 +22,15 @@ from pipefleet.contract import CONTRACT_VERSION
 from pipefleet.errors import RunError
 from pipefleet.storage import directory_uri
 
-_NUMBERED = re.compile(r"(\d{5,})\.jsonl$")
+_NUMBERED = re.compile(r"(\d{5,})\.(?:jsonl|parquet)$")
 
 
 @dataclass(frozen=True, slots=True)
 class RunLayout:
-    """The names of one run. `uri` is its output prefix, with a slash at the end."""
+    """The names of one run. `uri` is its output prefix, with a slash at the end; `format` that of its parts."""
 
     uri: str
+    format: str = "jsonl"
 
     @classmethod
     def at(cls, uri: str) -> RunLayout:
@@ -87,7 +88,7 @@ class RunLayout:
 
     def part(self, index: int) -> str:
         """The results of one shard."""
-        return f"{self.parts}{index:05d}.jsonl"
+        return f"{self.parts}{index:05d}.{self.format}"
 
     def failed_shard(self, index: int) -> str:
         """The failed items of one shard."""

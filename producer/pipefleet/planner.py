@@ -67,7 +67,7 @@ def shard_id(run_id: str, index: int) -> str:
 
 def shard_message(plan: RunPlan, layout: RunLayout, index: int, first: int, count: int) -> JobMessage:
     """The message for one shard of a run."""
-    shard = Shard(plan.id, layout.uri, layout.shard(index), index, first, count)
+    shard = Shard(plan.id, layout.uri, layout.shard(index), index, first, count, plan.format)
     return JobMessage(
         id=shard_id(plan.id, index),
         task=plan.task,

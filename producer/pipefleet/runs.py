@@ -20,6 +20,7 @@ from pipefleet.contract import JobMessage, Priority
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
 from pipefleet.finishing import failed_lines, finalise, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan, index_of
+from pipefleet.parts import JsonLines, part_format
 from pipefleet.planner import (
     Planner,
     decode_shard_line,
@@ -60,7 +61,8 @@ class Run:
     @classmethod
     def open(cls, client: Client, layout: RunLayout) -> Run:
         """The run at a URI. Raises RunError where there is none."""
-        return cls(client, layout, read_plan(client.store, layout))
+        plan = read_plan(client.store, layout)
+        return cls(client, replace(layout, format=plan.format), plan)
 
     def __repr__(self) -> str:
         return f"Run({self.uri!r})"
@@ -143,9 +145,16 @@ class Run:
         """
         index = 0
         while self._wait_for_part(index):
-            for line in self._client.store.lines(self._layout.part(index)):
-                yield self._row(json.loads(line))
+            for row in self._part(index):
+                yield self._row(row)
             index += 1
+
+    def _part(self, index: int) -> Iterator[dict[str, Any]]:
+        """The rows of a part: lines as they come, of another format from the whole part."""
+        uri, store = self._layout.part(index), self._client.store
+        if self._plan.format == JsonLines.name:
+            return map(json.loads, store.lines(uri))
+        return part_format(self._plan.format).rows(store.get(uri))
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "output": resolve(row["output"], self._client.store.get)} if "output" in row else row
@@ -333,7 +342,7 @@ class Run:
 
     def _restore_part(self, index: int) -> None:
         positions = [decode_shard_line(line)[0] for line in self._client.store.lines(self._layout.shard(index))]
-        rows = [json.loads(line) for line in self._client.store.lines(self._layout.part(index))]
+        rows = list(self._part(index))
         write_failed_rows(self._client.store, self._layout, index, rows)
         pipe = self._client.redis.pipeline(transaction=False)
         for position, row in zip(positions, rows, strict=True):

@@ -17,6 +17,8 @@ from pipefleet.errors import ContractError, InputError
 REF_KEY = "$ref"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
 MAX_KEY_BYTES = 1024  # S3's own bound
+MAX_DEPTH = 100
+"""Levels of lists and objects in an input; Python itself ends at a few hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +114,21 @@ def directory_uri(uri: str) -> str:
     return uri.rstrip("/") + "/"
 
 
-def map_refs(value: Any, change: Callable[[StorageRef], Any]) -> Any:
-    """A copy of a JSON value in which every reference is replaced by what `change` returns for it."""
+def map_refs(value: Any, change: Callable[[StorageRef], Any], *, depth: int = MAX_DEPTH) -> Any:
+    """A copy of a JSON value in which every reference is replaced by what `change` returns for it.
+
+    Raises ContractError for a reference that is none, and for a value of more than `depth` levels.
+    """
+    if depth < 0:
+        raise ContractError(f"the input is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):  # most of what there is, and quick to tell
         return value
     if is_ref(value):
         return change(StorageRef.from_json(value))
     if isinstance(value, Mapping):
-        return {key: map_refs(item, change) for key, item in value.items()}
+        return {key: map_refs(item, change, depth=depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [map_refs(item, change) for item in value]
+        return [map_refs(item, change, depth=depth - 1) for item in value]
     return value
 
 

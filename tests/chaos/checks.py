@@ -59,7 +59,8 @@ def leftovers(world: World, *, dead: int = 0) -> list[str]:
     left += [f"{redis.llen(name)} messages wait" for name in broker.queue_lists(QUEUE) if redis.llen(name)]
     left += [f"a journal {key!r}" for key in redis.scan_iter("pipefleet:*suspects*")]
     for key in redis.scan_iter("pipefleet:job:*"):
-        state = (redis.hget(key, "state") or b"").decode()
+        value: Any = redis.hget(key, "state")
+        state = (value or b"").decode()
         if not state or not JobState(state).final:
             left.append(f"{key.decode()} is {state or 'without a state'}")
     letters = broker.count_dead_letters(redis, QUEUE)

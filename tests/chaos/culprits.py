@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from pipefleet import broker
 from pipefleet.errors import JobFailedError
@@ -18,7 +19,7 @@ PATIENCE = 300.0
 CODE = "killed_worker"
 
 
-def shard_with(world: World, bad: dict[int, str], *, workers: int = 2, **settings: object) -> Finding:
+def shard_with(world: World, bad: dict[int, str], *, workers: int = 2, **settings: Any) -> Finding:
     """A shard of 200 with bad items, innocent shards and single jobs beside it."""
     with world.scene(workers=workers, **settings) as client:
         rows = texts(200)

@@ -7,6 +7,7 @@ and, when one ended, `{"ended": pid, "code": code}` with the negative signal for
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import select
@@ -16,6 +17,11 @@ import time
 from typing import Any
 
 LOOK_SECONDS = 0.02
+MODULES = (
+    *("celery.apps.worker", "celery.worker.consumer", "transformers.models.bert.modeling_bert"),
+    *("pipefleet.cli", "pipefleet_workers.build", "pipefleet_workers.delivery.transport", "pipefleet_workers.worker"),
+    "tests.chaos.saboteur",
+)
 
 
 def main() -> int:
@@ -40,16 +46,8 @@ def main() -> int:
 
 def import_all() -> None:
     """What takes long; nothing here starts a thread or opens a connection, which a fork would break."""
-    import celery.apps.worker
-    import celery.worker.consumer
-    import transformers.models.bert.modeling_bert
-    import transformers.models.distilbert.modeling_distilbert
-
-    import pipefleet.cli
-    import pipefleet_workers.build
-    import pipefleet_workers.delivery.transport
-    import pipefleet_workers.worker
-    import tests.chaos.saboteur  # noqa: F401
+    for module in MODULES:
+        importlib.import_module(module)
 
 
 def answer(value: dict[str, Any]) -> None:

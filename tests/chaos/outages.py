@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from pipefleet.client import Client
 from pipefleet.errors import JobError, ServiceUnavailableError
@@ -19,7 +20,7 @@ from tests.chaos.world import World, until
 PATIENCE = 150.0
 
 
-def through(world: World, scale: Scale, fault: Callable[[], object], **settings: object) -> Finding:
+def through(world: World, scale: Scale, fault: Callable[[], object], **settings: Any) -> Finding:
     """Bulk and single work goes on through a fault, which returns when it is over."""
     with world.scene(workers=2, **settings) as client:
         for index in range(8):
@@ -93,7 +94,7 @@ def redis_emptied(world: World, scale: Scale) -> Finding:
     with world.scene(workers=2) as client:
         rows = [f"SLOW:0.01 {n}" for n in range(scale.jobs * 4)]
         run = start_run(client, rows, shard_size=20)
-        jobs = [client.submit(TASK, text) for text in texts(50, "single")]
+        jobs = [client.submit(TASK, f"SLOW:0.05 {text}") for text in texts(50, "single")]
         until(lambda: len(world.ran) > 200, what="work has begun")
         world.restart_redis(keep=False)
         began = time.monotonic()
@@ -111,12 +112,15 @@ def redis_emptied(world: World, scale: Scale) -> Finding:
 
 
 def survived(job: Job) -> bool:
-    """Whether a job ended; False where nothing is known of it any more. Never in between."""
-    try:
-        job.result(timeout=20)
-    except JobError:
-        return False
-    return True
+    """Whether a job ended; False where nothing is known of it any more. Never in between for long."""
+
+    def settled() -> str:
+        try:
+            return "ended" if job.status().final else ""
+        except JobError:
+            return "unknown"
+
+    return bool(until(settled, 30, what=f"job {job.id} is ended or unknown") == "ended")
 
 
 @scenario("s3-stopped")

@@ -23,7 +23,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a scenario measured: seconds until all was well again, None where nothing was to recover; and what else is to be said."""
+    """What a scenario measured: seconds until all was well again, None where nothing was to recover; and a remark."""
 
     recovery: float | None = None
     note: str = ""

@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from pipefleet.errors import ServiceUnavailableError
 from pipefleet.jobs import Job
+from pipefleet.runs import Run
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.outages import submitted, wait_patiently
 from tests.chaos.proxy import WELL, Mood
-from tests.chaos.saboteur import TASK
 from tests.chaos.scenario import Finding, Scale, scenario
 from tests.chaos.world import World, until
 
@@ -24,20 +25,16 @@ def storm(world: World, scale: Scale) -> Finding:
     """Kills, SIGTERMs, pauses and restarts of Redis, faults of the object store; every item and job ends once."""
     random_ = random.Random(world.seed)
     with world.scene(workers=2) as client:
-        rows = texts(scale.items)
-        run = start_run(client, [f"SLOW:0.002 {text}" for text in rows])
+        run = start_run(client, rows := [f"SLOW:0.002 {text}" for text in texts(scale.items)])
         jobs: list[Job] = []
         done: Counter[str] = Counter()
         longest = 0.0
         for number in range(scale.faults):
-            before = len(world.ran)
             jobs += [submitted(client, text) for text in texts(10, f"single {number}")]
             name, fault = random_.choice(faults(world, random_))
             fault()
             done[name] += 1
-            begin = time.monotonic()
-            until(lambda: len(world.ran) > before + 20 or run_ended(run), 120, what=f"work goes on after {name}")
-            longest = max(longest, time.monotonic() - begin)
+            longest = max(longest, until_work_goes_on(world, run, after=name))
         check_singles(jobs, 180)
         wait_patiently(run, 600)
         check_run(client, run, rows)
@@ -47,13 +44,20 @@ def storm(world: World, scale: Scale) -> Finding:
     return Finding(longest, f"the longest until work went on; {told}; {100 * again / len(rows):.1f} % forwarded again")
 
 
-def run_ended(run: object) -> bool:
-    from pipefleet.errors import ServiceUnavailableError
+def until_work_goes_on(world: World, run: Run, *, after: str) -> float:
+    """Seconds until more items have been forwarded, or the run is over."""
+    before, begin = len(world.ran), time.monotonic()
 
-    try:
-        return bool(run.progress().ended)  # type: ignore[attr-defined]
-    except ServiceUnavailableError:
-        return False
+    def more() -> bool:
+        if len(world.ran) > before + 20:
+            return True
+        try:
+            return run.progress().ended
+        except ServiceUnavailableError:
+            return False
+
+    until(more, 120, what=f"work goes on after {after}")
+    return time.monotonic() - begin
 
 
 def faults(world: World, random_: random.Random) -> list[tuple[str, Callable[[], object]]]:
@@ -73,6 +77,3 @@ def faults(world: World, random_: random.Random) -> list[tuple[str, Callable[[],
         ("redis restarted", lambda: world.restart_redis(away=seconds / 4)),
         ("s3", s3),
     ]
-
-
-_ = TASK

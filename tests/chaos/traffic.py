@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
+import signal
 import time
 import uuid
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import JobCancelledError, JobExpiredError
+from pipefleet_workers.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import TASK
 from tests.chaos.scenario import Finding, Scale, scenario
@@ -101,23 +103,19 @@ def _unended(world: World) -> bool:
 @scenario("back-pressure")
 def back_pressure(world: World, scale: Scale) -> Finding:
     """A planner keeps no more shards queued than it may."""
-    os.environ["PIPEFLEET_OUTSTANDING_SHARDS"] = "4"
-    try:
-        with world.scene(workers=1) as client:
-            rows = texts(1200)
-            run = start_run(client, rows, shard_size=20)
-            deepest = 0
+    deepest = 0
+    with in_environment({"PIPEFLEET_OUTSTANDING_SHARDS": "4"}), world.scene(workers=1) as client:
+        rows = texts(600)
+        run = start_run(client, rows, shard_size=20)
 
-            def ended() -> bool:
-                nonlocal deepest
-                deepest = max(deepest, sum(1 for _ in broker.queued_ids(world.redis, QUEUE)))
-                return run.progress().ended
+        def ended() -> bool:
+            nonlocal deepest
+            deepest = max(deepest, sum(1 for _ in broker.queued_ids(world.redis, QUEUE)))
+            return run.progress().ended
 
-            until(ended, PATIENCE, what="the run ends")
-            check_run(client, run, rows)
-            check_quiet(world)
-    finally:
-        del os.environ["PIPEFLEET_OUTSTANDING_SHARDS"]
+        until(ended, PATIENCE, what="the run ends")
+        check_run(client, run, rows)
+        check_quiet(world)
     assert deepest <= 5, f"{deepest} shards were queued"
     return Finding(note=f"at most {deepest} shards queued with a bound of 4")
 
@@ -169,10 +167,8 @@ def cancel_and_expiry(world: World, scale: Scale) -> Finding:
 
 
 def state_of(one: Any) -> JobState:
-    try:
+    with contextlib.suppress(JobCancelledError, JobExpiredError):
         one.result(timeout=60)
-    except (JobCancelledError, JobExpiredError):
-        pass
     state: JobState = one.status()
     return state
 
@@ -180,8 +176,6 @@ def state_of(one: Any) -> JobState:
 @scenario("queues-agree")
 def queues_agree(world: World, scale: Scale) -> Finding:
     """What `pipefleet queues` says of a worker that stands still in the middle of its work."""
-    import signal
-
     with world.scene(workers=1, prefetch=20, shards=2) as client:
         jobs = [client.submit(TASK, f"SLOW:0.05 {n}", priority=("low", "normal", "high")[n % 3]) for n in range(90)]
         run = start_run(client, rows := texts(200), shard_size=10)
@@ -191,7 +185,8 @@ def queues_agree(world: World, scale: Scale) -> Finding:
         world.workers[0].send(signal.SIGSTOP)
         depth = dict(broker.depth(world.redis, QUEUE))
         check_queues(world)
-        assert depth["unacked"] > 0 and depth["low"] > 0, depth
+        assert depth["unacked"] > 0, depth
+        assert depth["low"] > 0, depth
         world.workers[0].send(signal.SIGCONT)
         check_singles(jobs, PATIENCE)
         run.wait(timeout=PATIENCE)

@@ -18,7 +18,6 @@ from typing import Any
 
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet_workers.local.children import Children
 from pipefleet_workers.local.credentials import Credentials
@@ -126,7 +125,7 @@ class World:
         }
 
     @contextmanager
-    def scene(self, workers: int = 2, **settings: object) -> Iterator[Client]:
+    def scene(self, workers: int = 2, **settings: Any) -> Iterator[Client]:
         """A client, `workers` workers with these settings, an empty Redis, and nothing left of the scenario before."""
         self._redis.flushall()
         shutil.rmtree(self._sabotage, ignore_errors=True)
@@ -142,7 +141,7 @@ class World:
             self.proxy.behave(WELL)
             self.clear_workers()
 
-    def add_worker(self, *, supervised: bool = True, clock: float = 0.0, **settings: object) -> Worker:
+    def add_worker(self, *, supervised: bool = True, clock: float = 0.0, **settings: Any) -> Worker:
         """Start one more worker; `settings` are PIPEFLEET_WORKER_* in small letters, `clock` the error of its clock in seconds."""
         self._count += 1
         lease = {"lease_seconds": self.lease} if self.lease else {}
@@ -220,23 +219,6 @@ class World:
         time.sleep(away)
         child.start()
         wait_ready([self.s3_server], 60.0)
-
-    def held_by(self, pid: int) -> dict[bytes, bytes]:
-        """Tag and owner of the messages that a process holds; with the stock transport, of all that anybody holds."""
-        keys = broker.unacked_keys(QUEUE)
-        if self.transport == "stock":
-            return dict(self._redis.hgetall(keys["unacked_key"]))
-        return {
-            tag: own
-            for tag, own in self._redis.hgetall(keys["owners_key"]).items()
-            if own.split(b":")[1] == b"%d" % pid
-        }
-
-    def still_held(self, held: dict[bytes, bytes]) -> bool:
-        """Whether any of these messages is still where it was."""
-        key = broker.unacked_keys(QUEUE)["unacked_key" if self.transport == "stock" else "owners_key"]
-        now = self._redis.hgetall(key)
-        return any(now.get(tag) == owner for tag, owner in held.items())
 
     def _pause(self, child: Any, seconds: float) -> None:
         os.kill(child.pid, signal.SIGSTOP)

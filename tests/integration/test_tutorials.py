@@ -584,4 +584,3 @@ def test_what_is_no_input_at_all_is_refused_before_anything_is_queued(fleet: Tut
         fleet.pipe("classify")()
     with pytest.raises(InputError, match="one-dimensional array"):
         fleet.pipe("ctc")(torch.zeros(2, 5))
-

@@ -159,15 +159,21 @@ class Reporter:
     def _result_fields(self, message: JobMessage, output: Any) -> dict[str, Any]:
         """The result itself, or a reference to it where it is long or was asked for under a URI."""
         body = dumps(self._artifacts.store(output, join_uri(self._settings.store, "results", message.id)))
-        uri = message.output
-        if uri is not None and uri.endswith("/"):
-            uri = join_uri(uri, f"{message.id}.json")
-        if uri is None and len(body) <= self._settings.inline_bytes:
+        if message.output is None and len(body) <= self._settings.inline_bytes:
             return {"output": body}
-        uri = uri or join_uri(self._settings.store, "results", f"{message.id}.json")
-        self._store.put(uri, body, content_type="application/json")
-        reference = StorageRef(uri, size=len(body), type="application/json")
-        return {"output_ref": encode_json(reference.to_json())}
+        uri, size = self._put_result(message, body)
+        return {"output_ref": encode_json(StorageRef(uri, size=size, type="application/json").to_json())}
+
+    def _put_result(self, message: JobMessage, body: bytes) -> tuple[str, int | None]:
+        """Where the result lies, and its size unless another worker was first: what is named after the job is written once."""
+        uri = message.output
+        if uri is not None and not uri.endswith("/"):
+            self._store.put(uri, body, content_type="application/json")
+            return uri, len(body)
+        folder = (self._settings.store, "results") if uri is None else (uri,)
+        own = join_uri(*folder, f"{message.id}.json")
+        ours = self._store.put_new(own, body, content_type="application/json")
+        return own, len(body) if ours else None
 
 
 _FAILED_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}

@@ -25,7 +25,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--output", required=True, help="an s3:// prefix for the results")
     add_model_options(parser)
     parser.add_argument("--shard-size", type=int, metavar="N", help="items of a shard (default: 16 to 512)")
-    parser.add_argument("--format", default="jsonl", help="format of the parts (jsonl)")
+    parser.add_argument("--format", default="jsonl", help="format of the parts: jsonl or parquet")
     parser.add_argument("--detach", action="store_true", help="return when the run is queued, not when it has ended")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     for name, run, text in (

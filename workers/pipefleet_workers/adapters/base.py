@@ -81,7 +81,7 @@ class Adapter:
         """
         if positions is not None:
             return positions
-        known = getattr(self.pipe.model.config.get_text_config(), "max_position_embeddings", None)
+        known = getattr(self.pipe.model.config, "max_position_embeddings", None)
         return max(self.max_tokens, known or 0)
 
     def example(self, size: int) -> Any:

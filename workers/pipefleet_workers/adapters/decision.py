@@ -14,6 +14,7 @@ from pipefleet_workers.arguments import STAGE
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _FIELDS = {"state", "questions"}
+_QUESTIONS = "each has a type (noul, choice, score), instructions and, for choice and score, criteria"
 _ANY_REQUEST = {"state": "", "questions": {"ready": {"type": "noul", "instructions": "Is it?"}}}
 
 
@@ -47,7 +48,10 @@ class Decider(Adapter):
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         request = _request(decoded.value)
         arguments = self.parse(decoded.work.parameters)
-        prompts = self.copies.get().preprocess(request, **arguments.fresh().preprocess)["prompts"]
+        try:
+            prompts = self.copies.get().preprocess(request, **arguments.fresh().preprocess)["prompts"]
+        except ValueError:  # its words repeat what was asked
+            raise ItemError("bad_input", f"the model does not take the questions: {_QUESTIONS}", STAGE) from None
         lengths, longest = [_tokens(inputs) for inputs, _ in prompts], context_length(self.pipe.model)
         if longest is not None and max(lengths) > longest:
             raise ItemError("too_long", f"a prompt has {max(lengths)} tokens, the model takes {longest}", STAGE)

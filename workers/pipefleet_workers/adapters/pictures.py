@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
-from pipefleet_workers.arguments import Arguments
-from pipefleet_workers.items import Assembly, Decoded, Unit
+from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _UNUSED = ("hidden_state", "attentions", "auxiliary")
 """Parts of the names of outputs that no postprocessing reads; they are most of the bytes."""
@@ -31,7 +31,7 @@ class Picture:
 
 
 class SizedPictures(Adapter):
-    """depth-estimation, image-segmentation, object-detection."""
+    """image-segmentation, object-detection; depth-estimation by a subclass."""
 
     size_name = "target_size"
     """What the pipeline calls the size, in what it preprocesses and in what it postprocesses."""
@@ -76,6 +76,17 @@ class SizedPictures(Adapter):
     def _can_share(self, picture: Picture) -> bool:
         """Whether every input is one row: models that cut a picture into patches count pictures in other inputs."""
         return all(isinstance(value, torch.Tensor) and value.shape[:1] == (1,) for value in picture.tensors.values())
+
+
+class DepthEstimator(SizedPictures):
+    """depth-estimation."""
+
+    def _picture(self, value: Any, arguments: Arguments) -> Picture:
+        if min(value.size) < 2:
+            # The pipeline takes a map of one row or column for one of fewer dimensions, and fails.
+            text = f"the picture has {value.width} x {value.height} pixels; depth needs two each way"
+            raise ItemError("bad_input", text, STAGE)
+        return super()._picture(value, arguments)
 
 
 class KeypointMatcher(SizedPictures):

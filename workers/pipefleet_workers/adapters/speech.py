@@ -100,10 +100,7 @@ class SpeechRecogniser(Adapter):
         return [self._unit(assembly, index, dict(chunk), arguments) for index, chunk in enumerate(chunks)]
 
     def _unit(self, assembly: Assembly, index: int, chunk: dict[str, Any], arguments: Arguments) -> Unit:
-        if (
-            assembly.expected == 1
-        ):  # the last chunk of a longer recording may be as short, and the pipeline's answer is ours
-            require_frames(self.pipe.model, chunk)
+        require_frames(self.pipe.model, chunk)
         chunk.pop("is_last")
         stride = chunk.pop("stride", None)
         main = next(iter(chunk.values()))

@@ -23,14 +23,12 @@ def frames(features: torch.Tensor) -> int:
 
 def require_frames(model: Any, features: Mapping[str, Any]) -> None:
     """Raise ItemError (bad_input) for a waveform that is too short for the convolutions of its model."""
-    counts = getattr(model, "_get_feat_extract_output_lengths", None)
-    wave = features.get("input_values")
-    if counts is None or wave is None or wave.ndim != 2:
+    wave, kernels = features.get("input_values"), getattr(model.config, "conv_kernel", None)
+    if wave is None or wave.ndim != 2 or not kernels:
         return
-    samples = int(wave.shape[1])
-    left = samples
-    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
-        left = (left - kernel) // stride + 1 if left >= kernel else 0
+    samples = left = int(wave.shape[1])
+    for kernel, stride in zip(kernels, model.config.conv_stride, strict=True):
+        left = (left - kernel) // stride + 1
     if left < 1:
         raise ItemError("bad_input", f"the recording has {samples} samples, too few for this model", STAGE)
 

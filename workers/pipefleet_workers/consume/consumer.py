@@ -237,10 +237,12 @@ class Consumer:
                 time.sleep(TICK)
             if self._draining.is_set():
                 self.give_back(delivery)
-            elif message.shard is None:
+                return
+            if message.shard is None:
                 self._singles.run_alone(delivery, message)
             else:
                 self._end(delivery, message)
+            self._counted([delivery], -1)  # its ack may not be written yet when the next one kills this process
 
     def _shard(self, delivery: Delivery, message: JobMessage) -> str:
         assert message.shard is not None

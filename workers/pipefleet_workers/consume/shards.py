@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import orjson
 
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard
-from pipefleet.errors import ContractError, ObjectMissingError
+from pipefleet.errors import ContractError, ObjectMissingError, RunError
 from pipefleet.finishing import finalise, write_failed_rows
 from pipefleet.layout import RunLayout
+from pipefleet.parts import part_format
 from pipefleet.planner import decode_shard_line, read_plan
 from pipefleet.records import JobFailure
 from pipefleet.storage import StorageRef
@@ -43,7 +44,8 @@ class Shards:
             raise ContractError(f"the output {shard.run_uri} lies outside what this worker may write")
         if self._outlets.reporter.run_cancelled(shard):
             return None
-        layout = RunLayout(shard.run_uri)
+        layout = RunLayout(shard.run_uri, shard.format)
+        require_format(shard)
         if self._outlets.store.exists(layout.part(shard.index)):
             self._end(shard, self._outlets.store.get(StorageRef(layout.part(shard.index))))
             return None
@@ -84,15 +86,14 @@ class Shards:
         reporter.progress(shard, outcomes)
         written = self._outlets.parts.write(shard, outcomes)
         if written is None:  # another worker's part was there first: what it says holds
-            written = self._outlets.store.get(StorageRef(RunLayout(shard.run_uri).part(shard.index)))
+            written = self._outlets.store.get(StorageRef(RunLayout(shard.run_uri, shard.format).part(shard.index)))
         self._end(shard, written)
         return "succeeded"
 
     def _end(self, shard: Shard, part: bytes) -> None:
         """The part is there, ours or another's: list its failures, note it, and end the run if it was the last."""
-        layout, objects = RunLayout(shard.run_uri), self._outlets.objects
-        failed = [orjson.loads(line) for line in part.splitlines() if b'"error":' in line]
-        write_failed_rows(objects, layout, shard.index, failed)
+        layout, objects = RunLayout(shard.run_uri, shard.format), self._outlets.objects
+        write_failed_rows(objects, layout, shard.index, part_format(shard.format).failed(part))
         if self._outlets.reporter.part_written(shard):
             finalise(objects, layout, read_plan(objects, layout))
 
@@ -114,6 +115,14 @@ class Shards:
                 raise sink.abandoned
             if shard is not None and not sink.complete:
                 self._outlets.reporter.progress(shard, new)
+
+
+def require_format(shard: Shard) -> None:
+    """Raise ContractError where this worker cannot write the part of a shard."""
+    try:
+        part_format(shard.format).require()
+    except RunError as error:
+        raise ContractError(f"this worker cannot write its part: {error}") from None
 
 
 def refused(message: JobMessage, items: Sequence[JobItem], failure: JobFailure) -> list[Outcome]:

@@ -38,10 +38,6 @@ class Finding:
     culprits: tuple[int, ...] = ()
 
 
-_OWN = uuid.uuid4().hex
-"""Marks what this process has noted."""
-
-
 class Journal:
     """What is known of one shard, in a Redis hash. Raises ServiceUnavailableError when Redis is away."""
 
@@ -50,12 +46,12 @@ class Journal:
         self._settings = settings
         self._key = broker.run_key(shard.run_id, f"suspects:{shard.index}")
 
-    def read(self) -> Finding:
-        """What is known."""
+    def read(self, reader: str) -> Finding:
+        """What is known, but for what `reader` itself noted of an item that it was trying."""
         with broker.redis_errors(self._settings.redis_url):
             raw = self._redis.hgetall(self._key)
         position, _, process = raw.get(b"trying", b"").decode().partition(":")
-        trying = int(position) if position and process != _OWN else None
+        trying = int(position) if position and process != reader else None
         return Finding(trying, tuple(json.loads(raw.get(b"culprits", b"[]"))))
 
     def convict(self, finding: Finding) -> Finding:
@@ -70,10 +66,10 @@ class Journal:
             pipe.execute()
         return found
 
-    def tries(self, position: int) -> None:
-        """The item at `position` begins."""
+    def tries(self, position: int, worker: str) -> None:
+        """The item at `position` begins in a process of this name."""
         pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._key, "trying", f"{position}:{_OWN}")
+        pipe.hset(self._key, "trying", f"{position}:{worker}")
         pipe.expire(self._key, int(self._settings.run_ttl))
         with broker.redis_errors(self._settings.redis_url):
             pipe.execute()
@@ -97,12 +93,13 @@ class Suspects:
         self._shards = shards
         self._journal = journal
         self._bury = bury
+        self._name = uuid.uuid4().hex
 
     def run(self, message: JobMessage, shard: Shard) -> str:
         """Run one shard to its end; the state it reached. Raises what `Shards.run` raises."""
         journal = self._journal(shard)
         items = self._shards.open(message, shard)
-        finding = journal.read()
+        finding = journal.read(self._name)
         if items is None:
             self._settle(journal, finding, message, shard)
             return "ended before"
@@ -135,7 +132,7 @@ class Suspects:
         outcomes: list[Outcome] = []
         for position in range(len(items)):
             if position not in failures:
-                journal.tries(position)
+                journal.tries(position, self._name)
             try:
                 outcomes += self._shards.process(message, items, without=failures, only=[position])
             finally:

@@ -34,8 +34,13 @@ Samples = NDArray[np.float32]
 def decode_audio(blob: Blob, *, rate: int, max_seconds: float) -> Samples:
     """One-dimensional samples at `rate` Hz, the mean of the channels. Raises ItemError: bad_media, truncated_media, too_large."""
     bounds = _Bounds(blob.uri, rate, max_seconds)
-    if blob.type == RAW_AUDIO:
-        return _raw(blob, bounds)
+    samples = _raw(blob, bounds) if blob.type == RAW_AUDIO else _from_file(blob, bounds)
+    if not np.isfinite(samples).all():  # models answer these too, with whatever NaN leads to
+        raise ItemError("bad_media", f"{blob.uri} holds samples that are not finite numbers", STAGE)
+    return samples
+
+
+def _from_file(blob: Blob, bounds: _Bounds) -> Samples:
     missing = truncation(blob.content)
     if missing:
         raise ItemError("truncated_media", f"{blob.uri} ends too early: {missing}", STAGE)

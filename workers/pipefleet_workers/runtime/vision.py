@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.image_features import ImageFeatures
 from pipefleet_workers.adapters.masks import MaskGenerator
-from pipefleet_workers.adapters.pictures import KeypointMatcher, SizedPictures
+from pipefleet_workers.adapters.pictures import DepthEstimator, KeypointMatcher, SizedPictures
 from pipefleet_workers.adapters.video import VideoClassifier
 from pipefleet_workers.pipelines import image_to_image
 from pipefleet_workers.runtime.row import IMAGE, Sizing, TaskRuntime
@@ -14,7 +14,7 @@ _VIDEO = Sizing(slice_items=1, cpu_cost=IMAGE.cpu_cost, gpu_cost=IMAGE.gpu_cost)
 _POINTS = Sizing(slice_items=1, cpu_cost=64, gpu_cost=256)
 
 ROWS = {
-    "depth-estimation": TaskRuntime(SizedPictures, IMAGE),
+    "depth-estimation": TaskRuntime(DepthEstimator, IMAGE),
     "image-classification": TaskRuntime(Adapter, IMAGE),
     "image-feature-extraction": TaskRuntime(ImageFeatures, IMAGE),
     "image-segmentation": TaskRuntime(SizedPictures, IMAGE),

@@ -12,6 +12,7 @@ import orjson
 from pipefleet.contract import Shard
 from pipefleet.errors import PipefleetError
 from pipefleet.layout import RunLayout
+from pipefleet.parts import part_format
 from pipefleet.records import JobFailure
 from pipefleet.storage import map_refs
 from pipefleet_workers.items import ItemError, Outcome
@@ -71,11 +72,11 @@ class PartWriter:
         self._provenance = dict(provenance)
 
     def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
-        """Write the part with a line for each outcome, in order; the part. None when another worker's was there first."""
-        layout = RunLayout(shard.run_uri)
+        """Write the part with a row for each outcome, in order; the part. None when another worker's was there first."""
+        layout, written_as = RunLayout(shard.run_uri, shard.format), part_format(shard.format)
         lines = [self._line(layout, shard.first + index, outcome) for index, outcome in enumerate(outcomes)]
-        body = b"\n".join(lines) + b"\n"
-        ours = self._store.put_new(layout.part(shard.index), body, content_type="application/x-ndjson")
+        body = written_as.encode(lines)
+        ours = self._store.put_new(layout.part(shard.index), body, content_type=written_as.media_type)
         return body if ours else None
 
     def _line(self, layout: RunLayout, position: int, outcome: Outcome) -> bytes:

@@ -1,0 +1,170 @@
+"""The formats of a run's parts: JSON lines, or Parquet with embeddings as vectors. Bytes in, rows out, and back; no network.
+
+Workers make a row for every item as a line of JSON; a format makes a part of the lines of a shard, and rows of a part.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
+
+from pipefleet.errors import ContractError, RunError
+
+INSTALL = "pip install 'pipefleet[parquet]'"
+_ERROR = ("code", "message", "stage")
+
+
+class PartFormat(Protocol):
+    """How a part is written. `name` is also the suffix of its object."""
+
+    name: ClassVar[str]
+    media_type: ClassVar[str]
+
+    def require(self) -> None:
+        """Raise RunError unless what the format needs is installed here."""
+
+    def encode(self, lines: Sequence[bytes]) -> bytes:
+        """The part that holds these rows, each a JSON object."""
+
+    def rows(self, part: bytes) -> Iterator[dict[str, Any]]:
+        """The rows of a part, in order."""
+
+    def failed(self, part: bytes) -> list[dict[str, Any]]:
+        """The rows with an error, in order."""
+
+
+class JsonLines:
+    """A row for each line, as `datasets` and pandas read them."""
+
+    name: ClassVar[str] = "jsonl"
+    media_type: ClassVar[str] = "application/x-ndjson"
+
+    def require(self) -> None:
+        """Nothing is needed."""
+
+    def encode(self, lines: Sequence[bytes]) -> bytes:
+        """The lines, each with its end."""
+        return b"\n".join(lines) + b"\n"
+
+    def rows(self, part: bytes) -> Iterator[dict[str, Any]]:
+        """The rows of a part, in order."""
+        return map(json.loads, part.splitlines())
+
+    def failed(self, part: bytes) -> list[dict[str, Any]]:
+        """The rows with an error, the others unread."""
+        return [json.loads(line) for line in part.splitlines() if b'"error":' in line]
+
+
+class Parquet:
+    """Columns id, input, parameters, output, error and provenance; error is a struct, the others are texts.
+
+    `output` is a list of float32 of fixed size where every output of the part is a vector of that size, else JSON. `input` is the
+    text or URI itself where every input of the part is one, else JSON. Which it is stands in the metadata of the column.
+    """
+
+    name: ClassVar[str] = "parquet"
+    media_type: ClassVar[str] = "application/vnd.apache.parquet"
+
+    def require(self) -> None:
+        """Raise RunError unless pyarrow is installed."""
+        if importlib.util.find_spec("pyarrow") is None:
+            raise RunError(f"parts in the format parquet need pyarrow: {INSTALL}, for the workers as well")
+
+    def encode(self, lines: Sequence[bytes]) -> bytes:
+        """The part; raises RunError where pyarrow is missing."""
+        self.require()
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = [json.loads(line) for line in lines]
+        error = pyarrow.struct([(name, pyarrow.string()) for name in _ERROR])
+        columns = {
+            "id": pyarrow.array([row["id"] for row in rows], pyarrow.string()),
+            "input": _texts([row["input"] for row in rows]),
+            "parameters": _json([row.get("parameters") for row in rows]),
+            "output": _outputs(rows),
+            "error": pyarrow.array([row.get("error") for row in rows], error),
+            "provenance": _json([row.get("provenance") for row in rows]),
+        }
+        plain = all(isinstance(row["input"], str) for row in rows)
+        fields = [pyarrow.field(name, column.type) for name, column in columns.items()]
+        fields[1] = fields[1].with_metadata({"encoding": "text" if plain else "json"})
+        buffer = io.BytesIO()
+        table = pyarrow.Table.from_arrays(list(columns.values()), schema=pyarrow.schema(fields))
+        pyarrow.parquet.write_table(table, buffer)
+        return buffer.getvalue()
+
+    def rows(self, part: bytes) -> Iterator[dict[str, Any]]:
+        """The rows of a part, as JSON lines would give them. Raises RunError where pyarrow is missing."""
+        self.require()
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(io.BytesIO(part))
+        plain = (table.schema.field("input").metadata or {}).get(b"encoding") == b"text"
+        for row in table.to_pylist():
+            yield _row(row, plain=plain)
+
+    def failed(self, part: bytes) -> list[dict[str, Any]]:
+        """The rows with an error, in order."""
+        return [row for row in self.rows(part) if "error" in row]
+
+
+FORMATS: Mapping[str, PartFormat] = MappingProxyType({one.name: one for one in (JsonLines(), Parquet())})
+"""Every format by its name."""
+
+
+def part_format(name: str) -> PartFormat:
+    """The format of a run. Raises ContractError for one that this version does not know."""
+    if name not in FORMATS:
+        raise ContractError(f"parts in the format {name[:40]!r}: use a newer pipefleet")
+    return FORMATS[name]
+
+
+def _json(values: list[Any]) -> Any:
+    import pyarrow
+
+    return pyarrow.array([None if one is None else _text(one) for one in values], pyarrow.string())
+
+
+def _texts(values: list[Any]) -> Any:
+    import pyarrow
+
+    plain = all(isinstance(one, str) for one in values)
+    return pyarrow.array(values if plain else [_text(one) for one in values], pyarrow.string())
+
+
+def _outputs(rows: list[dict[str, Any]]) -> Any:
+    """Vectors where all outputs are of one length, else JSON; nothing at all where every item failed."""
+    import pyarrow
+
+    outputs = [row.get("output") for row in rows]
+    found = [row["output"] for row in rows if "output" in row]
+    if not found:
+        return pyarrow.nulls(len(rows))
+    if all(_is_vector(one) for one in found) and len({len(one) for one in found}) == 1:
+        return pyarrow.array(outputs, pyarrow.list_(pyarrow.float32(), len(found[0])))
+    texts = [_text(row["output"]) if "output" in row else None for row in rows]
+    return pyarrow.array(texts, pyarrow.string())
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, float) for one in value)
+
+
+def _row(row: dict[str, Any], *, plain: bool) -> dict[str, Any]:
+    found = {"id": row["id"], "input": row["input"] if plain else json.loads(row["input"])}
+    if row["parameters"] is not None:
+        found["parameters"] = json.loads(row["parameters"])
+    if row["error"] is not None:
+        found["error"] = row["error"]
+    else:
+        found["output"] = json.loads(row["output"]) if isinstance(row["output"], str) else row["output"]
+    return {**found, "provenance": json.loads(row["provenance"])} if row["provenance"] is not None else found
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
