@@ -280,7 +280,7 @@ def _ids(raw_messages: Iterable[bytes]) -> Iterator[str]:
             message = json.loads(raw)
             message = message[0] if isinstance(message, list) else message
             yield str(message["headers"]["id"])
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             continue  # not one of ours; a worker will say so when it meets it
 
 
@@ -317,7 +317,7 @@ class DeadLetter:
             value = json.loads(entry.decode(errors="replace"))
             texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
             return cls(**texts, at=float(value["at"]), deliveries=int(value["deliveries"]), entry=entry)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return cls("this entry is no dead letter", 0.0, "", 0, "", entry)
 
     @property
@@ -381,7 +381,7 @@ def requeue_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
     try:
         step = json.loads(letter.message)["properties"].get("priority") or 0
         target = queue_lists(queue)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError("this dead letter is not a message that can be queued; remove it") from None
     keys = unacked_keys(queue)
     names = (keys["dead_key"], keys["unreported_key"], target)

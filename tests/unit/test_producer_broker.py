@@ -147,3 +147,11 @@ def test_many_thousand_queued_jobs_are_listed_in_pages(client: Client) -> None:
     found = list(broker.queued_ids(client.redis, QUEUE))
     assert sorted(found, key=int) == [str(number) for number in range(2500)]
     assert broker.depth(client.redis, QUEUE) == {"high": 3, "normal": 0, "low": 2500, "unacked": 0, "delayed": 0}
+
+
+def test_a_message_that_is_nested_beyond_measure_is_passed_over(client: Client) -> None:
+    client.redis.lpush(QUEUE, "[" * 100_000)
+    client.redis.lpush(broker.unacked_keys(QUEUE)["dead_key"], "[" * 100_000)
+    assert list(broker.queued_ids(client.redis, QUEUE)) == []
+    (letter,) = broker.dead_letters(client.redis, QUEUE)
+    assert letter.job_id is None

@@ -129,7 +129,7 @@ def _cost_and_time(raw: bytes) -> tuple[float, float | None]:
         time = headers.get(broker.TIME_HEADER)
         cost = float(headers.get(broker.COST_HEADER) or message_cost(_payload(message)))
         return (cost if math.isfinite(cost) and cost > 0 else 1.0), (None if time is None else float(time))
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return 1.0, None
 
 
