@@ -18,7 +18,7 @@ CHOSEN = {
     ),
     outages: ("redis-restarted", "redis-emptied", "s3-503"),
     culprits: ("poison-item", "poison-job"),
-    traffic: ("hostile", "back-pressure", "cancel-and-expiry", "queues-agree"),
+    traffic: ("hostile", "cancel-and-expiry", "queues-agree"),
     storm: ("storm",),
 }
 
