@@ -271,8 +271,7 @@ class Consumer:
             self.done(delivery, message, state)
 
     def _begin_again(self) -> None:
-        while True:
-            time.sleep(TICK)
+        while not self._draining.wait(TICK):  # what waits then is given back by `drain`
             now = time.monotonic()
             with self._lock:
                 due = []
