@@ -183,7 +183,13 @@ def test_when_redis_goes_away_the_last_numbers_stay_marked_as_stale(tmp_path: Pa
     controller, terminal = pty.openpty()
     os.set_blocking(controller, False)
     top = subprocess.Popen(
-        [sys.executable, "-m", "pipefleet", "top"], env=environment, stdin=terminal, stdout=terminal, stderr=terminal
+        [sys.executable, "-m", "pipefleet", "top"],
+        env=environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     seen = bytearray()
 
