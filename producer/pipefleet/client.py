@@ -98,8 +98,7 @@ class Client:
         [{'label': 'POSITIVE', 'score': 0.999}]
         """
         spec, pool = self.route(task, model, revision)
-        spec.check({} if parameters is None else parameters)
-        parameters = {**implied_parameters(task), **(parameters or {})}
+        parameters = _checked(task, spec, parameters)
         if output is not None:
             split_uri(output)
         if expires is not None and expires <= 0:
@@ -141,8 +140,7 @@ class Client:
         arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis or S3 is away.
         """
         spec, pool = self.route(task, model, revision)
-        spec.check({} if parameters is None else parameters)
-        parameters = {**implied_parameters(task), **(parameters or {})}
+        parameters = _checked(task, spec, parameters)
         if format not in FORMATS:
             raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
         FORMATS[format].require()
@@ -262,3 +260,9 @@ class Client:
     def _runs_in_planning(self) -> list[Run]:
         with self._lock:
             return list(self._planning)
+
+
+def _checked(task: str, spec: TaskSpec, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The parameters of a call with those that the task's name stands for. Raises ParameterError."""
+    spec.check({} if parameters is None else parameters)
+    return {**implied_parameters(task), **(parameters or {})}

@@ -86,7 +86,7 @@ def build(
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     parameters = {**row.example_parameters, **pool.parameters}
     adapter: Any = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
-    found = _warmed(adapter, pool, worker_settings, instruments, default)
+    found = _warmed(adapter, pool, parameters, worker_settings, instruments, default)
     processes = PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
     if worker_settings.simulated_device:
         adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
@@ -154,11 +154,15 @@ def _probe(outlets: Outlets) -> Any:
 
 
 def _warmed(
-    adapter: Any, pool: Pool, worker_settings: WorkerSettings, instruments: Instruments, default: int
+    adapter: Any,
+    pool: Pool,
+    parameters: dict[str, Any],
+    worker_settings: WorkerSettings,
+    instruments: Instruments,
+    default: int,
 ) -> WarmUp:
     if not worker_settings.warm_up:
         return WarmUp(adapter.pads, 0.0, 0.0, default, 0.0)
-    parameters = {**RUNTIME[pool.task].example_parameters, **pool.parameters}
     return warm_up(adapter, task_spec(pool.task), parameters, instruments.fit, default)
 
 

@@ -86,10 +86,7 @@ class Reporter:
             except PipefleetError as error:
                 states.append(error)
                 continue
-            arguments = finish_arguments(
-                message.id, state, time.time(), ttl=self._settings.result_ttl, reply=message.reply, fields=fields
-            )
-            pipe.eval(FINISH, 1, broker.job_key(message.id), *arguments)
+            self._finish(pipe, message, state, fields)
             states.append(str(state))
         try:
             with broker.redis_errors(self._settings.redis_url):
@@ -101,11 +98,8 @@ class Reporter:
     def fail(self, message: JobMessage, failure: JobFailure) -> None:
         """End a single job that never came into the engine."""
         fields = {"error": encode_json(failure.to_json()), "timings": "{}"}
-        arguments = finish_arguments(
-            message.id, JobState.FAILED, time.time(), ttl=self._settings.result_ttl, reply=message.reply, fields=fields
-        )
         with broker.redis_errors(self._settings.redis_url):
-            self._redis.eval(FINISH, 1, broker.job_key(message.id), *arguments)
+            self._finish(self._redis, message, JobState.FAILED, fields)
 
     def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
         """Set the bits of items that have ended, in one command."""
@@ -134,9 +128,19 @@ class Reporter:
     def run_cancelled(self, shard: Shard) -> bool:
         """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked."""
         key = broker.run_key(shard.run_id)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hexists(key, "cancelled")
+        pipe.exists(key)
         with broker.redis_errors(self._settings.redis_url):
-            cancelled, known = self._redis.hexists(key, "cancelled"), self._redis.exists(key)
+            cancelled, known = pipe.execute()
         return bool(cancelled) or (not known and self._store.exists(RunLayout(shard.run_uri).cancelled))
+
+    def _finish(self, commands: Any, message: JobMessage, state: JobState, fields: dict[str, Any]) -> None:
+        """Bring a job to its final state through `commands`: the client itself, or one of its pipelines."""
+        arguments = finish_arguments(
+            message.id, state, time.time(), ttl=self._settings.result_ttl, reply=message.reply, fields=fields
+        )
+        commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 
     def _fields(self, message: JobMessage, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
         """The final state of a job, and what its record says beside it. Raises what the store raises."""

@@ -147,8 +147,12 @@ class Consumer:
         first, longest = self._limits.pause
         seconds = pause(max(0, delivery.retries - 1), first=first, longest=longest)
         log.warning("a job begins again in %.1f s: %s", seconds, error)
-        with self._lock:
-            heapq.heappush(self._later, (time.monotonic() + seconds, next(self._order), delivery))
+        with self._lock:  # `drain` empties the heap once, so nothing may come in behind it
+            draining = self._draining.is_set()
+            if not draining:
+                heapq.heappush(self._later, (time.monotonic() + seconds, next(self._order), delivery))
+        if draining:
+            self.give_back(delivery)
 
     def ended(self) -> None:
         """Count a delivery that has left this worker's hands."""
