@@ -91,7 +91,7 @@ def test_a_wrong_version_is_refused_once_and_the_next_good_one_taken(file: Fleet
 
 def test_a_model_folder_that_is_not_there_is_refused(file: FleetFile, path: Path, clock: Clock) -> None:
     path.write_text(TEXTS.replace("./model", "./other"))
-    with pytest.raises(UsageError, match="there is no model folder .*other"):
+    with pytest.raises(UsageError, match=r"there is no model folder .*other"):
         file.news(at_once=True)
     (path.parent / "other").mkdir()
     assert look(file, clock) is None
@@ -164,7 +164,8 @@ def test_workers_depend_on_what_they_load_and_not_on_their_number(line: str, sam
 def test_another_queue_is_another_duty(path: Path) -> None:
     before = FleetFile(path).read().duty("texts")
     path.write_text(
-        TEXTS + '[pools.others]\ntask = "text-classification"\nmodel = "./model"\ntokenizer = "./model"\ndefault = true\n'
+        TEXTS
+        + '[pools.others]\ntask = "text-classification"\nmodel = "./model"\ntokenizer = "./model"\ndefault = true\n'
     )
     after = FleetFile(path).read().duty("texts")
     assert (before.queue, after.queue) == ("pipefleet.text-classification", "pipefleet.text-classification.texts")

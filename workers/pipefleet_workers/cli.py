@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +23,20 @@ from pipefleet_workers.watch import command as watch
 if TYPE_CHECKING:
     from pipefleet.fleet import Fleet, Pool
     from pipefleet_workers.local import Stack
+    from pipefleet_workers.local.fleet_file import FleetFile
 
 DEFAULT_DATA = Path(".pipefleet")
+UP = """\
+Start Redis, S3, the fleet's workers and Flower on this machine, until Ctrl-C.
+
+The fleet file may be edited meanwhile: pools that appear, go, change or are resized are taken over within seconds (at once
+after kill -HUP), and the others are not touched. The workers of a changed pool are replaced: new ones start first, and those
+before end when the new ones are ready and nothing waits for them alone, so for a while both are in memory. A wrong file is
+refused with a sentence, and everything goes on as before.
+
+A worker that ends is started again, after 1, 2, 4 ... 60 s. One that ended eight times in a row, without five minutes of
+being ready in between, stays down, while all others go on; `pipefleet top` and `pipefleet doctor` say so. It is tried again
+every ten minutes, when the file changes its pool, and after kill -HUP."""
 
 
 def register(commands: Commands) -> None:
@@ -31,6 +46,7 @@ def register(commands: Commands) -> None:
         help="start Redis, S3, the fleet's workers and Flower on this machine",
         example="pipefleet up --fleet fleet.toml --env-file .env",
     )  # fmt: skip
+    parser.description = UP
     parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the one directory for all data (.pipefleet)")
     parser.add_argument("--env-file", type=Path, help="write the settings of clients there, as KEY=VALUE lines")
@@ -106,19 +122,18 @@ def worker(arguments: argparse.Namespace) -> int:
 
 def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
-    from pipefleet.fleet import load_fleet
     from pipefleet.settings import load_settings
-    from pipefleet_workers.models import require_folder
+    from pipefleet_workers.local.fleet_file import FleetFile
 
     path = arguments.fleet or load_settings().fleet_path
     if path is None:
         raise UsageError("there is no fleet.toml here; name one with --fleet, or see `pipefleet demo` for a ready one")
-    fleet = load_fleet(path, allow_unpinned=arguments.allow_unpinned)
-    for pool in fleet.pools.values():
-        require_folder(pool)
-    stack = _stack(arguments, path, fleet)
+    file = FleetFile(path, allow_unpinned=arguments.allow_unpinned)
+    fleet = file.read().fleet  # a wrong file is told before anything starts
+    stack = _stack(arguments, file)
     logs.configure()
     interrupt_on_sigterm()
+    reload_on_sighup(stack.request_reload)
     with contextlib.suppress(KeyboardInterrupt), stack:
         if arguments.env_file is not None:
             stack.write_env_file(arguments.env_file)
@@ -131,7 +146,9 @@ def up(arguments: argparse.Namespace) -> int:
             print(
                 f"# one worker runs for each pool with min = 0 ({', '.join(unasked)}); --autoscale starts them with the work"
             )
-        print(f"# ready: {len(fleet.pools)} pools, data in {arguments.data}; Ctrl-C stops everything", flush=True)
+        ready, silent = len(fleet.pools) - len(stack.silent_pools), ", ".join(stack.silent_pools)
+        pools = f"{ready} of {len(fleet.pools)} pools (not yet: {silent})" if silent else f"{ready} pools"
+        print(f"# ready: {pools}, data in {arguments.data}; Ctrl-C stops everything", flush=True)
         stack.supervise()
     return 0
 
@@ -156,22 +173,18 @@ def demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.data, stay=sys.stdout.isatty())
 
 
-def worker_pools(fleet: Fleet, *, least: int = 1) -> list[str]:
-    """The pool of each worker to start: every pool's minimum, but at least `least`."""
-    return [pool.name for pool in fleet.pools.values() for _ in range(max(least, pool.workers.min))]
-
-
-def _stack(arguments: argparse.Namespace, path: Path, fleet: Fleet) -> Stack:
+def _stack(arguments: argparse.Namespace, file: FleetFile) -> Stack:
     from pipefleet_workers.local import Stack
     from pipefleet_workers.local.autoscale import Pace
+    from pipefleet_workers.local.workers import worker_command
 
-    flower = not arguments.no_flower
+    command = functools.partial(worker_command, allow_unpinned=arguments.allow_unpinned)
+    stack = Stack(arguments.data, flower=not arguments.no_flower, worker_command=command)
     if not arguments.autoscale:
-        return Stack(arguments.data, fleet=path, pools=worker_pools(fleet), flower=flower)
+        return stack.follow(file)
     scaler.check_interval(arguments.scale_interval, "--scale-interval")
-    stack = Stack(arguments.data, fleet=path, pools=worker_pools(fleet, least=0), flower=flower)
     pace = Pace(arguments.scale_interval, arguments.cold_start, arguments.scale_down_after, arguments.scaler_port)
-    return stack.autoscale(pace)
+    return stack.follow(file, least=0).autoscale(pace)
 
 
 def interrupt_on_sigterm() -> None:
@@ -181,6 +194,20 @@ def interrupt_on_sigterm() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+
+
+def reload_on_sighup(reload: Callable[[], None]) -> None:
+    """Call `reload` at SIGHUP; unless the terminal of this process is gone, which ends it as Ctrl-C does."""
+    terminal = next((number for number in (0, 1, 2) if os.isatty(number)), None)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        terminal = None  # under nohup: goes on without
+
+    def hang_up(number: int, frame: Any) -> None:
+        if terminal is not None and not os.isatty(terminal):
+            raise KeyboardInterrupt
+        reload()
+
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool]:

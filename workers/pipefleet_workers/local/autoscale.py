@@ -48,8 +48,7 @@ class Autoscaler:
     def __init__(self, path: Path, fleet: Fleet, settings: Settings, pace: Pace, *, crew: Crew, port: int) -> None:
         """Raises UsageError when `port` is in use."""
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._sharing = pools_without_maximum(path)
-        self._fleet = _up_to_the_cores(fleet, self._sharing, self._cores)
+        self._describe(path, fleet)
         self._settings = settings
         self._pace = pace
         self._crew = crew
@@ -78,6 +77,15 @@ class Autoscaler:
         self.service.__exit__()
         self._redis.close()
 
+    def follow(self, path: Path, fleet: Fleet) -> None:
+        """From now on scale the pools of this fleet, whose file is at `path`."""
+        self._describe(path, fleet)
+        self._scaler.follow(self._fleet)
+
+    def _describe(self, path: Path, fleet: Fleet) -> None:
+        self._sharing = pools_without_maximum(path)
+        self._fleet = _up_to_the_cores(fleet, self._sharing, self._cores)
+
     def step(self) -> None:
         """Start and drain workers where there is a new reading; nothing else. Returns at once."""
         try:
@@ -87,7 +95,8 @@ class Autoscaler:
                 return
             self._seen = read_at
             self._announce()
-            self._follow(statuses)
+            # A reading may be of the fleet before the last change.
+            self._follow({name: one for name, one in statuses.items() if name in self._fleet.pools})
         except ServiceUnavailableError:
             return  # the scaler's log says so, and what runs goes on
 

@@ -79,9 +79,12 @@ class Child:
 
     def epitaph(self) -> str:
         """Tell how the process ended, with the last lines of its log, for an error message."""
-        code = self._started().wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        return f"{self.name} {how}; the end of {self.spec.log}:\n{self.log_tail()}"
+        return f"{self._end()}; the end of {self.spec.log}:\n{self.log_tail()}"
+
+    def last_words(self) -> str:
+        """Tell how the process ended, with the last line of its log, in at most 300 characters of one line."""
+        lines = [line.strip() for line in self.log_tail().splitlines() if line.strip()]
+        return f"{self._end()}: {lines[-1] if lines else 'its log is empty'}"[:300]
 
     def log_tail(self, lines: int = 15) -> str:
         """Return the last `lines` lines of the log, indented by two spaces."""
@@ -103,6 +106,12 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._started().wait()
+
+    def _end(self) -> str:
+        code = self._started().wait()
+        return f"{self.name} " + (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        )
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:

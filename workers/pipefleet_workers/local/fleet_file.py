@@ -1,6 +1,6 @@
 """The fleet file under a running `pipefleet up`: what it says, whether it has changed, and what that means for a pool's workers.
 
-    fleet.toml ─▶ FleetFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+fleet.toml ─▶ FleetFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
 """
 
 from __future__ import annotations

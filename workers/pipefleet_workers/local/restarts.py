@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 LONGEST_PAUSE = 60.0
 MOST_DEATHS = 8
-"""Deaths in a row after which a process is parked. The pauses before add up to two minutes: enough for a hub or a disk to come back."""
+"""Deaths in a row after which a process is parked. The pauses before add up to two minutes: a hub or a disk may come back."""
 STEADY_SECONDS = 300.0
 """A process that has been ready for so long has got over what ended it before."""
 PARKED_SECONDS = 600.0

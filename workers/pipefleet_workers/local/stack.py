@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from redis.exceptions import RedisError
+
+from pipefleet_workers.logs import say
+from pipefleet_workers.parked import TOLD_SECONDS, Parked, tell_parked
 
 from .children import Children
 from .credentials import Credentials
 from .errors import PortTakenError, StackError
 from .files import env_lines, private_folder, write_private
+from .fleet_file import FleetFile
 from .flower import Flower
+from .follow import Follower, outstanding
 from .lock import DataLock
 from .ports import LOOPBACK, PortBook
 from .servers import BUCKET, REGION, RedisServer, S3Server
 from .service import Service, Site, wait_ready
-from .workers import Crew, WorkerCommand, worker_command
+from .workers import Crew, WorkerCommand, WorkerProcess, worker_command
 
 if TYPE_CHECKING:
     from .autoscale import Autoscaler, Pace
@@ -31,6 +38,7 @@ WORKER_SECONDS = 300.0
 WORKER_GRACE = 20.0
 _PORT_ATTEMPTS = 3
 _WATCH_SECONDS = 0.1
+_POLL_SECONDS = 0.03
 # What the caller's shell says about other brokers, stores and dashboards must not reach the children.
 _FOREIGN_PREFIXES = ("AWS_", "CELERY_", "FLOWER_")
 
@@ -40,13 +48,13 @@ class Stack:
 
     `pools` has one pool name per worker process (repeat it for several workers of a pool); none by default.
     `fleet` is the fleet file that the workers read. `redis_binary` overrides the choice of `RedisServer`.
-    `worker_command` is for tests.
+    `worker_command` and `clock` (seconds, as the monotonic clock gives them) are for tests.
 
         with Stack(Path(".pipefleet"), fleet=Path("fleet.toml"), pools=["speech"]) as stack:
             stack.supervise()
 
-    One thread at a time may call it, except `request_stop`, which any thread or signal handler may. On Linux
-    nothing that it started survives this process, however it ends.
+    One thread at a time may call it, except `request_stop` and `request_reload`, which any thread or signal handler may. On
+    Linux nothing that it started survives this process, however it ends.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Stack:
         flower: bool = True,
         redis_binary: str | None = None,
         worker_command: WorkerCommand = worker_command,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.data = data.absolute()
         self._fleet = fleet.absolute() if fleet is not None else None
@@ -65,9 +74,16 @@ class Stack:
         self._with_flower = flower
         self._redis_binary = redis_binary
         self._worker_command = worker_command
+        self._clock = clock
         self._children = Children()
         self._lock = DataLock(self.data / "lock")
         self._stop_requested = False
+        self._reload_requested = False
+        self._file: FleetFile | None = None
+        self._least = 1
+        self._follower: Follower | None = None
+        self._told: Mapping[str, Parked] = {}
+        self._tell_at = 0.0
         self._redis: RedisServer | None = None
         self._s3: S3Server | None = None
         self._flower: Flower | None = None
@@ -104,6 +120,19 @@ class Stack:
         """Where the scaler answers, or None without one."""
         return None if self._autoscaler is None else self._autoscaler.url
 
+    def follow(self, file: FleetFile, *, least: int = 1) -> Self:
+        """Run the pools of `file`, each with `least` workers or its `workers.min`, and let `supervise` take its changes.
+
+        Then a pool whose workers do not start takes no other down. `pools` of the stack must be empty. Returns itself.
+        """
+        self._file, self._least, self._fleet = file, least, file.path
+        return self
+
+    @property
+    def silent_pools(self) -> list[str]:
+        """The pools none of whose workers is ready, though they should have some."""
+        return [] if self._crew is None else self._crew.silent_pools()
+
     def autoscale(self, pace: Pace) -> Self:
         """From `start` on, let `supervise` start and drain workers with the work, by the fleet file's limits. Returns itself.
 
@@ -118,7 +147,8 @@ class Stack:
         """Start everything and return once it answers; on any error or interrupt, stop what was started.
 
         Raises StackError when the data directory is in use, a program is missing, or a part ends or is not
-        ready in time (servers and Flower 30 s, workers 300 s); UsageError when the scaler's port is in use.
+        ready in time (servers and Flower 30 s, workers 300 s); UsageError when the scaler's port is in use. With a
+        fleet file to follow, one worker that is ready is enough: `supervise` looks after the others.
         """
         site = self._open_site()
         try:
@@ -158,16 +188,33 @@ class Stack:
         """Make `supervise` return within 0.1 s; safe in a signal handler."""
         self._stop_requested = True
 
-    def supervise(self) -> None:
-        """Block until `request_stop` is called; start an ended worker again, up to 3 times, with a note; autoscale, if told to.
+    def request_reload(self) -> None:
+        """Make `supervise` read the fleet file now and try parked workers again; safe in a signal handler."""
+        self._reload_requested = True
 
-        Raises StackError, with the end of its log, when another part ended or a worker for the fourth time.
-        """
+    def supervise(self) -> None:
+        """Block until `request_stop` is called: `step` again and again. Raises StackError as that does."""
         while not self._stop_requested:
-            self._revive()
-            if self._autoscaler is not None:
-                self._autoscaler.step()
+            self.step()
             time.sleep(_WATCH_SECONDS)
+
+    def step(self) -> None:
+        """Look once after everything: start ended workers again, with pauses, follow the fleet file, autoscale, if told to.
+
+        Raises StackError, with the end of its log, when another part than a worker ended.
+        """
+        if self._crew is None:
+            return
+        for child in self._children.dead():
+            if not self._crew.has(child):
+                raise StackError(child.epitaph())
+        self._crew.step()
+        if self._follower is not None:
+            reload, self._reload_requested = self._reload_requested, False
+            self._follower.step(self._crew, reload=reload)
+        if self._autoscaler is not None:
+            self._autoscaler.step()
+        self._tell_parked(self._crew.parked())
 
     def stop(self) -> None:
         """End the workers (20 s for the jobs in work), then all else, and give up the lock.
@@ -182,13 +229,14 @@ class Stack:
         if self._s3 is not None:
             self._s3.sweep()
         self._redis = self._s3 = self._flower = None
-        self._crew = None
+        self._crew = self._follower = None
         self._lock.release()
 
     def _open_site(self) -> Site:
         private_folder(self.data)
         self._lock.acquire()
-        self._stop_requested = False
+        self._stop_requested = self._reload_requested = False
+        self._told, self._tell_at = {}, self._clock()
         try:
             credentials = Credentials.load_or_create(self.data / "credentials.json")
             ports = PortBook(self.data / "ports.json")
@@ -216,15 +264,33 @@ class Stack:
         if self._pace is not None:
             # What workers tell of themselves must be as fresh as the readings; a setting of the user's own comes first.
             environment = {"PIPEFLEET_WORKER_ANNOUNCE_SECONDS": str(self._pace.interval), **environment}
-        self._crew = Crew(site, environment, command=self._worker_command, grace=WORKER_GRACE)
+        self._crew = crew = Crew(site, environment, command=self._worker_command, grace=WORKER_GRACE, clock=self._clock)
         if self._pace is not None:
-            self._start_autoscaler(site, self._crew, self._pace)
-        workers = [self._crew.start(pool) for pool in self._pools]
+            self._start_autoscaler(site, crew, self._pace)
+        workers = self._start_workers(site, crew)
         if self._with_flower:
             self._flower = Flower(site, FLOWER_APP, broker_url=self.redis.url, environment=environment)
             self._flower.start()
         others: list[Service] = [] if self._flower is None else [self._flower]
-        wait_ready([*workers, *others], WORKER_SECONDS if self._pools else SERVER_SECONDS)
+        if self._follower is None:
+            return wait_ready([*workers, *others], WORKER_SECONDS if workers else SERVER_SECONDS)
+        _wait_for_one(workers, WORKER_SECONDS)
+        wait_ready(others, SERVER_SECONDS)
+        self.step()
+
+    def _start_workers(self, site: Site, crew: Crew) -> list[WorkerProcess]:
+        if self._file is None:
+            return [crew.start(pool) for pool in self._pools]
+        redis, url = self._connection(), self.redis.url
+        self._follower = Follower(
+            self._file,
+            site.folder("run"),
+            least=self._least,
+            outstanding=lambda queues: outstanding(redis, url, queues),
+            changed=self._autoscaler.follow if self._autoscaler is not None else lambda path, fleet: None,
+            clock=self._clock,
+        )
+        return self._follower.begin(crew)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
         from pipefleet.fleet import load_fleet
@@ -240,12 +306,37 @@ class Stack:
         autoscaler.start()
         self._autoscaler = autoscaler
 
-    def _revive(self) -> None:
-        if self._crew is None:
+    def _tell_parked(self, parked: Mapping[str, Parked]) -> None:
+        """Tell `top` and `doctor` of parked pools: when that changes, and again before it is forgotten."""
+        if parked == self._told and (not parked or self._clock() < self._tell_at):
             return
-        self._crew.forget_drained()
-        for child in self._children.dead():
-            self._crew.revive(child)
+        try:
+            tell_parked(self._connection(), parked)
+        except RedisError:
+            return  # the server is watched like every other part
+        self._told, self._tell_at = parked, self._clock() + TOLD_SECONDS / 3
+
+    def _connection(self) -> Any:
+        """A connection to the stack's Redis that does not wait long."""
+        from pipefleet import broker
+        from pipefleet.settings import Settings
+
+        return broker.connect(Settings(redis_url=self.redis.url, redis_timeout=1.0))
+
+
+def _wait_for_one(workers: Sequence[WorkerProcess], timeout: float) -> None:
+    """Return once each of `workers` is ready or has ended, or after `timeout` s. Raises StackError when then none is ready."""
+    deadline = time.monotonic() + timeout
+    starting = list(workers)
+    while starting and time.monotonic() < deadline:
+        starting = [worker for worker in starting if not worker.answers() and not worker.ended()]
+        time.sleep(_POLL_SECONDS)
+    if workers and not any(worker.answers() for worker in workers):
+        for worker in workers:
+            worker.ready()  # raises for one that has ended
+        raise StackError(f"not ready after {timeout:g} s: {', '.join(one.name for one in workers)}; read their logs")
+    for worker in starting:
+        say(f"{worker.name} is not ready after {timeout:g} s; its log tells how far it is", trouble=True)
 
 
 def _started(part: _Part | None) -> _Part:

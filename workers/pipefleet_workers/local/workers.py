@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipefleet_workers.logs import say
+from pipefleet_workers.parked import Parked
 
 from .children import Child, ChildSpec
-from .errors import StackError
+from .fleet_file import Duty
+from .restarts import Restarts
 from .service import ChildService, Site
 
 WorkerCommand = Callable[[str, Path], Sequence[str]]
 """(pool, ready file) -> the command line of one worker, which creates the file once it consumes."""
-MAX_RESTARTS = 3
 _METRICS_PORT = "PIPEFLEET_WORKER_METRICS_PORT"
 
 
-def worker_command(pool: str, ready_file: Path) -> list[str]:
+def worker_command(pool: str, ready_file: Path, *, allow_unpinned: bool = False) -> list[str]:
     """Return the command line of pipefleet's own worker for `pool`."""
-    return [sys.executable, "-m", "pipefleet", "worker", "--pool", pool, "--ready-file", str(ready_file)]
+    unpinned = ["--allow-unpinned"] if allow_unpinned else []
+    return [sys.executable, "-m", "pipefleet", "worker", "--pool", pool, "--ready-file", str(ready_file), *unpinned]
 
 
 class WorkerProcess(ChildService):
-    """Worker number `number` (from 1, counted over the stack) for `pool`; keeps count of its `restarts`.
+    """Worker number `number` (from 1, counted over the stack) for `pool`; `restarts` keeps count of its deaths.
 
     `drained_at` is when it was told to end for good (seconds of the monotonic clock), None before.
     """
 
-    def __init__(self, site: Site, pool: str, *, number: int, command: WorkerCommand) -> None:
+    def __init__(self, site: Site, pool: str, *, number: int, command: WorkerCommand, restarts: Restarts) -> None:
         super().__init__(f"worker-{pool}-{number}", site)
         self.pool = pool
         self.number = number
-        self.restarts = 0
+        self.restarts = restarts
+        self.last_words = ""
+        """How its process ended last, on one line."""
         self.drained_at: float | None = None
         self._command = command
         self._ready_file = site.folder("run") / f"{self.name}.ready"
@@ -57,11 +63,26 @@ class WorkerProcess(ChildService):
         )
 
     def restart(self) -> None:
-        """Start the ended process again, as before, and count it; its log is kept as `.1`."""
+        """Start the ended process again, as before; its log is kept as `.1`."""
         assert self.child is not None
-        self.restarts += 1
         self._ready_file.unlink(missing_ok=True)
+        self.restarts.started()
         self.child.start()
+
+    def ended(self) -> bool:
+        """Whether its process is over."""
+        assert self.child is not None
+        return self.child.ended()
+
+    def answers(self) -> bool:
+        """Whether its process lives and consumes."""
+        return not self.ended() and self._answers()
+
+    def bury(self) -> str:
+        """Tell how its process ended, for people, and keep the short form as `last_words`."""
+        assert self.child is not None
+        self.last_words = self.child.last_words()
+        return self.child.epitaph()
 
     def drain(self) -> None:
         """Tell the process to end for good: it finishes or hands back what it holds. Returns at once."""
@@ -87,49 +108,173 @@ class WorkerProcess(ChildService):
         return self._ready_file.exists()
 
 
-class Crew:
-    """The workers of a stack; an iterator over all of them. One thread at a time may call it."""
+@dataclass(eq=False)
+class Squad:
+    """The workers of one pool that were started with one description of it: `environment` tells them, `duty` tells us."""
 
-    def __init__(self, site: Site, environment: Mapping[str, str], *, command: WorkerCommand, grace: float) -> None:
+    pool: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    duty: Duty | None = None
+    workers: list[WorkerProcess] = field(default_factory=list)
+    replaced: bool = False
+    """Whether another squad, or none, serves the pool from now on."""
+    closed: bool = False
+    """Whether no worker is started in it any more: it is forgotten when its last one has ended."""
+
+    def staying(self) -> list[WorkerProcess]:
+        """Its workers that were not told to end, in order of start."""
+        return [worker for worker in self.workers if worker.drained_at is None]
+
+    def ready(self) -> bool:
+        """Whether every worker that is to stay consumes; true when there is none."""
+        return all(worker.answers() for worker in self.staying())
+
+
+class Crew:
+    """The workers of a stack, by pool; an iterator over all of them. One thread at a time may call it.
+
+    `clock` gives seconds, as the monotonic clock does; the pauses before a worker is started again follow it.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        environment: Mapping[str, str],
+        *,
+        command: WorkerCommand,
+        grace: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._site = site
         self._environment = environment
         self._command = command
         self._grace = grace
-        self._workers: list[WorkerProcess] = []
+        self._clock = clock
+        self._current: dict[str, Squad] = {}
+        self._replaced: list[Squad] = []
 
     def __iter__(self) -> Iterator[WorkerProcess]:
-        return iter(tuple(self._workers))
+        squads = [*self._current.values(), *self._replaced]
+        return iter([worker for squad in squads for worker in squad.workers])
+
+    @property
+    def replaced(self) -> tuple[Squad, ...]:
+        """The squads that are to end, in the order in which they were replaced."""
+        return tuple(self._replaced)
+
+    def current(self, pool: str) -> Squad | None:
+        """The squad that serves a pool, or None."""
+        return self._current.get(pool)
 
     def of(self, pool: str) -> list[WorkerProcess]:
-        """The workers of a pool that were not told to end, in order of start."""
-        return [worker for worker in self._workers if worker.pool == pool and worker.drained_at is None]
+        """The workers of a pool that were not told to end, in order of start; without those of a replaced squad."""
+        squad = self._current.get(pool)
+        return [] if squad is None else squad.staying()
 
-    def start(self, pool: str) -> WorkerProcess:
-        """Start one worker more, with the lowest number that is free, and return without waiting for it."""
-        taken = {worker.number for worker in self._workers}
+    def assign(self, pool: str, *, duty: Duty, environment: Mapping[str, str]) -> None:
+        """From now on workers of `pool` start with this environment; those before are a replaced squad, which goes on.
+
+        A replaced squad of the same duty takes its place again.
+        """
+        self.retire(pool)
+        squad = next((one for one in self._replaced if (one.pool, one.duty) == (pool, duty) and one.staying()), None)
+        if squad is None:
+            squad = Squad(pool)
+        else:
+            self._replaced.remove(squad)
+        squad.duty, squad.environment, squad.replaced, squad.closed = duty, environment, False, False
+        self._current[pool] = squad
+
+    def retire(self, pool: str) -> None:
+        """Nobody new serves `pool`; its workers are a replaced squad, which goes on until it is dismissed."""
+        squad = self._current.pop(pool, None)
+        if squad is not None:
+            squad.replaced = True
+            self._replaced.append(squad)
+            for worker in squad.staying():
+                if worker.restarts.parked:
+                    squad.closed = True
+                    worker.drain()
+
+    def dismiss(self, squad: Squad) -> None:
+        """Tell all workers of a replaced squad to end, and forget the squad once they have."""
+        for worker in squad.staying():
+            worker.drain()
+        squad.closed = True
+
+    def start(self, pool: str, *, squad: Squad | None = None) -> WorkerProcess:
+        """Start one worker more in the squad that serves the pool, or in `squad`, and return without waiting for it.
+
+        It gets the lowest number that is free.
+        """
+        squad = squad or self._current.setdefault(pool, Squad(pool))
+        taken = {worker.number for worker in self}
         number = next(number for number in itertools.count(1) if number not in taken)
-        worker = WorkerProcess(self._site, pool, number=number, command=self._command)
-        self._workers.append(worker)
-        worker.start(self._environment, grace=self._grace)
+        worker = WorkerProcess(self._site, pool, number=number, command=self._command, restarts=Restarts(self._clock))
+        squad.workers.append(worker)
+        worker.start({**self._environment, **squad.environment}, grace=self._grace)
         return worker
 
-    def forget_drained(self) -> None:
-        """Reap the drained workers that have ended."""
+    def has(self, child: Child) -> bool:
+        """Whether a process is one of its workers."""
+        return any(worker.child is child for worker in self)
+
+    def step(self) -> None:
+        """Reap the drained workers that have ended; start the others that ended again, each when it is due. Returns at once."""
+        for squad in (*self._current.values(), *self.replaced):
+            for worker in tuple(squad.workers):
+                self._look_after(worker, squad)
+            if squad.closed and not squad.workers:
+                self._replaced.remove(squad)
+
+    def retry(self, pool: str | None = None) -> None:
+        """Give the workers of a pool, or all, their lives back; those that wait for their next start are due at once."""
         for worker in self:
+            if pool in (None, worker.pool):
+                worker.restarts.forgive()
+
+    def silent_pools(self) -> list[str]:
+        """The pools that have workers, but none that is ready."""
+        squads = {pool: self.of(pool) for pool in self._current}
+        return [pool for pool, workers in squads.items() if workers and not any(one.answers() for one in workers)]
+
+    def parked(self) -> dict[str, Parked]:
+        """The pools with workers that ended too often, with the end of the first of each."""
+        found = {}
+        for pool in self._current:
+            workers = self.of(pool)
+            down = [worker for worker in workers if worker.restarts.parked]
+            if down:
+                found[pool] = Parked(len(down), len(workers), down[0].last_words)
+        return found
+
+    def _look_after(self, worker: WorkerProcess, squad: Squad) -> None:
+        if worker.drained_at is not None:
             if worker.gone():
                 worker.stop()
-                self._workers.remove(worker)
+                squad.workers.remove(worker)
+        elif not worker.ended():
+            if worker.answers() and worker.restarts.ready():
+                say(f"{worker.name} is ready again", pool=worker.pool)
+        elif not worker.restarts.waiting:
+            self._mourn(worker, squad)
+        elif worker.restarts.due:
+            worker.restart()
 
-    def revive(self, child: Child) -> None:
-        """Start the worker again whose process ended by itself, with a note.
-
-        Raises StackError, with the end of its log, at the fourth time and for a process that is no worker's.
-        """
-        worker = next((one for one in self._workers if one.child is child), None)
-        if worker is not None and worker.drained_at is not None:
-            return
-        if worker is None or worker.restarts >= MAX_RESTARTS:
-            raise StackError(child.epitaph())
-        note = f"starting it again ({worker.restarts + 1} of {MAX_RESTARTS})"
-        say(f"{child.epitaph()}\n{note}", trouble=True)
-        worker.restart()
+    def _mourn(self, worker: WorkerProcess, squad: Squad) -> None:
+        epitaph = worker.bury()
+        pause, deaths = worker.restarts.died(), worker.restarts.deaths
+        if not worker.restarts.parked:
+            note = f"starting it again in {pause:g} s"
+        elif squad.replaced:
+            note = f"it ended {deaths} times in a row and is not started again: the pool has a new description"
+            squad.closed = True
+            worker.drain()
+        else:
+            others = sum(not one.restarts.waiting for one in squad.staying())
+            note = (
+                f"it ended {deaths} times in a row and stays down; {others} of {len(squad.staying())} workers of the pool "
+                f"go on. It is tried again in {pause / 60:g} minutes, when the fleet file changes its pool, "
+                f"and after kill -HUP {os.getpid()}"
+            )
+        say(f"{epitaph}\n{note}", trouble=True, pool=worker.pool)

@@ -100,6 +100,10 @@ class Scaler:
         self._statuses: Mapping[str, PoolStatus] = {}
         self._read_at: float | None = None
 
+    def follow(self, fleet: Fleet) -> None:
+        """From the next `tick` on, read the pools of this fleet. Any thread may call it."""
+        self._fleet = fleet
+
     def tick(self, *, remember: bool = True) -> Mapping[str, PoolStatus]:
         """Look at every pool and decide; with `remember`, keep the averages in Redis. Raises ServiceUnavailableError."""
         with broker.redis_errors(self._url):

@@ -1,0 +1,53 @@
+"""Pools that `pipefleet up` could not keep alive: it tells them in Redis, and `top` and `doctor` read them.
+
+Kept in the Redis hash `pipefleet:parked`, by pool; it ends by the server's clock unless `up` tells it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipefleet.broker import KEY
+from pipefleet.contract import encode_json
+
+PARKED_KEY = f"{KEY}parked"
+TOLD_SECONDS = 30.0
+"""How long what was told holds: three times as long as the pause between two tellings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """`down` of the `of` workers of a pool ended again and again, and stay down for a while; `reason` is one line."""
+
+    down: int
+    of: int
+    reason: str
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"{self.down} of {self.of} workers stay down after ending again and again ({self.reason})"
+
+
+def tell_parked(redis: Any, parked: Mapping[str, Parked]) -> None:
+    """Replace what was told before. Raises what redis-py raises."""
+    pipe = redis.pipeline(transaction=True)
+    pipe.delete(PARKED_KEY)
+    for pool, one in parked.items():
+        pipe.hset(PARKED_KEY, pool, encode_json(asdict(one)))
+    pipe.pexpire(PARKED_KEY, int(TOLD_SECONDS * 1000))
+    pipe.execute()
+
+
+def parked_pools(redis: Any) -> dict[str, Parked]:
+    """The parked pools by name. Raises what redis-py raises."""
+    found = {}
+    for name, raw in redis.hgetall(PARKED_KEY).items():
+        try:
+            content = json.loads(raw)
+            found[name.decode()] = Parked(int(content["down"]), int(content["of"]), str(content["reason"]))
+        except (ValueError, LookupError, TypeError):
+            continue  # of another version: not worth an error in a view of the fleet
+    return found
