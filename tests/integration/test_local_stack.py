@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,8 +30,12 @@ from redis.retry import Retry
 from pipefleet_workers.local import Stack, StackError
 from pipefleet_workers.local import ports as ports_module
 from pipefleet_workers.local import stack as stack_module
+from pipefleet_workers.local.fleet_file import FleetFile
 from pipefleet_workers.local.flower import USER
+from pipefleet_workers.local.restarts import MOST_DEATHS, PARKED_SECONDS
 from pipefleet_workers.local.servers import BUCKET
+from pipefleet_workers.parked import Parked, parked_pools
+from tests.unit.fake_clock import Clock
 
 READY_AND_IDLE = "import pathlib, sys, threading; pathlib.Path(sys.argv[1]).touch(); threading.Event().wait()"
 READY_AND_DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY_AND_IDLE}"
@@ -324,21 +329,85 @@ def test_a_dead_server_ends_the_supervision_with_its_name(tmp_path: Path) -> Non
             stack.supervise()
 
 
-def test_a_worker_that_keeps_ending_is_restarted_three_times(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_pool_whose_worker_keeps_ending_takes_no_other_down(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken"
     code = f"""
 import pathlib, sys, time
 pathlib.Path(sys.argv[1]).touch()
-while not pathlib.Path({str(broken)!r}).exists():
+while "worker-text" not in sys.argv[1] or not pathlib.Path({str(broken)!r}).exists():
     time.sleep(0.01)
 sys.exit("the model exploded")
 """
-    with Stack(tmp_path / "data", pools=["text"], flower=False, worker_command=worker(code)) as stack:
+    clock = Clock()
+    pools = ["text", "image"]
+    with Stack(tmp_path / "data", pools=pools, flower=False, worker_command=worker(code), clock=clock) as stack:
+        others = pids(stack)
         broken.touch()
-        with pytest.raises(StackError, match=r"worker-text-1 exited with status 1(.|\n)*the model exploded"):
-            stack.supervise()
-    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("starting it again")]
-    assert notes == [f"starting it again ({restart} of 3)" for restart in (1, 2, 3)]
+
+        def parked() -> dict[str, Parked]:
+            clock.now += 1.0
+            stack.step()
+            return parked_pools(Redis.from_url(stack.redis.url))
+
+        assert eventually(lambda: bool(parked()), 60)
+        assert parked() == {"text": Parked(1, 1, "worker-text-1 exited with status 1: the model exploded")}
+        assert [pid for pid in others if not alive(pid)] == [others[2]]
+        assert stack.silent_pools == ["text"]
+        broken.unlink()
+        clock.now += PARKED_SECONDS
+        assert eventually(lambda: not parked())
+        assert stack.silent_pools == []
+    said = capfd.readouterr().err
+    assert said.count("worker-text-1 exited with status 1; the end of ") == MOST_DEATHS
+    assert said.count("starting it again in ") == MOST_DEATHS - 1
+    assert "and stays down" in said
+
+
+def followed(folder: Path, code: str, *pools: str) -> Stack:
+    """A stack that follows a fleet file with a pool for each name; every worker runs `code` with its pool and its ready file."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    tables = [f'[pools.{pool}]\ntask = "text-classification"\nmodel = "./model"\n' for pool in pools]
+    (folder / "fleet.toml").write_text("default = true\n".join(tables))
+    return Stack(folder / "data", flower=False, worker_command=worker(code)).follow(FleetFile(folder / "fleet.toml"))
+
+
+def test_at_the_start_one_pool_that_does_not_load_takes_no_other_down(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = f"import sys\nif 'worker-bad' in sys.argv[1]: sys.exit('no such model')\n{READY_AND_IDLE}"
+    with followed(tmp_path, code, "bad", "good") as stack:
+        assert stack.silent_pools == ["bad"]
+    said = capfd.readouterr().err
+    assert re.search(r"worker-bad-1 exited with status 1(.|\n)*no such model\nstarting it again in 1 s", said)
+
+
+def test_a_start_with_no_pool_that_loads_fails(tmp_path: Path) -> None:
+    stack = followed(tmp_path, "raise SystemExit('no such model')", "bad", "worse")
+    with pytest.raises(StackError, match=r"worker-bad-1 exited with status 1(.|\n)*no such model"):
+        stack.start()
+    assert pids(stack) == []
+
+
+def test_a_slow_pool_is_told_and_left_to_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stack_module, "WORKER_SECONDS", 3.0)
+    code = f"import sys, threading\nif 'worker-slow' in sys.argv[1]: threading.Event().wait()\n{READY_AND_IDLE}"
+    with followed(tmp_path, code, "slow", "good") as stack:
+        assert stack.silent_pools == ["slow"]
+    assert "worker-slow-1 is not ready after 3 s" in capfd.readouterr().err
+
+
+def test_a_reload_reads_the_fleet_file_at_once(tmp_path: Path) -> None:
+    with followed(tmp_path, READY_AND_IDLE, "one") as stack:
+        followed(tmp_path, READY_AND_IDLE, "one", "two")
+        stack.request_reload()
+        stack.step()
+        assert stack.silent_pools == ["two"]
+        assert eventually(lambda: not stack.silent_pools)
+        assert stack.environment()["PIPEFLEET_FLEET"] == str(tmp_path / "fleet.toml")
 
 
 def test_a_worker_that_ends_before_it_is_ready_fails_the_start(tmp_path: Path) -> None:

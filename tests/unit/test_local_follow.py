@@ -222,7 +222,9 @@ def test_with_an_autoscaler_a_pool_starts_with_its_minimum_and_rolls_with_what_i
         world.crew.start("texts")
         world.crew.start("texts")
         world.steps_until(lambda: world.serving("texts") == ["a", "a"])
-        world.take(table("texts", "b"), table("vectors", "a", "workers = { min = 1, max = 2 }", task="feature-extraction"))
+        world.take(
+            table("texts", "b"), table("vectors", "a", "workers = { min = 1, max = 2 }", task="feature-extraction")
+        )
         world.steps_until(lambda: world.serving("texts") == ["b", "b"] and world.serving("vectors") == ["a"])
         assert len(world.versions) == 2
         assert "vectors" in world.versions[1].read_text()

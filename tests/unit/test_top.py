@@ -21,6 +21,7 @@ from pipefleet import broker, cli
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
 from pipefleet_workers.facts import WORKERS_KEY
+from pipefleet_workers.parked import Parked, tell_parked
 from pipefleet_workers.scaling.ledger import record_done, record_items
 from pipefleet_workers.scaling.service import Scaler
 from pipefleet_workers.watch.read import PoolRow, Snapshot, WorkerRow, read_fleet
@@ -78,6 +79,17 @@ def test_a_pool_is_what_lies_in_redis(busy: Client) -> None:
     assert (pool.alive, pool.wanted) == (2, None)
     assert (pool.items_per_second, pool.busy) == (40.0, pytest.approx(0.7))
     assert (pool.items, pool.failed, pool.dead_letters) == (1400, 12, 1)
+
+
+def test_a_parked_pool_has_a_note_under_the_table(busy: Client) -> None:
+    assert row(busy).note == ""
+    tell_parked(busy.redis, {"texts": Parked(1, 3, "worker-texts-2 exited with status 1: no such model")})
+    note = "1 of 3 workers stay down after ending again and again (worker-texts-2 exited with status 1: no such model)"
+    assert row(busy).note == note
+    assert f"texts: {note}" in plain(read_fleet(busy)).splitlines()
+    console = Console(width=120, record=True, force_terminal=True)
+    console.print(screen(read_fleet(busy), width=120))
+    assert "texts: 1 of 3 workers stay down" in console.export_text()
 
 
 def test_with_a_scaler_it_shows_what_that_wants(busy: Client) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.errors import PipefleetError
@@ -16,6 +17,11 @@ from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
 from pipefleet_workers.facts import announced_workers
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+    from pipefleet.fleet import Pool
+    from pipefleet_workers.watch.read import PoolRow
 
 RACERS = 50
 ROUNDS = 3
@@ -35,19 +41,82 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """All checks in the order in which their causes build on each other. Never raises."""
+    """All checks in the order in which their causes build on each other. Raises UsageError for a wrong setting."""
     settings = load_settings()
+    pools = pool_checks(settings)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("redis", _redis),
         ("s3", _store),
         ("s3 conditional writes", _race),
         ("fleet", _fleet),
-        ("workers", _workers),
-        ("images", _images),
-        ("audio", _audio),
-        ("device", _device),
+        ("workers", lambda settings: _workers(settings, needed=not (pools and all(one.ok for one in pools)))),
     ]
-    return [_checked(name, check, settings) for name, check in checks]
+    here: list[tuple[str, Callable[[Settings], str]]] = [("images", _images), ("audio", _audio), ("device", _device)]
+    if not _installed("torch"):
+        here = [("this machine", _producer)]
+    return [
+        *(_checked(name, check, settings) for name, check in checks),
+        *pools,
+        *(_checked(name, check, settings) for name, check in here),
+    ]
+
+
+def pool_checks(settings: Settings) -> list[Check]:
+    """A check for each pool: does somebody serve it, or need nobody? None where Redis or the fleet file cannot be read.
+
+    Pools are those of the fleet file, and others that are announced and that messages wait for.
+    """
+    from pipefleet.client import Client
+
+    try:
+        with Client(settings) as client:
+            return [_pool(row, pool) for row, pool in _pools(client)]
+    except PipefleetError:
+        return []  # what is wrong is told by the checks of Redis and of the fleet file
+    except Exception as error:  # noqa: BLE001 - as in `_checked`
+        return [Check("pools", False, f"{type(error).__name__}: {error}")]
+
+
+def _pools(client: Client) -> list[tuple[PoolRow, Pool]]:
+    from pipefleet.fleet import Fleet, Pool
+    from pipefleet_workers.watch.read import read_fleet
+
+    fleet = client.fleet
+    found = [(row, fleet.pools[row.pool]) for row in read_fleet(client, fleet).pools]
+    with broker.redis_errors(client.settings.redis_url):
+        announced = broker.announced_pools(client.redis)
+    others = {name: Pool.announced(name, one) for name, one in announced.items() if name not in fleet.pools}
+    rows = read_fleet(client, Fleet(others)).pools
+    return found + [(row, others[row.pool]) for row in rows if sum(row.messages.values())]
+
+
+def _pool(row: PoolRow, pool: Pool) -> Check:
+    """Whether a pool is served, or needs nobody now."""
+    name, waiting = f"pool {row.pool}", row.messages["queued"] + row.messages["delayed"]
+    waits = f"{waiting} {'message waits' if waiting == 1 else 'messages wait'}"
+    start = f"start one with `pipefleet worker --pool {row.pool}`, or `pipefleet up`"
+    if row.note:
+        return Check(
+            name,
+            False,
+            f"{row.note}; {waits}. Mend its cause, then save the fleet file or send SIGHUP to `pipefleet up`",
+        )
+    if row.alive:
+        return Check(name, True, f"{row.alive} {'worker' if row.alive == 1 else 'workers'}, {waits}")
+    if pool.workers.min == 0 and row.wanted is not None:
+        if not waiting:
+            return Check(name, True, "no worker, and no work: a scaler starts one when there is some")
+        return Check(
+            name, False, f"{waits} and no worker is alive, though a scaler wants {row.wanted}; see what starts them"
+        )
+    return Check(name, False, f"no worker is alive, {waits}; {start}")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _checked(name: str, check: Callable[[Settings], str], settings: Settings) -> Check:
@@ -55,6 +124,8 @@ def _checked(name: str, check: Callable[[Settings], str], settings: Settings) ->
         return Check(name, True, check(settings))
     except PipefleetError as error:
         return Check(name, False, str(error))
+    except ModuleNotFoundError as error:
+        return Check(name, False, f"{error.name} is not installed; install it with pip install 'pipefleet[workers]'")
     except Exception as error:  # noqa: BLE001 - a check that breaks is a finding, not an end
         return Check(name, False, f"{type(error).__name__}: {error}")
 
@@ -112,9 +183,15 @@ def _fleet(settings: Settings) -> str:
     return f"{path}: " + ", ".join(f"{pool.name} ({pool.task})" for pool in pools.values())
 
 
-def _workers(settings: Settings) -> str:
+def _producer(settings: Settings) -> str:
+    return "torch is not installed, so no worker can run here; for one: pip install 'pipefleet[workers]'"
+
+
+def _workers(settings: Settings, *, needed: bool) -> str:
     with broker.redis_errors(settings.redis_url):
         workers = announced_workers(broker.connect(settings))
+    if not workers and not needed:
+        return "none is alive, and none is needed now"
     if not workers:
         raise PipefleetError("no worker is alive; start one with `pipefleet worker --pool NAME`, or `pipefleet up`")
     return "; ".join(f"{name}: {facts['batching']}" for name, facts in sorted(workers.items()))

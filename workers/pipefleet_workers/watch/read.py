@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.fleet import Pool, model_label
+from pipefleet.fleet import Fleet, Pool, model_label
 from pipefleet.routing import queue_name
 from pipefleet_workers.facts import announced_workers
+from pipefleet_workers.parked import parked_pools
 from pipefleet_workers.scaling.decide import State
 from pipefleet_workers.scaling.ledger import Done, read_items, state_key
 from pipefleet_workers.scaling.signal import STATES, Memory, Reading, read_pool
@@ -45,6 +46,8 @@ class PoolRow:
     """Items that ended since the pool began, and how many of them failed."""
     failed: int
     dead_letters: int
+    note: str = ""
+    """What `pipefleet up` could not do for it, in one sentence; empty where all is well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,12 @@ class Snapshot:
         return asdict(self)
 
 
-def read_fleet(client: Client) -> Snapshot:
-    """Look once. Raises ServiceUnavailableError when Redis is away, UsageError for a wrong fleet file."""
-    fleet = client.fleet
+def read_fleet(client: Client, fleet: Fleet | None = None) -> Snapshot:
+    """Look once at the client's pools, or those of `fleet`.
+
+    Raises ServiceUnavailableError when Redis is away, UsageError for a wrong fleet file.
+    """
+    fleet = client.fleet if fleet is None else fleet
     now = time.time()
     with broker.redis_errors(client.settings.redis_url):
         workers = sorted(_workers(client.redis, now), key=lambda one: (one.pool, one.worker))
@@ -90,6 +96,8 @@ def read_fleet(client: Client) -> Snapshot:
             _pool(client.redis, pool, queue_name(pool, fleet), [one for one in workers if one.pool == pool.name], now)
             for pool in fleet.pools.values()
         ]
+        parked = parked_pools(client.redis)
+    pools = [replace(one, note=str(parked[one.pool])) if one.pool in parked else one for one in pools]
     return Snapshot(now, tuple(pools), tuple(workers))
 
 

@@ -69,7 +69,12 @@ def plain(snapshot: Snapshot) -> str:
     """Both tables as text without colours, one line for each row however wide."""
     pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools])
     workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers])
-    return "\n".join([*pools, "", *(workers if snapshot.workers else [NOBODY])])
+    return "\n".join([*pools, *notes(snapshot), "", *(workers if snapshot.workers else [NOBODY])])
+
+
+def notes(snapshot: Snapshot) -> list[str]:
+    """A line for each pool that something is to be said of."""
+    return [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note]
 
 
 def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list[str]:
@@ -107,6 +112,7 @@ def screen(snapshot: Snapshot, *, width: int, trouble: str = "") -> Group:
     dim = "dim" if trouble else ""
     body = [Text(pools[0], style="bold cyan")]
     body += [Text(line, style=_style(row) or dim) for line, row in zip(pools[1:], snapshot.pools, strict=True)]
+    body += [Text(line, style=dim or "yellow") for line in notes(snapshot)]
     body.append(Text(""))
     if snapshot.workers:
         body += [Text(workers[0], style="bold cyan"), *(Text(line, style=dim) for line in workers[1:])]
