@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipefleet import cli
-from pipefleet_workers.local.autoscale import least_useful, pools_without_maximum, share
+from pipefleet import broker, cli
+from pipefleet.client import Client
+from pipefleet.contract import JobItem, JobMessage, Priority
+from pipefleet.fleet import load_fleet
+from pipefleet_workers.local.autoscale import Autoscaler, Pace, least_useful, pools_without_maximum, share
 
 
 def test_a_pool_with_a_maximum_gets_what_it_wants_whatever_the_cores() -> None:
@@ -61,3 +64,27 @@ def test_wrong_options_are_one_line_and_exit_code_2(
     printed = capsys.readouterr()
     assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert expected in printed.err
+
+
+def test_it_goes_over_to_another_fleet(client: Client, tmp_path: Path) -> None:
+    """A pool that went gets no worker from the reading before, and one that came is read, scaled and announced."""
+    old, new = tmp_path / "old.toml", tmp_path / "new.toml"
+    old.write_text('[pools.texts]\ntask = "text-classification"\nmodel = "/a"\n')
+    new.write_text('[pools.pictures]\ntask = "image-classification"\nmodel = "/a"\nworkers = { max = 1 }\n')
+    for task in ("text-classification", "image-classification"):
+        job = JobMessage(task, task, items=(JobItem("0", "text"),), cost=5.0)
+        broker.push(client.redis, job, f"pipefleet.{task}", Priority.NORMAL)
+    started: list[str] = []
+    crew: Any = SimpleNamespace(of=lambda pool: [], start=started.append)
+    scaler = Autoscaler(old, load_fleet(old), client.settings, Pace(), crew=crew, port=0)
+    try:
+        scaler._scaler.tick()
+        scaler.follow(new, load_fleet(new))
+        scaler.step()
+        assert started == []
+        scaler._scaler.tick()
+        scaler.step()
+        assert started == ["pictures"]
+        assert list(broker.announced_pools(client.redis)) == ["pictures"]
+    finally:
+        scaler.service._server.server_close()
