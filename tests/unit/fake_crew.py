@@ -102,8 +102,9 @@ class FakeCrew:
         until(look)
 
     def serving(self, pool: str) -> list[str]:
-        """The models that the ready workers of a pool serve, sorted."""
-        workers = [worker for worker in self.crew if worker.pool == pool and worker.answers()]
+        """The models that the ready workers of a pool serve which were not told to end, sorted."""
+        staying = [worker for worker in self.crew if worker.pool == pool and worker.drained_at is None]
+        workers = [worker for worker in staying if worker.answers()]
         return sorted(worker._ready_file.read_text() for worker in workers)
 
     def pids(self, pool: str) -> list[int]:

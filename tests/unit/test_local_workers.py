@@ -9,7 +9,7 @@ import pytest
 from redis import Redis
 
 from pipefleet_workers.local.restarts import MOST_DEATHS, PARKED_SECONDS, STEADY_SECONDS
-from pipefleet_workers.local.workers import WorkerProcess
+from pipefleet_workers.local.workers import WorkerProcess, worker_command
 from pipefleet_workers.parked import PARKED_KEY, TOLD_SECONDS, Parked, parked_pools, tell_parked
 from tests.unit.fake_crew import FakeCrew, pid, table, until
 
@@ -122,3 +122,8 @@ def test_parked_pools_are_told_for_a_while_and_replaced_as_a_whole(redis: Redis)
     assert parked_pools(redis) == {}
     redis.hset(PARKED_KEY, "texts", "of a later version")
     assert parked_pools(redis) == {}
+
+
+def test_a_fleet_that_may_be_unpinned_is_so_for_its_workers_too(tmp_path: Path) -> None:
+    assert "--allow-unpinned" in worker_command("texts", tmp_path, allow_unpinned=True)
+    assert "--allow-unpinned" not in worker_command("texts", tmp_path)
