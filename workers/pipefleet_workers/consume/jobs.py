@@ -58,6 +58,7 @@ class Jobs:
             deadline=message.deadline,
             sink=sink,
             patient=patient,
+            shard=message.shard,
         )
         with self._lock:
             self._contexts[id(context)] = context
@@ -99,8 +100,8 @@ class Jobs:
             return JobFailure(error.code, str(error), "consume")
         return None
 
-    def admit(self, works: Sequence[Work], *, bulk: bool) -> list[Work]:
-        """Send items into the engine; those that must not enter it end at once. Returns the others."""
+    def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
+        """Send items into the engine; those that must not enter it end at once. Bulk items wait here for room."""
         admitted = []
         for work in works:
             failure = self._item_failure(work)
@@ -113,7 +114,6 @@ class Jobs:
                 self.engine.admit(admitted, bulk=True)
         else:
             self.engine.admit(admitted, bulk=False)
-        return admitted
 
     def _item_failure(self, work: Work) -> JobFailure | None:
         """Why an item must not enter the engine, or None: parameters and references come from any program that can queue."""

@@ -16,7 +16,7 @@ from pipefleet.records import JobFailure
 from pipefleet.storage import StorageRef
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.items import JobContext, Outcome, Work
+from pipefleet_workers.items import JobContext, Outcome
 from pipefleet_workers.stages.fetch import lies_under
 
 PROGRESS_SECONDS = 0.25
@@ -66,16 +66,14 @@ class Shards:
         sink = Outcomes(positions)
         context = self._jobs.begin(message, sink, priority=int(Priority.LOW), patient=patient)
         works = [work_of(context, position, items[position]) for position in positions]
-        admitted: list[Work] = []
         try:
             for work in works:
                 if work.position in without:
                     sink.deliver(Outcome(work, failure=without[work.position]))
-            admitted = self._jobs.admit([work for work in works if work.position not in without], bulk=True)
+            self._jobs.admit([work for work in works if work.position not in without], bulk=True)
             self._wait(sink, message.shard)
         finally:
             self._jobs.end(context)
-            self._jobs.engine.release(admitted)
         return sink.in_order()
 
     def close(self, shard: Shard, outcomes: Sequence[Outcome]) -> str:
