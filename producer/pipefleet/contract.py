@@ -19,6 +19,8 @@ from pipefleet.errors import ContractError
 CONTRACT_VERSION = 1
 TASK_NAME = "pipefleet.infer"
 MAX_MESSAGE_BYTES = 64 * 1024
+MAX_SHARD_ITEMS = 10_000
+"""Most items of a shard: a worker holds the rows of one in memory until its part is written."""
 
 
 class JobState(StrEnum):
@@ -80,6 +82,7 @@ class JobItem:
 class Shard:
     """A slice of a bulk run: `count` items from position `first`, listed at `uri`; `run_uri` is the run's output.
 
+    Workers refuse one of more than MAX_SHARD_ITEMS.
     `format` is that of its part; on the wire it is left out where it is JSON lines.
     """
 

@@ -290,7 +290,8 @@ class Engine:
         return done
 
     def _fail(self, work: Work, failure: JobFailure) -> None:
-        self._instruments.metrics.failed(work.seconds, code=failure.code, stage=failure.stage)
+        if not work.job.given_back:
+            self._instruments.metrics.failed(work.seconds, code=failure.code, stage=failure.stage)
         self._end(Outcome(work, failure=failure))
 
     def _end(self, outcome: Outcome) -> None:

@@ -49,11 +49,13 @@ class JobContext:
     """Whether the job goes back when a service fails one of its items; otherwise that item fails."""
     shard: Shard | None = None
     """What a bulk run calls this job."""
+    given_back: bool = False
+    """Whether it runs again: then what is left of it here counts as nothing."""
 
     def give_back(self, reason: Exception) -> None:
         """End the job here without a result, so that it can run again: what comes in from now on is dropped."""
         self.sink.abandon(reason)  # first: an item that is dropped because of the next line must not count as ended
-        self.cancelled = True
+        self.given_back = self.cancelled = True
 
     def stopped(self, stage: str) -> JobFailure | None:
         """Why no more work should go into this job, or None. Asked before every stage."""

@@ -45,8 +45,9 @@ class Jobs:
         self._allowed = allowed
         self._contexts: dict[int, JobContext] = {}
         self._lock = threading.Lock()
-        self._one_shard_at_a_time = threading.Lock()
         self.engine = engine
+        self.turn = threading.Lock()
+        """Held by the shard whose items enter: the one that came first gets its items in first."""
 
     def begin(self, message: JobMessage, sink: Sink, *, priority: int, patient: bool) -> JobContext:
         """The context of a job that begins here; `end` must follow. See `JobContext.patient`."""
@@ -109,11 +110,7 @@ class Jobs:
                 admitted.append(work)
             else:
                 work.job.sink.deliver(Outcome(work, failure=failure))
-        if bulk:
-            with self._one_shard_at_a_time:  # the shard that came first gets its items in first
-                self.engine.admit(admitted, bulk=True)
-        else:
-            self.engine.admit(admitted, bulk=False)
+        self.engine.admit(admitted, bulk=bulk)
 
     def _item_failure(self, work: Work) -> JobFailure | None:
         """Why an item must not enter the engine, or None: parameters and references come from any program that can queue."""
