@@ -187,6 +187,8 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
     for name in ("id", "task", "model", "revision", "output", "reply"):
         if name in fields and not isinstance(fields[name], str):
             raise ContractError(f"{name} must be a text")
+        if not _has_utf8(fields.get(name, "")):  # Redis could hold neither its record nor those that are written with it
+            raise ContractError(f"{name} must have a UTF-8 form")
     if not 0 < len(fields["id"]) <= 200:
         raise ContractError("id must have 1 to 200 characters")
     for name in ("deadline", "cost"):
@@ -195,6 +197,13 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
             raise ContractError(f"{name} must be a number, finite and not below 0")
     if not isinstance(fields.get("parameters", {}), Mapping):
         raise ContractError("parameters must be an object")
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _object(value: Any, what: str, *, required: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from pipefleet.contract import JobItem, JobMessage
-from pipefleet.errors import ServiceUnavailableError
+from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
+from pipefleet.errors import ContractError, ServiceUnavailableError
 from pipefleet.fleet import Pool
 from pipefleet_workers.adapters.text import TextClassifier
+from pipefleet_workers.consume import shards
 from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.consume.jobs import UNKNOWN_BYTES, Jobs
 from pipefleet_workers.consume.shards import Shards
@@ -89,8 +91,6 @@ def codes(outcomes: Sequence[Outcome]) -> list[str]:
 @pytest.fixture
 def small(pipe: Any) -> Iterator[Callable[..., Any]]:
     """A function that starts an engine whose budget is a few items."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
 
         def start(adapter: Any = None, **settings: Any) -> tuple[Any, Bulk]:
@@ -193,3 +193,34 @@ def test_failures_of_every_stage_give_the_room_back(small: Any, pipe: Any, monke
     wait_until(bulk.empty, "all room has come back")
     found = {one.failure.stage if one.failure else "" for one in outcomes}
     assert found == {"fetch", "decode", "cpu", "forward", "postprocess", ""}
+
+
+def test_what_has_ended_is_told_while_other_items_still_wait_for_room(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    class Reporter:
+        def progress(self, _: Shard, outcomes: Sequence[Outcome]) -> None:
+            told.extend(one.work.position for one in outcomes)
+            raise ServiceUnavailableError("Redis is away")
+
+    _, bulk = small()
+    bulk._shards._outlets = type("Outlets", (), {"reporter": Reporter()})()
+    monkeypatch.setattr(shards, "PROGRESS_SECONDS", 0.0)
+    run = "s3://pipefleet/run/"
+    message = JobMessage("job", TASK, shard=Shard("run", run, f"{run}shard", 0, 0, 400))
+    items = [JobItem(str(index), f"text {index}") for index in range(400)]
+    with pytest.raises(ServiceUnavailableError):
+        bulk._shards.process(message, items)
+    assert told
+    assert max(told) < 2 * shards.ADMITTED_AT_ONCE, "the shard was not told of before all of it was in"
+    wait_until(bulk.empty, "all room has come back")
+    assert bulk.engine._instruments.metrics.totals().failed == 0, "what runs again has not failed"
+
+
+def test_a_shard_above_the_bound_is_refused_before_it_is_read(small: Any) -> None:
+    _, bulk = small()
+    run = "s3://pipefleet/run/"
+    with pytest.raises(ContractError, match="smaller shard_size"):
+        bulk._shards.read(Shard("run", run, f"{run}shard", 0, 0, MAX_SHARD_ITEMS + 1))

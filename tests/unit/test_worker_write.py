@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,9 +17,10 @@ from pipefleet.contract import JobItem, Shard
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
+from pipefleet.parts import part_format
 from pipefleet.records import JobFailure
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
+from pipefleet_workers.items import Encoded, ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.write import PartWriter, dumps
 
@@ -197,3 +198,43 @@ def test_a_server_that_is_away_fails_no_item(shard: Shard, output: Any, monkeypa
     store = WorkerStore(retries=1, retry_seconds=2.0)
     with pytest.raises(ServiceUnavailableError):
         PartWriter(store, {}).write(shard, [outcome(0, "a", output=output), outcome(1, "b", output=output)])
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept"),
+    [
+        ({"inputs": "text", "output": Encoded(b'"lone \\ud800"')}, "text"),
+        ({"inputs": "text", "output": Encoded(b"[" * 3000 + b"]" * 3000)}, "text"),
+        ({"inputs": "text", "output": Encoded(b"9" * 5000), "parameters": {"top_k": 1}}, "text"),
+        ({"inputs": "text", "output": 1, "id": 7}, None),
+        ({"inputs": "text", "failure": JobFailure("x", "y", 3)}, "text"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_row_that_parquet_cannot_hold_fails_alone(shard: Shard, bad: dict[str, Any], kept: str | None) -> None:
+    parquet = part_format("parquet")
+    ends = [outcome(0, "a", output=[1.0, 2.0]), outcome(1, **bad), outcome(2, "c", output=[3.0, 4.0])]
+    part = PartWriter(WorkerStore(), {"worker": "w"}).write(replace(shard, format="parquet"), ends)
+    assert part is not None
+    first, second, third = parquet.rows(part)
+    assert [first["output"], third["output"]] == [[1.0, 2.0], [3.0, 4.0]]
+    assert (second["error"]["code"], second["error"]["stage"]) == ("bad_output", "write")
+    assert (second["id"], second["input"]) == (str(bad.get("id", 1)), kept)
+    assert "output" not in second
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [[1e300, 0.5], [1.0, 2.0]],
+        [[1.0, 2.0], [1.0]],
+        [[1.0, 2.0], {"a": [2**64 - 1]}],
+        [[1.0, 2], [1.0, 2.0]],
+        [nested(250), None],
+        [[1.0, None], []],
+    ],
+)
+def test_parquet_holds_whatever_is_json(outputs: list[Any]) -> None:
+    parquet = part_format("parquet")
+    rows = [{"id": "0", "input": "text", "output": output, "provenance": {}} for output in outputs]
+    part = parquet.encode([orjson.dumps(row) for row in rows])
+    assert [row["output"] for row in parquet.rows(part)] == outputs

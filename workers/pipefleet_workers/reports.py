@@ -132,7 +132,9 @@ class Reporter:
         return str(_state_of(ending))
 
     def fail(self, message: JobMessage, failure: JobFailure) -> None:
-        """End a single job that never came into the engine."""
+        """End a single job that never came into the engine. Nothing for an id without a UTF-8 form: nobody waits for that."""
+        if utf8(message.id) != message.id:
+            return
         fields = {"error": encode_json(utf8(failure.to_json())), "timings": "{}"}
         with broker.redis_errors(self._settings.redis_url):
             self._finish(self._redis, message, JobState.FAILED, fields)

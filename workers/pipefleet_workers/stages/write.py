@@ -148,19 +148,36 @@ class PartWriter:
     def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
         """Write the part with a row for each outcome, in order; the part. None when another worker's was there first."""
         layout, written_as = RunLayout(shard.run_uri, shard.format), part_format(shard.format)
-        body = self._encoded(written_as, [self._line(outcome) for outcome in outcomes])
+        body = self._encoded(written_as, outcomes)
         ours = self._store.put_new(layout.part(shard.index), body, content_type=written_as.media_type)
         return body if ours else None
 
-    def _encoded(self, written_as: PartFormat, lines: list[bytes]) -> bytes:
+    def _encoded(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes:
         """The part. A row that its format cannot hold fails alone: it is found by writing each by itself."""
+        lines = [self._line(outcome) for outcome in outcomes]
         try:
             return written_as.encode(lines)
         except RunError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever the format's library raises
             log.warning("a part has a row that %s cannot hold: %s", written_as.name, brief(error))
-        return written_as.encode([_that_fits(written_as, line) for line in lines])
+        return written_as.encode([self._that_fits(written_as, *pair) for pair in zip(lines, outcomes, strict=True)])
+
+    def _that_fits(self, written_as: PartFormat, line: bytes, outcome: Outcome) -> bytes:
+        """The line of an item, or one that says why its format cannot hold it, with the input where that is not the reason."""
+        refused = _refusal(written_as, line)
+        if refused is None:
+            return line
+        line = self._line(Outcome(outcome.work, failure=refused))
+        if _refusal(written_as, line) is None:
+            return line
+        row = {
+            "id": str(outcome.work.item.id),
+            "input": None,
+            "error": refused.to_json(),
+            "provenance": self._provenance,
+        }
+        return _encode(utf8(row))
 
     def _line(self, outcome: Outcome) -> bytes:
         """The line of one item; where its input or its result is no JSON, the line says so and the shard goes on."""
@@ -183,21 +200,13 @@ def _no_json(error: Exception) -> JobFailure:
     return JobFailure("bad_input", f"the item cannot be written as JSON: {brief(error)}", STAGE)
 
 
-def _that_fits(written_as: PartFormat, line: bytes) -> bytes:
-    """The line of an item, or one that says that its format cannot hold it, with the item's input where that is not the reason."""
+def _refusal(written_as: PartFormat, line: bytes) -> JobFailure | None:
+    """Why a format cannot hold a row, or None."""
     try:
         written_as.encode([line])
-        return line
     except Exception as error:  # noqa: BLE001 - whatever the format's library raises
-        failure = JobFailure("bad_output", f"{written_as.name} cannot hold the item: {brief(error)}", STAGE)
-    row = orjson.loads(line)
-    row = {name: row[name] for name in ("id", "input", "parameters", "provenance") if name in row}
-    row["error"] = utf8(failure.to_json())
-    try:
-        written_as.encode([_encode(row)])
-    except Exception:  # noqa: BLE001 - as above
-        row = {**row, "input": None, "parameters": {}}
-    return _encode(row)
+        return JobFailure("bad_output", f"{written_as.name} cannot hold the item: {brief(error)}", STAGE)
+    return None
 
 
 def _with_uris(inputs: Any) -> Any:
