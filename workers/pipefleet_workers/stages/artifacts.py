@@ -70,6 +70,7 @@ class TakenApart:
         return [self._walk(item, f"{inner}{index}") for index, item in enumerate(values)]
 
     def _stored(self, value: Any, name: str) -> Any:
+        facts: dict[str, Any]
         if isinstance(value, Image.Image):
             facts = {"kind": "image", "size": list(value.size), "mode": value.mode}
             return self._refer(lambda: _png(value), value, f"{name}.png", **facts)
