@@ -44,7 +44,7 @@ class TakenApart:
     def __init__(self, output: Any, prefix: str) -> None:
         self._prefix = prefix
         self.artifacts: list[Artifact] = []
-        self.value = self._walk(output, "output")
+        self.value = output if _is_plain(output) else self._walk(output, "output")
 
     def _walk(self, value: Any, name: str) -> Any:
         if isinstance(value, str | int | float | None):
@@ -92,6 +92,20 @@ class TakenApart:
         uri = join_uri(self._prefix, name)
         self.artifacts.append(Artifact(uri, _TYPES[name.rsplit(".", 1)[1]], encode, bytes_of(value)))
         return {"$artifact": uri, **facts}
+
+
+_SCALARS, _FIRST, _LISTS = (str, int, float, type(None)), (str, int, float), (list, tuple)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value surely holds no artifact. Most results do not, and finding names for their parts takes longest."""
+    if isinstance(value, _SCALARS):
+        return True
+    if isinstance(value, dict):
+        return all([_is_plain(item) for item in value.values()])
+    if isinstance(value, _LISTS):  # lists of numbers are most of what there is
+        return not value or isinstance(value[0], _FIRST) or all([_is_plain(item) for item in value])
+    return False
 
 
 _TYPES = {"png": "image/png", "wav": "audio/wav", "npy": "application/x-npy"}
