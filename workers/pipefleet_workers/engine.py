@@ -215,8 +215,11 @@ class Engine:
 
     def _finish_one(self, assembly: Assembly) -> bool:
         """Deliver the result of an item, or why it has none; whether it has one. Results with artifacts go to the store first."""
-        if assembly.failure is not None:
-            self._fail(assembly.work, assembly.failure)
+        failure = assembly.failure or (
+            assembly.work.job.stopped("postprocess") if assembly.work.job.given_back else None
+        )
+        if failure is not None:
+            self._fail(assembly.work, failure)
             return False
         self._budget.finish(assembly.work)
         begin = time.perf_counter()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pipefleet import broker
@@ -53,7 +55,6 @@ class Reporter:
         self._store = store
         self._settings = settings
         self._worker = worker
-        self._threads = ThreadPoolExecutor(STORED_AT_ONCE, thread_name_prefix="results")
 
     @property
     def store_uri(self) -> str:
@@ -100,10 +101,8 @@ class Reporter:
         """How each job ends, its result stored where it is no part of the record: all at once, since each takes a round trip."""
         found: list[_Ending] = [_inline(body_of(outcome)) for _, outcome in ends]
         long = [place for place, (message, _) in enumerate(ends) if self._is_stored(message, found[place])]
-        stored = self._threads.map(lambda place: self._stored(ends[place][0], found[place]), long)
-        for place, ending in zip(long, stored, strict=True):
-            found[place] = ending
-        return found
+        found_at = _side_by_side(lambda place: self._stored(ends[place][0], found[place]), long)
+        return [found_at.get(place, ending) for place, ending in enumerate(found)]
 
     def _is_stored(self, message: JobMessage, ending: _Ending) -> bool:
         if not isinstance(ending, dict):
@@ -117,7 +116,7 @@ class Reporter:
             return {"output_ref": encode_json(StorageRef(uri, size=size, type="application/json").to_json())}
         except PipefleetError as error:
             return error if error.retryable else JobFailure(error.code, str(error), "write")
-        except Exception as error:
+        except BaseException as error:  # a Rust panic is none of Exception
             log.exception("the result of job %s cannot be stored", message.id)
             return JobFailure("internal_error", brief(error), "write")
 
@@ -195,6 +194,27 @@ class Reporter:
 _Ending = dict[str, Any] | JobFailure | Exception
 """How a job ends: what its record says of its result, its failure, or why it has no state yet."""
 _FAILED_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
+
+
+def _side_by_side(do: Callable[[int], _Ending], places: Sequence[int]) -> dict[int, _Ending]:
+    """What `do`, which raises nothing, gives for each place. In threads that are daemons: a worker that must end waits for none."""
+    found: dict[int, _Ending] = {}
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for place in places:
+        waiting.put(place)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while True:
+                place = waiting.get_nowait()
+                found[place] = do(place)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in places[:STORED_AT_ONCE]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
 def _inline(body: bytes | JobFailure) -> _Ending:

@@ -14,7 +14,11 @@ NUMBER = 32
 MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "LA": 2, "RGB": 4}
 """Bytes of a pixel as Pillow holds it; 4 in all other modes."""
 DEPTH = 16
-_NUMBERS, _TEXTS, _LISTS = (int, float), (str, bytes), (list, tuple)  # a union is made anew at every call, which takes longer
+_NUMBERS, _TEXTS, _LISTS = (
+    (int, float),
+    (str, bytes),
+    (list, tuple),
+)  # a union is made anew at every call, which takes longer
 
 
 def bytes_of(value: Any, depth: int = DEPTH) -> int:
