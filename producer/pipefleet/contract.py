@@ -187,7 +187,9 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
     for name in ("id", "task", "model", "revision", "output", "reply"):
         if name in fields and not isinstance(fields[name], str):
             raise ContractError(f"{name} must be a text")
-        if not _has_utf8(fields.get(name, "")):  # Redis could hold neither its record nor those that are written with it
+        if not _has_utf8(
+            fields.get(name, "")
+        ):  # Redis could hold neither its record nor those that are written with it
             raise ContractError(f"{name} must have a UTF-8 form")
     if not 0 < len(fields["id"]) <= 200:
         raise ContractError("id must have 1 to 200 characters")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from pipefleet import broker
@@ -199,12 +199,12 @@ _FAILED_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
 def _side_by_side(do: Callable[[int], _Ending], places: Sequence[int]) -> dict[int, _Ending]:
     """What `do`, which raises nothing, gives for each place. In threads that are daemons: a worker that must end waits for none."""
     found: dict[int, _Ending] = {}
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    waiting: SimpleQueue[int] = SimpleQueue()
     for place in places:
         waiting.put(place)
 
     def work() -> None:
-        with suppress(queue.Empty):
+        with suppress(Empty):
             while True:
                 place = waiting.get_nowait()
                 found[place] = do(place)
