@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pipefleet import broker, jobs, tracecontext
 from pipefleet.artifacts import resolve
-from pipefleet.contract import CONTRACT_VERSION, JobItem, JobMessage, JobState, Priority
+from pipefleet.contract import CONTRACT_VERSION, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import InputError, JobError, RunError, UnknownModelError
 from pipefleet.fleet import Fleet, Pool, load_fleet
 from pipefleet.inputs import InputPreparer
@@ -135,17 +135,20 @@ class Client:
 
         `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl` or `.csv`) there or here, a local folder, or any iterable of
         inputs. Returns when the first shard is queued; planning goes on in a thread that `close` waits for. `shard_size`
-        bounds the items of a shard (default: growing from 16 to 512). `format` is that of the parts: `jsonl`, or `parquet`, where
-        embeddings are vectors (it needs pyarrow here and on the workers). Raises UsageError for anything wrong with the
-        arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis or S3 is away.
+        bounds the items of a shard, from 1 to 10,000 (default: growing from 16 to 512). `format` is that of the parts: `jsonl`,
+        or `parquet`, where embeddings are vectors (it needs pyarrow here and on the workers). Raises UsageError for anything
+        wrong with the arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis
+        or S3 is away.
         """
         spec, pool = self.route(task, model, revision)
         parameters = _checked(task, spec, parameters)
         if format not in FORMATS:
             raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
         FORMATS[format].require()
-        if shard_size is not None and shard_size < 1:
-            raise RunError("shard_size must be at least 1")
+        if shard_size is not None and not 1 <= shard_size <= MAX_SHARD_ITEMS:
+            raise RunError(
+                f"shard_size must be from 1 to {MAX_SHARD_ITEMS}, not {shard_size}: a worker holds a shard in memory"
+            )
         layout = replace(RunLayout.at(output), format=format)
         plan = RunPlan(
             id=uuid.uuid4().hex,

@@ -19,6 +19,8 @@ from pipefleet.errors import ContractError
 CONTRACT_VERSION = 1
 TASK_NAME = "pipefleet.infer"
 MAX_MESSAGE_BYTES = 64 * 1024
+MAX_SHARD_ITEMS = 10_000
+"""Most items of a shard: a worker holds the rows of one in memory until its part is written."""
 
 
 class JobState(StrEnum):
@@ -80,6 +82,7 @@ class JobItem:
 class Shard:
     """A slice of a bulk run: `count` items from position `first`, listed at `uri`; `run_uri` is the run's output.
 
+    Workers refuse one of more than MAX_SHARD_ITEMS.
     `format` is that of its part; on the wire it is left out where it is JSON lines.
     """
 
@@ -184,6 +187,10 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
     for name in ("id", "task", "model", "revision", "output", "reply"):
         if name in fields and not isinstance(fields[name], str):
             raise ContractError(f"{name} must be a text")
+        if not _has_utf8(
+            fields.get(name, "")
+        ):  # Redis could hold neither its record nor those that are written with it
+            raise ContractError(f"{name} must have a UTF-8 form")
     if not 0 < len(fields["id"]) <= 200:
         raise ContractError("id must have 1 to 200 characters")
     for name in ("deadline", "cost"):
@@ -192,6 +199,13 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
             raise ContractError(f"{name} must be a number, finite and not below 0")
     if not isinstance(fields.get("parameters", {}), Mapping):
         raise ContractError("parameters must be an object")
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _object(value: Any, what: str, *, required: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]

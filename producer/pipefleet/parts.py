@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol
 from pipefleet.errors import ContractError, RunError
 
 INSTALL = "pip install 'pipefleet[parquet]'"
+FLOAT32 = 3.4028234e38
+"""Largest number that a vector may hold."""
 _ERROR = ("code", "message", "stage")
 
 
@@ -62,8 +64,9 @@ class JsonLines:
 class Parquet:
     """Columns id, input, parameters, output, error and provenance; error is a struct, the others are texts.
 
-    `output` is a list of float32 of fixed size where every output of the part is a vector of that size, else JSON. `input` is the
-    text or URI itself where every input of the part is one, else JSON. Which it is stands in the metadata of the column.
+    `output` is a list of float32 of fixed size where every output of the part is a vector of that size and within the range of
+    float32, else JSON. `input` is the text or URI itself where every input of the part is one, else JSON. Which it is stands in the
+    metadata of the column.
     """
 
     name: ClassVar[str] = "parquet"
@@ -152,7 +155,10 @@ def _outputs(rows: list[dict[str, Any]]) -> Any:
 
 
 def _is_vector(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, float) for one in value)
+    """Whether a value is a list of numbers that float32 does not turn into infinity."""
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(one, float) and abs(one) <= FLOAT32 for one in value)
+    )
 
 
 def _row(row: dict[str, Any], *, plain: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
-from pipefleet.contract import JobItem, JobMessage, Priority, Shard, encode_json
+from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Priority, Shard, encode_json
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import finalise
 from pipefleet.layout import RunLayout, RunPlan, index_of
@@ -54,10 +54,10 @@ def shard_limits(index: int, shard_size: int | None, *, media: bool) -> Limits:
     """The bounds of shard `index`.
 
     Sizes double every 8 shards from 16 to 512: a small run spreads over many workers and shows results at once, a
-    large one has few messages and parts. `shard_size` fixes the count instead.
+    large one has few messages and parts. `shard_size` fixes the count instead, up to MAX_SHARD_ITEMS.
     """
     grown = min(LARGEST_SHARD, SMALLEST_SHARD << min(index // SHARDS_OF_A_SIZE, 10))
-    return Limits(shard_size or grown, MEDIA_BYTES if media else TEXT_BYTES)
+    return Limits(min(shard_size or grown, MAX_SHARD_ITEMS), MEDIA_BYTES if media else TEXT_BYTES)
 
 
 def shard_id(run_id: str, index: int) -> str:

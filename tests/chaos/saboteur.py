@@ -2,7 +2,8 @@
 
 A file `kill-<point>` in the folder CHAOS_FOLDER is taken away by the first worker that passes the point, which then kills itself
 with SIGKILL, so that each such file kills one worker. Texts are orders as well: with KILL their forward kills the process, with
-HANG it never returns, with SLOW:n it takes n seconds. Every text that is forwarded is noted in the folder's file `ran`.
+HANG it never returns, with SLOW:n it takes n seconds; with LARGE:n their result holds n megabytes. Every text that is forwarded
+is noted in the folder's file `ran`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipefleet_workers import build
 from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.consume.shards import Shards
@@ -25,14 +28,15 @@ from pipefleet_workers.reports import Reporter
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher
-from pipefleet_workers.stages.write import PartWriter
+from pipefleet_workers.stages.write import PartWriter, ResultWriter
 
 TASK = "text-classification"
 POINTS = (
-    *("consume", "fetch", "decode", "preprocess", "forward", "postprocess"),
+    *("consume", "fetch", "decode", "preprocess", "forward", "postprocess", "store"),
     *("before-write", "after-write", "before-report", "after-report"),
 )
 """Where a worker can be killed: in a stage, and before and after each of the two writes that make a result known."""
+_LARGE = re.compile(r"LARGE:([0-9]+)")
 _SLOW = re.compile(r"SLOW:([0-9.]+)")
 
 
@@ -62,7 +66,9 @@ class SabotagedClassifier(TextClassifier):
 
     def finish(self, assembly: Any) -> Any:
         pass_by("postprocess")
-        return super().finish(assembly)
+        result = super().finish(assembly)
+        large = _LARGE.search(str(assembly.work.item.inputs))
+        return [*result, np.zeros(int(large[1]) << 18, np.float32)] if large else result
 
 
 def text_of(unit: Unit) -> str:
@@ -109,5 +115,6 @@ def sabotage() -> None:
     around(Shards, "run", before="consume")
     around(Fetcher, "fetch", before="fetch")
     around(Decoder, "decode", before="decode")
+    around(ResultWriter, "write", before="store")
     around(PartWriter, "write", before="before-write", after="after-write")
     around(Reporter, "finish_many", before="before-report", after="after-report")

@@ -36,6 +36,7 @@ from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.artifacts import Audio
 from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher
+from pipefleet_workers.stages.write import ResultWriter
 from tests.checkpoints import cached
 
 SECONDS = 120.0
@@ -112,14 +113,21 @@ def recording(adapter: type[Adapter], pipe: Any) -> Any:
 class Running:
     """A started engine around one recording adapter."""
 
-    def __init__(self, adapter: Any, task: str, limits: BatchLimits, settings: WorkerSettings) -> None:
+    def __init__(
+        self,
+        adapter: Any,
+        task: str,
+        limits: BatchLimits,
+        settings: WorkerSettings,
+        results: ResultWriter | None = None,
+    ) -> None:
         self.adapter = adapter
         row, spec = RUNTIME[task], task_spec(task)
         decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
-        stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
+        stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter, results=results)
         self.engine = Engine(stages, limits, settings, Instruments(Metrics("test")), slice_items=row.sizing.slice_items)
 
-    def submit(self, calls: Sequence[Call], **context: Any) -> tuple[JobContext, Outcomes]:
+    def submit(self, calls: Sequence[Call], *, bulk: bool = False, **context: Any) -> tuple[JobContext, Outcomes]:
         """Admit one job with an item for each call; `context` overrides fields of its JobContext."""
         sink = Outcomes(range(len(calls)))
         fields: dict[str, Any] = {"id": "job", "run_id": None, "parameters": {}, "priority": 3, "deadline": None}
@@ -130,7 +138,7 @@ class Running:
             )
             for position, call in enumerate(calls)
         ]
-        self.engine.admit(works, bulk=False)
+        self.engine.admit(works, bulk=bulk)
         return job, sink
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
@@ -173,12 +181,17 @@ def wait_until(condition: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def running(
-    adapter: Any, task: str, *, limits: BatchLimits | None = None, settings: WorkerSettings | None = None
+    adapter: Any,
+    task: str,
+    *,
+    limits: BatchLimits | None = None,
+    settings: WorkerSettings | None = None,
+    results: ResultWriter | None = None,
 ) -> Iterator[Running]:
     """A started engine, stopped at the end."""
     # Rows have a cost for real models; here a batch may hold whatever is exact.
     chosen = limits or BatchLimits(max_cost=1 << 40, max_items=64, max_age=SECONDS)
-    one = Running(adapter, task, chosen, settings or WorkerSettings())
+    one = Running(adapter, task, chosen, settings or WorkerSettings(), results)
     one.engine.start()
     try:
         yield one

@@ -105,7 +105,14 @@ WRONG = [
         ["map", "text-classification", "s3://no-such-bucket/", "--output", "s3://pipefleet/x/"],
         "no bucket 'no-such-bucket'",
     ),
-    (["map", "text-classification", "x.csv", "--output", "s3://pipefleet/x/", "--shard-size", "0"], "at least 1"),
+    (
+        ["map", "text-classification", "x.csv", "--output", "s3://pipefleet/x/", "--shard-size", "0"],
+        "from 1 to 10000, not 0",
+    ),
+    (
+        ["map", "text-classification", "x.csv", "--output", "s3://pipefleet/x/", "--shard-size", "10001"],
+        "from 1 to 10000",
+    ),
     (
         ["map", "text-classification", "x.csv", "--output", "s3://pipefleet/x/", "--format", "xml"],
         "format must be one of",

@@ -272,14 +272,15 @@ def test_stop_finishes_what_is_inside(pipe: Any) -> None:
     assert codes(sink.in_order()) == [""] * 100
 
 
-def test_more_work_than_every_queue_holds_does_not_deadlock(pipe: Any) -> None:
+@pytest.mark.parametrize("bulk", [False, True])
+def test_more_work_than_every_queue_holds_does_not_deadlock(pipe: Any, bulk: bool) -> None:
     """All rooms are of size one and a slow consumer of outcomes is not needed: sinks never block."""
     settings = WorkerSettings(cpu_threads=1, fetch_threads=1, finish_threads=1, window_units=1, in_flight_items=1)
     with running(recording(TextClassifier, pipe), TASK, limits=BatchLimits(1, 1), settings=settings) as engine:
         sinks: list[Outcomes] = []
 
         def client() -> None:
-            sinks.append(engine.submit([Call(f"text {index}") for index in range(60)])[1])
+            sinks.append(engine.submit([Call(f"text {index}") for index in range(60)], bulk=bulk)[1])
 
         threads = [threading.Thread(target=client, daemon=True) for _ in range(4)]
         for thread in threads:

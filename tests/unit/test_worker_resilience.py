@@ -72,7 +72,7 @@ def test_refused_items_give_back_no_room_they_never_took(pipe: Any) -> None:
         items = [JobItem("0", "good"), JobItem("1", "bad", {"no such": 1}), JobItem("2", "bad", {"no such": 1})]
         outcomes = shards(one.engine)[1].process(JobMessage("job", TASK), items)
         assert [bool(outcome.failure) for outcome in outcomes] == [False, True, True]
-        assert (one.engine._budget._items, one.engine._budget._bytes) == (0, 0)
+        assert one.engine._budget.empty
 
 
 def test_a_malformed_reference_fails_its_item_alone(pipe: Any) -> None:

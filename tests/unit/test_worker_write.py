@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,17 +17,33 @@ from pipefleet.contract import JobItem, Shard
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
+from pipefleet.parts import part_format
 from pipefleet.records import JobFailure
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.items import ItemError, JobContext, Outcome, Work
+from pipefleet_workers.items import Encoded, ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.stages.artifacts import INLINE_NUMBERS
 from pipefleet_workers.stages.write import PartWriter, dumps
 
 
 @dataclass
 class Plain:
     score: float
+
+
+class Refusing(Mapping[str, Any]):
+    """Can be neither read nor written."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error or MemoryError("too long a row")
+
+    def __getitem__(self, key: str) -> Any:
+        raise self._error
+
+    def __iter__(self) -> Iterator[str]:
+        raise self._error
+
+    def __len__(self) -> int:
+        return 1
 
 
 def nested(levels: int) -> Any:
@@ -166,7 +183,7 @@ def test_an_item_that_cannot_be_written_keeps_the_failure_it_had(shard: Shard) -
 
 
 @pytest.mark.parametrize(
-    "output", [float("nan"), object(), np.full(INLINE_NUMBERS + 1, np.nan), {"score": np.float32("inf")}]
+    "output", [float("nan"), object(), nested(2000), Refusing(), np.full(9, np.nan), {"score": np.float32("inf")}]
 )
 def test_a_result_that_cannot_be_written_fails_alone(shard: Shard, output: Any) -> None:
     rows = written(shard, [outcome(0, "text", output=output), outcome(1, "fine", output=1)])
@@ -175,20 +192,49 @@ def test_a_result_that_cannot_be_written_fails_alone(shard: Shard, output: Any) 
     assert rows[1]["output"] == 1
 
 
-def test_a_long_array_becomes_an_artifact(shard: Shard) -> None:
-    array = np.random.default_rng(0).normal(size=(2, INLINE_NUMBERS)).astype(np.float32)
-    row = written(shard, [outcome(0, "a", output=array), outcome(1, "b", output=array[0])])
-    artifact = row[0]["output"]
-    assert (artifact["kind"], artifact["shape"], artifact["dtype"]) == ("array", [2, INLINE_NUMBERS], "float32")
-    body = ObjectStore().get(artifact["$artifact"])
-    assert body.startswith(b"\x93NUMPY")
-    assert body.endswith(array.tobytes())
-    assert len(row[1]["output"]) == INLINE_NUMBERS
-
-
-@pytest.mark.parametrize("output", [1, np.zeros(INLINE_NUMBERS + 1)])
+@pytest.mark.parametrize("output", [1, np.zeros(9)])
 def test_a_server_that_is_away_fails_no_item(shard: Shard, output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     store = WorkerStore(retries=1, retry_seconds=2.0)
     with pytest.raises(ServiceUnavailableError):
         PartWriter(store, {}).write(shard, [outcome(0, "a", output=output), outcome(1, "b", output=output)])
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept"),
+    [
+        ({"inputs": "text", "output": Encoded(b'"lone \\ud800"')}, "text"),
+        ({"inputs": "text", "output": Encoded(b"[" * 3000 + b"]" * 3000)}, "text"),
+        ({"inputs": "text", "output": Encoded(b"9" * 5000), "parameters": {"top_k": 1}}, "text"),
+        ({"inputs": "text", "output": 1, "id": 7}, None),
+        ({"inputs": "text", "failure": JobFailure("x", "y", 3)}, "text"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_row_that_parquet_cannot_hold_fails_alone(shard: Shard, bad: dict[str, Any], kept: str | None) -> None:
+    parquet = part_format("parquet")
+    ends = [outcome(0, "a", output=[1.0, 2.0]), outcome(1, **bad), outcome(2, "c", output=[3.0, 4.0])]
+    part = PartWriter(WorkerStore(), {"worker": "w"}).write(replace(shard, format="parquet"), ends)
+    assert part is not None
+    first, second, third = parquet.rows(part)
+    assert [first["output"], third["output"]] == [[1.0, 2.0], [3.0, 4.0]]
+    assert (second["error"]["code"], second["error"]["stage"]) == ("bad_output", "write")
+    assert (second["id"], second["input"]) == (str(bad.get("id", 1)), kept)
+    assert "output" not in second
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [[1e300, 0.5], [1.0, 2.0]],
+        [[1.0, 2.0], [1.0]],
+        [[1.0, 2.0], {"a": [2**64 - 1]}],
+        [[1.0, 2], [1.0, 2.0]],
+        [nested(250), None],
+        [[1.0, None], []],
+    ],
+)
+def test_parquet_holds_whatever_is_json(outputs: list[Any]) -> None:
+    parquet = part_format("parquet")
+    rows = [{"id": "0", "input": "text", "output": output, "provenance": {}} for output in outputs]
+    part = parquet.encode([orjson.dumps(row) for row in rows])
+    assert [row["output"] for row in parquet.rows(part)] == outputs

@@ -1,33 +1,87 @@
-"""Bounds on what is inside a worker: items and bytes of bulk work. Single jobs are bounded by the consumer's concurrency."""
+"""Bounds on what is inside a worker: items and bytes of bulk work, and bytes of results. Single jobs are bounded by the consumer.
+
+    inputs ─▶ outputs of the model ─▶ results ─▶ stored
+
+Each of the three waits only for room that what is behind it gives back, so none can wait for itself.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+
+from pipefleet_workers.items import Work
+
+LOOK_SECONDS = 0.25
+"""How often what waits for room looks whether it still should."""
+PORTIONS = 4
+"""What comes at once is cut so that as many portions fit: the first is worked on while the others wait."""
 
 
 class Budget:
-    """Counts items and bytes that are inside. Thread-safe."""
+    """Counts what is inside, item by item; `size` bytes hold for inputs and results together. Thread-safe.
+
+    A single item above the bound passes alone. Results are there before they can be counted, so at most one result for each
+    thread of the finish stage comes on top.
+    """
 
     def __init__(self, items: int, size: int) -> None:
         self._most_items = items
         self._most_bytes = size
-        self._items = 0
-        self._bytes = 0
+        self.portion = size // PORTIONS
+        self._items = self._inputs = self._outputs = self._results = 0
         self._changed = threading.Condition()
         self._closed = False
 
-    def acquire(self, items: int, size: int) -> None:
-        """Wait until this much more fits, or nothing else is inside; a single item above the bound passes alone."""
+    def enter(self, works: Sequence[Work], stopped: Callable[[], object]) -> bool:
+        """Wait until these fit, or nothing else is inside. False, and nothing is counted, when `stopped` says so meanwhile."""
+        size = sum(work.weight for work in works)
         with self._changed:
-            self._changed.wait_for(lambda: self._fits(items, size) or self._closed)
-            self._items += items
-            self._bytes += size
+            while not self._fits(len(works), size):
+                if stopped():
+                    return False
+                self._changed.wait(LOOK_SECONDS)
+            self._items += len(works)
+            self._inputs += size
+            for work in works:
+                work.room.inputs = work.weight
+        return True
 
-    def release(self, items: int, size: int) -> None:
-        """Give back what was acquired."""
+    def hold(self, outputs: Sequence[tuple[Work, int]], alive: Callable[[], None]) -> None:
+        """Count what the model gave for items, in bytes; wait until it fits. `alive` is called while this waits."""
+        size = sum(one for _, one in outputs)
         with self._changed:
-            self._items -= items
-            self._bytes -= size
+            while not self._fits_behind(self._outputs + self._results, size):
+                alive()
+                self._changed.wait(LOOK_SECONDS)
+            for work, one in outputs:
+                work.room.outputs += one
+            self._outputs += size
+
+    def finish(self, work: Work) -> None:
+        """Wait until a result about as large as the model's output fits behind the finish stage."""
+        size = work.room.outputs
+        with self._changed:
+            self._changed.wait_for(lambda: self._fits_behind(self._results, size))
+
+    def weigh(self, work: Work, size: int) -> None:
+        """The model's output has become a result of `size` bytes."""
+        with self._changed:
+            self._outputs -= work.room.outputs
+            self._results += size - work.room.result
+            work.room.outputs, work.room.result = 0, size
+            self._changed.notify_all()
+
+    def leave(self, work: Work) -> None:
+        """Give back all that an item takes. Any number of times."""
+        room = work.room
+        with self._changed:
+            if room.inputs is not None:
+                self._items -= 1
+                self._inputs -= room.inputs
+            self._outputs -= room.outputs
+            self._results -= room.result
+            room.inputs, room.outputs, room.result = None, 0, 0
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -36,6 +90,16 @@ class Budget:
             self._closed = True
             self._changed.notify_all()
 
+    @property
+    def empty(self) -> bool:
+        """True when nothing is counted."""
+        with self._changed:
+            return not (self._items or self._inputs or self._outputs or self._results)
+
     def _fits(self, items: int, size: int) -> bool:
-        fits = self._items + items <= self._most_items and self._bytes + size <= self._most_bytes
-        return fits or self._items == 0
+        taken = self._inputs + self._outputs + self._results
+        fits = self._items + items <= self._most_items and taken + size <= self._most_bytes
+        return fits or self._items == 0 or self._closed
+
+    def _fits_behind(self, taken: int, size: int) -> bool:
+        return taken == 0 or taken + size <= self._most_bytes or self._closed

@@ -38,7 +38,7 @@ from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.simulated import ServiceTime, SimulatedDevice
 from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher, allowed_prefixes
-from pipefleet_workers.stages.write import PartWriter
+from pipefleet_workers.stages.write import PartWriter, ResultWriter
 from pipefleet_workers.tracing import Tracer
 from pipefleet_workers.warmup import WarmUp, warm_up
 
@@ -93,7 +93,8 @@ def build(
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     outlets = _outlets(pool, settings, worker_settings, name)
     decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
-    stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter, processes)
+    results = ResultWriter(outlets.store, settings.store)
+    stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter, processes, results)
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)

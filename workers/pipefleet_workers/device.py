@@ -100,6 +100,7 @@ class Device:
                 outputs = self._forward.run(batch, staged)
             self._note(batch, time.perf_counter() - begin)
             self._hand_on([(unit, output) for unit, output in outputs if not unit.released])
+            del taken, batch, staged, outputs  # or they stay in memory until the next batch has run
 
     def _next(self) -> tuple[Batch, Staged | None] | None:
         if self._ahead is not None:

@@ -1,10 +1,11 @@
 """The engine, the file to read first: the stages of a worker, wired with bounded queues so that they all run at once.
 
-    admit ─▶ fetch ─▶ decode + preprocess ─▶ batch ─▶ forward ─▶ finish ─▶ the job's sink
-             threads  threads                room     one thread  threads
+    admit ─▶ fetch ─▶ decode + preprocess ─▶ batch ─▶ forward ─▶ finish ─▶ store ─▶ the job's sink
+             threads  threads                room     one thread  threads   threads
 
 A message's thread (see `consumer`) admits the items of its job, waits for their outcomes, writes them and acknowledges. Any
 stage's failure goes straight to the sink: every admitted item has exactly one outcome, unless its job is given back as a whole.
+Whatever way an item leaves, the room it took comes back then (`_leave`), so a job may be larger than the worker.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,16 +26,18 @@ from pipefleet_workers.admission import Budget
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.device import Device, Instruments
-from pipefleet_workers.items import Assembly, Decoded, Fetched, ItemError, Outcome, Unit, Work
+from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, Unit, Work
 from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.sizes import bytes_of
 from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher, slices
+from pipefleet_workers.stages.fetch import Fetcher
 from pipefleet_workers.stages.forward import Forward
+from pipefleet_workers.stages.write import ResultWriter
 from pipefleet_workers.transfer import Transfer
 
 log = logging.getLogger(__name__)
-_In = TypeVar("_In", Work, Fetched, Decoded)
+_In = TypeVar("_In", Work, Fetched, Decoded, Finished)
 _Out = TypeVar("_Out")
 _STOP_RANK = 1 << 30
 
@@ -48,6 +51,8 @@ class Stages:
     adapter: Adapter
     processes: PreprocessPool | None = None
     """Where they are, decoding and preprocessing happen there; started and stopped by the engine."""
+    results: ResultWriter | None = None
+    """Makes results ready to be written; without it outcomes carry what the adapter made."""
 
 
 class Engine:
@@ -63,7 +68,7 @@ class Engine:
         slice_items: int,
     ) -> None:
         self._stages = stages
-        self._slice_items = slice_items
+        self._slice_items = min(slice_items, settings.in_flight_items)
         self._instruments = instruments
         self._budget = Budget(settings.in_flight_items, settings.in_flight_bytes)
         self.room = BatchQueue(MicroBatcher(limits), settings.window_units)
@@ -82,31 +87,57 @@ class Engine:
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         if stages.processes is not None:
             cpu = settings.preprocess_processes  # each thread waits for one process
-        self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, room=256)
-        self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, room=4 * cpu)
-        self._fetch = _Stage("fetch", fetch, self._fetch_slice, room=2 * fetch)
+        self._store = _Stage(
+            "store", settings.store_threads, self._store_results, self._end, room=settings.store_threads
+        )
+        self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, self._end, room=256)
+        self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, self._end, room=4 * cpu)
+        self._fetch = _Stage("fetch", fetch, self._fetch_slice, self._end, room=2 * fetch)
 
     def start(self) -> None:
         """Start processes and threads. All are daemons: a worker that must end does not wait for them."""
         if self._stages.processes is not None:
             self._stages.processes.start()
-        for stage in (self._finish, self._cpu, self._fetch):
+        for stage in (self._store, self._finish, self._cpu, self._fetch):
             stage.start()
         self._device.start()
 
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
-        """Take in items; each one's outcome goes to its job's sink. Bulk work waits here while the worker is full."""
-        for piece in slices(works, self._slice_items):
-            if bulk:
-                self._budget.acquire(len(piece), sum(work.weight for work in piece))
+        """Take in items; each one's outcome goes to its job's sink. Bulk work waits here while the worker is full.
+
+        Any number of items: the room of each comes back as it ends. What waits when its job is stopped ends as stopped.
+        """
+        for piece in self._pieces(works):
+            if bulk and not self._entered(piece):
+                continue
             if any(work.fetches for work in piece):
                 self._fetch.put(piece[0].job.priority, piece)
             else:
                 self._cpu.put(piece[0].job.priority, [Fetched(work, work.item.inputs) for work in piece])
 
-    def release(self, works: Sequence[Work]) -> None:
-        """Give back the room of bulk items that were admitted and have ended."""
-        self._budget.release(len(works), sum(work.weight for work in works))
+    def _pieces(self, works: Sequence[Work]) -> Iterator[list[Work]]:
+        """Items in slices of like work, each of which the budget has room for."""
+        piece: list[Work] = []
+        size = 0
+        for work in works:
+            if piece and (len(piece) >= self._slice_items or size + work.weight > self._budget.portion):
+                yield piece
+                piece, size = [], 0
+            piece.append(work)
+            size += work.weight
+        if piece:
+            yield piece
+
+    def _entered(self, piece: Sequence[Work]) -> bool:
+        """Wait for room for bulk items; False when their job was stopped meanwhile, and they have ended."""
+        job = piece[0].job
+        if self._budget.enter(piece, lambda: job.stopped("consume")):
+            return True
+        for work in piece:
+            failure = job.stopped("consume")
+            assert failure is not None
+            self._fail(work, failure)
+        return False
 
     def stop(self) -> None:
         """Finish what is inside, then end the threads."""
@@ -118,6 +149,7 @@ class Engine:
         self.room.close()
         self._device.join()
         self._finish.stop()
+        self._store.stop()
 
     def _fetch_slice(self, works: Sequence[Work]) -> None:
         with self._instruments.tracer.span("fetch", len(works)):
@@ -159,7 +191,22 @@ class Engine:
         return prepared
 
     def _complete(self, assemblies: Sequence[Assembly]) -> None:
-        self._finish.put(min(one.work.job.priority for one in assemblies), assemblies)
+        for held in self._portions(assemblies):
+            self._budget.hold([(one.work, size) for one, size in held], self._device.tick)
+            self._finish.put(min(one.work.job.priority for one, _ in held), [one for one, _ in held])
+
+    def _portions(self, assemblies: Sequence[Assembly]) -> Iterator[list[tuple[Assembly, int]]]:
+        """Items with the bytes of their outputs, in lists that the budget has room for."""
+        held: list[tuple[Assembly, int]] = []
+        total = 0
+        for one in assemblies:
+            size = 0 if one.failure else bytes_of(one.outputs)
+            if held and total + size > self._budget.portion:
+                yield held
+                held, total = [], 0
+            held.append((one, size))
+            total += size
+        yield held
 
     def _finish_assemblies(self, assemblies: Sequence[Assembly]) -> None:
         with self._instruments.tracer.span("finish", len(assemblies)):
@@ -167,20 +214,58 @@ class Engine:
         self._instruments.metrics.succeeded(done)
 
     def _finish_one(self, assembly: Assembly) -> bool:
-        """Deliver the result of an item, or why it has none; whether it has one."""
-        if assembly.failure is not None:
-            self._fail(assembly.work, assembly.failure)
+        """Deliver the result of an item, or why it has none; whether it has one. Results with artifacts go to the store first."""
+        failure = assembly.failure or (
+            assembly.work.job.stopped("postprocess") if assembly.work.job.given_back else None
+        )
+        if failure is not None:
+            self._fail(assembly.work, failure)
             return False
+        self._budget.finish(assembly.work)
         begin = time.perf_counter()
         try:
             output = self._stages.adapter.finish(assembly)
-        except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is this item's failure alone
+        except BaseException as error:  # noqa: BLE001 - whatever a pipeline raises, a Rust panic too, is this item's failure alone
             failure = JobFailure("model_error", f"postprocessing failed: {brief(error)}", "postprocess")
             self._fail(assembly.work, failure)
             return False
+        finally:
+            assembly.outputs = {}  # its slice goes on for a while
         assembly.work.seconds["postprocess"] = time.perf_counter() - begin
-        assembly.work.job.sink.deliver(Outcome(assembly.work, output=output))
+        return self._deliver(assembly.work, output)
+
+    def _deliver(self, work: Work, output: Any) -> bool:
+        """Deliver a result that has no artifacts, and hand on one that has; whether it was delivered."""
+        results = self._stages.results
+        try:
+            if results is not None:
+                finished = results.take_apart(work, output)
+                if finished.artifacts:
+                    self._budget.weigh(work, sum(one.size for one in finished.artifacts))
+                    self._store.put(work.job.priority, [finished])
+                    return False
+                output = results.write(finished)
+        except ItemError as error:
+            self._fail(work, error.failure)
+            return False
+        self._end(Outcome(work, output=output))
         return True
+
+    def _store_results(self, finished: Sequence[Finished]) -> None:
+        with self._instruments.tracer.span("store", len(finished)):
+            stored = self._each(finished, "write", self._store_one)
+        for one in finished:
+            one.artifacts.clear()  # this thread refers to them until it has the next
+        self._instruments.metrics.succeeded([outcome.work.seconds for outcome in stored])
+        for outcome in stored:
+            self._end(outcome)
+
+    def _store_one(self, finished: Finished) -> Outcome:
+        assert self._stages.results is not None
+        begin = time.perf_counter()
+        encoded = self._stages.results.write(finished)
+        finished.work.seconds["write"] = time.perf_counter() - begin
+        return Outcome(finished.work, output=encoded)
 
     def _each(self, items: Sequence[_In], stage: str, do: Callable[[Any], _Out]) -> list[_Out]:
         """`do` for every item whose job goes on; failures are delivered, the others returned in order."""
@@ -195,6 +280,7 @@ class Engine:
                 except ServiceUnavailableError as error:
                     if work.job.patient:  # an outage is nobody's failure: the whole job runs again later
                         work.job.give_back(error)
+                        self._budget.leave(work)
                         continue
                     failure = JobFailure(error.code, str(error), stage)
                 except ItemError as error:
@@ -207,16 +293,25 @@ class Engine:
         return done
 
     def _fail(self, work: Work, failure: JobFailure) -> None:
-        self._instruments.metrics.failed(work.seconds, code=failure.code, stage=failure.stage)
-        work.job.sink.deliver(Outcome(work, failure=failure))
+        if not work.job.given_back:
+            self._instruments.metrics.failed(work.seconds, code=failure.code, stage=failure.stage)
+        self._end(Outcome(work, failure=failure))
+
+    def _end(self, outcome: Outcome) -> None:
+        """The one way out, taken by every item, but by those whose job is given back right then."""
+        self._budget.leave(outcome.work)
+        outcome.work.job.sink.deliver(outcome)
 
 
 class _Stage:
     """Threads that take slices from one bounded queue, the most urgent first and equally urgent ones in order."""
 
-    def __init__(self, name: str, threads: int, handle: Callable[[Any], None], *, room: int) -> None:
+    def __init__(
+        self, name: str, threads: int, handle: Callable[[Any], None], end: Callable[[Outcome], None], *, room: int
+    ) -> None:
         self._name = name
         self._handle = handle
+        self._end = end
         self._queue: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue(room)
         self._order = itertools.count()
         names = [f"{name}-{index}" for index in range(threads)]
@@ -248,9 +343,8 @@ class _Stage:
                 log.exception("stage %s failed on a slice of %d", self._name, len(items))
                 failure = JobFailure("internal_error", brief(error), self._name)
                 for item in items:  # those that have ended already keep their outcome
-                    work = _work_of(item)
-                    work.job.sink.deliver(Outcome(work, failure=failure))
+                    self._end(Outcome(_work_of(item), failure=failure))
 
 
-def _work_of(item: Work | Fetched | Decoded | Assembly) -> Work:
+def _work_of(item: Work | Fetched | Decoded | Assembly | Finished) -> Work:
     return item if isinstance(item, Work) else item.work

@@ -1,6 +1,6 @@
 """The types between the stages: what each one takes and gives.
 
-    Work → Fetched → Decoded → Unit(s) → Batch → Outcome
+    Work → Fetched → Decoded → Unit(s) → Batch → Finished → Outcome
 
 An item is one input of a job; a unit is one input of the model. Most items are one unit, a long recording is many.
 """
@@ -8,11 +8,11 @@ An item is one input of a job; a unit is one input of the model. Most items are 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.contract import JobItem
+from pipefleet.contract import JobItem, Shard
 from pipefleet.records import JobFailure
 
 
@@ -47,11 +47,15 @@ class JobContext:
     cancelled: bool = False
     patient: bool = True
     """Whether the job goes back when a service fails one of its items; otherwise that item fails."""
+    shard: Shard | None = None
+    """What a bulk run calls this job."""
+    given_back: bool = False
+    """Whether it runs again: then what is left of it here counts as nothing."""
 
     def give_back(self, reason: Exception) -> None:
         """End the job here without a result, so that it can run again: what comes in from now on is dropped."""
         self.sink.abandon(reason)  # first: an item that is dropped because of the next line must not count as ended
-        self.cancelled = True
+        self.given_back = self.cancelled = True
 
     def stopped(self, stage: str) -> JobFailure | None:
         """Why no more work should go into this job, or None. Asked before every stage."""
@@ -60,6 +64,18 @@ class JobContext:
         if self.deadline is not None and time.time() >= self.deadline:
             return JobFailure("expired", "the deadline of the job has passed", stage)
         return None
+
+
+@dataclass(slots=True)
+class Room:
+    """What one item takes of a worker's budget, in bytes."""
+
+    inputs: int | None = None
+    """None for an item that was not counted on its way in."""
+    outputs: int = 0
+    """Of what the model gave, until the finish stage has made a result of it."""
+    result: int = 0
+    """Of the result, until it is stored."""
 
 
 @dataclass(slots=True)
@@ -75,6 +91,8 @@ class Work:
     seconds: dict[str, float] = field(default_factory=dict)
     fetches: bool = True
     """Whether its inputs hold references."""
+    room: Room = field(default_factory=Room)
+    """What it takes of the worker's budget. Changed by the budget alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +176,35 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Artifact:
+    """A part of a result that becomes an object of its own. `encode` gives its bytes, and raises what its codec raises."""
+
+    uri: str
+    media_type: str
+    encode: Callable[[], bytes]
+    size: int
+    """Bytes of it in memory."""
+
+
+@dataclass(slots=True)
+class Finished:
+    """A result on its way to the store: `value` refers to the `artifacts`, which are taken off the list as they are stored."""
+
+    work: Work
+    value: Any
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A result as it is written: JSON whose artifacts are stored."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of one item: an `output`, or a `failure`."""
+    """The end of one item: an `output` (Encoded where the engine writes results, else a value), or a `failure`."""
 
     work: Work
     output: Any = None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from pipefleet import broker
@@ -13,11 +17,15 @@ from pipefleet.layout import RunLayout
 from pipefleet.records import FINISH, START, JobFailure, finish_arguments
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
+from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.delivery.leases import Lease
-from pipefleet_workers.items import ItemError, Outcome
+from pipefleet_workers.items import Outcome
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.stages.artifacts import ArtifactWriter
-from pipefleet_workers.stages.write import dumps
+from pipefleet_workers.stages.write import body_of, utf8
+
+log = logging.getLogger(__name__)
+STORED_AT_ONCE = 8
+"""Results of single jobs that are stored at once."""
 
 PROGRESS = """
 for group = 2, 3 do
@@ -45,7 +53,6 @@ class Reporter:
     def __init__(self, redis: Any, store: WorkerStore, settings: Settings, *, worker: str) -> None:
         self._redis = redis
         self._store = store
-        self._artifacts = ArtifactWriter(store)
         self._settings = settings
         self._worker = worker
 
@@ -78,26 +85,56 @@ class Reporter:
 
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[str | Exception]:
         """Bring single jobs to their final states, results stored first. The state each reached, or why it has none yet."""
+        found = self._endings(ends)
         pipe = self._redis.pipeline(transaction=False)
-        states: list[str | Exception] = []
-        for message, outcome in ends:
-            try:
-                state, fields = self._fields(message, outcome)
-            except PipefleetError as error:
-                states.append(error)
-                continue
-            self._finish(pipe, message, state, fields)
-            states.append(str(state))
+        for (message, outcome), ending in zip(ends, found, strict=True):
+            if not isinstance(ending, Exception):
+                self._finish(pipe, message, *_record(ending, outcome))
         try:
             with broker.redis_errors(self._settings.redis_url):
-                pipe.execute()
+                answers = iter(pipe.execute(raise_on_error=False))  # one that Redis refuses is not the others' affair
         except ServiceUnavailableError as error:
-            return [error] * len(states)
-        return states
+            return [error] * len(ends)
+        return [one if isinstance(one, Exception) else self._state(one, next(answers)) for one in found]
+
+    def _endings(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[_Ending]:
+        """How each job ends, its result stored where it is no part of the record: all at once, since each takes a round trip."""
+        found: list[_Ending] = [_inline(body_of(outcome)) for _, outcome in ends]
+        long = [place for place, (message, _) in enumerate(ends) if self._is_stored(message, found[place])]
+        found_at = _side_by_side(lambda place: self._stored(ends[place][0], found[place]), long)
+        return [found_at.get(place, ending) for place, ending in enumerate(found)]
+
+    def _is_stored(self, message: JobMessage, ending: _Ending) -> bool:
+        if not isinstance(ending, dict):
+            return False
+        return message.output is not None or len(ending["output"]) > self._settings.inline_bytes
+
+    def _stored(self, message: JobMessage, ending: Any) -> _Ending:
+        """Store a result. A service that is away is why the job has no state yet; whatever else happens is its failure."""
+        try:
+            uri, size = self._put_result(message, ending["output"])
+            return {"output_ref": encode_json(StorageRef(uri, size=size, type="application/json").to_json())}
+        except PipefleetError as error:
+            return error if error.retryable else JobFailure(error.code, str(error), "write")
+        except BaseException as error:  # a Rust panic is none of Exception
+            log.exception("the result of job %s cannot be stored", message.id)
+            return JobFailure("internal_error", brief(error), "write")
+
+    def _state(self, ending: dict[str, Any] | JobFailure, answer: object) -> str | Exception:
+        """The state of a job whose record was written, or why it was not."""
+        try:
+            with broker.redis_errors(self._settings.redis_url):
+                if isinstance(answer, Exception):
+                    raise answer
+        except ServiceUnavailableError as error:
+            return error
+        return str(_state_of(ending))
 
     def fail(self, message: JobMessage, failure: JobFailure) -> None:
-        """End a single job that never came into the engine."""
-        fields = {"error": encode_json(failure.to_json()), "timings": "{}"}
+        """End a single job that never came into the engine. Nothing for an id without a UTF-8 form: nobody waits for that."""
+        if utf8(message.id) != message.id:
+            return
+        fields = {"error": encode_json(utf8(failure.to_json())), "timings": "{}"}
         with broker.redis_errors(self._settings.redis_url):
             self._finish(self._redis, message, JobState.FAILED, fields)
 
@@ -142,32 +179,6 @@ class Reporter:
         )
         commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 
-    def _fields(self, message: JobMessage, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
-        """The final state of a job, and what its record says beside it. Raises what the store raises."""
-        failure, fields = outcome.failure, dict[str, Any]()
-        if failure is None:
-            try:
-                fields = self._result_fields(message, outcome.output)
-            except ItemError as error:
-                failure = error.failure
-            except PipefleetError as error:
-                if error.retryable:
-                    raise
-                failure = JobFailure(error.code, str(error), "write")
-        timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
-        if failure is not None:
-            state = _FAILED_STATES.get(failure.code, JobState.FAILED)
-            return state, {"error": encode_json(failure.to_json()), "timings": timings}
-        return JobState.SUCCEEDED, {**fields, "timings": timings}
-
-    def _result_fields(self, message: JobMessage, output: Any) -> dict[str, Any]:
-        """The result itself, or a reference to it where it is long or was asked for under a URI."""
-        body = dumps(self._artifacts.store(output, join_uri(self._settings.store, "results", message.id)))
-        if message.output is None and len(body) <= self._settings.inline_bytes:
-            return {"output": body}
-        uri, size = self._put_result(message, body)
-        return {"output_ref": encode_json(StorageRef(uri, size=size, type="application/json").to_json())}
-
     def _put_result(self, message: JobMessage, body: bytes) -> tuple[str, int | None]:
         """Where the result lies, and its size unless another worker was first: what is named after the job is written once."""
         uri = message.output
@@ -180,4 +191,44 @@ class Reporter:
         return own, len(body) if ours else None
 
 
+_Ending = dict[str, Any] | JobFailure | Exception
+"""How a job ends: what its record says of its result, its failure, or why it has no state yet."""
 _FAILED_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
+
+
+def _side_by_side(do: Callable[[int], _Ending], places: Sequence[int]) -> dict[int, _Ending]:
+    """What `do`, which raises nothing, gives for each place. In threads that are daemons: a worker that must end waits for none."""
+    found: dict[int, _Ending] = {}
+    waiting: SimpleQueue[int] = SimpleQueue()
+    for place in places:
+        waiting.put(place)
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                place = waiting.get_nowait()
+                found[place] = do(place)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in places[:STORED_AT_ONCE]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def _inline(body: bytes | JobFailure) -> _Ending:
+    return body if isinstance(body, JobFailure) else {"output": body}
+
+
+def _state_of(ending: dict[str, Any] | JobFailure) -> JobState:
+    if isinstance(ending, JobFailure):
+        return _FAILED_STATES.get(ending.code, JobState.FAILED)
+    return JobState.SUCCEEDED
+
+
+def _record(ending: dict[str, Any] | JobFailure, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
+    """The final state of a job, and what its record says beside it."""
+    said = {"error": encode_json(utf8(ending.to_json()))} if isinstance(ending, JobFailure) else ending
+    timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
+    return _state_of(ending), {**said, "timings": timings}

@@ -21,9 +21,12 @@ class WorkerSettings(BaseSettings):
     retries: int = Field(6, ge=0, description="how often a job begins again because a service failed it alone")
     fetch_threads: int = Field(8, ge=1, description="objects that are downloaded at once")
     cpu_threads: int = Field(2, ge=1, description="threads that decode and preprocess")
-    finish_threads: int = Field(1, ge=1, description="threads that postprocess and write")
+    finish_threads: int = Field(1, ge=1, description="threads that postprocess")
+    store_threads: int = Field(8, ge=1, description="results whose pictures, sound and arrays are stored at once")
     in_flight_items: int = Field(4096, ge=1, description="items inside the worker at once")
-    in_flight_bytes: int = Field(512 << 20, ge=1, description="bytes of inputs inside the worker at once")
+    in_flight_bytes: int = Field(
+        512 << 20, ge=1, description="bytes of inputs and of results inside the worker at once"
+    )
     window_units: int = Field(512, ge=1, description="preprocessed model inputs that wait for the device")
     max_object_bytes: int = Field(1 << 30, ge=1, description="largest object that is fetched")
     max_pixels: int = Field(100_000_000, ge=1, description="largest picture that is decoded")

@@ -24,7 +24,9 @@ def register(commands: Commands) -> None:
     parser.add_argument("source", help="an s3:// prefix, a .jsonl or .csv manifest, or a local folder")
     parser.add_argument("--output", required=True, help="an s3:// prefix for the results")
     add_model_options(parser)
-    parser.add_argument("--shard-size", type=int, metavar="N", help="items of a shard (default: 16 to 512)")
+    parser.add_argument(
+        "--shard-size", type=int, metavar="N", help="items of a shard, at most 10000 (default: 16 to 512)"
+    )
     parser.add_argument("--format", default="jsonl", help="format of the parts: jsonl or parquet")
     parser.add_argument("--detach", action="store_true", help="return when the run is queued, not when it has ended")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

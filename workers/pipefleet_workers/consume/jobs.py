@@ -45,8 +45,9 @@ class Jobs:
         self._allowed = allowed
         self._contexts: dict[int, JobContext] = {}
         self._lock = threading.Lock()
-        self._one_shard_at_a_time = threading.Lock()
         self.engine = engine
+        self.turn = threading.Lock()
+        """Held by the shard whose items enter: the one that came first gets its items in first."""
 
     def begin(self, message: JobMessage, sink: Sink, *, priority: int, patient: bool) -> JobContext:
         """The context of a job that begins here; `end` must follow. See `JobContext.patient`."""
@@ -58,6 +59,7 @@ class Jobs:
             deadline=message.deadline,
             sink=sink,
             patient=patient,
+            shard=message.shard,
         )
         with self._lock:
             self._contexts[id(context)] = context
@@ -99,8 +101,8 @@ class Jobs:
             return JobFailure(error.code, str(error), "consume")
         return None
 
-    def admit(self, works: Sequence[Work], *, bulk: bool) -> list[Work]:
-        """Send items into the engine; those that must not enter it end at once. Returns the others."""
+    def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
+        """Send items into the engine; those that must not enter it end at once. Bulk items wait here for room."""
         admitted = []
         for work in works:
             failure = self._item_failure(work)
@@ -108,12 +110,7 @@ class Jobs:
                 admitted.append(work)
             else:
                 work.job.sink.deliver(Outcome(work, failure=failure))
-        if bulk:
-            with self._one_shard_at_a_time:  # the shard that came first gets its items in first
-                self.engine.admit(admitted, bulk=True)
-        else:
-            self.engine.admit(admitted, bulk=False)
-        return admitted
+        self.engine.admit(admitted, bulk=bulk)
 
     def _item_failure(self, work: Work) -> JobFailure | None:
         """Why an item must not enter the engine, or None: parameters and references come from any program that can queue."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 import orjson
 
-from pipefleet.contract import JobItem, JobMessage, Priority, Shard
+from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Priority, Shard
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
 from pipefleet.finishing import finalise, write_failed_rows
 from pipefleet.layout import RunLayout
@@ -20,6 +21,8 @@ from pipefleet_workers.items import JobContext, Outcome, Work
 from pipefleet_workers.stages.fetch import lies_under
 
 PROGRESS_SECONDS = 0.25
+ADMITTED_AT_ONCE = 128
+"""Items that enter between two looks at what has ended."""
 
 
 class Shards:
@@ -66,16 +69,17 @@ class Shards:
         sink = Outcomes(positions)
         context = self._jobs.begin(message, sink, priority=int(Priority.LOW), patient=patient)
         works = [work_of(context, position, items[position]) for position in positions]
-        admitted: list[Work] = []
         try:
             for work in works:
                 if work.position in without:
                     sink.deliver(Outcome(work, failure=without[work.position]))
-            admitted = self._jobs.admit([work for work in works if work.position not in without], bulk=True)
+            self._admit([work for work in works if work.position not in without], sink, message.shard)
             self._wait(sink, message.shard)
+        except Exception as error:
+            context.give_back(error)  # what is still inside would only be in the way of the next try
+            raise
         finally:
             self._jobs.end(context)
-            self._jobs.engine.release(admitted)
         return sink.in_order()
 
     def close(self, shard: Shard, outcomes: Sequence[Outcome]) -> str:
@@ -98,7 +102,12 @@ class Shards:
             finalise(objects, layout, read_plan(objects, layout))
 
     def read(self, shard: Shard) -> list[JobItem]:
-        """The items of a shard. Raises ContractError where they are not what the message says."""
+        """The items of a shard. Raises ContractError where they are not what the message says, or more than MAX_SHARD_ITEMS."""
+        if shard.count > MAX_SHARD_ITEMS:
+            raise ContractError(
+                f"the shard {shard.uri} has {shard.count} items, a worker takes {MAX_SHARD_ITEMS}; "
+                "run the source again with a smaller shard_size"
+            )
         try:
             lines = self._outlets.store.get(StorageRef(shard.uri)).splitlines()
         except ObjectMissingError:
@@ -108,13 +117,27 @@ class Shards:
             raise ContractError(f"the shard {shard.uri} has {len(items)} items instead of {shard.count}")
         return items
 
+    def _admit(self, works: Sequence[Work], sink: Outcomes, shard: Shard | None) -> None:
+        """Send the items in as there is room, and tell meanwhile which have ended: a shard may be larger than the worker."""
+        told = time.monotonic()
+        with self._jobs.turn:
+            for start in range(0, len(works), ADMITTED_AT_ONCE):
+                self._jobs.admit(works[start : start + ADMITTED_AT_ONCE], bulk=True)
+                if time.monotonic() - told >= PROGRESS_SECONDS:
+                    self._tell(sink, shard, 0.0)
+                    told = time.monotonic()
+
     def _wait(self, sink: Outcomes, shard: Shard | None) -> None:
         while not sink.complete:
-            new = sink.wait(PROGRESS_SECONDS)
-            if sink.abandoned is not None:
-                raise sink.abandoned
-            if shard is not None and not sink.complete:
-                self._outlets.reporter.progress(shard, new)
+            self._tell(sink, shard, PROGRESS_SECONDS)
+
+    def _tell(self, sink: Outcomes, shard: Shard | None, seconds: float) -> None:
+        """Wait for outcomes, and tell of those that have come. Raises why the shard was given back."""
+        new = sink.wait(seconds)
+        if sink.abandoned is not None:
+            raise sink.abandoned
+        if shard is not None and not sink.complete:
+            self._outlets.reporter.progress(shard, new)
 
 
 def require_format(shard: Shard) -> None:

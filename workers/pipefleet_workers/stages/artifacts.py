@@ -8,7 +8,7 @@ array      → .npy, kind "array"; one of booleans packed eight to a byte, kind 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from pipefleet.storage import join_uri
-from pipefleet_workers.items import ItemError
-from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.items import Artifact, ItemError
+from pipefleet_workers.sizes import bytes_of
 
 STAGE = "write"
 INLINE_NUMBERS = 16_384
@@ -34,69 +34,78 @@ class Audio:
     rate: int
 
 
-class ArtifactWriter:
-    """Stores the artifacts of results. Thread-safe. Writing the same result again stores the same objects again."""
+class TakenApart:
+    """A result taken apart: `value` holds a reference in the place of every artifact, `artifacts` are to lie under `prefix`.
 
-    def __init__(self, store: WorkerStore) -> None:
-        self._store = store
+    Tensors always become artifacts, arrays of numbers from `INLINE_NUMBERS` up. The same result has the same objects again. Raises
+    whatever the result raises while it is read.
+    """
 
-    def store(self, output: Any, prefix: str) -> Any:
-        """`output` with a reference in the place of every artifact, which lie under `prefix`.
+    def __init__(self, output: Any, prefix: str) -> None:
+        self._prefix = prefix
+        self.artifacts: list[Artifact] = []
+        self.value = output if _is_plain(output) else self._walk(output, "output")
 
-        Tensors are always stored, arrays of numbers from `INLINE_NUMBERS` up. Raises ItemError (bad_output) for NaN and infinity in
-        an array, and what the store raises.
-        """
-        return self._walk(output, prefix, "output")
-
-    def _walk(self, value: Any, prefix: str, name: str) -> Any:
+    def _walk(self, value: Any, name: str) -> Any:
         if isinstance(value, str | int | float | None):
             return value
         if isinstance(value, Mapping):
             inner = "" if name == "output" else f"{name}-"
-            return {key: self._walk(item, prefix, f"{inner}{_plain(key)}") for key, item in value.items()}
+            return {key: self._walk(item, f"{inner}{_plain(key)}") for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return self._walk_list(value, prefix, name)
-        return self._stored(value, prefix, name)
+            return self._walk_list(value, name)
+        return self._stored(value, name)
 
-    def _walk_list(self, values: list[Any] | tuple[Any, ...], prefix: str, name: str) -> Any:
+    def _walk_list(self, values: list[Any] | tuple[Any, ...], name: str) -> Any:
         if not values or isinstance(values[0], float | int | str):  # lists of numbers are most of what there is
             return values
         if (
             isinstance(values[0], np.ndarray)
             and values[0].dtype == np.bool_
             and len({one.shape for one in values}) == 1
-        ):
-            masks = np.stack(values)  # hundreds of masks of one picture are one object
-            facts = {"kind": "mask_list", "shape": list(masks.shape)}
-            return self._put(_npy(np.packbits(masks)), prefix, f"{name}.npy", **facts)
+        ):  # hundreds of masks of one picture are one object
+            facts = {"kind": "mask_list", "shape": [len(values), *values[0].shape]}
+            return self._refer(lambda: _npy(np.packbits(np.stack(values))), values, f"{name}.npy", **facts)
         inner = "" if name == "output" else f"{name}-"
-        return [self._walk(item, prefix, f"{inner}{index}") for index, item in enumerate(values)]
+        return [self._walk(item, f"{inner}{index}") for index, item in enumerate(values)]
 
-    def _stored(self, value: Any, prefix: str, name: str) -> Any:
+    def _stored(self, value: Any, name: str) -> Any:
+        facts: dict[str, Any]
         if isinstance(value, Image.Image):
-            return self._put(_png(value), prefix, f"{name}.png", kind="image", size=list(value.size), mode=value.mode)
+            facts = {"kind": "image", "size": list(value.size), "mode": value.mode}
+            return self._refer(lambda: _png(value), value, f"{name}.png", **facts)
         if isinstance(value, Audio):
-            _require_finite(value.samples)
             facts = {"kind": "audio", "sampling_rate": value.rate, "shape": list(value.samples.shape)}
-            return self._put(_wav(value), prefix, f"{name}.wav", **facts)
+            return self._refer(lambda: _wav(value), value.samples, f"{name}.wav", **facts)
         if isinstance(value, torch.Tensor):
-            return self._array(value.detach().float().cpu().numpy(), prefix, name)
+            facts = {"kind": "array", "shape": list(value.shape), "dtype": "float32"}
+            return self._refer(lambda: _numbers(value.detach().float().cpu().numpy()), value, f"{name}.npy", **facts)
         if isinstance(value, np.ndarray) and value.dtype == np.bool_:
-            shape = list(value.shape)
-            return self._put(_npy(np.packbits(value)), prefix, f"{name}.npy", kind="mask", shape=shape)
+            facts = {"kind": "mask", "shape": list(value.shape)}
+            return self._refer(lambda: _npy(np.packbits(value)), value, f"{name}.npy", **facts)
         if isinstance(value, np.ndarray) and value.size > INLINE_NUMBERS and value.dtype.kind in "biuf":
-            return self._array(value, prefix, name)
+            facts = {"kind": "array", "shape": list(value.shape), "dtype": str(value.dtype)}
+            return self._refer(lambda: _numbers(value), value, f"{name}.npy", **facts)
         return value
 
-    def _array(self, array: np.ndarray[Any, Any], prefix: str, name: str) -> dict[str, Any]:
-        _require_finite(array)
-        facts = {"kind": "array", "shape": list(array.shape), "dtype": str(array.dtype)}
-        return self._put(_npy(array), prefix, f"{name}.npy", **facts)
-
-    def _put(self, content: bytes, prefix: str, name: str, **facts: Any) -> dict[str, Any]:
-        uri = join_uri(prefix, name)
-        self._store.put(uri, content, content_type=_TYPES[name.rsplit(".", 1)[1]])
+    def _refer(self, encode: Callable[[], bytes], value: Any, name: str, **facts: Any) -> dict[str, Any]:
+        uri = join_uri(self._prefix, name)
+        self.artifacts.append(Artifact(uri, _TYPES[name.rsplit(".", 1)[1]], encode, bytes_of(value)))
         return {"$artifact": uri, **facts}
+
+
+_SCALARS, _FIRST, _LISTS = (str, int, float, type(None)), (str, int, float), (list, tuple)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value surely holds no artifact. Most results do not, and finding names for their parts takes longest."""
+    if isinstance(value, _SCALARS):
+        return True
+    if isinstance(value, dict):
+        return all([_is_plain(item) for item in value.values()])
+    if isinstance(value, _LISTS):  # lists of numbers are most of what there is
+        return not value or isinstance(value[0], _FIRST) or all([_is_plain(item) for item in value])
+    return False
 
 
 _TYPES = {"png": "image/png", "wav": "audio/wav", "npy": "application/x-npy"}
@@ -119,9 +128,15 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _wav(audio: Audio) -> bytes:
+    _require_finite(audio.samples)
     buffer = io.BytesIO()
     soundfile.write(buffer, audio.samples.astype(np.float32).T, audio.rate, format="WAV", subtype="FLOAT")
     return buffer.getvalue()
+
+
+def _numbers(array: np.ndarray[Any, Any]) -> bytes:
+    _require_finite(array)
+    return _npy(array)
 
 
 def _npy(array: np.ndarray[Any, Any]) -> bytes:

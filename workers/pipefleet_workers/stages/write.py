@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,15 +11,17 @@ import numpy as np
 import orjson
 
 from pipefleet.contract import Shard
-from pipefleet.errors import PipefleetError
+from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
-from pipefleet.parts import part_format
+from pipefleet.parts import PartFormat, part_format
 from pipefleet.records import JobFailure
-from pipefleet.storage import map_refs
-from pipefleet_workers.items import ItemError, Outcome
+from pipefleet.storage import join_uri, map_refs
+from pipefleet_workers.adapters.base import brief
+from pipefleet_workers.items import Artifact, Encoded, Finished, ItemError, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.stages.artifacts import ArtifactWriter
+from pipefleet_workers.stages.artifacts import TakenApart
 
+log = logging.getLogger(__name__)
 STAGE = "write"
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 
@@ -27,12 +30,25 @@ def dumps(value: Any) -> bytes:
     """JSON of a result. Raises ItemError (bad_output) for what JSON cannot hold, NaN and infinity included."""
     try:
         body = _encode(value)
-    except (TypeError, ValueError) as error:
-        raise ItemError("bad_output", f"the result is not JSON: {error}", STAGE) from None
-    # orjson writes NaN and infinity as null: only where one stands is the value itself walked, which costs far more.
-    if b"null" in body and not _is_finite(value):
+        # orjson writes NaN and infinity as null: only where one stands is the value itself walked, which costs far more.
+        finite = b"null" not in body or _is_finite(value)
+    except Exception as error:  # noqa: BLE001 - whatever a value raises while it is written is its own result's failure
+        raise ItemError("bad_output", f"the result is not JSON: {brief(error)}", STAGE) from None
+    if not finite:
         raise ItemError("bad_output", "the result holds NaN or infinity", STAGE)
     return body
+
+
+def body_of(outcome: Outcome) -> bytes | JobFailure:
+    """The JSON of an item's result, or why it has none."""
+    if outcome.failure is not None:
+        return outcome.failure
+    if isinstance(outcome.output, Encoded):
+        return outcome.output.body
+    try:
+        return dumps(outcome.output)
+    except ItemError as error:
+        return error.failure
 
 
 def _encode(value: Any) -> bytes:
@@ -63,53 +79,144 @@ def _is_finite(value: Any) -> bool:
     return True
 
 
+class ResultWriter:
+    """Makes results ready to be written: their artifacts are stored, the rest becomes JSON. Thread-safe.
+
+    Artifacts of a bulk run lie beside its parts, those of a single job under `<results>/results/`.
+    """
+
+    def __init__(self, store: WorkerStore, results: str) -> None:
+        self._store = store
+        self._results = results
+
+    def take_apart(self, work: Work, output: Any) -> Finished:
+        """The artifacts of a result, and what refers to them. Stores nothing. Raises ItemError (bad_output)."""
+        try:
+            found = TakenApart(output, self._prefix(work))
+        except Exception as error:  # noqa: BLE001 - whatever a result raises while it is read is its own failure
+            raise _bad_output(error) from None
+        return Finished(work, found.value, found.artifacts)
+
+    def write(self, finished: Finished) -> Encoded:
+        """Store the artifacts of a result, one after another, and let go of each.
+
+        Raises ItemError for what JSON or a codec cannot hold (bad_output) and for what the store refuses, and
+        ServiceUnavailableError when the store stays away.
+        """
+        body = dumps(finished.value)
+        finished.artifacts.reverse()
+        while finished.artifacts:
+            artifact = finished.artifacts.pop()
+            self._put(artifact, _content(artifact))
+        return Encoded(body)
+
+    def _prefix(self, work: Work) -> str:
+        shard = work.job.shard
+        if shard is None:
+            return join_uri(self._results, "results", work.job.id)
+        return RunLayout(shard.run_uri).artifacts(shard.first + work.position)
+
+    def _put(self, artifact: Artifact, content: bytes) -> None:
+        try:
+            self._store.put(artifact.uri, content, content_type=artifact.media_type)
+        except ServiceUnavailableError:
+            raise
+        except PipefleetError as error:
+            raise ItemError(error.code, str(error), STAGE) from None
+
+
+def _content(artifact: Artifact) -> bytes:
+    try:
+        return artifact.encode()
+    except ItemError:
+        raise
+    except Exception as error:  # noqa: BLE001 - codecs raise what they like
+        raise _bad_output(error) from None
+
+
+def _bad_output(error: Exception) -> ItemError:
+    return ItemError("bad_output", f"the result cannot be written: {brief(error)}", STAGE)
+
+
 class PartWriter:
     """Writes the part of a shard. Thread-safe. Raises what the store raises; a shard can be written again."""
 
     def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
         self._store = store
-        self._artifacts = ArtifactWriter(store)
         self._provenance = dict(provenance)
 
     def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
         """Write the part with a row for each outcome, in order; the part. None when another worker's was there first."""
         layout, written_as = RunLayout(shard.run_uri, shard.format), part_format(shard.format)
-        lines = [self._line(layout, shard.first + index, outcome) for index, outcome in enumerate(outcomes)]
-        body = written_as.encode(lines)
+        body = self._encoded(written_as, outcomes)
         ours = self._store.put_new(layout.part(shard.index), body, content_type=written_as.media_type)
         return body if ours else None
 
-    def _line(self, layout: RunLayout, position: int, outcome: Outcome) -> bytes:
+    def _encoded(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes:
+        """The part. A row that its format cannot hold fails alone: it is found by writing each by itself."""
+        lines = [self._line(outcome) for outcome in outcomes]
+        try:
+            return written_as.encode(lines)
+        except RunError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the format's library raises
+            log.warning("a part has a row that %s cannot hold: %s", written_as.name, brief(error))
+        return written_as.encode([self._that_fits(written_as, *pair) for pair in zip(lines, outcomes, strict=True)])
+
+    def _that_fits(self, written_as: PartFormat, line: bytes, outcome: Outcome) -> bytes:
+        """The line of an item, or one that says why its format cannot hold it, with the input where that is not the reason."""
+        refused = _refusal(written_as, line)
+        if refused is None:
+            return line
+        line = self._line(Outcome(outcome.work, failure=refused))
+        if _refusal(written_as, line) is None:
+            return line
+        row = {
+            "id": str(outcome.work.item.id),
+            "input": None,
+            "error": refused.to_json(),
+            "provenance": self._provenance,
+        }
+        return _encode(utf8(row))
+
+    def _line(self, outcome: Outcome) -> bytes:
         """The line of one item; where its input or its result is no JSON, the line says so and the shard goes on."""
         item = outcome.work.item
         seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
-        tail = {**self._result(layout, position, outcome), "provenance": {**self._provenance, "seconds": seconds}}
+        body = body_of(outcome)
+        result = {"output": orjson.Fragment(body)} if isinstance(body, bytes) else {"error": utf8(body.to_json())}
+        tail = {**result, "provenance": {**self._provenance, "seconds": seconds}}
         try:
             parameters = {"parameters": dict(item.parameters)} if item.parameters else {}
             return _encode({"id": item.id, "input": _with_uris(item.inputs), **parameters, **tail})
-        except (TypeError, ValueError, RecursionError, PipefleetError) as error:
-            failure = outcome.failure or JobFailure("bad_input", f"the item cannot be written as JSON: {error}", STAGE)
+        except Exception as error:  # noqa: BLE001 - inputs come from any program that can queue
+            failure = body if isinstance(body, JobFailure) else _no_json(error)
             row = {"id": item.id, "input": None, **tail, "error": failure.to_json()}
             row.pop("output", None)
-            return _encode(_utf8(row))
+            return _encode(utf8(row))
 
-    def _result(self, layout: RunLayout, position: int, outcome: Outcome) -> dict[str, Any]:
-        if outcome.failure is not None:
-            return {"error": outcome.failure.to_json()}
-        try:
-            return {"output": orjson.Fragment(dumps(self._artifacts.store(outcome.output, layout.artifacts(position))))}
-        except ItemError as error:
-            return {"error": error.failure.to_json()}
+
+def _no_json(error: Exception) -> JobFailure:
+    return JobFailure("bad_input", f"the item cannot be written as JSON: {brief(error)}", STAGE)
+
+
+def _refusal(written_as: PartFormat, line: bytes) -> JobFailure | None:
+    """Why a format cannot hold a row, or None."""
+    try:
+        written_as.encode([line])
+    except Exception as error:  # noqa: BLE001 - whatever the format's library raises
+        return JobFailure("bad_output", f"{written_as.name} cannot hold the item: {brief(error)}", STAGE)
+    return None
 
 
 def _with_uris(inputs: Any) -> Any:
     return map_refs(inputs, lambda reference: reference.uri)
 
 
-def _utf8(value: Any) -> Any:
+def utf8(value: Any) -> Any:
     """`value` with a question mark for each character that UTF-8 cannot hold."""
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
     if isinstance(value, Mapping):
-        return {name: _utf8(item) for name, item in value.items()}
+        return {name: utf8(item) for name, item in value.items()}
     return value
