@@ -164,7 +164,7 @@ class Engine:
     def _finish_assemblies(self, assemblies: Sequence[Assembly]) -> None:
         with self._instruments.tracer.span("finish", len(assemblies)):
             done = [assembly.work.seconds for assembly in assemblies if self._finish_one(assembly)]
-        self._instruments.metrics.succeeded(done)
+        self._instruments.metrics.processed(done)
 
     def _finish_one(self, assembly: Assembly) -> bool:
         """Deliver the result of an item, or why it has none; whether it has one."""
@@ -207,7 +207,7 @@ class Engine:
         return done
 
     def _fail(self, work: Work, failure: JobFailure) -> None:
-        self._instruments.metrics.failed(work.seconds, code=failure.code, stage=failure.stage)
+        self._instruments.metrics.processed([work.seconds])
         work.job.sink.deliver(Outcome(work, failure=failure))
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pipefleet import broker
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
-from pipefleet.records import FINISH, START, JobFailure, finish_arguments
+from pipefleet.records import CANCEL, FINISH, START, JobFailure, finish_arguments
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
 from pipefleet_workers.delivery.leases import Lease
+from pipefleet_workers.ending import Ending, before
 from pipefleet_workers.items import ItemError, Outcome
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.artifacts import ArtifactWriter
@@ -32,22 +33,33 @@ for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[1]) end
 for each item take far more of this process's time."""
 
 COUNT = """
-for i = 1, #ARGV - 1, 2 do
-  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HINCRBY', KEYS[2], ARGV[i], ARGV[#ARGV]) end
+for i = 1, #ARGV, 3 do
+  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 2]) end
 end
 """
-"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, …, and by how much each of these counts more, if it is still theirs."""
+"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, count, …: how often each was delivered, if it is still theirs. A count
+is set and never added to, so that a call whose answer was lost may be repeated."""
 
 
 class Reporter:
     """Writes what clients read. Thread-safe. All methods raise ServiceUnavailableError when Redis or S3 is away."""
 
-    def __init__(self, redis: Any, store: WorkerStore, settings: Settings, *, worker: str) -> None:
+    def __init__(
+        self,
+        redis: Any,
+        store: WorkerStore,
+        settings: Settings,
+        *,
+        worker: str,
+        on_failed: Callable[[JobFailure], None] = lambda failure: None,
+    ) -> None:
+        """`on_failed` is told of each job that `fail` brings to its end."""
         self._redis = redis
         self._store = store
         self._artifacts = ArtifactWriter(store)
         self._settings = settings
         self._worker = worker
+        self._on_failed = on_failed
 
     @property
     def store_uri(self) -> str:
@@ -59,47 +71,65 @@ class Reporter:
         with broker.redis_errors(self._settings.redis_url):
             self._redis.ping()
 
-    def count_deliveries(self, leases: Sequence[Lease], by: int) -> None:
-        """Count each of these messages as delivered `by` times more; those that were lost meanwhile stay as they are."""
+    def count_deliveries(self, leases: Sequence[Lease], *, excused: bool) -> None:
+        """Set how often each of these was delivered, without this delivery where it is `excused`; lost ones stay as they are."""
         for queue in {lease.queue for lease in leases}:
             keys = broker.unacked_keys(queue)
-            fences = [part for lease in leases if lease.queue == queue for part in (lease.tag, lease.owner)]
+            ours = [(one.tag, one.owner, one.deliveries - excused) for one in leases if one.queue == queue]
+            arguments = [part for one in ours for part in one]
             with broker.redis_errors(self._settings.redis_url):
-                self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *fences, by)
+                self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *arguments)
 
-    def start_many(self, messages: Sequence[JobMessage]) -> list[bool]:
-        """Mark single jobs as running. False for each that has ended already: cancelled, or finished elsewhere."""
+    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState]:
+        """Mark single jobs as running. `running` for each; for one that has ended already, the final state that it reached."""
         pipe = self._redis.pipeline(transaction=False)
         arguments = [time.time(), self._worker, int(self._settings.result_ttl)]
         for message in messages:
             pipe.eval(START, 1, broker.job_key(message.id), *arguments)
         with broker.redis_errors(self._settings.redis_url):
-            return [bool(one) for one in pipe.execute()]
+            return self._reached(messages, pipe.execute(), [JobState.RUNNING] * len(messages))
 
-    def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[str | Exception]:
-        """Bring single jobs to their final states, results stored first. The state each reached, or why it has none yet."""
+    def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
+        """Bring single jobs to their final states, results stored first. How each has ended, or why it has not yet.
+
+        A final state that was there first stays, and the ending tells of that one.
+        """
         pipe = self._redis.pipeline(transaction=False)
-        states: list[str | Exception] = []
+        written: list[tuple[JobMessage, JobState] | Exception] = []
         for message, outcome in ends:
             try:
                 state, fields = self._fields(message, outcome)
             except PipefleetError as error:
-                states.append(error)
+                written.append(error)
                 continue
             self._finish(pipe, message, state, fields)
-            states.append(str(state))
+            written.append((message, state))
         try:
-            with broker.redis_errors(self._settings.redis_url):
-                pipe.execute()
+            found = self._endings([one for one in written if not isinstance(one, Exception)], pipe)
         except ServiceUnavailableError as error:
-            return [error] * len(states)
-        return states
+            return [error] * len(written)
+        return [one if isinstance(one, Exception) else next(found) for one in written]
+
+    def end(self, message: JobMessage, state: JobState, failure: JobFailure) -> Ending:
+        """End a single job without the engine. How it has ended: as `state`, or as it had ended before."""
+        fields = {"error": encode_json(failure.to_json()), "timings": "{}"}
+        pipe = self._redis.pipeline(transaction=False)
+        self._finish(pipe, message, state, fields)
+        return next(self._endings([(message, state)], pipe))
 
     def fail(self, message: JobMessage, failure: JobFailure) -> None:
-        """End a single job that never came into the engine."""
+        """End a single job that never came into the engine as failed, unless it has ended."""
+        if self.end(message, JobState.FAILED, failure).here:
+            self._on_failed(failure)
+
+    def cancel(self, job_id: str, failure: JobFailure) -> None:
+        """End a single job that is not in this worker as cancelled, unless it has ended; makes no record of an unknown one."""
         fields = {"error": encode_json(failure.to_json()), "timings": "{}"}
+        arguments = finish_arguments(
+            job_id, JobState.CANCELLED, time.time(), ttl=self._settings.result_ttl, reply=None, fields=fields
+        )
         with broker.redis_errors(self._settings.redis_url):
-            self._finish(self._redis, message, JobState.FAILED, fields)
+            self._redis.eval(CANCEL, 1, broker.job_key(job_id), *arguments)
 
     def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
         """Set the bits of items that have ended, in one command."""
@@ -142,6 +172,26 @@ class Reporter:
         )
         commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 
+    def _endings(self, written: Sequence[tuple[JobMessage, JobState]], pipe: Any) -> Iterator[Ending]:
+        """Send the commands of `pipe`, a FINISH for each of `written`; how each job has ended."""
+        with broker.redis_errors(self._settings.redis_url):
+            answers = pipe.execute()
+            reached = self._reached([message for message, _ in written], answers, [state for _, state in written])
+        return (Ending(state) if ours else before(state) for state, ours in zip(reached, answers, strict=True))
+
+    def _reached(
+        self, messages: Sequence[JobMessage], answers: Sequence[Any], wanted: list[JobState]
+    ) -> list[JobState]:
+        """What was `wanted` where a script's answer is 1; elsewhere the final state that was there first."""
+        others = [place for place, answer in enumerate(answers) if not answer]
+        if others:
+            pipe = self._redis.pipeline(transaction=False)
+            for place in others:
+                pipe.hget(broker.job_key(messages[place].id), "state")
+            for place, state in zip(others, pipe.execute(), strict=True):
+                wanted[place] = JobState((state or b"failed").decode())  # it was there a moment ago
+        return wanted
+
     def _fields(self, message: JobMessage, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
         """The final state of a job, and what its record says beside it. Raises what the store raises."""
         failure, fields = outcome.failure, dict[str, Any]()
@@ -156,7 +206,7 @@ class Reporter:
                 failure = JobFailure(error.code, str(error), "write")
         timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
         if failure is not None:
-            state = _FAILED_STATES.get(failure.code, JobState.FAILED)
+            state = Outcome(outcome.work, failure=failure).state
             return state, {"error": encode_json(failure.to_json()), "timings": timings}
         return JobState.SUCCEEDED, {**fields, "timings": timings}
 
@@ -178,6 +228,3 @@ class Reporter:
         own = join_uri(*folder, f"{message.id}.json")
         ours = self._store.put_new(own, body, content_type="application/json")
         return own, len(body) if ours else None
-
-
-_FAILED_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
