@@ -17,7 +17,7 @@ class Events:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._app = Celery("events", broker=url, set_as_current=False)
+        self.app = Celery("events", broker=url, set_as_current=False)
         self.state = State(max_tasks_in_memory=1_000_000)
         self.told: list[dict[str, Any]] = []
         self._ended = threading.Event()
@@ -48,12 +48,12 @@ class Events:
     def _listen(self) -> None:
         while not self._ended.is_set():
             try:
-                with self._app.connection() as connection:
-                    receiver = self._app.events.Receiver(connection, handlers={"*": self._take})
+                with self.app.connection() as connection:
+                    receiver = self.app.events.Receiver(connection, handlers={"*": self._take})
                     with receiver.consumer_context() as (listening, *_):  # it makes a connection of its own
                         while not self._ended.is_set():
                             _drain(listening)
-            except (*self._app.connection().connection_errors, OSError):
+            except (*self.app.connection().connection_errors, OSError):
                 self._ended.wait(0.2)
 
     def _take(self, event: dict[str, Any]) -> None:
