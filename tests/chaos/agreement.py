@@ -60,11 +60,12 @@ def _books(world: World) -> list[str]:
     ready = sum(worker.ready for worker in world.workers)
     if not ready:
         return []
-    inspect = world.events.app.control.inspect(timeout=2.0, limit=ready)
     found = []
-    for what in ("active", "reserved"):
-        answers = getattr(inspect, what)() or {}
-        found += [f"{one['id']} is {what} on {name}" for name, listed in answers.items() for one in listed]
+    with world.events.app.connection() as connection:  # a new one: the server may have been away
+        inspect = world.events.app.control.inspect(timeout=2.0, limit=ready, connection=connection)
+        for what in ("active", "reserved"):
+            answers = getattr(inspect, what)() or {}
+            found += [f"{one['id']} is {what} on {name}" for name, listed in answers.items() for one in listed]
     return found
 
 
@@ -72,7 +73,7 @@ def _events(world: World, client: Client) -> list[str]:
     """Jobs that Flower would show in another state than their record's, and any that it would show as unfinished."""
     lossy = bool(world.faults & {"redis", "death"})
     wrong = []
-    records = _states(world)
+    records = _states(world, submitted=True)
     for letter in broker.dead_letters(world.redis, "pipefleet.text-classification", count=1000):
         if letter.reason == REVOKED and letter.job_id is not None:
             records.pop(letter.job_id, None)  # a shard, which has no record of its own to be compared
@@ -92,16 +93,17 @@ def _events(world: World, client: Client) -> list[str]:
     return wrong
 
 
-def _states(world: World) -> dict[str, JobState]:
+def _states(world: World, *, submitted: bool = False) -> dict[str, JobState]:
+    """The states of all records, or of those that our client made: Celery knows other jobs by another name."""
     prefix = broker.job_key("")
     keys = list(world.redis.scan_iter(f"{prefix}*", count=1000))
     pipe = world.redis.pipeline(transaction=False)
     for key in keys:
-        pipe.hget(key, "state")
+        pipe.hmget(key, "state", "submitted")
     return {
         key.decode().removeprefix(prefix): JobState(state.decode())
-        for key, state in zip(keys, pipe.execute(), strict=True)
-        if state
+        for key, (state, at) in zip(keys, pipe.execute(), strict=True)
+        if state and (at or not submitted)
     }
 
 
