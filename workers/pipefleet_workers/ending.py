@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipefleet.contract import JobState
+from pipefleet.records import JobFailure
 from pipefleet_workers.items import Outcome
 
 REVOKED = "revoked by an operator"
@@ -22,6 +23,8 @@ class Ending:
     state: JobState | None
     text: str = ""
     here: bool = True
+    failure: JobFailure | None = None
+    """Why a single job ended otherwise than with a result, where this worker wrote that."""
 
 
 LOST = Ending(None, "another worker has the job", here=False)
@@ -33,10 +36,9 @@ def before(state: JobState) -> Ending:
     return Ending(state, f"{state} before", here=False)
 
 
-def single_ending(state: JobState, outcome: Outcome) -> Ending:
+def single_ending(state: JobState, failure: JobFailure | None) -> Ending:
     """The ending of a single job whose state was written here. Of a failure it tells code and stage; the record has the rest."""
-    failure = outcome.failure
-    return Ending(state, str(state) if failure is None else f"{failure.code} in {failure.stage}")
+    return Ending(state, str(state) if failure is None else f"{failure.code} in {failure.stage}", failure=failure)
 
 
 def shard_ending(outcomes: Sequence[Outcome]) -> Ending:

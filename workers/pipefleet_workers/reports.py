@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from pipefleet.records import CANCEL, FINISH, START, JobFailure, finish_argument
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
 from pipefleet_workers.delivery.leases import Lease
-from pipefleet_workers.ending import Ending, before
+from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import ItemError, Outcome
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.artifacts import ArtifactWriter
@@ -87,7 +88,8 @@ class Reporter:
         for message in messages:
             pipe.eval(START, 1, broker.job_key(message.id), *arguments)
         with broker.redis_errors(self._settings.redis_url):
-            return self._reached(messages, pipe.execute(), [JobState.RUNNING] * len(messages))
+            others = self._others(messages, pipe.execute())
+        return [others.get(place, JobState.RUNNING) for place in range(len(messages))]
 
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
         """Bring single jobs to their final states, results stored first. How each has ended, or why it has not yet.
@@ -95,7 +97,7 @@ class Reporter:
         A final state that was there first stays, and the ending tells of that one.
         """
         pipe = self._redis.pipeline(transaction=False)
-        written: list[tuple[JobMessage, JobState] | Exception] = []
+        written: list[tuple[JobMessage, Ending] | Exception] = []
         for message, outcome in ends:
             try:
                 state, fields = self._fields(message, outcome)
@@ -103,7 +105,8 @@ class Reporter:
                 written.append(error)
                 continue
             self._finish(pipe, message, state, fields)
-            written.append((message, state))
+            failure = JobFailure(**json.loads(fields["error"])) if "error" in fields else None
+            written.append((message, single_ending(state, failure)))
         try:
             found = self._endings([one for one in written if not isinstance(one, Exception)], pipe)
         except ServiceUnavailableError as error:
@@ -111,11 +114,15 @@ class Reporter:
         return [one if isinstance(one, Exception) else next(found) for one in written]
 
     def end(self, message: JobMessage, state: JobState, failure: JobFailure) -> Ending:
-        """End a single job without the engine. How it has ended: as `state`, or as it had ended before."""
+        """End a single job without the engine. How it has ended: as `state`, or as it had ended before; its client is told."""
         fields = {"error": encode_json(failure.to_json()), "timings": "{}"}
         pipe = self._redis.pipeline(transaction=False)
         self._finish(pipe, message, state, fields)
-        return next(self._endings([(message, state)], pipe))
+        ending = next(self._endings([(message, single_ending(state, failure))], pipe))
+        if message.reply is not None and not ending.here:  # who ended it may not have known whom to tell
+            with broker.redis_errors(self._settings.redis_url):
+                self._redis.publish(message.reply, message.id)
+        return ending
 
     def fail(self, message: JobMessage, failure: JobFailure) -> None:
         """End a single job that never came into the engine as failed, unless it has ended."""
@@ -172,25 +179,21 @@ class Reporter:
         )
         commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 
-    def _endings(self, written: Sequence[tuple[JobMessage, JobState]], pipe: Any) -> Iterator[Ending]:
+    def _endings(self, written: Sequence[tuple[JobMessage, Ending]], pipe: Any) -> Iterator[Ending]:
         """Send the commands of `pipe`, a FINISH for each of `written`; how each job has ended."""
         with broker.redis_errors(self._settings.redis_url):
             answers = pipe.execute()
-            reached = self._reached([message for message, _ in written], answers, [state for _, state in written])
-        return (Ending(state) if ours else before(state) for state, ours in zip(reached, answers, strict=True))
+            others = self._others([message for message, _ in written], answers)
+        return (before(others[place]) if place in others else ending for place, (_, ending) in enumerate(written))
 
-    def _reached(
-        self, messages: Sequence[JobMessage], answers: Sequence[Any], wanted: list[JobState]
-    ) -> list[JobState]:
-        """What was `wanted` where a script's answer is 1; elsewhere the final state that was there first."""
-        others = [place for place, answer in enumerate(answers) if not answer]
-        if others:
-            pipe = self._redis.pipeline(transaction=False)
-            for place in others:
-                pipe.hget(broker.job_key(messages[place].id), "state")
-            for place, state in zip(others, pipe.execute(), strict=True):
-                wanted[place] = JobState((state or b"failed").decode())  # it was there a moment ago
-        return wanted
+    def _others(self, messages: Sequence[JobMessage], answers: Sequence[Any]) -> dict[int, JobState]:
+        """The final states that were there first, by position: of those jobs for which a script's answer is 0."""
+        places = [place for place, answer in enumerate(answers) if not answer]
+        pipe = self._redis.pipeline(transaction=False)
+        for place in places:
+            pipe.hget(broker.job_key(messages[place].id), "state")
+        found = pipe.execute() if places else []
+        return {place: JobState((state or b"failed").decode()) for place, state in zip(places, found, strict=True)}
 
     def _fields(self, message: JobMessage, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
         """The final state of a job, and what its record says beside it. Raises what the store raises."""

@@ -15,7 +15,7 @@ from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.delivery.leases import Lease, Settlement
-from pipefleet_workers.ending import Ending, before
+from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome, Work
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.scaling.ledger import WorkCount
@@ -129,7 +129,7 @@ class FakeReporter:
         self.states[job_id] = state
         if failure is not None:
             self.failures[job_id] = failure
-        return Ending(state)
+        return single_ending(state, failure)
 
     def _final(self, job_id: str) -> bool:
         return job_id in self.states and self.states[job_id].final

@@ -248,6 +248,23 @@ def test_a_job_that_waits_for_its_eta_is_revoked(fleet: Callable[..., Fleet]) ->
     assert one.bench.reporter.states["job"] is JobState.CANCELLED
 
 
+def test_a_job_that_expires_before_its_eta_ends_then(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    hour, past = datetime.now(UTC) + timedelta(hours=1), datetime.now(UTC) - timedelta(seconds=1)
+    one.put(single("job"), eta=hour.isoformat(), expires=past.isoformat())
+    one.bench.engine.end("job")
+    assert one.shows("job", "REVOKED")
+    assert one.bench.reporter.states["job"] is JobState.EXPIRED
+
+
+@pytest.mark.parametrize("headers", [{"eta": "x"}, {"expires": "x"}, {"eta": "9999-12-31T23:59:59"}])
+def test_odd_times_leave_nothing_in_celerys_books(fleet: Callable[..., Fleet], headers: dict[str, str]) -> None:
+    one = fleet()
+    one.put(single("odd"), **headers)
+    assert eventually(lambda: broker.count_dead_letters(one.redis, QUEUE) == 1 or one.inspect("reserved") == ["odd"])
+    one.app.control.revoke("odd")  # the one that waits till the end of time
+
+
 def test_an_eta_is_waited_for_through_a_reconnect(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     one.put(single("job"), eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())

@@ -15,7 +15,7 @@ REFUSED = f"refused: {REVOKED}"
 
 def check_cancelled(bench: Bench, delivery: FakeDelivery, job: str = "job") -> None:
     assert delivery.wait() == "done"
-    assert delivery.endings == [Ending(JobState.CANCELLED)]
+    assert [(one.state, one.here) for one in delivery.endings] == [(JobState.CANCELLED, True)]
     assert bench.reporter.states[job] is JobState.CANCELLED
     assert bench.reporter.failures[job].message == REVOKED
 

@@ -63,6 +63,16 @@ def test_totals_are_what_prometheus_has(metrics: Metrics) -> None:
     assert sum(one or 0 for one in counted) == totals.items
 
 
+def test_a_single_job_counts_as_what_its_record_says(metrics: Metrics) -> None:
+    tally = Tally(metrics, WorkCount())
+    failure = JobFailure("forbidden", "the result cannot be written", "write")
+    for ending in (Ending(JobState.FAILED, failure=failure), before(JobState.CANCELLED), before(JobState.SUCCEEDED)):
+        tally.single(ending)
+    totals = metrics.totals()
+    assert (totals.items, totals.failed, totals.cancelled) == (2, 1, 1)
+    assert value(metrics, "pipefleet_item_failures_total", code="forbidden", stage="write") == 1
+
+
 def test_work_counts_where_it_was_done(redis: Redis, metrics: Metrics) -> None:
     work = WorkCount()
     tally = Tally(metrics, work)
@@ -98,5 +108,5 @@ def test_a_shard_tells_its_counts(outcomes: Any, text: str) -> None:
 
 
 def test_what_celery_is_told_holds_nothing_of_the_input() -> None:
-    assert single_ending(JobState.FAILED, outcome("bad_input")).text == "bad_input in decode"
-    assert single_ending(JobState.SUCCEEDED, outcome()).text == "succeeded"
+    assert single_ending(JobState.FAILED, outcome("bad_input").failure).text == "bad_input in decode"
+    assert single_ending(JobState.SUCCEEDED, None).text == "succeeded"

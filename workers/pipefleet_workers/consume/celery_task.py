@@ -94,7 +94,7 @@ class InferTask(Task):  # type: ignore[misc]
             )
             delivery = CeleryDelivery(request, celery, self)
             delivery.revoked = self.is_revoked(request)
-            wait = request.eta.timestamp() - time.time() if request.eta else 0.0
+            wait = _seconds_until(request)
             delivery.received()
             self.consumer.take(delivery, after=wait)
 
@@ -243,6 +243,14 @@ class CeleryDelivery:
 
     def _send(self, event: str, **fields: Any) -> None:
         send(self._celery, event, self._request.id, **fields)
+
+
+def _seconds_until(request: Any) -> float:
+    """Until a request may begin, or has expired before that; at most 0 for one without an eta. Raises OverflowError, ValueError."""
+    if not request.eta:
+        return 0.0
+    times = [one.timestamp() for one in (request.eta, request.expires) if one]
+    return float(min(times) - time.time())
 
 
 def send(celery: Any, event: str, job_id: str, **fields: Any) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.contract import JobMessage, JobState
+from pipefleet.contract import JobMessage
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet_workers import telemetry
 from pipefleet_workers.consume.delivery import Delivery, DrainedError
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.jobs import Jobs, work_of
 from pipefleet_workers.consume.tally import Tally
-from pipefleet_workers.ending import LOST, Ending, before, single_ending
+from pipefleet_workers.ending import LOST, Ending, before
 from pipefleet_workers.items import JobContext, Outcome, Work
 from pipefleet_workers.reports import Reporter
 
@@ -149,18 +149,9 @@ class Singles:
         ends = [(single.message, outcome) for single, outcome in finished]
         for (single, outcome), ending in zip(finished, self._reporter.finish_many(ends), strict=True):
             if isinstance(ending, Ending):
-                ending = self._counted(ending, outcome)
+                self._tally.single(ending)
                 telemetry.job_ended(single.delivery, single.message, outcome)
             self._leave(single, ending)
-
-    def _counted(self, ending: Ending, outcome: Outcome) -> Ending:
-        """Count an item that has ended; its ending with a text."""
-        if ending.here and ending.state is not None:
-            self._tally.items([outcome])
-            return single_ending(ending.state, outcome)
-        if ending.state is JobState.CANCELLED:  # who cancelled it has written that, and this worker had begun it
-            self._tally.cancelled()
-        return ending
 
     def _leave(self, single: Single, end: Ending | Exception) -> None:
         """The one place where a single job's delivery ends. Once: a second call, after an error in between, does nothing."""

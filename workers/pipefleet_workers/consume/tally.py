@@ -38,15 +38,24 @@ class Tally:
             self._work.add(cost=message.work)
 
     def items(self, outcomes: Sequence[Outcome]) -> None:
-        """These items have ended, and what they became was written here."""
+        """The items of a shard have ended, and its part was written here."""
         for state, count in Counter(outcome.state for outcome in outcomes).items():
             self._metrics.ended(state, count)
         failed = [one.failure for one in outcomes if one.failure is not None and one.state is JobState.FAILED]
         for (code, stage), count in Counter((one.code, one.stage) for one in failed).items():
             self._metrics.failure(code=code, stage=stage, count=count)
 
-    def cancelled(self, count: int = 1) -> None:
-        """Items that a worker had begun ended because their job or run was cancelled."""
+    def single(self, ending: Ending) -> None:
+        """A single job that this worker had begun has ended; who cancelled one has written that, and it counts all the same."""
+        if ending.state is JobState.CANCELLED:
+            self._metrics.ended(JobState.CANCELLED)
+        elif ending.here and ending.state is not None:
+            self._metrics.ended(ending.state)
+            if ending.state is JobState.FAILED and ending.failure is not None:
+                self._metrics.failure(code=ending.failure.code, stage=ending.failure.stage)
+
+    def cancelled(self, count: int) -> None:
+        """Items of a shard that this worker had begun ended because their run was cancelled."""
         self._metrics.ended(JobState.CANCELLED, count)
 
     def failed(self, failure: JobFailure) -> None:
