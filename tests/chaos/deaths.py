@@ -220,6 +220,27 @@ def terminated_long(world: World, scale: Scale) -> Finding:
     return Finding(recovery, "until it ran elsewhere")
 
 
+@scenario("told-to-shut-down")
+def told_to_shut_down(world: World, scale: Scale) -> Finding:
+    """`celery control shutdown` is a SIGTERM: what runs is finished, what waits goes back at once."""
+    with world.scene(workers=1, prefetch=8) as client:
+        jobs = [client.submit(TASK, f"SLOW:0.3 {index}") for index in range(20)]
+        until(lambda: world.ran, what="work has begun")
+        first = world.workers[0]
+        first.supervised = False
+        world.events.app.control.shutdown()
+        asked = time.monotonic()
+        until(lambda: first.codes, 30, what="the worker ends")
+        ended = time.monotonic() - asked
+        depth = broker.depth(world.redis, QUEUE)
+        assert (depth["unacked"], first.codes) == (0, [0]), f"{depth}, exit codes {first.codes}"
+        world.add_worker()
+        check_singles(jobs, PATIENCE)
+        check_quiet(world)
+        assert max(world_ran(world).values()) == 1, "something was forwarded twice"
+    return Finding(ended, "until the process had ended; nothing was left with it")
+
+
 @scenario("terminated-twice")
 def terminated_twice(world: World, scale: Scale) -> Finding:
     """A second SIGTERM ends the waiting."""

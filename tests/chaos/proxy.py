@@ -32,6 +32,8 @@ class Proxy:
     def __init__(self, port: int, *, seed: int = 0) -> None:
         self._target = port
         self._mood = WELL
+        self.misbehaved = False
+        """Whether it ever was anything but well; set back by who asks."""
         self._random = random.Random(seed)
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -47,6 +49,7 @@ class Proxy:
     def behave(self, mood: Mood) -> None:
         """From now on, and with no connection of before."""
         self._mood = mood
+        self.misbehaved = self.misbehaved or mood != WELL
         self._loop.call_soon_threadsafe(self._cut_all)
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import JobCancelledError, JobExpiredError
+from pipefleet.planner import shard_id
+from pipefleet_workers.ending import REVOKED
 from pipefleet_workers.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import TASK
@@ -171,6 +173,32 @@ def state_of(one: Any) -> JobState:
         one.result(timeout=60)
     state: JobState = one.status()
     return state
+
+
+@scenario("revoke")
+def revoke(world: World, scale: Scale) -> Finding:
+    """An operator revokes what waits, what is held and what runs: jobs end as cancelled, a shard as a dead letter."""
+    with world.scene(workers=1, prefetch=4, shards=1, simulated_device="0.02,0") as client:
+        control = world.events.app.control
+        runs = client.submit(TASK, "SLOW:3 runs")
+        until(lambda: world.ran, what="a job runs")
+        jobs = [runs, *(client.submit(TASK, text) for text in texts(20, "waits"))]
+        shards = client.map(TASK, [{"id": str(n), "inputs": "SLOW:1"} for n in range(4)], shard_size=1,
+                            output="s3://pipefleet/chaos/revoked/")  # fmt: skip
+        shards.join_planner()
+        begin = time.monotonic()
+        control.revoke([job.id for job in jobs[1:]])
+        control.revoke(runs.id, terminate=True, signal="SIGKILL")
+        control.revoke([shard_id(shards.id, n) for n in range(4)], terminate=True)
+        states = [state_of(one) for one in jobs]
+        seconds = time.monotonic() - begin
+        assert set(states) == {JobState.CANCELLED}, states
+        assert {one.record().failure.message for one in jobs} == {REVOKED}
+        check_singles([client.submit(TASK, text) for text in texts(10, "after")])
+        check_quiet(world, dead=4)
+        assert {letter.reason for letter in broker.dead_letters(world.redis, QUEUE)} == {REVOKED}
+        assert not world.workers[0].codes, "the worker died of it"
+    return Finding(seconds, "until 21 jobs had ended as cancelled; 4 shards are dead letters")
 
 
 @scenario("queues-agree")

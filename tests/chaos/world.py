@@ -25,6 +25,8 @@ from pipefleet_workers.local.environment import in_environment
 from pipefleet_workers.local.ports import PortBook
 from pipefleet_workers.local.servers import BUCKET, REGION, RedisServer, S3Server
 from pipefleet_workers.local.service import Site, wait_ready
+from tests.chaos.agreement import check_agreement, stored
+from tests.chaos.events import Events
 from tests.chaos.proxy import WELL, Proxy
 from tests.chaos.saboteur import TASK
 from tests.checkpoints import cached
@@ -81,6 +83,7 @@ class World:
         self._waiting: list[Worker] = []
         self._count = 0
         self._sabotage = folder / "sabotage"
+        self._away: set[str] = set()
 
     def __enter__(self) -> World:
         with ExitStack() as stack:
@@ -102,6 +105,12 @@ class World:
     def redis(self) -> Redis:
         """A client that waits for a server which is away for a moment."""
         return self._redis
+
+    @property
+    def faults(self) -> set[str]:
+        """What was not there all the time since the scene began: `redis`, `s3`, or a worker by its `death`."""
+        died = any(code for worker in self.workers for code in worker.codes)
+        return {*self._away, *(["s3"] if self.proxy.misbehaved else []), *(["death"] if died else [])}
 
     @property
     def ran(self) -> list[str]:
@@ -131,12 +140,16 @@ class World:
         shutil.rmtree(self._sabotage, ignore_errors=True)
         self._sabotage.mkdir()
         self.proxy.behave(WELL)
+        self.proxy.misbehaved = False
+        self._away.clear()
         try:
-            for _ in range(workers):
-                self.add_worker(**settings)
-            self.wait_ready()
-            with Client() as client:
+            with Events(self.redis_server.url) as self.events, Client() as client:
+                self.stored_before = stored(client)
+                for _ in range(workers):
+                    self.add_worker(**settings)
+                self.wait_ready()
                 yield client
+                check_agreement(self, client)
         finally:
             self.proxy.behave(WELL)
             self.clear_workers()
@@ -190,14 +203,17 @@ class World:
 
     def pause_redis(self, seconds: float) -> None:
         """Stop the server's process for a while."""
+        self._away.add("redis")
         self._pause(self.redis_server.child, seconds)
 
     def pause_s3(self, seconds: float) -> None:
         """Stop the object store's process for a while."""
+        self._away.add("s3")
         self._pause(self.s3_server.child, seconds)
 
     def restart_redis(self, *, keep: bool = True, away: float = 0.0) -> None:
         """Kill the server and start it again after `away` seconds, with its data or without."""
+        self._away.add("redis")
         child = self.redis_server.child
         assert child is not None
         child.finish()
@@ -209,6 +225,7 @@ class World:
 
     def stop_s3(self, away: float) -> None:
         """End the object store's process, and start it again after `away` seconds."""
+        self._away.add("s3")
         child = self.s3_server.child
         assert child is not None
         child.terminate()

@@ -18,6 +18,7 @@ import pytest
 from redis import Redis
 
 from pipefleet.client import Client
+from pipefleet.contract import JobState
 from pipefleet.fleet import load_fleet
 from pipefleet.settings import Settings
 from pipefleet_workers.facts import WORKERS_KEY
@@ -50,8 +51,10 @@ class Live:
     def work(self) -> None:
         """Let the worker do something of every kind."""
         self._metrics.batch(8, padded=100.0, useful=90.0, seconds=0.1)
-        self._metrics.succeeded([{"fetch": 0.01, "forward": 0.1}])
-        self._metrics.failed({"fetch": 0.01}, code="killed_worker", stage="forward")
+        self._metrics.processed([{"fetch": 0.01, "forward": 0.1}])
+        self._metrics.ended(JobState.SUCCEEDED)
+        self._metrics.ended(JobState.FAILED)
+        self._metrics.failure(code="killed_worker", stage="forward")
         self._metrics.fact("max_cost", 4096.0)
         for event in ("delivered", "redelivered", "handed_back"):
             self._metrics.message(event)

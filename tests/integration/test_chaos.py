@@ -14,11 +14,11 @@ SHORT = Scale(items=1000, faults=3, messages=2000, long_seconds=12.0, long_lease
 CHOSEN = {
     deaths: (
         *("killed-forward", "killed-after-write", "given-twice"),
-        *("terminated", "terminated-twice", "long-job"),
+        *("terminated", "terminated-twice", "told-to-shut-down", "long-job"),
     ),
     outages: ("redis-restarted", "redis-emptied", "s3-503"),
     culprits: ("poison-item", "poison-job"),
-    traffic: ("hostile", "cancel-and-expiry", "queues-agree"),
+    traffic: ("hostile", "cancel-and-expiry", "revoke", "queues-agree"),
     bounds: ("budget-exhausted",),
     storm: ("storm",),
 }

@@ -54,7 +54,7 @@ class Bulk:
     def __init__(self, one: Running) -> None:
         self.engine = one.engine
         self.jobs = Jobs(Pool("pool", TASK, "model"), one.engine)
-        self._shards = Shards(self.jobs, None)  # type: ignore[arg-type]
+        self._shards = Shards(self.jobs, None, None)  # type: ignore[arg-type]
         self._ends: list[Any] = []
 
     def begin(self, inputs: Sequence[Any], name: str = "job") -> Callable[[], Any]:

@@ -16,9 +16,11 @@ from pipefleet.errors import ServiceUnavailableError
 from pipefleet.records import JobFailure, JobRecord, read_record
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.ending import Ending
 from pipefleet_workers.items import Encoded, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.reports import STORED_AT_ONCE, Reporter
+from pipefleet_workers.reports import Reporter
+from pipefleet_workers.stages.records import STORED_AT_ONCE
 from tests.unit.conftest import eventually
 
 TASK = "text-classification"
@@ -54,7 +56,12 @@ def record(redis: Redis, name: str) -> JobRecord:
 
 
 def begun(reporter: Reporter, ends: Sequence[tuple[JobMessage, Outcome]]) -> None:
-    assert reporter.start_many([message for message, _ in ends]) == [True] * len(ends)
+    assert reporter.start_many([message for message, _ in ends]) == [JobState.RUNNING] * len(ends)
+
+
+def finished(reporter: Reporter, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Any]:
+    """The state that each job reached, or the error that keeps it back."""
+    return [one.state if isinstance(one, Ending) else one for one in reporter.finish_many(ends)]
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ class Odd:
 def test_a_result_that_cannot_be_written_fails_alone(reporter: Reporter, redis: Redis, output: Any) -> None:
     ends = [ending("a", {"fine": 1}), ending("b", output), ending("c", Encoded(b'{"fine":1}'))]
     begun(reporter, ends)
-    assert reporter.finish_many(ends) == ["succeeded", "failed", "succeeded"]
+    assert finished(reporter, ends) == ["succeeded", "failed", "succeeded"]
     assert [record(redis, name).output for name in "ac"] == ['{"fine":1}'] * 2
     failure = record(redis, "b").failure
     assert failure is not None
@@ -85,7 +92,7 @@ def test_a_failure_whose_words_have_no_utf8_form_is_told_all_the_same(reporter: 
         ending("c", failure=JobFailure("cancelled", "so be it", "forward")),
     ]
     begun(reporter, ends)
-    assert reporter.finish_many(ends) == ["succeeded", "failed", "cancelled"]
+    assert finished(reporter, ends) == ["succeeded", "failed", "cancelled"]
     assert record(redis, "b").failure == JobFailure("model_error", "cannot stand 'lone ?'", "forward")
     reporter.fail(JobMessage("d", TASK), failure)
     assert record(redis, "d").state is JobState.FAILED
@@ -97,7 +104,7 @@ def test_a_record_that_redis_refuses_keeps_its_own_job_back_alone(reporter: Repo
     begun(reporter, ends)
     redis.delete(broker.job_key("b"))
     redis.set(broker.job_key("b"), "of another kind")
-    first, second, third = reporter.finish_many(ends)
+    first, second, third = finished(reporter, ends)
     assert (first, third) == ("succeeded", "succeeded")
     assert isinstance(second, ServiceUnavailableError)
     assert [record(redis, name).output for name in "ac"] == ['"a"', '"c"']
@@ -115,7 +122,7 @@ def test_long_results_are_stored_at_once_and_each_is_its_own(redis: Redis, prefi
     ]
     begun(reporter, ends)
     states: list[Any] = []
-    thread = threading.Thread(target=lambda: states.extend(reporter.finish_many(ends)), daemon=True)
+    thread = threading.Thread(target=lambda: states.extend(finished(reporter, ends)), daemon=True)
     thread.start()
     at_once = eventually(lambda: store.inside == STORED_AT_ONCE)
     store.gate.set()
@@ -136,7 +143,7 @@ def test_a_store_that_is_away_holds_up_only_what_it_should_hold(redis: Redis, mo
     reporter = Reporter(redis, WorkerStore(retries=0, retry_seconds=1.0), Settings(), worker="w")  # type: ignore[call-arg]
     ends = [ending("a", "short"), ending("b", "long " * 10_000), ending("c", "short")]
     begun(reporter, ends)
-    first, second, third = reporter.finish_many(ends)
+    first, second, third = finished(reporter, ends)
     assert (first, third) == ("succeeded", "succeeded")
     assert isinstance(second, ServiceUnavailableError)
     assert record(redis, "b").state is JobState.RUNNING

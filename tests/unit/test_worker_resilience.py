@@ -16,8 +16,11 @@ from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.shards import Shards
+from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.items import Decoded, ItemError, Unit
+from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.scaling.ledger import WorkCount
 from pipefleet_workers.settings import WorkerSettings
 from tests.parity.harness import Call, assert_same, load, recording, running, wait_until
 
@@ -64,7 +67,7 @@ def test_items_end_even_when_the_adapter_raises_as_a_whole(pipe: Any, error: typ
 
 def shards(engine: Any, task: str = TASK) -> tuple[Jobs, Shards]:
     jobs = Jobs(Pool("pool", task, "model"), engine)
-    return jobs, Shards(jobs, None)  # type: ignore[arg-type]
+    return jobs, Shards(jobs, None, Tally(Metrics("test"), WorkCount()))  # type: ignore[arg-type]
 
 
 def test_refused_items_give_back_no_room_they_never_took(pipe: Any) -> None:

@@ -91,7 +91,8 @@ def build(
     if worker_settings.simulated_device:
         adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
-    outlets = _outlets(pool, settings, worker_settings, name)
+    tally = Tally(instruments.metrics, instruments.work)
+    outlets = _outlets(pool, settings, worker_settings, name, tally)
     decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
     results = ResultWriter(outlets.store, settings.store)
     stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter, processes, results)
@@ -99,7 +100,6 @@ def build(
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
     jobs = Jobs(pool, engine, outlets.allowed)
-    tally = Tally(instruments.metrics, instruments.work)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue), tally=tally)
     facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
     return Built(consumer, outlets.reporter, facts)
@@ -135,7 +135,7 @@ class Undertaker:
 def _consumer(
     jobs: Jobs, outlets: Outlets, worker_settings: WorkerSettings, *, undertaker: Undertaker, tally: Tally
 ) -> Consumer:
-    shards = Shards(jobs, outlets)
+    shards = Shards(jobs, outlets, tally)
     suspects = Suspects(jobs, shards, undertaker.journal, undertaker.bury)
     limits = Limits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
@@ -167,11 +167,11 @@ def _warmed(
     return warm_up(adapter, task_spec(pool.task), parameters, instruments.fit, default)
 
 
-def _outlets(pool: Pool, settings: Settings, worker_settings: WorkerSettings, name: str) -> Outlets:
+def _outlets(pool: Pool, settings: Settings, worker_settings: WorkerSettings, name: str, tally: Tally) -> Outlets:
     store = WorkerStore()
     pinned = {"revision": pool.revision} if pool.revision else {}
     provenance = {"model": pool.model, **pinned, "worker": name, "pipefleet": __version__}
-    reporter = Reporter(broker.connect(settings), store, settings, worker=name)
+    reporter = Reporter(broker.connect(settings), store, settings, worker=name, on_failed=tally.failed)
     return Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter, allowed_prefixes(worker_settings))
 
 

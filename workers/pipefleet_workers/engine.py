@@ -211,7 +211,7 @@ class Engine:
     def _finish_assemblies(self, assemblies: Sequence[Assembly]) -> None:
         with self._instruments.tracer.span("finish", len(assemblies)):
             done = [assembly.work.seconds for assembly in assemblies if self._finish_one(assembly)]
-        self._instruments.metrics.succeeded(done)
+        self._instruments.metrics.processed(done)
 
     def _finish_one(self, assembly: Assembly) -> bool:
         """Deliver the result of an item, or why it has none; whether it has one. Results with artifacts go to the store first."""
@@ -256,7 +256,7 @@ class Engine:
             stored = self._each(finished, "write", self._store_one)
         for one in finished:
             one.artifacts.clear()  # this thread refers to them until it has the next
-        self._instruments.metrics.succeeded([outcome.work.seconds for outcome in stored])
+        self._instruments.metrics.processed([outcome.work.seconds for outcome in stored])
         for outcome in stored:
             self._end(outcome)
 
@@ -294,7 +294,7 @@ class Engine:
 
     def _fail(self, work: Work, failure: JobFailure) -> None:
         if not work.job.given_back:
-            self._instruments.metrics.failed(work.seconds, code=failure.code, stage=failure.stage)
+            self._instruments.metrics.processed([work.seconds])
         self._end(Outcome(work, failure=failure))
 
     def _end(self, outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ from pipefleet.broker import KEY
 from pipefleet.contract import encode_json
 from pipefleet.fleet import Pool
 from pipefleet_workers.batcher import BatchLimits
-from pipefleet_workers.scaling.ledger import record_items
+from pipefleet_workers.scaling.ledger import ITEM_COUNTS, record_items
 
 if TYPE_CHECKING:
     from pipefleet_workers.device import Instruments
@@ -67,7 +67,7 @@ class Facts:
     def _tell(self, redis: Any) -> Beat:
         self.instruments.work.flush(redis, self.pool.name)
         beat = self.pulse.beat()
-        record_items(redis, self.pool.name, items=beat.items, failed=beat.failed)
+        record_items(redis, self.pool.name, **{name: getattr(beat, name) for name in ITEM_COUNTS})
         self.pulse.told(beat)
         return beat
 

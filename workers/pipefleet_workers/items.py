@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.contract import JobItem, Shard
+from pipefleet.contract import JobItem, JobState, Shard
 from pipefleet.records import JobFailure
 
 
@@ -209,3 +209,11 @@ class Outcome:
     work: Work
     output: Any = None
     failure: JobFailure | None = None
+
+    @property
+    def state(self) -> JobState:
+        """The state that the item has reached."""
+        return JobState.SUCCEEDED if self.failure is None else _STATES.get(self.failure.code, JobState.FAILED)
+
+
+_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}

@@ -9,17 +9,26 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.registry import Collector
 
+from pipefleet.contract import JobState
+
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+STATES = tuple(state for state in JobState if state.final)
+"""What an item can end as."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Items of one worker that ended, those of them that failed, and seconds in which a forward ran."""
+    """Items of one worker that ended, and those of them that failed, were cancelled or expired."""
 
     items: int = 0
     failed: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    processed: int = 0
+    """Items that left the engine, whatever became of them: a shard that is run again counts again."""
     busy: float = 0.0
+    """Seconds in which a forward ran."""
 
 
 class Metrics:
@@ -29,10 +38,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._pool = pool
         self._children: dict[tuple[object, ...], Counter] = {}
-        self._succeeded = self._failed = 0
+        self._ended = dict.fromkeys(STATES, 0)
+        self._processed = 0
         self._busy_seconds = 0.0
         self._lock = threading.Lock()
-        self._items = self._counter("pipefleet_items_total", "items that ended", "state")
+        self._items = self._counter(
+            "pipefleet_items_total", "items that ended, by what their record or part says", "state"
+        )
         self._failures = self._counter("pipefleet_item_failures_total", "items that failed", "code", "stage")
         self._stage = self._counter("pipefleet_stage_seconds_total", "seconds spent on items", "stage")
         self._cost = self._counter("pipefleet_batch_cost_total", "cost of batches, padded and useful", "kind")
@@ -40,6 +52,8 @@ class Metrics:
         self._messages = self._counter("pipefleet_messages_total", "messages of the queue", "event")
         for event in ("delivered", "redelivered", "handed_back"):
             self._child(self._messages, event)  # a rate needs the zero before the first
+        for state in STATES:
+            self._child(self._items, state)
         self._units = self._histogram("pipefleet_batch_units", "units of a batch", SIZES)
         self._seconds = self._histogram("pipefleet_batch_seconds", "seconds of a forward", SECONDS)
         self._facts = Gauge(
@@ -61,28 +75,35 @@ class Metrics:
         """Count one message that was `delivered`, `redelivered` or `handed_back`."""
         self._child(self._messages, event).inc()
 
-    def succeeded(self, seconds: Sequence[Mapping[str, float]]) -> None:
-        """Count items that have a result, with the seconds of each by stage; together, as each counter has a lock."""
-        if seconds:
-            self._child(self._items, "succeeded").inc(len(seconds))
-            with self._lock:
-                self._succeeded += len(seconds)
+    def processed(self, seconds: Sequence[Mapping[str, float]]) -> None:
+        """Count items that leave the engine, with the seconds of each by stage; together, as each counter has a lock."""
+        with self._lock:
+            self._processed += len(seconds)
         for name in {name for one in seconds for name in one}:
             self._child(self._stage, name).inc(sum(one.get(name, 0.0) for one in seconds))
 
-    def failed(self, seconds: Mapping[str, float], *, code: str, stage: str) -> None:
-        """Count one item that failed in `stage`, with its seconds by stage."""
-        self._child(self._items, "failed").inc()
+    def ended(self, state: JobState, count: int = 1) -> None:
+        """Count items that have ended as `state`: their record or part says so."""
+        self._child(self._items, state).inc(count)
         with self._lock:
-            self._failed += 1
-        self._child(self._failures, code, stage).inc()
-        for name, value in seconds.items():
-            self._child(self._stage, name).inc(value)
+            self._ended[state] += count
+
+    def failure(self, *, code: str, stage: str, count: int = 1) -> None:
+        """Count why items failed that `ended` counts as failed."""
+        self._child(self._failures, code, stage).inc(count)
 
     def totals(self) -> Totals:
         """What was counted since the worker began."""
         with self._lock:
-            return Totals(self._succeeded + self._failed, self._failed, self._busy_seconds)
+            ended = self._ended
+            return Totals(
+                items=sum(ended.values()),
+                failed=ended[JobState.FAILED],
+                cancelled=ended[JobState.CANCELLED],
+                expired=ended[JobState.EXPIRED],
+                processed=self._processed,
+                busy=self._busy_seconds,
+            )
 
     def fact(self, name: str, value: float) -> None:
         """Set one fact about batching."""

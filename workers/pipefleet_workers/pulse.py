@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet_workers.metrics import Metrics, Totals
+from pipefleet_workers.scaling.ledger import ITEM_COUNTS
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a worker did since the beat before: items that ended, those of them that failed, and the rates."""
+    """What a worker did since the beat before: items that ended, those that failed, were cancelled or expired, and the rates."""
 
     totals: Totals
     items: int
     failed: int
+    cancelled: int
+    expired: int
     items_per_second: float
+    """Items that left the engine: a shard's items do so one by one, and end together."""
     busy: float
 
     def to_json(self) -> dict[str, Any]:
@@ -25,6 +29,8 @@ class Beat:
         return {
             "items": self.totals.items,
             "failed": self.totals.failed,
+            "cancelled": self.totals.cancelled,
+            "expired": self.totals.expired,
             "items_per_second": round(self.items_per_second, 3),
             "busy": round(self.busy, 4),
         }
@@ -39,14 +45,14 @@ class Pulse:
         self._told, self._before, self._at = Totals(), Totals(), clock()
 
     def beat(self) -> Beat:
-        """What happened since the last call; `items` and `failed` since the last `told`."""
+        """What happened since the last call; how many items ended since the last `told`."""
         now, totals = self._clock(), self._metrics.totals()
         elapsed = max(1e-6, now - self._at)
-        ended = totals.items - self._before.items
+        processed = totals.processed - self._before.processed
         busy = min(1.0, (totals.busy - self._before.busy) / elapsed)
         self._before, self._at = totals, now
-        untold = (totals.items - self._told.items, totals.failed - self._told.failed)
-        return Beat(totals, *untold, items_per_second=ended / elapsed, busy=busy)
+        untold = {name: getattr(totals, name) - getattr(self._told, name) for name in ITEM_COUNTS}
+        return Beat(totals, **untold, items_per_second=processed / elapsed, busy=busy)
 
     def told(self, beat: Beat) -> None:
         """The fleet has heard of this beat."""

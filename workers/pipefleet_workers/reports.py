@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet import broker
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
-from pipefleet.errors import PipefleetError, ServiceUnavailableError
+from pipefleet.errors import ServiceUnavailableError
 from pipefleet.layout import RunLayout
-from pipefleet.records import FINISH, START, JobFailure, finish_arguments
+from pipefleet.records import CANCEL, FINISH, START, JobFailure, finish_arguments
 from pipefleet.settings import Settings
-from pipefleet.storage import StorageRef, join_uri
-from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.delivery.leases import Lease
+from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.stages.write import body_of, utf8
-
-log = logging.getLogger(__name__)
-STORED_AT_ONCE = 8
-"""Results of single jobs that are stored at once."""
+from pipefleet_workers.stages.records import RecordWriter
+from pipefleet_workers.stages.write import utf8
 
 PROGRESS = """
 for group = 2, 3 do
@@ -40,21 +32,33 @@ for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[1]) end
 for each item take far more of this process's time."""
 
 COUNT = """
-for i = 1, #ARGV - 1, 2 do
-  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HINCRBY', KEYS[2], ARGV[i], ARGV[#ARGV]) end
+for i = 1, #ARGV, 3 do
+  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 2]) end
 end
 """
-"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, …, and by how much each of these counts more, if it is still theirs."""
+"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, count, …: how often each was delivered, if it is still theirs. A count
+is set and never added to, so that a call whose answer was lost may be repeated."""
 
 
 class Reporter:
     """Writes what clients read. Thread-safe. All methods raise ServiceUnavailableError when Redis or S3 is away."""
 
-    def __init__(self, redis: Any, store: WorkerStore, settings: Settings, *, worker: str) -> None:
+    def __init__(
+        self,
+        redis: Any,
+        store: WorkerStore,
+        settings: Settings,
+        *,
+        worker: str,
+        on_failed: Callable[[JobFailure], None] = lambda failure: None,
+    ) -> None:
+        """`on_failed` is told of each job that `fail` brings to its end."""
         self._redis = redis
         self._store = store
+        self._results = RecordWriter(store, settings)
         self._settings = settings
         self._worker = worker
+        self._on_failed = on_failed
 
     @property
     def store_uri(self) -> str:
@@ -66,77 +70,78 @@ class Reporter:
         with broker.redis_errors(self._settings.redis_url):
             self._redis.ping()
 
-    def count_deliveries(self, leases: Sequence[Lease], by: int) -> None:
-        """Count each of these messages as delivered `by` times more; those that were lost meanwhile stay as they are."""
+    def count_deliveries(self, leases: Sequence[Lease], *, excused: bool) -> None:
+        """Set how often each of these was delivered, without this delivery where it is `excused`; lost ones stay as they are."""
         for queue in {lease.queue for lease in leases}:
             keys = broker.unacked_keys(queue)
-            fences = [part for lease in leases if lease.queue == queue for part in (lease.tag, lease.owner)]
+            ours = [(one.tag, one.owner, one.deliveries - excused) for one in leases if one.queue == queue]
+            arguments = [part for one in ours for part in one]
             with broker.redis_errors(self._settings.redis_url):
-                self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *fences, by)
+                self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *arguments)
 
-    def start_many(self, messages: Sequence[JobMessage]) -> list[bool]:
-        """Mark single jobs as running. False for each that has ended already: cancelled, or finished elsewhere."""
+    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState]:
+        """Mark single jobs as running. `running` for each; for one that has ended already, the final state that it reached."""
         pipe = self._redis.pipeline(transaction=False)
         arguments = [time.time(), self._worker, int(self._settings.result_ttl)]
         for message in messages:
             pipe.eval(START, 1, broker.job_key(message.id), *arguments)
         with broker.redis_errors(self._settings.redis_url):
-            return [bool(one) for one in pipe.execute()]
+            others = self._others(messages, pipe.execute())
+        return [others.get(place, JobState.RUNNING) for place in range(len(messages))]
 
-    def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[str | Exception]:
-        """Bring single jobs to their final states, results stored first. The state each reached, or why it has none yet."""
-        found = self._endings(ends)
+    def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
+        """Bring single jobs to their final states, results stored first. How each has ended, or why it has not yet.
+
+        A final state that was there first stays, and the ending tells of that one.
+        """
         pipe = self._redis.pipeline(transaction=False)
-        for (message, outcome), ending in zip(ends, found, strict=True):
-            if not isinstance(ending, Exception):
-                self._finish(pipe, message, *_record(ending, outcome))
+        found: list[Ending | Exception] = []
+        for (message, outcome), said in zip(ends, self._results.write(ends), strict=True):
+            if isinstance(said, Exception):
+                found.append(said)
+                continue
+            failure = said if isinstance(said, JobFailure) else None
+            state = Outcome(outcome.work, failure=failure).state
+            fields = {} if isinstance(said, JobFailure) else said
+            self._finish(pipe, message, state, {**fields, **_told(failure, outcome.work.seconds)})
+            found.append(single_ending(state, failure))
+        written = [place for place, one in enumerate(found) if isinstance(one, Ending)]
         try:
-            with broker.redis_errors(self._settings.redis_url):
-                answers = iter(pipe.execute(raise_on_error=False))  # one that Redis refuses is not the others' affair
+            answers = self._ended([ends[place][0] for place in written], pipe)
         except ServiceUnavailableError as error:
             return [error] * len(ends)
-        return [one if isinstance(one, Exception) else self._state(one, next(answers)) for one in found]
+        for place, answer in zip(written, answers, strict=True):
+            found[place] = answer or found[place]
+        return found
 
-    def _endings(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[_Ending]:
-        """How each job ends, its result stored where it is no part of the record: all at once, since each takes a round trip."""
-        found: list[_Ending] = [_inline(body_of(outcome)) for _, outcome in ends]
-        long = [place for place, (message, _) in enumerate(ends) if self._is_stored(message, found[place])]
-        found_at = _side_by_side(lambda place: self._stored(ends[place][0], found[place]), long)
-        return [found_at.get(place, ending) for place, ending in enumerate(found)]
-
-    def _is_stored(self, message: JobMessage, ending: _Ending) -> bool:
-        if not isinstance(ending, dict):
-            return False
-        return message.output is not None or len(ending["output"]) > self._settings.inline_bytes
-
-    def _stored(self, message: JobMessage, ending: Any) -> _Ending:
-        """Store a result. A service that is away is why the job has no state yet; whatever else happens is its failure."""
-        try:
-            uri, size = self._put_result(message, ending["output"])
-            return {"output_ref": encode_json(StorageRef(uri, size=size, type="application/json").to_json())}
-        except PipefleetError as error:
-            return error if error.retryable else JobFailure(error.code, str(error), "write")
-        except BaseException as error:  # a Rust panic is none of Exception
-            log.exception("the result of job %s cannot be stored", message.id)
-            return JobFailure("internal_error", brief(error), "write")
-
-    def _state(self, ending: dict[str, Any] | JobFailure, answer: object) -> str | Exception:
-        """The state of a job whose record was written, or why it was not."""
-        try:
+    def end(self, message: JobMessage, state: JobState, failure: JobFailure) -> Ending:
+        """End a single job without the engine. How it has ended: as `state`, or as it had ended before; its client is told."""
+        pipe = self._redis.pipeline(transaction=False)
+        self._finish(pipe, message, state, _told(failure))
+        (answer,) = self._ended([message], pipe)
+        if isinstance(answer, Exception):
+            raise answer
+        if message.reply is not None and answer is not None:  # who ended it may not have known whom to tell
             with broker.redis_errors(self._settings.redis_url):
-                if isinstance(answer, Exception):
-                    raise answer
-        except ServiceUnavailableError as error:
-            return error
-        return str(_state_of(ending))
+                self._redis.publish(message.reply, message.id)
+        return answer or single_ending(state, failure)
 
     def fail(self, message: JobMessage, failure: JobFailure) -> None:
-        """End a single job that never came into the engine. Nothing for an id without a UTF-8 form: nobody waits for that."""
-        if utf8(message.id) != message.id:
-            return
-        fields = {"error": encode_json(utf8(failure.to_json())), "timings": "{}"}
+        """End a single job that never came into the engine as failed, unless it has ended.
+
+        Nothing for an id without a UTF-8 form: nobody waits for that.
+        """
+        if utf8(message.id) == message.id and self.end(message, JobState.FAILED, failure).here:
+            self._on_failed(failure)
+
+    def cancel(self, job_id: str, failure: JobFailure) -> None:
+        """End a single job that is not in this worker as cancelled, unless it has ended; makes no record of an unknown one."""
+        ttl = self._settings.result_ttl
+        arguments = finish_arguments(
+            job_id, JobState.CANCELLED, time.time(), ttl=ttl, reply=None, fields=_told(failure)
+        )
         with broker.redis_errors(self._settings.redis_url):
-            self._finish(self._redis, message, JobState.FAILED, fields)
+            self._redis.eval(CANCEL, 1, broker.job_key(job_id), *arguments)
 
     def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
         """Set the bits of items that have ended, in one command."""
@@ -179,56 +184,37 @@ class Reporter:
         )
         commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 
-    def _put_result(self, message: JobMessage, body: bytes) -> tuple[str, int | None]:
-        """Where the result lies, and its size unless another worker was first: what is named after the job is written once."""
-        uri = message.output
-        if uri is not None and not uri.endswith("/"):
-            self._store.put(uri, body, content_type="application/json")
-            return uri, len(body)
-        folder = (self._settings.store, "results") if uri is None else (uri,)
-        own = join_uri(*folder, f"{message.id}.json")
-        ours = self._store.put_new(own, body, content_type="application/json")
-        return own, len(body) if ours else None
+    def _ended(self, messages: Sequence[JobMessage], pipe: Any) -> list[Ending | Exception | None]:
+        """Send a FINISH for each of `messages`. None where it took; else how the job had ended before, or why Redis refused.
+
+        One that Redis refuses is not the others' affair.
+        """
+        with broker.redis_errors(self._settings.redis_url):
+            answers = pipe.execute(raise_on_error=False)
+            others = self._others(messages, answers)
+        refused = {place: self._refused(one) for place, one in enumerate(answers) if isinstance(one, Exception)}
+        endings = {place: before(state) for place, state in others.items()}
+        return [refused.get(place) or endings.get(place) for place in range(len(messages))]
+
+    def _refused(self, answer: Exception) -> Exception:
+        try:
+            with broker.redis_errors(self._settings.redis_url):
+                raise answer
+        except ServiceUnavailableError as error:
+            return error
+
+    def _others(self, messages: Sequence[JobMessage], answers: Sequence[Any]) -> dict[int, JobState]:
+        """The final states that were there first, by position: of those jobs for which a script's answer is 0."""
+        places = [place for place, answer in enumerate(answers) if not answer]
+        pipe = self._redis.pipeline(transaction=False)
+        for place in places:
+            pipe.hget(broker.job_key(messages[place].id), "state")
+        found = pipe.execute() if places else []
+        return {place: JobState((state or b"failed").decode()) for place, state in zip(places, found, strict=True)}
 
 
-_Ending = dict[str, Any] | JobFailure | Exception
-"""How a job ends: what its record says of its result, its failure, or why it has no state yet."""
-_FAILED_STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
-
-
-def _side_by_side(do: Callable[[int], _Ending], places: Sequence[int]) -> dict[int, _Ending]:
-    """What `do`, which raises nothing, gives for each place. In threads that are daemons: a worker that must end waits for none."""
-    found: dict[int, _Ending] = {}
-    waiting: SimpleQueue[int] = SimpleQueue()
-    for place in places:
-        waiting.put(place)
-
-    def work() -> None:
-        with suppress(Empty):
-            while True:
-                place = waiting.get_nowait()
-                found[place] = do(place)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in places[:STORED_AT_ONCE]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def _inline(body: bytes | JobFailure) -> _Ending:
-    return body if isinstance(body, JobFailure) else {"output": body}
-
-
-def _state_of(ending: dict[str, Any] | JobFailure) -> JobState:
-    if isinstance(ending, JobFailure):
-        return _FAILED_STATES.get(ending.code, JobState.FAILED)
-    return JobState.SUCCEEDED
-
-
-def _record(ending: dict[str, Any] | JobFailure, outcome: Outcome) -> tuple[JobState, dict[str, Any]]:
-    """The final state of a job, and what its record says beside it."""
-    said = {"error": encode_json(utf8(ending.to_json()))} if isinstance(ending, JobFailure) else ending
-    timings = encode_json({stage: round(value, 6) for stage, value in outcome.work.seconds.items()})
-    return _state_of(ending), {**said, "timings": timings}
+def _told(failure: JobFailure | None, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What a record says beside its result: why there is none, and the seconds of each stage."""
+    timings = encode_json({stage: round(value, 6) for stage, value in (seconds or {}).items()})
+    error = {} if failure is None else {"error": encode_json(utf8(failure.to_json()))}
+    return {**error, "timings": timings}

@@ -64,8 +64,9 @@ class Worker:
         built = build(
             self._pool, self._settings, self._worker_settings, queue=self._queue, device=device, name=self.name
         )
-        app = broker.celery_app(self._settings, queue=self._queue, **self._transport(built))
-        self._register(app, built)
+        task = self._task(built)
+        app = broker.celery_app(self._settings, queue=self._queue, **self._transport(built, task))
+        self._register(app, task, built)
         self._connect_signals(ready_file)
         built.consumer.start()
         telemetry.start(self._pool.name, self.name)
@@ -89,28 +90,38 @@ class Worker:
         telemetry.stop()
         return int(worker.exitcode or 0)
 
-    def _transport(self, built: Built) -> dict[str, Any]:
+    def _transport(self, built: Built, task: Any) -> dict[str, Any]:
         """What Celery is told of the transport: ours, or its own, which restores a dead worker's jobs after an hour."""
         if self._worker_settings.transport == "stock":
             log.warning("the stock transport: a killed worker's jobs come back after an hour, and some are lost")
             return {}
+
+        def dead(letter: broker.DeadLetter) -> None:
+            built.bury(letter)
+            if letter.job_id is not None and letter.code == "killed_worker":  # of the others, who refused them has told
+                task.died(letter.job_id, letter.reason)
+
         options = {
             "lease_seconds": self._worker_settings.lease_seconds,
             "max_deliveries": self._worker_settings.max_deliveries,
             "low_prefetch": self._worker_settings.shards,
-            "on_dead": built.bury,
+            "on_dead": dead,
         }
         return {"transport": "pipefleet_workers.delivery.transport:Transport", "options": options}
 
-    def _register(self, app: Any, built: Built) -> None:
-        from pipefleet_workers.consume.celery_task import InferTask, drain_step
+    def _task(self, built: Built) -> Any:
+        """What takes messages from Celery."""
+        from pipefleet_workers.consume.celery_task import InferTask
 
-        task = type(
-            "Infer",
-            (InferTask,),
-            {"name": TASK_NAME, "consumer": built.consumer, "refused": staticmethod(built.refused)},
-        )
-        app.register_task(task())
+        members = {"name": TASK_NAME, "consumer": built.consumer, "refused": staticmethod(built.refused)}
+        return type("Infer", (InferTask,), members)()
+
+    def _register(self, app: Any, task: Any, built: Built) -> None:
+        from pipefleet_workers.consume import control
+        from pipefleet_workers.consume.celery_task import drain_step
+
+        app.register_task(task)
+        control.install()
         app.steps["consumer"].add(drain_step(built.consumer, self._worker_settings.drain_seconds))
 
     def _connect_signals(self, ready_file: Path | None) -> None:

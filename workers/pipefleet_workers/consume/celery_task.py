@@ -1,31 +1,57 @@
 """Celery's side of a worker: a task whose Strategy hands each message to the consumer instead of a pool.
 
-Requests keep what Celery's tools look at: `inspect active` and `reserved`, revocation, expiry, and the events that Flower shows.
-A pool would cost a thread hop and several times the time of a small job.
+Requests keep what Celery's tools look at: `inspect active` and `reserved`, and the events that Flower shows. Where Celery would
+decide by itself what becomes of a job (revoked, expired), the consumer does, so that the job's record ends as well. A pool would
+cost a thread hop and several times the time of a small job.
 """
 
 from __future__ import annotations
 
+import html
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from celery import Task, bootsteps, signals
 from celery.utils.imports import symbol_by_name
 from celery.worker import state
-from celery.worker.request import create_request_cls
-from kombu.asynchronous.timer import to_timestamp
+from celery.worker.request import Request, create_request_cls
 
+from pipefleet.broker import TIME_HEADER
+from pipefleet.contract import JobState
 from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.delivery.leases import lease_of
+from pipefleet_workers.ending import REVOKED, Ending
 
 log = logging.getLogger(__name__)
 Refused = Callable[[Any, str], None]
-"""Called with the payload of a message that is refused, and the reason."""
+"""Called with the payload of a message that is refused, and the reason; by a thread of the consumer."""
+MOST_REVOKED = 50_000
+"""Ids that are remembered as revoked, as many as Celery remembers."""
+
+
+class InferRequest(Request):  # type: ignore[misc]
+    """A request that Celery cannot end by itself: what Celery wants of it goes to the consumer."""
+
+    def maybe_expire(self) -> bool:
+        """Never: the consumer knows the time too, and ends the job as expired."""
+        return False
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Revoke the job; there is no process that could be ended for it."""
+        self.task.revoke([self.id])
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Nothing: at a cold shutdown the job goes back with its lease."""
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Nothing: it is told when the job has ended."""
 
 
 class InferTask(Task):  # type: ignore[misc]
@@ -34,11 +60,19 @@ class InferTask(Task):  # type: ignore[misc]
     acks_late = True
     typing = False
     ignore_result = True
+    Request = InferRequest
     consumer: Consumer
     refused: Refused
+    celery_consumer: Any = None
+    """Celery's own consumer, once it runs."""
+
+    def __init__(self) -> None:
+        self._revoked_at: dict[str, float] = {}
+        """When ids were revoked, in seconds since 1970, the oldest first."""
 
     def Strategy(self, task: Any, app: Any, celery: Any) -> Callable[..., None]:
         """The handler of this task's messages, for one run of Celery's consumer."""
+        self.celery_consumer = celery
         request_class = create_request_cls(
             symbol_by_name(task.Request), task, celery.pool, celery.hostname, celery.event_dispatcher, app=app
         )
@@ -58,16 +92,37 @@ class InferTask(Task):  # type: ignore[misc]
                 decoded=False,
                 utc=app.uses_utc_timezone(),
             )
-            if (request.expires or request.id in state.revoked) and request.revoked():
-                return
             delivery = CeleryDelivery(request, celery, self)
+            delivery.revoked = self.is_revoked(request)
+            wait = _seconds_until(request)
             delivery.received()
-            if request.eta:
-                celery.timer.call_at(to_timestamp(request.eta), self.consumer.take, (delivery,))
-            else:
-                self.consumer.take(delivery)
+            self.consumer.take(delivery, after=wait)
 
         return handle
+
+    def revoke(self, ids: Iterable[str]) -> None:
+        """End these jobs, those that are here and those that come. In the event loop; returns at once."""
+        known = self._revoked_at
+        for one in ids:
+            known.pop(one, None)
+            known[one] = time.time()
+            self.consumer.revoke(one)
+        for oldest in list(itertools.islice(known, max(0, len(known) - MOST_REVOKED))):
+            del known[oldest]
+
+    def is_revoked(self, request: Any) -> bool:
+        """Whether a message was revoked, by id or stamp. One that was queued after its id was revoked is wanted again."""
+        at = self._revoked_at.get(request.id)
+        if at is None:
+            return bool(request.stamped_headers) and bool(request.revoked())
+        queued = request.message.headers.get(TIME_HEADER)
+        return not isinstance(queued, int | float) or queued <= at
+
+    def died(self, job_id: str, reason: str) -> None:
+        """Tell Celery that a job went to the dead letters without a worker that could tell. Called by any thread."""
+        celery = self.celery_consumer
+        if celery is not None:
+            celery.call_soon(lambda: send(celery, "task-failed", job_id, exception=html.escape(reason), traceback=""))
 
 
 class CeleryDelivery:
@@ -77,9 +132,12 @@ class CeleryDelivery:
         self._request = request
         self._celery = celery
         self._task = task
+        self._steps: deque[Callable[[], None]] = deque()
+        self._accepted = False
+        self._ready = False
         self.begun = 0.0
-        self._ended = threading.Lock()
         headers, properties = request.message.headers, request.message.properties
+        self.id: str = request.id
         self.trace = headers if "traceparent" in headers else None
         self.lease = lease_of(request.message)
         args = request.args
@@ -88,6 +146,8 @@ class CeleryDelivery:
         self.priority = priority if isinstance(priority, int) else 3
         self.deliveries = int(headers.get("x-delivery-count") or 1)
         self.retries = 0
+        self.revoked = False
+        self.deadline: float | None = request.expires.timestamp() if request.expires else None
 
     @property
     def lost(self) -> bool:
@@ -111,57 +171,93 @@ class CeleryDelivery:
         )
 
     def started(self) -> None:
-        """Tell Celery that work begins."""
-        self.begun = time.monotonic()
-        self._celery.call_soon(self._accept)
+        """Tell Celery that work begins; only the first call counts."""
+        if not self.begun:
+            self.begun = time.monotonic()
+            self._soon(self._accept)
 
-    def done(self, state_reached: str) -> None:
+    def done(self, ending: Ending) -> None:
         """Acknowledge."""
         if self.lease is not None:
             self.lease.ack()  # at once, from this thread; the event loop may be waiting for the drain
-        self._end(lambda: self._finish(state_reached))
+        self._soon(lambda: self._finish(ending))
 
     def give_back(self) -> None:
         """Put the message back to its place in the queue."""
-        self._end(lambda: self._reject(requeue=True))
+        self._soon(self._hand_back)
 
     def refuse(self, reason: str) -> None:
-        """Put the message to the dead letters."""
-        self._end(lambda: self._refuse(reason))
+        """Put the message to the dead letters, and first tell who waits for the job; asks Redis, so never in the event loop."""
+        self._task.refused(self.payload, reason)
+        if self.lease is not None:
+            self.lease.dead_letter(reason)
+        self._soon(lambda: self._refuse(reason))
 
-    def _end(self, how: Callable[[], None]) -> None:
-        if not self._ended.acquire(blocking=False):
-            return
-        self._celery.call_soon(how)
-        self._task.consumer.ended()
+    def _soon(self, step: Callable[[], None]) -> None:
+        """Have the event loop do a step after those before it; by itself it keeps no order."""
+        self._steps.append(step)
+        self._celery.call_soon(self._take_steps)
+
+    def _take_steps(self) -> None:
+        while self._steps:
+            self._steps.popleft()()
 
     def _accept(self) -> None:
+        if self._ready or self._accepted:
+            return  # revoked while it began
+        self._accepted = True
+        self._request.time_start, self._request.worker_pid = time.time(), os.getpid()
         state.task_accepted(self._request)
         self._send("task-started")
 
-    def _finish(self, reached: str) -> None:
-        state.task_ready(self._request)
+    def _finish(self, ending: Ending) -> None:
+        self._leave(successful=ending.state is JobState.SUCCEEDED)
         self._request.acknowledge()
         seconds = time.monotonic() - self.begun if self.begun else 0.0
-        self._send("task-succeeded", result=reached, runtime=seconds)
+        match ending.state:
+            case JobState.SUCCEEDED:
+                self._send("task-succeeded", result=html.escape(ending.text), runtime=seconds)
+            case JobState.FAILED:
+                self._send("task-failed", exception=html.escape(ending.text), traceback="")
+            case JobState.CANCELLED:
+                self._send("task-revoked", terminated=True, signum=None, expired=False)
+            case JobState.EXPIRED:
+                self._send("task-revoked", terminated=False, signum=None, expired=True)
 
-    def _reject(self, *, requeue: bool) -> None:
-        state.task_ready(self._request)
-        self._request.reject(requeue=requeue)
+    def _hand_back(self) -> None:
+        self._leave()
+        self._request.reject(requeue=True)
 
     def _refuse(self, reason: str) -> None:
-        state.task_ready(self._request)
-        self._send("task-failed", exception=reason, traceback="")
-        self._task.refused(self.payload, reason)
+        self._leave()
         if self.lease is None:
             self._request.reject(requeue=False)
+        if reason == REVOKED:
+            self._send("task-revoked", terminated=True, signum=None, expired=False)
         else:
-            self.lease.dead_letter(reason)
+            self._send("task-failed", exception=html.escape(reason), traceback="")
+
+    def _leave(self, *, successful: bool = False) -> None:
+        self._ready = True
+        state.task_ready(self._request, successful=successful)
 
     def _send(self, event: str, **fields: Any) -> None:
-        eventer = self._celery.event_dispatcher
-        if eventer and eventer.enabled:
-            eventer.send(event, uuid=self._request.id, **fields)
+        send(self._celery, event, self._request.id, **fields)
+
+
+def _seconds_until(request: Any) -> float:
+    """Until a request may begin, or has expired before that; at most 0 for one without an eta. Raises OverflowError, ValueError."""
+    if not request.eta:
+        return 0.0
+    times = [one.timestamp() for one in (request.eta, request.expires) if one]
+    return float(min(times) - time.time())
+
+
+def send(celery: Any, event: str, job_id: str, **fields: Any) -> None:
+    """Send one of Celery's events. In the event loop."""
+    eventer = celery.event_dispatcher
+    if eventer and eventer.enabled:
+        eventer.send(event, uuid=job_id, **fields)
 
 
 def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopStep]:

@@ -2,43 +2,57 @@
 
     take ─┬▶ intake ─┬▶ singles            many jobs at once, no thread for each
           │          └▶ shards             a few threads
-          └▶ accused ─▶ suspects           alone: delivered so often that they may have killed their workers
-
-A suspect is excused while it waits: its delivery counts against it only when it runs, or the one that kills the worker would bring
-down with it all that wait behind it.
+          ├▶ accused ─▶ suspects           alone: delivered so often that they may have killed their workers
+          ├▶ later ───▶ one of these       not before their time
+          └▶ revocations                   an operator does not want them
 
 A job that a service failed begins again here after a pause, counted only while the service is well otherwise: an outage makes
 work wait, it does not make it fail.
+
+A suspect is excused while it waits: its delivery counts against it only when it runs, or the one that kills the worker would bring
+down with it all that wait behind it. What Redis holds as its number of deliveries, d being that of the fetch:
+
+    it waits to run alone, also after it was postponed    d - 1    the worker may die of another one
+    it runs alone                                         d        the worker may die of it
+    it has ended, its ack is not written yet              d - 1    then the entry goes
+    it was given back, from wherever                      d - 1
+    its lease was lost                                    untouched: it is the next holder's to count
+
+Each of these is set, never added to: whatever is repeated, after an error or an answer that was lost, changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from pipefleet.contract import JobMessage, decode_message
 from pipefleet.errors import ContractError, PipefleetError
 from pipefleet.patience import pause
-from pipefleet_workers.consume.delivery import Delivery, DrainedError
+from pipefleet_workers.consume.delivery import Delivery, DrainedError, RevokedError
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.consume.later import Later
+from pipefleet_workers.consume.revocations import Revocations
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.singles import TOGETHER, Singles
 from pipefleet_workers.consume.suspects import Suspects
 from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.ending import REVOKED, Ending
 from pipefleet_workers.logs import log_context
 from pipefleet_workers.reports import Reporter
 
 log = logging.getLogger(__name__)
-TICK = 0.05
+GATHER_SECONDS = 0.05
+"""How long suspects that were fetched together may come after each other."""
+RETRY_SECONDS = 0.5
+"""Pause before something small is tried again that a service failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +70,7 @@ class Limits:
 
 
 class Consumer:
-    """Runs the jobs of one pool. `take` is called by the thread that reads the queue and returns at once."""
+    """Runs the jobs of one pool. `take` is called by the thread that reads the queue and returns at once; so does `revoke`."""
 
     def __init__(
         self,
@@ -68,6 +82,7 @@ class Consumer:
         *,
         tally: Tally,
         limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = jobs
         self._shards = shards
@@ -76,17 +91,18 @@ class Consumer:
         self._health = health
         self._tally = tally
         self._limits = limits or Limits()
+        self._draining = threading.Event()
         self._gate = Gate()
-        self._singles = Singles(jobs, reporter, self._gate, self, budget=self._limits.retries)
+        self._singles = Singles(jobs, reporter, self._gate, self, tally, budget=self._limits.retries)
+        self._revocations = Revocations(jobs, reporter, health, self, self._draining)
         self._bulk: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
         self._suspect: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
         self._accused: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._intake: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._later: list[tuple[float, int, Delivery]] = []
-        self._order = itertools.count()
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._draining = threading.Event()
+        self.later: Later[Delivery] = Later(clock)
+        self._changed = threading.Condition()
+        self._held: dict[int, Delivery] = {}
+        self._leaving = 0
 
     def start(self) -> None:
         """Start the threads; daemons, all of them."""
@@ -94,47 +110,69 @@ class Consumer:
             self._take_in,
             self._begin_again,
             self._take_accused_in,
+            self._revocations.run,
             lambda: self._each(self._suspect, self._run_alone),
         ]
         loops += [lambda: self._each(self._bulk, self._run_shard)] * self._limits.shards
         for loop in loops:
             threading.Thread(target=loop, daemon=True).start()
 
-    def take(self, delivery: Delivery) -> None:
-        """Take one delivery in; it is given back when the worker drains."""
-        with self._lock:
-            self._inside += 1
+    def take(self, delivery: Delivery, *, after: float = 0.0) -> None:
+        """Take one delivery in, to begin after so many seconds; it is given back when the worker drains."""
+        with self._changed:
+            self._held[id(delivery)] = delivery
         self._tally.taken(delivery)
-        self._route(delivery)
+        if after <= 0 or delivery.revoked:
+            self._route(delivery)
+        elif not self.later.put(delivery, after):
+            self.give_back(delivery)
 
     def cancel(self, name: str) -> None:
-        """Stop a job, or all jobs of a run, by id."""
+        """Stop a job, or all jobs of a run, by id; their record says already that they are cancelled."""
         self._jobs.cancel(name)
+
+    def revoke(self, name: str) -> None:
+        """End a job by the name that Celery's tools know it by: a single one as cancelled, a shard as a dead letter."""
+        self._revocations.order(name)
+
+    def held(self, name: str) -> Sequence[Delivery]:
+        """The deliveries of this name that are here."""
+        with self._changed:
+            found = [delivery for delivery in self._held.values() if delivery.id == name]
+        self.later.pick(lambda delivery: delivery.id == name)
+        return found
 
     def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
         """Give back what has not begun, wait up to `seconds` for the rest (less when `hurry` is set), then give that back too."""
         self._draining.set()
-        with self._lock:
-            waiting, self._later = self._later, []
-        for _, _, delivery in waiting:
+        self._health.release()
+        for delivery in self.later.close():
             self.give_back(delivery)
-        deadline = time.monotonic() + seconds
-        while self._inside and time.monotonic() < deadline and not (hurry and hurry.is_set()):
-            time.sleep(TICK)
+        self._wait_until_empty(seconds, hurry)
         self._jobs.give_back_all(DrainedError())
-        deadline = time.monotonic() + max(2.0, seconds)
-        while self._inside and time.monotonic() < deadline:
-            time.sleep(TICK)
+        self._wait_until_empty(max(2.0, seconds))
 
-    def done(self, delivery: Delivery, message: JobMessage, state: str) -> None:
+    def done(self, delivery: Delivery, message: JobMessage, ending: Ending) -> None:
         """Acknowledge, and count the work."""
-        self._tally.done(message, state)
-        delivery.done(state)
+
+        def act() -> None:
+            self._tally.done(message, ending)
+            delivery.done(ending)
+
+        self._leave(delivery, act)
 
     def give_back(self, delivery: Delivery) -> None:
         """Put the message back to its place in the queue."""
-        self._tally.handed_back()
-        delivery.give_back()
+
+        def act() -> None:
+            self._tally.handed_back()
+            delivery.give_back()
+
+        self._leave(delivery, act)
+
+    def refuse(self, delivery: Delivery, reason: str) -> None:
+        """Put the message to the dead letters."""
+        self._leave(delivery, lambda: delivery.refuse(reason))
 
     def postpone(self, delivery: Delivery, error: Exception) -> None:
         """Begin a job again later. A failure while everything else works is counted, and bounded; an outage is waited for."""
@@ -143,37 +181,60 @@ class Consumer:
         if self._health.check():
             delivery.retries += 1
         if delivery.retries > self._limits.retries + 1:
-            return delivery.refuse(f"failed {delivery.retries} times, at last with: {error}")
+            return self.refuse(delivery, f"failed {delivery.retries} times, at last with: {error}")
         first, longest = self._limits.pause
         seconds = pause(max(0, delivery.retries - 1), first=first, longest=longest)
         log.warning("a job begins again in %.1f s: %s", seconds, error)
-        with self._lock:  # `drain` empties the heap once, so nothing may come in behind it
-            draining = self._draining.is_set()
-            if not draining:
-                heapq.heappush(self._later, (time.monotonic() + seconds, next(self._order), delivery))
-        if draining:
+        if not self.later.put(delivery, seconds):
             self.give_back(delivery)
+        elif delivery.revoked:  # meanwhile, and nobody would look for it there
+            self.later.pick(lambda one: one is delivery)
+            self._route(delivery)
 
-    def ended(self) -> None:
-        """Count a delivery that has left this worker's hands."""
-        with self._lock:
-            self._inside -= 1
+    def _leave(self, delivery: Delivery, act: Callable[[], None]) -> None:
+        """The one place where deliveries end; for one that has ended already nothing happens."""
+        with self._changed:
+            if self._held.pop(id(delivery), None) is None:
+                return
+            self._leaving += 1
+        try:
+            act()
+        finally:
+            with self._changed:
+                self._leaving -= 1
+                self._changed.notify_all()
+
+    def _wait_until_empty(self, seconds: float, hurry: threading.Event | None = None) -> None:
+        if hurry is not None:  # it is set by a signal's handler, which must not touch a lock of ours
+            threading.Thread(target=self._notify_when, args=(hurry, seconds), daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not (self._held or self._leaving) or (hurry is not None and hurry.is_set()), seconds
+            )
+
+    def _notify_when(self, hurry: threading.Event, seconds: float) -> None:
+        hurry.wait(seconds)
+        with self._changed:
+            self._changed.notify_all()
 
     def _take_in(self) -> None:
         while True:
             batch = [self._intake.get()]
             while len(batch) < TOGETHER and not self._intake.empty():
                 batch.append(self._intake.get())
-            while not (self._health.wait(TICK) or self._draining.is_set()):
-                continue
+            self._health.wait()
             try:
                 self._sort(batch)
             except Exception:
                 log.exception("taking in %d deliveries failed", len(batch))
 
     def _route(self, delivery: Delivery) -> None:
-        accused = delivery.deliveries >= self._limits.deliveries
-        (self._accused if accused else self._intake).put(delivery)
+        if delivery.revoked:
+            self._revocations.order(delivery)
+        elif delivery.deliveries >= self._limits.deliveries:
+            self._accused.put(delivery)
+        else:
+            self._intake.put(delivery)
 
     def _sort(self, batch: list[Delivery]) -> None:
         singles = []
@@ -193,10 +254,10 @@ class Consumer:
                 self.give_back(delivery)
                 continue
             try:
-                found.append((delivery, decode_message(delivery.payload)))
+                found.append((delivery, _job_of(delivery)))
             except ContractError as error:
                 log.error("refused a message: %s", error)
-                delivery.refuse(str(error))
+                self.refuse(delivery, str(error))
         return found
 
     def _take_accused_in(self) -> None:
@@ -205,16 +266,23 @@ class Consumer:
             batch = [self._accused.get()]
             with contextlib.suppress(queue.Empty):
                 while True:
-                    batch.append(self._accused.get(timeout=TICK))
-            while not (self._draining.is_set() or self._counted(batch, -1)):
-                time.sleep(TICK)
+                    batch.append(self._accused.get(timeout=GATHER_SECONDS))
+            self._count_patiently(batch, excused=True)
             for pair in self._readable(batch):
                 self._suspect.put(pair)
 
-    def _counted(self, batch: list[Delivery], by: int) -> bool:
-        """Change how often these count as delivered; False while Redis is away."""
+    def _count_patiently(self, batch: list[Delivery], *, excused: bool) -> bool:
+        """Set how often these count as delivered, as soon as Redis can be asked; False when the worker drains before."""
+        while self._health.wait() and not self._draining.is_set():
+            if self._counted(batch, excused=excused):
+                return True
+            self._health.check()
+            self._draining.wait(RETRY_SECONDS)
+        return False
+
+    def _counted(self, batch: list[Delivery], *, excused: bool) -> bool:
         try:
-            self._reporter.count_deliveries([one.lease for one in batch if one.lease is not None], by)
+            self._reporter.count_deliveries([one.lease for one in batch if one.lease is not None], excused=excused)
         except PipefleetError as error:
             log.warning("suspects wait: %s", error)
             return False
@@ -237,49 +305,53 @@ class Consumer:
 
     def _run_alone(self, delivery: Delivery, message: JobMessage) -> None:
         with self._gate.alone():
-            while not (self._draining.is_set() or (self._health.wait(TICK) and self._counted([delivery], 1))):
-                time.sleep(TICK)
-            if self._draining.is_set():
-                self.give_back(delivery)
-                return
+            if not self._count_patiently([delivery], excused=False):
+                return self.give_back(delivery)
             if message.shard is None:
                 self._singles.run_alone(delivery, message)
             else:
                 self._end(delivery, message)
-            self._counted([delivery], -1)  # its ack may not be written yet when the next one kills this process
+            self._counted(
+                [delivery], excused=True
+            )  # its ack may not be written yet when the next one kills this process
 
-    def _shard(self, delivery: Delivery, message: JobMessage) -> str:
+    def _shard(self, delivery: Delivery, message: JobMessage) -> Ending:
         assert message.shard is not None
         if self._draining.is_set():
             raise DrainedError
-        delivery.started()
-        if delivery.deliveries > self._limits.deliveries:
-            return self._suspects.run(message, message.shard)
-        return self._shards.run(message, message.shard, patient=delivery.retries < self._limits.retries)
+        with self._revocations.running(delivery, message):
+            delivery.started()
+            if delivery.deliveries > self._limits.deliveries:
+                return self._suspects.run(message, message.shard)
+            return self._shards.run(message, message.shard, patient=delivery.retries < self._limits.retries)
 
     def _end(self, delivery: Delivery, message: JobMessage) -> None:
         """Run a shard, and end its delivery as it deserves."""
         try:
-            state = self._shard(delivery, message)
+            ending = self._shard(delivery, message)
         except DrainedError:
             self.give_back(delivery)
+        except RevokedError:
+            self.refuse(delivery, REVOKED)
         except ContractError as error:
             log.error("refused a shard: %s", error)
-            delivery.refuse(str(error))
+            self.refuse(delivery, str(error))
         except PipefleetError as error:
             self.postpone(delivery, error)
         except Exception as error:
             log.exception("a shard failed")
             self.postpone(delivery, error)
         else:
-            self.done(delivery, message, state)
+            self.done(delivery, message, ending)
 
     def _begin_again(self) -> None:
-        while not self._draining.wait(TICK):  # what waits then is given back by `drain`
-            now = time.monotonic()
-            with self._lock:
-                due = []
-                while self._later and self._later[0][0] <= now:
-                    due.append(heapq.heappop(self._later)[2])
+        while due := self.later.take():
             for delivery in due:
                 self._route(delivery)
+
+
+def _job_of(delivery: Delivery) -> JobMessage:
+    """The job of a delivery, with the earlier one of both deadlines. Raises ContractError."""
+    message = decode_message(delivery.payload)
+    deadlines = [one for one in (message.deadline, delivery.deadline) if one is not None]
+    return replace(message, deadline=min(deadlines)) if deadlines else message

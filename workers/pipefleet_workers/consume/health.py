@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from pipefleet.errors import PipefleetError
@@ -16,18 +17,23 @@ FIRST, LONGEST = 0.5, 15.0
 
 
 class Health:
-    """Knows whether the services answer. Thread-safe. `probe` raises PipefleetError while one of them does not."""
+    """Knows whether the services answer. Thread-safe. `probe` raises PipefleetError while one of them does not.
 
-    def __init__(self, probe: Callable[[], None]) -> None:
+    `sleep` waits that many seconds between two looks.
+    """
+
+    def __init__(self, probe: Callable[[], None], *, sleep: Callable[[float], object] = time.sleep) -> None:
         self._probe = probe
-        self._well = threading.Event()
-        self._well.set()
+        self._sleep = sleep
+        self._changed = threading.Condition()
+        self._well = True
+        self._released = False
         self._asking = threading.Lock()
 
     @property
     def well(self) -> bool:
         """What was last known."""
-        return self._well.is_set()
+        return self._well
 
     def check(self) -> bool:
         """Ask now. When the answer is no, a thread goes on asking until it is yes."""
@@ -38,22 +44,31 @@ class Health:
             if error is None:
                 return True
             log.warning("waiting for a service: %s", error)
-            self._well.clear()
+            self._well = False
         threading.Thread(target=self._wait_for_it, name="health", daemon=True).start()
         return False
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until the services answer, or `seconds`; whether they do."""
-        return self._well.wait(seconds)
+    def wait(self) -> bool:
+        """Wait until the services answer, or until `release`; whether they do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._well or self._released)
+            return self._well
+
+    def release(self) -> None:
+        """Nobody waits from now on: the worker drains."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
 
     def _wait_for_it(self) -> None:
-        never = threading.Event()
         for attempt in itertools.count():
-            never.wait(pause(attempt, first=FIRST, longest=LONGEST))
+            self._sleep(pause(attempt, first=FIRST, longest=LONGEST))
             if self._error() is None:
                 break
         log.warning("the services answer again")
-        self._well.set()
+        with self._changed:
+            self._well = True
+            self._changed.notify_all()
 
     def _error(self) -> PipefleetError | None:
         try:

@@ -13,6 +13,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
 from pipefleet.storage import refs_in
 from pipefleet.tasks import TaskSpec, task_spec
+from pipefleet_workers.consume.delivery import RevokedError
 from pipefleet_workers.engine import Engine
 from pipefleet_workers.items import JobContext, Outcome, Sink, Work
 from pipefleet_workers.objects import WorkerStore
@@ -44,6 +45,7 @@ class Jobs:
         self._spec: TaskSpec = task_spec(pool.task)
         self._allowed = allowed
         self._contexts: dict[int, JobContext] = {}
+        self._revoked: set[str] = set()
         self._lock = threading.Lock()
         self.engine = engine
         self.turn = threading.Lock()
@@ -63,6 +65,9 @@ class Jobs:
         )
         with self._lock:
             self._contexts[id(context)] = context
+            revoked = message.id in self._revoked
+        if revoked:
+            context.give_back(RevokedError())
         return context
 
     def end(self, context: JobContext) -> None:
@@ -76,6 +81,19 @@ class Jobs:
             for context in self._contexts.values():
                 if name in (context.id, context.run_id):
                     context.cancelled = True
+
+    def revoke(self, job_id: str) -> None:
+        """End a job here without a result, also what it begins before `forget`: who waits for it gets a RevokedError."""
+        with self._lock:
+            self._revoked.add(job_id)
+            contexts = [context for context in self._contexts.values() if context.id == job_id]
+        for context in contexts:
+            context.give_back(RevokedError())
+
+    def forget(self, job_id: str) -> None:
+        """The revoked job is not here any more."""
+        with self._lock:
+            self._revoked.discard(job_id)
 
     def give_back_all(self, reason: Exception) -> None:
         """End every job here without a result."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import orjson
 
-from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Priority, Shard
+from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority, Shard
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
 from pipefleet.finishing import finalise, write_failed_rows
 from pipefleet.layout import RunLayout
@@ -17,6 +17,8 @@ from pipefleet.records import JobFailure
 from pipefleet.storage import StorageRef
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.ending import SHARD_CANCELLED, Ending, before, shard_ending
 from pipefleet_workers.items import JobContext, Outcome, Work
 from pipefleet_workers.stages.fetch import lies_under
 
@@ -26,17 +28,18 @@ ADMITTED_AT_ONCE = 128
 
 
 class Shards:
-    """Runs shards. Thread-safe. `run` raises DrainedError, ServiceUnavailableError or ContractError; then nothing was written."""
+    """Runs shards. Thread-safe. `run` raises DrainedError, RevokedError, ServiceUnavailableError or ContractError."""
 
-    def __init__(self, jobs: Jobs, outlets: Outlets) -> None:
+    def __init__(self, jobs: Jobs, outlets: Outlets, tally: Tally) -> None:
         self._jobs = jobs
         self._outlets = outlets
+        self._tally = tally
 
-    def run(self, message: JobMessage, shard: Shard, *, patient: bool = True) -> str:
-        """Run a shard to its end; the state it reached."""
+    def run(self, message: JobMessage, shard: Shard, *, patient: bool = True) -> Ending:
+        """Run a shard to its end; how it has ended."""
         items = self.open(message, shard)
         if items is None:
-            return "ended before"
+            return self.ended_before(shard)
         refusal = self._jobs.refusal(message)
         outcomes = refused(message, items, refusal) if refusal else self.process(message, items, patient=patient)
         return self.close(shard, outcomes)
@@ -53,6 +56,11 @@ class Shards:
             self._end(shard, self._outlets.store.get(StorageRef(layout.part(shard.index))))
             return None
         return self.read(shard)
+
+    def ended_before(self, shard: Shard) -> Ending:
+        """How a shard that `open` finds nothing to do in has ended."""
+        cancelled = self._outlets.reporter.run_cancelled(shard)
+        return before(JobState.CANCELLED if cancelled else JobState.SUCCEEDED)
 
     def process(
         self,
@@ -82,17 +90,22 @@ class Shards:
             self._jobs.end(context)
         return sink.in_order()
 
-    def close(self, shard: Shard, outcomes: Sequence[Outcome]) -> str:
-        """Write the part of a shard and, if it was the last one, the end of its run."""
+    def close(self, shard: Shard, outcomes: Sequence[Outcome]) -> Ending:
+        """Write the part of a shard and, if it was the last one, the end of its run; how the shard has ended."""
         reporter = self._outlets.reporter
         if reporter.run_cancelled(shard):
-            return "cancelled"
+            self._tally.cancelled(len(outcomes))
+            return SHARD_CANCELLED
         reporter.progress(shard, outcomes)
+        ending = shard_ending(outcomes)
         written = self._outlets.parts.write(shard, outcomes)
         if written is None:  # another worker's part was there first: what it says holds
             written = self._outlets.store.get(StorageRef(RunLayout(shard.run_uri, shard.format).part(shard.index)))
+            ending = before(JobState.SUCCEEDED)
+        else:
+            self._tally.items(outcomes)
         self._end(shard, written)
-        return "succeeded"
+        return ending
 
     def _end(self, shard: Shard, part: bytes) -> None:
         """The part is there, ours or another's: list its failures, note it, and end the run if it was the last."""

@@ -15,6 +15,8 @@ from pipefleet_workers import telemetry
 from pipefleet_workers.consume.delivery import Delivery, DrainedError
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.jobs import Jobs, work_of
+from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.ending import LOST, Ending, before
 from pipefleet_workers.items import JobContext, Outcome, Work
 from pipefleet_workers.reports import Reporter
 
@@ -24,9 +26,9 @@ TOGETHER = 128
 
 
 class Ends(Protocol):
-    """Where deliveries end. Called by any thread."""
+    """Where deliveries end; of several calls for one delivery the first counts. Called by any thread."""
 
-    def done(self, delivery: Delivery, message: JobMessage, state: str) -> None:
+    def done(self, delivery: Delivery, message: JobMessage, ending: Ending) -> None:
         """Acknowledge."""
 
     def give_back(self, delivery: Delivery) -> None:
@@ -70,11 +72,12 @@ class Single:
 class Singles:
     """Starts and reports single jobs. `start` is called by one thread, outcomes come from any."""
 
-    def __init__(self, jobs: Jobs, reporter: Reporter, gate: Gate, ends: Ends, *, budget: int) -> None:
+    def __init__(self, jobs: Jobs, reporter: Reporter, gate: Gate, ends: Ends, tally: Tally, *, budget: int) -> None:
         self._jobs = jobs
         self._reporter = reporter
         self._gate = gate
         self._ends = ends
+        self._tally = tally
         self._budget = budget
         self.reports: queue.SimpleQueue[tuple[Single, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._report, name="report", daemon=True).start()
@@ -96,15 +99,15 @@ class Singles:
 
     def _start(self, singles: Sequence[Single]) -> None:
         try:
-            running = self._reporter.start_many([single.message for single in singles])
+            states = self._reporter.start_many([single.message for single in singles])
         except ServiceUnavailableError as error:
             for single in singles:
                 self._leave(single, error)
             return
         works = []
-        for single, runs in zip(singles, running, strict=True):
-            if not runs:
-                self._leave(single, "ended before")
+        for single, state in zip(singles, states, strict=True):
+            if state.final:
+                self._leave(single, before(state))
                 continue
             single.delivery.started()
             works += self._begin(single)
@@ -140,23 +143,24 @@ class Singles:
             if isinstance(end, Exception):
                 self._leave(single, end)
             elif single.delivery.lost:
-                self._leave(single, "lost")  # whoever has the job now reports it
+                self._leave(single, LOST)  # whoever has the job now reports it
             else:
                 finished.append((single, end))
         ends = [(single.message, outcome) for single, outcome in finished]
-        for (single, outcome), state in zip(finished, self._reporter.finish_many(ends), strict=True):
-            if isinstance(state, str):
+        for (single, outcome), ending in zip(finished, self._reporter.finish_many(ends), strict=True):
+            if isinstance(ending, Ending):
+                self._tally.single(ending)
                 telemetry.job_ended(single.delivery, single.message, outcome)
-            self._leave(single, state)
+            self._leave(single, ending)
 
-    def _leave(self, single: Single, end: str | Exception) -> None:
+    def _leave(self, single: Single, end: Ending | Exception) -> None:
         """The one place where a single job's delivery ends. Once: a second call, after an error in between, does nothing."""
         if single.left:
             return
         single.left = True
         if single.context is not None:
             self._jobs.end(single.context)
-        if isinstance(end, str):
+        if isinstance(end, Ending):
             self._ends.done(single.delivery, single.message, end)
         elif isinstance(end, DrainedError):
             self._ends.give_back(single.delivery)

@@ -21,6 +21,7 @@ from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.shards import Shards, refused
+from pipefleet_workers.ending import Ending
 from pipefleet_workers.items import Outcome
 
 log = logging.getLogger(__name__)
@@ -95,14 +96,14 @@ class Suspects:
         self._bury = bury
         self._name = uuid.uuid4().hex
 
-    def run(self, message: JobMessage, shard: Shard) -> str:
-        """Run one shard to its end; the state it reached. Raises what `Shards.run` raises."""
+    def run(self, message: JobMessage, shard: Shard) -> Ending:
+        """Run one shard to its end; how it has ended. Raises what `Shards.run` raises."""
         journal = self._journal(shard)
         items = self._shards.open(message, shard)
         finding = journal.read(self._name)
         if items is None:
             self._settle(journal, finding, message, shard)
-            return "ended before"
+            return self._shards.ended_before(shard)
         refusal = self._jobs.refusal(message)
         if refusal is not None:
             return self._shards.close(shard, refused(message, items, refusal))
@@ -115,9 +116,9 @@ class Suspects:
             outcomes = self._shards.process(message, items, without=failures)
         else:
             outcomes = self._one_by_one(message, items, journal, failures)
-        state = self._shards.close(shard, outcomes)
+        ending = self._shards.close(shard, outcomes)
         self._settle(journal, finding, message, shard)
-        return state
+        return ending
 
     def _settle(self, journal: Journal, finding: Finding, message: JobMessage, shard: Shard) -> None:
         """The shard has ended: a dead letter for each culprit, twice only if this process ends in here."""

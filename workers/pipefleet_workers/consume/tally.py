@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from pipefleet.contract import JobMessage
+from collections import Counter
+from collections.abc import Sequence
+
+from pipefleet.contract import JobMessage, JobState
+from pipefleet.records import JobFailure
 from pipefleet_workers.consume.delivery import Delivery
+from pipefleet_workers.ending import Ending
+from pipefleet_workers.items import Outcome
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.scaling.ledger import WorkCount
 
-NOTHING_DONE = ("lost", "ended before")
-"""States of a delivery whose work was not done here."""
-
 
 class Tally:
-    """Counts messages and the work in them. Thread-safe."""
+    """Counts messages, the work in them, and the items that end. Thread-safe.
+
+    An item is counted once, by the worker that wrote its record or its part, so that the workers' sums are what can be read there.
+    """
 
     def __init__(self, metrics: Metrics, work: WorkCount) -> None:
         self._metrics = metrics
@@ -26,7 +32,33 @@ class Tally:
         """A message went back to its queue."""
         self._metrics.message("handed_back")
 
-    def done(self, message: JobMessage, state: str) -> None:
-        """A job ended here."""
-        if state not in NOTHING_DONE:
+    def done(self, message: JobMessage, ending: Ending) -> None:
+        """A message was acknowledged; its work counts where it was done here."""
+        if ending.here:
             self._work.add(cost=message.work)
+
+    def items(self, outcomes: Sequence[Outcome]) -> None:
+        """The items of a shard have ended, and its part was written here."""
+        for state, count in Counter(outcome.state for outcome in outcomes).items():
+            self._metrics.ended(state, count)
+        failed = [one.failure for one in outcomes if one.failure is not None and one.state is JobState.FAILED]
+        for (code, stage), count in Counter((one.code, one.stage) for one in failed).items():
+            self._metrics.failure(code=code, stage=stage, count=count)
+
+    def single(self, ending: Ending) -> None:
+        """A single job that this worker had begun has ended; who cancelled one has written that, and it counts all the same."""
+        if ending.state is JobState.CANCELLED:
+            self._metrics.ended(JobState.CANCELLED)
+        elif ending.here and ending.state is not None:
+            self._metrics.ended(ending.state)
+            if ending.state is JobState.FAILED and ending.failure is not None:
+                self._metrics.failure(code=ending.failure.code, stage=ending.failure.stage)
+
+    def cancelled(self, count: int) -> None:
+        """Items of a shard that this worker had begun ended because their run was cancelled."""
+        self._metrics.ended(JobState.CANCELLED, count)
+
+    def failed(self, failure: JobFailure) -> None:
+        """A single job failed without an outcome: refused, or a dead letter."""
+        self._metrics.ended(JobState.FAILED)
+        self._metrics.failure(code=failure.code, stage=failure.stage)

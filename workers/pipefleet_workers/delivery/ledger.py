@@ -41,6 +41,7 @@ class _Held(NamedTuple):
     owner: str
     list: str
     order: int
+    deliveries: int
 
 
 class User(Protocol):
@@ -116,7 +117,9 @@ class Ledger:
         """Hold and renew `leases` from now on."""
         with self._lock:
             for lease in leases:
-                self._held[lease.key] = _Held(weakref.ref(lease), lease.tag, lease.owner, lease.list, lease.order)
+                self._held[lease.key] = _Held(
+                    weakref.ref(lease), lease.tag, lease.owner, lease.list, lease.order, lease.deliveries
+                )
                 if lease.low:
                     self._low.add(lease.key)
             self._start()
@@ -138,7 +141,8 @@ class Ledger:
         with self._lock:
             held = list(self._held.values())
         for one in held:
-            (one.lease() or Lease(one.tag, one.owner, "", one.list, 0, 0, one.order, self)).give_back()
+            lease = one.lease() or Lease(one.tag, one.owner, "", one.list, one.deliveries, 0, one.order, self)
+            lease.give_back()
 
     def settle(self, lease: Lease, settlement: Settlement) -> None:
         """End a lease; written within `ack_seconds`, and again until Redis has answered. Only the first call counts."""
@@ -317,11 +321,15 @@ def _calls(batch: Sequence[tuple[Lease, Settlement]]) -> list[tuple[str, list[An
     back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
     buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
     calls: list[tuple[str, list[Any]]] = [
-        (GIVE_BACK, [x for one, how in back for x in (one.tag, one.owner, one.list, int(how.delay * 1e6))]),
+        (GIVE_BACK, [x for one, how in back for x in _give_back(one, how)]),
         (BURY, [x for lease, how in buried for x in (lease.tag, lease.owner, lease.queue, how.reason)]),
         (ACK, _fences(acked)),
     ]
     return [call for call in calls if call[1]]
+
+
+def _give_back(lease: Lease, how: GivenBack) -> tuple[Any, ...]:
+    return (lease.tag, lease.owner, lease.list, int(how.delay * 1e6), lease.deliveries - 1)
 
 
 def _fences(leases: Sequence[Lease]) -> list[Any]:

@@ -145,9 +145,10 @@ return lost
 GIVE_BACK = (
     _COMMON
     + r"""
--- ARGV: tag, owner, list, delay in microseconds, …  The last one given back is the next one to be fetched.
+-- ARGV: tag, owner, list, delay in microseconds, deliveries before this one, …  The last one given back is the next one to
+-- be fetched. The count is set, not lowered: the consumer may have taken this delivery off already.
 local us = clock()
-for i = 1, #ARGV, 4 do
+for i = 1, #ARGV, 5 do
   local tag, list, delay = ARGV[i], ARGV[i + 2], tonumber(ARGV[i + 3])
   if redis.call('HGET', owners, tag) == ARGV[i + 1] then
     local text = text_of(redis.call('HGET', unacked, tag))
@@ -160,7 +161,8 @@ for i = 1, #ARGV, 4 do
       if text then redis.call('RPUSH', list, text) end
       release(tag)
     end
-    if redis.call('HINCRBY', deliveries, tag, -1) <= 0 then redis.call('HDEL', deliveries, tag) end
+    local before = tonumber(ARGV[i + 4])
+    if before > 0 then redis.call('HSET', deliveries, tag, before) else redis.call('HDEL', deliveries, tag) end
   end
 end
 """

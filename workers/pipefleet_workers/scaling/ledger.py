@@ -1,4 +1,4 @@
-"""What a pool's workers have done, as running totals in Redis: `pipefleet:work:<pool>` with `cost`, `seconds`, `items`, `failed`.
+"""What a pool's workers have done, as running totals in Redis: `pipefleet:work:<pool>` with `cost`, `seconds` and ITEM_COUNTS.
 
 Every worker adds what it did since it last told, so a worker that ends leaves the totals as they are.
 """
@@ -10,6 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.broker import KEY
+
+ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
+"""Items that ended, and those of them that ended otherwise than with a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Items of a pool that ended since it began, and those of them that failed, were cancelled or expired."""
+
+    items: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    expired: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +51,18 @@ def record_done(redis: Any, pool: str, *, cost: float, seconds: float) -> None:
     pipe.execute()
 
 
-def record_items(redis: Any, pool: str, *, items: int, failed: int) -> None:
-    """Add the items that ended in one worker, and those of them that failed. One round trip; raises redis-py's errors."""
-    if items:
+def record_items(redis: Any, pool: str, **counts: int) -> None:
+    """Add the items that ended in one worker, by the names of ITEM_COUNTS. One round trip; raises redis-py's errors."""
+    if any(counts.values()):
         pipe = redis.pipeline(transaction=True)
-        pipe.hincrby(work_key(pool), "items", items)
-        pipe.hincrby(work_key(pool), "failed", failed)
+        for name, count in counts.items():
+            pipe.hincrby(work_key(pool), name, count)
         pipe.execute()
 
 
-def read_items(redis: Any, pool: str) -> tuple[int, int]:
-    """Items of a pool that ended since it began, and how many of them failed."""
-    items, failed = redis.hmget(work_key(pool), ["items", "failed"])
-    return int(items or 0), int(failed or 0)
+def read_items(redis: Any, pool: str) -> Items:
+    """The totals of a pool; zeros before the first worker told."""
+    return Items(*(int(count or 0) for count in redis.hmget(work_key(pool), ITEM_COUNTS)))
 
 
 def read_done(redis: Any, pool: str) -> Done:

@@ -48,6 +48,8 @@ class PoolRow:
     dead_letters: int
     note: str = ""
     """What `pipefleet up` could not do for it, in one sentence; empty where all is well."""
+    cancelled: int = 0
+    expired: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ def _pool(redis: Any, pool: Pool, queue: str, workers: list[WorkerRow], now: flo
     reading = read_pool(redis, pool.name, queue, workers=len(workers), now=now)
     memory, wanted = _scaler(redis, pool.name, now)
     each = memory.seconds_per_cost or _seconds_per_cost(reading.done)
-    items, failed = read_items(redis, pool.name)
+    ended = read_items(redis, pool.name)
     return PoolRow(
         pool=pool.name,
         task=pool.task,
@@ -136,8 +138,10 @@ def _pool(redis: Any, pool: Pool, queue: str, workers: list[WorkerRow], now: flo
         wanted=wanted,
         items_per_second=sum(one.items_per_second for one in workers),
         busy=sum(one.busy for one in workers) / len(workers) if workers else None,
-        items=items,
-        failed=failed,
+        items=ended.items,
+        failed=ended.failed,
+        cancelled=ended.cancelled,
+        expired=ended.expired,
         dead_letters=broker.count_dead_letters(redis, queue),
     )
 

@@ -1,0 +1,1 @@
+"""Tests of the consumer's modules, which play Celery, Redis and the engine themselves."""

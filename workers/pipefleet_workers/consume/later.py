@@ -1,0 +1,74 @@
+"""`Later`: deliveries that begin when their time has come."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
+LONGEST_WAIT = 3600.0
+"""Seconds; the interpreter cannot wait until any year that a message may name."""
+
+
+class Later(Generic[_T]):
+    """Keeps things until they are due, those of one time in the order in which they came. Thread-safe.
+
+    `clock` counts seconds from anywhere; where it is not the real one, `look` must be called when it was moved.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._heap: list[tuple[float, int, _T]] = []
+        self._order = itertools.count()
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, value: _T, seconds: float) -> bool:
+        """Keep a thing for so many seconds; False when this is closed, and then it is not kept."""
+        with self._changed:
+            if self._closed:
+                return False
+            heapq.heappush(self._heap, (self._clock() + seconds, next(self._order), value))
+            self._changed.notify_all()
+            return True
+
+    def take(self) -> list[_T]:
+        """Wait until something is due, and take all that is; nothing once this is closed."""
+        with self._changed:
+            while not self._closed:
+                due = self._due()
+                if due:
+                    return due
+                self._changed.wait(min(LONGEST_WAIT, self._heap[0][0] - self._clock()) if self._heap else None)
+            return []
+
+    def pick(self, wanted: Callable[[_T], bool]) -> list[_T]:
+        """Take out, due or not, what `wanted` is true of."""
+        with self._changed:
+            found = [entry for entry in self._heap if wanted(entry[2])]
+            self._heap = [entry for entry in self._heap if not wanted(entry[2])]
+            heapq.heapify(self._heap)
+            return [value for *_, value in sorted(found, key=lambda entry: entry[:2])]
+
+    def close(self) -> list[_T]:
+        """Take no more; what was kept comes back, the first due first."""
+        with self._changed:
+            self._closed = True
+            left, self._heap = sorted(self._heap, key=lambda entry: entry[:2]), []
+            self._changed.notify_all()
+        return [value for *_, value in left]
+
+    def look(self) -> None:
+        """Ask the clock anew."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _due(self) -> list[_T]:
+        now, due = self._clock(), []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heapq.heappop(self._heap)[2])
+        return due

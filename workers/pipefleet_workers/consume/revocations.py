@@ -1,0 +1,132 @@
+"""`Revocations`: an operator's `revoke` (Flower's button) ends a job wherever it is, and says so to who waits for it.
+
+    single job   in its queue, prefetched, delayed or running: its record becomes `cancelled`, its work stops, then the ack
+    shard        not begun: to the dead letters; running: its thread is told, and what it had is dropped, then the same
+
+Celery itself would acknowledge such a message and leave its record as it is. All this happens in a thread of its own: Redis may be
+away, and then the job's end waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from pipefleet.contract import JobMessage, JobState, decode_message
+from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.records import JobFailure
+from pipefleet_workers.consume.delivery import Delivery, RevokedError
+from pipefleet_workers.consume.health import Health
+from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.ending import REVOKED, Ending
+from pipefleet_workers.reports import Reporter
+
+log = logging.getLogger(__name__)
+FAILURE = JobFailure("cancelled", REVOKED, "consume")
+RETRY_SECONDS = 0.5
+
+
+class Ends(Protocol):
+    """Where deliveries end; of several calls for one delivery the first counts."""
+
+    def done(self, delivery: Delivery, message: JobMessage, ending: Ending) -> None:
+        """Acknowledge."""
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Put the message back to its place in the queue."""
+
+    def refuse(self, delivery: Delivery, reason: str) -> None:
+        """Put the message to the dead letters."""
+
+    def held(self, name: str) -> Sequence[Delivery]:
+        """The deliveries of this name that are here."""
+
+
+class Revocations:
+    """Ends what operators revoke. Thread-safe; `order` returns at once."""
+
+    def __init__(self, jobs: Jobs, reporter: Reporter, health: Health, ends: Ends, draining: threading.Event) -> None:
+        self._jobs = jobs
+        self._reporter = reporter
+        self._health = health
+        self._ends = ends
+        self._draining = draining
+        self._running: set[int] = set()
+        self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[str | Delivery] = queue.SimpleQueue()
+
+    def order(self, what: str | Delivery) -> None:
+        """End a job by the name that Celery's tools know it by, or a delivery that was revoked before it came."""
+        self._orders.put(what)
+
+    def run(self) -> None:
+        """Carry out what is ordered, without end."""
+        while True:
+            what = self._orders.get()
+            try:
+                self.carry_out(what)
+            except Exception:
+                log.exception("revoking a job failed")
+
+    def carry_out(self, what: str | Delivery) -> None:
+        """End one job; waits while Redis is away, and gives it back when the worker drains meanwhile."""
+        deliveries = list(self._ends.held(what)) if isinstance(what, str) else [what]
+        for delivery in deliveries:
+            self._end(delivery)
+        if isinstance(what, str) and not deliveries:  # it waits in its queue, or in another worker
+            self._patiently(lambda: self._reporter.cancel(what, FAILURE))
+
+    @contextmanager
+    def running(self, delivery: Delivery, message: JobMessage) -> Iterator[None]:
+        """A shard runs inside. Raises RevokedError, at once or wherever the shard waits, when it is revoked."""
+        with self._lock:
+            if delivery.revoked:
+                raise RevokedError
+            self._running.add(id(delivery))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(id(delivery))
+                self._jobs.forget(message.id)
+
+    def _end(self, delivery: Delivery) -> None:
+        try:
+            message = decode_message(delivery.payload)
+        except ContractError as error:
+            return self._ends.refuse(delivery, str(error))
+        if message.shard is not None:
+            return self._end_shard(delivery, message)
+        delivery.revoked = True
+        endings: list[Ending] = []
+        self._patiently(lambda: endings.append(self._reporter.end(message, JobState.CANCELLED, FAILURE)))
+        self._jobs.cancel(message.id)
+        if endings:
+            self._ends.done(delivery, message, endings[0])
+        else:
+            self._ends.give_back(delivery)
+
+    def _end_shard(self, delivery: Delivery, message: JobMessage) -> None:
+        with self._lock:
+            delivery.revoked = True
+            if id(delivery) in self._running:
+                self._jobs.revoke(message.id)
+                return  # its thread refuses it, unless it has written its part already
+        self._ends.refuse(delivery, REVOKED)
+
+    def _patiently(self, call: Callable[[], object]) -> None:
+        """`call` until it is done, or the worker drains."""
+        while True:
+            try:
+                call()
+                return
+            except PipefleetError as error:
+                log.warning("a revoked job waits for its end: %s", error)
+            self._health.check()
+            self._health.wait()
+            if self._draining.wait(RETRY_SECONDS):
+                return
