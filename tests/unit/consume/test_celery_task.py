@@ -117,6 +117,7 @@ def fleet(server: Server) -> Iterator[Callable[..., Fleet]]:
             one = Fleet(server, bench or Bench(), events)
             one.thread.start()
             assert one.worker.ready.wait(20)
+            assert eventually(lambda: bool(one.app.control.ping(timeout=0.3, limit=1))), "it takes no commands"
             started.append(one)
             return one
 
