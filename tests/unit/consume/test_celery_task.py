@@ -117,6 +117,7 @@ def fleet(server: Server) -> Iterator[Callable[..., Fleet]]:
             one = Fleet(server, bench or Bench(), events)
             one.thread.start()
             assert one.worker.ready.wait(20)
+            assert eventually(lambda: bool(one.app.control.ping(timeout=0.3, limit=1))), "it takes no commands"
             started.append(one)
             return one
 
@@ -124,6 +125,7 @@ def fleet(server: Server) -> Iterator[Callable[..., Fleet]]:
         for one in started:
             assert eventually(lambda one=one: one.empty), "something is left"  # type: ignore[misc]
             state.should_stop = 0
+            one.worker.consumer.call_soon(int)  # wakes the event loop
             one.thread.join(20)
             state.should_stop = None
             state.reset_state()
