@@ -67,14 +67,14 @@ class Interrupted(Watched):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alone, self.go = threading.Event(), threading.Event()
+        self.was_alone, self.go = threading.Event(), threading.Event()
         self.go.set()
         self.suspect: threading.Thread | None = None
 
     def enter(self, count: int = 1) -> None:
         super().enter(count)
         if self.suspect is None:
-            self.suspect = started(lambda: be_alone(self, self.alone, self.go))
+            self.suspect = started(lambda: be_alone(self, self.was_alone, self.go))
             assert eventually(lambda: self.waiting == 1)
 
 
@@ -95,7 +95,7 @@ def test_single_jobs_of_one_fetch_begin_although_a_suspect_comes_in_between() ->
     assert joined(started(lambda: singles.start(batch))), "the second job waits for the suspect, which waits for the first"
     assert gate.suspect is not None
     assert joined(gate.suspect)
-    assert gate.alone.is_set()
+    assert gate.was_alone.is_set()
     assert gate.empty
 
 
