@@ -32,6 +32,7 @@ from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher, slices
 from pipefleet_workers.stages.forward import Forward
 from pipefleet_workers.transfer import Transfer
+from pipefleet_workers.watchdog import Slot, Watchdog, listen, waiting, working_on
 
 log = logging.getLogger(__name__)
 _In = TypeVar("_In", Work, Fetched, Decoded)
@@ -68,12 +69,15 @@ class Engine:
         self._budget = Budget(settings.in_flight_items, settings.in_flight_bytes)
         self.room = BatchQueue(MicroBatcher(limits), settings.window_units)
         device = stages.adapter.pipe.device
+        self._watchdog = Watchdog(instruments.on_fatal)
+        self._stage_timeout = settings.stage_timeout
         forward = Forward(stages.adapter, self.room.limit_cost, Transfer.to(device))
         self._device = Device(
             forward,
             self.room,
             instruments,
             self._complete,
+            watchdog=self._watchdog,
             timeout=settings.forward_timeout,
             collate_ahead=device.type != "cpu",
         )
@@ -84,15 +88,16 @@ class Engine:
             cpu = settings.preprocess_processes  # each thread waits for one process
         self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, room=256)
         self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, room=4 * cpu)
-        self._fetch = _Stage("fetch", fetch, self._fetch_slice, room=2 * fetch)
+        self._fetch = _Stage("fetch", fetch, self._fetch_slice, room=2 * fetch, services=True)
 
     def start(self) -> None:
         """Start processes and threads. All are daemons: a worker that must end does not wait for them."""
         if self._stages.processes is not None:
             self._stages.processes.start()
         for stage in (self._finish, self._cpu, self._fetch):
-            stage.start()
+            stage.start(self._watchdog, self._stage_timeout)
         self._device.start()
+        self._watchdog.start()
 
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
         """Take in items; each one's outcome goes to its job's sink. Bulk work waits here while the worker is full."""
@@ -118,6 +123,7 @@ class Engine:
         self.room.close()
         self._device.join()
         self._finish.stop()
+        self._watchdog.stop()
 
     def _fetch_slice(self, works: Sequence[Work]) -> None:
         with self._instruments.tracer.span("fetch", len(works)):
@@ -129,8 +135,9 @@ class Engine:
         tracer, processes = self._instruments.tracer, self._stages.processes
         if processes is not None:
             live = self._each(fetched, "decode", lambda one: one)
-            with tracer.span("preprocess", len(live)):
-                return self._enter(live, processes.prepare(live))
+            with tracer.span("preprocess", len(live)), waiting():  # for a process, which is watched there
+                prepared = processes.prepare(live)
+            return self._enter(live, prepared)
         with tracer.span("decode", len(fetched)):
             decoded = self._each(fetched, "decode", self._stages.decoder.decode)
         with tracer.span("preprocess", len(decoded)):
@@ -148,9 +155,12 @@ class Engine:
             else:
                 entering += units
         if entering:
-            self.room.put(entering)
+            with waiting():
+                self.room.put(entering)
 
     def _prepare(self, decoded: Sequence[Decoded]) -> list[Any]:
+        if decoded:
+            working_on(decoded[0].work, len(decoded) - 1)
         begin = time.perf_counter()
         prepared = self._stages.adapter.prepare(decoded)
         share = (time.perf_counter() - begin) / max(1, len(decoded))
@@ -171,6 +181,7 @@ class Engine:
         if assembly.failure is not None:
             self._fail(assembly.work, assembly.failure)
             return False
+        working_on(assembly.work)
         begin = time.perf_counter()
         try:
             output = self._stages.adapter.finish(assembly)
@@ -187,6 +198,7 @@ class Engine:
         done: list[_Out] = []
         for item in items:
             work = _work_of(item)
+            working_on(work)
             failure = work.job.stopped(stage)
             if failure is None:
                 try:
@@ -212,23 +224,34 @@ class Engine:
 
 
 class _Stage:
-    """Threads that take slices from one bounded queue, the most urgent first and equally urgent ones in order."""
+    """Threads that take slices from one bounded queue, the most urgent first and equally urgent ones in order.
 
-    def __init__(self, name: str, threads: int, handle: Callable[[Any], None], *, room: int) -> None:
+    They are watched: `handle` calls `working_on` at each item, or its whole slice counts as one, and waits for others only inside
+    `waiting`. A stage that waits for `services`, which have time-outs of their own, is not.
+    """
+
+    def __init__(
+        self, name: str, threads: int, handle: Callable[[Any], None], *, room: int, services: bool = False
+    ) -> None:
         self._name = name
         self._handle = handle
+        self._services = services
         self._queue: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue(room)
         self._order = itertools.count()
-        names = [f"{name}-{index}" for index in range(threads)]
-        self._threads = [threading.Thread(target=self._loop, name=one, daemon=True) for one in names]
+        self._names = [f"{name}-{index}" for index in range(threads)]
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+    def start(self, watchdog: Watchdog, seconds: float) -> None:
+        """Start the threads; an item may take `seconds`."""
+        for name in self._names:
+            slot = None if self._services else watchdog.slot(self._name, seconds)
+            self._threads.append(threading.Thread(target=self._loop, args=(slot,), name=name, daemon=True))
+            self._threads[-1].start()
 
     def put(self, priority: int, item: Any) -> None:
         """Add one slice; blocks while the queue is full."""
-        self._queue.put((priority, next(self._order), item))
+        with waiting():
+            self._queue.put((priority, next(self._order), item))
 
     def stop(self) -> None:
         """Work off the queue, then end the threads."""
@@ -237,11 +260,15 @@ class _Stage:
         for thread in self._threads:
             thread.join()
 
-    def _loop(self) -> None:
+    def _loop(self, slot: Slot | None) -> None:
+        if slot is not None:
+            listen(slot)
         while True:
             _, _, items = self._queue.get()
             if items is None:
                 return
+            if slot is not None:
+                slot.begin(_work_of(items[0]), len(items) - 1)
             try:
                 self._handle(items)
             except BaseException as error:  # a Rust panic is none of Exception; the thread must outlive it
@@ -250,6 +277,8 @@ class _Stage:
                 for item in items:  # those that have ended already keep their outcome
                     work = _work_of(item)
                     work.job.sink.deliver(Outcome(work, failure=failure))
+            if slot is not None:
+                slot.rest()
 
 
 def _work_of(item: Work | Fetched | Decoded | Assembly) -> Work:
