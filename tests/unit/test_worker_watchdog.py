@@ -217,3 +217,19 @@ def test_one_cost_only_still_gives_a_rate_and_never_a_negative_part() -> None:
 def test_a_simulated_device_needs_two_numbers(text: str) -> None:
     with pytest.raises(UsageError):
         ServiceTime.parse(text)
+
+
+BLOCKED = """
+import logging, threading
+from pipefleet_workers import exits
+exits.LAST_WORDS_SECONDS = 0.2
+class Blocked(logging.Handler):
+    def emit(self, record):
+        threading.Event().wait()
+logging.getLogger().addHandler(Blocked())
+exits.end_process(72, "hung")
+"""
+
+
+def test_a_process_that_cannot_say_why_it_ends_still_ends() -> None:
+    assert subprocess.run([sys.executable, "-c", BLOCKED], timeout=60, check=False).returncode == HUNG_STAGE

@@ -134,10 +134,13 @@ class Watchdog:
         return min((slot.seconds for slot in self._slots), default=LOCKED_SECONDS) / LOOKS
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._interval):
-            self._arm()
-            if not self.look():
-                break
+        try:
+            while not self._ended.wait(self._interval):
+                self._arm()
+                if not self.look():
+                    break
+        finally:  # also where `stop` came in between
+            faulthandler.cancel_dump_traceback_later()
 
     def _arm(self) -> None:
         """End the process if this is not called again in time."""
