@@ -92,7 +92,9 @@ def test_single_jobs_of_one_fetch_begin_although_a_suspect_comes_in_between() ->
     gate, other = Interrupted(), Bystander()
     singles = Singles(other, other, gate, other, budget=1)  # type: ignore[arg-type]
     batch: Any = [(other, JobMessage(name, "")) for name in ("a", "b", "c")]
-    assert joined(started(lambda: singles.start(batch))), "the second job waits for the suspect, which waits for the first"
+    assert joined(started(lambda: singles.start(batch))), (
+        "the second job waits for the suspect, which waits for the first"
+    )
     assert gate.suspect is not None
     assert joined(gate.suspect)
     assert gate.was_alone.is_set()
