@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 
 from pipefleet.broker import DeadLetter
 from pipefleet_workers.delivery.leases import Acked, Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
-from pipefleet_workers.delivery.scripts import ACK, BURY, GIVE_BACK, RENEW, REPORTED, SWEEP
+from pipefleet_workers.delivery.scripts import ACK, BURY, GATHER, GIVE_BACK, RENEW, REPORTED, SWEEP
 
 log = logging.getLogger(__name__)
 _CHUNK = 500
@@ -68,6 +68,8 @@ class Ledger:
         self._pending: deque[tuple[Lease, Settlement]] = deque()
         self._unwritten = 0
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lists: set[str] = set()
+        self._gathers = False
         self._lock = threading.RLock()
         self._written = threading.Condition(self._lock)
         self._wake = threading.Event()
@@ -100,16 +102,22 @@ class Ledger:
         """A number above all before it."""
         return next(self._order)
 
-    def attach(self, user: User) -> None:
-        """Keep the thread running for `user`, and tell it when a lease ends. Users are held weakly."""
+    def attach(self, user: User, lists: Iterable[str]) -> None:
+        """Keep the thread running for `user`, who takes from `lists`, and tell it when a lease ends. Users are held weakly."""
         with self._lock:
             self._users.add(user)
+            self._lists.update(lists)
             self._start()
 
     def detach(self, user: User) -> None:
         """The user takes no more messages."""
         with self._lock:
             self._users.discard(user)
+        self._wake.set()
+
+    def gather_soon(self) -> None:
+        """Let what woke this process, and was not fetched, wake others, also when no user is left. Returns at once."""
+        self._gathers = True
         self._wake.set()
 
     def add(self, leases: Iterable[Lease]) -> None:
@@ -198,7 +206,7 @@ class Ledger:
         with self._lock:
             if not len(self._users):
                 self._forget_unheld()
-            if len(self._users) or self._held or self._unwritten:
+            if len(self._users) or self._held or self._unwritten or self._gathers:
                 return False
             self._thread = None
             self._redis.connection_pool.disconnect()
@@ -212,6 +220,9 @@ class Ledger:
                 max(0.0, min(self._terms.ack_seconds, self._wrote_at + self._terms.ack_seconds - time.monotonic()))
             )
             self._write()
+        if self._gathers:
+            self._gathers = False
+            self._gather()
         if time.monotonic() >= self._renew_at:
             self._renew()
         if time.monotonic() >= self._sweep_at:
@@ -300,8 +311,16 @@ class Ledger:
             found = self._call(SWEEP, int(terms.lease_seconds * 1e6), 100, terms.separator, terms.prefix, *steps)
             if found:
                 log.info("%d messages of %s are back in their queue", found, self._keys[0])
+        self._gather()
         self._report()
         self._sweep_at = max(self._sweep_at, time.monotonic() + terms.sweep_seconds)
+
+    def _gather(self) -> None:
+        """What woke a worker that died or is slow wakes another one."""
+        with self._lock:
+            lists = sorted(self._lists)
+        if lists:
+            self._call(GATHER, *lists)
 
     def _report(self) -> None:
         """Tell of dead letters at least once, whichever worker's they were, then file them."""
