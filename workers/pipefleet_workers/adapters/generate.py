@@ -71,8 +71,7 @@ class TextGenerator(Adapter):
         plan, prompt = _request(units[0]).plan, self.prompt_length(inputs)
         rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
         ended = _Ended(plan)
-        look = None if plan.beams > 1 else lambda tokens: self._release_ended(tokens, ended, stops, units)
-        stops = RowStops(rows, prompt, self.tick, look=look)
+        stops = RowStops(rows, prompt, self.tick, look=lambda tokens: self._release_ended(tokens, ended, stops, units))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
         if plan.sampling is not None:
             sampler = RowSampler(rows, prompt, first=self._planner.first, last=self._planner.last)
@@ -84,12 +83,11 @@ class TextGenerator(Adapter):
         return _outputs(sequences[:, prompt:].tolist(), stops, units)
 
     def _release_ended(self, tokens: torch.Tensor, ended: _Ended, stops: RowStops, units: Sequence[Unit]) -> None:
-        """Hand on the sequences of units that have all come to their ends, while others of the batch are still written.
-
-        Not with beams: which one is the best is known at the end.
-        """
-        plan, ends = _request(units[0]).plan, stops.ends()
-        have_ended = ended.look(tokens)
+        """Hand on the sequences of units that have all come to their ends, while others of the batch are still written."""
+        plan = _request(units[0]).plan
+        if plan.beams > 1:
+            return  # which beam is the best is known at the end
+        ends, have_ended = stops.ends(), ended.look(tokens)
         for index, unit in enumerate(units):
             own = range(index * plan.copies, (index + 1) * plan.copies)
             if unit.released or index * plan.copies in stops.stopped:

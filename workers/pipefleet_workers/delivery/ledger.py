@@ -69,7 +69,7 @@ class Ledger:
         self._unwritten = 0
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lists: set[str] = set()
-        self._gathers = False
+        self._gathers = self._reporting = False
         self._lock = threading.RLock()
         self._written = threading.Condition(self._lock)
         self._wake = threading.Event()
@@ -167,12 +167,12 @@ class Ledger:
         self._wake.set()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until every settlement is written; False when that took longer than `seconds`."""
+        """Wait until every settlement is written and told of; False when that took longer than `seconds`."""
         if os.getpid() != self._pid:
             return True  # a forked child: the thread and its work stayed with the parent
         self._wake.set()
         with self._written:
-            return self._written.wait_for(lambda: not self._unwritten, seconds)
+            return self._written.wait_for(lambda: not (self._unwritten or self._reporting), seconds)
 
     def _start(self) -> None:
         if self._thread is None:
@@ -206,7 +206,7 @@ class Ledger:
         with self._lock:
             if not len(self._users):
                 self._forget_unheld()
-            if len(self._users) or self._held or self._unwritten or self._gathers:
+            if len(self._users) or self._held or self._unwritten or self._gathers or self._reporting:
                 return False
             self._thread = None
             self._redis.connection_pool.disconnect()
@@ -323,11 +323,27 @@ class Ledger:
             self._call(GATHER, *lists)
 
     def _report(self) -> None:
-        """Tell of dead letters at least once, whichever worker's they were, then file them."""
-        entries = self._redis.lrange(self._keys[7], -100, -1)
-        done = [entry for entry in reversed(entries) if _guarded(self._terms.on_dead, DeadLetter.parse(entry))]
-        if done:
-            self._call(REPORTED, *done)
+        """Tell of dead letters at least once, whichever worker's they were, then file them.
+
+        In a thread of its own: telling waits for services, and leases must be renewed meanwhile.
+        """
+        entries = [] if self._reporting else self._redis.lrange(self._keys[7], -100, -1)
+        if entries:
+            self._reporting = True
+            threading.Thread(target=self._tell, args=(entries[::-1],), name="lease-reports", daemon=True).start()
+
+    def _tell(self, entries: Sequence[bytes]) -> None:
+        try:
+            done = [entry for entry in entries if _guarded(self._terms.on_dead, DeadLetter.parse(entry))]
+            if done:
+                self._call(REPORTED, *done)
+        except RedisError as error:
+            log.warning("dead letters of %s are told of again: %s", self._keys[0], type(error).__name__)
+        finally:
+            with self._written:
+                self._reporting = False
+                self._written.notify_all()
+            self._wake.set()
 
 
 def _calls(batch: Sequence[tuple[Lease, Settlement]]) -> list[tuple[str, list[Any]]]:

@@ -13,8 +13,8 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
     fetch_max        128    most messages in one fetch
     low_prefetch     None   most messages of the lowest priority held at a time; the others are bounded by the prefetch count
     wait_seconds     5      how long one wait on an idle list lasts
-    on_dead          None   called with each DeadLetter, at least once, by the ledger's thread of any worker of the
-                            queue: it returns quickly, and raises where it is to be called again
+    on_dead          None   called with each DeadLetter, at least once, by one thread of any worker of the queue; it
+                            raises where it is to be called again
     on_lost          None   called with each Lease that was lost, by the ledger's thread
     deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.broker.unacked_keys`
 """
