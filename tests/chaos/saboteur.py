@@ -2,7 +2,8 @@
 
 A file `kill-<point>` in the folder CHAOS_FOLDER is taken away by the first worker that passes the point, which then kills itself
 with SIGKILL, so that each such file kills one worker. Texts are orders as well: with KILL their forward kills the process, with
-HANG it never returns, with SLOW:n it takes n seconds; with LOOP it is never decoded. Every text that is forwarded is noted in the folder's file `ran`.
+HANG it never returns, with SLOW:n it takes n seconds; with LOOP they are never decoded. Every text that is forwarded is noted in
+the folder's file `ran`.
 """
 
 from __future__ import annotations
