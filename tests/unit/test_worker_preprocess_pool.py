@@ -212,19 +212,20 @@ class _Endless:
             time.sleep(1)
 
 
-def test_an_item_that_is_never_decoded_fails_alone_and_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    pool = PreprocessPool.of(PICTURES, Adapter(load(PICTURES)), WorkerSettings(preprocess_processes=1, stage_timeout=3))
-    pool.start()
+def test_an_item_that_is_never_decoded_fails_alone_and_by_name(
+    texts: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = texts[1]
+    monkeypatch.setattr(pool._children[0], "_seconds", 5.0)
     (before,) = children(pool)
-    items = fetched(*(Call(image(40 + index, 30, index)) for index in range(3)))
+    items = fetched(Call("a text"), Call("never"), Call("another"))
     items[1] = replace(items[1], inputs=_Endless())
     prepared = pool.prepare(items)
     assert [one.failure.code if isinstance(one, ItemError) else "" for one in prepared] == ["", "internal_error", ""]
     assert [units[0].assembly.work.position for units in prepared if not isinstance(units, ItemError)] == [0, 2]
-    assert "item 1 of job job: its process had not ended it within 3 s" in caplog.text
+    assert "item 1 of job job: its process had not ended it within 5 s" in caplog.text
     assert children(pool) != [before]
-    pool.stop()
-    assert not Path(f"/proc/{before}").exists()
+    assert not _runs(before)
     assert leftovers() == []
 
 
