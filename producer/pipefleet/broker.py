@@ -18,6 +18,8 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     owners:<queue>          hash    who holds each: host, process, fetch, and since when
     delayed:<queue>         zset    those that no worker holds and that go back to their list when they are due
     dead:<queue>            list    dead letters, newest first; `dead_unreported:<queue>` those nobody was told of yet
+
+Beside each list of a queue lies `<list>:arriving`: messages that woke an idle worker, for the moment until it fetches them.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 PRIORITY_STEPS = (0, 3, 6, 9)
 PRIORITY_SEPARATOR = "\x06\x16"
+ARRIVING = ":arriving"
 KEY = "pipefleet:"
 CANCELLED_CHANNEL = f"{KEY}cancelled"
 POOLS_KEY = f"{KEY}pools"
@@ -80,6 +83,11 @@ def idempotency_key(key: str) -> str:
 def queue_lists(queue: str) -> list[str]:
     """The Redis lists behind a queue, highest priority first."""
     return [queue if step == 0 else f"{queue}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
+
+
+def arriving_lists(queue: str) -> list[str]:
+    """For each of `queue_lists` the list of those of its messages that woke a worker, which has not fetched them yet."""
+    return [name + ARRIVING for name in queue_lists(queue)]
 
 
 def queue_list(queue: str, priority: Priority) -> str:
@@ -261,7 +269,7 @@ def push(pipe: Any, job: JobMessage, queue: str, priority: Priority) -> None:
 
 def queued_ids(redis: Redis, queue: str) -> Iterator[str]:
     """Ids of the jobs that wait in a queue, are with a worker or are delayed, in no order; reads a thousand at a time."""
-    for name in queue_lists(queue):
+    for name in (*queue_lists(queue), *arriving_lists(queue)):
         start = 0
         while batch := _all(redis.lrange(name, start, start + 999)):
             yield from _ids(batch)
@@ -288,12 +296,13 @@ def depth(redis: Redis, queue: str) -> Mapping[str, int]:
     """How many messages of a queue wait, by priority, are with workers (`unacked`), and wait to be tried again (`delayed`)."""
     keys = unacked_keys(queue)
     pipe = redis.pipeline(transaction=False)
-    for name in queue_lists(queue):
+    for name in (*queue_lists(queue), *arriving_lists(queue)):
         pipe.llen(name)
     pipe.hlen(keys["unacked_key"])
     pipe.zcard(keys["delayed_key"])
     *lengths, unacked, delayed = pipe.execute()
-    high, normal, middle, low = lengths
+    steps = len(PRIORITY_STEPS)
+    high, normal, middle, low = map(sum, zip(lengths[:steps], lengths[steps:], strict=True))
     waiting = {"high": high, "normal": normal + middle, "low": low}
     return {**waiting, "unacked": max(0, unacked - delayed), "delayed": delayed}
 

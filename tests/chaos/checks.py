@@ -56,7 +56,8 @@ def leftovers(world: World, *, dead: int = 0) -> list[str]:
     """What is in Redis and should not be once everything has ended; `dead` is how many dead letters there should be."""
     redis, keys = world.redis, broker.unacked_keys(QUEUE)
     left = [f"{name} has entries" for name in LEDGER if redis.exists(keys[f"{name}_key"])]
-    left += [f"{redis.llen(name)} messages wait" for name in broker.queue_lists(QUEUE) if redis.llen(name)]
+    lists = (*broker.queue_lists(QUEUE), *broker.arriving_lists(QUEUE))
+    left += [f"{redis.llen(name)} messages wait in {name!r}" for name in lists if redis.llen(name)]
     left += [f"a journal {key!r}" for key in redis.scan_iter("pipefleet:*suspects*")]
     for key in redis.scan_iter("pipefleet:job:*"):
         value: Any = redis.hget(key, "state")

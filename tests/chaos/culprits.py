@@ -69,6 +69,14 @@ def hanging_item(world: World, scale: Scale) -> Finding:
     return finding
 
 
+@scenario("hanging-decode")
+def hanging_decode(world: World, scale: Scale) -> Finding:
+    """An item that is never decoded: the watchdog ends the process with code 72 each time."""
+    finding = shard_with(world, {60: "LOOP"}, stage_timeout=2)
+    assert "72" in finding.note, finding.note
+    return finding
+
+
 @scenario("poison-job")
 def poison_job(world: World, scale: Scale) -> Finding:
     """Single jobs that kill their worker, among many that do not, on one worker that holds them all."""

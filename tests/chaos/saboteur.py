@@ -2,8 +2,8 @@
 
 A file `kill-<point>` in the folder CHAOS_FOLDER is taken away by the first worker that passes the point, which then kills itself
 with SIGKILL, so that each such file kills one worker. Texts are orders as well: with KILL their forward kills the process, with
-HANG it never returns, with SLOW:n it takes n seconds; with LARGE:n their result holds n megabytes. Every text that is forwarded
-is noted in the folder's file `ran`.
+HANG it never returns, with SLOW:n it takes n seconds; with LOOP they are never decoded; with LARGE:n their result holds n
+megabytes. Every text that is forwarded is noted in the folder's file `ran`.
 """
 
 from __future__ import annotations
@@ -93,6 +93,18 @@ def note(texts: Sequence[str]) -> None:
             file.write("".join(f"{text}\n" for text in texts if text))  # warm-up has none
 
 
+def never_decode_loops() -> None:
+    """Texts with LOOP are never decoded."""
+    decode = Decoder.decode
+
+    def looping(self: Decoder, fetched: Any) -> Any:
+        while "LOOP" in str(fetched.work.item.inputs):
+            time.sleep(1)
+        return decode(self, fetched)
+
+    Decoder.decode = looping  # type: ignore[method-assign]
+
+
 def around(owner: type, name: str, *, before: str | None = None, after: str | None = None) -> None:
     """Put points before and after a method."""
     method: Callable[..., Any] = getattr(owner, name)
@@ -114,6 +126,7 @@ def sabotage() -> None:
     build.RUNTIME = {**RUNTIME, TASK: row}  # type: ignore[attr-defined]
     around(Shards, "run", before="consume")
     around(Fetcher, "fetch", before="fetch")
+    never_decode_loops()
     around(Decoder, "decode", before="decode")
     around(ResultWriter, "write", before="store")
     around(PartWriter, "write", before="before-write", after="after-write")

@@ -430,6 +430,29 @@ def test_a_dead_letter_is_reported_again_until_somebody_could_take_note(
     assert broker.dead_letters(redis, QUEUE) == []
 
 
+def test_leases_are_renewed_while_somebody_is_told_of_a_dead_letter_at_length(
+    redis: Redis, taker: Callable[..., Taker]
+) -> None:
+    told, go = threading.Event(), threading.Event()
+
+    def note(letter: broker.DeadLetter) -> None:
+        told.set()
+        assert go.wait(60.0)
+
+    redis.lpush(list_name(3), "not a message")
+    push(redis, "a")
+    worker = taker(on_dead=note)
+    (lease,) = worker.leases(1)
+    until(told.is_set)
+    until(lambda: broker.leased_messages(redis, QUEUE)[0].seconds > 2.0)  # two leases
+    assert (lease.lost, broker.leased_messages(redis, QUEUE)[0].deliveries) == (False, 1)
+    assert broker.leased_messages(redis, QUEUE)[0].renewed_seconds < 1.0
+    lease.ack()
+    until(lambda: depth(redis)["unacked"] == 0)
+    go.set()
+    until(lambda: redis.llen(KEYS["dead_key"]) == 1)
+
+
 def test_the_consumer_may_bury_a_message_and_a_refused_one_is_kept(redis: Redis, taker: Callable[..., Taker]) -> None:
     push(redis, "a", "b")
     worker = taker()

@@ -9,7 +9,7 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
+from pipefleet_workers.exits import end_process
 from pipefleet_workers.items import Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
@@ -119,13 +120,14 @@ class Running:
         task: str,
         limits: BatchLimits,
         settings: WorkerSettings,
+        instruments: Instruments,
         results: ResultWriter | None = None,
     ) -> None:
         self.adapter = adapter
         row, spec = RUNTIME[task], task_spec(task)
         decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
         stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter, results=results)
-        self.engine = Engine(stages, limits, settings, Instruments(Metrics("test")), slice_items=row.sizing.slice_items)
+        self.engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items)
 
     def submit(self, calls: Sequence[Call], *, bulk: bool = False, **context: Any) -> tuple[JobContext, Outcomes]:
         """Admit one job with an item for each call; `context` overrides fields of its JobContext."""
@@ -187,11 +189,13 @@ def running(
     limits: BatchLimits | None = None,
     settings: WorkerSettings | None = None,
     results: ResultWriter | None = None,
+    on_fatal: Callable[[int, str], None] = end_process,
 ) -> Iterator[Running]:
     """A started engine, stopped at the end."""
     # Rows have a cost for real models; here a batch may hold whatever is exact.
     chosen = limits or BatchLimits(max_cost=1 << 40, max_items=64, max_age=SECONDS)
-    one = Running(adapter, task, chosen, settings or WorkerSettings(), results)
+    instruments = Instruments(Metrics("test"), on_fatal=on_fatal)
+    one = Running(adapter, task, chosen, settings or WorkerSettings(), instruments, results)
     one.engine.start()
     try:
         yield one

@@ -328,3 +328,69 @@ def test_a_list_that_begins_with_a_message_is_one_input(inputs: Any, submitted: 
     result = pipe(inputs)
     assert client.submitted == submitted
     assert result == (submitted[0] if inputs and (isinstance(inputs, str) or inputs[0] is CHAT[0]) else submitted)
+
+
+class Converted(torch.Tensor):
+    """Counts the numbers that become Python's."""
+
+    numbers = 0
+
+    def tolist(self) -> Any:
+        Converted.numbers += self.numel()
+        return super().tolist()
+
+
+def written(
+    adapter: TextGenerator, units: list[Unit], new: list[list[int]]
+) -> tuple[list[Any], list[tuple[int, int, Any]]]:
+    """The outputs of a batch whose rows write `new`, and what was handed on before its end: step, unit, sequences."""
+    early: list[tuple[int, int, Any]] = []
+    step = 0
+
+    def generate(inputs: dict[str, torch.Tensor], stopping_criteria: Any, **_: Any) -> torch.Tensor:
+        nonlocal step
+        whole = torch.cat([inputs["input_ids"], torch.tensor(new)], dim=1).as_subclass(Converted)  # type: ignore[type-var]
+        for step in range(1, len(new[0]) + 1):
+            stopping_criteria[0](whole[:, : inputs["input_ids"].shape[1] + step], None)
+        return whole
+
+    def release(one: Unit, output: Any) -> None:
+        one.released = True
+        early.append((step, units.index(one), output))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "_generate", generate)
+        patch.setattr(adapter, "release", release)
+        return adapter.run(adapter.collate(units), units), early
+
+
+def test_looking_for_rows_that_have_ended_reads_each_token_once(adapter: TextGenerator) -> None:
+    rows, steps = 8, 512
+    units = [unit(adapter, "Yes", max_new_tokens=steps) for _ in range(rows)]
+    Converted.numbers = 0
+    outputs, early = written(adapter, units, [[7] * steps for _ in range(rows)])
+    assert [len(one) for (one,) in outputs] == [steps] * rows
+    assert [(at, index) for at, index, _ in early] == [(steps, index) for index in range(rows)]
+    assert Converted.numbers < 4 * rows * steps, "it grows with the square of the steps"
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_what_is_handed_on_early_is_what_is_handed_on_at_the_end(adapter: TextGenerator, copies: int) -> None:
+    """Rows that end by their own bound, by a token that ends them, in either order, or not at all."""
+    source, steps = torch.Generator().manual_seed(copies), 64
+    (end,) = unit(adapter, "Yes").assembly.context.plan.ends
+    bounds = [5, 40, 64, 64, 17, 64]
+    units = [unit(adapter, "Yes", max_new_tokens=bound, num_return_sequences=copies) for bound in bounds]
+    new = torch.randint(10, 50, (len(units) * copies, steps), generator=source)
+    ends = torch.randint(0, 2 * steps, (len(new),), generator=source).tolist()
+    for row, at in enumerate(ends):
+        new[row, at:] = end
+    outputs, early = written(adapter, units, new.tolist())
+    assert early
+    for at, index, output in early:
+        assert output == outputs[index]
+        own = range(index * copies, (index + 1) * copies)
+        length = max(min(bounds[index], ends[row] + 1) for row in own)
+        assert at == -(-length // 8) * 8, "at the first look after its last row has ended"
+    late = {index for index in range(len(units))} - {index for _, index, _ in early}
+    assert not [index for index in late if bounds[index] <= steps - 8]

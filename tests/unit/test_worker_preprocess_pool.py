@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -195,3 +199,75 @@ def test_a_process_that_cannot_start_ends_the_start(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match="cannot start"):
         pool.start()
     assert not any(Path(f"/proc/{pid}").exists() for pid in children(pool))
+
+
+class _Endless:
+    """Is never decoded: asked for what it is, it says nothing for ever."""
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        if multiprocessing.parent_process() is None:
+            return _Endless
+        while True:
+            time.sleep(1)
+
+
+def test_an_item_that_is_never_decoded_fails_alone_and_by_name(
+    texts: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = texts[1]
+    monkeypatch.setattr(pool._children[0], "_seconds", 5.0)
+    (before,) = children(pool)
+    items = fetched(Call("a text"), Call("never"), Call("another"))
+    items[1] = replace(items[1], inputs=_Endless())
+    prepared = pool.prepare(items)
+    assert [one.failure.code if isinstance(one, ItemError) else "" for one in prepared] == ["", "internal_error", ""]
+    assert [units[0].assembly.work.position for units in prepared if not isinstance(units, ItemError)] == [0, 2]
+    assert "item 1 of job job: its process had not ended it within 5 s" in caplog.text
+    assert children(pool) != [before]
+    assert not _runs(before)
+    assert leftovers() == []
+
+
+def test_a_process_that_is_at_work_ends_with_its_parent() -> None:
+    """The child is told to do what never ends; its parent, the script, is killed."""
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, cwd=Path.cwd()) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 30.0
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+PARENT = """
+import threading
+from tests.checkpoints.media import image
+from tests.unit.test_worker_preprocess_pool import Call, PICTURES, _Endless, Adapter, children, fetched, load, pool_of, replace
+
+def main():
+    pool = pool_of(PICTURES, Adapter(load(PICTURES)))
+    pool.start()
+    (item,) = fetched(Call(image(40, 30, 1)))
+    child = pool._children[0]
+    says = child._says_something
+
+    def said(pipe):
+        found = says(pipe)
+        print(child._process.pid, flush=True)
+        return found
+
+    child._says_something = said
+    pool.prepare([replace(item, inputs=_Endless())])
+
+if __name__ == "__main__":
+    main()
+"""

@@ -24,6 +24,7 @@ from pipefleet_workers.items import Assembly, Batch, Decoded, JobContext, Unit, 
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.stages.forward import Forward
 from pipefleet_workers.transfer import Staged, Transfer, map_tensors
+from pipefleet_workers.watchdog import Watchdog
 from tests.parity.harness import SECONDS, assert_same, load
 
 Pair = namedtuple("Pair", "left right")
@@ -95,7 +96,9 @@ def through_a_device(adapter: TextClassifier, link: FakeLink, texts: Sequence[st
             complete.set()
 
     forward = Forward(adapter, room.limit_cost, Transfer(link))
-    device = Device(forward, room, Instruments(Metrics("test")), note, timeout=SECONDS, collate_ahead=True)
+    instruments = Instruments(Metrics("test"))
+    watchdog = Watchdog(instruments.on_fatal)
+    device = Device(forward, room, instruments, note, watchdog=watchdog, timeout=SECONDS, collate_ahead=True)
     room.put(units_of(adapter, texts))
     room.close()
     device.start()

@@ -2,21 +2,151 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
-import time
+from collections.abc import Callable
 
 import pytest
 
+from pipefleet.contract import JobItem
 from pipefleet.errors import UsageError
-from pipefleet_workers.exits import HUNG_FORWARD
+from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.exits import HUNG_FORWARD, HUNG_STAGE
+from pipefleet_workers.items import JobContext, Work
 from pipefleet_workers.service_fit import ServiceFit
 from pipefleet_workers.simulated import ServiceTime
-from pipefleet_workers.watchdog import Watchdog
+from pipefleet_workers.watchdog import LOOKS, Watchdog, listen, waiting, working_on
 
 DEADLINE = 30.0
+SECONDS = 100.0
 
 
-def test_a_call_that_does_not_return_is_reported_once() -> None:
+class Looking:
+    """A watchdog whose clock goes by hand; `said` is what it ended the process with."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.said: list[tuple[int, str]] = []
+        self.dog = Watchdog(lambda code, reason: self.said.append((code, reason)), clock=lambda: self.now)
+
+    def passes(self, seconds: float) -> bool:
+        """Look as often as the thread would; whether all was well."""
+        step = SECONDS / LOOKS
+        for _ in range(round(seconds / step)):
+            self.now += step
+            if not self.dog.look():
+                return False
+        return True
+
+
+def work(name: str) -> Work:
+    return Work(JobContext("job", None, {}, 3, None, Outcomes(())), 0, JobItem(name, ""), {}, 1)
+
+
+def in_a_thread(call: Callable[[], None]) -> None:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(DEADLINE)
+    assert not thread.is_alive()
+
+
+def test_an_item_that_does_not_end_is_named_with_its_stage_and_job() -> None:
+    looking = Looking()
+    slot = looking.dog.slot("cpu", SECONDS)
+    slot.begin(work("a"))
+    assert not looking.passes(2 * SECONDS)
+    assert looking.said == [(HUNG_STAGE, "stage cpu has not ended item a of job job within 100 s")]
+    assert looking.now <= SECONDS + 2 * SECONDS / LOOKS
+
+
+def test_a_batch_names_its_first_item_and_says_that_there_are_others() -> None:
+    looking = Looking()
+    looking.dog.slot("forward", SECONDS, HUNG_FORWARD).begin(work("a"), 3)
+    assert not looking.passes(2 * SECONDS)
+    assert looking.said == [
+        (HUNG_FORWARD, "stage forward has not ended item a of job job, or one of the 3 with it, within 100 s")
+    ]
+
+
+def test_a_slice_of_many_items_does_not_add_up() -> None:
+    looking = Looking()
+    slot = looking.dog.slot("cpu", SECONDS)
+    for index in range(20):
+        slot.begin(work(str(index)))
+        assert looking.passes(0.9 * SECONDS)
+    assert not looking.passes(SECONDS)
+    assert "item 19 of" in looking.said[0][1]
+
+
+def test_signs_of_life_from_inside_the_work_keep_it_alive() -> None:
+    looking = Looking()
+    slot = looking.dog.slot("forward", SECONDS)
+    slot.begin(work("a"))
+    for _ in range(20):
+        slot.tick()
+        assert looking.passes(0.9 * SECONDS)
+    assert not looking.passes(SECONDS)
+
+
+def test_who_rests_or_waits_is_not_hung_and_a_wait_starts_the_time_anew() -> None:
+    looking = Looking()
+    slot = looking.dog.slot("cpu", SECONDS)
+    slot.tick()
+    assert looking.passes(5 * SECONDS), "nothing was begun"
+    slot.begin(work("a"))
+    assert looking.passes(0.9 * SECONDS)
+    with slot.waiting():
+        assert looking.passes(5 * SECONDS)
+    assert looking.passes(0.9 * SECONDS)
+    slot.rest()
+    assert looking.passes(5 * SECONDS)
+    with slot.waiting():
+        pass
+    assert looking.passes(5 * SECONDS), "waiting began nothing"
+
+
+def test_one_watchdog_looks_at_every_slot_and_each_has_its_own_time() -> None:
+    looking = Looking()
+    slow, quick = looking.dog.slot("forward", 10 * SECONDS, HUNG_FORWARD), looking.dog.slot("cpu", SECONDS)
+    slow.begin(work("a"))
+    assert looking.passes(5 * SECONDS)
+    quick.begin(work("b"))
+    assert not looking.passes(2 * SECONDS)
+    assert [code for code, _ in looking.said] == [HUNG_STAGE]
+
+
+def test_a_process_that_was_stopped_and_goes_on_is_not_hung() -> None:
+    looking = Looking()
+    looking.dog.slot("cpu", SECONDS).begin(work("a"))
+    assert looking.passes(0.5 * SECONDS)
+    looking.now += 50 * SECONDS
+    assert looking.dog.look()
+    assert not looking.passes(SECONDS)
+
+
+def test_a_thread_says_what_it_works_on_to_whoever_listens_to_it() -> None:
+    looking = Looking()
+    slot = looking.dog.slot("cpu", SECONDS)
+
+    def run() -> None:
+        working_on(work("nobody listens"))
+        with waiting():
+            assert slot.begun is None
+        listen(slot)
+        working_on(work("a"), 2)
+        assert slot.begun is not None
+        with waiting():
+            assert slot.begun is None
+        assert slot.begun is not None
+
+    in_a_thread(run)
+    assert slot.begun is not None
+    assert (slot.begun.work and slot.begun.work.item.id, slot.begun.others) == ("a", 2)
+
+
+def test_its_thread_reports_once() -> None:
     hung = threading.Event()
     codes: list[int] = []
 
@@ -24,25 +154,29 @@ def test_a_call_that_does_not_return_is_reported_once() -> None:
         codes.append(code)
         hung.set()
 
-    watchdog = Watchdog(0.2, on_hang)
+    watchdog = Watchdog(on_hang)
+    watchdog.slot("forward", 0.2, HUNG_FORWARD).begin(None)
     watchdog.start()
-    with watchdog:
-        assert hung.wait(DEADLINE)
+    assert hung.wait(DEADLINE)
+    watchdog.stop()
     assert codes == [HUNG_FORWARD]
 
 
-def test_ticks_keep_a_long_call_alive_and_idle_time_does_not_count() -> None:
-    hung = threading.Event()
-    watchdog = Watchdog(1.0, lambda code, reason: hung.set())
-    watchdog.start()
-    assert not hung.wait(1.3), "nothing was called"
-    with watchdog:
-        until = time.monotonic() + 2.0
-        while time.monotonic() < until and not hung.is_set():
-            watchdog.tick()
-            hung.wait(0.05)
-    watchdog.stop()
-    assert not hung.is_set()
+LOCKED = """
+import re
+from pipefleet_workers import watchdog
+watchdog.LOCKED_SECONDS = 1.0
+dog = watchdog.Watchdog(lambda code, reason: None)
+dog.slot("cpu", 0.4).begin(None)
+dog.start()
+re.match("(a+)+$", "a" * 40 + "b")
+"""
+
+
+def test_code_that_never_lets_go_of_pythons_lock_ends_the_process_and_shows_where() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOCKED], stderr=subprocess.PIPE, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert re.search(rb'Timeout.*"<string>", line 8', ended.stderr, re.DOTALL), ended.stderr
 
 
 def test_the_fit_finds_base_and_slope() -> None:
@@ -83,3 +217,19 @@ def test_one_cost_only_still_gives_a_rate_and_never_a_negative_part() -> None:
 def test_a_simulated_device_needs_two_numbers(text: str) -> None:
     with pytest.raises(UsageError):
         ServiceTime.parse(text)
+
+
+BLOCKED = """
+import logging, threading
+from pipefleet_workers import exits
+exits.LAST_WORDS_SECONDS = 0.2
+class Blocked(logging.Handler):
+    def emit(self, record):
+        threading.Event().wait()
+logging.getLogger().addHandler(Blocked())
+exits.end_process(72, "hung")
+"""
+
+
+def test_a_process_that_cannot_say_why_it_ends_still_ends() -> None:
+    assert subprocess.run([sys.executable, "-c", BLOCKED], timeout=60, check=False).returncode == HUNG_STAGE

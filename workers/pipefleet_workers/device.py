@@ -15,7 +15,7 @@ from typing import Any
 
 from pipefleet.records import JobFailure
 from pipefleet_workers.batch_queue import BatchQueue
-from pipefleet_workers.exits import BROKEN_DEVICE, end_process
+from pipefleet_workers.exits import BROKEN_DEVICE, HUNG_FORWARD, end_process
 from pipefleet_workers.items import Assembly, Batch, Unit
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.scaling.ledger import WorkCount
@@ -23,7 +23,7 @@ from pipefleet_workers.service_fit import ServiceFit
 from pipefleet_workers.stages.forward import Forward
 from pipefleet_workers.tracing import Tracer
 from pipefleet_workers.transfer import Staged
-from pipefleet_workers.watchdog import Watchdog
+from pipefleet_workers.watchdog import Watchdog, listen
 
 STAGE = "forward"
 
@@ -49,29 +49,32 @@ class Device:
         instruments: Instruments,
         on_complete: Callable[[Sequence[Assembly]], None],
         *,
+        watchdog: Watchdog,
         timeout: float,
         collate_ahead: bool,
     ) -> None:
+        """A forward, and the collating before it, may take `timeout` seconds each; `watchdog` is the caller's to start."""
         self._forward = forward
         self._room = room
         self._instruments = instruments
         self._on_complete = on_complete
-        self._watchdog = Watchdog(timeout, instruments.on_fatal)
+        self._forwarding = watchdog.slot(STAGE, timeout, HUNG_FORWARD)
+        self._collecting = threading.Lock()
         self._ahead: queue.Queue[tuple[Batch, Staged | None] | None] | None = queue.Queue(1) if collate_ahead else None
         self._threads = [threading.Thread(target=self._guarded, args=(self._run_batches,), name="device", daemon=True)]
         if collate_ahead:
+            self._collating = watchdog.slot("collate", timeout)
             collate = threading.Thread(target=self._guarded, args=(self._collate_ahead,), name="collate", daemon=True)
             self._threads.append(collate)
 
     def start(self) -> None:
-        """Start the threads, and the watchdog over them."""
-        self._watchdog.start()
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def tick(self) -> None:
         """A sign of life from inside a forward, for the watchdog."""
-        self._watchdog.tick()
+        self._forwarding.tick()
 
     def release(self, unit: Unit, output: Any) -> None:
         """Hand on the output of a unit while its batch still runs. From inside the forward, at most once a unit."""
@@ -82,7 +85,6 @@ class Device:
         """Wait until the room is closed and everything in it has run."""
         for thread in self._threads:
             thread.join()
-        self._watchdog.stop()
 
     def _guarded(self, loop: Callable[[], None]) -> None:
         """Without this thread the worker would hold its jobs for ever, so its end is the process's."""
@@ -93,11 +95,14 @@ class Device:
             raise
 
     def _run_batches(self) -> None:
+        listen(self._forwarding)
         while (taken := self._next()) is not None:
             batch, staged = taken
             begin = time.perf_counter()
-            with self._watchdog, self._instruments.tracer.span(STAGE, len(batch.units)):
+            self._forwarding.begin(batch.units[0].assembly.work, len(batch.units) - 1)
+            with self._instruments.tracer.span(STAGE, len(batch.units)):
                 outputs = self._forward.run(batch, staged)
+            self._forwarding.rest()
             self._note(batch, time.perf_counter() - begin)
             self._hand_on([(unit, output) for unit, output in outputs if not unit.released])
             del taken, batch, staged, outputs  # or they stay in memory until the next batch has run
@@ -110,9 +115,12 @@ class Device:
 
     def _collate_ahead(self) -> None:
         assert self._ahead is not None
+        listen(self._collating)
         while (batch := self._live_batch()) is not None:
+            self._collating.begin(batch.units[0].assembly.work, len(batch.units) - 1)
             with self._instruments.tracer.span("collate", len(batch.units)):
                 staged = self._forward.collate(batch)
+            self._collating.rest()
             self._ahead.put((batch, staged))
         self._ahead.put(None)
 
@@ -132,7 +140,8 @@ class Device:
         return failure is not None
 
     def _hand_on(self, outputs: Sequence[tuple[Unit, Any | JobFailure]]) -> None:
-        complete = [unit.assembly for unit, output in outputs if unit.assembly.collect(unit.index, output)]
+        with self._collecting:  # an item's units may end in the device's thread and be dropped in the collating one
+            complete = [unit.assembly for unit, output in outputs if unit.assembly.collect(unit.index, output)]
         if complete:
             self._on_complete(complete)
 

@@ -35,6 +35,7 @@ from pipefleet_workers.stages.fetch import Fetcher
 from pipefleet_workers.stages.forward import Forward
 from pipefleet_workers.stages.write import ResultWriter
 from pipefleet_workers.transfer import Transfer
+from pipefleet_workers.watchdog import Slot, Watchdog, listen, waiting, working_on
 
 log = logging.getLogger(__name__)
 _In = TypeVar("_In", Work, Fetched, Decoded, Finished)
@@ -73,12 +74,15 @@ class Engine:
         self._budget = Budget(settings.in_flight_items, settings.in_flight_bytes)
         self.room = BatchQueue(MicroBatcher(limits), settings.window_units)
         device = stages.adapter.pipe.device
+        self._watchdog = Watchdog(instruments.on_fatal)
+        self._stage_timeout = settings.stage_timeout
         forward = Forward(stages.adapter, self.room.limit_cost, Transfer.to(device))
         self._device = Device(
             forward,
             self.room,
             instruments,
             self._complete,
+            watchdog=self._watchdog,
             timeout=settings.forward_timeout,
             collate_ahead=device.type != "cpu",
         )
@@ -87,20 +91,20 @@ class Engine:
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         if stages.processes is not None:
             cpu = settings.preprocess_processes  # each thread waits for one process
-        self._store = _Stage(
-            "store", settings.store_threads, self._store_results, self._end, room=settings.store_threads
-        )
+        store = settings.store_threads
+        self._store = _Stage("store", store, self._store_results, self._end, room=store, services=True)
         self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, self._end, room=256)
         self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, self._end, room=4 * cpu)
-        self._fetch = _Stage("fetch", fetch, self._fetch_slice, self._end, room=2 * fetch)
+        self._fetch = _Stage("fetch", fetch, self._fetch_slice, self._end, room=2 * fetch, services=True)
 
     def start(self) -> None:
         """Start processes and threads. All are daemons: a worker that must end does not wait for them."""
         if self._stages.processes is not None:
             self._stages.processes.start()
         for stage in (self._store, self._finish, self._cpu, self._fetch):
-            stage.start()
+            stage.start(self._watchdog, self._stage_timeout)
         self._device.start()
+        self._watchdog.start()
 
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
         """Take in items; each one's outcome goes to its job's sink. Bulk work waits here while the worker is full.
@@ -150,6 +154,7 @@ class Engine:
         self._device.join()
         self._finish.stop()
         self._store.stop()
+        self._watchdog.stop()
 
     def _fetch_slice(self, works: Sequence[Work]) -> None:
         with self._instruments.tracer.span("fetch", len(works)):
@@ -161,8 +166,9 @@ class Engine:
         tracer, processes = self._instruments.tracer, self._stages.processes
         if processes is not None:
             live = self._each(fetched, "decode", lambda one: one)
-            with tracer.span("preprocess", len(live)):
-                return self._enter(live, processes.prepare(live))
+            with tracer.span("preprocess", len(live)), waiting():  # for a process, which is watched there
+                prepared = processes.prepare(live)
+            return self._enter(live, prepared)
         with tracer.span("decode", len(fetched)):
             decoded = self._each(fetched, "decode", self._stages.decoder.decode)
         with tracer.span("preprocess", len(decoded)):
@@ -180,9 +186,12 @@ class Engine:
             else:
                 entering += units
         if entering:
-            self.room.put(entering)
+            with waiting():
+                self.room.put(entering)
 
     def _prepare(self, decoded: Sequence[Decoded]) -> list[Any]:
+        if decoded:
+            working_on(decoded[0].work, len(decoded) - 1)
         begin = time.perf_counter()
         prepared = self._stages.adapter.prepare(decoded)
         share = (time.perf_counter() - begin) / max(1, len(decoded))
@@ -221,7 +230,9 @@ class Engine:
         if failure is not None:
             self._fail(assembly.work, failure)
             return False
-        self._budget.finish(assembly.work)
+        with waiting():
+            self._budget.finish(assembly.work)
+        working_on(assembly.work)
         begin = time.perf_counter()
         try:
             output = self._stages.adapter.finish(assembly)
@@ -272,6 +283,7 @@ class Engine:
         done: list[_Out] = []
         for item in items:
             work = _work_of(item)
+            working_on(work)
             failure = work.job.stopped(stage)
             if failure is None:
                 try:
@@ -304,26 +316,43 @@ class Engine:
 
 
 class _Stage:
-    """Threads that take slices from one bounded queue, the most urgent first and equally urgent ones in order."""
+    """Threads that take slices from one bounded queue, the most urgent first and equally urgent ones in order.
+
+    They are watched: `handle` calls `working_on` at each item, or its whole slice counts as one, and waits for others only inside
+    `waiting`. A stage that waits for `services`, which have time-outs of their own, is not. `end` takes the items of a slice that
+    `handle` could not stand.
+    """
 
     def __init__(
-        self, name: str, threads: int, handle: Callable[[Any], None], end: Callable[[Outcome], None], *, room: int
+        self,
+        name: str,
+        threads: int,
+        handle: Callable[[Any], None],
+        end: Callable[[Outcome], None],
+        *,
+        room: int,
+        services: bool = False,
     ) -> None:
         self._name = name
         self._handle = handle
         self._end = end
+        self._services = services
         self._queue: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue(room)
         self._order = itertools.count()
-        names = [f"{name}-{index}" for index in range(threads)]
-        self._threads = [threading.Thread(target=self._loop, name=one, daemon=True) for one in names]
+        self._names = [f"{name}-{index}" for index in range(threads)]
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+    def start(self, watchdog: Watchdog, seconds: float) -> None:
+        """Start the threads; an item may take `seconds`."""
+        for name in self._names:
+            slot = None if self._services else watchdog.slot(self._name, seconds)
+            self._threads.append(threading.Thread(target=self._loop, args=(slot,), name=name, daemon=True))
+            self._threads[-1].start()
 
     def put(self, priority: int, item: Any) -> None:
         """Add one slice; blocks while the queue is full."""
-        self._queue.put((priority, next(self._order), item))
+        with waiting():
+            self._queue.put((priority, next(self._order), item))
 
     def stop(self) -> None:
         """Work off the queue, then end the threads."""
@@ -332,11 +361,15 @@ class _Stage:
         for thread in self._threads:
             thread.join()
 
-    def _loop(self) -> None:
+    def _loop(self, slot: Slot | None) -> None:
+        if slot is not None:
+            listen(slot)
         while True:
             _, _, items = self._queue.get()
             if items is None:
                 return
+            if slot is not None:
+                slot.begin(_work_of(items[0]), len(items) - 1)
             try:
                 self._handle(items)
             except BaseException as error:  # a Rust panic is none of Exception; the thread must outlive it
@@ -344,6 +377,8 @@ class _Stage:
                 failure = JobFailure("internal_error", brief(error), self._name)
                 for item in items:  # those that have ended already keep their outcome
                     self._end(Outcome(_work_of(item), failure=failure))
+            if slot is not None:
+                slot.rest()
 
 
 def _work_of(item: Work | Fetched | Decoded | Assembly | Finished) -> Work:

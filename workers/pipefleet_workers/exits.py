@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 log = logging.getLogger(__name__)
+LAST_WORDS_SECONDS = 10.0
+"""How long the process may take to say why it ends: nobody may read what it writes."""
 
 HUNG_FORWARD = 70
 """A forward did not return within `forward_timeout`."""
 BROKEN_DEVICE = 71
 """The device answers every call with an error until the process ends, as CUDA does after an illegal access."""
+HUNG_STAGE = 72
+"""Decoding, preprocessing or postprocessing an item did not end within `stage_timeout`, or collating within `forward_timeout`."""
 
 
 def end_process(code: int, reason: str) -> None:
-    """End at once. Threads that hang in a driver cannot be ended in any gentler way."""
+    """End at once. Threads that hang in a driver or a codec cannot be ended in any gentler way."""
+    anyway = threading.Timer(LAST_WORDS_SECONDS, os._exit, (code,))
+    anyway.daemon = True
+    anyway.start()
     log.critical("%s; the process ends with code %d", reason, code)
     logging.shutdown()
     os._exit(code)

@@ -63,12 +63,12 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         prompt: int,
         tick: Callable[[], None] = lambda: None,
         *,
-        look: Callable[[list[list[int]]], None] | None = None,
+        look: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         """`prompt` is the padded length of the prompts. With beams, rows of the call are taken in equal groups.
 
         `tick` is called at every step: a long generation is a sign of life, not a hung forward. `look` gets the new tokens of
-        every row each `LOOK_STEPS` steps.
+        every row, where they lie, each `LOOK_STEPS` steps.
         """
         self._tick = tick
         self._look = look
@@ -99,7 +99,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
             stopped = [index in self.stopped for index in range(len(self._rows))]
             done |= torch.tensor(stopped, device=device).repeat_interleave(group)
         if self._look is not None and step % LOOK_STEPS == 0:
-            self._look(input_ids[:, self._prompt :].tolist())
+            self._look(input_ids[:, self._prompt :])
         return done
 
     def ends(self) -> list[int]:

@@ -122,7 +122,7 @@ class Decoded:
 
 @dataclass(slots=True)
 class Assembly:
-    """Collects the outputs of the units of one item. Touched by one thread at a time: the one that owns its batch."""
+    """Collects the outputs of the units of one item. `collect` is called by one thread at a time, which `Device` sees to."""
 
     work: Work
     expected: int

@@ -1,17 +1,21 @@
 """A process that decodes and preprocesses: what it is told to be (`Recipe`), and what it does until its parent is gone.
 
 parent: (name, items) ─▶ pipe ─▶ decode, adapter.prepare ─▶ Answers; their arrays in shared memory called `name` ─▶ parent
+
+Before each item the child says which one it begins, so that its parent can tell one that never ends.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import pickle
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
@@ -23,9 +27,11 @@ from pipefleet.contract import JobItem, Priority
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.local.tether import tie
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
+from pipefleet_workers.watchdog import listen, working_on
 
 SHARED = 1 << 16
 """Bytes of arrays above which they go through shared memory."""
@@ -83,6 +89,14 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """The child begins the item at `position` of those that it was asked for, with `others` that it cannot tell apart from it."""
+
+    position: int
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The units of one item as (index, key, length, features, fixed), or why it has none; and the seconds it took."""
 
@@ -94,12 +108,16 @@ class Answer:
 
 
 def serve(connection: Connection, recipe: Recipe) -> None:
-    """Answer until the parent says None, or is gone."""
+    """Answer until the parent says None, or is gone; an item that never ends does not outlive it either."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        tie(parent.pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still needs what is under way
     torch.set_num_threads(1)
     adapter = recipe.adapter()
     decoder = Decoder(task_spec(recipe.task), recipe.settings, sampling_rate=adapter.sampling_rate)
     connection.send(None)
+    listen(_Telling(connection))
     try:
         while (asked := connection.recv()) is not None:
             name, requests = asked
@@ -113,20 +131,38 @@ def answers(adapter: Adapter, decoder: Decoder, requests: Sequence[Request]) -> 
     found: dict[int, Answer] = {}
     decoded: dict[int, Decoded] = {}
     for index, request in enumerate(requests):
-        work = _work(request)
+        work = _work(request, index)
+        working_on(work)
         try:
             decoded[index] = decoder.decode(Fetched(work, request.inputs))
         except Exception as error:  # noqa: BLE001 - an item's failure is its own
             found[index] = _failed(error, work)
+    if decoded:
+        working_on(next(iter(decoded.values())).work, len(decoded) - 1)
     prepared = adapter.prepare(list(decoded.values()))
     for (index, one), units in zip(decoded.items(), prepared, strict=True):
         found[index] = _failed(units, one.work) if isinstance(units, ItemError) else _answer(units, one.work)
     return [found[index] for index in range(len(requests))]
 
 
-def _work(request: Request) -> Work:
+class _Telling:
+    """Tells the parent which item is begun."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def begin(self, work: Work | None, others: int = 0) -> None:
+        if work is not None:
+            self._connection.send(Begun(work.position, others))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        yield
+
+
+def _work(request: Request, position: int) -> Work:
     context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, _Nowhere())
-    return Work(context, 0, JobItem("", ""), request.parameters, 0)
+    return Work(context, position, JobItem("", ""), request.parameters, 0)
 
 
 def _answer(units: Sequence[Unit], work: Work) -> Answer:

@@ -19,8 +19,9 @@ from pipefleet.errors import UsageError
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.text import FeatureExtractor, TextClassifier
 from pipefleet_workers.items import Assembly, Fetched, ItemError, Unit
-from pipefleet_workers.preprocess_child import Answer, Recipe, Request, discard, serve, unpacked
+from pipefleet_workers.preprocess_child import Answer, Begun, Recipe, Request, discard, serve, unpacked
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.watchdog import LOOKS
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +33,13 @@ STOP_SECONDS = 10.0
 
 
 class PreprocessPool:
-    """Processes that prepare items as the adapter would. `prepare` may be called by as many threads as there are processes."""
+    """Processes that prepare items as the adapter would. `prepare` may be called by as many threads as there are processes.
 
-    def __init__(self, recipe: Recipe, count: int) -> None:
-        self._children = [_Child(recipe) for _ in range(count)]
+    An item may take a process `seconds`; after that the process is killed, and the item fails.
+    """
+
+    def __init__(self, recipe: Recipe, count: int, seconds: float = 900.0) -> None:
+        self._children = [_Child(recipe, seconds) for _ in range(count)]
         self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
 
     @classmethod
@@ -50,7 +54,7 @@ class PreprocessPool:
             raise UsageError(
                 f"{task} cannot be preprocessed in processes ({brief(error)}); unset PIPEFLEET_WORKER_PREPROCESS_PROCESSES"
             ) from error
-        return cls(recipe, settings.preprocess_processes)
+        return cls(recipe, settings.preprocess_processes, settings.stage_timeout)
 
     def start(self) -> None:
         """Start all processes; returns when each can work. Raises UsageError when one cannot."""
@@ -70,17 +74,11 @@ class PreprocessPool:
     def prepare(self, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
         """The units of each item, or why it has none. As long as `fetched`, in its order; notes the seconds of their stages.
 
-        Items whose process dies are given to a fresh one, once.
+        Items whose process dies are given to a fresh one, once. An item that never ends fails alone.
         """
         child = self._idle.get()
         try:
-            return child.prepare(fetched)
-        except ChildDiedError as error:
-            log.warning("a process died over %d items (%s); a fresh one takes them", len(fetched), error)
-            try:
-                return child.prepare(fetched)
-            except ChildDiedError as again:
-                return [ItemError("internal_error", f"two processes died over it: {again}", STAGE) for _ in fetched]
+            return _prepared(child, fetched)
         finally:
             self._idle.put(child)
 
@@ -94,13 +92,49 @@ class ChildDiedError(Exception):
     """A process ended before it had answered."""
 
 
+class ChildHungError(Exception):
+    """A process did not end the item that it began, and was killed."""
+
+    def __init__(self, begun: Begun, seconds: float) -> None:
+        super().__init__(f"its process had not ended it within {seconds:.0f} s, and was killed")
+        self.begun = begun
+
+
+def _prepared(child: _Child, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
+    try:
+        return _twice(child, fetched)
+    except ChildHungError as error:
+        work, text = fetched[error.begun.position].work, str(error)
+        log.error("stage %s: item %s of job %s: %s", STAGE, work.item.id, work.job.id, text)
+        if len(fetched) == 1:
+            return [ItemError("internal_error", text, STAGE)]
+        if error.begun.others:  # any of them may be the one
+            return [units for one in fetched for units in _prepared(child, [one])]
+        culprit = error.begun.position
+        rest = [one for position, one in enumerate(fetched) if position != culprit]
+        prepared = _prepared(child, rest)
+        return [*prepared[:culprit], ItemError("internal_error", text, STAGE), *prepared[culprit:]]
+
+
+def _twice(child: _Child, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
+    try:
+        return child.prepare(fetched)
+    except ChildDiedError as error:
+        log.warning("a process died over %d items (%s); a fresh one takes them", len(fetched), error)
+        try:
+            return child.prepare(fetched)
+        except ChildDiedError as again:
+            return [ItemError("internal_error", f"two processes died over it: {again}", STAGE) for _ in fetched]
+
+
 class _Child:
     """One process and the pipe to it; used by one thread at a time. A dead one is started again by its next `prepare`."""
 
     _numbers = itertools.count()
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, seconds: float) -> None:
         self._recipe = recipe
+        self._seconds = seconds
         self._process: Any = None
         self._pipe: Connection | None = None
 
@@ -123,7 +157,7 @@ class _Child:
             raise self._died() from None
 
     def prepare(self, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
-        """See `PreprocessPool.prepare`. Raises ChildDiedError."""
+        """The units of each item, or why it has none. Raises ChildDiedError or ChildHungError; then it has no process."""
         if self._pipe is None:
             self.spawn()
             self.await_ready()
@@ -132,11 +166,30 @@ class _Child:
         assert self._pipe is not None
         try:
             self._pipe.send((name, requests))
-            answers: list[Answer] = unpacked(self._pipe.recv(), name)
+            answers: list[Answer] = unpacked(self._answer(), name)
+        except ChildHungError:
+            self._died()
+            discard(name)
+            raise
         except (EOFError, OSError):
             discard(name)
             raise self._died() from None
         return [_units(one, answer) for one, answer in zip(fetched, answers, strict=True)]
+
+    def _answer(self) -> Any:
+        """What comes after the signs of life. Raises ChildHungError when these cease, EOFError or OSError when the process ends."""
+        assert self._pipe is not None
+        begun = Begun(0, 0)
+        while self._says_something(self._pipe):
+            said = self._pipe.recv()
+            if not isinstance(said, Begun):
+                return said
+            begun = said
+        raise ChildHungError(begun, self._seconds)
+
+    def _says_something(self, pipe: Connection) -> bool:
+        """Asked in pieces: when both processes were stopped and go on, only one piece is over, not all of them."""
+        return any(pipe.poll(self._seconds / LOOKS) for _ in range(LOOKS))
 
     def stop(self) -> None:
         """Tell it to end, and see to it."""

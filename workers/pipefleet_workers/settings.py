@@ -38,6 +38,9 @@ class WorkerSettings(BaseSettings):
     drain_seconds: float = Field(5.0, ge=0, description="seconds that started work may take after SIGTERM")
     simulated_device: str = Field("", description="BASE,PER_COST in seconds: a forward takes at least this long")
     forward_timeout: float = Field(900.0, gt=0, description="seconds after which a forward counts as hung")
+    stage_timeout: float = Field(
+        900.0, ge=1, description="seconds after which decoding, preprocessing or postprocessing one item counts as hung"
+    )
     warm_up: bool = Field(True, description="prove and measure batches before taking jobs")
     device_pictures: Literal["auto", "on", "off"] = Field(
         "auto", description="where pictures are resized: on the device (on), or only where that is a GPU (auto)"

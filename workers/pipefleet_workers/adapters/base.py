@@ -16,6 +16,7 @@ import torch
 from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.watchdog import working_on
 
 _PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
 _OWN_PARAMETERS = ("pooling", "normalize")
@@ -96,6 +97,7 @@ class Adapter:
         """The units of each item, or why it has none. As long as `decoded`, in its order."""
         prepared: list[list[Unit] | ItemError] = []
         for one in decoded:
+            working_on(one.work)
             try:
                 prepared.append(self._prepare(one))
             except ItemError as error:

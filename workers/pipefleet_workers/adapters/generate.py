@@ -70,7 +70,8 @@ class TextGenerator(Adapter):
             return [output for unit in units for output in self.run(self.collate([unit]), [unit])]
         plan, prompt = _request(units[0]).plan, self.prompt_length(inputs)
         rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
-        stops = RowStops(rows, prompt, self.tick, look=lambda tokens: self._release_ended(tokens, stops, units))
+        ended = _Ended(plan)
+        stops = RowStops(rows, prompt, self.tick, look=lambda tokens: self._release_ended(tokens, ended, stops, units))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
         if plan.sampling is not None:
             sampler = RowSampler(rows, prompt, first=self._planner.first, last=self._planner.last)
@@ -81,18 +82,20 @@ class TextGenerator(Adapter):
             sequences = self._generate(inputs, stopping_criteria=StoppingCriteriaList([stops]), **arguments)
         return _outputs(sequences[:, prompt:].tolist(), stops, units)
 
-    def _release_ended(self, tokens: list[list[int]], stops: RowStops, units: Sequence[Unit]) -> None:
+    def _release_ended(self, tokens: torch.Tensor, ended: _Ended, stops: RowStops, units: Sequence[Unit]) -> None:
         """Hand on the sequences of units that have all come to their ends, while others of the batch are still written."""
-        plan, ends = _request(units[0]).plan, stops.ends()
+        plan = _request(units[0]).plan
         if plan.beams > 1:
             return  # which beam is the best is known at the end
+        ends, have_ended = stops.ends(), ended.look(tokens)
         for index, unit in enumerate(units):
             own = range(index * plan.copies, (index + 1) * plan.copies)
             if unit.released or index * plan.copies in stops.stopped:
                 continue
-            cut = [_cut(tokens[row], ends[row], plan) for row in own]
-            if all(ended for _, ended in cut):
-                self.release(unit, [sequence for sequence, _ in cut])
+            if all(ends[row] or have_ended[row] for row in own):
+                sequences = tokens[own.start : own.stop].tolist()
+                cut = [_cut(sequence, ends[row], plan)[0] for sequence, row in zip(sequences, own, strict=True)]
+                self.release(unit, cut)
 
     def prompt_length(self, inputs: dict[str, Any]) -> int:
         """How many tokens of what generate() returns stood there before it began."""
@@ -252,6 +255,23 @@ class TextGenerator(Adapter):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_request(units[0]).seed)
             yield
+
+
+class _Ended:
+    """Which rows of one call have written a token that ends them. Reads each token once, so that long answers cost no more each."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._tokens = torch.tensor(sorted(plan.ends), dtype=torch.long)
+        self._rows: list[bool] = []
+        self._seen = 0
+
+    def look(self, tokens: torch.Tensor) -> list[bool]:
+        """For each row whether it has ended; `tokens` `[rows, steps]` are those of the look before, and newer ones."""
+        self._tokens = self._tokens.to(tokens.device)
+        new = torch.isin(tokens[:, self._seen :], self._tokens).any(1).tolist()
+        self._rows = [before or now for before, now in zip(self._rows or [False] * len(new), new, strict=True)]
+        self._seen = tokens.shape[1]
+        return self._rows
 
 
 class _StopStrings:

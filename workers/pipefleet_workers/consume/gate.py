@@ -8,23 +8,29 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Counts the jobs inside. Thread-safe. Who waits to be alone keeps later ones out."""
+    """Counts the jobs inside. Thread-safe. Who waits to be alone keeps later ones out.
+
+    Jobs that begin together enter together: a thread that entered for one of them and then waited to enter for the next would
+    wait for ever, since the job inside cannot end before it begins, and who waits to be alone waits for its end.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._inside = 0
         self._alone = False
 
-    def enter(self) -> None:
-        """Go in; waits while somebody is, or waits to be, alone."""
+    def enter(self, count: int = 1) -> None:
+        """Let `count` jobs in, all at once; waits while somebody is, or waits to be, alone."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
-            self._inside += 1
+            self._inside += count
 
-    def leave(self) -> None:
-        """Come out."""
+    def leave(self, count: int = 1) -> None:
+        """`count` jobs come out. Raises ValueError, and changes nothing, when fewer are inside."""
         with self._changed:
-            self._inside -= 1
+            if count > self._inside:
+                raise ValueError(f"{count} jobs cannot leave a gate with {self._inside} inside")
+            self._inside -= count
             self._changed.notify_all()
 
     @contextmanager
@@ -33,8 +39,9 @@ class Gate:
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
             self._alone = True
-            self._changed.wait_for(lambda: self._inside == 0)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._inside == 0)
             yield
         finally:
             with self._changed:

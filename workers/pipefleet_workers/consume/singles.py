@@ -84,11 +84,8 @@ class Singles:
 
     def start(self, batch: Sequence[tuple[Delivery, JobMessage]]) -> None:
         """Start jobs, all in one round trip; each ends its delivery when it is reported."""
-        singles = []
-        for delivery, message in batch:
-            self._gate.enter()
-            singles.append(Single(delivery, message, self))
-        self._start(singles)
+        self._gate.enter(len(batch))
+        self._start([Single(delivery, message, self) for delivery, message in batch])
 
     def run_alone(self, delivery: Delivery, message: JobMessage) -> None:
         """Run one job to its end; the caller has made sure that nothing runs beside it."""

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 
 from pipefleet.broker import DeadLetter
 from pipefleet_workers.delivery.leases import Acked, Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
-from pipefleet_workers.delivery.scripts import ACK, BURY, GIVE_BACK, RENEW, REPORTED, SWEEP
+from pipefleet_workers.delivery.scripts import ACK, BURY, GATHER, GIVE_BACK, RENEW, REPORTED, SWEEP
 
 log = logging.getLogger(__name__)
 _CHUNK = 500
@@ -69,6 +69,8 @@ class Ledger:
         self._pending: deque[tuple[Lease, Settlement]] = deque()
         self._unwritten = 0
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lists: set[str] = set()
+        self._gathers = self._reporting = False
         self._lock = threading.RLock()
         self._written = threading.Condition(self._lock)
         self._wake = threading.Event()
@@ -101,16 +103,22 @@ class Ledger:
         """A number above all before it."""
         return next(self._order)
 
-    def attach(self, user: User) -> None:
-        """Keep the thread running for `user`, and tell it when a lease ends. Users are held weakly."""
+    def attach(self, user: User, lists: Iterable[str]) -> None:
+        """Keep the thread running for `user`, who takes from `lists`, and tell it when a lease ends. Users are held weakly."""
         with self._lock:
             self._users.add(user)
+            self._lists.update(lists)
             self._start()
 
     def detach(self, user: User) -> None:
         """The user takes no more messages."""
         with self._lock:
             self._users.discard(user)
+        self._wake.set()
+
+    def gather_soon(self) -> None:
+        """Let what woke this process, and was not fetched, wake others, also when no user is left. Returns at once."""
+        self._gathers = True
         self._wake.set()
 
     def add(self, leases: Iterable[Lease]) -> None:
@@ -163,12 +171,12 @@ class Ledger:
         self._wake.set()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until every settlement is written; False when that took longer than `seconds`."""
+        """Wait until every settlement is written and told of; False when that took longer than `seconds`."""
         if os.getpid() != self._pid:
             return True  # a forked child: the thread and its work stayed with the parent
         self._wake.set()
         with self._written:
-            return self._written.wait_for(lambda: not self._unwritten, seconds)
+            return self._written.wait_for(lambda: not (self._unwritten or self._reporting), seconds)
 
     def _start(self) -> None:
         if self._thread is None:
@@ -202,7 +210,7 @@ class Ledger:
         with self._lock:
             if not len(self._users):
                 self._forget_unheld()
-            if len(self._users) or self._held or self._unwritten:
+            if len(self._users) or self._held or self._unwritten or self._gathers or self._reporting:
                 return False
             self._thread = None
             self._redis.connection_pool.disconnect()
@@ -216,6 +224,9 @@ class Ledger:
                 max(0.0, min(self._terms.ack_seconds, self._wrote_at + self._terms.ack_seconds - time.monotonic()))
             )
             self._write()
+        if self._gathers:
+            self._gathers = False
+            self._gather()
         if time.monotonic() >= self._renew_at:
             self._renew()
         if time.monotonic() >= self._sweep_at:
@@ -304,15 +315,39 @@ class Ledger:
             found = self._call(SWEEP, int(terms.lease_seconds * 1e6), 100, terms.separator, terms.prefix, *steps)
             if found:
                 log.info("%d messages of %s are back in their queue", found, self._keys[0])
+        self._gather()
         self._report()
         self._sweep_at = max(self._sweep_at, time.monotonic() + terms.sweep_seconds)
 
+    def _gather(self) -> None:
+        """What woke a worker that died or is slow wakes another one."""
+        with self._lock:
+            lists = sorted(self._lists)
+        if lists:
+            self._call(GATHER, *lists)
+
     def _report(self) -> None:
-        """Tell of dead letters at least once, whichever worker's they were, then file them."""
-        entries = self._redis.lrange(self._keys[7], -100, -1)
-        done = [entry for entry in reversed(entries) if _guarded(self._terms.on_dead, DeadLetter.parse(entry))]
-        if done:
-            self._call(REPORTED, *done)
+        """Tell of dead letters at least once, whichever worker's they were, then file them.
+
+        In a thread of its own: telling waits for services, and leases must be renewed meanwhile.
+        """
+        entries = [] if self._reporting else self._redis.lrange(self._keys[7], -100, -1)
+        if entries:
+            self._reporting = True
+            threading.Thread(target=self._tell, args=(entries[::-1],), name="lease-reports", daemon=True).start()
+
+    def _tell(self, entries: Sequence[bytes]) -> None:
+        try:
+            done = [entry for entry in entries if _guarded(self._terms.on_dead, DeadLetter.parse(entry))]
+            if done:
+                self._call(REPORTED, *done)
+        except RedisError as error:
+            log.warning("dead letters of %s are told of again: %s", self._keys[0], type(error).__name__)
+        finally:
+            with self._written:
+                self._reporting = False
+                self._written.notify_all()
+            self._wake.set()
 
 
 def _calls(batch: Sequence[tuple[Lease, Settlement]]) -> list[tuple[str, list[Any]]]:

@@ -8,7 +8,11 @@ somebody else took the message over, changes nothing.
 
 from __future__ import annotations
 
-_COMMON = r"""
+from pipefleet.broker import ARRIVING
+
+_COMMON = (
+    f"local ARRIVING = '{ARRIVING}'"
+    + r"""
 local unacked, index, deliveries, retries, owners, delayed, dead, unreported =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 
@@ -23,6 +27,11 @@ end
 
 local function text_of(record)
   return record and string.match(record, '^%[(.*), "[^"\\]*", "[^"\\]*"%]$')
+end
+
+-- What woke a worker goes back to the head of its list, in its order.
+local function gather(list)
+  while redis.call('LMOVE', list .. ARRIVING, list, 'LEFT', 'RIGHT') do end
 end
 
 local function forget(tag)
@@ -43,6 +52,7 @@ local function bury(reason, queue, count, text)
     {reason = reason, at = clock() / 1000000, queue = queue, deliveries = count, message = text}))
 end
 """
+)
 
 FETCH = (
     _COMMON
@@ -95,6 +105,7 @@ end
 
 for k = 9, #KEYS do
   local low = k >= first_low
+  gather(KEYS[k])
   while buried < 100 do
     local room = low and math.min(left, low_left) or left
     if room <= 0 then break end
@@ -158,7 +169,10 @@ for i = 1, #ARGV, 5 do
       redis.call('ZADD', delayed, seconds(us + delay), tag)
       redis.call('ZADD', index, seconds(us + delay), tag)
     else
-      if text then redis.call('RPUSH', list, text) end
+      if text then
+        gather(list)
+        redis.call('RPUSH', list, text)
+      end
       release(tag)
     end
     local before = tonumber(ARGV[i + 4])
@@ -209,7 +223,9 @@ local function put_back(tag)
     bury('its lease ran out and its record cannot be read', '', 0, text or record)
     return forget(tag)
   end
-  redis.call('RPUSH', list_of(r[3], tonumber(properties.priority) or 0), text)
+  local list = list_of(r[3], tonumber(properties.priority) or 0)
+  gather(list)
+  redis.call('RPUSH', list, text)
 end
 
 for key, before in pairs({[index] = us - ARGV[1], [delayed] = us}) do
@@ -218,6 +234,14 @@ for key, before in pairs({[index] = us - ARGV[1], [delayed] = us}) do
   found = found + #tags
 end
 return found
+"""
+)
+
+GATHER = (
+    _COMMON
+    + r"""
+-- ARGV: lists.  What woke workers that have not fetched it waits again, and wakes others.
+for _, list in ipairs(ARGV) do gather(list) end
 """
 )
 

@@ -13,8 +13,8 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
     fetch_max        128    most messages in one fetch
     low_prefetch     None   most messages of the lowest priority held at a time; the others are bounded by the prefetch count
     wait_seconds     5      how long one wait on an idle list lasts
-    on_dead          None   called with each DeadLetter, at least once, by the ledger's thread of any worker of the
-                            queue: it returns quickly, and raises where it is to be called again
+    on_dead          None   called with each DeadLetter, at least once, by one thread of any worker of the queue; it
+                            raises where it is to be called again
     on_lost          None   called with each Lease that was lost, by the ledger's thread
     deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.broker.unacked_keys`
 """
@@ -40,7 +40,7 @@ from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.delivery.ledger import Ledger
 from pipefleet_workers.delivery.ledgers import Callback, ledger_for
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
-from pipefleet_workers.delivery.scripts import FETCH
+from pipefleet_workers.delivery.scripts import FETCH, GATHER
 from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._without_acks: set[str] = set()
         self._bells: dict[str, Bell] = {}
         self._known_empty: set[str] = set()
+        self._arrived: set[str] = set()
+        """Lists of which a message woke this channel after its last fetch was sent."""
         self._fetch: _Fetch | None = None
         self._ledger: Ledger | None = None
         self._cached: tuple[Any, Any] | None = None
@@ -154,15 +156,15 @@ class Channel(stock.Channel):  # type: ignore[misc]
             if json.dumps(queue, ensure_ascii=False) != f'"{queue}"':
                 raise ValueError(f"the queue name {queue!r} has quotes, backslashes or control characters")
             self._receivers[queue] = callback
-            self.ledger.attach(self)
+            self.ledger.attach(self, [one.name for one in self._lists([queue])])
         return super().basic_consume(queue, no_ack=no_ack, callback=callback, consumer_tag=consumer_tag, **kwargs)
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         """The next message of `queue`, with a lease unless `no_ack`; None when there is none."""
         if no_ack:
             return super().basic_get(queue, no_ack=True, **kwargs)
-        self.ledger.attach(self)
         fetch = _Fetch(self._lists([queue]), 1, 1)
+        self.ledger.attach(self, [one.name for one in fetch.lists])
         answer = Redis(connection_pool=self.pool).eval(*self._fetch_command(fetch)[1:])
         for lease, raw in self._leases(fetch, answer):
             message = self._opened(lease, raw)
@@ -193,6 +195,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
                 self._brpop_read()
             except (Empty, *self.connection_errors):
                 pass
+        if not self.active_queues:
+            self._hang_up()
         return done
 
     def _brpop_start(self, timeout: float | None = None) -> None:
@@ -200,12 +204,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
             super()._brpop_start(timeout)
             return
         lists = self._lists(self._queue_cycle.consume(len(self.active_queues)))
-        low_credit = UNBOUNDED
-        if self.low_prefetch is not None:
-            self.low_starved = True
-            low_credit = max(0, self.low_prefetch - self.ledger.held_low)
-            self.low_starved = low_credit == 0
-            self.starved = self.starved or self.low_starved
+        self.low_starved = self.low_prefetch is not None
+        low_credit = self._low_credit()
+        self.low_starved = low_credit == 0
+        self.starved = self.starved or self.low_starved
         if not low_credit:
             lists = [one for one in lists if not one.low]
         if self._known_empty.issuperset(one.name for one in lists):
@@ -213,8 +215,12 @@ class Channel(stock.Channel):  # type: ignore[misc]
         else:
             self._send_fetch(_Fetch(lists, min(self.fetch_max, self.qos.credit()), low_credit))
 
+    def _low_credit(self) -> int:
+        return UNBOUNDED if self.low_prefetch is None else max(0, self.low_prefetch - self.ledger.held_low)
+
     def _send_fetch(self, fetch: _Fetch) -> None:
         connection = self.client.connection
+        self._arrived.difference_update(one.name for one in fetch.lists)
         self._fetch, self._in_poll, self._brpop_sent_at = fetch, connection, monotonic()
         connection.send_command(*self._fetch_command(fetch))
 
@@ -241,7 +247,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        return self._deliver(fetch, answer)
+        try:
+            return self._deliver(fetch, answer)
+        finally:
+            self._pass_on(list(self._arrived))
 
     def _deliver(self, fetch: _Fetch, answer: Any) -> bool:
         found = self._leases(fetch, answer)
@@ -320,17 +329,19 @@ class Channel(stock.Channel):  # type: ignore[misc]
         low_taken = sum(lease.low for lease, _ in found)
         low_seen = low_taken < fetch.low_credit
         self._known_empty.update(one.name for one in fetch.lists if low_seen or not one.low)
+        self._known_empty -= self._arrived
 
     def _wait_for(self, lists: Sequence[_List]) -> None:
         for one in lists:
             bell = self._bells.get(one.name) or self._new_bell(one.name)
             if not bell.armed:
                 self.connection.cycle.register_bell(self, bell)
-                bell.arm(self.wait_seconds)
+                # Whoever has bulk inside leaves the message to an idle worker, where that is as quick.
+                bell.arm(self.wait_seconds, takes=not self.ledger.held_low)
 
     def _new_bell(self, name: str) -> Bell:
         pool = self.async_pool
-        bell = Bell(pool.connection_class(**pool.connection_kwargs), name, self._known_empty.discard)
+        bell = Bell(pool.connection_class(**pool.connection_kwargs), name, self._rung)
         self._bells[name] = bell
         self.handlers[bell.kind] = lambda: self._read_bell(bell)
         return bell
@@ -341,10 +352,41 @@ class Channel(stock.Channel):  # type: ignore[misc]
         except ResponseError as error:
             raise _retried(error) from error
 
+    def _rung(self, bell: Bell) -> None:
+        self._known_empty.discard(bell.name)
+        if bell.takes:
+            self._arrived.add(bell.name)
+        if self._fetch is None:
+            self._pass_on([bell.name])
+
+    def _pass_on(self, names: Sequence[str]) -> None:
+        """Let messages that woke this channel, and for which it has no room any more, wake others."""
+        for name in self._arrived.intersection(names):
+            bell = self._bells.get(name)
+            if bell is not None and bell.idle and not self._has_room(name):
+                self._arrived.discard(name)
+                bell.put_back(["EVAL", GATHER, len(self.ledger.keys), *self.ledger.keys, name])
+
+    def _has_room(self, name: str) -> bool:
+        if self._closing or self._stopping() or not self.qos.can_consume():
+            return False
+        return any(one.name == name and (not one.low or self._low_credit()) for one in self._lists(self.active_queues))
+
+    def _hang_up(self) -> None:
+        """Wait on no list any more; what the bells may have taken meanwhile goes back at once."""
+        waited = any(bell.armed for bell in self._bells.values()) or self._arrived
+        for bell in self._bells.values():
+            bell.connection.disconnect()
+        self._bells.clear()
+        self._arrived.clear()
+        if waited:
+            self.ledger.gather_soon()
+
     def _on_connection_disconnect(self, connection: Any) -> None:
         for bell in self._bells.values():
             if bell.connection is connection:
                 bell.disconnected()
+                self._known_empty.discard(bell.name)  # it may have taken a message that nobody has heard of
         client = self.__dict__.get("client")  # a cached property, which must not be made here
         if client is not None and client.connection is connection:
             self._fetch = None
@@ -353,9 +395,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _close_clients(self) -> None:
         super()._close_clients()
-        for bell in self._bells.values():
-            bell.connection.disconnect()
-        self._bells.clear()
+        self._hang_up()
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         """Kombu makes a client for every publish; one for each pool does."""

@@ -17,13 +17,18 @@ _PR_SET_PDEATHSIG = 1
 def become(parent: int, command: list[str]) -> None:
     """Replace this process by `command`, which ends with `parent`. Returns only by raising OSError."""
     os.umask(0o077)
+    tie(parent)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would hand that down
+    os.execvp(command[0], command)
+
+
+def tie(parent: int) -> None:
+    """Have the kernel kill this process when the thread of `parent` that made it ends. Raises SystemExit where it has ended."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above, so no signal will come
         raise SystemExit(0)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would hand that down
-    os.execvp(command[0], command)
 
 
 if __name__ == "__main__":

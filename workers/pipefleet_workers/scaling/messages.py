@@ -49,7 +49,7 @@ class Content:
 def places(queue: str) -> list[Place]:
     """Every place where the messages of a queue can be. The one function that knows the transport's keys."""
     keys = broker.unacked_keys(queue)
-    waiting = [Place(name, "queued") for name in broker.queue_lists(queue)]
+    waiting = [Place(name, "queued") for name in (*broker.queue_lists(queue), *broker.arriving_lists(queue))]
     return [*waiting, Place(keys["unacked_key"], "leased", "hash"), Place(keys["delayed_key"], "delayed", "tags")]
 
 

@@ -1,0 +1,150 @@
+"""Work that never ends, in each stage: the engine ends its process and says which item it was; whoever only waits is left alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.text import TextClassifier
+from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.exits import HUNG_FORWARD, HUNG_STAGE
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.watchdog import LOOKS
+from tests.parity.harness import SECONDS, Call, finished, load, recording, running, wait_until
+
+TASK = "text-classification"
+SETTINGS = {"stage_timeout": 2.0, "forward_timeout": 2.0, "cpu_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load(TASK)
+
+
+class Ends:
+    """What the process would have ended with; then what hung goes on."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.said: list[tuple[int, str]] = []
+
+    def __call__(self, code: int, reason: str) -> None:
+        self.said.append((code, reason))
+        self.go.set()
+
+    def hang(self, text: Any) -> None:
+        if "hang" in str(text):
+            assert self.go.wait(SECONDS), "nobody found out"
+
+
+class HangsInPreprocess(TextClassifier):
+    ends: Ends
+
+    def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
+        return Adapter.prepare(self, decoded)
+
+    def _prepare(self, decoded: Decoded) -> list[Unit]:
+        self.ends.hang(decoded.value)
+        (units,) = TextClassifier.prepare(self, [decoded])
+        assert not isinstance(units, ItemError)
+        return units
+
+
+class HangsInCollate(TextClassifier):
+    ends: Ends
+
+    def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
+        self.ends.hang([unit.assembly.work.item.inputs for unit in units])
+        return super().collate(units)
+
+
+class HangsInPostprocess(TextClassifier):
+    ends: Ends
+
+    def finish(self, assembly: Assembly) -> Any:
+        self.ends.hang(assembly.work.item.inputs)
+        return super().finish(assembly)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "code", "stage"),
+    [
+        (HangsInPreprocess, HUNG_STAGE, "cpu"),
+        (HangsInCollate, HUNG_FORWARD, "forward"),
+        (HangsInPostprocess, HUNG_STAGE, "finish"),
+    ],
+)
+def test_a_hanging_item_ends_the_process_by_name(pipe: Any, adapter: type[Any], code: int, stage: str) -> None:
+    ends = Ends()
+    hanging = recording(adapter, pipe)
+    hanging.ends = ends
+    limits = BatchLimits(1 << 20, 1)
+    with running(hanging, TASK, limits=limits, settings=WorkerSettings(**SETTINGS), on_fatal=ends) as engine:
+        outcomes = engine.run([Call("fine"), Call("this will hang"), Call("fine too")])
+    assert ends.said == [(code, f"stage {stage} has not ended item 1 of job job within 2 s")]
+    assert [one.failure for one in outcomes] == [None] * 3
+
+
+def test_a_codec_that_loops_ends_the_process_by_name(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = Ends()
+    with running(recording(TextClassifier, pipe), TASK, settings=WorkerSettings(**SETTINGS), on_fatal=ends) as engine:
+        decode = engine.engine._stages.decoder.decode
+
+        def looping(fetched: Any) -> Decoded:
+            ends.hang(fetched.inputs)
+            return decode(fetched)
+
+        monkeypatch.setattr(engine.engine._stages.decoder, "decode", looping)
+        finished(engine.submit([Call("fine"), Call("fine too"), Call("this will hang")], id="of-three")[1])
+    assert ends.said == [(HUNG_STAGE, "stage cpu has not ended item 2 of job of-three within 2 s")]
+
+
+def test_stages_that_wait_for_room_are_not_hung(pipe: Any) -> None:
+    """Every room is full behind a forward that is held; what waits longer than an item may take is no item that hangs."""
+    ends = Ends()
+    adapter = recording(TextClassifier, pipe)
+    settings = WorkerSettings(stage_timeout=2.0, cpu_threads=1, fetch_threads=1, window_units=1)
+    with running(adapter, TASK, limits=BatchLimits(1, 1), settings=settings, on_fatal=ends) as engine:
+        adapter.gate.clear()
+        sinks: list[Any] = []
+
+        def client() -> None:
+            sinks.extend(engine.submit([Call(f"text {index}")], id=str(index))[1] for index in range(40))
+
+        thread = threading.Thread(target=client, daemon=True)
+        thread.start()
+        assert adapter.entered.wait(SECONDS)
+        looks = Looks(engine.engine._watchdog, LOOKS + 5)
+        assert looks.reached.wait(SECONDS)
+        adapter.gate.set()
+        thread.join(SECONDS)
+        assert [finished(sink)[0].failure for sink in sinks] == [None] * 40
+    assert ends.said == []
+
+
+class Looks:
+    """Counts the looks of a watchdog."""
+
+    def __init__(self, watchdog: Any, wanted: int) -> None:
+        self.reached = threading.Event()
+        self._look, self._left = watchdog.look, wanted
+        watchdog.look = self
+
+    def __call__(self) -> bool:
+        self._left -= 1
+        if self._left <= 0:
+            self.reached.set()
+        return bool(self._look())
+
+
+def test_an_engine_that_stops_ends_its_watchdog(pipe: Any) -> None:
+    with running(recording(TextClassifier, pipe), TASK) as engine:
+        engine.run([Call("a")])
+        watchdog = engine.engine._watchdog
+        assert watchdog._thread.is_alive()
+    wait_until(lambda: not watchdog._thread.is_alive(), "the watchdog has ended")
