@@ -10,6 +10,7 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     run:<id>:items          bitmap  items that are finished, by position
     run:<id>:failed         bitmap  those of them that failed
     run:<id>:parts          bitmap  shards whose part is written
+    run:<id>:refused        hash    shards without a part that no worker will run: why, by index
     pools                   hash    what workers announce, by pool; each entry ends with its heartbeat
     unacked:<queue>         hash    delivered messages, by delivery tag: Celery's own record of them
     unacked_index:<queue>   zset    when each was delivered or renewed last; for delayed ones, when they are due
@@ -339,6 +340,14 @@ def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) 
     pipe.lrange(keys["dead_key"], 0, start + count - 1)
     unreported, filed = pipe.execute()
     return [DeadLetter.parse(entry) for entry in (unreported + filed)[start : start + count]]
+
+
+def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
+    """The dead letters of a queue, newest first; reads a thousand at a time, so that one filed meanwhile may show twice."""
+    start = 0
+    while batch := dead_letters(redis, queue, start=start, count=1000):
+        yield from batch
+        start += len(batch)
 
 
 def count_dead_letters(redis: Redis, queue: str) -> int:

@@ -24,25 +24,38 @@ def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
         totals = json.loads(store.get(layout.success))
     except ObjectMissingError:
         return None
-    return RunProgress(uri=layout.uri, **totals)
+    return RunProgress.from_json(layout.uri, totals)
 
 
-def finalise(store: ObjectStore, layout: RunLayout, plan: RunPlan) -> RunProgress:
-    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time."""
-    failed = _gather_failures(store, layout)
+def finalise(
+    store: ObjectStore, layout: RunLayout, plan: RunPlan, *, refused: int = 0, reason: str | None = None
+) -> RunProgress:
+    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time.
+
+    `refused` of the parts stand for shards that no worker ran, `reason` says why of one of them; see `refusals`.
+    """
+    failed, items = _gather_failures(store, layout), plan.items or 0
     totals = RunProgress(
         uri=layout.uri,
-        state="partial" if failed else "succeeded",
-        items=plan.items or 0,
-        succeeded=(plan.items or 0) - failed,
+        state=_state(items, failed),
+        items=items,
+        succeeded=items - failed,
         failed=failed,
         shards=plan.shards or 0,
         parts=plan.shards or 0,
         seconds=round(time.time() - plan.created, 3),
+        refused=refused,
+        reason=reason,
     )
     body = {name: value for name, value in totals.to_json().items() if name != "uri"}
     store.put_new(layout.success, encode_json(body).encode())
     return read_totals(store, layout) or totals
+
+
+def _state(items: int, failed: int) -> str:
+    if failed == 0:
+        return "succeeded"
+    return "failed" if failed >= items else "partial"
 
 
 def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: list[dict[str, Any]]) -> None:

@@ -5,8 +5,10 @@
 <output>/_run/run.json              the plan with its totals, written when every shard is there; never changed
 <output>/part-00000.jsonl           (or .parquet) the results of a shard, a line for each item, in the shard's order
 <output>/artifacts/<position>/…     what does not fit a JSON line
+<output>/requeued/<job>.json        the result of an item that killed its workers and was queued again by itself
 <output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
 <output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
+<output>/_run/refused/00000.json    a shard that no worker will run, and why; its part lists its items as failed once the run has ended
 <output>/_run/cancelled             the run was cancelled
 <output>/_SUCCESS                   totals; there when the run has ended
 """
@@ -68,6 +70,11 @@ class RunLayout:
         return f"{self.uri}_run/failed/"
 
     @property
+    def refused(self) -> str:
+        """The prefix of what is noted of shards that no worker will run."""
+        return f"{self.uri}_run/refused/"
+
+    @property
     def failures(self) -> str:
         """All failed items."""
         return f"{self.uri}_run/failures.jsonl"
@@ -93,6 +100,15 @@ class RunLayout:
     def failed_shard(self, index: int) -> str:
         """The failed items of one shard."""
         return f"{self.failed}{index:05d}.jsonl"
+
+    def refused_shard(self, index: int) -> str:
+        """Why no worker will run a shard."""
+        return f"{self.refused}{index:05d}.json"
+
+    @property
+    def requeued(self) -> str:
+        """The prefix of the results of items that were queued again by themselves."""
+        return f"{self.uri}requeued/"
 
     def artifacts(self, position: int) -> str:
         """The prefix of the artifacts of the item at `position` in the run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -15,9 +15,11 @@ PLAIN_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is. `state` is planning, running, succeeded, partial (ended, some items failed) or cancelled.
+    """How far a run is. `state` is planning, running, succeeded, partial (some items failed), failed (all did) or cancelled.
 
     `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
+    `refused` counts the shards that no worker will run, `reason` says why of one of them; their items are failed items once the
+    run has ended. `waiting` says why nothing goes on, where no worker serves the queue.
     """
 
     uri: str
@@ -28,16 +30,25 @@ class RunProgress:
     shards: int
     parts: int
     seconds: float
+    refused: int = 0
+    reason: str | None = None
+    waiting: str | None = None
 
     @property
     def ended(self) -> bool:
-        """True when nothing will change any more."""
-        return self.state in ("succeeded", "partial", "cancelled")
+        """True when nothing will change any more, unless somebody resumes the run."""
+        return self.state in ("succeeded", "partial", "failed", "cancelled")
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds")
-        return {name: getattr(self, name) for name in names}
+        """What `--json` prints; `reason` and `waiting` only where there is something to say."""
+        names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds", "refused")
+        said = {name: getattr(self, name) for name in ("reason", "waiting")}
+        return {name: getattr(self, name) for name in names} | {name: one for name, one in said.items() if one}
+
+    @classmethod
+    def from_json(cls, uri: str, totals: Mapping[str, Any]) -> RunProgress:
+        """The reverse of `to_json`; fields that this version does not know are passed over."""
+        return cls(uri=uri, **{name: totals[name] for name in cls.__slots__ if name in totals and name != "uri"})
 
 
 Show = Callable[[RunProgress], None]
@@ -57,13 +68,20 @@ def show_progress(*, enabled: bool, stream: TextIO | None = None) -> Iterator[Sh
 
 
 def describe(progress: RunProgress) -> str:
-    """One line: how many of how many items, how many failed, items a second."""
+    """One line: how many of how many items, how many failed, items a second, and what is in the way."""
     done = progress.succeeded + progress.failed
     total = f"{progress.items}" + ("+" if progress.state == "planning" else "")
     failed = f", {progress.failed} failed" if progress.failed else ""
     rate = done / progress.seconds if progress.seconds > 0 else 0.0
     shards = f", {progress.parts}/{progress.shards} shards" if progress.state == "planning" and progress.shards else ""
-    return f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+    line = f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+    return "; ".join([line, *_hindrances(progress)])
+
+
+def _hindrances(progress: RunProgress) -> list[str]:
+    """Why items do not become results, in words."""
+    refused = f"{progress.refused} shard{'s were' if progress.refused > 1 else ' was'} refused: {progress.reason}"
+    return [text for text in (refused if progress.refused else None, progress.waiting) if text]
 
 
 class _PlainLines:

@@ -1,0 +1,288 @@
+"""Shards that no worker will run: how they are noted, how their run ends all the same, and how they are taken up again.
+
+    dead letter ─▶ note: run:<id>:refused, then _run/refused/    the run goes on, and says so
+                   seal: a part in which every item failed       when nothing else of the run is left to do
+                   take up: letter, note and sealed part go      the shard is missing again, and queued
+
+A part decides what became of a shard. Parts are written with a conditional PUT, by workers and by whoever seals, so a shard that
+was refused in one copy of its message and done in another counts once. A sealed part is known by its writer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipefleet import __version__, broker
+from pipefleet.contract import Shard, encode_json
+from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.finishing import finalise, read_totals, write_failed_rows
+from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.parts import part_format
+from pipefleet.progress import RunProgress
+from pipefleet.records import JobFailure
+from pipefleet.storage import map_refs
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from pipefleet.objects import ObjectStore
+    from pipefleet.settings import Settings
+
+SEALED = "pipefleet-refused"
+"""The writer of parts that stand for refused shards."""
+MOST_SHARDS = 1 << 32
+"""Redis's bound on a place in a bitmap; a message that names a shard beyond it is none of ours."""
+_INDEX = re.compile(r"(\d{5,})\.json$")
+
+NOTE = """
+if ARGV[4] ~= '' and not redis.call('LPOS', KEYS[3], ARGV[4]) and not redis.call('LPOS', KEYS[4], ARGV[4]) then return 0 end
+if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+"""KEYS: refused and parts of the run, dead letters of the queue, those not reported. ARGV: index, refusal, ttl, letter or ''.
+Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A shard that no worker will run: its index, its items by position, and why."""
+
+    index: int
+    first: int
+    count: int
+    failure: JobFailure
+
+    @classmethod
+    def of(cls, shard: Shard, failure: JobFailure) -> Refusal:
+        """The refusal of one shard."""
+        return cls(shard.index, shard.first, shard.count, failure)
+
+    def to_json(self) -> dict[str, Any]:
+        """The failure, and beside it the positions of the items."""
+        return {**self.failure.to_json(), "first": self.first, "count": self.count}
+
+    @classmethod
+    def from_json(cls, index: int, text: bytes) -> Refusal | None:
+        """The reverse of `to_json`; None for anything else."""
+        try:
+            body = json.loads(text)
+            failure = JobFailure(*(str(body[name]) for name in ("code", "message", "stage")))
+            return cls(index, int(body["first"]), int(body["count"]), failure)
+        except (ValueError, LookupError, TypeError):
+            return None
+
+
+def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: str, letter: bytes = b"") -> bool:
+    """Note in Redis that no worker will run a shard; False where that is not so any more. One round trip.
+
+    With `letter`, the entry of its dead letter in `queue`, only as long as that is there.
+    """
+    if shard.index >= MOST_SHARDS:
+        return False
+    ledger = broker.unacked_keys(queue)
+    keys = [_key(shard.run_id), broker.run_key(shard.run_id, "parts"), ledger["dead_key"], ledger["unreported_key"]]
+    text = encode_json(Refusal.of(shard, failure).to_json())
+    return bool(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter))
+
+
+def _key(run_id: str) -> str:
+    return broker.run_key(run_id, "refused")
+
+
+class Refusals:
+    """The refused shards of one run. Thread-safe. Raises ServiceUnavailableError when Redis or S3 is away."""
+
+    def __init__(self, redis: Redis, settings: Settings, store: ObjectStore, layout: RunLayout, run_id: str) -> None:
+        self._redis = redis
+        self._settings = settings
+        self._store = store
+        self._layout = layout
+        self._id = run_id
+
+    def complete(self) -> bool:
+        """Whether every shard of a run that is planned to its end has a part or was refused."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hget(broker.run_key(self._id), "shards")
+        pipe.bitcount(broker.run_key(self._id, "parts"))
+        pipe.hlen(_key(self._id))
+        with self._errors():
+            shards, parts, refused = pipe.execute()
+        return shards is not None and parts + refused >= int(shards)
+
+    def mark(self, index: int) -> None:
+        """Write to object storage what Redis has noted of a shard, in case Redis loses it."""
+        with self._errors():
+            text: Any = self._redis.hget(_key(self._id), str(index))
+        refusal = None if text is None else Refusal.from_json(index, text)
+        if refusal is None:
+            return
+        self._put_mark(refusal)
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hexists(_key(self._id), str(index))
+        pipe.getbit(broker.run_key(self._id, "parts"), index)
+        with self._errors():
+            noted, done = pipe.execute()
+        if not noted and not done:  # the shard was taken up meanwhile
+            self._store.delete(self._layout.refused_shard(index))
+
+    def all(self) -> dict[int, Refusal]:
+        """Every refused shard by its index, those that are sealed among them."""
+        with self._errors():
+            raw: Any = self._redis.hgetall(_key(self._id))
+        noted = (Refusal.from_json(int(index), text) for index, text in raw.items())
+        return {one.index: one for one in (*self._marked(), *noted) if one is not None and one.index >= 0}
+
+    def end(self, plan: RunPlan) -> RunProgress | None:
+        """End a run that is complete: seal what was refused, then write the totals. None for a cancelled run.
+
+        May be called by several at once, and again. Raises RunError where a part cannot be written here.
+        """
+        if self._store.head(self._layout.cancelled) is not None:
+            return None
+        refused = [one for one in self.all().values() if one.index < (plan.shards or 0)]
+        sealed = [one for one in refused if self._seal(plan, one)]
+        reason = sealed[0].failure.message if sealed else None
+        return finalise(self._store, self._layout, plan, refused=len(sealed), reason=reason)
+
+    def take_up(self, plan: RunPlan, only: Collection[int] | None = None) -> list[int]:
+        """Make refused shards missing again, all or `only` these; their indexes. An ended run with such shards is cancelled then.
+
+        A shard whose items are not listed any more stays refused. Interrupted anywhere, it can be called again: the mark of a
+        shard goes last.
+        """
+        found = [one for index, one in sorted(self.all().items()) if only is None or index in only]
+        there = {one.index for one in found if self._store.head(self._layout.shard(one.index)) is not None}
+        if there and read_totals(self._store, self._layout) is not None:
+            self._reopen()
+        for one in found:
+            if one.index not in there and one.index < (plan.shards or 0):
+                self._seal(plan, one)
+        letters = self._letters(plan, there)
+        taken = [one for one in found if one.index in there]
+        return [one.index for one in taken if self._forget(plan, one, letters.get(one.index, []))]
+
+    def _reopen(self) -> None:
+        """The run has not ended any more. Until it is resumed it counts as cancelled, so that nobody ends it anew."""
+        key = broker.run_key(self._id)
+        self._store.put(self._layout.cancelled, b"{}")
+        with self._errors():
+            self._redis.hset(key, "cancelled", "1")
+            self._redis.expire(key, int(self._settings.run_ttl))
+        self._store.delete(self._layout.success)
+        self._store.delete(self._layout.failures)
+
+    def _forget(self, plan: RunPlan, refusal: Refusal, letters: Collection[bytes]) -> bool:
+        """Take note, sealed part and letters of one shard away; False where a worker's part is there, which stays."""
+        index, part, ledger = refusal.index, self._layout.part(refusal.index), broker.unacked_keys(plan.queue)
+        undone = self._store.writer(part) == SEALED or self._store.head(part) is None
+        pipe = self._redis.pipeline(transaction=True)
+        if undone:
+            self._set_bits(pipe, index, self._items(plan, refusal), 0)
+        pipe.hdel(_key(self._id), str(index))
+        for entry in letters:
+            for name in ("dead_key", "unreported_key"):
+                pipe.lrem(ledger[name], 1, entry)  # type: ignore[arg-type]  # bytes are sent as they are
+        with self._errors():
+            pipe.execute()
+        if undone:
+            self._store.delete(self._layout.failed_shard(index))
+            self._store.delete(part)
+        self._store.delete(self._layout.refused_shard(index))
+        return undone
+
+    def _seal(self, plan: RunPlan, refusal: Refusal) -> bool:
+        """See to it that a refused shard has a part; True where that is one of failed rows, not a worker's own."""
+        index, written_as = refusal.index, part_format(plan.format)
+        self._put_mark(refusal)  # first, so that every sealed part can be taken up
+        items = self._items(plan, refusal)
+        failed = self._put_part(plan, refusal, items)
+        sealed = failed is not None
+        if failed is None:
+            failed = written_as.failed(self._store.get(self._layout.part(index)))
+        write_failed_rows(self._store, self._layout, index, failed)
+        pipe = self._redis.pipeline(transaction=True)
+        self._set_bits(pipe, index, items if sealed else (), 1)
+        pipe.hdel(_key(self._id), str(index))
+        with self._errors():
+            pipe.execute()
+        if not sealed:
+            self._store.delete(self._layout.refused_shard(index))
+        return sealed
+
+    def _put_part(
+        self, plan: RunPlan, refusal: Refusal, items: Mapping[int, dict[str, Any]]
+    ) -> list[dict[str, Any]] | None:
+        """Write the part of failed rows and return them; None where a worker's part is there."""
+        pinned = {"revision": plan.revision} if plan.revision else {}
+        provenance = {"model": plan.model, **pinned, "pipefleet": __version__}
+        tail = {"error": refusal.failure.to_json(), "provenance": provenance}
+        rows, written_as = [{**row, **tail} for row in items.values()], part_format(plan.format)
+        try:
+            body = written_as.encode([encode_json(row).encode() for row in rows])
+        except RunError as error:
+            text = f"{refusal.failure.message}; to end the run at {self._layout.uri} without this shard: {error}"
+            raise RunError(text) from None
+        uri = self._layout.part(refusal.index)
+        ours = self._store.put_new(uri, body, content_type=written_as.media_type, writer=SEALED)
+        return rows if ours else None
+
+    def _items(self, plan: RunPlan, refusal: Refusal) -> dict[int, dict[str, Any]]:
+        """The beginning of the row of each item of a shard, by position; what its list does not tell is told by position alone."""
+        listed: dict[int, dict[str, Any]] = {}
+        try:
+            for line in self._store.lines(self._layout.shard(refusal.index)):
+                position, row = _listed(line)
+                listed[position] = row
+        except ServiceUnavailableError:
+            raise
+        except (PipefleetError, ValueError, LookupError, TypeError):
+            pass  # the list is gone or damaged
+        if plan.items is None:
+            return listed
+        told = range(refusal.first, min(refusal.first + refusal.count, plan.items))
+        places = sorted(place for place in {*told, *listed} if place < (plan.items or 0))
+        return {place: listed.get(place, {"id": str(place), "input": None}) for place in places}
+
+    def _letters(self, plan: RunPlan, indexes: Collection[int]) -> dict[int, list[bytes]]:
+        """The dead letters of shards, as they lie in Redis."""
+        ids = {f"{self._id}-{index:05d}": index for index in indexes}
+        found: dict[int, list[bytes]] = {}
+        with self._errors():
+            for letter in broker.every_dead_letter(self._redis, plan.queue) if ids else ():
+                if (index := ids.get(letter.job_id or "")) is not None:
+                    found.setdefault(index, []).append(letter.entry)
+        return found
+
+    def _set_bits(self, pipe: Any, index: int, positions: Collection[int], value: int) -> None:
+        """Set or clear that a shard is done and that all its items have failed."""
+        for name in ("items", "failed"):
+            for position in positions:
+                pipe.setbit(broker.run_key(self._id, name), position, value)
+        pipe.setbit(broker.run_key(self._id, "parts"), index, value)
+        for name in ("items", "failed", "parts"):
+            pipe.expire(broker.run_key(self._id, name), int(self._settings.run_ttl))
+
+    def _marked(self) -> Iterator[Refusal | None]:
+        for entry in self._store.list(self._layout.refused):
+            found = _INDEX.search(entry.key)
+            if found:
+                yield Refusal.from_json(int(found[1]), self._store.get(self._layout.refused_shard(int(found[1]))))
+
+    def _put_mark(self, refusal: Refusal) -> None:
+        self._store.put(self._layout.refused_shard(refusal.index), encode_json(refusal.to_json()).encode())
+
+    def _errors(self) -> Any:
+        return broker.redis_errors(self._settings.redis_url)
+
+
+def _listed(line: bytes) -> tuple[int, dict[str, Any]]:
+    """Position of an item, and the beginning of its row, from a line of a shard."""
+    item = json.loads(line)
+    parameters = {"parameters": item["parameters"]} if item.get("parameters") else {}
+    return item["position"], {"id": item["id"], "input": map_refs(item["inputs"], lambda one: one.uri), **parameters}
