@@ -78,6 +78,25 @@ class Refusal:
             return None
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What Redis knows of a run; `shards` and `cancelled` are None where it does not. `done` and `failed` count items."""
+
+    shards: int | None
+    cancelled: bytes | None
+    done: int
+    failed: int
+    parts: int
+    refused: int
+    reason: str | None
+    """Why one of the refused shards was refused."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard of a run that is planned to its end has a part or was refused."""
+        return self.shards is not None and self.parts + self.refused >= self.shards
+
+
 def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: str, letter: bytes = b"") -> bool:
     """Note in Redis that no worker will run a shard; False where that is not so any more. One round trip.
 
@@ -105,15 +124,19 @@ class Refusals:
         self._layout = layout
         self._id = run_id
 
-    def complete(self) -> bool:
-        """Whether every shard of a run that is planned to its end has a part or was refused."""
+    def counts(self) -> Counts:
+        """What Redis knows of the run, in one round trip."""
         pipe = self._redis.pipeline(transaction=True)
-        pipe.hget(broker.run_key(self._id), "shards")
-        pipe.bitcount(broker.run_key(self._id, "parts"))
+        pipe.hmget(broker.run_key(self._id), ["shards", "cancelled"])
+        for bitmap in ("items", "failed", "parts"):
+            pipe.bitcount(broker.run_key(self._id, bitmap))
         pipe.hlen(_key(self._id))
+        pipe.hrandfield(_key(self._id), 1, True)
         with self._errors():
-            shards, parts, refused = pipe.execute()
-        return shards is not None and parts + refused >= int(shards)
+            (shards, cancelled), done, failed, parts, refused, one = pipe.execute()
+        refusal = Refusal.from_json(int(one[0]), one[1]) if one else None
+        reason = None if refusal is None else refusal.failure.message
+        return Counts(None if shards is None else int(shards), cancelled, done, failed, parts, refused, reason)
 
     def mark(self, index: int) -> None:
         """Write to object storage what Redis has noted of a shard, in case Redis loses it."""

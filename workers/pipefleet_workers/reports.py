@@ -10,7 +10,9 @@ from pipefleet import broker
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
+from pipefleet.objects import ObjectStore
 from pipefleet.records import FINISH, START, JobFailure, finish_arguments
+from pipefleet.refusals import Refusals
 from pipefleet.settings import Settings
 from pipefleet.storage import StorageRef, join_uri
 from pipefleet_workers.delivery.leases import Lease
@@ -114,16 +116,22 @@ class Reporter:
             self._redis.eval(PROGRESS, len(keys), *keys, *arguments)
 
     def part_written(self, shard: Shard) -> bool:
-        """Note that a shard's part is there. True when it was the last one of a run that is planned to its end."""
-        parts = broker.run_key(shard.run_id, "parts")
+        """Note that a shard's part is there. True when nothing else is left of a run that is planned to its end."""
+        parts, refused = broker.run_key(shard.run_id, "parts"), broker.run_key(shard.run_id, "refused")
         pipe = self._redis.pipeline(transaction=True)
         pipe.setbit(parts, shard.index, 1)
         pipe.expire(parts, int(self._settings.run_ttl))
+        pipe.hdel(refused, str(shard.index))  # another copy of its message was refused: the part counts
         pipe.bitcount(parts)
+        pipe.hlen(refused)
         pipe.hget(broker.run_key(shard.run_id), "shards")
         with broker.redis_errors(self._settings.redis_url):
-            *_, written, shards = pipe.execute()
-        return shards is not None and written >= int(shards)
+            *_, written, others, shards = pipe.execute()
+        return shards is not None and written + others >= int(shards)
+
+    def refusals(self, objects: ObjectStore, layout: RunLayout, run_id: str) -> Refusals:
+        """The refused shards of a run, and with them its end."""
+        return Refusals(self._redis, self._settings, objects, layout, run_id)
 
     def run_cancelled(self, shard: Shard) -> bool:
         """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked."""

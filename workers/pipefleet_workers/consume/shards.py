@@ -8,7 +8,7 @@ import orjson
 
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
-from pipefleet.finishing import finalise, write_failed_rows
+from pipefleet.finishing import write_failed_rows
 from pipefleet.layout import RunLayout
 from pipefleet.parts import part_format
 from pipefleet.planner import decode_shard_line, read_plan
@@ -79,7 +79,10 @@ class Shards:
         return sink.in_order()
 
     def close(self, shard: Shard, outcomes: Sequence[Outcome]) -> str:
-        """Write the part of a shard and, if it was the last one, the end of its run."""
+        """Write the part of a shard and, if it was the last one, the end of its run.
+
+        The state it reached: `succeeded`, `partial`, `failed` (every item) or `cancelled`.
+        """
         reporter = self._outlets.reporter
         if reporter.run_cancelled(shard):
             return "cancelled"
@@ -87,15 +90,17 @@ class Shards:
         written = self._outlets.parts.write(shard, outcomes)
         if written is None:  # another worker's part was there first: what it says holds
             written = self._outlets.store.get(StorageRef(RunLayout(shard.run_uri, shard.format).part(shard.index)))
-        self._end(shard, written)
-        return "succeeded"
+        failed = self._end(shard, written)
+        return "succeeded" if not failed else "failed" if failed >= shard.count else "partial"
 
-    def _end(self, shard: Shard, part: bytes) -> None:
-        """The part is there, ours or another's: list its failures, note it, and end the run if it was the last."""
+    def _end(self, shard: Shard, part: bytes) -> int:
+        """The part is there, ours or another's: list its failures, note it, end the run if it was the last; the failed items."""
         layout, objects = RunLayout(shard.run_uri, shard.format), self._outlets.objects
-        write_failed_rows(objects, layout, shard.index, part_format(shard.format).failed(part))
+        failed = part_format(shard.format).failed(part)
+        write_failed_rows(objects, layout, shard.index, failed)
         if self._outlets.reporter.part_written(shard):
-            finalise(objects, layout, read_plan(objects, layout))
+            self._outlets.reporter.refusals(objects, layout, shard.run_id).end(read_plan(objects, layout))
+        return len(failed)
 
     def read(self, shard: Shard) -> list[JobItem]:
         """The items of a shard. Raises ContractError where they are not what the message says."""
