@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from pipefleet.printable import printable
+
 PLAIN_SECONDS = 5.0
 """Seconds between two lines where there is no terminal."""
 
@@ -80,8 +82,9 @@ def describe(progress: RunProgress) -> str:
 
 def _hindrances(progress: RunProgress) -> list[str]:
     """Why items do not become results, in words."""
-    refused = f"{progress.refused} shard{'s were' if progress.refused > 1 else ' was'} refused: {progress.reason}"
-    return [text for text in (refused if progress.refused else None, progress.waiting) if text]
+    shards = "1 shard was" if progress.refused == 1 else f"{progress.refused} shards were"
+    refused = f"{shards} refused: {printable(progress.reason or '', 300)}" if progress.refused else None
+    return [text for text in (refused, progress.waiting) if text]
 
 
 class _PlainLines:
@@ -90,14 +93,15 @@ class _PlainLines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._next = 0.0
-        self._shown = -1
+        self._shown: tuple[Any, ...] = ()
 
     def __call__(self, progress: RunProgress) -> None:
-        done = progress.succeeded + progress.failed
-        due = time.monotonic() >= self._next and done != self._shown
+        hindrances = _hindrances(progress)
+        news = (progress.succeeded + progress.failed, *hindrances)
+        due = news != self._shown and (time.monotonic() >= self._next or news[1:] != self._shown[1:])
         if due or progress.ended:
             print(describe(progress), file=self._stream, flush=True)
-            self._next, self._shown = time.monotonic() + PLAIN_SECONDS, done
+            self._next, self._shown = time.monotonic() + PLAIN_SECONDS, news
 
 
 @contextmanager
@@ -125,7 +129,7 @@ def _bar(stream: TextIO) -> Iterator[Show]:
             failed = f" {progress.failed} failed" if progress.failed else ""
             bar.update(
                 line, description=progress.state, completed=done, total=progress.items or None,
-                detail=f"{rate:.1f}/s{failed}",
+                detail="; ".join([f"{rate:.1f}/s{failed}", *_hindrances(progress)]),
             )  # fmt: skip
 
         yield show

@@ -255,6 +255,10 @@ class Run:
         self._client.publish((self._shard_message(index) for index in taken), self._plan.queue, Priority.LOW)
         return taken
 
+    def has_part(self, shard: int) -> bool:
+        """Whether the part of a shard is there."""
+        return self._client.store.head(self._layout.part(shard)) is not None
+
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
         name = f"pipefleet-plan-{self.id[:8]}"

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.broker import DeadLetter
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
+from pipefleet.letters import BURY
 from pipefleet.objects import ObjectStore
 from pipefleet.records import FINISH, START, JobFailure, finish_arguments
 from pipefleet.refusals import Refusals
@@ -102,6 +104,17 @@ class Reporter:
         fields = {"error": encode_json(failure.to_json()), "timings": "{}"}
         with broker.redis_errors(self._settings.redis_url):
             self._finish(self._redis, message, JobState.FAILED, fields)
+
+    def bury(self, letter: DeadLetter, failure: JobFailure, queue: str, reply: str | None) -> None:
+        """End the single job of a dead letter, unless the letter was queued again or removed meanwhile."""
+        assert letter.job_id is not None
+        fields, keys = {"error": encode_json(failure.to_json()), "timings": "{}"}, broker.unacked_keys(queue)
+        arguments = finish_arguments(
+            letter.job_id, JobState.FAILED, time.time(), ttl=self._settings.result_ttl, reply=reply, fields=fields
+        )
+        names = (broker.job_key(letter.job_id), keys["unreported_key"], keys["dead_key"])
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.eval(BURY, len(names), *names, *arguments, letter.entry)
 
     def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
         """Set the bits of items that have ended, in one command."""

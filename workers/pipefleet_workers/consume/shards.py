@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import orjson
 
@@ -14,20 +15,34 @@ from pipefleet.parts import part_format
 from pipefleet.planner import decode_shard_line, read_plan
 from pipefleet.records import JobFailure
 from pipefleet.storage import StorageRef
+from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome, Work
 from pipefleet_workers.stages.fetch import lies_under
 
 PROGRESS_SECONDS = 0.25
+HAND_OVER_PAUSE = 1.0
+"""How long a shard that another worker can do is held before it goes back: else this worker would take it again at once."""
+HAND_OVER_SECONDS = 600.0
+"""How long a shard is handed back; those who could do it may be there and never get to it."""
+
+
+class ElsewhereError(DrainedError):
+    """Another worker of the pool can do this shard, and this one cannot: its message goes back."""
 
 
 class Shards:
-    """Runs shards. Thread-safe. `run` raises DrainedError, ServiceUnavailableError or ContractError; then nothing was written."""
+    """Runs shards. Thread-safe. `run` raises DrainedError, ServiceUnavailableError or ContractError; then nothing was written.
 
-    def __init__(self, jobs: Jobs, outlets: Outlets) -> None:
+    `elsewhere` tells whether another live worker of the pool can write parts in a format.
+    """
+
+    def __init__(self, jobs: Jobs, outlets: Outlets, *, elsewhere: Callable[[str], bool] = lambda _: False) -> None:
         self._jobs = jobs
         self._outlets = outlets
+        self._elsewhere = elsewhere
+        self._handed_over: dict[str, float] = {}
 
     def run(self, message: JobMessage, shard: Shard, *, patient: bool = True) -> str:
         """Run a shard to its end; the state it reached."""
@@ -45,7 +60,7 @@ class Shards:
         if self._outlets.reporter.run_cancelled(shard):
             return None
         layout = RunLayout(shard.run_uri, shard.format)
-        require_format(shard)
+        self._require_format(message.id, shard)
         if self._outlets.store.exists(layout.part(shard.index)):
             self._end(shard, self._outlets.store.get(StorageRef(layout.part(shard.index))))
             return None
@@ -101,6 +116,19 @@ class Shards:
         if self._outlets.reporter.part_written(shard):
             self._outlets.reporter.refusals(objects, layout, shard.run_id).end(read_plan(objects, layout))
         return len(failed)
+
+    def _require_format(self, job_id: str, shard: Shard) -> None:
+        """Raise ElsewhereError or, where nobody else takes the shard either, ContractError, if its part cannot be written here."""
+        try:
+            require_format(shard)
+        except ContractError:
+            now = time.monotonic()
+            since = self._handed_over.setdefault(job_id, now)
+            if now - since < HAND_OVER_SECONDS and self._elsewhere(shard.format):
+                time.sleep(HAND_OVER_PAUSE)
+                raise ElsewhereError from None
+            self._handed_over.pop(job_id, None)
+            raise
 
     def read(self, shard: Shard) -> list[JobItem]:
         """The items of a shard. Raises ContractError where they are not what the message says."""
