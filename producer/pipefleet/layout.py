@@ -8,7 +8,7 @@
 <output>/requeued/<job>.json        the result of an item that killed its workers and was queued again by itself
 <output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
 <output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
-<output>/_run/refused/00000.json    a shard that no worker will run, and why; its part lists its items as failed once the run has ended
+<output>/_run/refused/00000.json    why no worker will run a shard; its items are failed items when the run has ended
 <output>/_run/cancelled             the run was cancelled
 <output>/_SUCCESS                   totals; there when the run has ended
 """

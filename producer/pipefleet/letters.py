@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,10 +77,8 @@ def _text(value: Any) -> str | None:
 
 
 def _input(inputs: Any) -> str:
-    try:
+    with contextlib.suppress(ContractError):  # a reference that is none is shown as it is
         inputs = map_refs(inputs, lambda one: one.uri)
-    except ContractError:
-        pass  # shown as it is
     text = inputs if isinstance(inputs, str) else json.dumps(inputs, ensure_ascii=False)
     return text if len(text) <= MOST_INPUT else text[: MOST_INPUT - 1] + "…"
 

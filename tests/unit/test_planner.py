@@ -68,6 +68,9 @@ class MemoryStore:
     def get(self, uri: str) -> bytes:
         return self.objects[uri]
 
+    def head(self, uri: str) -> bytes | None:
+        return self.objects.get(uri)
+
     def list(self, uri: str) -> Iterator[ListedObject]:
         for found in sorted(one for one in self.objects if one.startswith(uri)):
             yield ListedObject(split_uri(found)[1], 0, "")
@@ -83,7 +86,13 @@ class Published:
         self.store = store
         self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0, outstanding_shards=1 << 30)
         self.redis = SimpleNamespace(
-            set=self.ignore, hset=self.ignore, expire=self.ignore, delete=self.ignore, bitcount=lambda _: 0, hlen=lambda _: 0
+            set=self.ignore,
+            hset=self.ignore,
+            expire=self.ignore,
+            delete=self.ignore,
+            bitcount=lambda _: 0,
+            hlen=lambda _: 0,
+            hgetall=lambda _: {},
         )
         self.shards: list[tuple[int, int, int]] = []
 

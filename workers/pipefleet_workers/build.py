@@ -108,7 +108,9 @@ def build(
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
     jobs = Jobs(pool, engine, outlets.allowed)
     tally = Tally(instruments.metrics, instruments.work)
-    consumer = _consumer(jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue, pool.name, name), tally=tally)
+    consumer = _consumer(
+        jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue, pool.name, name), tally=tally
+    )
     facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed)
     return Built(consumer, outlets.reporter, facts, burials, letters=worker_settings.transport != "stock")

@@ -80,7 +80,9 @@ class Burials:
             try:
                 patience.call(lambda shard=shard: self._end(shard))  # type: ignore[misc]
             except PipefleetError as error:
-                log.warning("shard %d of run %s was refused, and its run does not say so: %s", shard.index, shard.run_id, error)
+                log.warning(
+                    "shard %d of run %s was refused, and its run does not say so: %s", shard.index, shard.run_id, error
+                )
             except Exception:
                 log.exception("noting a refused shard failed")
 

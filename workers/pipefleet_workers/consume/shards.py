@@ -123,6 +123,8 @@ class Shards:
             require_format(shard)
         except ContractError:
             now = time.monotonic()
+            if len(self._handed_over) > 10_000:  # those that another worker took are never asked for again
+                self._handed_over.clear()
             since = self._handed_over.setdefault(job_id, now)
             if now - since < HAND_OVER_SECONDS and self._elsewhere(shard.format):
                 time.sleep(HAND_OVER_PAUSE)
