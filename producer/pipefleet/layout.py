@@ -9,6 +9,7 @@
 <output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
 <output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
 <output>/_run/refused/00000.json    why no worker will run a shard; its items are failed items when the run has ended
+<output>/_run/resumed.json          which refused shards were taken up, and a word: `_SUCCESS` with another one is void
 <output>/_run/cancelled             the run was cancelled
 <output>/_SUCCESS                   totals; there when the run has ended
 """
@@ -83,6 +84,11 @@ class RunLayout:
     def cancelled(self) -> str:
         """The mark of a cancelled run."""
         return f"{self.uri}_run/cancelled"
+
+    @property
+    def resumed(self) -> str:
+        """Which refused shards were taken up, and the word that tells `_SUCCESS` from one of before that."""
+        return f"{self.uri}_run/resumed.json"
 
     @property
     def success(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import __version__, broker
 from pipefleet.contract import Shard, encode_json
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
-from pipefleet.finishing import finalise, read_totals, write_failed_rows
+from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.parts import part_format
 from pipefleet.progress import RunProgress
@@ -47,6 +48,21 @@ return 1
 """
 """KEYS: refused and parts of the run, dead letters of the queue, those not reported. ARGV: index, refusal, ttl, letter or ''.
 Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there."""
+
+
+SEAL = """
+local resumed = redis.call('HGET', KEYS[1], 'resumed')
+if resumed and resumed ~= ARGV[1] then return 0 end
+for key = 2, 3 do
+  for _, position in ipairs(cjson.decode(ARGV[4])) do redis.call('SETBIT', KEYS[key], position, 1) end
+end
+redis.call('SETBIT', KEYS[4], ARGV[2], 1)
+redis.call('HDEL', KEYS[5], ARGV[2])
+for key = 2, 4 do redis.call('EXPIRE', KEYS[key], ARGV[3]) end
+return 1
+"""
+"""KEYS: the run, its bitmaps items, failed and parts, and refused. ARGV: the word of `Resumed`, index, ttl, positions of the items
+that failed with the shard. 0, and nothing is set, when shards were taken up since that word was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +178,29 @@ class Refusals:
         return {one.index: one for one in (*self._marked(), *noted) if one is not None and one.index >= 0}
 
     def end(self, plan: RunPlan) -> RunProgress | None:
-        """End a run that is complete: seal what was refused, then write the totals. None for a cancelled run.
+        """End a run that is complete: seal what was refused, then write the totals. None where it is not, or was cancelled.
 
         May be called by several at once, and again. Raises RunError where a part cannot be written here.
         """
-        if self._store.head(self._layout.cancelled) is not None:
+        resumed = read_resumed(self._store, self._layout)  # first: whatever is taken up from here on voids this end
+        if self._store.head(self._layout.cancelled) is not None or (plan.shards and not self.counts().complete):
             return None
-        refused = [one for one in self.all().values() if one.index < (plan.shards or 0)]
-        sealed = [one for one in refused if self._seal(plan, one)]
-        reason = sealed[0].failure.message if sealed else None
-        return finalise(self._store, self._layout, plan, refused=len(sealed), reason=reason)
+        ended = read_totals(self._store, self._layout)
+        return ended or self._end(plan, resumed)
+
+    def _end(self, plan: RunPlan, resumed: Resumed) -> RunProgress | None:
+        sealed = set()
+        for one in (
+            refused := {index: one for index, one in self.all().items() if index < (plan.shards or 0)}
+        ).values():
+            became = self._seal(plan, one, resumed)
+            if became is None:
+                return None
+            sealed |= {one.index} if became else set()
+        for index in set(resumed.shards) - sealed:
+            self._list_failed(plan, index)
+        reason = refused[min(sealed)].failure.message if sealed else None
+        return finalise(self._store, self._layout, plan, refused=len(sealed), reason=reason, resumed=resumed)
 
     def take_up(self, plan: RunPlan, only: Collection[int] | None = None) -> list[int]:
         """Make refused shards missing again, all or `only` these; their indexes. An ended run with such shards is cancelled then.
@@ -181,32 +210,48 @@ class Refusals:
         """
         found = [one for index, one in sorted(self.all().items()) if only is None or index in only]
         there = {one.index for one in found if self._store.head(self._layout.shard(one.index)) is not None}
-        if there and read_totals(self._store, self._layout) is not None:
-            self._reopen()
+        if there:
+            self._reopen(there)
         for one in found:
             if one.index not in there and one.index < (plan.shards or 0):
-                self._seal(plan, one)
-        letters = self._letters(plan, there)
+                self._seal(plan, one, read_resumed(self._store, self._layout))
+        letters, word = self._letters(plan, there), uuid.uuid4().hex
         taken = [one for one in found if one.index in there]
-        return [one.index for one in taken if self._forget(plan, one, letters.get(one.index, []))]
+        indexes = [one.index for one in taken if self._forget(plan, one, letters.get(one.index, []), word)]
+        if there:
+            self._void_end(word, there)  # also what somebody ends who looked at the parts in between
+        return indexes
 
-    def _reopen(self) -> None:
-        """The run has not ended any more. Until it is resumed it counts as cancelled, so that nobody ends it anew."""
+    def _reopen(self, shards: Collection[int]) -> None:
+        """The run has not ended any more. Where it had, it counts as cancelled until it is resumed, so that nobody ends it anew."""
+        if read_totals(self._store, self._layout) is not None:
+            self._cancel()
+        self._void_end(uuid.uuid4().hex, shards)
+        self._store.delete(self._layout.success)
+        self._store.delete(self._layout.failures)
+
+    def _void_end(self, word: str, shards: Collection[int]) -> None:
+        every = sorted({*shards, *read_resumed(self._store, self._layout).shards})
+        self._store.put(self._layout.resumed, encode_json({"word": word, "shards": every}).encode())
+
+    def _cancel(self) -> None:
         key = broker.run_key(self._id)
         self._store.put(self._layout.cancelled, b"{}")
         with self._errors():
             self._redis.hset(key, "cancelled", "1")
             self._redis.expire(key, int(self._settings.run_ttl))
-        self._store.delete(self._layout.success)
-        self._store.delete(self._layout.failures)
 
-    def _forget(self, plan: RunPlan, refusal: Refusal, letters: Collection[bytes]) -> bool:
+    def _forget(self, plan: RunPlan, refusal: Refusal, letters: Collection[bytes], word: str) -> bool:
         """Take note, sealed part and letters of one shard away; False where a worker's part is there, which stays."""
         index, part, ledger = refusal.index, self._layout.part(refusal.index), broker.unacked_keys(plan.queue)
         undone = self._store.writer(part) == SEALED or self._store.head(part) is None
         pipe = self._redis.pipeline(transaction=True)
         if undone:
-            self._set_bits(pipe, index, self._items(plan, refusal), 0)
+            for name in ("items", "failed"):
+                for position in self._items(plan, refusal):
+                    pipe.setbit(broker.run_key(self._id, name), position, 0)
+            pipe.setbit(broker.run_key(self._id, "parts"), index, 0)
+            pipe.hset(broker.run_key(self._id), "resumed", word)  # who is sealing this shard sets its bits no more
         pipe.hdel(_key(self._id), str(index))
         for entry in letters:
             for name in ("dead_key", "unreported_key"):
@@ -219,29 +264,37 @@ class Refusals:
         self._store.delete(self._layout.refused_shard(index))
         return undone
 
-    def _seal(self, plan: RunPlan, refusal: Refusal) -> bool:
-        """See to it that a refused shard has a part; True where that is one of failed rows, not a worker's own."""
-        index, written_as = refusal.index, part_format(plan.format)
+    def _seal(self, plan: RunPlan, refusal: Refusal, resumed: Resumed) -> bool | None:
+        """See to it that a refused shard has a part: True where it is one of failed rows, False where it is a worker's own.
+
+        None when shards were taken up since `resumed` was read.
+        """
+        index = refusal.index
+        if read_resumed(self._store, self._layout) != resumed:
+            return None
         self._put_mark(refusal)  # first, so that every sealed part can be taken up
         items = self._items(plan, refusal)
-        failed = self._put_part(plan, refusal, items)
-        sealed = failed is not None
-        if failed is None:
-            failed = written_as.failed(self._store.get(self._layout.part(index)))
-        write_failed_rows(self._store, self._layout, index, failed)
-        pipe = self._redis.pipeline(transaction=True)
-        self._set_bits(pipe, index, items if sealed else (), 1)
-        pipe.hdel(_key(self._id), str(index))
+        sealed = self._put_part(plan, refusal, items)
+        self._list_failed(plan, index)
+        keys = [broker.run_key(self._id, name) for name in ("", "items", "failed", "parts", "refused")]
+        positions = encode_json(list(items) if sealed else [])
         with self._errors():
-            pipe.execute()
+            current = self._redis.eval(
+                SEAL, len(keys), *keys, resumed.word, index, int(self._settings.run_ttl), positions
+            )
         if not sealed:
             self._store.delete(self._layout.refused_shard(index))
-        return sealed
+        return sealed if current else None
 
-    def _put_part(
-        self, plan: RunPlan, refusal: Refusal, items: Mapping[int, dict[str, Any]]
-    ) -> list[dict[str, Any]] | None:
-        """Write the part of failed rows and return them; None where a worker's part is there."""
+    def _list_failed(self, plan: RunPlan, index: int) -> None:
+        """List the failed items of a shard as its part has them, whatever was listed before."""
+        rows = part_format(plan.format).failed(self._store.get(self._layout.part(index)))
+        write_failed_rows(self._store, self._layout, index, rows)
+        if not rows:
+            self._store.delete(self._layout.failed_shard(index))
+
+    def _put_part(self, plan: RunPlan, refusal: Refusal, items: Mapping[int, dict[str, Any]]) -> bool:
+        """Write the part of failed rows; False where a worker's part is there."""
         pinned = {"revision": plan.revision} if plan.revision else {}
         provenance = {"model": plan.model, **pinned, "pipefleet": __version__}
         tail = {"error": refusal.failure.to_json(), "provenance": provenance}
@@ -252,8 +305,7 @@ class Refusals:
             text = f"{refusal.failure.message}; to end the run at {self._layout.uri} without this shard: {error}"
             raise RunError(text) from None
         uri = self._layout.part(refusal.index)
-        ours = self._store.put_new(uri, body, content_type=written_as.media_type, writer=SEALED)
-        return rows if ours else None
+        return self._store.put_new(uri, body, content_type=written_as.media_type, writer=SEALED)
 
     def _items(self, plan: RunPlan, refusal: Refusal) -> dict[int, dict[str, Any]]:
         """The beginning of the row of each item of a shard, by position; what its list does not tell is told by position alone."""
@@ -281,15 +333,6 @@ class Refusals:
                 if (index := ids.get(letter.job_id or "")) is not None:
                     found.setdefault(index, []).append(letter.entry)
         return found
-
-    def _set_bits(self, pipe: Any, index: int, positions: Collection[int], value: int) -> None:
-        """Set or clear that a shard is done and that all its items have failed."""
-        for name in ("items", "failed"):
-            for position in positions:
-                pipe.setbit(broker.run_key(self._id, name), position, value)
-        pipe.setbit(broker.run_key(self._id, "parts"), index, value)
-        for name in ("items", "failed", "parts"):
-            pipe.expire(broker.run_key(self._id, name), int(self._settings.run_ttl))
 
     def _marked(self) -> Iterator[Refusal | None]:
         for entry in self._store.list(self._layout.refused):

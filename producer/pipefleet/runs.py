@@ -110,7 +110,7 @@ class Run:
             ended = self._refusals.end(self._plan)
             if ended is not None:
                 return ended
-            is_cancelled = True
+            is_cancelled = self._client.store.head(self._layout.cancelled) is not None
         queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
         total = queued.items if queued else self._plan.items
         state = "cancelled" if is_cancelled else "planning" if self._plan.shards is None else "running"

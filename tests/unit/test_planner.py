@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import CONTRACT_VERSION, JobItem, encode_json
-from pipefleet.errors import PipefleetError, RunError
+from pipefleet.errors import ObjectMissingError, PipefleetError, RunError
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ListedObject
 from pipefleet.planner import (
@@ -66,6 +66,8 @@ class MemoryStore:
         return True
 
     def get(self, uri: str) -> bytes:
+        if uri not in self.objects:
+            raise ObjectMissingError(uri)
         return self.objects[uri]
 
     def head(self, uri: str) -> bytes | None:
