@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
+from pipefleet.refusals import Refusals
 from pipefleet.runs import Run
 from tests.unit.conftest import eventually
 from tests.unit.shard_worker import ShardWorker
@@ -374,12 +376,10 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_happens_in_whatever_order_each_item_counts_once_and_the_run_ends(
     client: Client, environment: dict[str, str], steps: list[tuple[str, int]]
 ) -> None:
-    import uuid
-
     client.redis.flushall()
     run = planned(client, prefix := f"s3://pipefleet/tests/{uuid.uuid4().hex}/")
     worker = ShardWorker(client, QUEUE)
@@ -405,8 +405,6 @@ def _take_step(step: str, index: int, run: Run, worker: ShardWorker) -> None:
         for text in worker.take(index).values():
             client.redis.lpush(broker.queue_lists(QUEUE)[-1], text, text)
     elif step == "mark":  # what a worker's thread does late
-        from pipefleet.refusals import Refusals
-
         Refusals(client.redis, client.settings, client.store, RunLayout.at(run.uri), run.id).mark(index)
     elif step == "requeue":
         main(["dead-letters", "--requeue", "--json"])
