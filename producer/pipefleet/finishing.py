@@ -73,7 +73,7 @@ def finalise(
         parts=plan.shards or 0,
         seconds=round(time.time() - plan.created, 3),
         refused=refused,
-        reason=reason,
+        refused_reason=reason,
     )
     body = {name: value for name, value in totals.to_json().items() if name != "uri"}
     body |= {"resumed": resumed.word} if resumed.word else {}

@@ -20,7 +20,7 @@ class RunProgress:
     """How far a run is. `state` is planning, running, succeeded, partial (some items failed), failed (all did) or cancelled.
 
     `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
-    `refused` counts the shards that no worker will run, `reason` says why of one of them; their items are failed items once the
+    `refused` counts the shards that no worker will run, `refused_reason` says why of one; their items are failed items once the
     run has ended. `waiting` says why nothing goes on, where no worker serves the queue.
     """
 
@@ -33,7 +33,7 @@ class RunProgress:
     parts: int
     seconds: float
     refused: int = 0
-    reason: str | None = None
+    refused_reason: str | None = None
     waiting: str | None = None
 
     @property
@@ -42,9 +42,9 @@ class RunProgress:
         return self.state in ("succeeded", "partial", "failed", "cancelled")
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints; `reason` and `waiting` only where there is something to say."""
+        """What `--json` prints; `refused_reason` and `waiting` only where there is something to say."""
         names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds", "refused")
-        said = {name: getattr(self, name) for name in ("reason", "waiting")}
+        said = {name: getattr(self, name) for name in ("refused_reason", "waiting")}
         return {name: getattr(self, name) for name in names} | {name: one for name, one in said.items() if one}
 
     @classmethod
@@ -83,7 +83,7 @@ def describe(progress: RunProgress) -> str:
 def _hindrances(progress: RunProgress) -> list[str]:
     """Why items do not become results, in words."""
     shards = "1 shard was" if progress.refused == 1 else f"{progress.refused} shards were"
-    refused = f"{shards} refused: {printable(progress.reason or '', 300)}" if progress.refused else None
+    refused = f"{shards} refused: {printable(progress.refused_reason or '', 300)}" if progress.refused else None
     return [text for text in (refused, progress.waiting) if text]
 
 

@@ -14,12 +14,13 @@ import json
 import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import __version__, broker
 from pipefleet.contract import Shard, encode_json
-from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.parts import part_format
@@ -185,8 +186,10 @@ class Refusals:
         resumed = read_resumed(self._store, self._layout)  # first: whatever is taken up from here on voids this end
         if self._store.head(self._layout.cancelled) is not None or (plan.shards and not self.counts().complete):
             return None
-        ended = read_totals(self._store, self._layout)
-        return ended or self._end(plan, resumed)
+        try:
+            return read_totals(self._store, self._layout) or self._end(plan, resumed)
+        except ObjectMissingError:  # a part was taken up in the middle of this
+            return None
 
     def _end(self, plan: RunPlan, resumed: Resumed) -> RunProgress | None:
         sealed = set()
@@ -284,6 +287,8 @@ class Refusals:
             )
         if not sealed:
             self._store.delete(self._layout.refused_shard(index))
+        elif not current:  # whoever took the shard up may have removed the mark before our part came
+            self._put_mark(refusal)
         return sealed if current else None
 
     def _list_failed(self, plan: RunPlan, index: int) -> None:
@@ -297,8 +302,8 @@ class Refusals:
         """Write the part of failed rows; False where a worker's part is there."""
         pinned = {"revision": plan.revision} if plan.revision else {}
         provenance = {"model": plan.model, **pinned, "pipefleet": __version__}
-        tail = {"error": refusal.failure.to_json(), "provenance": provenance}
-        rows, written_as = [{**row, **tail} for row in items.values()], part_format(plan.format)
+        error, written_as = {"error": refusal.failure.to_json()}, part_format(plan.format)
+        rows = [{**error, **row, "provenance": provenance} for row in items.values()]
         try:
             body = written_as.encode([encode_json(row).encode() for row in rows])
         except RunError as error:
@@ -338,7 +343,8 @@ class Refusals:
         for entry in self._store.list(self._layout.refused):
             found = _INDEX.search(entry.key)
             if found:
-                yield Refusal.from_json(int(found[1]), self._store.get(self._layout.refused_shard(int(found[1]))))
+                with suppress(ObjectMissingError):  # taken up since it was listed
+                    yield Refusal.from_json(int(found[1]), self._store.get(self._layout.refused_shard(int(found[1]))))
 
     def _put_mark(self, refusal: Refusal) -> None:
         self._store.put(self._layout.refused_shard(refusal.index), encode_json(refusal.to_json()).encode())
@@ -350,5 +356,6 @@ class Refusals:
 def _listed(line: bytes) -> tuple[int, dict[str, Any]]:
     """Position of an item, and the beginning of its row, from a line of a shard."""
     item = json.loads(line)
-    parameters = {"parameters": item["parameters"]} if item.get("parameters") else {}
-    return item["position"], {"id": item["id"], "input": map_refs(item["inputs"], lambda one: one.uri), **parameters}
+    more = {"parameters": item["parameters"]} if item.get("parameters") else {}
+    more |= {"error": item["failure"]} if "failure" in item else {}  # it could not be prepared either way
+    return item["position"], {"id": item["id"], "input": map_refs(item["inputs"], lambda one: one.uri), **more}

@@ -124,7 +124,7 @@ class Run:
             parts=counts.parts,
             seconds=time.time() - self._plan.created,
             refused=counts.refused,
-            reason=counts.reason,
+            refused_reason=counts.reason,
             waiting=None if is_cancelled else self._why_waiting(),
         )
 

@@ -33,7 +33,7 @@ def refused_shards(world: World, scale: Scale) -> Finding:
         until(lambda: store.head(layout.success), PATIENCE, what="the run ends without anybody looking")
         ended = run.progress()
         assert (ended.state, ended.refused, ended.failed) == ("partial", 3, 60), ended
-        assert ended.reason, ended
+        assert ended.refused_reason, ended
         places = {place for index in REFUSED for place in range(20 * index, 20 * index + 20)}
         check_run(client, run, rows, dict.fromkeys(places, "refused"))
         check_quiet(world, dead=len(REFUSED))

@@ -28,10 +28,10 @@ def test_a_line_says_how_far_how_fast_and_what_failed() -> None:
 
 
 def test_a_line_says_what_is_in_the_way() -> None:
-    refused = replace(at(40), refused=2, reason="no\x1b pyarrow", waiting="nobody serves it")
+    refused = replace(at(40), refused=2, refused_reason="no\x1b pyarrow", waiting="nobody serves it")
     assert describe(refused).endswith("running; 2 shards were refused: no\\x1b pyarrow; nobody serves it")
     assert RunProgress.from_json("s3://out/", {**refused.to_json(), "later": 1}) == refused
-    assert "reason" not in at(40).to_json()
+    assert "refused_reason" not in at(40).to_json()
 
 
 @pytest.mark.parametrize("state", ["succeeded", "partial", "failed", "cancelled"])

@@ -61,12 +61,12 @@ class TestProgress:
         taken = worker.take()
         worker.refuse(taken[1], "this worker cannot write its part")
         now = run.progress()
-        assert (now.state, now.refused, now.reason) == ("running", 1, "this worker cannot write its part")
+        assert (now.state, now.refused, now.refused_reason) == ("running", 1, "this worker cannot write its part")
         worker.do(taken[0])
         worker.do(taken[2])
         ended = run.wait(timeout=20)
         assert (ended.state, ended.succeeded, ended.failed, ended.refused) == ("partial", 4, 2, 1)
-        assert ended.reason == "this worker cannot write its part"
+        assert ended.refused_reason == "this worker cannot write its part"
         assert failed_ids(run, client) == ["2", "3"]
         check_ended(run, client)
         (row, _) = run.failures()
@@ -113,7 +113,7 @@ class TestProgress:
         run = planned(client, prefix, items=2)
         worker.refuse(worker.take()[0], "it lies outside")
         assert list(store.list(RunLayout.at(prefix).refused)) == []
-        assert run.wait(timeout=20).reason == "it lies outside"
+        assert run.wait(timeout=20).refused_reason == "it lies outside"
         check_ended(run, client)
 
     def test_the_end_is_known_from_object_storage_when_redis_forgot(
@@ -148,6 +148,18 @@ class TestProgress:
         assert (ended.state, ended.failed, ended.refused) == ("partial", 2, 1)
         assert run.resume() == 0
         check_ended(run, client)
+
+    def test_an_item_that_could_not_be_prepared_keeps_its_own_failure(
+        self, client: Client, prefix: str, worker: ShardWorker
+    ) -> None:
+        run = planned(client, prefix, items=2)
+        layout, own = RunLayout.at(prefix), {"code": "bad_input", "message": "it is empty", "stage": "plan"}
+        first, second = map(json.loads, client.store.lines(layout.shard(0)))
+        body = "".join(json.dumps(line) + "\n" for line in (first, {**second, "failure": own}))
+        client.store.put(layout.shard(0), body.encode())
+        worker.refuse(worker.take()[0])
+        run.wait(timeout=20)
+        assert [row["error"]["code"] for row in run.results()] == ["refused", "bad_input"]
 
     def test_a_shard_that_another_copy_of_its_message_finished_counts_as_done(
         self, client: Client, prefix: str, worker: ShardWorker
