@@ -1,6 +1,6 @@
 """Prints the requirements of one image from pyproject.toml, so that they are installed before, and apart from, the code.
 
-`control` is what the scaler and Flower need; `workers` is the extra of that name.
+`control` is what the scaler and Flower need; `workers` is the extra of that name, with what writes Parquet.
 """
 
 import sys
@@ -15,7 +15,7 @@ def requirements(image: str, pyproject: Path) -> list[str]:
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     if image == "workers":
-        return [*project["dependencies"], *extras["workers"]]
+        return [*project["dependencies"], *extras["workers"], *extras["parquet"]]
     if image == "control":
         optional = [line for extra in ("workers", "local") for line in extras[extra]]
         return project["dependencies"] + [line for line in optional if line.startswith(CONTROL)]

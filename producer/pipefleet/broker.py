@@ -10,7 +10,9 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     run:<id>:items          bitmap  items that are finished, by position
     run:<id>:failed         bitmap  those of them that failed
     run:<id>:parts          bitmap  shards whose part is written
+    run:<id>:refused        hash    shards without a part that no worker will run: why, by index
     pools                   hash    what workers announce, by pool; each entry ends with its heartbeat
+    workers                 hash    what each worker says of itself, by name; each entry ends with its heartbeat
     unacked:<queue>         hash    delivered messages, by delivery tag: Celery's own record of them
     unacked_index:<queue>   zset    when each was delivered or renewed last; for delayed ones, when they are due
     deliveries:<queue>      hash    how often each was delivered
@@ -54,6 +56,7 @@ ARRIVING = ":arriving"
 KEY = "pipefleet:"
 CANCELLED_CHANNEL = f"{KEY}cancelled"
 POOLS_KEY = f"{KEY}pools"
+WORKERS_KEY = f"{KEY}workers"
 COST_HEADER, TIME_HEADER = "pipefleet-cost", "pipefleet-at"
 """What a message costs, see `JobMessage.work`, and when it was queued (seconds since 1970): read without its body."""
 SHARD_HEADER = "pipefleet-shard"
@@ -350,6 +353,14 @@ def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) 
     return [DeadLetter.parse(entry) for entry in (unreported + filed)[start : start + count]]
 
 
+def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
+    """The dead letters of a queue, newest first; reads a thousand at a time, so that one filed meanwhile may show twice."""
+    start = 0
+    while batch := dead_letters(redis, queue, start=start, count=1000):
+        yield from batch
+        start += len(batch)
+
+
 def count_dead_letters(redis: Redis, queue: str) -> int:
     """How many dead letters a queue has."""
     keys = unacked_keys(queue)
@@ -366,35 +377,53 @@ def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, del
     redis.lpush(unacked_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
 
 
-_MOVE_LETTER = """
-local removed = 0
+_REMOVE_LETTER = """
 for i = 1, 2 do
-  if removed == 0 then removed = redis.call('LREM', KEYS[i], 1, ARGV[1]) end
+  if redis.call('LREM', KEYS[i], 1, ARGV[1]) > 0 then return 1 end
 end
-if removed > 0 and ARGV[2] then redis.call('LPUSH', KEYS[3], ARGV[2]) end
-return removed
+return 0
 """
+
+_REQUEUE_LETTER = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) + redis.call('LREM', KEYS[2], 1, ARGV[1]) == 0 then return nil end
+local state = KEYS[4] and redis.call('HGET', KEYS[4], 'state')
+if state == 'succeeded' or state == 'cancelled' then return state end
+redis.call('LPUSH', KEYS[3], ARGV[2])
+if KEYS[4] then
+  redis.call('HDEL', KEYS[4], 'error', 'output', 'output_ref', 'started', 'finished', 'worker', 'timings')
+  redis.call('HSET', KEYS[4], 'state', 'queued', 'queue', ARGV[4])
+  redis.call('EXPIRE', KEYS[4], ARGV[3])
+end
+return 'queued'
+"""
+"""KEYS: dead letters, those not reported, list of the queue, record of a single job or none. ARGV: letter, message, ttl, queue."""
 
 
 def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
     """Throw a dead letter away; False when it was gone already."""
     keys = unacked_keys(queue)
-    return bool(redis.eval(_MOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry))
+    return bool(redis.eval(_REMOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry))
 
 
-def requeue_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
-    """Queue the message of a dead letter once more, behind the others, its deliveries counted anew; False when it was gone.
+def requeue_dead_letter(redis: Redis, letter: DeadLetter, queue: str, *, ttl: float = 86_400.0) -> str | None:
+    """Queue the message of a dead letter once more, behind the others, its deliveries counted anew.
 
-    Raises UsageError for a message that no worker could read.
+    The record of a single job says `queued` again then, and is kept for `ttl` seconds. Returns `queued`; `succeeded` or `cancelled`
+    where the job ended so elsewhere, and only the letter goes; None when that was gone. Raises UsageError for a message that no
+    worker could read.
     """
+    keys = unacked_keys(queue)
+    own = letter.queue if letter.queue and unacked_keys(letter.queue) == keys else queue
     try:
-        step = json.loads(letter.message)["properties"].get("priority") or 0
-        target = queue_lists(queue)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
+        message = json.loads(letter.message)
+        step = message["properties"].get("priority") or 0
+        target = queue_lists(own)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
+        record = [] if message["headers"].get(SHARD_HEADER) else [job_key(message["headers"]["id"])]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError("this dead letter is not a message that can be queued; remove it") from None
-    keys = unacked_keys(queue)
-    names = (keys["dead_key"], keys["unreported_key"], target)
-    return bool(redis.eval(_MOVE_LETTER, 3, *names, letter.entry, letter.message))
+    names = (keys["dead_key"], keys["unreported_key"], target, *record)
+    became: Any = redis.eval(_REQUEUE_LETTER, len(names), *names, letter.entry, letter.message, int(ttl), own)
+    return None if became is None else became.decode()
 
 
 @dataclass(frozen=True, slots=True)

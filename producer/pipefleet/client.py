@@ -23,7 +23,7 @@ from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
-from pipefleet.parts import FORMATS
+from pipefleet.parts import FORMATS, JsonLines
 from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record
 from pipefleet.routing import queue_name, route
 from pipefleet.runs import Run, plan_run
@@ -31,6 +31,7 @@ from pipefleet.settings import Settings, load_settings
 from pipefleet.storage import split_uri
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
 from pipefleet.watcher import Watcher
+from pipefleet.writers import require_writer
 
 ANNOUNCED_SECONDS = 5.0
 """How long what the workers announce is taken as it was read."""
@@ -145,6 +146,8 @@ class Client:
         if format not in FORMATS:
             raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
         FORMATS[format].require()
+        if format != JsonLines.name:
+            require_writer(self.redis, self.settings.redis_url, pool.name, format)
         if shard_size is not None and not 1 <= shard_size <= MAX_SHARD_ITEMS:
             raise RunError(
                 f"shard_size must be from 1 to {MAX_SHARD_ITEMS}, not {shard_size}: a worker holds a shard in memory"

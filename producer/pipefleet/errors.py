@@ -158,6 +158,7 @@ class ResultTimeoutError(JobError, TimeoutError):
     """The result was not there in time; the job goes on and can be waited for again."""
 
     code = "timeout"
+    exit_code = 4
     retryable = True
 
 

@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.contract import encode_json
@@ -18,31 +19,77 @@ from pipefleet.objects import ObjectStore
 from pipefleet.progress import RunProgress
 
 
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Which refused shards of a run were ever taken up, and the word that its `_SUCCESS` has to hold."""
+
+    word: str = ""
+    shards: tuple[int, ...] = ()
+
+
 def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
-    """The progress of a run that has ended, from `_SUCCESS`; None while it has not."""
+    """The progress of a run that has ended, from `_SUCCESS`; None while it has not, or not since shards were taken up."""
     try:
         totals = json.loads(store.get(layout.success))
     except ObjectMissingError:
         return None
-    return RunProgress(uri=layout.uri, **totals)
+    if totals.get("resumed", "") != read_resumed(store, layout).word:
+        return None
+    return RunProgress.from_json(layout.uri, totals)
 
 
-def finalise(store: ObjectStore, layout: RunLayout, plan: RunPlan) -> RunProgress:
-    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time."""
-    failed = _gather_failures(store, layout)
+def read_resumed(store: ObjectStore, layout: RunLayout) -> Resumed:
+    """What was noted when refused shards were taken up."""
+    try:
+        body = json.loads(store.get(layout.resumed))
+    except ObjectMissingError:
+        return Resumed()
+    return Resumed(body["word"], tuple(body["shards"]))
+
+
+def finalise(
+    store: ObjectStore,
+    layout: RunLayout,
+    plan: RunPlan,
+    *,
+    refused: int = 0,
+    reason: str | None = None,
+    resumed: Resumed | None = None,
+) -> RunProgress | None:
+    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time.
+
+    `refused` of the parts stand for shards that no worker ran, `reason` says why of one of them; see `refusals`. `resumed` is what
+    `read_resumed` returned before the parts were looked at: None, and nothing has ended, when that has changed since.
+    """
+    resumed = resumed or Resumed()
+    failed, items = _gather_failures(store, layout), plan.items or 0
     totals = RunProgress(
         uri=layout.uri,
-        state="partial" if failed else "succeeded",
-        items=plan.items or 0,
-        succeeded=(plan.items or 0) - failed,
+        state=_state(items, failed),
+        items=items,
+        succeeded=items - failed,
         failed=failed,
         shards=plan.shards or 0,
         parts=plan.shards or 0,
         seconds=round(time.time() - plan.created, 3),
+        refused=refused,
+        refused_reason=reason,
     )
     body = {name: value for name, value in totals.to_json().items() if name != "uri"}
-    store.put_new(layout.success, encode_json(body).encode())
-    return read_totals(store, layout) or totals
+    body |= {"resumed": resumed.word} if resumed.word else {}
+    for _ in range(2):
+        store.put_new(layout.success, encode_json(body).encode())
+        ended = read_totals(store, layout)
+        if ended is not None or read_resumed(store, layout).word != resumed.word:
+            return ended
+        store.delete(layout.success)  # of somebody who was slow, and ended what was resumed meanwhile
+    return None
+
+
+def _state(items: int, failed: int) -> str:
+    if failed == 0:
+        return "succeeded"
+    return "failed" if failed >= items else "partial"
 
 
 def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: list[dict[str, Any]]) -> None:

@@ -5,8 +5,11 @@
 <output>/_run/run.json              the plan with its totals, written when every shard is there; never changed
 <output>/part-00000.jsonl           (or .parquet) the results of a shard, a line for each item, in the shard's order
 <output>/artifacts/<position>/…     what does not fit a JSON line
+<output>/requeued/<job>.json        the result of an item that killed its workers and was queued again by itself
 <output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
 <output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
+<output>/_run/refused/00000.json    why no worker will run a shard; its items are failed items when the run has ended
+<output>/_run/resumed.json          which refused shards were taken up, and a word: `_SUCCESS` with another one is void
 <output>/_run/cancelled             the run was cancelled
 <output>/_SUCCESS                   totals; there when the run has ended
 """
@@ -68,6 +71,11 @@ class RunLayout:
         return f"{self.uri}_run/failed/"
 
     @property
+    def refused(self) -> str:
+        """The prefix of what is noted of shards that no worker will run."""
+        return f"{self.uri}_run/refused/"
+
+    @property
     def failures(self) -> str:
         """All failed items."""
         return f"{self.uri}_run/failures.jsonl"
@@ -76,6 +84,11 @@ class RunLayout:
     def cancelled(self) -> str:
         """The mark of a cancelled run."""
         return f"{self.uri}_run/cancelled"
+
+    @property
+    def resumed(self) -> str:
+        """Which refused shards were taken up, and the word that tells `_SUCCESS` from one of before that."""
+        return f"{self.uri}_run/resumed.json"
 
     @property
     def success(self) -> str:
@@ -93,6 +106,15 @@ class RunLayout:
     def failed_shard(self, index: int) -> str:
         """The failed items of one shard."""
         return f"{self.failed}{index:05d}.jsonl"
+
+    def refused_shard(self, index: int) -> str:
+        """Why no worker will run a shard."""
+        return f"{self.refused}{index:05d}.json"
+
+    @property
+    def requeued(self) -> str:
+        """The prefix of the results of items that were queued again by themselves."""
+        return f"{self.uri}requeued/"
 
     def artifacts(self, position: int) -> str:
         """The prefix of the artifacts of the item at `position` in the run."""

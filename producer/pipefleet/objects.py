@@ -156,6 +156,11 @@ class ObjectStore:
                 time.sleep(pause(attempt, first=0.05, longest=2.0))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    def writer(self, uri: str) -> str | None:
+        """The writer that `put_new` marked an object with; None where there is no object, or none with such a mark."""
+        with s3_errors(uri):
+            return self._writer_of(uri)
+
     def _writer_of(self, uri: str) -> str | None:
         found = self._head(uri)
         return None if found is None else found["Metadata"].get(WRITER)

@@ -5,6 +5,7 @@ Workers make a row for every item as a line of JSON; a format makes a part of th
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -125,6 +126,16 @@ def part_format(name: str) -> PartFormat:
     if name not in FORMATS:
         raise ContractError(f"parts in the format {name[:40]!r}: use a newer pipefleet")
     return FORMATS[name]
+
+
+def writable_formats() -> list[str]:
+    """The names of the formats that can be written here."""
+    found = []
+    for name, one in FORMATS.items():
+        with contextlib.suppress(RunError):
+            one.require()
+            found.append(name)
+    return found
 
 
 def _json(values: list[Any]) -> Any:

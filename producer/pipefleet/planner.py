@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import broker
 from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Priority, Shard, encode_json
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
-from pipefleet.finishing import finalise
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
+from pipefleet.refusals import Refusals
 from pipefleet.sources import Source, SourceItem
 from pipefleet.storage import split_uri
 
@@ -143,7 +143,8 @@ class Planner:
 
         def written() -> int:
             with broker.redis_errors(self._client.settings.redis_url):
-                return int(redis.bitcount(broker.run_key(self.plan.id, "parts")))
+                parts = int(redis.bitcount(broker.run_key(self.plan.id, "parts")))
+                return parts + int(redis.hlen(broker.run_key(self.plan.id, "refused")))
 
         return self.shards >= most and self.shards - self._patience.call(written) >= most
 
@@ -273,8 +274,9 @@ class Planner:
         with broker.redis_errors(self._client.settings.redis_url):
             remember_totals(redis, total, ttl=self._client.settings.run_ttl)
             written = redis.bitcount(broker.run_key(total.id, "parts"))
+            written += redis.hlen(broker.run_key(total.id, "refused"))
         if written >= self.shards:
-            finalise(store, self._layout, total)
+            Refusals(redis, self._client.settings, store, self._layout, total.id).end(total)
         self.plan = total
 
 

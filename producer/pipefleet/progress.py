@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
+
+from pipefleet.printable import printable
 
 PLAIN_SECONDS = 5.0
 """Seconds between two lines where there is no terminal."""
@@ -15,9 +17,11 @@ PLAIN_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is. `state` is planning, running, succeeded, partial (ended, some items failed) or cancelled.
+    """How far a run is. `state` is planning, running, succeeded, partial (some items failed), failed (all did) or cancelled.
 
     `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
+    `refused` counts the shards that no worker will run, `refused_reason` says why of one; their items are failed items once the
+    run has ended. `waiting` says why nothing goes on, where no worker serves the queue.
     """
 
     uri: str
@@ -28,16 +32,25 @@ class RunProgress:
     shards: int
     parts: int
     seconds: float
+    refused: int = 0
+    refused_reason: str | None = None
+    waiting: str | None = None
 
     @property
     def ended(self) -> bool:
-        """True when nothing will change any more."""
-        return self.state in ("succeeded", "partial", "cancelled")
+        """True when nothing will change any more, unless somebody resumes the run."""
+        return self.state in ("succeeded", "partial", "failed", "cancelled")
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds")
-        return {name: getattr(self, name) for name in names}
+        """What `--json` prints; `refused_reason` and `waiting` only where there is something to say."""
+        names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds", "refused")
+        said = {name: getattr(self, name) for name in ("refused_reason", "waiting")}
+        return {name: getattr(self, name) for name in names} | {name: one for name, one in said.items() if one}
+
+    @classmethod
+    def from_json(cls, uri: str, totals: Mapping[str, Any]) -> RunProgress:
+        """The reverse of `to_json`; fields that this version does not know are passed over."""
+        return cls(uri=uri, **{name: totals[name] for name in cls.__slots__ if name in totals and name != "uri"})
 
 
 Show = Callable[[RunProgress], None]
@@ -57,13 +70,21 @@ def show_progress(*, enabled: bool, stream: TextIO | None = None) -> Iterator[Sh
 
 
 def describe(progress: RunProgress) -> str:
-    """One line: how many of how many items, how many failed, items a second."""
+    """One line: how many of how many items, how many failed, items a second, and what is in the way."""
     done = progress.succeeded + progress.failed
     total = f"{progress.items}" + ("+" if progress.state == "planning" else "")
     failed = f", {progress.failed} failed" if progress.failed else ""
     rate = done / progress.seconds if progress.seconds > 0 else 0.0
     shards = f", {progress.parts}/{progress.shards} shards" if progress.state == "planning" and progress.shards else ""
-    return f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+    line = f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+    return "; ".join([line, *_hindrances(progress)])
+
+
+def _hindrances(progress: RunProgress) -> list[str]:
+    """Why items do not become results, in words."""
+    shards = "1 shard was" if progress.refused == 1 else f"{progress.refused} shards were"
+    refused = f"{shards} refused: {printable(progress.refused_reason or '', 300)}" if progress.refused else None
+    return [text for text in (refused, progress.waiting) if text]
 
 
 class _PlainLines:
@@ -72,14 +93,15 @@ class _PlainLines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._next = 0.0
-        self._shown = -1
+        self._shown: tuple[Any, ...] = ()
 
     def __call__(self, progress: RunProgress) -> None:
-        done = progress.succeeded + progress.failed
-        due = time.monotonic() >= self._next and done != self._shown
+        hindrances = _hindrances(progress)
+        news = (progress.succeeded + progress.failed, *hindrances)
+        due = news != self._shown and (time.monotonic() >= self._next or news[1:] != self._shown[1:])
         if due or progress.ended:
             print(describe(progress), file=self._stream, flush=True)
-            self._next, self._shown = time.monotonic() + PLAIN_SECONDS, done
+            self._next, self._shown = time.monotonic() + PLAIN_SECONDS, news
 
 
 @contextmanager
@@ -107,7 +129,7 @@ def _bar(stream: TextIO) -> Iterator[Show]:
             failed = f" {progress.failed} failed" if progress.failed else ""
             bar.update(
                 line, description=progress.state, completed=done, total=progress.items or None,
-                detail=f"{rate:.1f}/s{failed}",
+                detail="; ".join([f"{rate:.1f}/s{failed}", *_hindrances(progress)]),
             )  # fmt: skip
 
         yield show

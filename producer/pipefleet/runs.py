@@ -6,10 +6,11 @@ progress cheap to read.
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pipefleet import broker
 from pipefleet.artifacts import resolve
 from pipefleet.contract import JobMessage, Priority
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
-from pipefleet.finishing import failed_lines, finalise, read_totals, write_failed_rows
+from pipefleet.finishing import failed_lines, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.parts import JsonLines, part_format
 from pipefleet.planner import (
@@ -32,6 +33,7 @@ from pipefleet.planner import (
     write_plan,
 )
 from pipefleet.progress import RunProgress, show_progress
+from pipefleet.refusals import Refusals
 from pipefleet.sources import open_source
 from pipefleet.tasks import task_spec
 
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.25
 LOOK_AT_STORE_SECONDS = 5.0
 """How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
+ASK_WHY_SECONDS = 2.0
+"""How often it is asked whether any worker serves the queue."""
 TAKE_OVER_SECONDS = 30.0
 """How long `resume` waits for a planner that gives signs of life; one that died gives them for ten seconds more."""
 
@@ -57,6 +61,8 @@ class Run:
         self._planning_error: PipefleetError | None = None
         self._next_look = 0.0
         self._cancelled_in_store = False
+        self._waiting: str | None = None
+        self._ask_why_at = 0.0
 
     @classmethod
     def open(cls, client: Client, layout: RunLayout) -> Run:
@@ -93,21 +99,34 @@ class Run:
         Object storage is asked when Redis has every part noted, and every LOOK_AT_STORE_SECONDS in case Redis lost its data.
         """
         self._raise_planning_error()
-        shards, cancelled, done, failed, parts = self._counts()
-        complete = shards is not None and parts >= shards
+        counts = self._refusals.counts()
+        shards, complete = counts.shards, counts.complete
         if complete or time.monotonic() >= self._next_look:
-            ended = self._look_at_store(forgotten=shards is None and cancelled is None)
+            ended = self._look_at_store(forgotten=shards is None and counts.cancelled is None)
             if ended is not None:
                 return ended
-        is_cancelled = bool(cancelled) or self._cancelled_in_store
+        is_cancelled = bool(counts.cancelled) or self._cancelled_in_store
         if complete and not is_cancelled and self._plan.shards is not None:
-            return finalise(self._client.store, self._layout, self._plan)
+            ended = self._refusals.end(self._plan)
+            if ended is not None:
+                return ended
+            is_cancelled = self._client.store.head(self._layout.cancelled) is not None
         queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
         total = queued.items if queued else self._plan.items
         state = "cancelled" if is_cancelled else "planning" if self._plan.shards is None else "running"
-        seconds = time.time() - self._plan.created
-        known = self._plan.shards or shards or (queued.shards if queued else 0)
-        return RunProgress(self.uri, state, total or done, done - failed, failed, known, parts, seconds)
+        return RunProgress(
+            uri=self.uri,
+            state=state,
+            items=total or counts.done,
+            succeeded=counts.done - counts.failed,
+            failed=counts.failed,
+            shards=self._plan.shards or shards or (queued.shards if queued else 0),
+            parts=counts.parts,
+            seconds=time.time() - self._plan.created,
+            refused=counts.refused,
+            refused_reason=counts.reason,
+            waiting=None if is_cancelled else self._why_waiting(),
+        )
 
     def _look_at_store(self, *, forgotten: bool) -> RunProgress | None:
         """The totals of an ended run. Brings what is known of another one up to date; `forgotten`: Redis knows nothing of it."""
@@ -117,6 +136,22 @@ class Run:
             self._refresh_plan()
             self._cancelled_in_store = forgotten and self._client.store.head(self._layout.cancelled) is not None
         return ended
+
+    def _why_waiting(self) -> str | None:
+        """One sentence where no worker serves the queue, as it was found a moment ago."""
+        if time.monotonic() >= self._ask_why_at:
+            self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
+            try:
+                waiting = importlib.import_module("pipefleet.waiting")
+            except ImportError:
+                return None
+            with broker.redis_errors(self._client.settings.redis_url):
+                self._waiting = waiting.why_waiting(self._client.redis, self._plan.queue)
+        return self._waiting
+
+    @property
+    def _refusals(self) -> Refusals:
+        return Refusals(self._client.redis, self._client.settings, self._client.store, self._layout, self.id)
 
     def wait(self, *, progress: bool = False, timeout: float | None = None) -> RunProgress:
         """Wait for the end of the run, at most `timeout` seconds; with `progress`, show it as it goes.
@@ -133,7 +168,10 @@ class Run:
                     return now
                 self._require_planner()
                 if deadline is not None and time.monotonic() >= deadline:
-                    raise ResultTimeoutError(f"the run at {self.uri} has not ended within {timeout} s; it goes on")
+                    raise ResultTimeoutError(
+                        f"the run at {self.uri} has not ended within {timeout:g} s; it goes on, see `pipefleet status "
+                        f"{self.uri}`"
+                    )
                 time.sleep(POLL_SECONDS)
 
     def results(self) -> Iterator[dict[str, Any]]:
@@ -182,13 +220,15 @@ class Run:
             self._client.redis.publish(broker.CANCELLED_CHANNEL, self.id)
 
     def resume(self) -> int:
-        """Queue again every shard that no queue, worker or part accounts for; returns how many those were.
+        """Queue again every shard that no queue, worker or part accounts for, or that was refused; returns how many those were.
 
-        Also finishes an interrupted planning, whose new shards are queued as they are written and do not count. The state is
-        that of object storage, so a run whose Redis was emptied is finished as well. Raises RunError when the source was
-        an iterable that ended with its client, or when another client goes on planning the run.
+        A run that has ended with refused shards is running again then. Also finishes an interrupted planning, whose new shards
+        are queued as they are written and do not count. The state is that of object storage, so a run whose Redis was emptied is
+        finished as well. Raises RunError when the source was an iterable that ended with its client, or when another client goes
+        on planning the run.
         """
-        if read_totals(self._client.store, self._layout) is not None:
+        ended = read_totals(self._client.store, self._layout) is not None
+        if not self._refusals.take_up(self._plan) and ended:
             return 0
         self._uncancel()
         self._planning_error = None
@@ -197,6 +237,27 @@ class Run:
         if self._plan.shards is None and not self._go_on_planning():
             queued = self._resume_planning()
         return queued + self._queue_missing()
+
+    def requeue(self, shards: Collection[int]) -> list[int]:
+        """Queue refused shards again, these alone; the indexes of those that were refused. Their run is running again then.
+
+        Raises RunError for a cancelled run.
+        """
+        ended = read_totals(self._client.store, self._layout) is not None
+        if not ended and self._client.store.head(self._layout.cancelled) is not None:
+            raise RunError(f"the run at {self.uri} was cancelled; go on with `pipefleet resume {self.uri}`")
+        taken = self._refusals.take_up(self._plan, only=shards)
+        if not taken:
+            return []
+        if ended:
+            self._uncancel()
+            self._restore_progress()
+        self._client.publish((self._shard_message(index) for index in taken), self._plan.queue, Priority.LOW)
+        return taken
+
+    def has_part(self, shard: int) -> bool:
+        """Whether the part of a shard is there."""
+        return self._client.store.head(self._layout.part(shard)) is not None
 
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
@@ -247,16 +308,6 @@ class Run:
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:
             self._plan = read_plan(self._client.store, self._layout)
-
-    def _counts(self) -> tuple[int | None, bytes | None, int, int, int]:
-        """Shards and mark of cancellation, each None where Redis does not know it; items done, items failed, parts."""
-        pipe = self._client.redis.pipeline(transaction=False)
-        pipe.hmget(broker.run_key(self.id), ["shards", "cancelled"])
-        for bitmap in ("items", "failed", "parts"):
-            pipe.bitcount(broker.run_key(self.id, bitmap))
-        with broker.redis_errors(self._client.settings.redis_url):
-            (shards, cancelled), done, failed, parts = pipe.execute()
-        return None if shards is None else int(shards), cancelled, done, failed, parts
 
     def _wait_for_part(self, index: int) -> bool:
         """True when part `index` is there; False when the run has fewer parts."""
@@ -319,7 +370,7 @@ class Run:
         missing = self._missing_shards(written)
         self._client.publish((self._shard_message(index) for index in missing), self._plan.queue, Priority.LOW)
         if self._plan.shards is not None and len(written) >= self._plan.shards:
-            finalise(self._client.store, self._layout, self._plan)
+            self._refusals.end(self._plan)
         return len(missing)
 
     def _restore_progress(self) -> set[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos import bounds, culprits, deaths, outages, storm, traffic
+from tests.chaos import bounds, culprits, deaths, outages, refusals, storm, traffic
 from tests.chaos.scenario import SCENARIOS, Scale
 from tests.chaos.world import World
 
@@ -20,6 +20,7 @@ CHOSEN = {
     culprits: ("poison-item", "poison-job"),
     traffic: ("hostile", "cancel-and-expiry", "revoke", "queues-agree"),
     bounds: ("budget-exhausted",),
+    refusals: ("refused-shards",),
     storm: ("storm",),
 }
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import CONTRACT_VERSION, JobItem, encode_json
-from pipefleet.errors import PipefleetError, RunError
+from pipefleet.errors import ObjectMissingError, PipefleetError, RunError
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ListedObject
 from pipefleet.planner import (
@@ -66,7 +66,12 @@ class MemoryStore:
         return True
 
     def get(self, uri: str) -> bytes:
+        if uri not in self.objects:
+            raise ObjectMissingError(uri)
         return self.objects[uri]
+
+    def head(self, uri: str) -> bytes | None:
+        return self.objects.get(uri)
 
     def list(self, uri: str) -> Iterator[ListedObject]:
         for found in sorted(one for one in self.objects if one.startswith(uri)):
@@ -83,7 +88,13 @@ class Published:
         self.store = store
         self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0, outstanding_shards=1 << 30)
         self.redis = SimpleNamespace(
-            set=self.ignore, hset=self.ignore, expire=self.ignore, delete=self.ignore, bitcount=lambda _: 0
+            set=self.ignore,
+            hset=self.ignore,
+            expire=self.ignore,
+            delete=self.ignore,
+            bitcount=lambda _: 0,
+            hlen=lambda _: 0,
+            hgetall=lambda _: {},
         )
         self.shards: list[tuple[int, int, int]] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -26,8 +27,15 @@ def test_a_line_says_how_far_how_fast_and_what_failed() -> None:
     assert describe(at(0, state="planning", seconds=0.0)) == "0/100+ items, 1/4 shards, 0.0 items/s, 0 s, planning"
 
 
-@pytest.mark.parametrize("state", ["succeeded", "partial", "cancelled"])
-def test_three_states_are_the_end(state: str) -> None:
+def test_a_line_says_what_is_in_the_way() -> None:
+    refused = replace(at(40), refused=2, refused_reason="no\x1b pyarrow", waiting="nobody serves it")
+    assert describe(refused).endswith("running; 2 shards were refused: no\\x1b pyarrow; nobody serves it")
+    assert RunProgress.from_json("s3://out/", {**refused.to_json(), "later": 1}) == refused
+    assert "refused_reason" not in at(40).to_json()
+
+
+@pytest.mark.parametrize("state", ["succeeded", "partial", "failed", "cancelled"])
+def test_four_states_are_the_end(state: str) -> None:
     assert at(1, state=state).ended
     assert not at(1, state="running").ended
     assert not at(1, state="planning").ended
@@ -55,6 +63,15 @@ def test_on_a_pipe_lines_are_rare_but_the_end_is_always_told(monkeypatch: pytest
         show(at(100, state="partial", failed=2))
     assert len(stream.getvalue().splitlines()) == 2
     assert "2 failed" in stream.getvalue()
+
+
+def test_on_a_pipe_what_gets_in_the_way_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PLAIN_SECONDS", 3600.0)
+    stream = io.StringIO()
+    with show_progress(enabled=True, stream=stream) as show:
+        for waiting in (None, None, "nobody serves it", "nobody serves it"):
+            show(replace(at(0), waiting=waiting))
+    assert len(stream.getvalue().splitlines()) == 2
 
 
 def test_on_a_terminal_there_is_a_bar() -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from pipefleet import __version__, broker
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
 from pipefleet.fleet import Pool
+from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
 from pipefleet.storage import join_uri
 from pipefleet.tasks import task_spec
+from pipefleet.writers import writers
 from pipefleet_workers.acceleration import accelerated
 from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.consume.burials import Burials
 from pipefleet_workers.consume.consumer import Consumer, Limits
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
@@ -52,17 +56,22 @@ class Built:
     consumer: Consumer
     reporter: Reporter
     facts: Facts
+    burials: Burials
+    letters: bool
+    """Whether the transport keeps dead letters: `bury` is told of refused shards then."""
 
     def bury(self, letter: broker.DeadLetter) -> None:
         """Tell who waits for the job of a dead letter that it has failed. Raises ServiceUnavailableError; then it is told again."""
-        if letter.job_id is not None:
-            failure = JobFailure(letter.code, f"the job went to the dead letters: {letter.reason}", "consume")
-            self.reporter.fail(JobMessage(letter.job_id, ""), failure)
+        self.burials.letter(letter)
 
     def refused(self, payload: Any, reason: str) -> None:
         """Tell who waits for a job that it was refused, where its message says who that is."""
         try:
-            self.reporter.fail(decode_message(payload), JobFailure("refused", reason, "consume"))
+            message, failure = decode_message(payload), JobFailure("refused", reason, "consume")
+            if message.shard is None:
+                self.reporter.fail(message, failure)
+            elif not self.letters:
+                self.burials.shard(message.shard, failure)
         except ContractError:
             return  # nobody can wait for what is no job
         except PipefleetError as error:
@@ -100,32 +109,44 @@ def build(
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
     jobs = Jobs(pool, engine, outlets.allowed)
-    consumer = _consumer(jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue), tally=tally)
+    undertaker = Undertaker(settings, queue, pool.name, name)
+    consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
     facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
-    return Built(consumer, outlets.reporter, facts)
+    burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed)
+    return Built(consumer, outlets.reporter, facts, burials, letters=worker_settings.transport != "stock")
 
 
 class Undertaker:
     """Puts single items of shards to the dead letters, and keeps what is known of shards that kill. Thread-safe."""
 
-    def __init__(self, settings: Settings, queue: str) -> None:
+    def __init__(self, settings: Settings, queue: str, pool: str, worker: str) -> None:
         self._settings = settings
         self._queue = queue
+        self._pool = pool
+        self._worker = worker
         self._redis = broker.connect(settings)
+
+    def written_elsewhere(self, format: str) -> bool:
+        """Whether another live worker of the pool can write parts in a format."""
+        with broker.redis_errors(self._settings.redis_url):
+            return writers(self._redis, self._pool, format, but=self._worker)[1] > 0
 
     def journal(self, shard: Shard) -> Journal:
         """What is known of a shard."""
         return Journal(self._redis, self._settings, shard)
 
     def bury(self, reason: str, message: JobMessage, item: JobItem) -> None:
-        """Write a dead letter for one item: the job that it would be by itself."""
+        """Write a dead letter for one item: the job that it would be by itself, its result to lie beside those of its run."""
+        assert message.shard is not None
+        name = f"{message.id}-{item.id}"[:200]
         alone = JobMessage(
-            f"{message.id}-{item.id}"[:200],
+            name,
             message.task,
             message.model,
             message.revision,
             message.parameters,
             items=(item,),
+            output=f"{RunLayout(message.shard.run_uri).requeued}{quote(name, safe='')}.json",
         )
         text = broker.celery_message(alone, self._queue, Priority.LOW)
         with broker.redis_errors(self._settings.redis_url):
@@ -135,7 +156,7 @@ class Undertaker:
 def _consumer(
     jobs: Jobs, outlets: Outlets, worker_settings: WorkerSettings, *, undertaker: Undertaker, tally: Tally
 ) -> Consumer:
-    shards = Shards(jobs, outlets, tally)
+    shards = Shards(jobs, outlets, tally, elsewhere=undertaker.written_elsewhere)
     suspects = Suspects(jobs, shards, undertaker.journal, undertaker.bury)
     limits = Limits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries

@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.broker import KEY
+from pipefleet.broker import WORKERS_KEY as WORKERS_KEY
 from pipefleet.contract import encode_json
 from pipefleet.fleet import Pool
+from pipefleet.parts import writable_formats
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.scaling.ledger import ITEM_COUNTS, record_items
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from pipefleet_workers.device import Instruments
     from pipefleet_workers.pulse import Beat, Pulse
     from pipefleet_workers.warmup import WarmUp
-
-WORKERS_KEY = f"{KEY}workers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,7 @@ class Facts:
             "pads": self.found.pads,
             **fitted,
             "batching": batching,
+            "formats": writable_formats(),
         }
 
     def announce(self, redis: Any, *, seconds: float) -> None:

@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.broker import DeadLetter
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.layout import RunLayout
+from pipefleet.letters import BURY
+from pipefleet.objects import ObjectStore
 from pipefleet.records import CANCEL, FINISH, START, JobFailure, finish_arguments
+from pipefleet.refusals import Refusals
 from pipefleet.settings import Settings
 from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.ending import Ending, before, single_ending
@@ -143,6 +147,19 @@ class Reporter:
         with broker.redis_errors(self._settings.redis_url):
             self._redis.eval(CANCEL, 1, broker.job_key(job_id), *arguments)
 
+    def bury(self, letter: DeadLetter, failure: JobFailure, queue: str, reply: str | None) -> None:
+        """End the single job of a dead letter, unless the letter was queued again or removed meanwhile."""
+        assert letter.job_id is not None
+        ttl, keys = self._settings.result_ttl, broker.unacked_keys(queue)
+        arguments = finish_arguments(
+            letter.job_id, JobState.FAILED, time.time(), ttl=ttl, reply=reply, fields=_told(failure)
+        )
+        names = (broker.job_key(letter.job_id), keys["unreported_key"], keys["dead_key"])
+        with broker.redis_errors(self._settings.redis_url):
+            ended = self._redis.eval(BURY, len(names), *names, *arguments, letter.entry)
+        if ended:
+            self._on_failed(failure)
+
     def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
         """Set the bits of items that have ended, in one command."""
         if not outcomes:
@@ -156,16 +173,22 @@ class Reporter:
             self._redis.eval(PROGRESS, len(keys), *keys, *arguments)
 
     def part_written(self, shard: Shard) -> bool:
-        """Note that a shard's part is there. True when it was the last one of a run that is planned to its end."""
-        parts = broker.run_key(shard.run_id, "parts")
+        """Note that a shard's part is there. True when nothing else is left of a run that is planned to its end."""
+        parts, refused = broker.run_key(shard.run_id, "parts"), broker.run_key(shard.run_id, "refused")
         pipe = self._redis.pipeline(transaction=True)
         pipe.setbit(parts, shard.index, 1)
         pipe.expire(parts, int(self._settings.run_ttl))
+        pipe.hdel(refused, str(shard.index))  # another copy of its message was refused: the part counts
         pipe.bitcount(parts)
+        pipe.hlen(refused)
         pipe.hget(broker.run_key(shard.run_id), "shards")
         with broker.redis_errors(self._settings.redis_url):
-            *_, written, shards = pipe.execute()
-        return shards is not None and written >= int(shards)
+            *_, written, others, shards = pipe.execute()
+        return shards is not None and written + others >= int(shards)
+
+    def refusals(self, objects: ObjectStore, layout: RunLayout, run_id: str) -> Refusals:
+        """The refused shards of a run, and with them its end."""
+        return Refusals(self._redis, self._settings, objects, layout, run_id)
 
     def run_cancelled(self, shard: Shard) -> bool:
         """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, command, print_json
 from pipefleet.errors import UsageError
+from pipefleet.printable import printable
 
 if TYPE_CHECKING:
     from pipefleet.broker import DeadLetter
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from pipefleet.tasks import TaskSpec
 
 MOST_LETTERS = 10_000
-"""Dead letters of one queue that are looked at in one go."""
+"""Dead letters of one queue that are queued again or removed in one go."""
 
 
 def register(commands: Commands) -> None:
@@ -37,7 +39,13 @@ def register(commands: Commands) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--requeue", action="store_true", help="queue them once more, their deliveries counted anew")
     what.add_argument("--remove", action="store_true", help="throw them away")
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument(
+        "--id", action="extend", nargs="+", default=[], metavar="JOB", dest="ids", help="only those of these jobs"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=100, metavar="N", help="list the newest N of each pool at most (default: 100)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON list, inputs up to 10,000 characters")
 
 
 def tasks(arguments: argparse.Namespace) -> int:
@@ -98,43 +106,90 @@ def queues(arguments: argparse.Namespace) -> int:
 
 def dead_letters(arguments: argparse.Namespace) -> int:
     """Print, queue again or remove the messages that no worker will run. Exit code 1 when one could not be queued again."""
-    from pipefleet import broker
     from pipefleet.client import Client
 
-    rows, left = [], 0
     with Client() as client:
-        for pool, queue in _queues(client, only=arguments.pool):
-            with broker.redis_errors(client.settings.redis_url):
-                for letter in broker.dead_letters(client.redis, queue, count=MOST_LETTERS):
-                    became = _deal_with(client.redis, letter, queue, arguments)
-                    left += became == "cannot be queued"
-                    rows.append(_letter_row(pool.name, letter, became))
+        found = _chosen(client, arguments)
+        rows = [
+            _letter_row(pool, letter, _deal_with(client, letter, queue, arguments)) for pool, queue, letter in found
+        ]
     if arguments.json:
         print_json(rows)
     else:
-        names = ("pool", "job", "deliveries", "reason", "became")
-        _table(names, [tuple(str(row[name]) for name in names) for row in rows])
-    return 1 if left else 0
+        _table(_LETTER_COLUMNS, [_letter_cells(row) for row in rows])
+    return int(any(row["became"].startswith("cannot") for row in rows))
 
 
-def _deal_with(redis: Any, letter: DeadLetter, queue: str, arguments: argparse.Namespace) -> str:
+_LETTER_COLUMNS = ("pool", "job", "task", "item", "input", "run", "shard", "deliveries", "reason", "became")
+
+
+def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, str, DeadLetter]]:
+    """Pool, queue and letter of all that is to be dealt with. Raises UsageError for an id that no letter has."""
     from pipefleet import broker
 
-    if arguments.remove:
-        broker.remove_dead_letter(redis, letter, queue)
-        return "removed"
-    if not arguments.requeue:
+    changes, ids = arguments.requeue or arguments.remove, set(arguments.ids)
+    most = sys.maxsize if ids else MOST_LETTERS if changes else max(0, arguments.limit)
+    found = []
+    for pool, queue in _queues(client, only=arguments.pool):
+        with broker.redis_errors(client.settings.redis_url):
+            count = broker.count_dead_letters(client.redis, queue)
+            letters = islice(broker.every_dead_letter(client.redis, queue), most)
+            found += [(pool.name, queue, letter) for letter in letters if not ids or letter.job_id in ids]
+        if count > most:
+            verb = "dealt with; call again for the others" if changes else "shown; see --limit"
+            print(f"pool {pool.name}: {count} dead letters, the newest {most} are {verb}", file=sys.stderr)
+    unknown = ids.difference(letter.job_id for *_, letter in found)
+    if unknown:
+        names = ", ".join(printable(one) for one in sorted(unknown))
+        raise UsageError(f"no dead letter is of the job {names}; see `pipefleet dead-letters`")
+    return found
+
+
+def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argparse.Namespace) -> str:
+    from pipefleet import broker
+    from pipefleet.letters import requeue
+
+    if arguments.requeue:
+        return requeue(client, letter, queue)
+    if not arguments.remove:
         return "kept"
-    try:
-        broker.requeue_dead_letter(redis, letter, queue)
-    except UsageError:
-        return "cannot be queued"
-    return "queued again"
+    with broker.redis_errors(client.settings.redis_url):
+        return "removed" if broker.remove_dead_letter(client.redis, letter, queue) else "gone"
 
 
 def _letter_row(pool: str, letter: DeadLetter, became: str) -> dict[str, Any]:
-    facts = {"reason": letter.reason, "at": letter.at, "deliveries": letter.deliveries}
-    return {"pool": pool, "queue": letter.queue, "job": letter.job_id, **facts, "became": became}
+    """A letter as `--json` prints it; `result` is where the result of a job that is queued again goes besides its record."""
+    from pipefleet.letters import read_content
+
+    content = read_content(letter)
+    shard = content.shard
+    return {
+        "pool": pool,
+        "queue": letter.queue,
+        "job": letter.job_id,
+        "reason": letter.reason,
+        "at": letter.at,
+        "deliveries": letter.deliveries,
+        "task": content.task,
+        "item": content.item,
+        "input": content.input,
+        "run": shard and shard.run_uri,
+        "shard": shard and shard.index,
+        "result": content.output,
+        "became": became,
+    }
+
+
+def _letter_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table. What comes out of a message may hold anything, so nothing of it reaches the terminal as it is."""
+    became = row["became"]
+    if became == "queued again" and row["result"]:
+        became += f"; the result goes to {row['result']}"
+    cells = {**row, "became": became}
+    bounds = {"became": 400, "reason": 400, "run": 200, "job": 200}
+    return tuple(
+        printable("" if cells[name] is None else str(cells[name]), bounds.get(name, 80)) for name in _LETTER_COLUMNS
+    )
 
 
 def _queues(client: Client, *, only: str | None = None) -> list[tuple[Pool, str]]:

@@ -28,7 +28,7 @@ def register(commands: Commands) -> None:
         "--shard-size", type=int, metavar="N", help="items of a shard, at most 10000 (default: 16 to 512)"
     )
     parser.add_argument("--format", default="jsonl", help="format of the parts: jsonl or parquet")
-    parser.add_argument("--detach", action="store_true", help="return when the run is queued, not when it has ended")
+    _add_waiting(parser, "return when the run is queued, not when it has ended")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     for name, run, text in (
         ("status", status, "say how far a run is"),
@@ -40,7 +40,28 @@ def register(commands: Commands) -> None:
         parser.add_argument("uri", metavar="RUN_URI", help="the output that map was given")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "resume":
-            parser.add_argument("--detach", action="store_true", help="do not wait for the end")
+            _add_waiting(parser, "do not wait for the end")
+
+
+def _add_waiting(parser: argparse.ArgumentParser, detach: str) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--detach", action="store_true", help=detach)
+    how.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="wait at most this long for the end, then leave with exit code 4",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no number of seconds")
+    return value
 
 
 def map_(arguments: argparse.Namespace) -> int:
@@ -61,7 +82,7 @@ def map_(arguments: argparse.Namespace) -> int:
         if arguments.detach:
             run.join_planner()
             return _report(run, run.progress(), as_json=arguments.json)
-        return _wait(run, as_json=arguments.json)
+        return _wait(run, arguments)
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -80,10 +101,10 @@ def resume(arguments: argparse.Namespace) -> int:
     with Client() as client:
         run = client.run(arguments.uri)
         queued = run.resume()
-        print(f"{run.uri}: {queued} shards were missing and are queued again", file=sys.stderr)
+        print(f"{run.uri}: {queued} shards were missing or refused and are queued again", file=sys.stderr)
         if arguments.detach:
             return _report(run, run.progress(), as_json=arguments.json)
-        return _wait(run, as_json=arguments.json)
+        return _wait(run, arguments)
 
 
 def cancel(arguments: argparse.Namespace) -> int:
@@ -111,30 +132,51 @@ def failures(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(run: Run, *, as_json: bool) -> int:
+def _wait(run: Run, arguments: argparse.Namespace) -> int:
+    """Wait for the end and report it. 1 for a run that somebody cancelled meanwhile, as for one with failed items."""
+    from pipefleet.errors import ResultTimeoutError
+
     try:
-        ended = run.wait(progress=True)
+        ended = run.wait(progress=True, timeout=arguments.timeout)
     except KeyboardInterrupt:
-        text = (
-            f"planning stops; go on with `pipefleet resume {run.uri}`"
-            if run.planning
-            else f"the run goes on without this command; see `pipefleet status {run.uri}`"
-        )
-        print(text, file=sys.stderr)
+        print(_how_to_go_on(run), file=sys.stderr)
         raise
-    return _report(run, ended, as_json=as_json)
+    except ResultTimeoutError:
+        text = f"the run at {run.uri} has not ended within {arguments.timeout:g} s; {_how_to_go_on(run)}"
+        raise ResultTimeoutError(text) from None
+    return max(_report(run, ended, as_json=arguments.json), int(ended.state == "cancelled"))
+
+
+def _how_to_go_on(run: Run) -> str:
+    if run.planning:
+        return f"planning stops; go on with `pipefleet resume {run.uri}`"
+    return f"the run goes on without this command; see `pipefleet status {run.uri}`"
 
 
 def _report(run: Run, progress: RunProgress, *, as_json: bool) -> int:
     from pipefleet.progress import describe
 
     document: dict[str, Any] = progress.to_json()
-    if progress.ended and progress.failed:
+    if progress.state in ("partial", "failed"):
         document["failures"] = run.failures_uri
     if as_json:
         print_json(document)
     else:
         print(f"{run.uri}  {describe(progress)}")
-        if "failures" in document:
-            print(f"failed items: {document['failures']} (a source for the next map; `pipefleet failures {run.uri}`)")
+        for line in _advice(run, progress):
+            print(line)
     return int(progress.ended and progress.failed > 0)
+
+
+def _advice(run: Run, progress: RunProgress) -> list[str]:
+    """What can be done about what went wrong, a line each."""
+    lines = []
+    if progress.state in ("partial", "failed"):
+        lines.append(f"failed items: {run.failures_uri} (a source for the next map; `pipefleet failures {run.uri}`)")
+    elif progress.ended and progress.failed:
+        lines.append(f"failed items so far: `pipefleet failures {run.uri}`")
+    if progress.refused:
+        lines.append(
+            f"refused shards: mend the reason, then `pipefleet resume {run.uri}`; see `pipefleet dead-letters`"
+        )
+    return lines

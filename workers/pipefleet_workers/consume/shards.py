@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import orjson
 
 from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority, Shard
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
-from pipefleet.finishing import finalise, write_failed_rows
+from pipefleet.finishing import write_failed_rows
 from pipefleet.layout import RunLayout
 from pipefleet.parts import part_format
 from pipefleet.planner import decode_shard_line, read_plan
 from pipefleet.records import JobFailure
 from pipefleet.storage import StorageRef
+from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.tally import Tally
@@ -25,15 +26,30 @@ from pipefleet_workers.stages.fetch import lies_under
 PROGRESS_SECONDS = 0.25
 ADMITTED_AT_ONCE = 128
 """Items that enter between two looks at what has ended."""
+HAND_OVER_PAUSE = 1.0
+"""How long a shard that another worker can do is held before it goes back: else this worker would take it again at once."""
+HAND_OVER_SECONDS = 600.0
+"""How long a shard is handed back; those who could do it may be there and never get to it."""
+
+
+class ElsewhereError(DrainedError):
+    """Another worker of the pool can do this shard, and this one cannot: its message goes back."""
 
 
 class Shards:
-    """Runs shards. Thread-safe. `run` raises DrainedError, RevokedError, ServiceUnavailableError or ContractError."""
+    """Runs shards. Thread-safe. `run` raises DrainedError, RevokedError, ServiceUnavailableError or ContractError.
 
-    def __init__(self, jobs: Jobs, outlets: Outlets, tally: Tally) -> None:
+    `elsewhere` tells whether another live worker of the pool can write parts in a format.
+    """
+
+    def __init__(
+        self, jobs: Jobs, outlets: Outlets, tally: Tally, *, elsewhere: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self._jobs = jobs
         self._outlets = outlets
         self._tally = tally
+        self._elsewhere = elsewhere
+        self._handed_over: dict[str, float] = {}
 
     def run(self, message: JobMessage, shard: Shard, *, patient: bool = True) -> Ending:
         """Run a shard to its end; how it has ended."""
@@ -51,7 +67,7 @@ class Shards:
         if self._outlets.reporter.run_cancelled(shard):
             return None
         layout = RunLayout(shard.run_uri, shard.format)
-        require_format(shard)
+        self._require_format(message.id, shard)
         if self._outlets.store.exists(layout.part(shard.index)):
             self._end(shard, self._outlets.store.get(StorageRef(layout.part(shard.index))))
             return None
@@ -110,9 +126,25 @@ class Shards:
     def _end(self, shard: Shard, part: bytes) -> None:
         """The part is there, ours or another's: list its failures, note it, and end the run if it was the last."""
         layout, objects = RunLayout(shard.run_uri, shard.format), self._outlets.objects
-        write_failed_rows(objects, layout, shard.index, part_format(shard.format).failed(part))
+        failed = part_format(shard.format).failed(part)
+        write_failed_rows(objects, layout, shard.index, failed)
         if self._outlets.reporter.part_written(shard):
-            finalise(objects, layout, read_plan(objects, layout))
+            self._outlets.reporter.refusals(objects, layout, shard.run_id).end(read_plan(objects, layout))
+
+    def _require_format(self, job_id: str, shard: Shard) -> None:
+        """Raise ElsewhereError or, where nobody else takes the shard either, ContractError, if its part cannot be written here."""
+        try:
+            require_format(shard)
+        except ContractError:
+            now = time.monotonic()
+            if len(self._handed_over) > 10_000:  # those that another worker took are never asked for again
+                self._handed_over.clear()
+            since = self._handed_over.setdefault(job_id, now)
+            if now - since < HAND_OVER_SECONDS and self._elsewhere(shard.format):
+                time.sleep(HAND_OVER_PAUSE)
+                raise ElsewhereError from None
+            self._handed_over.pop(job_id, None)
+            raise
 
     def read(self, shard: Shard) -> list[JobItem]:
         """The items of a shard. Raises ContractError where they are not what the message says, or more than MAX_SHARD_ITEMS."""

@@ -1,0 +1,361 @@
+"""Shards that no worker will run: how they are noted, how their run ends all the same, and how they are taken up again.
+
+    dead letter ─▶ note: run:<id>:refused, then _run/refused/    the run goes on, and says so
+                   seal: a part in which every item failed       when nothing else of the run is left to do
+                   take up: letter, note and sealed part go      the shard is missing again, and queued
+
+A part decides what became of a shard. Parts are written with a conditional PUT, by workers and by whoever seals, so a shard that
+was refused in one copy of its message and done in another counts once. A sealed part is known by its writer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipefleet import __version__, broker
+from pipefleet.contract import Shard, encode_json
+from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
+from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.parts import part_format
+from pipefleet.progress import RunProgress
+from pipefleet.records import JobFailure
+from pipefleet.storage import map_refs
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from pipefleet.objects import ObjectStore
+    from pipefleet.settings import Settings
+
+SEALED = "pipefleet-refused"
+"""The writer of parts that stand for refused shards."""
+MOST_SHARDS = 1 << 32
+"""Redis's bound on a place in a bitmap; a message that names a shard beyond it is none of ours."""
+_INDEX = re.compile(r"(\d{5,})\.json$")
+
+NOTE = """
+if ARGV[4] ~= '' and not redis.call('LPOS', KEYS[3], ARGV[4]) and not redis.call('LPOS', KEYS[4], ARGV[4]) then return 0 end
+if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+"""KEYS: refused and parts of the run, dead letters of the queue, those not reported. ARGV: index, refusal, ttl, letter or ''.
+Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there."""
+
+
+SEAL = """
+local resumed = redis.call('HGET', KEYS[1], 'resumed')
+if resumed and resumed ~= ARGV[1] then return 0 end
+for key = 2, 3 do
+  for _, position in ipairs(cjson.decode(ARGV[4])) do redis.call('SETBIT', KEYS[key], position, 1) end
+end
+redis.call('SETBIT', KEYS[4], ARGV[2], 1)
+redis.call('HDEL', KEYS[5], ARGV[2])
+for key = 2, 4 do redis.call('EXPIRE', KEYS[key], ARGV[3]) end
+return 1
+"""
+"""KEYS: the run, its bitmaps items, failed and parts, and refused. ARGV: the word of `Resumed`, index, ttl, positions of the items
+that failed with the shard. 0, and nothing is set, when shards were taken up since that word was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A shard that no worker will run: its index, its items by position, and why."""
+
+    index: int
+    first: int
+    count: int
+    failure: JobFailure
+
+    @classmethod
+    def of(cls, shard: Shard, failure: JobFailure) -> Refusal:
+        """The refusal of one shard."""
+        return cls(shard.index, shard.first, shard.count, failure)
+
+    def to_json(self) -> dict[str, Any]:
+        """The failure, and beside it the positions of the items."""
+        return {**self.failure.to_json(), "first": self.first, "count": self.count}
+
+    @classmethod
+    def from_json(cls, index: int, text: bytes) -> Refusal | None:
+        """The reverse of `to_json`; None for anything else."""
+        try:
+            body = json.loads(text)
+            failure = JobFailure(*(str(body[name]) for name in ("code", "message", "stage")))
+            return cls(index, int(body["first"]), int(body["count"]), failure)
+        except (ValueError, LookupError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What Redis knows of a run; `shards` and `cancelled` are None where it does not. `done` and `failed` count items."""
+
+    shards: int | None
+    cancelled: bytes | None
+    done: int
+    failed: int
+    parts: int
+    refused: int
+    reason: str | None
+    """Why one of the refused shards was refused."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard of a run that is planned to its end has a part or was refused."""
+        return self.shards is not None and self.parts + self.refused >= self.shards
+
+
+def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: str, letter: bytes = b"") -> bool:
+    """Note in Redis that no worker will run a shard; False where that is not so any more. One round trip.
+
+    With `letter`, the entry of its dead letter in `queue`, only as long as that is there.
+    """
+    if shard.index >= MOST_SHARDS:
+        return False
+    ledger = broker.unacked_keys(queue)
+    keys = [_key(shard.run_id), broker.run_key(shard.run_id, "parts"), ledger["dead_key"], ledger["unreported_key"]]
+    text = encode_json(Refusal.of(shard, failure).to_json())
+    return bool(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter))
+
+
+def _key(run_id: str) -> str:
+    return broker.run_key(run_id, "refused")
+
+
+class Refusals:
+    """The refused shards of one run. Thread-safe. Raises ServiceUnavailableError when Redis or S3 is away."""
+
+    def __init__(self, redis: Redis, settings: Settings, store: ObjectStore, layout: RunLayout, run_id: str) -> None:
+        self._redis = redis
+        self._settings = settings
+        self._store = store
+        self._layout = layout
+        self._id = run_id
+
+    def counts(self) -> Counts:
+        """What Redis knows of the run, in one round trip."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hmget(broker.run_key(self._id), ["shards", "cancelled"])
+        for bitmap in ("items", "failed", "parts"):
+            pipe.bitcount(broker.run_key(self._id, bitmap))
+        pipe.hlen(_key(self._id))
+        pipe.hrandfield(_key(self._id), 1, True)
+        with self._errors():
+            (shards, cancelled), done, failed, parts, refused, one = pipe.execute()
+        refusal = Refusal.from_json(int(one[0]), one[1]) if one else None
+        reason = None if refusal is None else refusal.failure.message
+        return Counts(None if shards is None else int(shards), cancelled, done, failed, parts, refused, reason)
+
+    def mark(self, index: int) -> None:
+        """Write to object storage what Redis has noted of a shard, in case Redis loses it."""
+        with self._errors():
+            text: Any = self._redis.hget(_key(self._id), str(index))
+        refusal = None if text is None else Refusal.from_json(index, text)
+        if refusal is None:
+            return
+        self._put_mark(refusal)
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hexists(_key(self._id), str(index))
+        pipe.getbit(broker.run_key(self._id, "parts"), index)
+        with self._errors():
+            noted, done = pipe.execute()
+        if not noted and not done:  # the shard was taken up meanwhile
+            self._store.delete(self._layout.refused_shard(index))
+
+    def all(self) -> dict[int, Refusal]:
+        """Every refused shard by its index, those that are sealed among them."""
+        with self._errors():
+            raw: Any = self._redis.hgetall(_key(self._id))
+        noted = (Refusal.from_json(int(index), text) for index, text in raw.items())
+        return {one.index: one for one in (*self._marked(), *noted) if one is not None and one.index >= 0}
+
+    def end(self, plan: RunPlan) -> RunProgress | None:
+        """End a run that is complete: seal what was refused, then write the totals. None where it is not, or was cancelled.
+
+        May be called by several at once, and again. Raises RunError where a part cannot be written here.
+        """
+        resumed = read_resumed(self._store, self._layout)  # first: whatever is taken up from here on voids this end
+        if self._store.head(self._layout.cancelled) is not None or (plan.shards and not self.counts().complete):
+            return None
+        try:
+            return read_totals(self._store, self._layout) or self._end(plan, resumed)
+        except ObjectMissingError:  # a part was taken up in the middle of this
+            return None
+
+    def _end(self, plan: RunPlan, resumed: Resumed) -> RunProgress | None:
+        sealed = set()
+        for one in (
+            refused := {index: one for index, one in self.all().items() if index < (plan.shards or 0)}
+        ).values():
+            became = self._seal(plan, one, resumed)
+            if became is None:
+                return None
+            sealed |= {one.index} if became else set()
+        for index in set(resumed.shards) - sealed:
+            self._list_failed(plan, index)
+        reason = refused[min(sealed)].failure.message if sealed else None
+        return finalise(self._store, self._layout, plan, refused=len(sealed), reason=reason, resumed=resumed)
+
+    def take_up(self, plan: RunPlan, only: Collection[int] | None = None) -> list[int]:
+        """Make refused shards missing again, all or `only` these; their indexes. An ended run with such shards is cancelled then.
+
+        A shard whose items are not listed any more stays refused. Interrupted anywhere, it can be called again: the mark of a
+        shard goes last.
+        """
+        found = [one for index, one in sorted(self.all().items()) if only is None or index in only]
+        there = {one.index for one in found if self._store.head(self._layout.shard(one.index)) is not None}
+        if there:
+            self._reopen(there)
+        for one in found:
+            if one.index not in there and one.index < (plan.shards or 0):
+                self._seal(plan, one, read_resumed(self._store, self._layout))
+        letters, word = self._letters(plan, there), uuid.uuid4().hex
+        taken = [one for one in found if one.index in there]
+        indexes = [one.index for one in taken if self._forget(plan, one, letters.get(one.index, []), word)]
+        if there:
+            self._void_end(word, there)  # also what somebody ends who looked at the parts in between
+        return indexes
+
+    def _reopen(self, shards: Collection[int]) -> None:
+        """The run has not ended any more. Where it had, it counts as cancelled until it is resumed, so that nobody ends it anew."""
+        if read_totals(self._store, self._layout) is not None:
+            self._cancel()
+        self._void_end(uuid.uuid4().hex, shards)
+        self._store.delete(self._layout.success)
+        self._store.delete(self._layout.failures)
+
+    def _void_end(self, word: str, shards: Collection[int]) -> None:
+        every = sorted({*shards, *read_resumed(self._store, self._layout).shards})
+        self._store.put(self._layout.resumed, encode_json({"word": word, "shards": every}).encode())
+
+    def _cancel(self) -> None:
+        key = broker.run_key(self._id)
+        self._store.put(self._layout.cancelled, b"{}")
+        with self._errors():
+            self._redis.hset(key, "cancelled", "1")
+            self._redis.expire(key, int(self._settings.run_ttl))
+
+    def _forget(self, plan: RunPlan, refusal: Refusal, letters: Collection[bytes], word: str) -> bool:
+        """Take note, sealed part and letters of one shard away; False where a worker's part is there, which stays."""
+        index, part, ledger = refusal.index, self._layout.part(refusal.index), broker.unacked_keys(plan.queue)
+        undone = self._store.writer(part) == SEALED or self._store.head(part) is None
+        pipe = self._redis.pipeline(transaction=True)
+        if undone:
+            for name in ("items", "failed"):
+                for position in self._items(plan, refusal):
+                    pipe.setbit(broker.run_key(self._id, name), position, 0)
+            pipe.setbit(broker.run_key(self._id, "parts"), index, 0)
+            pipe.hset(broker.run_key(self._id), "resumed", word)  # who is sealing this shard sets its bits no more
+        pipe.hdel(_key(self._id), str(index))
+        for entry in letters:
+            for name in ("dead_key", "unreported_key"):
+                pipe.lrem(ledger[name], 1, entry)  # type: ignore[arg-type]  # bytes are sent as they are
+        with self._errors():
+            pipe.execute()
+        if undone:
+            self._store.delete(self._layout.failed_shard(index))
+            self._store.delete(part)
+        self._store.delete(self._layout.refused_shard(index))
+        return undone
+
+    def _seal(self, plan: RunPlan, refusal: Refusal, resumed: Resumed) -> bool | None:
+        """See to it that a refused shard has a part: True where it is one of failed rows, False where it is a worker's own.
+
+        None when shards were taken up since `resumed` was read.
+        """
+        index = refusal.index
+        if read_resumed(self._store, self._layout) != resumed:
+            return None
+        self._put_mark(refusal)  # first, so that every sealed part can be taken up
+        items = self._items(plan, refusal)
+        sealed = self._put_part(plan, refusal, items)
+        self._list_failed(plan, index)
+        keys = [broker.run_key(self._id, name) for name in ("", "items", "failed", "parts", "refused")]
+        positions = encode_json(list(items) if sealed else [])
+        with self._errors():
+            current = self._redis.eval(
+                SEAL, len(keys), *keys, resumed.word, index, int(self._settings.run_ttl), positions
+            )
+        if not sealed:
+            self._store.delete(self._layout.refused_shard(index))
+        elif not current:  # whoever took the shard up may have removed the mark before our part came
+            self._put_mark(refusal)
+        return sealed if current else None
+
+    def _list_failed(self, plan: RunPlan, index: int) -> None:
+        """List the failed items of a shard as its part has them, whatever was listed before."""
+        rows = part_format(plan.format).failed(self._store.get(self._layout.part(index)))
+        write_failed_rows(self._store, self._layout, index, rows)
+        if not rows:
+            self._store.delete(self._layout.failed_shard(index))
+
+    def _put_part(self, plan: RunPlan, refusal: Refusal, items: Mapping[int, dict[str, Any]]) -> bool:
+        """Write the part of failed rows; False where a worker's part is there."""
+        pinned = {"revision": plan.revision} if plan.revision else {}
+        provenance = {"model": plan.model, **pinned, "pipefleet": __version__}
+        error, written_as = {"error": refusal.failure.to_json()}, part_format(plan.format)
+        rows = [{**error, **row, "provenance": provenance} for row in items.values()]
+        try:
+            body = written_as.encode([encode_json(row).encode() for row in rows])
+        except RunError as error:
+            text = f"{refusal.failure.message}; to end the run at {self._layout.uri} without this shard: {error}"
+            raise RunError(text) from None
+        uri = self._layout.part(refusal.index)
+        return self._store.put_new(uri, body, content_type=written_as.media_type, writer=SEALED)
+
+    def _items(self, plan: RunPlan, refusal: Refusal) -> dict[int, dict[str, Any]]:
+        """The beginning of the row of each item of a shard, by position; what its list does not tell is told by position alone."""
+        listed: dict[int, dict[str, Any]] = {}
+        try:
+            for line in self._store.lines(self._layout.shard(refusal.index)):
+                position, row = _listed(line)
+                listed[position] = row
+        except ServiceUnavailableError:
+            raise
+        except (PipefleetError, ValueError, LookupError, TypeError):
+            pass  # the list is gone or damaged
+        if plan.items is None:
+            return listed
+        told = range(refusal.first, min(refusal.first + refusal.count, plan.items))
+        places = sorted(place for place in {*told, *listed} if place < (plan.items or 0))
+        return {place: listed.get(place, {"id": str(place), "input": None}) for place in places}
+
+    def _letters(self, plan: RunPlan, indexes: Collection[int]) -> dict[int, list[bytes]]:
+        """The dead letters of shards, as they lie in Redis."""
+        ids = {f"{self._id}-{index:05d}": index for index in indexes}
+        found: dict[int, list[bytes]] = {}
+        with self._errors():
+            for letter in broker.every_dead_letter(self._redis, plan.queue) if ids else ():
+                if (index := ids.get(letter.job_id or "")) is not None:
+                    found.setdefault(index, []).append(letter.entry)
+        return found
+
+    def _marked(self) -> Iterator[Refusal | None]:
+        for entry in self._store.list(self._layout.refused):
+            found = _INDEX.search(entry.key)
+            if found:
+                with suppress(ObjectMissingError):  # taken up since it was listed
+                    yield Refusal.from_json(int(found[1]), self._store.get(self._layout.refused_shard(int(found[1]))))
+
+    def _put_mark(self, refusal: Refusal) -> None:
+        self._store.put(self._layout.refused_shard(refusal.index), encode_json(refusal.to_json()).encode())
+
+    def _errors(self) -> Any:
+        return broker.redis_errors(self._settings.redis_url)
+
+
+def _listed(line: bytes) -> tuple[int, dict[str, Any]]:
+    """Position of an item, and the beginning of its row, from a line of a shard."""
+    item = json.loads(line)
+    more = {"parameters": item["parameters"]} if item.get("parameters") else {}
+    more |= {"error": item["failure"]} if "failure" in item else {}  # it could not be prepared either way
+    return item["position"], {"id": item["id"], "input": map_refs(item["inputs"], lambda one: one.uri), **more}

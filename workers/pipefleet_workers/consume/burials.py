@@ -1,0 +1,98 @@
+"""What follows a dead letter: whoever waits for its job, or for the run of its shard, is told that it has failed.
+
+Redis is told at once, in the thread that keeps the leases; object storage, and with it the end of a run whose last shard this
+was, in a thread of its own. Where that does not come about, the next client that looks at the run does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue as queues
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from pipefleet import broker
+from pipefleet.broker import DeadLetter
+from pipefleet.contract import Shard
+from pipefleet.errors import PipefleetError
+from pipefleet.layout import RunLayout
+from pipefleet.letters import read_content
+from pipefleet.objects import ObjectStore
+from pipefleet.patience import Patience
+from pipefleet.planner import read_plan
+from pipefleet.records import JobFailure
+from pipefleet.refusals import Refusals, note
+from pipefleet.settings import Settings
+from pipefleet_workers.reports import Reporter
+from pipefleet_workers.stages.fetch import lies_under
+
+log = logging.getLogger(__name__)
+PATIENCE_SECONDS = 300.0
+"""How long the thread goes on trying while Redis or S3 is away."""
+
+
+class Burials:
+    """Notes dead letters of one queue. Thread-safe."""
+
+    def __init__(self, settings: Settings, reporter: Reporter, *, queue: str, allowed: Sequence[str]) -> None:
+        self._settings = settings
+        self._reporter = reporter
+        self._queue = queue
+        self._allowed = allowed
+        self._redis = broker.connect(settings)
+        self._store = ObjectStore()
+        self._shards: queues.SimpleQueue[Shard] = queues.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def letter(self, letter: DeadLetter) -> None:
+        """Tell who waits. Raises ServiceUnavailableError while Redis is away; then it is called again."""
+        content, reason = read_content(letter), letter.reason.encode(errors="replace").decode()
+        try:
+            if content.shard is not None:
+                code = letter.code if letter.code == "killed_worker" else "refused"
+                self.shard(content.shard, JobFailure(code, reason, "consume"), letter.entry)
+            elif letter.job_id is not None:
+                failure = JobFailure(letter.code, f"the job went to the dead letters: {reason}", "consume")
+                self._reporter.bury(letter, failure, self._queue, content.reply)
+        except UnicodeError:
+            log.warning("nobody can wait for a job whose id has no UTF-8 form")
+
+    def shard(self, shard: Shard, failure: JobFailure, letter: bytes = b"") -> None:
+        """Note that no worker will run a shard; with `letter`, as long as that is there. Raises ServiceUnavailableError."""
+        with broker.redis_errors(self._settings.redis_url):
+            noted = note(self._redis, shard, failure, ttl=self._settings.run_ttl, queue=self._queue, letter=letter)
+        if noted and lies_under(shard.run_uri, self._allowed):
+            self._shards.put(shard)
+            self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._follow, name="burials", daemon=True)
+                self._thread.start()
+
+    def _follow(self) -> None:
+        patience = Patience(threading.Event(), seconds=PATIENCE_SECONDS)
+        while True:
+            shard = self._shards.get()
+            try:
+                patience.call(lambda shard=shard: self._end(shard))  # type: ignore[misc]
+            except PipefleetError as error:
+                log.warning(
+                    "shard %d of run %s was refused, and its run does not say so: %s", shard.index, shard.run_id, error
+                )
+            except Exception:
+                log.exception("noting a refused shard failed")
+
+    def _end(self, shard: Shard) -> Any:
+        """Note the refusal beside the run, and end the run where nothing else of it is left."""
+        layout = RunLayout(shard.run_uri, shard.format)
+        plan = read_plan(self._store, layout)
+        if plan.id != shard.run_id:
+            return
+        refusals = Refusals(self._redis, self._settings, self._store, layout, plan.id)
+        refusals.mark(shard.index)
+        if plan.shards is not None and refusals.counts().complete:
+            refusals.end(plan)
