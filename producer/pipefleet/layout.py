@@ -8,6 +8,7 @@
 <output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
 <output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
 <output>/_run/cancelled             the run was cancelled
+<output>/_run/stopped.json          why its planning ended before the source; gone when somebody goes on
 <output>/_SUCCESS                   totals; there when the run has ended
 """
 
@@ -78,6 +79,11 @@ class RunLayout:
         return f"{self.uri}_run/cancelled"
 
     @property
+    def stopped(self) -> str:
+        """Why the planning ended before the source."""
+        return f"{self.uri}_run/stopped.json"
+
+    @property
     def success(self) -> str:
         """The totals of an ended run."""
         return f"{self.uri}_SUCCESS"
@@ -122,11 +128,14 @@ class RunPlan:
     contract_version: int
     shards: int | None = None
     items: int | None = None
+    strict: bool = False
+    """Whether an item that cannot be prepared ends the planning."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form; totals only where they are known."""
-        body = asdict(self)
-        return body if self.shards is not None else {k: v for k, v in body.items() if k not in ("shards", "items")}
+        """The JSON form; totals only where they are known, `strict` only where it is asked for."""
+        unknown = {"shards", "items"} if self.shards is None else set()
+        lenient = set() if self.strict else {"strict"}
+        return {name: value for name, value in asdict(self).items() if name not in unknown | lenient}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> RunPlan:

@@ -15,9 +15,10 @@ PLAIN_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is. `state` is planning, running, succeeded, partial (ended, some items failed) or cancelled.
+    """How far a run is. `state` is planning, stopped, running, succeeded, partial (ended, some items failed) or cancelled.
 
-    `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
+    `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start. A run is
+    stopped when its planning ended before its source, for the `reason` given: what is queued is done, and `resume` goes on.
     """
 
     uri: str
@@ -28,6 +29,7 @@ class RunProgress:
     shards: int
     parts: int
     seconds: float
+    reason: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -37,7 +39,8 @@ class RunProgress:
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds")
-        return {name: getattr(self, name) for name in names}
+        reason = {} if self.reason is None else {"reason": self.reason}
+        return {**{name: getattr(self, name) for name in names}, **reason}
 
 
 Show = Callable[[RunProgress], None]

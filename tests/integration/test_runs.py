@@ -219,7 +219,7 @@ def test_a_run_is_finished_from_object_storage_alone(client: Client, prefix: str
 
 def test_a_shard_that_is_delivered_twice_leaves_one_part(client: Client, prefix: str) -> None:
     from pipefleet.contract import Priority
-    from pipefleet.planner import shard_message
+    from pipefleet.shards import shard_message
 
     run = client.map("text-classification", ["a", "b", "c"], output=prefix)
     run.wait(timeout=WAIT)

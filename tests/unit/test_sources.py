@@ -13,7 +13,8 @@ import pytest
 from pipefleet.errors import InputError, ManifestError, ParameterError, RunError, ServiceUnavailableError, SourceError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.sources import Source, SourceItem, open_source
+from pipefleet.preparing import SourceItem
+from pipefleet.sources import Source, open_source
 from pipefleet.storage import refs_in, split_uri
 from pipefleet.tasks import TASKS
 

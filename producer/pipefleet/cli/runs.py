@@ -26,6 +26,9 @@ def register(commands: Commands) -> None:
     add_model_options(parser)
     parser.add_argument("--shard-size", type=int, metavar="N", help="items of a shard (default: 16 to 512)")
     parser.add_argument("--format", default="jsonl", help="format of the parts: jsonl or parquet")
+    parser.add_argument(
+        "--strict", action="store_true", help="end at an item that cannot be prepared; else it fails alone"
+    )
     parser.add_argument("--detach", action="store_true", help="return when the run is queued, not when it has ended")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     for name, run, text in (
@@ -38,7 +41,9 @@ def register(commands: Commands) -> None:
         parser.add_argument("uri", metavar="RUN_URI", help="the output that map was given")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "resume":
-            parser.add_argument("--detach", action="store_true", help="do not wait for the end")
+            parser.add_argument(
+                "--detach", action="store_true", help="return when all is queued, not when it has ended"
+            )
 
 
 def map_(arguments: argparse.Namespace) -> int:
@@ -55,6 +60,7 @@ def map_(arguments: argparse.Namespace) -> int:
             parameters=read_parameters(arguments.param),
             shard_size=arguments.shard_size,
             format=arguments.format,
+            strict=arguments.strict,
         )
         if arguments.detach:
             run.join_planner()
@@ -77,9 +83,13 @@ def resume(arguments: argparse.Namespace) -> int:
 
     with Client() as client:
         run = client.run(arguments.uri)
+        stopped = run.progress().reason
+        if stopped:
+            print(f"{run.uri}: the planning had stopped: {stopped}", file=sys.stderr)
         queued = run.resume()
         print(f"{run.uri}: {queued} shards were missing and are queued again", file=sys.stderr)
         if arguments.detach:
+            run.join_planner()
             return _report(run, run.progress(), as_json=arguments.json)
         return _wait(run, as_json=arguments.json)
 
@@ -133,6 +143,8 @@ def _report(run: Run, progress: RunProgress, *, as_json: bool) -> int:
         print_json(document)
     else:
         print(f"{run.uri}  {describe(progress)}")
+        if progress.reason:
+            print(f"{progress.reason}; go on with `pipefleet resume {run.uri}`")
         if "failures" in document:
             print(f"failed items: {document['failures']} (a source for the next map; `pipefleet failures {run.uri}`)")
     return int(progress.ended and progress.failed > 0)
