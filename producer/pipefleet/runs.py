@@ -310,9 +310,10 @@ class Run:
     def _reopened(self) -> Source:
         """The source once more."""
         if self._plan.source is None:
+            reason = read_stopped(self._client.store, self._layout)
             raise RunError(
-                f"the source of the run at {self.uri} was an iterable that ended with its client; "
-                "call map again with the same arguments to go on"
+                f"the source of the run at {self.uri} was an iterable that ended with its client"
+                f"{f' ({reason})' if reason else ''}; call map again with the same arguments to go on"
             )
         spec = task_spec(self._plan.task)
         preparer = self._client.preparer(spec)
