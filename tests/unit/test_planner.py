@@ -252,8 +252,9 @@ class TestInterrupted:
         assert (second.plan.shards, second.plan.items) == (len(every), 100)
 
     def test_a_run_of_a_prefix_goes_on_from_its_output_alone(
-        self, client: Client, prefix: str, queued: Callable[[str], list[str]]
+        self, client: Client, prefix: str, queued: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
         for number in range(40):
             client.store.put(f"{prefix}in/{number:02d}.txt", b"x")
         layout = RunLayout.at(prefix + "out/")
@@ -332,6 +333,7 @@ def test_a_planner_waits_for_the_fleet_and_goes_on_when_it_has_caught_up(
     environment: dict[str, str], client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIPEFLEET_OUTSTANDING_SHARDS", "3")
+    monkeypatch.setattr("pipefleet.planner.HELD_BACK_SECONDS", 0.05)
     with Client() as bounded:
         run = bounded.map("text-classification", (str(i) for i in range(10)), output=prefix, shard_size=1)
         queue = run.plan.queue
