@@ -130,6 +130,7 @@ class Backlog:
                 if not (index >> 3 < len(known) and known[index >> 3] & 0x80 >> (index & 7)):
                     self._unrestored.append(index)
             self._missing = array("Q", (index for index, one in enumerate(accounted) if not one))
+            self._note_missing()
             self._sure = True
             return self.missing
 
@@ -223,6 +224,16 @@ class Backlog:
             some = self._missing[: min(room, MESSAGES)]
             self._client.publish(list(self._messages(some, planned)), self._plan.queue, Priority.LOW)
             del self._missing[: len(some)]
+            self._note_missing()
+
+    def _note_missing(self) -> None:
+        """Tell other clients how many shards wait for this one, so that they see when it ends before it has queued them."""
+        key = broker.run_key(self._plan.id)
+        with broker.redis_errors(self._client.settings.redis_url):
+            if self._missing:
+                self._client.redis.hset(key, "unqueued", self.missing)
+            else:
+                self._client.redis.hdel(key, "unqueued")
 
     def _messages(self, indexes: array[int], planned: int) -> Iterator[JobMessage]:
         """Each shard begins where the next one's items do, so the beginnings of objects tell all sizes but the last."""

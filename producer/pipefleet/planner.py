@@ -355,3 +355,13 @@ def planner_gone(client: Client, plan: RunPlan) -> bool:
             return True
         time.sleep(ALIVE_SECONDS / 40)
     return False
+
+
+def left_unqueued(client: Client, plan: RunPlan) -> int:
+    """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
+    pipe: Any = client.redis.pipeline(transaction=True)
+    pipe.hget(broker.run_key(plan.id), "unqueued")
+    pipe.exists(broker.run_key(plan.id, "planner"))
+    with broker.redis_errors(client.settings.redis_url):
+        unqueued, alive = pipe.execute()
+    return 0 if alive else int(unqueued or 0)

@@ -18,7 +18,7 @@ class RunProgress:
     """How far a run is. `state` is planning, stopped, running, succeeded, partial (ended, some items failed) or cancelled.
 
     `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start. A run is
-    stopped when its planning ended before its source, for the `reason` given: what is queued is done, and `resume` goes on.
+    stopped when its planning ended before its source, or its queueing early, for the `reason` given; `resume` goes on.
     """
 
     uri: str

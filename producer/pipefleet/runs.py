@@ -20,7 +20,7 @@ from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
 from pipefleet.finishing import failed_lines, finalise, read_totals
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.parts import JsonLines, part_format
-from pipefleet.planner import Planner, planner_alive, planner_gone, read_plan, write_plan
+from pipefleet.planner import Planner, left_unqueued, planner_alive, planner_gone, read_plan, write_plan
 from pipefleet.progress import RunProgress, show_progress
 from pipefleet.sources import Source, open_source
 from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
@@ -96,8 +96,8 @@ class Run:
         queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
         reason = None if queued or is_cancelled else self._why_stopped()
         total = queued.items if queued else self._plan.items
-        planning = "stopped" if reason else "planning"
-        state = "cancelled" if is_cancelled else planning if self._plan.shards is None else "running"
+        going = "planning" if self._plan.shards is None else "running"
+        state = "cancelled" if is_cancelled else "stopped" if reason else going
         seconds = time.time() - self._plan.created
         known = self._plan.shards or shards or (queued.shards if queued else 0)
         return RunProgress(self.uri, state, total or done, done - failed, failed, known, parts, seconds, reason)
@@ -240,17 +240,20 @@ class Run:
         reason = self._why_stopped()
         if reason is not None:
             self._raise_planning_error()
-            raise RunError(
-                f"the planning of the run at {self.uri} stopped before the end of its source ({reason}); "
-                f"go on with `pipefleet resume {self.uri}`"
-            )
+            raise RunError(f"the run at {self.uri} has stopped: {reason}; go on with `pipefleet resume {self.uri}`")
 
     def _why_stopped(self) -> str | None:
-        """Why nobody plans a run whose source is not at its end; None for any other run."""
-        if self._plan.shards is not None or self.planning or not planner_gone(self._client, self._plan):
+        """Why nobody plans the rest of the source, or queues the shards that are missing; None while somebody does."""
+        if self.planning:
             return None
-        self._refresh_plan()  # its last act may have been to write the totals
-        return None if self._plan.shards is not None else read_stopped(self._client.store, self._layout) or UNKNOWN
+        if self._plan.shards is None and planner_gone(self._client, self._plan):
+            self._refresh_plan()  # its last act may have been to write the totals
+            if self._plan.shards is None:
+                return read_stopped(self._client.store, self._layout) or UNKNOWN
+        if self._plan.shards is None:
+            return None
+        left = left_unqueued(self._client, self._plan)
+        return f"{left} shards are not queued, and the client that queued them has ended" if left else None
 
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:

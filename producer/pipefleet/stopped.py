@@ -14,7 +14,7 @@ from pipefleet.errors import ObjectMissingError, PipefleetError
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
 
-UNKNOWN = "its client ended before the source did"
+UNKNOWN = "the client that planned it ended before its source did"
 """What is said of a planner that left no reason."""
 
 

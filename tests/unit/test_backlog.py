@@ -13,6 +13,7 @@ from pipefleet import broker
 from pipefleet.backlog import Backlog
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, Priority
+from pipefleet.errors import RunError
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
@@ -166,6 +167,9 @@ class TestResume:
         run.stop_planning()
         run.join_planner()
         again = bounded.run(prefix)
+        assert again.progress().state == "stopped"
+        with pytest.raises(RunError, match=r"has stopped: 6 shards are not queued, .* go on with `pipefleet resume"):
+            again.wait(timeout=20)
         assert again.resume() == 6
         work_to_the_end(bounded, again)
         again.join_planner()

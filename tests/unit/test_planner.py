@@ -79,7 +79,7 @@ class MarkedRedis:
     def ignore(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is kept."""
 
-    set = hset = expire = delete = hmget = hlen = ignore
+    set = hset = hdel = expire = delete = hmget = hlen = ignore
 
     def bitcount(self, key: str) -> int:
         return 0

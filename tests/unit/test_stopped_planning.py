@@ -114,7 +114,7 @@ class TestStrict:
             seen = other.run(prefix)
             assert seen.progress().state == "stopped"
             assert not seen.progress().ended
-            with pytest.raises(RunError, match=rf"stopped before the end of its source \({reason}.*pipefleet resume"):
+            with pytest.raises(RunError, match=rf"has stopped: {reason}.*pipefleet resume"):
                 seen.wait(timeout=20)
             with pytest.raises(RunError, match="iterable that ended with its client"):
                 seen.resume()
