@@ -6,7 +6,7 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     done:<client>           channel the ids of a client's jobs that reached a final state
     cancelled               channel ids of jobs and runs that were cancelled
     idempotency:<key>       string  the id of the job that was submitted with this key
-    run:<id>                hash    shards, cancelled
+    run:<id>                hash    shards, cancelled, since (a mark that is gone when Redis was emptied), unqueued (missing shards)
     run:<id>:items          bitmap  items that are finished, by position
     run:<id>:failed         bitmap  those of them that failed
     run:<id>:parts          bitmap  shards whose part is written

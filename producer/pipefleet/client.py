@@ -131,15 +131,19 @@ class Client:
         parameters: Mapping[str, Any] | None = None,
         shard_size: int | None = None,
         format: str = "jsonl",
+        strict: bool = False,
     ) -> Run:
         """Run a task over a whole source, from object storage to object storage.
 
         `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl` or `.csv`) there or here, a local folder, or any iterable of
         inputs. Returns when the first shard is queued; planning goes on in a thread that `close` waits for. `shard_size`
         bounds the items of a shard, from 1 to 10,000 (default: growing from 16 to 512). `format` is that of the parts: `jsonl`,
-        or `parquet`, where embeddings are vectors (it needs pyarrow here and on the workers). Raises UsageError for anything
-        wrong with the arguments, the source or the output, and leaves nothing behind then; ServiceUnavailableError when Redis
-        or S3 is away.
+        or `parquet`, where embeddings are vectors (it needs pyarrow here and on the workers).
+
+        An item that cannot be prepared (null, of a wrong type, a local file that is missing …) is a failed item of the run, code
+        `bad_input`, stage `plan`; with `strict` it ends the planning instead, with an InputError that names its row. Raises
+        UsageError for anything wrong with the arguments, the source or the output, and leaves nothing behind then;
+        ServiceUnavailableError when Redis or S3 is away.
         """
         spec, pool = self.route(task, model, revision)
         parameters = _checked(task, spec, parameters)
@@ -165,11 +169,9 @@ class Client:
             shard_size=shard_size,
             created=time.time(),
             contract_version=CONTRACT_VERSION,
+            strict=strict,
         )
-        run = plan_run(self, layout, plan, source)
-        with self._lock:
-            self._planning = [*(one for one in self._planning if one.planning), run]
-        return run
+        return plan_run(self, layout, plan, source)
 
     def run(self, uri: str) -> Run:
         """Open the run whose output lies at `uri`. Raises RunError where there is none."""
@@ -262,6 +264,11 @@ class Client:
         with broker.redis_errors(self.settings.redis_url):
             queued: Any = self.redis.eval(SUBMIT, len(keys), *keys, *arguments)
         return job if queued == job.id.encode() else Job(self, queued.decode())
+
+    def hold(self, run: Run) -> None:
+        """Let `close` wait for the planning of a run."""
+        with self._lock:
+            self._planning = [*(one for one in self._planning if one.planning and one is not run), run]
 
     def _runs_in_planning(self) -> list[Run]:
         with self._lock:

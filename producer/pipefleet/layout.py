@@ -11,6 +11,7 @@
 <output>/_run/refused/00000.json    why no worker will run a shard; its items are failed items when the run has ended
 <output>/_run/resumed.json          which refused shards were taken up, and a word: `_SUCCESS` with another one is void
 <output>/_run/cancelled             the run was cancelled
+<output>/_run/stopped.json          why its planning ended before the source; gone when somebody goes on
 <output>/_SUCCESS                   totals; there when the run has ended
 """
 
@@ -91,6 +92,11 @@ class RunLayout:
         return f"{self.uri}_run/resumed.json"
 
     @property
+    def stopped(self) -> str:
+        """Why the planning ended before the source."""
+        return f"{self.uri}_run/stopped.json"
+
+    @property
     def success(self) -> str:
         """The totals of an ended run."""
         return f"{self.uri}_SUCCESS"
@@ -144,11 +150,14 @@ class RunPlan:
     contract_version: int
     shards: int | None = None
     items: int | None = None
+    strict: bool = False
+    """Whether an item that cannot be prepared ends the planning."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form; totals only where they are known."""
-        body = asdict(self)
-        return body if self.shards is not None else {k: v for k, v in body.items() if k not in ("shards", "items")}
+        """The JSON form; totals only where they are known, `strict` only where it is asked for."""
+        unknown = {"shards", "items"} if self.shards is None else set()
+        lenient = set() if self.strict else {"strict"}
+        return {name: value for name, value in asdict(self).items() if name not in unknown | lenient}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> RunPlan:

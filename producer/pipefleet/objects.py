@@ -177,6 +177,12 @@ class ObjectStore:
         with s3_errors(uri):
             return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
+    def start(self, uri: str, size: int) -> bytes:
+        """The first `size` bytes of an object that is not empty, or all where it has fewer."""
+        bucket, key = split_uri(uri)
+        with s3_errors(uri):
+            return self.client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")["Body"].read()
+
     def head(self, uri: str) -> StorageRef | None:
         """Size, ETag and type of an object; None where there is none."""
         with s3_errors(uri):

@@ -2,7 +2,8 @@
 
     source items → shards (growing, bounded by count and bytes) → _run/shards/NNNNN.jsonl → one message each → run.json
 
-Memory is one shard, however long the source. A plan that was interrupted goes on behind its last shard.
+Memory is one shard, however long the source. A plan that was interrupted goes on behind its last shard. While it plans, a planner
+looks after what it has queued (see `backlog`): it waits for the fleet, and queues again what Redis lost.
 """
 
 from __future__ import annotations
@@ -10,90 +11,48 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
-from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Priority, Shard, encode_json
-from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.backlog import Backlog
+from pipefleet.contract import JobItem, Priority, encode_json
+from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
+from pipefleet.preparing import SourceItem
+from pipefleet.records import JobFailure
 from pipefleet.refusals import Refusals
-from pipefleet.sources import Source, SourceItem
+from pipefleet.shards import Limits, decode_shard_line, encode_shard_line, shard_limits, shard_message
+from pipefleet.sources import Source
 from pipefleet.storage import split_uri
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
 
-SMALLEST_SHARD = 16
-LARGEST_SHARD = 512
-SHARDS_OF_A_SIZE = 8
-MEDIA_BYTES = 64 << 20
-TEXT_BYTES = 1 << 20
 ALIVE_SECONDS = 10.0
 """How long a planner counts as alive after its last sign; it gives one every third of this, however slow its source."""
 HELD_BACK_SECONDS = 0.5
 """How long a planner waits before it looks again whether the fleet has caught up."""
+TEND_SECONDS = 5.0
+"""How often a planner looks after its shards though its source gives nothing."""
 PATIENCE_SECONDS = 300.0
 """How long a planner goes on trying while Redis or S3 is away. The first shard is tried once: `map` tells its caller."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one shard: number of items, bytes of their inputs."""
-
-    items: int
-    size: int
-
-
-def shard_limits(index: int, shard_size: int | None, *, media: bool) -> Limits:
-    """The bounds of shard `index`.
-
-    Sizes double every 8 shards from 16 to 512: a small run spreads over many workers and shows results at once, a
-    large one has few messages and parts. `shard_size` fixes the count instead, up to MAX_SHARD_ITEMS.
-    """
-    grown = min(LARGEST_SHARD, SMALLEST_SHARD << min(index // SHARDS_OF_A_SIZE, 10))
-    return Limits(min(shard_size or grown, MAX_SHARD_ITEMS), MEDIA_BYTES if media else TEXT_BYTES)
-
-
-def shard_id(run_id: str, index: int) -> str:
-    """The job id of a shard: the same whoever queues it, so that a duplicate can be told."""
-    return f"{run_id}-{index:05d}"
-
-
-def shard_message(plan: RunPlan, layout: RunLayout, index: int, first: int, count: int) -> JobMessage:
-    """The message for one shard of a run."""
-    shard = Shard(plan.id, layout.uri, layout.shard(index), index, first, count, plan.format)
-    return JobMessage(
-        id=shard_id(plan.id, index),
-        task=plan.task,
-        model=plan.model,
-        revision=plan.revision,
-        parameters=plan.parameters,
-        shard=shard,
-        cost=float(count),
-    )
-
-
-def encode_shard_line(position: int, item: JobItem) -> str:
-    """One line of a shard."""
-    return encode_json({"position": position, **item.to_json()})
-
-
-def decode_shard_line(line: bytes, loads: Callable[[bytes], Any] = json.loads) -> tuple[int, JobItem]:
-    """Position in the run, and item, of one line of a shard. Raises ContractError or ValueError for anything else."""
-    fields = loads(line)
-    return int(fields.pop("position")), JobItem.from_json(fields)
-
-
 class Planner:
-    """Plans one run, a shard at a time. Used by one thread at a time; any thread may call `stop`."""
+    """Plans one run, a shard at a time, and keeps its shards queued. Used by one thread at a time; any thread may call `stop`.
 
-    def __init__(self, client: Client, layout: RunLayout, plan: RunPlan, source: Source) -> None:
+    With a plan that has its totals there is nothing to read (`source` is None): what is missing is queued again, and the run ended
+    if its parts are all there.
+    """
+
+    def __init__(self, client: Client, layout: RunLayout, plan: RunPlan, source: Source | None) -> None:
         self._client = client
         self._layout = layout
         self._source = source
@@ -101,52 +60,67 @@ class Planner:
         self.items = 0
         self.shards = 0
         self.continued = False
-        """True when shards of an earlier planner were found; those are not queued here but by `Run.resume`."""
+        """True when there were shards of an earlier planner; `run` queues those that are missing first."""
         self.usable = True
         """False after an error: what was read and not yet written is lost, so another planner has to go on."""
         self._cut: Iterator[list[SourceItem]] | None = None
         self._writer = uuid.uuid4().hex
-        self._alone = True
+        self.alone = True
+        """False when another client was seen to plan the same run."""
+        self._media = False
         self._stopped = threading.Event()
         self._patience = Patience(self._stopped)
+        self.backlog = Backlog(client, layout, plan, self._patience)
+
+    def prepare(self) -> None:
+        """Find the place behind what an earlier planner wrote, and mark a new run. `step` and `run` do this themselves."""
+        if self._cut is not None:
+            return
+        if self.plan.shards is not None:
+            self.shards, self.items, self.continued = self.plan.shards, self.plan.items or 0, True
+            self._cut = iter(())
+            return
+        last = self._resume_point()
+        if not self.continued:
+            self.backlog.begin()
+        self._cut = self._shards(last)
 
     def step(self) -> bool:
         """Write and queue the next shard. False when the source is at its end and run.json is written."""
         try:
-            if self._cut is None:
-                self._cut = self._shards(self._resume_point())
+            self.prepare()
+            assert self._cut is not None
             batch = next(self._cut, None)
-            if batch is None:
+            if batch is not None:
+                self._write(batch)
+            elif self.backlog.unrestored:  # the end of a run lists the failed items of all its parts
+                self._patience.call(self.backlog.restore)
+            else:
                 self._patience.call(self._finish)
                 return False
-            self._write(batch)
             return True
         except BaseException:
             self.usable = False
             raise
 
     def run(self) -> bool:
-        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped before.
+        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped or cancelled before.
 
-        Waits while the fleet has `Settings.outstanding_shards` of the run before it, so that a fast source fills no Redis.
+        Waits while the fleet has `Settings.outstanding_shards` of the run before it, so that a fast source fills no Redis; what
+        Redis lost meanwhile is queued again.
         """
         self._patience.seconds = PATIENCE_SECONDS
+        self._patience.call(self.prepare)
         while not self._stopped.is_set():
-            if self._held_back():
+            room = self.backlog.room(self.shards)
+            if self.backlog.cancelled:
+                self.stop()
+            elif room or (self.plan.shards is not None and not self.backlog.missing):
+                if not self.step():
+                    return True
+            else:
                 self._stopped.wait(HELD_BACK_SECONDS)
-            elif not self.step():
-                return True
         return False
-
-    def _held_back(self) -> bool:
-        most, redis = self._client.settings.outstanding_shards, self._client.redis
-
-        def written() -> int:
-            with broker.redis_errors(self._client.settings.redis_url):
-                parts = int(redis.bitcount(broker.run_key(self.plan.id, "parts")))
-                return parts + int(redis.hlen(broker.run_key(self.plan.id, "refused")))
-
-        return self.shards >= most and self.shards - self._patience.call(written) >= most
 
     def stop(self) -> None:
         """Let `run` return after the shard it is at."""
@@ -158,30 +132,34 @@ class Planner:
         return self._stopped.is_set()
 
     def go_on(self) -> None:
-        """Undo `stop`: `run` may be called again, and whoever does queues what was dropped meanwhile."""
+        """Undo `stop`: `run` may be called again, and queues what was dropped meanwhile."""
         self._stopped.clear()
-        self.continued = True
+        self.backlog.doubt()
 
     def undo(self) -> None:
         """Remove what a first step that failed may have written, so that the same call can be made again."""
-        if self._alone and not self.items and not self.continued:
+        if self.alone and not self.items and not self.continued:
             # In this order: a plan without shards is harmless, a shard without a plan is not.
             with suppress(PipefleetError):
                 self._client.store.delete(self._layout.shard(0))
                 self._client.store.delete(self._layout.plan)
+                self.backlog.forget()
 
     @contextmanager
     def alive(self) -> Iterator[None]:
         """Give signs of life inside the block, so that nobody else takes the planning over."""
         ended = threading.Event()
-        thread = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
+        signs = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
+        tending = threading.Thread(target=self._tend, args=(ended,), name="pipefleet-tend", daemon=True)
         self._give_sign()
-        thread.start()
+        signs.start()
+        tending.start()
         try:
             yield
         finally:
             ended.set()
-            thread.join()
+            signs.join()
+            tending.join(ALIVE_SECONDS)  # it may be waiting for a service that is away
             # The sign expires by itself; an error here would only hide the one that ended the block.
             with suppress(ServiceUnavailableError), broker.redis_errors(self._client.settings.redis_url):
                 self._client.redis.delete(broker.run_key(self.plan.id, "planner"))
@@ -191,23 +169,33 @@ class Planner:
             with suppress(ServiceUnavailableError):  # the next sign is soon enough; planning itself will say so too
                 self._give_sign()
 
+    def _tend(self, ended: threading.Event) -> None:
+        """Look after the shards that are out while the source keeps its next item back."""
+        while not ended.wait(TEND_SECONDS):
+            if self._cut is not None and not self._stopped.is_set():
+                with suppress(PipefleetError):  # planning itself will say so too
+                    self.backlog.tend(self.shards)
+                if self.backlog.cancelled:
+                    self.stop()
+
     def _give_sign(self) -> None:
         key = broker.run_key(self.plan.id, "planner")
         with broker.redis_errors(self._client.settings.redis_url):
             self._client.redis.set(key, f"{self.items} {self.shards}", ex=int(ALIVE_SECONDS))
 
     def _resume_point(self) -> SourceItem | None:
-        """Count what an earlier, interrupted planner wrote, and find its last item."""
-        last: SourceItem | None = None
+        """Count what an earlier, interrupted planner wrote, and find its last item: one listing, and the last shard."""
+        shards = 0
         for entry in self._client.store.list(self._layout.shards):
-            index = index_of(entry.key)
-            if index != self.shards:
+            if index_of(entry.key) != shards:
                 raise RunError(f"shards are missing before {entry.key}; start the run anew under another output")
-            lines = list(self._client.store.lines(self._layout.shard(index)))
-            position, item = decode_shard_line(lines[-1])
-            last = SourceItem(item.id, item.inputs, 0)
-            self.items, self.shards, self.continued = position + 1, index + 1, True
-        return last
+            shards += 1
+        if not shards:
+            return None
+        *_, line = self._client.store.lines(self._layout.shard(shards - 1))
+        position, item, _ = decode_shard_line(line)
+        self.items, self.shards, self.continued = position + 1, shards, True
+        return SourceItem(item.id, item.inputs, 0)
 
     def _shards(self, last: SourceItem | None) -> Iterator[list[SourceItem]]:
         batch: list[SourceItem] = []
@@ -226,7 +214,9 @@ class Planner:
             yield batch
 
     def _limits(self, item: SourceItem) -> Limits:
-        return shard_limits(self.shards, self.plan.shard_size, media=not isinstance(item.inputs, str))
+        if item.failure is None:  # one that failed may hold anything, and bounds nothing
+            self._media = not isinstance(item.inputs, str)
+        return shard_limits(self.shards, self.plan.shard_size, media=self._media)
 
     def _read(self, last: SourceItem | None) -> Iterator[SourceItem]:
         """The source after `last`; opened again behind the last item when a service it reads from was away."""
@@ -235,6 +225,7 @@ class Planner:
 
         def following() -> SourceItem | None:
             nonlocal items
+            assert self._source is not None
             items = self._source.items(read, last) if items is None else items
             try:
                 return next(items, None)
@@ -243,6 +234,8 @@ class Planner:
                 raise
 
         while (item := self._patience.call(following)) is not None:
+            if item.failure is not None and self.plan.strict:
+                raise InputError(_sentence(item, read))
             read, last = read + 1, item
             yield item
 
@@ -251,10 +244,11 @@ class Planner:
         for offset, item in enumerate(batch):
             position = self.items + offset
             identity = str(position) if item.id is None else item.id
-            lines.append(encode_shard_line(position, JobItem(identity, item.inputs, item.parameters)))
+            failure = None if item.failure is None else JobFailure("bad_input", _sentence(item, position), "plan")
+            lines.append(encode_shard_line(position, JobItem(identity, item.inputs, item.parameters), failure))
         body = ("\n".join(lines) + "\n").encode()
         if not self._patience.call(lambda: self._put(body)):
-            self._alone = False
+            self.alone = False
             raise RunError(f"another client plans the run at {self._layout.uri}; open it with `client.run(uri)`")
         message = shard_message(self.plan, self._layout, self.shards, self.items, len(batch))
         self._patience.call(lambda: self._client.publish([message], self.plan.queue, Priority.LOW))
@@ -278,6 +272,12 @@ class Planner:
         if written >= self.shards:
             Refusals(redis, self._client.settings, store, self._layout, total.id).end(total)
         self.plan = total
+
+
+def _sentence(item: SourceItem, position: int) -> str:
+    """Why an item cannot be prepared, with its row (from 1) and its id."""
+    identity = "" if item.id is None else f" (id {item.id[:80]!r})"
+    return f"row {position + 1}{identity}: {item.failure}"
 
 
 def remember_totals(redis: Any, plan: RunPlan, *, ttl: float) -> None:
@@ -340,3 +340,29 @@ def planner_alive(client: Client, plan: RunPlan) -> SignOfLife | None:
     with broker.redis_errors(client.settings.redis_url):
         found: Any = client.redis.get(broker.run_key(plan.id, "planner"))
     return None if found is None else SignOfLife(*map(int, found.split()))
+
+
+def planner_gone(client: Client, plan: RunPlan) -> bool:
+    """True when nobody plans this run.
+
+    Where Redis knows nothing of the run it may have been emptied a moment ago, and a live planner gives its next sign soon:
+    that is waited for, for half of ALIVE_SECONDS.
+    """
+    deadline = time.monotonic() + ALIVE_SECONDS / 2
+    while planner_alive(client, plan) is None:
+        with broker.redis_errors(client.settings.redis_url):
+            known = client.redis.exists(broker.run_key(plan.id))
+        if known or time.monotonic() >= deadline:
+            return True
+        time.sleep(ALIVE_SECONDS / 40)
+    return False
+
+
+def left_unqueued(client: Client, plan: RunPlan) -> int:
+    """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
+    pipe: Any = client.redis.pipeline(transaction=True)
+    pipe.hget(broker.run_key(plan.id), "unqueued")
+    pipe.exists(broker.run_key(plan.id, "planner"))
+    with broker.redis_errors(client.settings.redis_url):
+        unqueued, alive = pipe.execute()
+    return 0 if alive else int(unqueued or 0)

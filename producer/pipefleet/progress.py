@@ -17,8 +17,10 @@ PLAIN_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is. `state` is planning, running, succeeded, partial (some items failed), failed (all did) or cancelled.
+    """How far a run is.
 
+    `state` is planning, stopped, running, succeeded, partial (some items failed), failed (all did) or cancelled. A run is stopped
+    when its planning ended before its source, or its queueing early, for the `reason` given; `resume` goes on.
     `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
     `refused` counts the shards that no worker will run, `refused_reason` says why of one; their items are failed items once the
     run has ended. `waiting` says why nothing goes on, where no worker serves the queue.
@@ -32,6 +34,7 @@ class RunProgress:
     shards: int
     parts: int
     seconds: float
+    reason: str | None = None
     refused: int = 0
     refused_reason: str | None = None
     waiting: str | None = None
@@ -42,9 +45,9 @@ class RunProgress:
         return self.state in ("succeeded", "partial", "failed", "cancelled")
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints; `refused_reason` and `waiting` only where there is something to say."""
+        """What `--json` prints; `reason`, `refused_reason` and `waiting` only where there is something to say."""
         names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds", "refused")
-        said = {name: getattr(self, name) for name in ("refused_reason", "waiting")}
+        said = {name: getattr(self, name) for name in ("reason", "refused_reason", "waiting")}
         return {name: getattr(self, name) for name in names} | {name: one for name, one in said.items() if one}
 
     @classmethod

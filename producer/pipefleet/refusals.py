@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -177,6 +177,18 @@ class Refusals:
             raw: Any = self._redis.hgetall(_key(self._id))
         noted = (Refusal.from_json(int(index), text) for index, text in raw.items())
         return {one.index: one for one in (*self._marked(), *noted) if one is not None and one.index >= 0}
+
+    def recall(self, is_accounted: Callable[[int], bool]) -> list[int]:
+        """Note in Redis again what object storage knows; the indexes of refused shards for which `is_accounted` is False."""
+        found = [one for index, one in self.all().items() if not is_accounted(index)]
+        if found:
+            pipe = self._redis.pipeline(transaction=True)
+            for one in found:
+                pipe.hsetnx(_key(self._id), str(one.index), encode_json(one.to_json()))
+            pipe.expire(_key(self._id), int(self._settings.run_ttl))
+            with self._errors():
+                pipe.execute()
+        return [one.index for one in found]
 
     def end(self, plan: RunPlan) -> RunProgress | None:
         """End a run that is complete: seal what was refused, then write the totals. None where it is not, or was cancelled.

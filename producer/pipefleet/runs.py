@@ -17,24 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.artifacts import resolve
-from pipefleet.contract import JobMessage, Priority
+from pipefleet.backlog import Backlog
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
-from pipefleet.finishing import failed_lines, read_totals, write_failed_rows
-from pipefleet.layout import RunLayout, RunPlan, index_of
+from pipefleet.finishing import failed_lines, read_totals
+from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.parts import JsonLines, part_format
+from pipefleet.patience import Patience
 from pipefleet.planner import (
     Planner,
-    decode_shard_line,
+    left_unqueued,
     planner_alive,
+    planner_gone,
     read_plan,
     remember_totals,
-    shard_id,
-    shard_message,
     write_plan,
 )
 from pipefleet.progress import RunProgress, show_progress
 from pipefleet.refusals import Refusals
-from pipefleet.sources import open_source
+from pipefleet.sources import Source, open_source
+from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.tasks import task_spec
 
 if TYPE_CHECKING:
@@ -112,17 +113,19 @@ class Run:
                 return ended
             is_cancelled = self._client.store.head(self._layout.cancelled) is not None
         queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
+        reason = None if queued or is_cancelled else self._why_stopped()
         total = queued.items if queued else self._plan.items
-        state = "cancelled" if is_cancelled else "planning" if self._plan.shards is None else "running"
+        going = "planning" if self._plan.shards is None else "running"
         return RunProgress(
             uri=self.uri,
-            state=state,
+            state="cancelled" if is_cancelled else "stopped" if reason else going,
             items=total or counts.done,
             succeeded=counts.done - counts.failed,
             failed=counts.failed,
             shards=self._plan.shards or shards or (queued.shards if queued else 0),
             parts=counts.parts,
             seconds=time.time() - self._plan.created,
+            reason=reason,
             refused=counts.refused,
             refused_reason=counts.reason,
             waiting=None if is_cancelled else self._why_waiting(),
@@ -220,23 +223,32 @@ class Run:
             self._client.redis.publish(broker.CANCELLED_CHANNEL, self.id)
 
     def resume(self) -> int:
-        """Queue again every shard that no queue, worker or part accounts for, or that was refused; returns how many those were.
+        """Queue again every shard that no queue, worker or part accounts for, or that was refused; returns how many those are.
 
-        A run that has ended with refused shards is running again then. Also finishes an interrupted planning, whose new shards
-        are queued as they are written and do not count. The state is that of object storage, so a run whose Redis was emptied is
-        finished as well. Raises RunError when the source was an iterable that ended with its client, or when another client goes
-        on planning the run.
+        A run that has ended with refused shards is running again then. Returns when they are known: as after `map`, a thread
+        that `Client.close` waits for queues them, with at most `Settings.outstanding_shards` before the fleet at once, and
+        finishes an interrupted planning, whose new shards do not count. The state is that of object storage, so a run whose
+        Redis was emptied is finished as well.
+
+        Raises RunError when the source was an iterable that ended with its client, or when another client goes on planning
+        or queueing the run: that one queues again by itself what Redis lost.
         """
         ended = read_totals(self._client.store, self._layout) is not None
+        if ended and not self._refusals.all():
+            return 0
+        self._refresh_plan()
+        planner = self._planner_to_go_on()
         if not self._refusals.take_up(self._plan) and ended:
             return 0
         self._uncancel()
+        forget_stopped(self._client.store, self._layout)
         self._planning_error = None
-        self._refresh_plan()
-        queued = 0
-        if self._plan.shards is None and not self._go_on_planning():
-            queued = self._resume_planning()
-        return queued + self._queue_missing()
+        planner.prepare()
+        missing = planner.backlog.find(planner.shards)
+        if not self.planning:
+            self._planner = planner
+            self.start_planning(planner.alive())
+        return missing
 
     def requeue(self, shards: Collection[int]) -> list[int]:
         """Queue refused shards again, these alone; the indexes of those that were refused. Their run is running again then.
@@ -249,10 +261,13 @@ class Run:
         taken = self._refusals.take_up(self._plan, only=shards)
         if not taken:
             return []
+        backlog = Backlog(self._client, self._layout, self._plan, Patience(threading.Event()))
         if ended:
             self._uncancel()
-            self._restore_progress()
-        self._client.publish((self._shard_message(index) for index in taken), self._plan.queue, Priority.LOW)
+            with broker.redis_errors(self._client.settings.redis_url):
+                remember_totals(self._client.redis, self._plan, ttl=self._client.settings.run_ttl)
+            backlog.recall(self._plan.shards or 0)
+        backlog.publish(taken)
         return taken
 
     def has_part(self, shard: int) -> bool:
@@ -262,6 +277,7 @@ class Run:
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
         name = f"pipefleet-plan-{self.id[:8]}"
+        self._client.hold(self)
         self._thread = threading.Thread(target=self._plan_rest, args=(alive,), name=name, daemon=False)
         self._thread.start()
 
@@ -279,31 +295,41 @@ class Run:
         assert self._planner is not None
         try:
             with alive:
-                if self._planner.continued:
-                    self._queue_missing()  # first: planning waits where too many shards are not done
-                if not self._planner.run():
-                    return
-            self._plan = self._planner.plan
-            if self._planner.continued:
-                self._queue_missing()
+                if self._planner.run():
+                    self._plan = self._planner.plan
         except PipefleetError as error:
-            self._planning_error = error
+            self._end_planning(error)
         except Exception as error:  # noqa: BLE001 - nobody else sees what ends this thread; shown by wait()
-            self._planning_error = RunError(f"planning ended with {type(error).__name__}: {error}")
+            self._end_planning(RunError(f"planning ended with {type(error).__name__}: {error}"))
+
+    def _end_planning(self, error: PipefleetError) -> None:
+        """Keep the error that ended the planning, for this client and, under the run, for every other."""
+        self._planning_error = error
+        if self._planner is not None and self._planner.alone:
+            note_stopped(self._client.store, self._layout, error)
 
     def _raise_planning_error(self) -> None:
         if self._planning_error is not None:
             raise self._planning_error
 
     def _require_planner(self) -> None:
-        if self._plan.shards is None and not self.planning and planner_alive(self._client, self._plan) is None:
+        reason = self._why_stopped()
+        if reason is not None:
             self._raise_planning_error()
-            self._refresh_plan()
+            raise RunError(f"the run at {self.uri} has stopped: {reason}; go on with `pipefleet resume {self.uri}`")
+
+    def _why_stopped(self) -> str | None:
+        """Why nobody plans the rest of the source, or queues the shards that are missing; None while somebody does."""
+        if self.planning:
+            return None
+        if self._plan.shards is None and planner_gone(self._client, self._plan):
+            self._refresh_plan()  # its last act may have been to write the totals
             if self._plan.shards is None:
-                raise RunError(
-                    f"the client that planned the run at {self.uri} stopped before the end of its source; "
-                    f"go on with `pipefleet resume {self.uri}`"
-                )
+                return read_stopped(self._client.store, self._layout) or UNKNOWN
+        if self._plan.shards is None:
+            return None
+        left = left_unqueued(self._client, self._plan)
+        return f"{left} shards are not queued, and the client that queued them has ended" if left else None
 
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:
@@ -328,97 +354,39 @@ class Run:
             self._client.redis.hdel(broker.run_key(self.id), "cancelled")
         self._cancelled_in_store = False
 
-    def _go_on_planning(self) -> bool:
-        """Go on with the planning of this client where it was stopped. False when it has none that could go on."""
+    def _planner_to_go_on(self) -> Planner:
+        """The planner of this client where it can go on, else a new one behind what is there. Raises RunError: see `resume`."""
         planner = self._planner
-        if planner is None or not planner.usable:
-            return False
-        if planner.stopped:
+        if planner is not None and planner.stopped:
             self.join_planner()
-            if planner.usable and self._plan.shards is None:
-                planner.go_on()
-                self.start_planning(planner.alive())
-        return planner.usable
+        if planner is not None and planner.usable and (self.planning or self._plan.shards is None):
+            planner.go_on()
+            return planner
+        self._wait_until_alone()
+        self._refresh_plan()
+        return Planner(self._client, self._layout, self._plan, self._reopened() if self._plan.shards is None else None)
 
-    def _resume_planning(self) -> int:
-        """Plan the rest of the source; returns how many of the shards that were there are queued again."""
+    def _wait_until_alone(self) -> None:
         deadline = time.monotonic() + TAKE_OVER_SECONDS
         while planner_alive(self._client, self._plan) is not None:  # it may have died a moment ago
             if time.monotonic() >= deadline:
-                raise RunError(f"another client plans the run at {self.uri}; see `pipefleet status {self.uri}`")
+                raise RunError(
+                    f"another client plans the run at {self.uri} and queues again by itself what Redis lost; "
+                    f"see `pipefleet status {self.uri}`, or stop that client first"
+                )
             time.sleep(POLL_SECONDS)
-        self._refresh_plan()
-        if self._plan.shards is not None:
-            return 0
+
+    def _reopened(self) -> Source:
+        """The source once more."""
         if self._plan.source is None:
+            reason = read_stopped(self._client.store, self._layout)
             raise RunError(
-                f"the source of the run at {self.uri} was an iterable that ended with its client; "
-                "call map again with the same arguments to go on"
+                f"the source of the run at {self.uri} was an iterable that ended with its client"
+                f"{f' ({reason})' if reason else ''}; call map again with the same arguments to go on"
             )
-        queued = self._queue_missing()  # first: planning waits where too many shards are not done
         spec = task_spec(self._plan.task)
         preparer = self._client.preparer(spec)
-        source = open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)
-        self._planner = planner = Planner(self._client, self._layout, self._plan, source)
-        with planner.alive():
-            planner.run()
-        self._plan = planner.plan
-        return queued
-
-    def _queue_missing(self) -> int:
-        written = self._restore_progress()
-        missing = self._missing_shards(written)
-        self._client.publish((self._shard_message(index) for index in missing), self._plan.queue, Priority.LOW)
-        if self._plan.shards is not None and len(written) >= self._plan.shards:
-            self._refusals.end(self._plan)
-        return len(missing)
-
-    def _restore_progress(self) -> set[int]:
-        """Set the progress bits of every part that Redis does not know of; returns the shards that have a part."""
-        redis, key = self._client.redis, broker.run_key(self.id, "parts")
-        written: set[int] = set()
-        if self._plan.shards is not None:
-            with broker.redis_errors(self._client.settings.redis_url):
-                remember_totals(redis, self._plan, ttl=self._client.settings.run_ttl)
-        for entry in self._client.store.list(self._layout.parts):
-            index = index_of(entry.key)
-            if index is None:
-                continue
-            written.add(index)
-            with broker.redis_errors(self._client.settings.redis_url):
-                known = redis.getbit(key, index)
-            if not known:
-                self._restore_part(index)
-        return written
-
-    def _restore_part(self, index: int) -> None:
-        positions = [decode_shard_line(line)[0] for line in self._client.store.lines(self._layout.shard(index))]
-        rows = list(self._part(index))
-        write_failed_rows(self._client.store, self._layout, index, rows)
-        pipe = self._client.redis.pipeline(transaction=False)
-        for position, row in zip(positions, rows, strict=True):
-            pipe.setbit(broker.run_key(self.id, "items"), position, 1)
-            pipe.setbit(broker.run_key(self.id, "failed"), position, int("error" in row))
-        pipe.setbit(broker.run_key(self.id, "parts"), index, 1)
-        with broker.redis_errors(self._client.settings.redis_url):
-            pipe.execute()
-
-    def _missing_shards(self, written: set[int]) -> list[int]:
-        with broker.redis_errors(self._client.settings.redis_url):
-            queued = set(broker.queued_ids(self._client.redis, self._plan.queue))
-        every = range(self._planned_shards() if self._plan.shards is None else self._plan.shards)
-        return [index for index in every if index not in written and shard_id(self.id, index) not in queued]
-
-    def _planned_shards(self) -> int:
-        """How many shards are there while the run is still being planned."""
-        if self._planner is not None:
-            return self._planner.shards
-        return sum(index_of(entry.key) is not None for entry in self._client.store.list(self._layout.shards))
-
-    def _shard_message(self, index: int) -> JobMessage:
-        lines = list(self._client.store.lines(self._layout.shard(index)))
-        first, _ = decode_shard_line(lines[0])
-        return shard_message(self._plan, self._layout, index, first, len(lines))
+        return open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)
 
 
 def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> Run:
@@ -427,7 +395,8 @@ def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> R
     When the first shard fails, nothing stays behind.
     """
     spec = task_spec(plan.task)
-    opened = open_source(source, spec, client.store, client.preparer(spec), output=layout.uri)
+    preparer = client.preparer(spec)
+    opened = open_source(source, spec, client.store, preparer, output=layout.uri, strict=plan.strict)
     opened.check()
     client.ping()
     asked = replace(plan, source=opened.describe())
@@ -438,10 +407,14 @@ def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> R
         try:
             alive.enter_context(planner.alive())
             more = planner.step()
-        except BaseException:
+        except BaseException as error:
             if plan.id == asked.id:
                 planner.undo()
+            elif isinstance(error, PipefleetError):
+                run._end_planning(error)
             raise
+        if plan.id != asked.id:
+            forget_stopped(client.store, layout)
         if more or planner.continued:
             run.start_planning(alive.pop_all())
         else:

@@ -1,7 +1,7 @@
 """Where the items of a bulk run come from: a bucket prefix, a manifest, a folder, or any iterable.
 
-Every source yields `SourceItem`s one by one, in a fixed order, with constant memory. A manifest is read through once before
-anything is written, so a line that cannot be used refuses the run instead of ending it half way.
+Every source yields `SourceItem`s one by one, in a fixed order, with constant memory. An item that cannot be prepared is yielded
+with its `failure`. A manifest is read through once before anything is written, so a malformed line refuses the run.
 """
 
 from __future__ import annotations
@@ -10,30 +10,20 @@ import csv
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipefleet.contract import encode_json
-from pipefleet.errors import ManifestError, RunError, SourceError, UsageError, nearest
+from pipefleet.errors import InputError, ManifestError, RunError, SourceError, UsageError, nearest
 from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
+from pipefleet.objects import ListedObject, ObjectStore
+from pipefleet.preparing import SourceItem, failed_item, item_or_failure, row_item
 from pipefleet.storage import StorageRef, is_uri, refs_in, split_uri
 from pipefleet.tasks import TaskSpec
 
 MANIFEST_KEYS = {"inputs", "id", "parameters"}
 _ANNOTATIONS = {"error", "input", "output", "provenance"}
 """Keys that a failures file has beside those of a manifest, and that are passed over when it is read as one."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceItem:
-    """One item before it is numbered: `inputs` as JSON with references; `size` in bytes, what it weighs in a shard."""
-
-    id: str | None
-    inputs: Any
-    size: int
-    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -76,14 +66,12 @@ class PrefixSource:
         """Objects after `last`; keys ending in a slash are folder marks and are passed over."""
         bucket, _ = split_uri(self.uri)
         excluded_bucket, excluded = split_uri(self.exclude)
-        after = refs_in(last.inputs)[0].key if last else ""
+        after = _key(last) if last else ""
         for entry in self.store.list(self.uri, after=after):
             inside_output = bucket == excluded_bucket and entry.key.startswith(excluded)
             if entry.key.endswith("/") or inside_output:
                 continue
-            guess = StorageRef.of(f"s3://{bucket}/{entry.key}")
-            pinned = StorageRef(guess.uri, entry.etag, entry.size, guess.type)
-            yield SourceItem(entry.key, pinned.to_json(), entry.size)
+            yield _object_item(bucket, entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,31 +82,35 @@ class ManifestSource:
     store: ObjectStore
     spec: TaskSpec
     preparer: InputPreparer
+    strict: bool = False
+    """Whether `check` refuses lines whose items cannot be prepared as well."""
 
     def describe(self) -> str:
         """The manifest's URI, or its absolute path."""
         return self.location if is_uri(self.location) else str(Path(self.location).resolve())
 
     def check(self) -> None:
-        """Read it through. Raise ManifestError for the first line that cannot be used; nothing is uploaded."""
-        count = 0
-        for _ in self._prepared(0, self.preparer.dry()):
+        """Read it through. Raise ManifestError for the first line that is malformed; nothing is uploaded."""
+        dry, count = self.preparer.dry(), 0
+        for line, row in self._rows():
             count += 1
+            try:
+                _check_keys(row)
+                if self.strict:
+                    row_item(row, dry)
+            except UsageError as error:
+                raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
         if not count:
             raise SourceError(f"the manifest {self.location} is empty")
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Items after the first `skip` rows."""
-        return self._prepared(skip, self.preparer)
-
-    def _prepared(self, skip: int, preparer: InputPreparer) -> Iterator[SourceItem]:
+        """Items after the first `skip` rows. Raises ManifestError for a malformed line."""
         for line, row in itertools.islice(self._rows(), skip, None):
             try:
                 _check_keys(row)
-                item = row_item(row, preparer)
-            except UsageError as error:
+            except SourceError as error:
                 raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
-            yield item
+            yield item_or_failure(row, self.preparer)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         lines = self._lines()
@@ -156,7 +148,7 @@ class FolderSource:
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
         """Items after the first `skip` files."""
         for path in self._files()[skip:]:
-            yield row_item({"inputs": path, "id": path.relative_to(self.folder).as_posix()}, self.preparer)
+            yield item_or_failure({"inputs": path, "id": path.relative_to(self.folder).as_posix()}, self.preparer)
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -188,7 +180,7 @@ class IterableSource:
             self._iterator = itertools.islice(self.values, skip, None)
         while self._held or self._take(self._iterator):
             (value,) = self._held
-            item = row_item(value if _is_row(value) else {"inputs": value}, self.preparer)
+            item = item_or_failure(value if _is_row(value) else {"inputs": value}, self.preparer)
             self._held.clear()
             yield item
 
@@ -203,10 +195,16 @@ class IterableSource:
         return True
 
 
-def open_source(source: Any, spec: TaskSpec, store: ObjectStore, preparer: InputPreparer, *, output: str) -> Source:
-    """The Source for what a user named. Raises SourceError for a string that is neither a URI nor a local path."""
+def open_source(
+    source: Any, spec: TaskSpec, store: ObjectStore, preparer: InputPreparer, *, output: str, strict: bool = False
+) -> Source:
+    """The Source for what a user named. Raises SourceError for a string that is neither a URI nor a local path.
+
+    With `strict`, the `check` of a manifest also refuses items that cannot be prepared.
+    """
     if isinstance(source, str | Path):
-        return _named_source(str(source), spec, store, preparer, output)
+        found = _named_source(str(source), spec, store, preparer, output)
+        return replace(found, strict=strict) if isinstance(found, ManifestSource) else found
     if isinstance(source, Mapping | bytes | bytearray | memoryview) or not isinstance(source, Iterable):
         raise SourceError(f"a source is an s3:// URI or an iterable of inputs, not a {type(source).__name__}")
     return IterableSource(source, preparer)
@@ -227,21 +225,20 @@ def _named_source(name: str, spec: TaskSpec, store: ObjectStore, preparer: Input
     raise SourceError(f"no such source {name[:200]!r}: give an s3:// prefix, a .jsonl or .csv manifest, or a folder")
 
 
-def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
-    """The item of one manifest row. Without an id, the key of its one reference serves, else its position (None).
+def _object_item(bucket: str, entry: ListedObject) -> SourceItem:
+    """The item of one object, pinned by its ETag."""
+    uri = f"s3://{bucket}/{entry.key}"
+    try:
+        guess = StorageRef.of(uri)
+    except InputError as error:
+        return failed_item({"inputs": uri, "id": entry.key}, str(error))
+    return SourceItem(entry.key, StorageRef(uri, entry.etag, entry.size, guess.type).to_json(), entry.size)
 
-    Raises UsageError for inputs, parameters or an id that a shard cannot hold.
-    """
-    parameters = row.get("parameters") or {}
-    preparer.spec.check(parameters)
-    prepared = preparer.prepare(row["inputs"])
-    references = refs_in(prepared)
-    identity = row.get("id")
-    if identity is None and isinstance(prepared, Mapping) and len(references) == 1:
-        identity = references[0].key
-    encoded = encode_json([prepared, identity, parameters])
-    size = sum(one.size or 0 for one in references) or len(encoded)
-    return SourceItem(None if identity is None else str(identity), prepared, size, parameters)
+
+def _key(item: SourceItem) -> str:
+    """The key of an object's item; that of one that failed is its id."""
+    references = refs_in(item.inputs)
+    return references[0].key if references else item.id or ""
 
 
 def _is_row(value: Any) -> bool:

@@ -13,7 +13,7 @@ from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import Priority
 from pipefleet.layout import RunLayout
-from pipefleet.planner import shard_message
+from pipefleet.shards import shard_message
 from pipefleet_workers.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import POINTS, TASK

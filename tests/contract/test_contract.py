@@ -22,6 +22,8 @@ from pipefleet.contract import (
     encode_json,
 )
 from pipefleet.errors import ContractError
+from pipefleet.records import JobFailure
+from pipefleet.shards import decode_shard_line, encode_shard_line
 from pipefleet.storage import StorageRef
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,7 +68,28 @@ def test_a_golden_file_is_read_as_the_message_it_was_written_from(name: str) -> 
 
 
 def test_every_golden_file_belongs_to_a_message() -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {f"message-v{CONTRACT_VERSION}-{name}.json" for name in MESSAGES}
+    messages = {f"message-v{CONTRACT_VERSION}-{name}.json" for name in MESSAGES}
+    assert {path.name for path in GOLDEN.iterdir()} == {*messages, "shard-v1.jsonl"}
+
+
+LINES = [
+    (7, JobItem("a", "Süß — “quoted”\n"), None),
+    (8, JobItem("b", {"$ref": "s3://media/größe/cat 1.jpg", "size": 12345}, {"top_k": 1}), None),
+    (9, JobItem("9", None), JobFailure("bad_input", "row 10: image-classification takes images", "plan")),
+]
+
+
+def test_the_lines_of_a_shard_are_written_and_read_as_their_golden_file() -> None:
+    lines = (GOLDEN / "shard-v1.jsonl").read_bytes().splitlines()
+    assert [encode_shard_line(*one).encode() for one in LINES] == lines
+    assert [decode_shard_line(line) for line in lines] == LINES
+
+
+@pytest.mark.parametrize("failure", ["broken", {"code": "c"}, {"code": 1, "message": "m", "stage": "s"}, []])
+def test_a_line_with_a_malformed_failure_is_refused(failure: Any) -> None:
+    line = json.dumps({"position": 0, "id": "a", "inputs": "b", "failure": failure}).encode()
+    with pytest.raises(ContractError, match="the failure of an item has the texts"):
+        decode_shard_line(line)
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)

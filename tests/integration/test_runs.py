@@ -68,6 +68,26 @@ def test_good_items_finish_beside_bad_ones_and_the_failures_are_a_source(
     assert again.wait(timeout=WAIT).items == 3
 
 
+def test_an_item_that_cannot_be_prepared_is_a_failed_row_in_its_place(
+    client: Client, store: ObjectStore, prefix: str
+) -> None:
+    values = ["a text", None, {"inputs": 3, "id": "three"}, b"bytes", "another text"]
+    run = client.map("text-classification", iter(values), output=prefix, shard_size=3)
+    ended = run.wait(timeout=WAIT)
+    assert (ended.state, ended.items, ended.succeeded, ended.failed) == ("partial", 5, 2, 3)
+    rows = list(run.results())
+    assert [(row["id"], row["input"]) for row in rows] == [
+        ("0", "a text"), ("1", None), ("three", 3), ("3", None), ("4", "another text"),
+    ]  # fmt: skip
+    assert [row["error"]["code"] if "error" in row else "" for row in rows] == ["", *["bad_input"] * 3, ""]
+    assert [row["error"] for row in run.failures()] == [row["error"] for row in rows[1:4]]
+    error = rows[2]["error"]
+    assert error["stage"] == "plan"
+    assert error["message"].startswith("row 3 (id 'three'): text-classification takes texts")
+    again = client.map("text-classification", run.failures_uri, output=f"{prefix}again/")
+    assert again.wait(timeout=WAIT).failed == 3
+
+
 def test_output_below_the_source_is_not_taken_as_input(client: Client, store: ObjectStore, prefix: str) -> None:
     store.put(f"{prefix}a.jpg", jpeg_bytes(image(40, 40)))
     run = client.map("image-classification", prefix, output=f"{prefix}out/")
@@ -219,7 +239,7 @@ def test_a_run_is_finished_from_object_storage_alone(client: Client, prefix: str
 
 def test_a_shard_that_is_delivered_twice_leaves_one_part(client: Client, prefix: str) -> None:
     from pipefleet.contract import Priority
-    from pipefleet.planner import shard_message
+    from pipefleet.shards import shard_message
 
     run = client.map("text-classification", ["a", "b", "c"], output=prefix)
     run.wait(timeout=WAIT)

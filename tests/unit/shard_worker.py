@@ -15,9 +15,12 @@ from pipefleet_workers.consume.burials import Burials
 from pipefleet_workers.consume.jobs import Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.shards import Shards
+from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.items import JobContext, Outcome
+from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.reports import Reporter
+from pipefleet_workers.scaling.ledger import WorkCount
 from pipefleet_workers.stages.write import PartWriter
 
 BAD = JobFailure("bad_input", "it is bad", "decode")
@@ -31,7 +34,7 @@ class ShardWorker:
         store = WorkerStore()
         self.reporter = Reporter(client.redis, store, client.settings, worker="test")
         outlets = Outlets(store, ObjectStore(), PartWriter(store, {"model": "test"}), self.reporter, allowed)
-        self.shards = Shards(None, outlets)  # type: ignore[arg-type]  # nothing enters an engine here
+        self.shards = Shards(None, outlets, Tally(Metrics("pool"), WorkCount()))  # type: ignore[arg-type]  # nothing enters an engine here
         self.burials = Burials(client.settings, self.reporter, queue=queue, allowed=allowed)
 
     def take(self, *indexes: int) -> dict[int, str]:
@@ -49,8 +52,10 @@ class ShardWorker:
         """Run the shard of a message; the items at the positions `bad` fail. The state it reached, None if it was done before."""
         message = read(text)
         assert message.shard is not None
-        items = self.shards.open(message, message.shard)
-        return None if items is None else self.shards.close(message.shard, outcomes(message, items, bad))
+        contents = self.shards.open(message, message.shard)
+        if contents is None:
+            return None
+        return self.shards.close(message.shard, outcomes(message, contents.items, bad)).state
 
     def bury(self, text: str, reason: str = "it is refused", deliveries: int = 1) -> broker.DeadLetter:
         """Put a message to the dead letters that nobody was told of."""

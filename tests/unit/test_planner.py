@@ -19,22 +19,19 @@ from pipefleet.contract import CONTRACT_VERSION, JobItem, encode_json
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ListedObject
-from pipefleet.planner import (
+from pipefleet.planner import Planner, SignOfLife, planner_alive, read_plan, write_plan
+from pipefleet.preparing import SourceItem
+from pipefleet.shards import (
     MEDIA_BYTES,
     TEXT_BYTES,
     Limits,
-    Planner,
-    SignOfLife,
     decode_shard_line,
     encode_shard_line,
-    planner_alive,
-    read_plan,
     shard_id,
     shard_limits,
     shard_message,
-    write_plan,
 )
-from pipefleet.sources import Source, SourceItem, open_source
+from pipefleet.sources import Source, open_source
 from pipefleet.storage import split_uri
 from pipefleet.tasks import TASKS
 from tests.unit.conftest import eventually
@@ -81,25 +78,38 @@ class MemoryStore:
         yield from self.objects[uri].splitlines()
 
 
+class MarkedRedis:
+    """A Redis that knows of the run, whose parts are not counted."""
+
+    def ignore(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is kept."""
+
+    set = hset = hdel = expire = delete = hmget = ignore
+
+    def bitcount(self, key: str) -> int:
+        return 0
+
+    def hlen(self, key: str) -> int:
+        return 0
+
+    def hgetall(self, key: str) -> dict[bytes, bytes]:
+        return {}
+
+    def pipeline(self, *, transaction: bool) -> MarkedRedis:
+        return self
+
+    def execute(self) -> list[Any]:
+        return [[b"1", None], 0, 0]
+
+
 class Published:
     """Stands for the client: counts messages and keeps those of the last shards only."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
         self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0, outstanding_shards=1 << 30)
-        self.redis = SimpleNamespace(
-            set=self.ignore,
-            hset=self.ignore,
-            expire=self.ignore,
-            delete=self.ignore,
-            bitcount=lambda _: 0,
-            hlen=lambda _: 0,
-            hgetall=lambda _: {},
-        )
+        self.redis = MarkedRedis()
         self.shards: list[tuple[int, int, int]] = []
-
-    def ignore(self, *args: Any, **kwargs: Any) -> None:
-        """No Redis here."""
 
     def publish(self, messages: Iterable[Any], queue: str, priority: Any) -> None:
         self.shards.extend((one.shard.index, one.shard.first, one.shard.count) for one in messages)
@@ -153,8 +163,8 @@ class TestShards:
             assert 1 <= count <= limits.items
             assert count == 1 or sum(sizes[first : first + count]) <= limits.size
             lines = [decode_shard_line(line) for line in client.store.lines(LAYOUT.shard(index))]
-            assert [position for position, _ in lines] == list(range(first, first + count))
-            ids += [item.id for _, item in lines]
+            assert [position for position, *_ in lines] == list(range(first, first + count))
+            ids += [item.id for _, item, _ in lines]
         assert ids == [str(position) for position in range(len(sizes))]
 
     def test_media_may_weigh_more_than_texts(self) -> None:
@@ -164,7 +174,7 @@ class TestShards:
 
     def test_a_line_of_a_shard_survives(self) -> None:
         item = JobItem("a", {"$ref": "s3://media/ü b.txt"}, {"top_k": 1})
-        assert decode_shard_line(encode_shard_line(7, item).encode()) == (7, item)
+        assert decode_shard_line(encode_shard_line(7, item).encode()) == (7, item, None)
 
     def test_the_same_shard_has_the_same_job_id_whoever_queues_it(self) -> None:
         message = shard_message(plan(), LAYOUT, 7, 112, 16)
@@ -221,7 +231,7 @@ def broken_off(values: Iterable[str], after: int) -> Iterator[str]:
 
 def shards_of(client: Client, layout: RunLayout) -> list[list[tuple[int, JobItem]]]:
     return [
-        [decode_shard_line(line) for line in client.store.lines(layout.shard(index))]
+        [decode_shard_line(line)[:2] for line in client.store.lines(layout.shard(index))]
         for index, _ in enumerate(client.store.list(layout.shards))
     ]
 
@@ -253,8 +263,9 @@ class TestInterrupted:
         assert (second.plan.shards, second.plan.items) == (len(every), 100)
 
     def test_a_run_of_a_prefix_goes_on_from_its_output_alone(
-        self, client: Client, prefix: str, queued: Callable[[str], list[str]]
+        self, client: Client, prefix: str, queued: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
         for number in range(40):
             client.store.put(f"{prefix}in/{number:02d}.txt", b"x")
         layout = RunLayout.at(prefix + "out/")
@@ -266,8 +277,9 @@ class TestInterrupted:
         client.redis.flushall()
 
         run = client.run(layout.uri)
-        assert run.progress().state == "planning"
-        assert run.resume() >= 3  # what Redis forgot
+        assert run.progress().state == "stopped"
+        assert run.resume() == 3  # what Redis forgot
+        run.join_planner()
         every = shards_of(client, layout)
         assert [item.id for shard in every for _, item in shard] == [
             f"{split_uri(prefix)[1]}in/{number:02d}.txt" for number in range(40)
@@ -318,7 +330,7 @@ class TestPlanFile:
     def test_a_refused_source_leaves_nothing_behind(self, client: Client, prefix: str) -> None:
         for source in (prefix + "in/", [3]):
             with pytest.raises(PipefleetError):
-                client.map("text-classification", source, output=prefix + "out/")
+                client.map("text-classification", source, output=prefix + "out/", strict=True)
         assert list(client.store.list(prefix + "out/")) == []
 
 
@@ -332,6 +344,7 @@ def test_a_planner_waits_for_the_fleet_and_goes_on_when_it_has_caught_up(
     environment: dict[str, str], client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIPEFLEET_OUTSTANDING_SHARDS", "3")
+    monkeypatch.setattr("pipefleet.planner.HELD_BACK_SECONDS", 0.05)
     with Client() as bounded:
         run = bounded.map("text-classification", (str(i) for i in range(10)), output=prefix, shard_size=1)
         queue = run.plan.queue

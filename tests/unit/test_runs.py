@@ -16,8 +16,9 @@ from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
-from pipefleet.planner import Planner, decode_shard_line, planner_alive, shard_id
+from pipefleet.planner import Planner, planner_alive
 from pipefleet.runs import Run
+from pipefleet.shards import decode_shard_line, shard_id
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipefleet.errors import InputError, ManifestError, ParameterError, RunError, ServiceUnavailableError, SourceError
+from pipefleet.errors import (
+    AccessDeniedError,
+    InputError,
+    ManifestError,
+    RunError,
+    ServiceUnavailableError,
+    SourceError,
+)
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.sources import Source, SourceItem, open_source
+from pipefleet.preparing import SourceItem
+from pipefleet.sources import Source, open_source
 from pipefleet.storage import refs_in, split_uri
 from pipefleet.tasks import TASKS
+from pipefleet.uploads import Uploader
 
 TEXTS, PICTURES = "text-classification", "image-classification"
 Opener = Callable[..., Source]
@@ -25,9 +35,9 @@ Opener = Callable[..., Source]
 def opener(store: ObjectStore, prefix: str) -> Opener:
     """A function that opens a source for a task; the output is `prefix + "out/"` unless it is given."""
 
-    def open_one(source: Any, task: str = TEXTS, output: str = "") -> Source:
+    def open_one(source: Any, task: str = TEXTS, output: str = "", *, strict: bool = False) -> Source:
         preparer = InputPreparer(TASKS[task], store, prefix + "store/", inline_bytes=1000)
-        return open_source(source, TASKS[task], store, preparer, output=output or prefix + "out/")
+        return open_source(source, TASKS[task], store, preparer, output=output or prefix + "out/", strict=strict)
 
     return open_one
 
@@ -160,12 +170,12 @@ def manifest(
 ) -> Callable[..., Source]:
     """A function that opens a manifest with this content, once in the bucket and once as a local file."""
 
-    def write(name: str, content: bytes, task: str = TEXTS) -> Source:
+    def write(name: str, content: bytes, task: str = TEXTS, *, strict: bool = False) -> Source:
         if request.param == "disk":
             (tmp_path / name).write_bytes(content)
-            return opener(tmp_path / name, task)
+            return opener(tmp_path / name, task, strict=strict)
         store.put(prefix + name, content)
-        return opener(prefix + name, task)
+        return opener(prefix + name, task, strict=strict)
 
     return write
 
@@ -232,7 +242,6 @@ class TestManifests:
         ("m.jsonl", b'{"id": "a"}', "line 1, column 1: the key 'inputs' is missing"),
         ("m.jsonl", b'{"inputs": "a", "id": [1]}', "line 1, column 1: id must be a text"),
         ("m.jsonl", b'{"inputs": "a", "parameters": 3}', "parameters an object"),
-        ("m.jsonl", b'{"inputs": "a", "parameters": {"topk": 3}}', r"line 1, column 1: .*did you mean 'top_k'\?"),
         ("m.csv", b"", "line 1, column 1: a column `inputs` is missing"),
         ("m.csv", b"id,inputs\n", "is empty"),
         ("m.csv", b"id\n1", "line 1, column 1: a column `inputs` is missing"),
@@ -244,10 +253,16 @@ class TestManifests:
         ("m.csv", b"id,inputs\n1,a\n2,\xff\n", "line 3, column 3: not UTF-8"),
         ("m.csv", b"inputs,text\na,b\n", r"either a column `inputs` or its fields \(text\), not both"),
         ("m.csv", b"inputs,inputs\na,b\n", "the column 'inputs' is there twice"),
-        ("m.jsonl", b'{"inputs": {"$ref": 3}}', "line 1, column 1: not a storage reference"),
-        ("m.jsonl", b'{"inputs": "a"}\n{"inputs": "\\ud800"}', "line 2, column 1: not JSON: .*surrogates not allowed"),
-        ("m.jsonl", b'{"inputs": "a", "id": "\\ud800"}', "line 1, column 1: not JSON"),
-        ("m.jsonl", b'{"inputs": "a"}\n{"inputs": 3}', "line 2, column 1: .*not a value of type int"),
+    ]
+    UNUSABLE = [
+        ('{"inputs": "a", "parameters": {"topk": 3}}', r"did you mean 'top_k'\?", "a"),
+        ('{"inputs": {"$ref": 3}}', "not a storage reference", None),
+        ('{"inputs": "\\ud800"}', "not JSON: .*surrogates not allowed", None),
+        ('{"inputs": "a", "id": "\\ud800"}', "not JSON", "a"),
+        ('{"inputs": NaN}', "not a value of type float", None),
+        ('{"inputs": null}', "not a value of type NoneType", None),
+        ('{"inputs": 3}', "not a value of type int", 3),
+        ('{"inputs": {"text": "a", "pair": "b"}}', "takes no field 'pair'", {"text": "a", "pair": "b"}),
     ]
 
     @pytest.mark.parametrize(("name", "content", "message"), WRONG)
@@ -258,6 +273,24 @@ class TestManifests:
         with pytest.raises(SourceError, match=message) as caught:
             source.check()
         assert name in str(caught.value)
+
+    @pytest.mark.parametrize(("line", "reason", "inputs"), UNUSABLE)
+    def test_an_item_that_cannot_be_prepared_is_one_that_failed(
+        self, manifest: Callable[..., Source], line: str, reason: str, inputs: Any
+    ) -> None:
+        good, bad, after = items(manifest("m.jsonl", f'{{"inputs": "a"}}\n{line}\n{{"inputs": "b"}}'.encode()))
+        assert (good.failure, after.failure, after.inputs) == (None, None, "b")
+        assert bad.failure is not None
+        assert re.search(reason, bad.failure)
+        assert bad.inputs == inputs
+
+    @pytest.mark.parametrize(("line", "reason", "inputs"), UNUSABLE)
+    def test_a_strict_manifest_is_refused_for_it_with_line_and_column(
+        self, manifest: Callable[..., Source], line: str, reason: str, inputs: Any
+    ) -> None:
+        source = manifest("m.jsonl", f'{{"inputs": "a"}}\n{line}'.encode(), strict=True)
+        with pytest.raises(ManifestError, match=rf"m\.jsonl, line 2, column 1: .*{reason}"):
+            source.check()
 
     def test_a_name_may_hold_spaces(self, manifest: Callable[..., Source]) -> None:
         assert [item.inputs for item in items(manifest("my list.jsonl", b'{"inputs": "a"}'))] == ["a"]
@@ -273,7 +306,10 @@ class TestManifests:
         (item,) = source.items(0, None)
         assert store.get(refs_in(item.inputs)[0].uri) == b"picture"
         with pytest.raises(ManifestError, match=r"line 2, column 1: cannot read the input .*none\.jpg"):
-            manifest("m.jsonl", b"\n".join(rows), PICTURES).check()
+            manifest("m.jsonl", b"\n".join(rows), PICTURES, strict=True).check()
+        _, missing = items(manifest("m.jsonl", b"\n".join(rows), PICTURES))
+        assert missing.inputs == str(tmp_path / "none.jpg")
+        assert re.match(r"cannot read the input .*none\.jpg", missing.failure or "")
 
     def test_a_failures_file_is_a_manifest(self, manifest: Callable[..., Source]) -> None:
         row = {
@@ -313,8 +349,11 @@ class TestIterables:
 
     def test_parameters_of_a_row_are_checked(self, opener: Opener) -> None:
         for parameters in ({"custom_generate": "x"}, ["top_k"]):
-            with pytest.raises(ParameterError):
-                items(opener([{"inputs": "a", "parameters": parameters}]))
+            (found,) = items(opener([{"inputs": "a", "id": "x", "parameters": parameters}]))
+            assert found.failure is not None
+            assert "parameter" in found.failure
+            assert (found.id, found.inputs) == ("x", "a")
+            assert found.parameters in (parameters, {})
 
     def test_what_it_raises_itself_ends_the_run_though_a_retry_might_help(self, opener: Opener) -> None:
         def values() -> Any:
@@ -342,11 +381,34 @@ class TestIterables:
         found += source.items(1, found[0])
         assert [store.get(refs_in(item.inputs)[0].uri) for item in found] == [b"a", b"b", b"c"]
 
-    def test_a_wrong_input_is_refused_when_it_comes(self, opener: Opener) -> None:
-        reading = opener(["a", 3]).items(0, None)
-        assert next(reading).inputs == "a"
-        with pytest.raises(InputError, match="not a value of type int"):
-            next(reading)
+    def test_whatever_a_value_raises_when_it_is_read_is_its_own_failure(self, opener: Opener, tmp_path: Path) -> None:
+        class Truncated:
+            mode = "RGB"
+
+            def save(self, *_: Any, **__: Any) -> None:
+                raise OSError("image file is truncated")
+
+        values = [b"a", None, Truncated(), tmp_path / "none.jpg", {"inputs": 3, "id": "c"}, b"b"]
+        found = items(opener(values, PICTURES))
+        assert [one.failure is None for one in found] == [True, False, False, False, False, True]
+        assert [(one.id, one.inputs) for one in found[1:5]] == [
+            (None, None), (None, None), (None, str(tmp_path / "none.jpg")), ("c", 3),
+        ]  # fmt: skip
+        assert found[2].failure == "the input cannot be read: OSError: image file is truncated"
+
+    def test_a_missing_field_is_named(self, opener: Opener) -> None:
+        (found,) = items(opener([{"question": "who?"}], "question-answering"))
+        assert found.failure is not None
+        assert found.failure.endswith("context is missing")
+        assert found.inputs == {"question": "who?"}
+
+    def test_a_service_that_refuses_is_not_the_failure_of_an_item(
+        self, opener: Opener, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for error in (AccessDeniedError("no"), ServiceUnavailableError("away")):
+            monkeypatch.setattr(Uploader, "content", lambda *_, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(type(error)):
+                items(opener([b"a"], PICTURES))
 
     @pytest.mark.parametrize("source", [3, None, b"s3://media/", {"inputs": "a"}])
     def test_what_is_no_iterable_of_inputs_is_refused(self, opener: Opener, source: Any) -> None:

@@ -28,6 +28,9 @@ def register(commands: Commands) -> None:
         "--shard-size", type=int, metavar="N", help="items of a shard, at most 10000 (default: 16 to 512)"
     )
     parser.add_argument("--format", default="jsonl", help="format of the parts: jsonl or parquet")
+    parser.add_argument(
+        "--strict", action="store_true", help="end at an item that cannot be prepared; else it fails alone"
+    )
     _add_waiting(parser, "return when the run is queued, not when it has ended")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     for name, run, text in (
@@ -40,7 +43,7 @@ def register(commands: Commands) -> None:
         parser.add_argument("uri", metavar="RUN_URI", help="the output that map was given")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "resume":
-            _add_waiting(parser, "do not wait for the end")
+            _add_waiting(parser, "return when all is queued, not when it has ended")
 
 
 def _add_waiting(parser: argparse.ArgumentParser, detach: str) -> None:
@@ -78,6 +81,7 @@ def map_(arguments: argparse.Namespace) -> int:
             parameters=read_parameters(arguments.param),
             shard_size=arguments.shard_size,
             format=arguments.format,
+            strict=arguments.strict,
         )
         if arguments.detach:
             run.join_planner()
@@ -100,9 +104,13 @@ def resume(arguments: argparse.Namespace) -> int:
 
     with Client() as client:
         run = client.run(arguments.uri)
+        stopped = run.progress().reason
+        if stopped:
+            print(f"{run.uri}: the planning had stopped: {stopped}", file=sys.stderr)
         queued = run.resume()
         print(f"{run.uri}: {queued} shards were missing or refused and are queued again", file=sys.stderr)
         if arguments.detach:
+            run.join_planner()
             return _report(run, run.progress(), as_json=arguments.json)
         return _wait(run, arguments)
 
@@ -171,6 +179,8 @@ def _report(run: Run, progress: RunProgress, *, as_json: bool) -> int:
 def _advice(run: Run, progress: RunProgress) -> list[str]:
     """What can be done about what went wrong, a line each."""
     lines = []
+    if progress.reason:
+        lines.append(f"{progress.reason}; go on with `pipefleet resume {run.uri}`")
     if progress.state in ("partial", "failed"):
         lines.append(f"failed items: {run.failures_uri} (a source for the next map; `pipefleet failures {run.uri}`)")
     elif progress.ended and progress.failed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import orjson
 
@@ -12,8 +13,9 @@ from pipefleet.errors import ContractError, ObjectMissingError, RunError
 from pipefleet.finishing import write_failed_rows
 from pipefleet.layout import RunLayout
 from pipefleet.parts import part_format
-from pipefleet.planner import decode_shard_line, read_plan
+from pipefleet.planner import read_plan
 from pipefleet.records import JobFailure
+from pipefleet.shards import decode_shard_line
 from pipefleet.storage import StorageRef
 from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
@@ -36,6 +38,13 @@ class ElsewhereError(DrainedError):
     """Another worker of the pool can do this shard, and this one cannot: its message goes back."""
 
 
+class Contents(NamedTuple):
+    """What a shard holds: its items in order, and by position the failures of those that could not be prepared."""
+
+    items: list[JobItem]
+    failures: dict[int, JobFailure]
+
+
 class Shards:
     """Runs shards. Thread-safe. `run` raises DrainedError, RevokedError, ServiceUnavailableError or ContractError.
 
@@ -53,14 +62,16 @@ class Shards:
 
     def run(self, message: JobMessage, shard: Shard, *, patient: bool = True) -> Ending:
         """Run a shard to its end; how it has ended."""
-        items = self.open(message, shard)
-        if items is None:
+        contents = self.open(message, shard)
+        if contents is None:
             return self.ended_before(shard)
+        items, failures = contents
         refusal = self._jobs.refusal(message)
-        outcomes = refused(message, items, refusal) if refusal else self.process(message, items, patient=patient)
-        return self.close(shard, outcomes)
+        if refusal is not None:
+            return self.close(shard, refused(message, items, refusal))
+        return self.close(shard, self.process(message, items, patient=patient, without=failures))
 
-    def open(self, message: JobMessage, shard: Shard) -> list[JobItem] | None:
+    def open(self, message: JobMessage, shard: Shard) -> Contents | None:
         """The items of a shard that is still to be done; None for one that was cancelled or whose part is there."""
         if not lies_under(shard.run_uri, self._outlets.allowed):
             raise ContractError(f"the output {shard.run_uri} lies outside what this worker may write")
@@ -146,7 +157,7 @@ class Shards:
             self._handed_over.pop(job_id, None)
             raise
 
-    def read(self, shard: Shard) -> list[JobItem]:
+    def read(self, shard: Shard) -> Contents:
         """The items of a shard. Raises ContractError where they are not what the message says, or more than MAX_SHARD_ITEMS."""
         if shard.count > MAX_SHARD_ITEMS:
             raise ContractError(
@@ -157,10 +168,11 @@ class Shards:
             lines = self._outlets.store.get(StorageRef(shard.uri)).splitlines()
         except ObjectMissingError:
             raise ContractError(f"the shard {shard.uri} is not there; was the output of the run removed?") from None
-        items = [decode_shard_line(line, orjson.loads)[1] for line in lines]
-        if len(items) != shard.count:
-            raise ContractError(f"the shard {shard.uri} has {len(items)} items instead of {shard.count}")
-        return items
+        decoded = [decode_shard_line(line, orjson.loads) for line in lines]
+        if len(decoded) != shard.count:
+            raise ContractError(f"the shard {shard.uri} has {len(decoded)} items instead of {shard.count}")
+        failures = {place: failure for place, (_, _, failure) in enumerate(decoded) if failure is not None}
+        return Contents([item for _, item, _ in decoded], failures)
 
     def _admit(self, works: Sequence[Work], sink: Outcomes, shard: Shard | None) -> None:
         """Send the items in as there is room, and tell meanwhile which have ended: a shard may be larger than the worker."""

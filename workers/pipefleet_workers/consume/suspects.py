@@ -99,11 +99,12 @@ class Suspects:
     def run(self, message: JobMessage, shard: Shard) -> Ending:
         """Run one shard to its end; how it has ended. Raises what `Shards.run` raises."""
         journal = self._journal(shard)
-        items = self._shards.open(message, shard)
+        contents = self._shards.open(message, shard)
         finding = journal.read(self._name)
-        if items is None:
+        if contents is None:
             self._settle(journal, finding, message, shard)
             return self._shards.ended_before(shard)
+        items = contents.items
         refusal = self._jobs.refusal(message)
         if refusal is not None:
             return self._shards.close(shard, refused(message, items, refusal))
@@ -111,7 +112,7 @@ class Suspects:
         if convicted:
             finding = journal.convict(finding)
             log.warning("item %d of shard %d kills its workers", finding.culprits[-1], shard.index)
-        failures = dict.fromkeys(finding.culprits, _FAILURE)
+        failures = {**contents.failures, **dict.fromkeys(finding.culprits, _FAILURE)}
         if convicted:
             outcomes = self._shards.process(message, items, without=failures)
         else:
@@ -122,7 +123,7 @@ class Suspects:
 
     def _settle(self, journal: Journal, finding: Finding, message: JobMessage, shard: Shard) -> None:
         """The shard has ended: a dead letter for each culprit, twice only if this process ends in here."""
-        items = self._shards.read(shard) if finding.culprits else []
+        items = self._shards.read(shard).items if finding.culprits else []
         for position in finding.culprits:
             self._bury(_FAILURE.message, message, items[position])
         journal.forget()

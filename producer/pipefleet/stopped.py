@@ -1,0 +1,41 @@
+"""Why the planning of a run ended before its source: noted under the run, so that every client can say it.
+
+A client that is killed notes nothing; its run is known as stopped because its planner gives no sign of life any more.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+
+from pipefleet.contract import encode_json
+from pipefleet.errors import ObjectMissingError, PipefleetError
+from pipefleet.layout import RunLayout
+from pipefleet.objects import ObjectStore
+
+UNKNOWN = "the client that planned it ended before its source did"
+"""What is said of a planner that left no reason."""
+
+
+def note_stopped(store: ObjectStore, layout: RunLayout, error: PipefleetError) -> None:
+    """Keep the error that ended the planning. Does nothing while the store is away: the error itself says so."""
+    body = {"code": error.code, "message": str(error), "at": time.time()}
+    with suppress(PipefleetError):
+        store.put(layout.stopped, encode_json(body).encode())
+
+
+def read_stopped(store: ObjectStore, layout: RunLayout) -> str | None:
+    """The sentence of the error that ended the planning; None where none is noted."""
+    try:
+        found = json.loads(store.get(layout.stopped))
+        return str(found["message"])
+    except ObjectMissingError:
+        return None
+    except (ValueError, LookupError, TypeError):
+        return UNKNOWN
+
+
+def forget_stopped(store: ObjectStore, layout: RunLayout) -> None:
+    """Somebody goes on with the planning."""
+    store.delete(layout.stopped)
