@@ -19,7 +19,7 @@
         ├── JobFailedError          it failed (code, stage and message say how)
         ├── JobCancelledError       somebody cancelled it
         ├── JobExpiredError         its deadline passed before it could finish
-        └── ResultTimeoutError      it has not finished yet; also a TimeoutError
+        └── ResultTimeoutError      exit 4: it has not finished yet; also a TimeoutError
 
 `code` is a stable word for programs, `retryable` tells whether the same call may succeed later.
 """
@@ -158,6 +158,7 @@ class ResultTimeoutError(JobError, TimeoutError):
     """The result was not there in time; the job goes on and can be waited for again."""
 
     code = "timeout"
+    exit_code = 4
     retryable = True
 
 

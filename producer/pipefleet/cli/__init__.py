@@ -1,6 +1,7 @@
 """The `pipefleet` command. Other packages add subcommands through the entry-point group `pipefleet.commands`.
 
-Exit codes: 0 done; 1 some items failed; 2 usage or bad input; 3 a service is unreachable; 130 interrupted.
+Exit codes: 0 done; 1 some items failed; 2 usage or bad input; 3 a service is unreachable; 4 not finished within
+`--timeout`; 130 interrupted.
 """
 
 from __future__ import annotations
