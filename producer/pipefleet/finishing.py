@@ -27,8 +27,11 @@ def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
     return RunProgress(uri=layout.uri, **totals)
 
 
-def finalise(store: ObjectStore, layout: RunLayout, plan: RunPlan) -> RunProgress:
-    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time."""
+def finalise(store: ObjectStore, layout: RunLayout, plan: RunPlan, *, now: float | None = None) -> RunProgress:
+    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time.
+
+    `now` is in seconds since 1970 by the Redis server's clock, as `RunPlan.created` is (default: by the local one).
+    """
     failed = _gather_failures(store, layout)
     totals = RunProgress(
         uri=layout.uri,
@@ -38,7 +41,7 @@ def finalise(store: ObjectStore, layout: RunLayout, plan: RunPlan) -> RunProgres
         failed=failed,
         shards=plan.shards or 0,
         parts=plan.shards or 0,
-        seconds=round(time.time() - plan.created, 3),
+        seconds=round(max(0.0, (time.time() if now is None else now) - plan.created), 3),
     )
     body = {name: value for name, value in totals.to_json().items() if name != "uri"}
     store.put_new(layout.success, encode_json(body).encode())

@@ -19,6 +19,7 @@ from pipefleet.artifacts import resolve
 from pipefleet.contract import JobMessage, Priority
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
 from pipefleet.finishing import failed_lines, finalise, read_totals, write_failed_rows
+from pipefleet.forking import renew_after_fork
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.parts import JsonLines, part_format
 from pipefleet.planner import (
@@ -101,11 +102,11 @@ class Run:
                 return ended
         is_cancelled = bool(cancelled) or self._cancelled_in_store
         if complete and not is_cancelled and self._plan.shards is not None:
-            return finalise(self._client.store, self._layout, self._plan)
+            return finalise(self._client.store, self._layout, self._plan, now=self._client.clock.now())
         queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
         total = queued.items if queued else self._plan.items
         state = "cancelled" if is_cancelled else "planning" if self._plan.shards is None else "running"
-        seconds = time.time() - self._plan.created
+        seconds = max(0.0, self._client.clock.now() - self._plan.created)
         known = self._plan.shards or shards or (queued.shards if queued else 0)
         return RunProgress(self.uri, state, total or done, done - failed, failed, known, parts, seconds)
 
@@ -203,6 +204,7 @@ class Run:
         name = f"pipefleet-plan-{self.id[:8]}"
         self._thread = threading.Thread(target=self._plan_rest, args=(alive,), name=name, daemon=False)
         self._thread.start()
+        renew_after_fork(self)
 
     def stop_planning(self) -> None:
         """Let this client's planning end early. `resume` goes on with it."""
@@ -213,6 +215,10 @@ class Run:
         """Wait until the planning thread has ended."""
         if self._thread is not None:
             self._thread.join()
+
+    def after_fork(self) -> None:
+        """In a forked process: the parent plans the run; here it is as if another client did."""
+        self._planner, self._thread = None, None
 
     def _plan_rest(self, alive: AbstractContextManager[object]) -> None:
         assert self._planner is not None
@@ -319,7 +325,7 @@ class Run:
         missing = self._missing_shards(written)
         self._client.publish((self._shard_message(index) for index in missing), self._plan.queue, Priority.LOW)
         if self._plan.shards is not None and len(written) >= self._plan.shards:
-            finalise(self._client.store, self._layout, self._plan)
+            finalise(self._client.store, self._layout, self._plan, now=self._client.clock.now())
         return len(missing)
 
     def _restore_progress(self) -> set[int]:

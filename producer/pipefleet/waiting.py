@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.fleet import model_label
+from pipefleet.forking import renew_after_fork
 from pipefleet.routing import PREFIX
 
 if TYPE_CHECKING:
     from redis import Redis
 
+log = logging.getLogger("pipefleet")
+LOOK_SECONDS = 2.0
+"""How long what was seen of a queue is taken for true."""
+SAY_SECONDS = 30.0
+"""How often it is said again that nobody serves a queue."""
 WORKERS_KEY = f"{broker.KEY}workers"
 SCALER_KEY = f"{broker.KEY}scaler:"
 SCALER_SECONDS = 120.0
@@ -20,7 +29,7 @@ SCALER_SECONDS = 120.0
 
 
 def why_waiting(redis: Redis, queue: str) -> str | None:
-    """One sentence when no live worker serves `queue`; None when one does. Raises redis-py's errors; two round trips at most."""
+    """One sentence when no live worker serves `queue`; None when one does. Raises redis-py's errors."""
     pipe = redis.pipeline(transaction=False)
     pipe.time()
     pipe.hgetall(WORKERS_KEY)
@@ -43,10 +52,55 @@ def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: flo
     return served
 
 
+class Lookout:
+    """Warns, by the logger `pipefleet`, of queues that are waited for and that nobody serves: at once, and again while it lasts.
+
+    Thread-safe. `monotonic` is a clock in seconds.
+    """
+
+    def __init__(self, redis: Redis, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._redis = redis
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[float, str | None]] = {}
+        self._said: dict[str, float] = {}
+        renew_after_fork(self)
+
+    def look(self, queue: str) -> None:
+        """See whether anybody serves `queue`, once in LOOK_SECONDS; warn, once in SAY_SECONDS. Raises nothing: it is a courtesy."""
+        now = self._monotonic()
+        with self._lock:
+            if now < self._seen.get(queue, (now, None))[0]:
+                return
+            self._seen[queue] = (now + LOOK_SECONDS, self._seen.get(queue, (0.0, None))[1])
+        try:
+            why = why_waiting(self._redis, queue)
+        except Exception as error:  # noqa: BLE001 - no right to read it, or written by another release
+            log.debug("cannot see who serves %s: %s", queue, error)
+            return
+        with self._lock:
+            self._seen[queue] = (now + LOOK_SECONDS, why)
+            if why is None:
+                self._said.pop(queue, None)  # when it is lost again, that is news
+            if why is None or now < self._said.get(queue, now):
+                return
+            self._said[queue] = now + SAY_SECONDS
+        log.warning("%s", why)
+
+    def known(self, queue: str) -> str | None:
+        """What `look` found last."""
+        with self._lock:
+            return self._seen.get(queue, (0.0, None))[1]
+
+    def after_fork(self) -> None:
+        """Nobody is looking in a child."""
+        self._lock = threading.Lock()
+
+
 def _sentence(redis: Redis, queue: str, pools: Mapping[str, Any], now: float) -> str:
     name, model = _pool_of(queue, pools)
     depth = broker.depth(redis, queue)
-    waiting = sum(depth[state] for state in ("high", "normal", "low", "delayed"))
+    waiting = sum(depth.values())  # those that a worker held wait as well: it is gone
     jobs = "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
     served = queue + (f" (model {model})" if model else "")
     if _is_wanted(redis, name, now):

@@ -86,7 +86,7 @@ def test_a_deadline_or_a_cancel_ends_the_rows_of_its_job_alone() -> None:
     stops = RowStops([Row(one, 9) for one in (cancelled, late, fine)], 2)
     ids = torch.zeros(3, 2, dtype=torch.long)
     assert grown(stops, ids, 1) == [[False] * 3]
-    cancelled.cancelled, late.deadline = True, time.time() - 1
+    cancelled.cancelled, late.deadline = True, time.monotonic() - 1
     assert grown(stops, ids, 2)[1] == [True, True, False]
     assert {index: failure.code for index, (_, failure) in stops.stopped.items()} == {0: "cancelled", 1: "expired"}
     assert {failure.stage for _, failure in stops.stopped.values()} == {"forward"}

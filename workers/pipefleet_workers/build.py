@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pipefleet import __version__, broker
+from pipefleet.clock import ServerClock
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
 from pipefleet.fleet import Pool
@@ -97,7 +99,7 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    jobs = Jobs(pool, engine, outlets.allowed)
+    jobs = Jobs(pool, engine, outlets.allowed, clock=_clock(settings))
     tally = Tally(instruments.metrics, instruments.work)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue), tally=tally)
     facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
@@ -111,6 +113,7 @@ class Undertaker:
         self._settings = settings
         self._queue = queue
         self._redis = broker.connect(settings)
+        self._clock = ServerClock(self._redis)
 
     def journal(self, shard: Shard) -> Journal:
         """What is known of a shard."""
@@ -126,8 +129,8 @@ class Undertaker:
             message.parameters,
             items=(item,),
         )
-        text = broker.celery_message(alone, self._queue, Priority.LOW)
         with broker.redis_errors(self._settings.redis_url):
+            text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
             broker.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
 
 
@@ -140,6 +143,14 @@ def _consumer(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
     return Consumer(jobs, shards, suspects, outlets.reporter, Health(_probe(outlets)), tally=tally, limits=limits)
+
+
+def _clock(settings: Settings) -> Callable[[], float]:
+    """The Redis server's clock, measured: from now on it tells the time through outages too."""
+    clock = ServerClock(broker.connect(settings))
+    with broker.redis_errors(settings.redis_url):
+        clock.now()
+    return clock.now
 
 
 def _probe(outlets: Outlets) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +69,7 @@ class Reporter:
     def start_many(self, messages: Sequence[JobMessage]) -> list[bool]:
         """Mark single jobs as running. False for each that has ended already: cancelled, or finished elsewhere."""
         pipe = self._redis.pipeline(transaction=False)
-        arguments = [time.time(), self._worker, int(self._settings.result_ttl)]
+        arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
         for message in messages:
             pipe.eval(START, 1, broker.job_key(message.id), *arguments)
         with broker.redis_errors(self._settings.redis_url):
@@ -138,7 +137,7 @@ class Reporter:
     def _finish(self, commands: Any, message: JobMessage, state: JobState, fields: dict[str, Any]) -> None:
         """Bring a job to its final state through `commands`: the client itself, or one of its pipelines."""
         arguments = finish_arguments(
-            message.id, state, time.time(), ttl=self._settings.result_ttl, reply=message.reply, fields=fields
+            message.id, state, None, ttl=self._settings.result_ttl, reply=message.reply, fields=fields
         )
         commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 

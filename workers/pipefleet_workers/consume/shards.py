@@ -95,7 +95,7 @@ class Shards:
         layout, objects = RunLayout(shard.run_uri, shard.format), self._outlets.objects
         write_failed_rows(objects, layout, shard.index, part_format(shard.format).failed(part))
         if self._outlets.reporter.part_written(shard):
-            finalise(objects, layout, read_plan(objects, layout))
+            finalise(objects, layout, read_plan(objects, layout), now=self._jobs.clock())
 
     def read(self, shard: Shard) -> list[JobItem]:
         """The items of a shard. Raises ContractError where they are not what the message says."""
