@@ -235,7 +235,8 @@ def _template() -> dict[str, Any]:
 def celery_message(job: JobMessage, queue: str, priority: Priority, *, now: float | None = None) -> str:
     """`job` as the JSON text that Celery's Redis transport keeps in a list.
 
-    `now` is when it is queued, in seconds since 1970 by the server's clock (default: by the local one). Raises ContractError above MAX_MESSAGE_BYTES: larger inputs belong in the object store.
+    `now` is when it is queued, in seconds since 1970 by the server's clock (default: by the local one).
+    Raises ContractError above MAX_MESSAGE_BYTES: larger inputs belong in the object store.
     """
     template = _template()
     body = encode_json([[job.to_json()], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])

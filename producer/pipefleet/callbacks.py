@@ -15,6 +15,10 @@ log = logging.getLogger(__name__)
 class Callbacks:
     """Runs functions one after another, in the order they came, on a daemon thread that begins with the first. Thread-safe."""
 
+    _lock: threading.Lock
+    _thread: threading.Thread | None
+    _waiting: queue.SimpleQueue[Callable[[], object] | None]
+
     def __init__(self) -> None:
         self._start_afresh()
         renew_after_fork(self)
@@ -42,8 +46,7 @@ class Callbacks:
 
     def _start_afresh(self) -> None:
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._waiting: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread, self._waiting = None, queue.SimpleQueue()
 
 
 def _call_each(waiting: queue.SimpleQueue[Callable[[], object] | None]) -> None:

@@ -32,6 +32,7 @@ from pipefleet.runs import Run, plan_run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.storage import split_uri
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
+from pipefleet.waiting import Lookout
 from pipefleet.watcher import Watcher
 
 ANNOUNCED_SECONDS = 5.0
@@ -50,7 +51,8 @@ class Client:
         self.redis = broker.connect(self.settings)
         self.clock = ServerClock(self.redis)
         """The clock that deadlines and records are told in."""
-        self.watcher = Watcher(self.redis, self.settings.redis_url)
+        self._lookout = Lookout(self.redis)
+        self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Run] = []
         self._fleet: Fleet | None = None
         self._fleet_until = 0.0
@@ -122,8 +124,10 @@ class Client:
             reply=self.watcher.channel,
         )
         once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
+        queue = queue_name(pool, self.fleet)
+        self._lookout.name(queue, pool)
         with tracecontext.submitting(spec.name, job_id):
-            return self._enqueue(message, queue_name(pool, self.fleet), Priority.named(priority), once)
+            return self._enqueue(message, queue, Priority.named(priority), once)
 
     def map(
         self,

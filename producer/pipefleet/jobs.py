@@ -72,7 +72,7 @@ class Job:
         return self._client.cancel_job(self.id)
 
     def why_waiting(self) -> str | None:
-        """One sentence when nobody served the job's queue a moment ago; None before it has been waited for a few seconds. No I/O."""
+        """One sentence when nobody served the job's queue a moment ago; None also in its first few seconds. No I/O."""
         return None if self._future is None else self._client.watcher.why_waiting(self._future)
 
     def watch(self, *, submitting: bool = False) -> JobFuture:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
-from pipefleet.fleet import model_label
+from pipefleet.fleet import Pool, model_label
 from pipefleet.forking import renew_after_fork
 from pipefleet.routing import PREFIX
 
@@ -28,8 +28,11 @@ SCALER_SECONDS = 120.0
 """How old what the scaler decided may be."""
 
 
-def why_waiting(redis: Redis, queue: str) -> str | None:
-    """One sentence when no live worker serves `queue`; None when one does. Raises redis-py's errors."""
+def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | None:
+    """One sentence when no live worker serves `queue`; None when one does. Raises redis-py's errors.
+
+    `pool` is the one that the queue belongs to, where the caller knows it; else what workers announced last is told.
+    """
     pipe = redis.pipeline(transaction=False)
     pipe.time()
     pipe.hgetall(WORKERS_KEY)
@@ -38,7 +41,11 @@ def why_waiting(redis: Redis, queue: str) -> str | None:
     now, entries = seconds + micros / 1e6, _read(pools)
     if queue in served_queues(_read(workers), entries, now):
         return None
-    return _sentence(redis, queue, entries, now)
+    if pool is None:
+        name, model = _announced(queue, entries)
+    else:
+        name, model = pool.name, model_label(pool.model, pool.revision)
+    return _sentence(redis, queue, name, model, now)
 
 
 def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: float) -> set[str]:
@@ -62,9 +69,14 @@ class Lookout:
         self._redis = redis
         self._monotonic = monotonic
         self._lock = threading.Lock()
+        self._pools: dict[str, Pool] = {}
         self._seen: dict[str, tuple[float, str | None]] = {}
         self._said: dict[str, float] = {}
         renew_after_fork(self)
+
+    def name(self, queue: str, pool: Pool) -> None:
+        """Tell `pool` when nobody serves `queue`."""
+        self._pools[queue] = pool
 
     def look(self, queue: str) -> None:
         """See whether anybody serves `queue`, once in LOOK_SECONDS; warn, once in SAY_SECONDS. Raises nothing: it is a courtesy."""
@@ -74,7 +86,7 @@ class Lookout:
                 return
             self._seen[queue] = (now + LOOK_SECONDS, self._seen.get(queue, (0.0, None))[1])
         try:
-            why = why_waiting(self._redis, queue)
+            why = why_waiting(self._redis, queue, pool=self._pools.get(queue))
         except Exception as error:  # noqa: BLE001 - no right to read it, or written by another release
             log.debug("cannot see who serves %s: %s", queue, error)
             return
@@ -97,8 +109,7 @@ class Lookout:
         self._lock = threading.Lock()
 
 
-def _sentence(redis: Redis, queue: str, pools: Mapping[str, Any], now: float) -> str:
-    name, model = _pool_of(queue, pools)
+def _sentence(redis: Redis, queue: str, name: str | None, model: str | None, now: float) -> str:
     depth = broker.depth(redis, queue)
     waiting = sum(depth.values())  # those that a worker held wait as well: it is gone
     jobs = "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
@@ -109,7 +120,7 @@ def _sentence(redis: Redis, queue: str, pools: Mapping[str, Any], now: float) ->
     return f"no worker serves {served} now; start one with {start}; {jobs}"
 
 
-def _pool_of(queue: str, pools: Mapping[str, Any]) -> tuple[str | None, str | None]:
+def _announced(queue: str, pools: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Name and model of the pool behind a queue, from what was announced last, however old; from the queue's name else."""
     for name, entry in pools.items():
         fields = entry.get("pool", {}) if isinstance(entry, Mapping) else {}
@@ -122,7 +133,7 @@ def _pool_of(queue: str, pools: Mapping[str, Any]) -> tuple[str | None, str | No
 def _is_wanted(redis: Redis, pool: str | None, now: float) -> bool:
     """Whether a scaler decided a moment ago that the pool should have workers: one is starting then."""
     try:
-        state = json.loads(redis.get(f"{SCALER_KEY}{pool}") or "")["state"]  # type: ignore[arg-type]
+        state = json.loads(redis.get(f"{SCALER_KEY}{pool}") or "")["state"]
         return int(state["workers"]) > 0 and abs(now - float(state["at"])) < SCALER_SECONDS
     except (ValueError, LookupError, TypeError):
         return False

@@ -73,12 +73,12 @@ class Watcher:
     jobs that the parent submitted are found there by sweep.
     """
 
-    def __init__(self, redis: Redis, url: str) -> None:
+    def __init__(self, redis: Redis, url: str, lookout: Lookout) -> None:
         self._redis = redis
         self._url = url
         self._closed = threading.Event()
         self._callbacks = Callbacks()
-        self._lookout = Lookout(redis)
+        self._lookout = lookout
         self._start_afresh()
         renew_after_fork(self)
 
