@@ -196,8 +196,7 @@ def test_a_job_that_was_being_submitted_when_the_caller_left_is_cancelled() -> N
 
 
 def test_results_that_are_dropped_are_closed() -> None:
-    fleet = Fleet(held=True)
-    fleet.held = False
+    fleet = Fleet()
     results = fleet.stream(iter(range(100)), bound=4)
     next(results)
     assert eventually(lambda: len(fleet.jobs) == 5)
