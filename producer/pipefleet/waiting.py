@@ -22,6 +22,7 @@ LOOK_SECONDS = 2.0
 """How long what was seen of a queue is taken for true."""
 SAY_SECONDS = 30.0
 """How often it is said again that nobody serves a queue."""
+POOLS_KEY = f"{broker.KEY}pools"
 WORKERS_KEY = f"{broker.KEY}workers"
 SCALER_KEY = f"{broker.KEY}scaler:"
 SCALER_SECONDS = 120.0
@@ -36,27 +37,46 @@ def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | 
     pipe = redis.pipeline(transaction=False)
     pipe.time()
     pipe.hgetall(WORKERS_KEY)
-    pipe.hgetall(broker.POOLS_KEY)
+    pipe.hgetall(POOLS_KEY)
     (seconds, micros), workers, pools = pipe.execute()
     now, entries = seconds + micros / 1e6, _read(pools)
-    if queue in served_queues(_read(workers), entries, now):
+    served = served_queues(_read(workers), entries, now)
+    if queue in served:
         return None
+    waiting = _count(redis, queue, held=_base(queue) not in served)
     if pool is None:
         name, model = _announced(queue, entries)
     else:
         name, model = pool.name, model_label(pool.model, pool.revision)
-    return _sentence(redis, queue, name, model, now)
+    return _sentence(queue, name, model, waiting, wanted=_is_wanted(redis, name, now))
 
 
 def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: float) -> set[str]:
-    """The queues that live workers consume: those that a worker names, else the queue of the pool that it names."""
+    """The queues that live workers consume: the one that a worker names, and that of its pool.
+
+    The one function that decides whether a worker serves a queue.
+    """
     served: set[str] = set()
     for facts in workers.values():
-        if _until(facts) <= now:
-            continue
-        named = facts.get("queues")
-        served |= set(named) if isinstance(named, list) else {_pool_queue(pools.get(str(facts.get("pool"))))}
+        if _until(facts) > now:
+            named = facts.get("queue") or _pool_queue(pools.get(str(facts.get("pool"))))
+            served |= {str(named), _base(str(named))}
     return served
+
+
+def _base(queue: str) -> str:
+    """The queue of the pool, from that of one of its revisions, `<queue of the pool>@…`."""
+    return queue.partition("@")[0]
+
+
+def _count(redis: Redis, queue: str, *, held: bool) -> int:
+    """How many jobs wait in a queue; with `held`, those too that workers of its pool took, who are gone."""
+    pipe = redis.pipeline(transaction=False)
+    for name in broker.queue_lists(queue):
+        pipe.llen(name)
+    if held:
+        pipe.hlen(broker.unacked_keys(queue)["unacked_key"])
+    return sum(pipe.execute())
 
 
 class Lookout:
@@ -109,12 +129,10 @@ class Lookout:
         self._lock = threading.Lock()
 
 
-def _sentence(redis: Redis, queue: str, name: str | None, model: str | None, now: float) -> str:
-    depth = broker.depth(redis, queue)
-    waiting = sum(depth.values())  # those that a worker held wait as well: it is gone
+def _sentence(queue: str, name: str | None, model: str | None, waiting: int, *, wanted: bool) -> str:
     jobs = "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
     served = queue + (f" (model {model})" if model else "")
-    if _is_wanted(redis, name, now):
+    if wanted:
         return f"no worker serves {served} yet; the scaler has asked for one; {jobs}"
     start = f"`pipefleet worker --pool {name}`" if name else "`pipefleet up`"
     return f"no worker serves {served} now; start one with {start}; {jobs}"
@@ -124,9 +142,10 @@ def _announced(queue: str, pools: Mapping[str, Any]) -> tuple[str | None, str | 
     """Name and model of the pool behind a queue, from what was announced last, however old; from the queue's name else."""
     for name, entry in pools.items():
         fields = entry.get("pool", {}) if isinstance(entry, Mapping) else {}
-        if isinstance(fields, Mapping) and fields.get("queue") == queue and fields.get("model"):
-            return str(fields.get("name", name)), model_label(str(fields["model"]), fields.get("revision"))
-    _, _, pool = queue.removeprefix(PREFIX).partition("@")[0].partition(".")
+        if isinstance(fields, Mapping) and queue in (fields.get("queue"), fields.get("revision_queue")):
+            model = fields.get("model")
+            return name.partition("@")[0], model_label(str(model), fields.get("revision")) if model else None
+    _, _, pool = _base(queue).removeprefix(PREFIX).partition(".")
     return pool or None, None
 
 

@@ -316,8 +316,12 @@ class TestOutput:
     def test_a_failure_counts_before_what_has_not_ended(self, states: set[str], code: int) -> None:
         assert _exit_code(states) == code
 
-    def test_what_is_waited_for_is_told_on_stderr(self, capsys: pytest.CaptureFixture[str], client: Client) -> None:
-        code, _, told = run(capsys, "submit", "text-classification", "a", "--timeout", "6")
+    def test_what_is_waited_for_is_told_on_stderr(
+        self, capsys: pytest.CaptureFixture[str], client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.watcher.LOOK_AFTER_SECONDS", 0.0)
+        code, _, told = run(capsys, "submit", "text-classification", "a", "--timeout", "1.5")
         assert code == 4
         served, start = f"{QUEUE} (model /models/texts)", "`pipefleet worker --pool texts`"
         assert told == f"pipefleet: no worker serves {served} now; start one with {start}; 1 job waits\n"

@@ -159,6 +159,17 @@ def test_a_failed_result_cancels_the_rest() -> None:
     assert fleet.jobs[1].cancelled
 
 
+def test_an_interrupt_cancels_what_is_under_way() -> None:
+    fleet = Fleet()
+
+    def result(job: FakeJob) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(stream(iter([1, 2]), fleet.submit, result, bound=1))  # type: ignore[arg-type]
+    assert [job.cancelled for job in fleet.jobs] == [True]
+
+
 def test_an_input_that_comes_after_the_caller_left_is_not_submitted() -> None:
     fleet, go_on, ended = Fleet(), threading.Event(), threading.Event()
 
@@ -313,6 +324,29 @@ class TestPipe:
         with pytest.raises(ParameterError, match="timeout must be a number of seconds"):
             pipeline(TEXTS, client=client)("a", timeout=value)
         assert broker.depth(client.redis, QUEUE)["normal"] == 0
+
+    def test_an_interrupt_cancels_the_job_of_a_call(
+        self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("pipefleet.jobs.Job.result", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline(TEXTS, client=client)("a")
+        assert client.job(worker.take().id).status() is JobState.CANCELLED
+
+    def test_a_result_that_comes_as_the_time_is_over_is_the_result(
+        self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = client.cancel_job
+
+        def late(job_id: str) -> bool:
+            worker.answer("just in time")
+            return whole(job_id)
+
+        monkeypatch.setattr(client, "cancel_job", late)
+        assert pipeline(TEXTS, client=client)("a", timeout=0.1) == "just in time"
 
     def test_submit_does_not_wait(self, client: Client) -> None:
         with pytest.raises(ParameterError, match="say timeout to the result"):
