@@ -120,7 +120,7 @@ class Client:
             parameters=parameters,
             items=(JobItem("0", preparer.spill(preparer.prepare(inputs))),),
             output=output,
-            deadline=None if expires is None else self._now() + expires,
+            deadline=None if expires is None else self.now() + expires,
             reply=self.watcher.channel,
         )
         once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
@@ -167,7 +167,7 @@ class Client:
             queue=queue_name(pool, self.fleet),
             format=format,
             shard_size=shard_size,
-            created=self._now(),
+            created=self.now(),
             contract_version=CONTRACT_VERSION,
         )
         run = plan_run(self, layout, plan, source)
@@ -250,7 +250,7 @@ class Client:
 
     def publish(self, messages: Iterable[JobMessage], queue: str, priority: Priority) -> None:
         """Queue messages in one round trip. Raises ServiceUnavailableError; then none or all of them are queued."""
-        pipe, now = self.redis.pipeline(transaction=True), self._now()
+        pipe, now = self.redis.pipeline(transaction=True), self.now()
         for message in messages:
             broker.push(pipe, message, queue, priority, now=now)
         with broker.redis_errors(self.settings.redis_url):
@@ -261,7 +261,7 @@ class Client:
         keys = [broker.job_key(job.id), broker.queue_list(queue, priority)]
         keys += [] if once is None else [broker.idempotency_key(once.key)]
         fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue}
-        text = broker.celery_message(message, queue, priority, now=self._now())
+        text = broker.celery_message(message, queue, priority, now=self.now())
         arguments: list[Any] = [int(self.settings.result_ttl), job.id, text, once.digest if once else ""]
         arguments += [str(part) for pair in fields.items() for part in pair]
         job.watch(submitting=True)
@@ -271,7 +271,8 @@ class Client:
             raise _conflict(once.key, queued.decode())
         return job if queued == job.id.encode() else Job(self, queued.decode())
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds since 1970 by the Redis server's clock. Raises ServiceUnavailableError where it could never be asked."""
         with broker.redis_errors(self.settings.redis_url):
             return self.clock.now()
 

@@ -274,7 +274,7 @@ class Planner:
             remember_totals(redis, total, ttl=self._client.settings.run_ttl)
             written = redis.bitcount(broker.run_key(total.id, "parts"))
         if written >= self.shards:
-            finalise(store, self._layout, total, now=self._client.clock.now())
+            finalise(store, self._layout, total, now=self._client.now())
         self.plan = total
 
 

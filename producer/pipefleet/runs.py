@@ -102,11 +102,11 @@ class Run:
                 return ended
         is_cancelled = bool(cancelled) or self._cancelled_in_store
         if complete and not is_cancelled and self._plan.shards is not None:
-            return finalise(self._client.store, self._layout, self._plan, now=self._client.clock.now())
+            return finalise(self._client.store, self._layout, self._plan, now=self._client.now())
         queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
         total = queued.items if queued else self._plan.items
         state = "cancelled" if is_cancelled else "planning" if self._plan.shards is None else "running"
-        seconds = max(0.0, self._client.clock.now() - self._plan.created)
+        seconds = max(0.0, self._client.now() - self._plan.created)
         known = self._plan.shards or shards or (queued.shards if queued else 0)
         return RunProgress(self.uri, state, total or done, done - failed, failed, known, parts, seconds)
 
@@ -325,7 +325,7 @@ class Run:
         missing = self._missing_shards(written)
         self._client.publish((self._shard_message(index) for index in missing), self._plan.queue, Priority.LOW)
         if self._plan.shards is not None and len(written) >= self._plan.shards:
-            finalise(self._client.store, self._layout, self._plan, now=self._client.clock.now())
+            finalise(self._client.store, self._layout, self._plan, now=self._client.now())
         return len(missing)
 
     def _restore_progress(self) -> set[int]:

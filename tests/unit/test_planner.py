@@ -81,7 +81,7 @@ class Published:
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
-        self.clock = SimpleNamespace(now=lambda: 2.0)
+        self.now = lambda: 2.0
         self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0, outstanding_shards=1 << 30)
         self.redis = SimpleNamespace(
             set=self.ignore, hset=self.ignore, expire=self.ignore, delete=self.ignore, bitcount=lambda _: 0
