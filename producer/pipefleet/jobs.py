@@ -73,12 +73,14 @@ class Job:
 
     def why_waiting(self) -> str | None:
         """One sentence when nobody served the job's queue a moment ago; None also in its first few seconds. No I/O."""
-        return None if self._future is None else self._client.watcher.why_waiting(self._future)
+        future = self._future
+        return None if future is None else self._client.watcher.why_waiting(future)
 
     def watch(self, *, submitting: bool = False) -> JobFuture:
         """The future of the job's final record; see `Watcher.watch`, and `JobFuture` for its callbacks."""
-        self._future = self._client.watcher.watch(self.id, submitting=submitting)
-        return self._future
+        future = self._client.watcher.watch(self.id, submitting=submitting)
+        self._future = future
+        return future  # another thread that took the result may have let go of it by now
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._wait().__await__()

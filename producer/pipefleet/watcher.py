@@ -111,9 +111,11 @@ class Watcher:
         return future
 
     def forget(self, job_id: str) -> None:
-        """Drop a job whose record was read, though its handle may live on."""
+        """Drop a job whose record was read, though its handle may live on. One that somebody began to wait for anew stays."""
         with self._lock:
-            self._futures.pop(job_id, None)
+            future = self._futures.get(job_id)
+            if future is not None and future.done():
+                del self._futures[job_id]
 
     def close(self) -> None:
         """End the thread, and fail the futures that are still open with JobError."""

@@ -68,6 +68,24 @@ def test_one_job_is_awaited_in_several_loops(client: Client, worker: Worker) -> 
         assert [one.result(30) for one in waiting] == ["once"] * 4
 
 
+def test_who_begins_to_wait_while_another_takes_the_result_is_not_forgotten(client: Client, worker: Worker) -> None:
+    job = client.submit(TEXTS, "a")
+    worker.answer("once")
+    assert job.result(20) == "once"
+    anew = client.watcher._future(job.id)
+    client.watcher.forget(job.id)  # as a thread does that read the record before
+    assert client.watcher.watch(job.id) is anew
+    assert anew.result(20).output == '"once"'
+
+
+def test_many_threads_take_one_result_again_and_again(client: Client, worker: Worker) -> None:
+    job = client.submit(TEXTS, "a")
+    worker.answer("once")
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: [job.result(20) for _ in range(50)], range(8)))
+    assert found == [["once"] * 50] * 8
+
+
 def test_a_loop_that_is_gone_is_woken_in_vain(client: Client, worker: Worker) -> None:
     job = client.submit(TEXTS, "a")
 
