@@ -5,7 +5,7 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     job:<id>                hash    state, output, error … of a single job; kept for `Settings.result_ttl`
     done:<client>           channel the ids of a client's jobs that reached a final state
     cancelled               channel ids of jobs and runs that were cancelled
-    idempotency:<key>       string  the id of the job that was submitted with this key
+    idempotency:<key>       string  the id of the job that was submitted with this key, and a digest of what it asks for
     run:<id>                hash    shards, cancelled, since (a mark that is gone when Redis was emptied), unqueued (missing shards)
     run:<id>:items          bitmap  items that are finished, by position
     run:<id>:failed         bitmap  those of them that failed
@@ -58,7 +58,7 @@ CANCELLED_CHANNEL = f"{KEY}cancelled"
 POOLS_KEY = f"{KEY}pools"
 WORKERS_KEY = f"{KEY}workers"
 COST_HEADER, TIME_HEADER = "pipefleet-cost", "pipefleet-at"
-"""What a message costs, see `JobMessage.work`, and when it was queued (seconds since 1970): read without its body."""
+"""What a message costs, see `JobMessage.work`, and when it was queued (the server's seconds since 1970): read without its body."""
 SHARD_HEADER = "pipefleet-shard"
 """Messages with it are delivered again however often they failed: the consumer finds the one item that is to blame."""
 
@@ -164,6 +164,18 @@ def connect(settings: Settings) -> Redis:
         raise UsageError(f"PIPEFLEET_REDIS_URL cannot be used: {error}") from None
 
 
+_left_to_parents: list[Any] = []
+"""Pools of connections that forked processes inherited: closing one could wait for a lock that a thread of the parent held."""
+
+
+def renew_connections(redis: Redis, settings: Settings) -> None:
+    """In a forked process: give `redis` connections of its own, and leave the parent's alone. Opens none here."""
+    fresh = connect(settings)
+    fresh.auto_close_connection_pool = False
+    _left_to_parents.append(redis.connection_pool)
+    redis.connection_pool = fresh.connection_pool
+
+
 @contextmanager
 def subscribed(redis: Redis, channel: str) -> Iterator[Any]:
     """A redis-py PubSub that listens on one channel."""
@@ -231,9 +243,10 @@ def _template() -> dict[str, Any]:
     return {"headers": dict(message.headers), "properties": dict(message.properties)}
 
 
-def celery_message(job: JobMessage, queue: str, priority: Priority) -> str:
+def celery_message(job: JobMessage, queue: str, priority: Priority, *, now: float | None = None) -> str:
     """`job` as the JSON text that Celery's Redis transport keeps in a list.
 
+    `now` is when it is queued, in seconds since 1970 by the server's clock (default: by the local one).
     Raises ContractError above MAX_MESSAGE_BYTES: larger inputs belong in the object store.
     """
     template = _template()
@@ -242,7 +255,7 @@ def celery_message(job: JobMessage, queue: str, priority: Priority) -> str:
     if size > MAX_MESSAGE_BYTES:
         raise ContractError(f"a message of {size} bytes is above the bound of {MAX_MESSAGE_BYTES}")
     headers = {**template["headers"], "id": job.id, "root_id": job.id, "argsrepr": repr((job.task,))}
-    headers.update({COST_HEADER: job.work, TIME_HEADER: time.time(), **trace_headers()})
+    headers.update({COST_HEADER: job.work, TIME_HEADER: time.time() if now is None else now, **trace_headers()})
     if job.shard is not None:
         headers[SHARD_HEADER] = True
     properties = {
@@ -265,9 +278,9 @@ def celery_message(job: JobMessage, queue: str, priority: Priority) -> str:
     )
 
 
-def push(pipe: Any, job: JobMessage, queue: str, priority: Priority) -> None:
-    """Queue `job` in a redis pipeline. One LPUSH; the caller executes the pipeline."""
-    pipe.lpush(queue_list(queue, priority), celery_message(job, queue, priority))
+def push(pipe: Any, job: JobMessage, queue: str, priority: Priority, *, now: float | None = None) -> None:
+    """Queue `job` in a redis pipeline. One LPUSH; the caller executes the pipeline. `now` as in `celery_message`."""
+    pipe.lpush(queue_list(queue, priority), celery_message(job, queue, priority, now=now))
 
 
 def queued_ids(redis: Redis, queue: str) -> Iterator[str]:

@@ -10,26 +10,29 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from pipefleet import broker, jobs, tracecontext
 from pipefleet.artifacts import resolve
+from pipefleet.clock import ServerClock
 from pipefleet.contract import CONTRACT_VERSION, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
-from pipefleet.errors import InputError, JobError, RunError, UnknownModelError
+from pipefleet.errors import ConflictError, InputError, JobError, RunError, UnknownModelError
 from pipefleet.fleet import Fleet, Pool, load_fleet
+from pipefleet.forking import renew_after_fork
 from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
 from pipefleet.parts import FORMATS, JsonLines
-from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record
+from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record, request_digest
 from pipefleet.routing import queue_name, route
 from pipefleet.runs import Run, plan_run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.storage import split_uri
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
+from pipefleet.waiting import Lookout
 from pipefleet.watcher import Watcher
 from pipefleet.writers import require_writer
 
@@ -47,12 +50,15 @@ class Client:
         self.settings = settings or load_settings()
         self.store = ObjectStore()
         self.redis = broker.connect(self.settings)
-        self._channel = broker.reply_channel(uuid.uuid4().hex)
-        self.watcher = Watcher(self.redis, self._channel, self.settings.redis_url)
+        self.clock = ServerClock(self.redis)
+        """The clock that deadlines and records are told in."""
+        self._lookout = Lookout(self.redis)
+        self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Run] = []
         self._fleet: Fleet | None = None
         self._fleet_until = 0.0
         self._lock = threading.Lock()
+        renew_after_fork(self)
 
     def __enter__(self) -> Self:
         return self
@@ -91,9 +97,10 @@ class Client:
         """Queue one input and return at once.
 
         `inputs` is what the pipeline call takes for one input; `expires` is in seconds from now; `output` is an `s3://` URI
-        (or prefix ending in a slash) where the result is written as JSON as well. With `idempotency_key`, a second
-        call within a day returns the first call's job. Raises UsageError or ServiceUnavailableError; after the former nothing
-        is queued, after the latter at most once.
+        (or prefix ending in a slash) where the result is written as JSON as well. With `idempotency_key`, a second call within
+        a day that asks for the same returns the first call's job, whatever its `priority` and `expires`; one that asks for
+        something else (task, inputs, model, revision, parameters or output) raises ConflictError. Raises UsageError or
+        ServiceUnavailableError; after the former nothing is queued, after the latter at most once.
 
         >>> client.submit("text-classification", "I like it").result(timeout=30)  # doctest: +SKIP
         [{'label': 'POSITIVE', 'score': 0.999}]
@@ -114,11 +121,14 @@ class Client:
             parameters=parameters,
             items=(JobItem("0", preparer.spill(preparer.prepare(inputs))),),
             output=output,
-            deadline=None if expires is None else time.time() + expires,
-            reply=self._channel,
+            deadline=None if expires is None else self.now() + expires,
+            reply=self.watcher.channel,
         )
+        once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
+        queue = queue_name(pool, self.fleet)
+        self._lookout.name(queue, pool)
         with tracecontext.submitting(spec.name, job_id):
-            return self._enqueue(message, queue_name(pool, self.fleet), Priority.named(priority), idempotency_key)
+            return self._enqueue(message, queue, Priority.named(priority), once)
 
     def map(
         self,
@@ -167,7 +177,7 @@ class Client:
             queue=queue_name(pool, self.fleet),
             format=format,
             shard_size=shard_size,
-            created=time.time(),
+            created=self.now(),
             contract_version=CONTRACT_VERSION,
             strict=strict,
         )
@@ -238,7 +248,8 @@ class Client:
     def cancel_job(self, job_id: str) -> bool:
         """See `Job.cancel`."""
         ttl, key = self.settings.result_ttl, broker.job_key(job_id)
-        arguments = finish_arguments(job_id, JobState.CANCELLED, time.time(), ttl=ttl, reply=self._channel, fields={})
+        reply = self.watcher.channel
+        arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=reply, fields={})
         with broker.redis_errors(self.settings.redis_url):
             ended = bool(self.redis.eval(CANCEL, 1, key, *arguments))
             if ended:
@@ -247,22 +258,25 @@ class Client:
 
     def publish(self, messages: Iterable[JobMessage], queue: str, priority: Priority) -> None:
         """Queue messages in one round trip. Raises ServiceUnavailableError; then none or all of them are queued."""
-        pipe = self.redis.pipeline(transaction=True)
+        pipe, now = self.redis.pipeline(transaction=True), self.now()
         for message in messages:
-            broker.push(pipe, message, queue, priority)
+            broker.push(pipe, message, queue, priority, now=now)
         with broker.redis_errors(self.settings.redis_url):
             pipe.execute()
 
-    def _enqueue(self, message: JobMessage, queue: str, priority: Priority, key: str | None) -> Job:
+    def _enqueue(self, message: JobMessage, queue: str, priority: Priority, once: Once | None) -> Job:
         job = Job(self, message.id)
         keys = [broker.job_key(job.id), broker.queue_list(queue, priority)]
-        keys += [] if key is None else [broker.idempotency_key(key)]
-        fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue, "submitted": time.time()}
-        arguments: list[Any] = [int(self.settings.result_ttl), job.id, broker.celery_message(message, queue, priority)]
+        keys += [] if once is None else [broker.idempotency_key(once.key)]
+        fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue}
+        text = broker.celery_message(message, queue, priority, now=self.now())
+        arguments: list[Any] = [int(self.settings.result_ttl), job.id, text, once.digest if once else ""]
         arguments += [str(part) for pair in fields.items() for part in pair]
         job.watch(submitting=True)
         with broker.redis_errors(self.settings.redis_url):
-            queued: Any = self.redis.eval(SUBMIT, len(keys), *keys, *arguments)
+            queued, same = cast("tuple[bytes, int]", self.redis.eval(SUBMIT, len(keys), *keys, *arguments))
+        if once is not None and not same:
+            raise _conflict(once.key, queued.decode())
         return job if queued == job.id.encode() else Job(self, queued.decode())
 
     def hold(self, run: Run) -> None:
@@ -270,9 +284,45 @@ class Client:
         with self._lock:
             self._planning = [*(one for one in self._planning if one.planning and one is not run), run]
 
+    def now(self) -> float:
+        """Seconds since 1970 by the Redis server's clock. Raises ServiceUnavailableError where it could never be asked."""
+        with broker.redis_errors(self.settings.redis_url):
+            return self.clock.now()
+
+    def after_fork(self) -> None:
+        """In a forked process: the connections and the planning of runs stay the parent's. See `pipefleet.forking`."""
+        self._lock = threading.Lock()
+        broker.renew_connections(self.redis, self.settings)
+        self._planning = []
+
     def _runs_in_planning(self) -> list[Run]:
         with self._lock:
             return list(self._planning)
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """An idempotency key, and the digest of the request that it stands for."""
+
+    key: str
+    digest: str
+
+
+def _digest(message: JobMessage, model: str | None, revision: str | None) -> str:
+    """The digest of a request: of the model as it was asked for, so a call stays the same when another becomes the default."""
+    return request_digest(
+        task=message.task,
+        model=model,
+        revision=revision,
+        parameters=dict(message.parameters),
+        inputs=message.items[0].inputs,
+        output=message.output,
+    )
+
+
+def _conflict(key: str, job_id: str) -> ConflictError:
+    text = f"the idempotency key {key[:80]!r} stands for another request, whose job is {job_id}; use a key of its own for each"
+    return ConflictError(text, job_id=job_id)
 
 
 def _checked(task: str, spec: TaskSpec, parameters: Mapping[str, Any] | None) -> dict[str, Any]:

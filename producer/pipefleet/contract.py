@@ -113,7 +113,11 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class JobMessage:
-    """One job as it travels. `deadline` is in seconds since 1970 (UTC), `cost` in the task's own unit, roughly."""
+    """One job as it travels. `cost` is in the task's own unit, roughly.
+
+    `deadline` is in seconds since 1970 (UTC) by the clock of the Redis server (`TIME`), whoever sets it: a Celery client of another
+    kind whose clock may be wrong asks the server too.
+    """
 
     id: str
     task: str

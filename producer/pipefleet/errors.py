@@ -13,13 +13,14 @@
     │   │   └── AccessDeniedError   the credentials do not allow this
     │   ├── FleetFileError          fleet.toml is wrong (names the key)
     │   ├── RunError                no run at this URI, or one that is there already
+    │   ├── ConflictError           an idempotency key that stands for another request
     │   └── ContractError           a message that no version of the contract describes
     ├── ServiceUnavailableError     exit 3: Redis or S3 does not answer
     └── JobError                    exit 1: a job or an item that ended without a result
         ├── JobFailedError          it failed (code, stage and message say how)
         ├── JobCancelledError       somebody cancelled it
         ├── JobExpiredError         its deadline passed before it could finish
-        └── ResultTimeoutError      it has not finished yet; also a TimeoutError
+        └── ResultTimeoutError      exit 4: it has not finished yet; also a TimeoutError
 
 `code` is a stable word for programs, `retryable` tells whether the same call may succeed later.
 """
@@ -109,6 +110,16 @@ class RunError(UsageError):
     """There is no run at this URI, there is one already, or nobody goes on with it."""
 
     code = "bad_run"
+
+
+class ConflictError(UsageError):
+    """The idempotency key stands for another request; the message names it and that request's job, `job_id`."""
+
+    code = "conflict"
+
+    def __init__(self, message: str, *, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
 
 
 class ContractError(UsageError):

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Generator
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.contract import JobState
@@ -50,8 +51,9 @@ class Job:
         """The output, as the pipeline call returns it; waits up to `timeout` seconds (None: without end).
 
         Unless `resolved`, pictures, sound and long arrays in it stay references to their objects (see `artifacts`).
-        Raises JobFailedError, JobCancelledError, JobExpiredError or ResultTimeoutError; after the last one the job
-        goes on and can be waited for again. Raises JobError when the client is closed, and when nothing is known of the job
+        While nobody serves the job's queue, a warning of the logger `pipefleet` says so. Raises JobFailedError,
+        JobCancelledError, JobExpiredError or ResultTimeoutError; after the last one the job goes on and can be waited for again.
+        Raises JobError when the client is closed, and when nothing is known of the job
         for `watcher.UNKNOWN_SECONDS` or until the timeout.
         """
         future = self.watch()
@@ -60,25 +62,40 @@ class Job:
         except FutureTimeoutError:
             if future.unknown_since is not None:
                 raise nothing_known(self.id) from None
-            raise ResultTimeoutError(f"job {self.id} has not finished within {timeout} s; it goes on") from None
+            why = self.why_waiting()
+            text = f"job {self.id} has not finished within {timeout} s; it goes on" + (f": {why}" if why else "")
+            raise ResultTimeoutError(text) from None
         return self._output(record, resolved=resolved)
 
     def cancel(self) -> bool:
         """Cancel the job wherever it is. True if that ended it; False if it had ended before or nothing is known of it."""
         return self._client.cancel_job(self.id)
 
+    def why_waiting(self) -> str | None:
+        """One sentence when nobody served the job's queue a moment ago; None also in its first few seconds. No I/O."""
+        future = self._future
+        return None if future is None else self._client.watcher.why_waiting(future)
+
     def watch(self, *, submitting: bool = False) -> JobFuture:
-        """The future of the job's final record; see `Watcher.watch`."""
-        self._future = self._client.watcher.watch(self.id, submitting=submitting)
-        return self._future
+        """The future of the job's final record; see `Watcher.watch`, and `JobFuture` for its callbacks."""
+        future = self._client.watcher.watch(self.id, submitting=submitting)
+        self._future = future
+        return future  # another thread that took the result may have let go of it by now
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._wait().__await__()
 
     async def _wait(self) -> Any:
         future = await asyncio.to_thread(self.watch)
-        record = await asyncio.wrap_future(future)
-        return await asyncio.to_thread(self._output, record)
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake(_: object) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set)
+
+        future.add_quick_callback(wake)
+        await ended.wait()
+        return await asyncio.to_thread(self._output, future.result())
 
     def _output(self, record: JobRecord, *, resolved: bool = True) -> Any:
         self._future = None

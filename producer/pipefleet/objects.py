@@ -5,8 +5,8 @@ An `ObjectStore` is thread-safe (boto3 clients are); it opens no connection befo
 
 from __future__ import annotations
 
-import functools
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from pipefleet.errors import (
     ServiceUnavailableError,
     UsageError,
 )
+from pipefleet.forking import renew_after_fork
 from pipefleet.patience import pause
 from pipefleet.settings import without_credentials
 from pipefleet.storage import StorageRef, split_uri
@@ -95,6 +96,26 @@ def endpoint() -> str:
     return without_credentials(url) if url else "AWS"
 
 
+def _connect() -> S3Client:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        retries={"mode": "standard", "max_attempts": 4},
+        max_pool_connections=32,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    try:
+        # boto3.client would use a session of the process, which keeps the credentials that it saw first.
+        return boto3.session.Session().client("s3", config=config, region_name=region)
+    except ValueError:
+        raise UsageError("AWS_ENDPOINT_URL_S3 is no URL: it must be like http://host:port") from None
+
+
 class ObjectStore:
     """Reads, writes and lists objects by `s3://` URI, with the credentials of the environment at its first call.
 
@@ -102,26 +123,24 @@ class ObjectStore:
     names no usable endpoint.
     """
 
-    @functools.cached_property
+    def __init__(self) -> None:
+        self._client: S3Client | None = None
+        self._parents: S3Client | None = None
+        self._lock = threading.Lock()
+        renew_after_fork(self)
+
+    @property
     def client(self) -> S3Client:
         """The boto3 client, for what this class does not offer."""
-        import boto3
-        from botocore.config import Config
+        if self._client is None:
+            with self._lock:
+                self._client = self._client or _connect()
+        return self._client
 
-        config = Config(
-            connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=READ_TIMEOUT,
-            retries={"mode": "standard", "max_attempts": 4},
-            max_pool_connections=32,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        try:
-            # boto3.client would use a session of the process, which keeps the credentials that it saw first.
-            return boto3.session.Session().client("s3", config=config, region_name=region)
-        except ValueError:
-            raise UsageError("AWS_ENDPOINT_URL_S3 is no URL: it must be like http://host:port") from None
+    def after_fork(self) -> None:
+        """A forked process opens connections of its own, and does not even close the parent's: others may have held their locks."""
+        self._parents = self._client
+        self._client, self._lock = None, threading.Lock()
 
     def put(self, uri: str, body: bytes, *, content_type: str = "application/json") -> None:
         """Write an object, replacing one that is there."""

@@ -6,15 +6,16 @@ generator that keeps a bounded number of inputs under way and yields in order.
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from typing import Any
 
 from pipefleet.client import Client
-from pipefleet.errors import InputError, ParameterError, UnknownModelError
+from pipefleet.errors import InputError, ParameterError, PipefleetError, ResultTimeoutError, UnknownModelError
 from pipefleet.inputs import is_message, is_table
 from pipefleet.jobs import Job
+from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
 
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
@@ -24,6 +25,8 @@ _OF_THE_POOL = {
     "trust_remote_code", "use_fast",
 }  # fmt: skip
 """Arguments of transformers that say how the model is loaded, which the fleet file does."""
+_DEFAULT: Any = object()
+"""A call without a time-out of its own; None is one without end."""
 _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
 """Names that transformers' pipelines have for their first argument."""
 _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
@@ -31,7 +34,10 @@ _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
 
 
 class FleetPipeline:
-    """A task on the fleet, callable like a transformers pipeline. Thread-safe. `defaults` are parameters of every call."""
+    """A task on the fleet, callable like a transformers pipeline. Thread-safe.
+
+    `defaults` are parameters of every call, `timeout` is that of a call that names none.
+    """
 
     def __init__(
         self,
@@ -41,38 +47,45 @@ class FleetPipeline:
         model: str | None,
         revision: str | None,
         defaults: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> None:
         self._client = client
         self._spec = spec
         self._model = model
         self._revision = revision
         self._defaults = dict(defaults or {})
+        self._timeout = _checked_timeout(timeout)
 
     @property
     def task(self) -> str:
         """The canonical name of the task."""
         return self._spec.name
 
-    def __call__(self, *inputs: Any, **parameters: Any) -> Any:
+    def __call__(self, *inputs: Any, timeout: float | None = _DEFAULT, **parameters: Any) -> Any:
         """Run one input, a list, or a lazy iterable; parameters are those of the transformers call.
 
         Fields of an input may come as keywords or in their order (`pipe(image, question)`), each of them one value or a list.
-        Raises UsageError before anything is queued, JobFailedError for the first input that fails.
+        `timeout` is in seconds for each result, from when it is the next one due (default: that of the pipeline; None: without
+        end). Inputs of an iterable are taken by a thread of its own, so a result is there when its job has ended, however long the
+        next input takes. Raises UsageError for what cannot work, JobFailedError for the first input that fails, and
+        ResultTimeoutError; jobs that are under way then are cancelled, for nobody has a handle on them.
         """
+        wait = self._timeout if timeout is _DEFAULT else _checked_timeout(timeout)
         given, called = arguments_of(self._spec, inputs, parameters)
         wanted = {**self._defaults, **{name: value for name, value in called.items() if name not in _ACCEPTED}}
         if wanted.get("is_split_into_words") and _is_words(given):
             given = [given]
         if self._is_one_input(given):
-            return self._restored(self.submit(given, **wanted).result(), wanted)
+            return self._restored(_result(self.submit(given, **wanted), wait), wanted)
         if isinstance(given, list | tuple):
-            results = [self._restored(one, wanted, bare=True) for one in self._stream(given, wanted)]
+            with closing(self._stream(given, wanted, wait, eager=True)) as stream_of_results:
+                results = [self._restored(one, wanted, bare=True) for one in stream_of_results]
             if self._are_joined(given, inputs):
                 return [record for records in results for record in records]
             return results[0] if self._spec.answers_one_alone and len(results) == 1 else results
         if _is_dataset(given):
-            return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted))
-        result = self._restored(self.submit(given, **wanted).result(), wanted)
+            return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted, wait))
+        result = self._restored(_result(self.submit(given, **wanted), wait), wanted)
         return [result] if self._is_nested(given, called) else result
 
     def submit(self, inputs: Any, *, priority: str = "normal", expires: float | None = None, **parameters: Any) -> Job:
@@ -81,6 +94,8 @@ class FleetPipeline:
         reserved = {"output", "idempotency_key"} & set(parameters)
         if reserved:
             raise ParameterError(f"{sorted(reserved)[0]} is an argument of Client.submit, not of a pipeline")
+        if "timeout" in parameters:
+            raise ParameterError("submit() does not wait: say timeout to the result() of the job that it returns")
         return self._client.submit(
             self._spec.name,
             inputs,
@@ -91,20 +106,17 @@ class FleetPipeline:
             expires=expires,
         )
 
-    def _stream(self, inputs: Iterable[Any], parameters: Mapping[str, Any]) -> Iterator[Any]:
-        """Results in order, with at most `in_flight` inputs under way."""
-        under_way: deque[Job] = deque()
-        source = _each_of(inputs)
-        try:
-            for one in itertools.islice(source, self._client.settings.in_flight):
-                under_way.append(self.submit(one, **parameters))
-            while under_way:
-                yield under_way.popleft().result()
-                for one in itertools.islice(source, 1):
-                    under_way.append(self.submit(one, **parameters))
-        finally:
-            for job in under_way:
-                job.cancel()
+    def _stream(
+        self, inputs: Iterable[Any], parameters: Mapping[str, Any], timeout: float | None, *, eager: bool = False
+    ) -> Generator[Any]:
+        """Results in order, with at most `in_flight` inputs under way. `eager` as in `stream`."""
+        return stream(
+            _each_of(inputs),
+            lambda one: self.submit(one, **parameters),
+            lambda job: _result(job, timeout),
+            bound=self._client.settings.in_flight,
+            eager=eager,
+        )
 
     def _is_one_input(self, inputs: Any) -> bool:
         """Whether a list is one input by itself: the messages of a chat, or a pair of images."""
@@ -138,9 +150,10 @@ def pipeline(
     *,
     revision: str | None = None,
     client: Client | None = None,
+    timeout: float | None = None,
     **parameters: Any,
 ) -> FleetPipeline:
-    """A pipeline whose model runs on the fleet.
+    """A pipeline whose model runs on the fleet; `timeout` is the default of its calls, see `FleetPipeline.__call__`.
 
     Without `model`, the task's default pool serves; without `task`, the one that the model is served for. Parameters of the task
     hold for every call that does not say otherwise; those that choose hardware (`device`, `dtype`, `batch_size` …) are accepted
@@ -156,7 +169,7 @@ def pipeline(
     defaults = {key: value for key, value in parameters.items() if key not in _ACCEPTED}
     spec.check(defaults)
     defaults = {**implied_parameters(name), **defaults}
-    return FleetPipeline(client, spec, model=model, revision=revision, defaults=defaults)
+    return FleetPipeline(client, spec, model=model, revision=revision, defaults=defaults, timeout=timeout)
 
 
 def _task_of(client: Client, model: str | None, revision: str | None) -> str:
@@ -170,6 +183,30 @@ def _task_of(client: Client, model: str | None, revision: str | None) -> str:
     if len(tasks) > 1:
         raise ParameterError(f"{model} is served for {' and '.join(tasks)}; name one of them as task")
     return tasks[0]
+
+
+def _result(job: Job, timeout: float | None) -> Any:
+    """The result of a job that nobody else knows of: it is cancelled when it is not waited for any longer."""
+    try:
+        return job.result(timeout)
+    except ResultTimeoutError:
+        why = job.why_waiting()
+        if not job.cancel():
+            return job.result(timeout)  # it ended in this very moment
+        text = f"job {job.id} had no result within {timeout} s and was cancelled" + (f": {why}" if why else "")
+        raise ResultTimeoutError(text) from None
+    except KeyboardInterrupt:
+        with suppress(PipefleetError):
+            job.cancel()
+        raise
+
+
+def _checked_timeout(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ParameterError("timeout must be a number of seconds, finite and not below 0, or None")
+    return value
 
 
 def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,53 +1,70 @@
 """The record of a single job in Redis: one hash, changed only by the scripts here, so that a final state stays final.
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
-StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage).
+StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage). The times are the Redis server's: where a
+script is given an empty text as a time, it writes the server's own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipefleet.contract import JobState
+from pipefleet.contract import JobState, encode_json
 from pipefleet.errors import ContractError
 from pipefleet.storage import StorageRef
 
-SUBMIT = """
+_TIME = """
+local function time(given)
+  if given ~= '' then return given end
+  local now = redis.call('TIME')
+  return now[1] .. '.' .. string.format('%06d', now[2])
+end
+"""
+
+SUBMIT = f"""{_TIME}
 if KEYS[3] then
   local known = redis.call('GET', KEYS[3])
-  if known then return known end
+  if known then
+    local id, digest = string.match(known, '^(%S+) (%S+)$')
+    if not id then return {{known, 1}} end
+    return {{id, digest == ARGV[4] and 1 or 0}}
+  end
 end
-if redis.call('EXISTS', KEYS[1]) == 1 then return ARGV[2] end
+if redis.call('EXISTS', KEYS[1]) == 1 then return {{ARGV[2], 1}} end
 redis.call('LPUSH', KEYS[2], ARGV[3])
-for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'submitted', time(''))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
-if KEYS[3] then redis.call('SET', KEYS[3], ARGV[2], 'EX', ARGV[1]) end
-return ARGV[2]
+if KEYS[3] then redis.call('SET', KEYS[3], ARGV[2] .. ' ' .. ARGV[4], 'EX', ARGV[1]) end
+return {{ARGV[2], 1}}
 """
-"""KEYS: job, list of the queue, idempotency key or none. ARGV: ttl, id, message, then fields and values. The id of the job
-that is queued now, or was before: a command that is sent again queues nothing twice and sets nothing back."""
+"""KEYS: job, list of the queue, idempotency key or none. ARGV: ttl, id, message, digest of the request, then fields and values.
+The id of the job that is queued now, or was before, and 0 when that was for another request: a command that is sent again queues
+nothing twice and sets nothing back. A key without a digest, of an earlier release, stands for any request."""
 
-START = """
+START = f"""{_TIME}
 local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'queued' and state ~= 'running' then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'running', 'started', ARGV[1], 'worker', ARGV[2])
+redis.call('HSET', KEYS[1], 'state', 'running', 'started', time(ARGV[1]), 'worker', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """
-"""KEYS: job. ARGV: now, worker, ttl. 0 when the job has ended already (cancelled, or finished elsewhere)."""
+"""KEYS: job. ARGV: time, worker, ttl. 0 when the job has ended already (cancelled, or finished elsewhere)."""
 
-FINISH = """
+FINISH = f"""{_TIME}
 local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'queued' and state ~= 'running' then return 0 end
-for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'finished', time(ARGV[4]))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
 return 1
 """
-"""KEYS: job. ARGV: ttl, reply channel or '', id, then fields and values. 0 when another final state was there first."""
+"""KEYS: job. ARGV: ttl, reply channel or '', id, time, then fields and values. 0 when another final state was there first."""
 
 CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{FINISH}"
 """As FINISH, but it makes no record of a job that nothing is known of."""
@@ -118,8 +135,18 @@ def _seconds(fields: Mapping[str, str], name: str) -> float | None:
 
 
 def finish_arguments(
-    job_id: str, state: JobState, finished: float, *, ttl: float, reply: str | None, fields: Mapping[str, Any]
+    job_id: str, state: JobState, finished: float | None, *, ttl: float, reply: str | None, fields: Mapping[str, Any]
 ) -> list[Any]:
-    """ARGV of FINISH."""
-    values = {"state": str(state), "finished": finished, **fields}
-    return [int(ttl), reply or "", job_id, *(part for pair in values.items() for part in pair)]
+    """ARGV of FINISH. `finished` None: now, by the server's clock."""
+    values = {"state": str(state), **fields}
+    time = "" if finished is None else finished
+    return [int(ttl), reply or "", job_id, time, *(part for pair in values.items() for part in pair)]
+
+
+def request_digest(**request: Any) -> str:
+    """A digest of what a call asks for, equal for equal JSON, however the fields of its objects are ordered.
+
+    Raises ContractError for what is not JSON.
+    """
+    plain = json.loads(encode_json(request))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

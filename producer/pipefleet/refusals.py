@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import __version__, broker
+from pipefleet.clock import ServerClock
 from pipefleet.contract import Shard, encode_json
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
@@ -215,7 +216,9 @@ class Refusals:
         for index in set(resumed.shards) - sealed:
             self._list_failed(plan, index)
         reason = refused[min(sealed)].failure.message if sealed else None
-        return finalise(self._store, self._layout, plan, refused=len(sealed), reason=reason, resumed=resumed)
+        with self._errors():
+            now = ServerClock(self._redis).now()
+        return finalise(self._store, self._layout, plan, refused=len(sealed), reason=reason, resumed=resumed, now=now)
 
     def take_up(self, plan: RunPlan, only: Collection[int] | None = None) -> list[int]:
         """Make refused shards missing again, all or `only` these; their indexes. An ended run with such shards is cancelled then.

@@ -6,7 +6,6 @@ progress cheap to read.
 
 from __future__ import annotations
 
-import importlib
 import json
 import threading
 import time
@@ -20,6 +19,7 @@ from pipefleet.artifacts import resolve
 from pipefleet.backlog import Backlog
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
 from pipefleet.finishing import failed_lines, read_totals
+from pipefleet.forking import renew_after_fork
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.parts import JsonLines, part_format
 from pipefleet.patience import Patience
@@ -37,6 +37,7 @@ from pipefleet.refusals import Refusals
 from pipefleet.sources import Source, open_source
 from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.tasks import task_spec
+from pipefleet.waiting import why_waiting
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -124,7 +125,7 @@ class Run:
             failed=counts.failed,
             shards=self._plan.shards or shards or (queued.shards if queued else 0),
             parts=counts.parts,
-            seconds=time.time() - self._plan.created,
+            seconds=max(0.0, self._client.now() - self._plan.created),
             reason=reason,
             refused=counts.refused,
             refused_reason=counts.reason,
@@ -144,12 +145,8 @@ class Run:
         """One sentence where no worker serves the queue, as it was found a moment ago."""
         if time.monotonic() >= self._ask_why_at:
             self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
-            try:
-                waiting = importlib.import_module("pipefleet.waiting")
-            except ImportError:
-                return None
             with broker.redis_errors(self._client.settings.redis_url):
-                self._waiting = waiting.why_waiting(self._client.redis, self._plan.queue)
+                self._waiting = why_waiting(self._client.redis, self._plan.queue)
         return self._waiting
 
     @property
@@ -280,6 +277,7 @@ class Run:
         self._client.hold(self)
         self._thread = threading.Thread(target=self._plan_rest, args=(alive,), name=name, daemon=False)
         self._thread.start()
+        renew_after_fork(self)
 
     def stop_planning(self) -> None:
         """Let this client's planning end early. `resume` goes on with it."""
@@ -290,6 +288,10 @@ class Run:
         """Wait until the planning thread has ended."""
         if self._thread is not None:
             self._thread.join()
+
+    def after_fork(self) -> None:
+        """In a forked process: the parent plans the run; here it is as if another client did."""
+        self._planner, self._thread = None, None
 
     def _plan_rest(self, alive: AbstractContextManager[object]) -> None:
         assert self._planner is not None

@@ -304,19 +304,23 @@ def frozen_worker(world: World, scale: Scale) -> Finding:
 
 @scenario("skewed-clocks")
 def skewed_clocks(world: World, scale: Scale) -> Finding:
-    """Workers whose clocks are an hour early and an hour late: leases go by the server's clock."""
+    """Workers whose clocks are an hour early and an hour late: leases, deadlines and records go by the server's clock."""
     with world.scene(workers=0) as client:
         for hours in (-1, 1):
             world.add_worker(clock=3600 * hours)
         world.wait_ready()
         rows = texts(400)
-        jobs = [client.submit(TASK, text) for text in texts(60, "single")]
+        jobs = [client.submit(TASK, text, expires=2 * PATIENCE) for text in texts(60, "single")]
         run = start_run(client, rows, shard_size=20)
         check_singles(jobs)
+        for record in (job.record() for job in jobs):
+            times = [one or 0.0 for one in (record.submitted, record.started, record.finished)]
+            assert times == sorted(times), f"submitted, started and finished are {times}"
+            assert times[2] - times[0] < PATIENCE, f"{times[2] - times[0]:.0f} s between submitted and finished"
         run.wait(timeout=PATIENCE)
         check_run(client, run, rows)
         check_quiet(world)
         check_queues(world)
         twice = [text for text, times in world_ran(world).items() if times > 1]
         assert not twice, f"{len(twice)} texts were forwarded twice"
-    return Finding(note="-1 h and +1 h: nothing run twice")
+    return Finding(note="-1 h and +1 h: nothing expired, nothing run twice")

@@ -278,7 +278,7 @@ def sent(client: Client, pool: Pool, bad: Bad) -> Job:
         pool.model,
         parameters=bad.parameters,
         items=(JobItem("0", inputs),),
-        reply=client._channel,
+        reply=client.watcher.channel,
     )
     return client._enqueue(message, queue_name(pool, client.fleet), Priority.NORMAL, None)
 

@@ -153,7 +153,7 @@ def test_a_stopped_job_ends_its_row_and_no_other(pipe: Any, engine: Running, how
     calls = [Call(one, {**extra, "max_new_tokens": 40, "min_new_tokens": 40}) for one in PROMPTS]
     wanted = [outcome_as_job(engine, index, call) for index, call in enumerate(calls)]
     started: list[tuple[JobContext, Outcomes]] = []
-    value = {"deadline": time.time() - 1, "cancelled": True}[how]
+    value = {"deadline": time.monotonic() - 1, "cancelled": True}[how]
     with at_step(pipe, 6, lambda: setattr(started[1][0], how, value)), jobs_waiting(engine, calls) as jobs:
         started += jobs
     ends = [finished(sink)[0] for _, sink in started]

@@ -16,6 +16,7 @@ import pytest
 
 from pipefleet import broker, cli
 from pipefleet.cli.common import read_parameters
+from pipefleet.cli.jobs import _exit_code
 from pipefleet.client import Client
 from pipefleet.contract import JobState, decode_message
 from pipefleet.errors import ParameterError
@@ -305,15 +306,32 @@ class TestOutput:
 
     def test_submit_takes_a_local_file_of_text(self, capsys: pytest.CaptureFixture[str], client: Client) -> None:
         Path("a.txt").write_text("hello")
-        assert run(capsys, "submit", "text-classification", "./a.txt", "--timeout", "0.05")[0] == 1
+        assert run(capsys, "submit", "text-classification", "./a.txt", "--timeout", "0.05")[0] == 4
         assert broker.depth(client.redis, QUEUE)["normal"] == 1
 
-    def test_a_result_that_does_not_come_is_exit_code_1(
+    def test_a_result_that_does_not_come_is_exit_code_4(
         self, capsys: pytest.CaptureFixture[str], client: Client
     ) -> None:
         code, out, _ = run(capsys, "submit", "text-classification", "a", "--timeout", "0.05", "--json")
-        assert code == 1
+        assert code == 4
         assert json.loads(out)[0]["error"]["code"] == "timeout"
+
+    @pytest.mark.parametrize(
+        ("states", "code"),
+        [({"succeeded"}, 0), ({"succeeded", "timeout"}, 4), ({"failed", "timeout"}, 1), ({"expired"}, 1), (set(), 0)],
+    )
+    def test_a_failure_counts_before_what_has_not_ended(self, states: set[str], code: int) -> None:
+        assert _exit_code(states) == code
+
+    def test_what_is_waited_for_is_told_on_stderr(
+        self, capsys: pytest.CaptureFixture[str], client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.watcher.LOOK_AFTER_SECONDS", 0.0)
+        code, _, told = run(capsys, "submit", "text-classification", "a", "--timeout", "1.5")
+        assert code == 4
+        served, start = f"{QUEUE} (model /models/texts)", "`pipefleet worker --pool texts`"
+        assert told == f"pipefleet: no worker serves {served} now; start one with {start}; 1 job waits\n"
 
     def test_a_detached_run_is_reported_and_cancelled(
         self, capsys: pytest.CaptureFixture[str], client: Client, prefix: str, tmp_path: Path

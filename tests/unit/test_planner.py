@@ -107,6 +107,7 @@ class Published:
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
+        self.now = lambda: 2.0
         self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0, outstanding_shards=1 << 30)
         self.redis = MarkedRedis()
         self.shards: list[tuple[int, int, int]] = []

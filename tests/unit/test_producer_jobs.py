@@ -380,6 +380,7 @@ class TestPipeline:
         first.start()
         assert next(outputs) == 1
         first.join(20)
+        assert eventually(lambda: broker.depth(client.redis, QUEUE)["normal"] == 2)
         outputs.close()
         left = [worker.take().id for _ in range(2)]
         assert [client.job(job_id).status() for job_id in left] == [JobState.CANCELLED] * 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -29,10 +29,10 @@ class Echo(FleetPipeline):
         self.given.append((inputs, parameters))
         return self
 
-    def result(self) -> Any:
+    def result(self, timeout: float | None = None) -> Any:
         return self.answer
 
-    def _stream(self, inputs: Any, parameters: Any) -> Iterator[Any]:
+    def _stream(self, inputs: Any, parameters: Any, *_: Any, **__: Any) -> Generator[Any]:
         return (self.submit(one, **parameters).result() for one in inputs)
 
 

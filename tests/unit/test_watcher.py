@@ -132,7 +132,7 @@ def test_awaiting_does_no_redis_work_on_the_event_loop(client: Client, monkeypat
 def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) -> None:
     odd, good = client.submit(TEXTS, "x"), client.submit(TEXTS, "y")
     client.redis.hset(broker.job_key(odd.id), mapping={"state": "from-the-future"})
-    client.redis.publish(client._channel, odd.id)
+    client.redis.publish(client.watcher.channel, odd.id)
     with pytest.raises(ContractError, match="cannot be read"):
         odd.result(20)
     with pytest.raises(ContractError, match="same release"):

@@ -245,8 +245,8 @@ def test_a_job_cancelled_before_it_is_admitted_costs_nothing(pipe: Any) -> None:
 def test_an_expired_job_stops_and_one_with_time_left_does_not(pipe: Any) -> None:
     adapter = recording(TextClassifier, pipe)
     with running(adapter, TASK) as engine:
-        _, late = engine.submit([Call("late")], deadline=time.time() - 1.0)
-        _, early = engine.submit([Call("early")], deadline=time.time() + SECONDS)
+        _, late = engine.submit([Call("late")], deadline=time.monotonic() - 1.0)
+        _, early = engine.submit([Call("early")], deadline=time.monotonic() + SECONDS)
         assert codes(finished(late)) == ["expired"]
         assert codes(finished(early)) == [""]
 
@@ -257,9 +257,9 @@ def test_a_deadline_that_passes_while_waiting_for_the_device(pipe: Any) -> None:
         adapter.gate.clear()
         _, plug = engine.submit([Call("plug")])
         assert adapter.entered.wait(SECONDS)
-        job, sink = engine.submit([Call("a"), Call("b")], deadline=time.time() + 10 * SECONDS)
+        job, sink = engine.submit([Call("a"), Call("b")], deadline=time.monotonic() + 10 * SECONDS)
         wait_until(lambda: len(engine.engine.room) == 2, "both wait for the device")
-        job.deadline = time.time() - 1.0
+        job.deadline = time.monotonic() - 1.0
         adapter.gate.set()
         finished(plug)
         assert codes(finished(sink)) == ["expired"] * 2

@@ -82,11 +82,11 @@ def test_padding_is_no_part_of_a_stop_string(adapter: TextGenerator) -> None:
 
 
 def test_a_deadline_or_a_cancel_ends_the_rows_of_its_job_alone() -> None:
-    cancelled, late, fine = job(), job(deadline=time.time() + 3600), job()
+    cancelled, late, fine = job(), job(deadline=time.monotonic() + 3600), job()
     stops = RowStops([Row(one, 9) for one in (cancelled, late, fine)], 2)
     ids = torch.zeros(3, 2, dtype=torch.long)
     assert grown(stops, ids, 1) == [[False] * 3]
-    cancelled.cancelled, late.deadline = True, time.time() - 1
+    cancelled.cancelled, late.deadline = True, time.monotonic() - 1
     assert grown(stops, ids, 2)[1] == [True, True, False]
     assert {index: failure.code for index, (_, failure) in stops.stopped.items()} == {0: "cancelled", 1: "expired"}
     assert {failure.stage for _, failure in stops.stopped.values()} == {"forward"}
@@ -307,7 +307,7 @@ class _Client:
 
     def submit(self, task: str, inputs: Any, **_: Any) -> Any:
         self.submitted.append(inputs)
-        return type("Done", (), {"result": lambda _: inputs, "cancel": lambda _: None})()
+        return type("Done", (), {"result": lambda *_: inputs, "cancel": lambda _: None})()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from pipefleet import __version__, broker
+from pipefleet.clock import ServerClock
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
 from pipefleet.fleet import Pool
@@ -108,7 +110,7 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    jobs = Jobs(pool, engine, outlets.allowed)
+    jobs = Jobs(pool, engine, outlets.allowed, clock=_clock(settings))
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
     facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
@@ -125,6 +127,7 @@ class Undertaker:
         self._pool = pool
         self._worker = worker
         self._redis = broker.connect(settings)
+        self._clock = ServerClock(self._redis)
 
     def written_elsewhere(self, format: str) -> bool:
         """Whether another live worker of the pool can write parts in a format."""
@@ -148,8 +151,8 @@ class Undertaker:
             items=(item,),
             output=f"{RunLayout(message.shard.run_uri).requeued}{quote(name, safe='')}.json",
         )
-        text = broker.celery_message(alone, self._queue, Priority.LOW)
         with broker.redis_errors(self._settings.redis_url):
+            text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
             broker.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
 
 
@@ -162,6 +165,14 @@ def _consumer(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
     return Consumer(jobs, shards, suspects, outlets.reporter, Health(_probe(outlets)), tally=tally, limits=limits)
+
+
+def _clock(settings: Settings) -> Callable[[], float]:
+    """The Redis server's clock, measured: from now on it tells the time through outages too."""
+    clock = ServerClock(broker.connect(settings))
+    with broker.redis_errors(settings.redis_url):
+        clock.now()
+    return clock.now
 
 
 def _probe(outlets: Outlets) -> Any:

@@ -36,7 +36,10 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class JobContext:
-    """What the items of one job share. `priority` counts as in Celery: 0 is served first."""
+    """What the items of one job share. `priority` counts as in Celery: 0 is served first.
+
+    `deadline` is in seconds of this process's monotonic clock; None where there is none.
+    """
 
     id: str
     run_id: str | None
@@ -61,7 +64,7 @@ class JobContext:
         """Why no more work should go into this job, or None. Asked before every stage."""
         if self.cancelled:
             return JobFailure("cancelled", "the job was cancelled", stage)
-        if self.deadline is not None and time.time() >= self.deadline:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             return JobFailure("expired", "the deadline of the job has passed", stage)
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +85,7 @@ class Reporter:
     def start_many(self, messages: Sequence[JobMessage]) -> list[JobState]:
         """Mark single jobs as running. `running` for each; for one that has ended already, the final state that it reached."""
         pipe = self._redis.pipeline(transaction=False)
-        arguments = [time.time(), self._worker, int(self._settings.result_ttl)]
+        arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
         for message in messages:
             pipe.eval(START, 1, broker.job_key(message.id), *arguments)
         with broker.redis_errors(self._settings.redis_url):
@@ -141,9 +140,7 @@ class Reporter:
     def cancel(self, job_id: str, failure: JobFailure) -> None:
         """End a single job that is not in this worker as cancelled, unless it has ended; makes no record of an unknown one."""
         ttl = self._settings.result_ttl
-        arguments = finish_arguments(
-            job_id, JobState.CANCELLED, time.time(), ttl=ttl, reply=None, fields=_told(failure)
-        )
+        arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=None, fields=_told(failure))
         with broker.redis_errors(self._settings.redis_url):
             self._redis.eval(CANCEL, 1, broker.job_key(job_id), *arguments)
 
@@ -151,9 +148,7 @@ class Reporter:
         """End the single job of a dead letter, unless the letter was queued again or removed meanwhile."""
         assert letter.job_id is not None
         ttl, keys = self._settings.result_ttl, broker.unacked_keys(queue)
-        arguments = finish_arguments(
-            letter.job_id, JobState.FAILED, time.time(), ttl=ttl, reply=reply, fields=_told(failure)
-        )
+        arguments = finish_arguments(letter.job_id, JobState.FAILED, None, ttl=ttl, reply=reply, fields=_told(failure))
         names = (broker.job_key(letter.job_id), keys["unreported_key"], keys["dead_key"])
         with broker.redis_errors(self._settings.redis_url):
             ended = self._redis.eval(BURY, len(names), *names, *arguments, letter.entry)
@@ -203,7 +198,7 @@ class Reporter:
     def _finish(self, commands: Any, message: JobMessage, state: JobState, fields: dict[str, Any]) -> None:
         """Bring a job to its final state through `commands`: the client itself, or one of its pipelines."""
         arguments = finish_arguments(
-            message.id, state, time.time(), ttl=self._settings.result_ttl, reply=message.reply, fields=fields
+            message.id, state, None, ttl=self._settings.result_ttl, reply=message.reply, fields=fields
         )
         commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
 

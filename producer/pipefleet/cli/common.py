@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.errors import ParameterError
@@ -53,6 +55,20 @@ def read_parameters(pairs: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             parameters[name] = value
     return parameters
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Print what the package warns of inside, such as a queue that nobody serves, as lines on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("pipefleet: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("pipefleet")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def print_json(value: Any) -> None:

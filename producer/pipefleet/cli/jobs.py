@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipefleet.cli.common import Commands, add_model_options, command, print_json, read_parameters
+from pipefleet.cli.common import (
+    Commands,
+    add_model_options,
+    command,
+    print_json,
+    read_parameters,
+    warnings_on_stderr,
+)
+from pipefleet.errors import ResultTimeoutError
 from pipefleet.tasks import Media, TaskSpec, task_spec
 
 
@@ -27,16 +35,19 @@ def register(commands: Commands) -> None:
     add_model_options(parser)
     parser.add_argument("--priority", choices=("high", "normal", "low"), default="normal")
     parser.add_argument("--expires", type=float, metavar="SECONDS", help="give up after this many seconds")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="wait at most this long for each result")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help="wait at most this long for each result; the job goes on (exit code 4)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON list, in input order")
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """Submit every input, wait for all, print in order. 1 when one of them failed."""
+    """Submit every input, wait for all, print in order. 1 when one of them failed, else 4 when one has not finished in time."""
     from pipefleet.client import Client
 
     parameters, spec = read_parameters(arguments.param), task_spec(arguments.task)
-    with Client() as client:
+    with warnings_on_stderr(), Client() as client:
         jobs = [
             client.submit(
                 arguments.task,
@@ -55,7 +66,12 @@ def submit(arguments: argparse.Namespace) -> int:
     else:
         for row in rows:
             print(json.dumps(row.get("output", row.get("error")), ensure_ascii=False))
-    return int(any("error" in row for row in rows))
+    return _exit_code({row["state"] for row in rows})
+
+
+def _exit_code(states: set[str]) -> int:
+    failed = states - {"succeeded", ResultTimeoutError.code}
+    return 1 if failed else ResultTimeoutError.exit_code if ResultTimeoutError.code in states else 0
 
 
 def _input(spec: TaskSpec, text: str) -> Any:

@@ -99,9 +99,9 @@ def test_a_part_that_is_there_is_not_written_again_and_not_counted_again(client:
 def test_of_two_workers_with_one_shard_one_counts(client: Client, planned: Any) -> None:
     _, (first, _) = planned()
     slow, quick = Worker(client), Worker(client)
-    items = slow.shards.open(first, first.shard)
-    assert items is not None
-    outcomes = slow.shards.process(first, items)
+    contents = slow.shards.open(first, first.shard)
+    assert contents is not None
+    outcomes = slow.shards.process(first, contents.items)
     assert quick.run(first).here
     assert slow.shards.close(first.shard, outcomes) == before(JobState.SUCCEEDED)
     assert (quick.totals.items, slow.totals.items) == (2, 0)

@@ -16,6 +16,7 @@ from pipefleet.records import JobFailure
 from pipefleet_workers.consume.delivery import RevokedError
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.consume.shards import Contents
 from pipefleet_workers.consume.suspects import CODE, Finding, Journal, Suspects
 from pipefleet_workers.ending import Ending, before, shard_ending
 from pipefleet_workers.items import JobContext, Outcome, Work
@@ -41,11 +42,11 @@ class Served:
         self.cancelled = False
         self.passes: list[list[int]] = []
 
-    def open(self, message: JobMessage, shard: Shard) -> list[JobItem] | None:
-        return None if self.part is not None or self.cancelled else list(ITEMS)
+    def open(self, message: JobMessage, shard: Shard) -> Contents | None:
+        return None if self.part is not None or self.cancelled else self.read(shard)
 
-    def read(self, shard: Shard) -> list[JobItem]:
-        return list(ITEMS)
+    def read(self, shard: Shard) -> Contents:
+        return Contents(list(ITEMS), {})
 
     def process(
         self,

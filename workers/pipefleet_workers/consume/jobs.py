@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipefleet.contract import JobItem, JobMessage
@@ -38,9 +39,19 @@ class Outlets:
 
 
 class Jobs:
-    """The jobs inside this worker. Thread-safe."""
+    """The jobs inside this worker. Thread-safe.
 
-    def __init__(self, pool: Pool, engine: Engine, allowed: tuple[str, ...] = ("s3://",)) -> None:
+    `clock` tells seconds since 1970 as deadlines mean them: a worker passes the Redis server's.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        engine: Engine,
+        allowed: tuple[str, ...] = ("s3://",),
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._pool = pool
         self._spec: TaskSpec = task_spec(pool.task)
         self._allowed = allowed
@@ -50,6 +61,7 @@ class Jobs:
         self.engine = engine
         self.turn = threading.Lock()
         """Held by the shard whose items enter: the one that came first gets its items in first."""
+        self.clock = clock
 
     def begin(self, message: JobMessage, sink: Sink, *, priority: int, patient: bool) -> JobContext:
         """The context of a job that begins here; `end` must follow. See `JobContext.patient`."""
@@ -58,7 +70,7 @@ class Jobs:
             run_id=message.shard.run_id if message.shard else None,
             parameters={**self._pool.parameters, **message.parameters},
             priority=priority,
-            deadline=message.deadline,
+            deadline=self._local(message.deadline),
             sink=sink,
             patient=patient,
             shard=message.shard,
@@ -69,6 +81,10 @@ class Jobs:
         if revoked:
             context.give_back(RevokedError())
         return context
+
+    def _local(self, deadline: float | None) -> float | None:
+        """A deadline in seconds of the monotonic clock: what it is compared with must not jump while the job is here."""
+        return None if deadline is None else time.monotonic() + (deadline - self.clock())
 
     def end(self, context: JobContext) -> None:
         """The job is not here any more."""

@@ -1,0 +1,183 @@
+"""What a job waits for when nobody serves its queue: one sentence that tells the cause and the next step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipefleet import broker
+from pipefleet.fleet import Pool, model_label
+from pipefleet.forking import renew_after_fork
+from pipefleet.routing import PREFIX
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+log = logging.getLogger("pipefleet")
+LOOK_SECONDS = 2.0
+"""How long what was seen of a queue is taken for true."""
+SAY_SECONDS = 30.0
+"""How often it is said again that nobody serves a queue."""
+POOLS_KEY = f"{broker.KEY}pools"
+WORKERS_KEY = f"{broker.KEY}workers"
+SCALER_KEY = f"{broker.KEY}scaler:"
+SCALER_SECONDS = 120.0
+"""How old what the scaler decided may be."""
+
+
+def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | None:
+    """One sentence when no live worker serves `queue`; None when one does. Raises redis-py's errors.
+
+    `pool` is the one that the queue belongs to, where the caller knows it; else what workers announced last is told.
+    """
+    pipe = redis.pipeline(transaction=False)
+    pipe.time()
+    pipe.hgetall(WORKERS_KEY)
+    pipe.hgetall(POOLS_KEY)
+    (seconds, micros), workers, pools = pipe.execute()
+    now, entries = seconds + micros / 1e6, _read(pools)
+    served = served_queues(_read(workers), entries, now)
+    if queue in served:
+        return None
+    waiting = _count(redis, queue, held=_base(queue) not in served)
+    if pool is None:
+        name, model = _announced(queue, entries)
+    else:
+        name, model = pool.name, model_label(pool.model, pool.revision)
+    return _sentence(queue, name, model, waiting, wanted=_is_wanted(redis, name, now))
+
+
+def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: float) -> set[str]:
+    """The queues that live workers consume: the one that a worker names, and that of its pool.
+
+    The one function that decides whether a worker serves a queue.
+    """
+    served: set[str] = set()
+    for facts in workers.values():
+        if _until(facts) > now:
+            named = facts.get("queue") or _pool_queue(pools.get(str(facts.get("pool"))))
+            served |= {str(named), _base(str(named))}
+    return served
+
+
+def _base(queue: str) -> str:
+    """The queue of the pool, from that of one of its revisions, `<queue of the pool>@…`."""
+    return queue.partition("@")[0]
+
+
+def _count(redis: Redis, queue: str, *, held: bool) -> int:
+    """How many jobs wait in a queue; with `held`, those too that workers of its pool took, who are gone."""
+    pipe = redis.pipeline(transaction=False)
+    for name in broker.queue_lists(queue):
+        pipe.llen(name)
+    if held:
+        pipe.hlen(broker.unacked_keys(queue)["unacked_key"])
+    return sum(pipe.execute())
+
+
+class Lookout:
+    """Warns, by the logger `pipefleet`, of queues that are waited for and that nobody serves: at once, and again while it lasts.
+
+    Thread-safe. `monotonic` is a clock in seconds.
+    """
+
+    def __init__(self, redis: Redis, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._redis = redis
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._pools: dict[str, Pool] = {}
+        self._seen: dict[str, tuple[float, str | None]] = {}
+        self._said: dict[str, float] = {}
+        renew_after_fork(self)
+
+    def name(self, queue: str, pool: Pool) -> None:
+        """Tell `pool` when nobody serves `queue`."""
+        self._pools[queue] = pool
+
+    def look(self, queue: str) -> None:
+        """See whether anybody serves `queue`, once in LOOK_SECONDS; warn, once in SAY_SECONDS. Raises nothing: it is a courtesy."""
+        now = self._monotonic()
+        with self._lock:
+            if now < self._seen.get(queue, (now, None))[0]:
+                return
+            self._seen[queue] = (now + LOOK_SECONDS, self._seen.get(queue, (0.0, None))[1])
+        try:
+            why = why_waiting(self._redis, queue, pool=self._pools.get(queue))
+        except Exception as error:  # noqa: BLE001 - no right to read it, or written by another release
+            log.debug("cannot see who serves %s: %s", queue, error)
+            return
+        with self._lock:
+            self._seen[queue] = (now + LOOK_SECONDS, why)
+            if why is None:
+                self._said.pop(queue, None)  # when it is lost again, that is news
+            if why is None or now < self._said.get(queue, now):
+                return
+            self._said[queue] = now + SAY_SECONDS
+        log.warning("%s", why)
+
+    def known(self, queue: str) -> str | None:
+        """What `look` found last."""
+        with self._lock:
+            return self._seen.get(queue, (0.0, None))[1]
+
+    def after_fork(self) -> None:
+        """Nobody is looking in a child."""
+        self._lock = threading.Lock()
+
+
+def _sentence(queue: str, name: str | None, model: str | None, waiting: int, *, wanted: bool) -> str:
+    jobs = "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
+    served = queue + (f" (model {model})" if model else "")
+    if wanted:
+        return f"no worker serves {served} yet; the scaler has asked for one; {jobs}"
+    start = f"`pipefleet worker --pool {name}`" if name else "`pipefleet up`"
+    return f"no worker serves {served} now; start one with {start}; {jobs}"
+
+
+def _announced(queue: str, pools: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Name and model of the pool behind a queue, from what was announced last, however old; from the queue's name else."""
+    for name, entry in pools.items():
+        fields = entry.get("pool", {}) if isinstance(entry, Mapping) else {}
+        if isinstance(fields, Mapping) and queue in (fields.get("queue"), fields.get("revision_queue")):
+            model = fields.get("model")
+            return name.partition("@")[0], model_label(str(model), fields.get("revision")) if model else None
+    _, _, pool = _base(queue).removeprefix(PREFIX).partition(".")
+    return pool or None, None
+
+
+def _is_wanted(redis: Redis, pool: str | None, now: float) -> bool:
+    """Whether a scaler decided a moment ago that the pool should have workers: one is starting then."""
+    try:
+        state = json.loads(redis.get(f"{SCALER_KEY}{pool}") or "")["state"]
+        return int(state["workers"]) > 0 and abs(now - float(state["at"])) < SCALER_SECONDS
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+def _read(entries: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in entries.items():
+        try:
+            found[name.decode()] = json.loads(value)
+        except ValueError:
+            continue  # not written by a worker of ours
+    return found
+
+
+def _until(facts: Any) -> float:
+    try:
+        return float(facts["until"])
+    except (LookupError, TypeError, ValueError):
+        return 0.0
+
+
+def _pool_queue(entry: Any) -> str:
+    """The queue of an announced pool; empty where none is known."""
+    try:
+        return str(entry["pool"]["queue"])
+    except (LookupError, TypeError):
+        return ""
