@@ -15,17 +15,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipefleet import broker, jobs, tracecontext
+from pipefleet.announcements import announced_fleet
 from pipefleet.artifacts import resolve
 from pipefleet.contract import CONTRACT_VERSION, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import InputError, JobError, RunError, UnknownModelError
-from pipefleet.fleet import Fleet, Pool, load_fleet
+from pipefleet.fleet import Fleet, Pool
+from pipefleet.fleetfile import FleetFile
 from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
 from pipefleet.parts import FORMATS
 from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record
-from pipefleet.routing import queue_name, route
+from pipefleet.routing import route, work_queue
 from pipefleet.runs import Run, plan_run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.storage import split_uri
@@ -49,8 +51,9 @@ class Client:
         self._channel = broker.reply_channel(uuid.uuid4().hex)
         self.watcher = Watcher(self.redis, self._channel, self.settings.redis_url)
         self._planning: list[Run] = []
-        self._fleet: Fleet | None = None
-        self._fleet_until = 0.0
+        self._fleet_file: FleetFile | None = None
+        self._announced: Fleet | None = None
+        self._announced_until = 0.0
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -117,7 +120,7 @@ class Client:
             reply=self._channel,
         )
         with tracecontext.submitting(spec.name, job_id):
-            return self._enqueue(message, queue_name(pool, self.fleet), Priority.named(priority), idempotency_key)
+            return self._enqueue(message, work_queue(pool, self.fleet), Priority.named(priority), idempotency_key)
 
     def map(
         self,
@@ -154,7 +157,7 @@ class Client:
             revision=pool.revision,
             parameters=parameters,
             source=None,
-            queue=queue_name(pool, self.fleet),
+            queue=work_queue(pool, self.fleet),
             format=format,
             shard_size=shard_size,
             created=time.time(),
@@ -179,26 +182,25 @@ class Client:
         try:
             return spec, route(spec.name, model, revision, self.fleet)
         except UnknownModelError:
-            self._fleet = None  # the file may have been edited, or a worker have come up
-            return spec, route(spec.name, model, revision, self.fleet)
+            return spec, route(spec.name, model, revision, self._read_fleet(at_once=True))  # or it came a moment ago
 
     @property
     def fleet(self) -> Fleet:
-        """The fleet: from the fleet file where there is one, else what the workers announced a moment ago."""
-        known = self._fleet
-        if known is None or time.monotonic() >= self._fleet_until:
-            known = self._fleet = self._read_fleet()
-        return known
+        """The fleet: from the fleet file where there is one, else what the workers announce; both as of a moment ago."""
+        return self._read_fleet()
 
-    def _read_fleet(self) -> Fleet:
+    def _read_fleet(self, *, at_once: bool = False) -> Fleet:
         path = self.settings.fleet_path
         if path is not None:
-            self._fleet_until = float("inf")
-            return load_fleet(path, allow_unpinned=True)  # the workers decide what is pinned
-        self._fleet_until = time.monotonic() + ANNOUNCED_SECONDS
-        with broker.redis_errors(self.settings.redis_url):
-            announced = broker.announced_pools(self.redis)
-        return Fleet({name: Pool.announced(name, fields) for name, fields in announced.items()})
+            if self._fleet_file is None or self._fleet_file.path != path:
+                self._fleet_file = FleetFile(path)
+            return self._fleet_file.fleet(at_once=at_once)
+        known = self._announced
+        if known is None or at_once or time.monotonic() >= self._announced_until:
+            self._announced_until = time.monotonic() + ANNOUNCED_SECONDS
+            with broker.redis_errors(self.settings.redis_url):
+                known = self._announced = announced_fleet(self.redis)
+        return known
 
     def ping(self) -> None:
         """Raise ServiceUnavailableError unless Redis answers."""
@@ -254,7 +256,10 @@ class Client:
         arguments += [str(part) for pair in fields.items() for part in pair]
         job.watch(submitting=True)
         with broker.redis_errors(self.settings.redis_url):
-            queued: Any = self.redis.eval(SUBMIT, len(keys), *keys, *arguments)
+            pipe = self.redis.pipeline(transaction=True)
+            broker.note_revision(pipe, queue, message.model, message.revision)
+            pipe.eval(SUBMIT, len(keys), *keys, *arguments)
+            queued: Any = pipe.execute()[-1]
         return job if queued == job.id.encode() else Job(self, queued.decode())
 
     def _runs_in_planning(self) -> list[Run]:

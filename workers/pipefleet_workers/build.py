@@ -10,14 +10,17 @@ from pipefleet import __version__, broker
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
 from pipefleet.fleet import Pool
+from pipefleet.fleetfile import FleetFile
 from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
+from pipefleet.routing import revision_queue
 from pipefleet.settings import Settings
 from pipefleet.storage import join_uri
 from pipefleet.tasks import task_spec
 from pipefleet_workers.acceleration import accelerated
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.consumer import Consumer, Limits
+from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
 from pipefleet_workers.consume.shards import Shards
@@ -70,10 +73,18 @@ class Built:
 
 
 def build(
-    pool: Pool, settings: Settings, worker_settings: WorkerSettings, *, queue: str, device: str | None, name: str
+    pool: Pool,
+    settings: Settings,
+    worker_settings: WorkerSettings,
+    *,
+    queue: str,
+    device: str | None,
+    name: str,
+    fleet_file: FleetFile | None = None,
 ) -> Built:
     """The consumer of one pool, its model loaded and warm, its engine running; and what was found out about batching.
 
+    `queue` is that of the pool. Jobs of other revisions that come through it go to whom `fleet_file` or a live worker names.
     Raises ModelError, or UsageError when the metrics port is in use.
     """
     row = RUNTIME[pool.task]
@@ -97,10 +108,11 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    jobs = Jobs(pool, engine, outlets.allowed)
+    jobs = Jobs(pool, engine, outlets.allowed, Elsewhere(settings, fleet_file))
+    own_queue = revision_queue(queue, pool.model, pool.revision)
     tally = Tally(instruments.metrics, instruments.work)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=Undertaker(settings, queue), tally=tally)
-    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
+    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue)
     return Built(consumer, outlets.reporter, facts)
 
 

@@ -19,6 +19,7 @@ from pipefleet_workers.watch import command as watch
 
 if TYPE_CHECKING:
     from pipefleet.fleet import Fleet, Pool
+    from pipefleet.fleetfile import FleetFile
     from pipefleet_workers.local import Stack
 
 DEFAULT_DATA = Path(".pipefleet")
@@ -80,9 +81,10 @@ def _register_worker(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
     parser.add_argument("--pool", help="a pool of the fleet file")
+    parser.add_argument("--previous", action="store_true", help="serve the revision that the pool is leaving")
     parser.add_argument("--task", help="without a fleet file: the task to serve")
-    parser.add_argument("--model", help="without a fleet file: hub name, folder or s3:// prefix")
-    parser.add_argument("--revision", help="without a fleet file: the revision of a hub model")
+    parser.add_argument("--model", help="hub name, folder or s3:// prefix; with a fleet file: another than the pool's")
+    parser.add_argument("--revision", help="the revision of a hub model")
     parser.add_argument("--device", help="auto, cpu or cuda:N (default: the pool's)")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU (default: all cores)")
     parser.add_argument("--ready-file", type=Path, help="file that is written once the worker consumes")
@@ -97,8 +99,8 @@ def worker(arguments: argparse.Namespace) -> int:
 
     prepare_process(threads=arguments.threads)
     settings = load_settings()
-    fleet, pool = _chosen_pool(arguments, settings.fleet_path)
-    one = Worker(fleet, pool, settings, WorkerSettings())
+    fleet, pool, fleet_file = _chosen_pool(arguments, settings.fleet_path)
+    one = Worker(fleet, pool, settings, WorkerSettings(), fleet_file)
     logs.configure(pool=pool.name, worker=one.name)
     with logs.errors_as_lines():
         return one.run(device=arguments.device, ready_file=arguments.ready_file)
@@ -183,18 +185,36 @@ def interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool]:
+def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, FleetFile | None]:
     from pipefleet.fleet import load_fleet, parse_fleet
+    from pipefleet.fleetfile import FleetFile
 
     path = arguments.fleet or path
-    if arguments.task or arguments.model:
-        return _single_pool(arguments, parse_fleet)
+    if arguments.task or (arguments.model and path is None):
+        return *_single_pool(arguments, parse_fleet), None
     if path is None:
         raise UsageError("name a fleet file with --fleet, or a --task and a --model")
     fleet = load_fleet(path, allow_unpinned=arguments.allow_unpinned)
     if arguments.pool is None and len(fleet.pools) > 1:
         raise UsageError(f"the fleet has several pools; choose one with --pool: {', '.join(fleet.pools)}")
-    return fleet, fleet.pool(arguments.pool or next(iter(fleet.pools)))
+    pool = fleet.pool(arguments.pool or next(iter(fleet.pools)))
+    return fleet, _chosen_revision(arguments, pool), FleetFile(path)
+
+
+def _chosen_revision(arguments: argparse.Namespace, pool: Pool) -> Pool:
+    """The revision of a pool of the fleet file that was asked for; new work goes to none but the pool's own."""
+    from pipefleet.fleet import with_revision
+
+    if arguments.previous:
+        if arguments.model or arguments.revision:
+            raise UsageError("--previous is the revision that the fleet file names; leave --model and --revision out")
+        if not pool.previous:
+            raise UsageError(f"pool {pool.name} has no `previous` in the fleet file; name a --model and a --revision")
+        return pool.previous[0]
+    if not arguments.model and not arguments.revision:
+        return pool
+    model = arguments.model or pool.model
+    return with_revision(pool, model, arguments.revision, allow_unpinned=arguments.allow_unpinned)
 
 
 def _single_pool(arguments: argparse.Namespace, parse_fleet: Any) -> tuple[Fleet, Pool]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.announcements import announced_workers
 from pipefleet.errors import PipefleetError
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
-from pipefleet_workers.facts import announced_workers
 
 RACERS = 50
 ROUNDS = 3
@@ -117,7 +117,7 @@ def _workers(settings: Settings) -> str:
         workers = announced_workers(broker.connect(settings))
     if not workers:
         raise PipefleetError("no worker is alive; start one with `pipefleet worker --pool NAME`, or `pipefleet up`")
-    return "; ".join(f"{name}: {facts['batching']}" for name, facts in sorted(workers.items()))
+    return "; ".join(f"{name}: {facts.get('batching', '')}" for name, facts in sorted(workers.items()))
 
 
 def _images(settings: Settings) -> str:

@@ -20,6 +20,7 @@ from celery.worker import state
 from celery.worker.request import create_request_cls
 from kombu.asynchronous.timer import to_timestamp
 
+from pipefleet import broker
 from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.delivery.leases import lease_of
 
@@ -125,6 +126,12 @@ class CeleryDelivery:
         """Put the message back to its place in the queue."""
         self._end(lambda: self._reject(requeue=True))
 
+    def hand_over(self, queue: str) -> None:
+        """Move the message to another queue."""
+        if self.lease is not None:
+            self.lease.hand_over(queue, broker.queue_list(queue, self.priority))
+        self._end(lambda: self._move(queue))
+
     def refuse(self, reason: str) -> None:
         """Put the message to the dead letters."""
         self._end(lambda: self._refuse(reason))
@@ -148,6 +155,15 @@ class CeleryDelivery:
     def _reject(self, *, requeue: bool) -> None:
         state.task_ready(self._request)
         self._request.reject(requeue=requeue)
+
+    def _move(self, queue: str) -> None:
+        if self.lease is not None:
+            return self._reject(requeue=True)  # the lease has ended; this closes Celery's own books
+        self._task.app.send_task(
+            self._request.name, [self.payload], task_id=self._request.id, queue=queue, priority=self.priority
+        )
+        state.task_ready(self._request)
+        self._request.acknowledge()
 
     def _refuse(self, reason: str) -> None:
         state.task_ready(self._request)

@@ -1,4 +1,4 @@
-"""`Consumer`: takes deliveries from the queue and sees to it that each ends once: done, given back, or refused.
+"""`Consumer`: takes deliveries from the queue and sees to it that each ends once: done, given back, handed over, or refused.
 
     take ─┬▶ intake ─┬▶ singles            many jobs at once, no thread for each
           │          └▶ shards             a few threads
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipefleet.contract import JobMessage, decode_message
-from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.errors import ContractError, PipefleetError, ServiceUnavailableError
 from pipefleet.patience import pause
 from pipefleet_workers.consume.delivery import Delivery, DrainedError
 from pipefleet_workers.consume.gate import Gate
@@ -193,10 +193,19 @@ class Consumer:
                 self.give_back(delivery)
                 continue
             try:
-                found.append((delivery, decode_message(delivery.payload)))
+                message = decode_message(delivery.payload)
+                other = self._jobs.elsewhere(message)
             except ContractError as error:
                 log.error("refused a message: %s", error)
                 delivery.refuse(str(error))
+            except ServiceUnavailableError as error:
+                self.postpone(delivery, error)
+            else:
+                if other is None:
+                    found.append((delivery, message))
+                else:
+                    self._tally.handed_over()
+                    delivery.hand_over(other)
         return found
 
     def _take_accused_in(self) -> None:

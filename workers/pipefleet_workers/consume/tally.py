@@ -26,6 +26,10 @@ class Tally:
         """A message went back to its queue."""
         self._metrics.message("handed_back")
 
+    def handed_over(self) -> None:
+        """A message of another revision went to the queue of that."""
+        self._metrics.message("handed_over")
+
     def done(self, message: JobMessage, state: str) -> None:
         """A job ended here."""
         if state not in NOTHING_DONE:

@@ -317,7 +317,7 @@ def _calls(batch: Sequence[tuple[Lease, Settlement]]) -> list[tuple[str, list[An
     back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
     buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
     calls: list[tuple[str, list[Any]]] = [
-        (GIVE_BACK, [x for one, how in back for x in (one.tag, one.owner, one.list, int(how.delay * 1e6))]),
+        (GIVE_BACK, [x for one, how in back for x in (one.tag, one.owner, how.list or one.list, int(how.delay * 1e6))]),
         (BURY, [x for lease, how in buried for x in (lease.tag, lease.owner, lease.queue, how.reason)]),
         (ACK, _fences(acked)),
     ]
