@@ -352,6 +352,11 @@ def _ids(raw_messages: Iterable[bytes]) -> Iterator[str]:
             continue  # not one of ours; a worker will say so when it meets it
 
 
+def message_id(raw: bytes) -> str | None:
+    """The id of the job of a message as it lies in Redis; None for what is no message of ours."""
+    return next(_ids([raw]), None)
+
+
 def depth(redis: Redis, queue: str) -> Mapping[str, int]:
     """How many messages of a pool wait, by priority, are with workers (`unacked`), and wait to be tried again (`delayed`).
 

@@ -36,6 +36,8 @@ from pipefleet.watcher import Watcher
 
 ANNOUNCED_SECONDS = 5.0
 """How long what the workers announce is taken as it was read."""
+NOTED_SECONDS = 10.0
+"""How often a client that submits single jobs notes which revision their queue is for."""
 
 
 class Client:
@@ -52,6 +54,7 @@ class Client:
         self.watcher = Watcher(self.redis, self._channel, self.settings.redis_url)
         self._planning: list[Run] = []
         self._fleet_file: FleetFile | None = None
+        self._note_at: dict[str, float] = {}
         self._announced: Fleet | None = None
         self._announced_until = 0.0
         self._lock = threading.Lock()
@@ -256,11 +259,16 @@ class Client:
         arguments += [str(part) for pair in fields.items() for part in pair]
         job.watch(submitting=True)
         with broker.redis_errors(self.settings.redis_url):
-            pipe = self.redis.pipeline(transaction=True)
-            broker.note_revision(pipe, queue, message.model, message.revision)
-            pipe.eval(SUBMIT, len(keys), *keys, *arguments)
-            queued: Any = pipe.execute()[-1]
+            self._note_revision(message, queue)
+            queued: Any = self.redis.eval(SUBMIT, len(keys), *keys, *arguments)
         return job if queued == job.id.encode() else Job(self, queued.decode())
+
+    def _note_revision(self, message: JobMessage, queue: str) -> None:
+        """Note what a queue is for, now and then: Redis may have been emptied since."""
+        now = time.monotonic()
+        if now >= self._note_at.get(queue, 0.0):
+            broker.note_revision(self.redis, queue, message.model, message.revision)
+            self._note_at[queue] = now + NOTED_SECONDS
 
     def _runs_in_planning(self) -> list[Run]:
         with self._lock:

@@ -20,6 +20,7 @@ from pipefleet.contract import JobMessage, Priority
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
 from pipefleet.finishing import failed_lines, finalise, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan, index_of
+from pipefleet.moving import move_run, read_moved, take_back, unserved
 from pipefleet.parts import JsonLines, part_format
 from pipefleet.planner import (
     Planner,
@@ -37,6 +38,7 @@ from pipefleet.tasks import task_spec
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
+    from pipefleet.fleet import Pool
 
 POLL_SECONDS = 0.25
 LOOK_AT_STORE_SECONDS = 5.0
@@ -181,15 +183,20 @@ class Run:
             self._client.redis.expire(key, int(self._client.settings.run_ttl))
             self._client.redis.publish(broker.CANCELLED_CHANNEL, self.id)
 
-    def resume(self) -> int:
+    def resume(self, *, model: str | None = None, revision: str | None = None) -> int:
         """Queue again every shard that no queue, worker or part accounts for; returns how many those were.
 
         Also finishes an interrupted planning, whose new shards are queued as they are written and do not count. The state is
         that of object storage, so a run whose Redis was emptied is finished as well. Raises RunError when the source was
         an iterable that ended with its client, or when another client goes on planning the run.
+
+        With `model` (and `revision`), what is not done yet is moved to that model, which the fleet serves for the run's task
+        (UnknownModelError where it does not): for a run whose own revision nobody serves any more.
         """
+        pool = None if model is None else self._client.route(self._plan.task, model, revision)[1]
         if read_totals(self._client.store, self._layout) is not None:
             return 0
+        self._move(pool)
         self._uncancel()
         self._planning_error = None
         self._refresh_plan()
@@ -197,6 +204,18 @@ class Run:
         if self._plan.shards is None and not self._go_on_planning():
             queued = self._resume_planning()
         return queued + self._queue_missing()
+
+    def unserved(self) -> str | None:
+        """One sentence with what to do, where no worker serves the revision that the run is for; None where one does."""
+        return unserved(self._client, self._plan, self.uri)
+
+    def _move(self, pool: Pool | None) -> None:
+        """Move what is not done to `pool`, or keep a run that was moved before together."""
+        if pool is not None:
+            self._plan = move_run(self._client, self._layout, self._plan, pool)
+        elif (moved := read_moved(self._client.store, self._layout)) is not None:
+            self._plan = moved.applied(self._plan)
+            take_back(self._client, moved, self.id)
 
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""

@@ -8,11 +8,11 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.chaos import culprits, deaths, outages, storm, traffic
+from tests.chaos import culprits, deaths, outages, rollout, storm, traffic
 from tests.chaos.scenario import SCENARIOS, Scale
 from tests.chaos.world import World
 
-MODULES = (deaths, outages, culprits, traffic, storm)
+MODULES = (deaths, outages, culprits, traffic, rollout, storm)
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos import culprits, deaths, outages, storm, traffic
+from tests.chaos import culprits, deaths, outages, rollout, storm, traffic
 from tests.chaos.scenario import SCENARIOS, Scale
 from tests.chaos.world import World
 
@@ -19,6 +19,7 @@ CHOSEN = {
     outages: ("redis-restarted", "redis-emptied", "s3-503"),
     culprits: ("poison-item", "poison-job"),
     traffic: ("hostile", "cancel-and-expiry", "queues-agree"),
+    rollout: ("roll-out", "changed-under-a-run", "old-producer"),
     storm: ("storm",),
 }
 

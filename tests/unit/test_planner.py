@@ -83,7 +83,12 @@ class Published:
         self.store = store
         self.settings = SimpleNamespace(redis_url="redis://", run_ttl=1.0, outstanding_shards=1 << 30)
         self.redis = SimpleNamespace(
-            set=self.ignore, hset=self.ignore, expire=self.ignore, delete=self.ignore, bitcount=lambda _: 0
+            set=self.ignore,
+            hset=self.ignore,
+            expire=self.ignore,
+            delete=self.ignore,
+            hget=self.ignore,
+            bitcount=lambda _: 0,
         )
         self.shards: list[tuple[int, int, int]] = []
 

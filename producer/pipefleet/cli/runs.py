@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, add_model_options, command, print_json, read_parameters
+from pipefleet.errors import UsageError
 
 if TYPE_CHECKING:
     from pipefleet.progress import RunProgress
@@ -38,6 +39,8 @@ def register(commands: Commands) -> None:
         parser.add_argument("uri", metavar="RUN_URI", help="the output that map was given")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "resume":
+            parser.add_argument("--model", help="go on with this model, which a pool of the fleet serves")
+            parser.add_argument("--revision", help="its revision")
             parser.add_argument("--detach", action="store_true", help="do not wait for the end")
 
 
@@ -77,8 +80,12 @@ def resume(arguments: argparse.Namespace) -> int:
 
     with Client() as client:
         run = client.run(arguments.uri)
-        queued = run.resume()
+        if arguments.revision and not arguments.model:
+            raise UsageError("--revision belongs to --model; name both")
+        queued = run.resume(model=arguments.model, revision=arguments.revision)
         print(f"{run.uri}: {queued} shards were missing and are queued again", file=sys.stderr)
+        if not run.progress().ended and (waits := run.unserved()):
+            print(f"pipefleet: {waits}", file=sys.stderr)
         if arguments.detach:
             return _report(run, run.progress(), as_json=arguments.json)
         return _wait(run, as_json=arguments.json)
