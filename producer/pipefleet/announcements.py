@@ -135,7 +135,7 @@ def _read_worker(value: bytes, now: float) -> dict[str, Any] | None:
     try:
         facts: dict[str, Any] = json.loads(value)
         at, until = float(facts.get("at") or now), float(facts["until"])
-        return None if until < now or "pool" not in facts else {**facts, "age": max(0.0, now - at)}
+        return None if until < now or not isinstance(facts["pool"], str) else {**facts, "age": max(0.0, now - at)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -151,14 +151,14 @@ def changed_under_a_run(world: World, scale: Scale) -> Finding:
     with two_models(world) as (old, new), world.scene(workers=1, shards=2, drain_seconds=1) as client:
         rows = texts(200)
         run = start_run(client, [f"SLOW:0.02 {row}" for row in rows], shard_size=10)
-        until(lambda: run.progress().done > 20, PATIENCE, what="work has begun")
+        until(lambda: run.progress().succeeded > 20, PATIENCE, what="work has begun")
         run.join_planner()
         write_fleet(fleet, new)
         world.workers[0].send(signal.SIGTERM)  # the same worker comes up again, with what the file says now
         until(lambda: len(world.workers[0].codes) == 1 and world.workers[0].ready, PATIENCE, what="the worker is back")
         with Client() as later:
             assert later.submit(TASK, "a job for the new model").result(timeout=PATIENCE)
-            done = run.progress().done
+            done = run.progress().succeeded
             assert 0 < done < 200, f"{done} of 200 items were done"
             waits = next(row for row in queues() if row["model"] == old)
             assert waits["low"] > 0, waits
