@@ -300,8 +300,10 @@ def write_plan(client: Client, layout: RunLayout, plan: RunPlan) -> RunPlan:
             raise RunError(f"{leftover} is left of another run at {layout.uri}; choose another output, or remove it")
         return plan
     earlier = read_plan(client.store, layout)
-    own = {"id": plan.id, "created": plan.created, "queue": plan.queue}  # the queue follows from the model
-    same = replace(earlier, **own, shards=None, items=None) == plan
+    asked = replace(
+        plan, id=earlier.id, created=earlier.created, queue=earlier.queue
+    )  # the queue follows from the model
+    same = replace(earlier, shards=None, items=None) == asked
     if earlier.shards is not None or not same:
         raise RunError(
             f"there is a run at {layout.uri} already; see `pipefleet status {layout.uri}`, go on with "
