@@ -66,6 +66,13 @@ def announce_pool(redis: Any, name: str, fields: Mapping[str, Any], *, seconds: 
     redis.eval(_ANNOUNCE_POOL, 1, POOLS_KEY, _field(name, fields), encode_json(dict(fields)), seconds)
 
 
+def withdraw_pool(redis: Any, name: str, fields: Mapping[str, Any]) -> None:
+    """Announce a revision no more, unless a worker of it is alive: one that is started later is new then, not a late neighbour."""
+    alive = announced_workers(redis).values()
+    if not any(facts.get("queue") == fields["revision_queue"] for facts in alive):
+        redis.hdel(POOLS_KEY, *(_field(name, {**fields, "retired": retired}) for retired in (False, True)))
+
+
 def _field(name: str, fields: Mapping[str, Any]) -> str:
     """One entry for each revision; another while it is being retired, so that it is new work's again once it is taken back."""
     key = revision_queue(name, fields["model"], fields.get("revision"))

@@ -28,6 +28,7 @@ and of a pool's queue, shared by the queues of its revisions:
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
 import uuid
@@ -108,7 +109,7 @@ def unacked_keys(queue: str) -> dict[str, str]:
 
 
 def base_queue(queue: str) -> str:
-    """The queue of a pool, from that of one of its revisions; itself, where it is one already."""
+    """The queue of a pool, from that of one of its revisions."""
     return queue.partition(REVISION_MARK)[0]
 
 
@@ -329,7 +330,7 @@ def queued_ids(redis: Redis, queue: str) -> Iterator[str]:
     In no order; reads a thousand at a time.
     """
     lists = zip(*map(queue_lists, queues_of(redis, queue)), strict=True)
-    for name in (name for step in lists for name in step):
+    for name in itertools.chain(*lists):
         start = 0
         while batch := _all(redis.lrange(name, start, start + 999)):
             yield from _ids(batch)

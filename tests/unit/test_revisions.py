@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from pipefleet.announcements import (
     announced_fleet,
     announced_workers,
     announcements,
+    withdraw_pool,
 )
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority
@@ -34,6 +36,8 @@ from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.scaling.ledger import record_done
 from pipefleet_workers.scaling.service import Scaler
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.worker import Worker
 
 TEXTS = "text-classification"
 QUEUE = f"pipefleet.{TEXTS}"
@@ -154,6 +158,29 @@ class TestAnnouncements:
         for pool, seconds in ((OLD, -1), (NEW, 60), (OLD, 60)):
             announce_pool(redis, "texts", told(pool), seconds=seconds)
         assert route(TEXTS, None, None, announced_fleet(redis)).model == OLD.model
+
+    def test_a_revision_whose_last_worker_has_ended_is_new_when_it_comes_back(self, redis: Redis) -> None:
+        announce_worker(redis, "texts@one", {"pool": "texts", "queue": own(OLD)}, seconds=60)
+        for pool in (OLD, NEW):
+            announce_pool(redis, "texts", told(pool), seconds=60)
+        withdraw_pool(redis, "texts", told(OLD))  # another worker of it is alive
+        assert [one.pool.model for one in announcements(redis)] == [NEW.model, OLD.model]
+        redis.hdel(WORKERS_KEY, "texts@one")
+        withdraw_pool(redis, "texts", told(OLD))
+        announce_pool(redis, "texts", told(OLD), seconds=60)
+        assert route(TEXTS, None, None, announced_fleet(redis)).model == OLD.model
+
+    def test_a_worker_announces_itself_as_retired_once_the_fleet_file_says_so(
+        self, client: Client, fleet: Fleet, tmp_path: Path
+    ) -> None:
+        file = FleetFile(tmp_path / "fleet.toml", clock=itertools.count(step=LOOK_SECONDS).__next__)
+        worker = Worker(fleet, fleet.pool("texts"), client.settings, WorkerSettings(), file)
+        assert worker._announced()["retired"] is False
+        back = FLEET.replace("/models/new", "/models/x").replace("/models/old", "/models/new")
+        (tmp_path / "fleet.toml").write_text(back.replace("/models/x", "/models/old"))
+        assert worker._announced()["retired"] is True
+        (tmp_path / "fleet.toml").write_text(FLEET)
+        assert worker._announced()["retired"] is False
 
     def test_a_retired_revision_gets_no_new_work_however_late_it_comes(self, redis: Redis, fleet: Fleet) -> None:
         retired = announcement(fleet.pool("texts@previous"), fleet)
