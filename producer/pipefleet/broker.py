@@ -140,18 +140,6 @@ def queues_of(redis: Redis, queue: str) -> list[str]:
     return list(dict.fromkeys([base, queue, *known]))
 
 
-def forget_revisions(redis: Redis, *, days: float = 7.0) -> None:
-    """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty."""
-    entries: Any = redis.hgetall(REVISIONS_KEY)
-    for name, value in entries.items():
-        try:
-            old = float(json.loads(value)["at"]) < time.time() - 86_400 * days
-        except (ValueError, LookupError, TypeError, RecursionError):
-            old = True
-        if old and not any(redis.llen(one) for one in queue_lists(name.decode(errors="replace"))):
-            redis.hdel(REVISIONS_KEY, name)
-
-
 def server_time(redis: Redis) -> float:
     """Seconds since 1970 by the clock of the Redis server, the one clock that all parts of a fleet share."""
     seconds, micros = _all(redis.time())

@@ -6,6 +6,8 @@ a pool; each of them says which queue it came from.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,3 +203,15 @@ def _forgotten(redis: Any, fleet: Fleet) -> list[Part]:
             of = Pool(pool or task, task, model, revision, generation=1, queue=base, revision_queue=name)
             found.append(Part(of, name, (name,), held_by_queue(redis, name).get(name, Held()), named=False))
     return found
+
+
+def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
+    """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty."""
+    entries: Any = redis.hgetall(broker.REVISIONS_KEY)
+    for name, value in entries.items():
+        try:
+            old = float(json.loads(value)["at"]) < time.time() - 86_400 * days
+        except (ValueError, LookupError, TypeError, RecursionError):
+            old = True
+        if old and not any(redis.llen(one) for one in broker.queue_lists(name.decode(errors="replace"))):
+            redis.hdel(broker.REVISIONS_KEY, name)

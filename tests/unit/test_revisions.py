@@ -30,7 +30,7 @@ from pipefleet.errors import FleetFileError, UnknownModelError, UsageError
 from pipefleet.fleet import Fleet, Pool, load_fleet, with_revision
 from pipefleet.fleetfile import LOOK_SECONDS, FleetFile
 from pipefleet.planner import shard_id
-from pipefleet.revisions import Held, held_by_queue, parts_of, read_backlogs, waiting
+from pipefleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
 from pipefleet.routing import announcement, queue_name, revision_queue, route, work_queue
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.jobs import Jobs
@@ -379,3 +379,15 @@ def test_a_worker_that_is_asked_for_the_previous_revision_serves_it(fleet: Fleet
     assert chosen("--model", "/models/older").generation == 2
     with pytest.raises(UsageError, match="leave --model"):
         chosen("--previous", "--model", "/models/old")
+
+
+def test_queues_that_nobody_used_for_long_are_forgotten_once_they_are_empty(redis: Redis) -> None:
+    put(redis, OLD, 1)
+    put(redis, NEW, 1)
+    forget_revisions(redis, days=-1.0)
+    assert len(broker.known_revisions(redis)) == 2
+    redis.delete(*broker.queue_lists(own(OLD)))
+    forget_revisions(redis)
+    assert len(broker.known_revisions(redis)) == 2
+    forget_revisions(redis, days=-1.0)
+    assert list(broker.known_revisions(redis)) == [own(NEW)]

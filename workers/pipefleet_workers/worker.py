@@ -15,6 +15,7 @@ from pipefleet.contract import TASK_NAME
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.fleetfile import FleetFile
+from pipefleet.revisions import forget_revisions
 from pipefleet.routing import announcement, queue_name, revision_queue
 from pipefleet.settings import Settings
 from pipefleet_workers import logs, telemetry
@@ -92,7 +93,7 @@ class Worker:
         built.consumer.start()
         telemetry.start(self._pool.name, self.name)
         with broker.redis_errors(self._settings.redis_url):
-            broker.forget_revisions(broker.connect(self._settings))
+            forget_revisions(broker.connect(self._settings))
         announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
         announcer.start()
         threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
