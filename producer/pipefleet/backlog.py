@@ -23,6 +23,7 @@ from pipefleet import broker
 from pipefleet.contract import JobMessage, Priority
 from pipefleet.finishing import write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan, index_of
+from pipefleet.moving import MOVED, moved_by
 from pipefleet.parts import part_format
 from pipefleet.patience import Patience
 from pipefleet.refusals import Refusals
@@ -180,11 +181,12 @@ class Backlog:
     def _look(self) -> bool:
         """Read how much has ended and whether the run was cancelled; False when the mark of the run is gone."""
         pipe = self._client.redis.pipeline(transaction=False)
-        pipe.hmget(broker.run_key(self._plan.id), ["since", "cancelled"])
+        pipe.hmget(broker.run_key(self._plan.id), ["since", "cancelled", MOVED])
         pipe.bitcount(broker.run_key(self._plan.id, "parts"))
         pipe.hlen(broker.run_key(self._plan.id, "refused"))
         with broker.redis_errors(self._client.settings.redis_url):
-            (mark, cancelled), written, refused = pipe.execute()
+            (mark, cancelled, moved), written, refused = pipe.execute()
+        self._plan = moved_by(moved, self._plan)
         if written + refused != self._ended:
             self._still_since = self._clock()
         self._ended = written + refused

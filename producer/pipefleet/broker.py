@@ -11,8 +11,12 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     run:<id>:failed         bitmap  those of them that failed
     run:<id>:parts          bitmap  shards whose part is written
     run:<id>:refused        hash    shards without a part that no worker will run: why, by index
-    pools                   hash    what workers announce, by pool; each entry ends with its heartbeat
-    workers                 hash    what each worker says of itself, by name; each entry ends with its heartbeat
+    pools                   hash    what workers announce, by pool and revision; each entry ends with its heartbeat
+    workers                 hash    what each worker tells of itself; ends with its heartbeat
+    revisions               hash    model and revision of each queue `<queue>@…` that messages were put into, or a worker consumes
+
+and of a pool's queue, shared by the queues of its revisions:
+
     unacked:<queue>         hash    delivered messages, by delivery tag: Celery's own record of them
     unacked_index:<queue>   zset    when each was delivered or renewed last; for delayed ones, when they are due
     deliveries:<queue>      hash    how often each was delivered
@@ -27,10 +31,11 @@ Beside each list of a queue lies `<list>:arriving`: messages that woke an idle w
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -55,8 +60,9 @@ PRIORITY_SEPARATOR = "\x06\x16"
 ARRIVING = ":arriving"
 KEY = "pipefleet:"
 CANCELLED_CHANNEL = f"{KEY}cancelled"
-POOLS_KEY = f"{KEY}pools"
-WORKERS_KEY = f"{KEY}workers"
+REVISIONS_KEY = f"{KEY}revisions"
+REVISION_MARK = "@"
+"""What stands in the name of a revision's queue between the queue of its pool and the rest."""
 COST_HEADER, TIME_HEADER = "pipefleet-cost", "pipefleet-at"
 """What a message costs, see `JobMessage.work`, and when it was queued (the server's seconds since 1970): read without its body."""
 SHARD_HEADER = "pipefleet-shard"
@@ -93,20 +99,60 @@ def arriving_lists(queue: str) -> list[str]:
     return [name + ARRIVING for name in queue_lists(queue)]
 
 
-def queue_list(queue: str, priority: Priority) -> str:
+def queue_list(queue: str, priority: int) -> str:
     """The Redis list that jobs of one priority wait in."""
-    step = max(step for step in PRIORITY_STEPS if step <= int(priority))
+    step = max(step for step in PRIORITY_STEPS if step <= max(0, int(priority)))
     return queue_lists(queue)[PRIORITY_STEPS.index(step)]
 
 
 def unacked_keys(queue: str) -> dict[str, str]:
-    """The ledger of delivered messages as transport options, apart for each queue: one pool never restores another's.
+    """The ledger of delivered messages as transport options, apart for each pool: one never restores another's.
 
+    The queues of a pool's revisions share it, so what a dead worker left comes back whichever revision its neighbours serve.
     The first three are Celery's own; its stock transport leaves the others alone.
     """
+    queue = base_queue(queue)
     names = ("unacked", "unacked_index", "unacked_mutex", "deliveries", "retries", "owners", "delayed", "dead")
     keys = {f"{name}_key": f"{KEY}{name}:{queue}" for name in names}
     return {**keys, "unreported_key": f"{KEY}dead_unreported:{queue}"}
+
+
+def base_queue(queue: str) -> str:
+    """The queue of a pool, from that of one of its revisions."""
+    return queue.partition(REVISION_MARK)[0]
+
+
+def note_revision(redis: Any, queue: str, model: str | None, revision: str | None) -> None:
+    """Note which revision `queue` is for, so that `queues_of` finds it; a pool's own needs none. `redis` may be a pipeline."""
+    if REVISION_MARK in queue:
+        note = encode_json({"model": model, "revision": revision, "at": time.time()})
+        redis.hset(REVISIONS_KEY, queue, note)
+
+
+def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
+    """Model and revision of every queue that is for one. Entries that cannot be read are passed over."""
+    entries: Any = redis.hgetall(REVISIONS_KEY)
+    found = {}
+    for name, value in entries.items():
+        try:
+            note = json.loads(value)
+            found[name.decode()] = (str(note["model"]), None if note["revision"] is None else str(note["revision"]))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return found
+
+
+def queues_of(redis: Redis, queue: str) -> list[str]:
+    """Every queue of a pool: its own, which any Celery client may use, and those of the revisions that are known of."""
+    base = base_queue(queue)
+    known = (name for name in known_revisions(redis) if base_queue(name) == base)
+    return list(dict.fromkeys([base, queue, *known]))
+
+
+def server_time(redis: Redis) -> float:
+    """Seconds since 1970 by the clock of the Redis server, the one clock that all parts of a fleet share."""
+    seconds, micros = _all(redis.time())
+    return int(seconds) + int(micros) / 1e6
 
 
 @contextmanager
@@ -189,16 +235,17 @@ def celery_app(
     settings: Settings,
     *,
     queue: str | None = None,
+    revision_queue: str | None = None,
     transport: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Celery:
-    """The Celery application; with `queue`, one that consumes it and keeps its own ledger of deliveries.
+    """The Celery application; with `queue`, one that consumes it, and `revision_queue`, and keeps its own ledger of deliveries.
 
     `transport` names another than Celery's own for Redis, `options` are added to its options. With Celery's own, a dead worker's
     messages come back after `visibility_timeout` seconds.
     """
     from celery import Celery
-    from kombu import Queue
+    from kombu import Exchange, Queue
 
     app = Celery("pipefleet", broker=settings.redis_url)
     app.conf.update(
@@ -218,7 +265,7 @@ def celery_app(
         broker_transport_options={
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
-            "queue_order_strategy": "priority",
+            "queue_order_strategy": "round_robin",  # of queues; a higher priority comes first in any case
             "visibility_timeout": 3600,
             **(unacked_keys(queue) if queue else {}),
             **(options or {}),
@@ -228,6 +275,9 @@ def celery_app(
         app.conf.broker_transport = transport
     if queue:
         app.conf.task_queues = [Queue(queue)]
+        if revision_queue:  # with an exchange of its own, or what is sent to the first queue would reach both
+            further = Queue(revision_queue, Exchange(revision_queue), routing_key=revision_queue)
+            app.conf.task_queues.append(further)
         app.conf.task_default_queue = queue
     return app
 
@@ -279,13 +329,23 @@ def celery_message(job: JobMessage, queue: str, priority: Priority, *, now: floa
 
 
 def push(pipe: Any, job: JobMessage, queue: str, priority: Priority, *, now: float | None = None) -> None:
-    """Queue `job` in a redis pipeline. One LPUSH; the caller executes the pipeline. `now` as in `celery_message`."""
+    """Queue `job` in a redis pipeline; the caller executes it. `now` as in `celery_message`."""
+    note_revision(pipe, queue, job.model, job.revision)
     pipe.lpush(queue_list(queue, priority), celery_message(job, queue, priority, now=now))
 
 
+def waiting_lists(queue: str) -> list[str]:
+    """Every list in which messages of a queue wait: `queue_lists`, then `arriving_lists`, each with the highest priority first."""
+    return [*queue_lists(queue), *arriving_lists(queue)]
+
+
 def queued_ids(redis: Redis, queue: str) -> Iterator[str]:
-    """Ids of the jobs that wait in a queue, are with a worker or are delayed, in no order; reads a thousand at a time."""
-    for name in (*queue_lists(queue), *arriving_lists(queue)):
+    """Ids of the jobs of a pool, of whichever revision, that wait, are with a worker or are delayed.
+
+    In no order; reads a thousand at a time.
+    """
+    lists = zip(*map(waiting_lists, queues_of(redis, queue)), strict=True)
+    for name in itertools.chain(*lists):
         start = 0
         while batch := _all(redis.lrange(name, start, start + 999)):
             yield from _ids(batch)
@@ -308,19 +368,30 @@ def _ids(raw_messages: Iterable[bytes]) -> Iterator[str]:
             continue  # not one of ours; a worker will say so when it meets it
 
 
+def message_id(raw: bytes) -> str | None:
+    """The id of the job of a message as it lies in Redis; None for what is no message of ours."""
+    return next(_ids([raw]), None)
+
+
 def depth(redis: Redis, queue: str) -> Mapping[str, int]:
-    """How many messages of a queue wait, by priority, are with workers (`unacked`), and wait to be tried again (`delayed`)."""
+    """How many messages of a pool wait, by priority, are with workers (`unacked`), and wait to be tried again (`delayed`).
+
+    Those of all its revisions together; see `pipefleet.revisions` for each by itself.
+    """
     keys = unacked_keys(queue)
     pipe = redis.pipeline(transaction=False)
-    for name in (*queue_lists(queue), *arriving_lists(queue)):
+    for name in (name for one in queues_of(redis, queue) for name in waiting_lists(one)):
         pipe.llen(name)
     pipe.hlen(keys["unacked_key"])
     pipe.zcard(keys["delayed_key"])
     *lengths, unacked, delayed = pipe.execute()
-    steps = len(PRIORITY_STEPS)
-    high, normal, middle, low = map(sum, zip(lengths[:steps], lengths[steps:], strict=True))
-    waiting = {"high": high, "normal": normal + middle, "low": low}
-    return {**waiting, "unacked": max(0, unacked - delayed), "delayed": delayed}
+    return {**by_priority(lengths), "unacked": max(0, unacked - delayed), "delayed": delayed}
+
+
+def by_priority(lengths: Sequence[int]) -> dict[str, int]:
+    """The lengths of lists by priority; these are `queue_lists` or `waiting_lists` of one queue or more, one after the other."""
+    high, normal, middle, low = (sum(lengths[step :: len(PRIORITY_STEPS)]) for step in range(len(PRIORITY_STEPS)))
+    return {"high": high, "normal": normal + middle, "low": low}
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,8 +456,7 @@ def count_dead_letters(redis: Redis, queue: str) -> int:
 
 def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
     """Put the text of a message to the dead letters of a queue."""
-    seconds, micros = _all(redis.time())
-    entry = {"reason": reason, "at": int(seconds) + int(micros) / 1e6, "queue": queue, "deliveries": deliveries}
+    entry = {"reason": reason, "at": server_time(redis), "queue": queue, "deliveries": deliveries}
     redis.lpush(unacked_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
 
 
@@ -432,10 +502,12 @@ def requeue_dead_letter(redis: Redis, letter: DeadLetter, queue: str, *, ttl: fl
         step = message["properties"].get("priority") or 0
         target = queue_lists(own)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
         record = [] if message["headers"].get(SHARD_HEADER) else [job_key(message["headers"]["id"])]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # A worker that was told to revoke a job drops its messages of before: this one is queued now.
+        text = encode_json({**message, "headers": {**message["headers"], TIME_HEADER: server_time(redis)}})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ContractError):
         raise UsageError("this dead letter is not a message that can be queued; remove it") from None
     names = (keys["dead_key"], keys["unreported_key"], target, *record)
-    became: Any = redis.eval(_REQUEUE_LETTER, len(names), *names, letter.entry, letter.message, int(ttl), own)
+    became: Any = redis.eval(_REQUEUE_LETTER, len(names), *names, letter.entry, text, int(ttl), own)
     return None if became is None else became.decode()
 
 
@@ -471,17 +543,3 @@ def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
         ages = (now - float(since or now), now - scores.get(tag, now))
         found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, int(deliveries.get(tag, 0))))
     return sorted(found, key=lambda one: -one.seconds)
-
-
-def announced_pools(redis: Redis) -> dict[str, dict[str, Any]]:
-    """What the workers that are alive announce, by pool name: task, model, revision, default."""
-    entries: Any = redis.hgetall(POOLS_KEY)
-    now = time.time()
-    announced = {name.decode(): json.loads(value) for name, value in entries.items()}
-    return {name: one["pool"] for name, one in announced.items() if one["until"] > now}
-
-
-def announce_pool(redis: Redis, name: str, fields: Mapping[str, Any], *, seconds: float) -> None:
-    """Announce a pool for `seconds`; its workers repeat this well before the time is over."""
-    entry = encode_json({"pool": dict(fields), "until": time.time() + seconds})
-    redis.hset(POOLS_KEY, name, entry)

@@ -15,11 +15,13 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from pipefleet import broker, jobs, tracecontext
+from pipefleet.announcements import announced_fleet
 from pipefleet.artifacts import resolve
 from pipefleet.clock import ServerClock
 from pipefleet.contract import CONTRACT_VERSION, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import ConflictError, InputError, JobError, RunError, UnknownModelError
-from pipefleet.fleet import Fleet, Pool, load_fleet
+from pipefleet.fleet import Fleet, Pool
+from pipefleet.fleetfile import FleetFile
 from pipefleet.forking import renew_after_fork
 from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
@@ -27,7 +29,7 @@ from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
 from pipefleet.parts import FORMATS, JsonLines
 from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record, request_digest
-from pipefleet.routing import queue_name, route
+from pipefleet.routing import route, work_queue
 from pipefleet.runs import Run, plan_run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.storage import split_uri
@@ -38,6 +40,8 @@ from pipefleet.writers import require_writer
 
 ANNOUNCED_SECONDS = 5.0
 """How long what the workers announce is taken as it was read."""
+NOTED_SECONDS = 10.0
+"""How often a client that submits single jobs notes which revision their queue is for."""
 
 
 class Client:
@@ -55,8 +59,10 @@ class Client:
         self._lookout = Lookout(self.redis)
         self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Run] = []
-        self._fleet: Fleet | None = None
-        self._fleet_until = 0.0
+        self._fleet_file: FleetFile | None = None
+        self._note_at: dict[str, float] = {}
+        self._announced: Fleet | None = None
+        self._announced_until = 0.0
         self._lock = threading.Lock()
         renew_after_fork(self)
 
@@ -125,7 +131,7 @@ class Client:
             reply=self.watcher.channel,
         )
         once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
-        queue = queue_name(pool, self.fleet)
+        queue = work_queue(pool, self.fleet)
         self._lookout.name(queue, pool)
         with tracecontext.submitting(spec.name, job_id):
             return self._enqueue(message, queue, Priority.named(priority), once)
@@ -174,7 +180,7 @@ class Client:
             revision=pool.revision,
             parameters=parameters,
             source=None,
-            queue=queue_name(pool, self.fleet),
+            queue=work_queue(pool, self.fleet),
             format=format,
             shard_size=shard_size,
             created=self.now(),
@@ -197,26 +203,25 @@ class Client:
         try:
             return spec, route(spec.name, model, revision, self.fleet)
         except UnknownModelError:
-            self._fleet = None  # the file may have been edited, or a worker have come up
-            return spec, route(spec.name, model, revision, self.fleet)
+            return spec, route(spec.name, model, revision, self._read_fleet(at_once=True))  # or it came a moment ago
 
     @property
     def fleet(self) -> Fleet:
-        """The fleet: from the fleet file where there is one, else what the workers announced a moment ago."""
-        known = self._fleet
-        if known is None or time.monotonic() >= self._fleet_until:
-            known = self._fleet = self._read_fleet()
-        return known
+        """The fleet: from the fleet file where there is one, else what the workers announce; both as of a moment ago."""
+        return self._read_fleet()
 
-    def _read_fleet(self) -> Fleet:
+    def _read_fleet(self, *, at_once: bool = False) -> Fleet:
         path = self.settings.fleet_path
         if path is not None:
-            self._fleet_until = float("inf")
-            return load_fleet(path, allow_unpinned=True)  # the workers decide what is pinned
-        self._fleet_until = time.monotonic() + ANNOUNCED_SECONDS
-        with broker.redis_errors(self.settings.redis_url):
-            announced = broker.announced_pools(self.redis)
-        return Fleet({name: Pool.announced(name, fields) for name, fields in announced.items()})
+            if self._fleet_file is None or self._fleet_file.path != path:
+                self._fleet_file = FleetFile(path)
+            return self._fleet_file.fleet(at_once=at_once)
+        known = self._announced
+        if known is None or at_once or time.monotonic() >= self._announced_until:
+            self._announced_until = time.monotonic() + ANNOUNCED_SECONDS
+            with broker.redis_errors(self.settings.redis_url):
+                known = self._announced = announced_fleet(self.redis)
+        return known
 
     def ping(self) -> None:
         """Raise ServiceUnavailableError unless Redis answers."""
@@ -274,6 +279,7 @@ class Client:
         arguments += [str(part) for pair in fields.items() for part in pair]
         job.watch(submitting=True)
         with broker.redis_errors(self.settings.redis_url):
+            self._note_revision(message, queue)
             queued, same = cast("tuple[bytes, int]", self.redis.eval(SUBMIT, len(keys), *keys, *arguments))
         if once is not None and not same:
             raise _conflict(once.key, queued.decode())
@@ -294,6 +300,13 @@ class Client:
         self._lock = threading.Lock()
         broker.renew_connections(self.redis, self.settings)
         self._planning = []
+
+    def _note_revision(self, message: JobMessage, queue: str) -> None:
+        """Note what a queue is for, now and then: Redis may have been emptied since."""
+        now = time.monotonic()
+        if now >= self._note_at.get(queue, 0.0):
+            broker.note_revision(self.redis, queue, message.model, message.revision)
+            self._note_at[queue] = now + NOTED_SECONDS
 
     def _runs_in_planning(self) -> list[Run]:
         with self._lock:

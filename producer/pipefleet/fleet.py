@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from pipefleet.tasks import implied_parameters, task_spec
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?")
 _MEMORY = re.compile(r"\d+(\.\d+)?[KMG]i?B")
+_OF_A_REVISION = {"model", "revision", "tokenizer", "processor", "parameters", "dtype"}
+_MOST_PREVIOUS = 3
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -59,14 +61,34 @@ class Pool:
     """With `device_map`: where the rest of the weights lies; None for a folder in the cache."""
     compile: bool = False
     """Whether the model goes through torch.compile before the first job; for models that answer in one forward."""
+    previous: tuple[Pool, ...] = ()
+    """The revisions that are being retired, newest first: served where a job names them, never by default."""
+    generation: int = 0
+    """0 for the revision that new work goes to, 1 and more for those in `previous`."""
     queue: str | None = None
-    """What a worker of the pool announces that it consumes; None where the fleet file decides (see `routing`)."""
+    """The queue that a worker announces for its pool; None where the fleet file decides (see `routing`)."""
+    revision_queue: str | None = None
+    """The same for its revision."""
 
     @classmethod
     def announced(cls, name: str, content: Mapping[str, Any]) -> Pool:
-        """The pool that a worker announces. What a later version announces besides is passed over."""
-        known = {one.name for one in fields(cls)} - {"name"}
-        return cls(name=name, **{key: value for key, value in content.items() if key in known})
+        """The pool that a worker announces. What a later version announces besides is passed over.
+
+        Raises TypeError for an entry without a task or a model.
+        """
+        known = {one.name for one in fields(cls)} - {"name", "previous", "generation"}
+        generation = 1 if content.get("retired") else 0
+        return cls(name=name, generation=generation, **{key: one for key, one in content.items() if key in known})
+
+    @property
+    def key(self) -> str:
+        """The name of the pool, for a retired revision with `@previous` (or `@previous-2`, …) behind it."""
+        number = "" if self.generation < 2 else f"-{self.generation}"
+        return f"{self.name}@previous{number}" if self.generation else self.name
+
+    def serves(self, task: str, model: str, revision: str | None) -> bool:
+        """Whether a job that wants this model is for this pool; one that names no revision takes any."""
+        return (self.task, self.model) == (task, model) and revision in (None, self.revision)
 
     @property
     def is_hub(self) -> bool:
@@ -97,16 +119,22 @@ class Fleet:
 
     pools: Mapping[str, Pool]
 
+    @property
+    def revisions(self) -> dict[str, Pool]:
+        """Every revision of every pool, by `Pool.key`."""
+        return {one.key: one for pool in self.pools.values() for one in (pool, *pool.previous)}
+
     def pool(self, name: str) -> Pool:
-        """The pool of this name. Raises FleetFileError with the nearest one."""
-        if name not in self.pools:
-            known = ", ".join(sorted(self.pools)) or "none"
-            raise FleetFileError(f"the fleet has no pool {name!r}{nearest(name, self.pools)}; its pools: {known}")
-        return self.pools[name]
+        """The pool of this name, or the retired revision of this key. Raises FleetFileError with the nearest one."""
+        revisions = self.revisions
+        if name not in revisions:
+            known = ", ".join(sorted(revisions)) or "none"
+            raise FleetFileError(f"the fleet has no pool {name!r}{nearest(name, revisions)}; its pools: {known}")
+        return revisions[name]
 
     def default_pool(self, task: str) -> Pool:
         """The pool that serves `task` when no model is named. Raises UnknownModelError where there is none."""
-        serving = [pool for pool in self.pools.values() if pool.task == task]
+        serving = [pool for pool in self.pools.values() if pool.task == task and not pool.generation]
         chosen = next((pool for pool in serving if pool.default or len(serving) == 1), None)
         if chosen is None:
             raise UnknownModelError(f"no pool of the fleet serves {task}; {self._served()}")
@@ -114,15 +142,29 @@ class Fleet:
 
     def find(self, task: str, model: str, revision: str | None) -> Pool:
         """The pool that serves `model` for `task`. Raises UnknownModelError that lists what is served."""
-        for pool in self.pools.values():
-            if pool.task == task and pool.model == model and revision in (None, pool.revision):
+        for pool in self.revisions.values():
+            if pool.serves(task, model, revision):
                 return pool
         wanted = model + (f"@{revision}" if revision else "")
         raise UnknownModelError(f"no pool of the fleet serves {wanted} for {task}; {self._served()}")
 
     def _served(self) -> str:
-        served = ", ".join(f"{p.task}: {model_label(p.model, p.revision)}" for p in self.pools.values())
+        served = ", ".join(f"{p.task}: {model_label(p.model, p.revision)}" for p in self.revisions.values())
         return f"served are: {served}" if served else "no pool is served at all: is a worker running?"
+
+
+def with_revision(pool: Pool, model: str, revision: str | None, *, allow_unpinned: bool = False) -> Pool:
+    """The revision of a pool that a worker is started for by hand: one that the fleet file names, or any other, as a retired one.
+
+    Raises FleetFileError for a hub model without a revision.
+    """
+    model = _resolve(model, Path.cwd())
+    for one in (pool, *pool.previous):
+        if one.serves(one.task, model, revision):
+            return one
+    if is_hub_name(model) and revision is None and not allow_unpinned:
+        raise FleetFileError(f"model {model!r} has no revision; name one with --revision, or pass --allow-unpinned")
+    return replace(pool, model=model, revision=revision, generation=len(pool.previous) + 1)
 
 
 def model_label(model: str, revision: str | None) -> str:
@@ -154,10 +196,10 @@ def parse_fleet(content: Mapping[str, Any], *, base: Path, allow_unpinned: bool 
     if not isinstance(tables, Mapping) or not tables:
         raise FleetFileError("it describes no pool; add a table [pools.NAME] with task and model")
     pools = {name: _parse_pool(name, table, base) for name, table in tables.items()}
-    for pool in pools.values():
+    for pool in Fleet(pools).revisions.values():
         if pool.is_hub and not pool.revision and not allow_unpinned:
             raise FleetFileError(
-                f"pools.{pool.name}: model {pool.model!r} has no revision; pin one (a commit hash), name a folder that "
+                f"pools.{pool.key}: model {pool.model!r} has no revision; pin one (a commit hash), name a folder that "
                 "exists, or pass --allow-unpinned"
             )
         if not allow_unpinned:
@@ -190,7 +232,7 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
         raise FleetFileError(f"{where}: a pool's name has 1 to 63 of a-z, 0-9 and '-'")
     if not isinstance(table, Mapping):
         raise FleetFileError(f"{where} must be a table")
-    known = {one.name for one in fields(Pool)} - {"name", "queue"}
+    known = {one.name for one in fields(Pool)} - {"name", "generation", "queue", "revision_queue"}
     _known_keys(where, table, known)
     for required in ("task", "model"):
         if required not in table:
@@ -208,7 +250,33 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
             values[key] = _resolve(values[key], base)
     for key in ("max_memory", "offload_folder"):
         _require(key not in values or "device_map" in values, where, key, 'left out, or beside device_map = "auto"')
-    return Pool(name=name, **values)
+    previous = values.pop("previous", ())
+    pool = Pool(name=name, **values)
+    return replace(pool, previous=_previous(f"{where}.previous", pool, previous, base))
+
+
+def _previous(where: str, pool: Pool, tables: Any, base: Path) -> tuple[Pool, ...]:
+    """The retired revisions of a pool: what a table does not say is as in the pool."""
+    found: list[Pool] = []
+    for generation, table in enumerate([tables] if isinstance(tables, Mapping) else tables, 1):
+        _require(
+            isinstance(table, Mapping), where, "", 'a table like { model = "org/name", revision = "…" }, or a list'
+        )
+        _known_keys(where, table, _OF_A_REVISION)
+        _require("model" in table, where, "", 'a table with model, like { model = "org/name", revision = "…" }')
+        values: dict[str, Any] = {"revision": None} | {key: _value(where, key, one) for key, one in table.items()}
+        for key in ("model", "tokenizer", "processor"):
+            if values.get(key):
+                values[key] = _resolve(values[key], base)
+        parameters = {**implied_parameters(pool.task), **values.pop("parameters", pool.parameters)}
+        workers = WorkerRange(0, pool.workers.max)
+        one = replace(pool, **values, parameters=parameters, workers=workers, generation=generation)
+        if any((one.model, one.revision) == (other.model, other.revision) for other in (pool, *found)):
+            label = model_label(one.model, one.revision)
+            raise FleetFileError(f"{where} names {label}, which the pool serves already; take it out")
+        found.append(one)
+    _require(len(found) <= _MOST_PREVIOUS, where, "", f"at most {_MOST_PREVIOUS} revisions")
+    return tuple(found)
 
 
 def _resolve(model: str, base: Path) -> str:
@@ -232,6 +300,10 @@ def _value(where: str, key: str, value: Any) -> Any:
             _require(isinstance(value, bool), where, key, "true or false")
         case "parameters":
             _require(isinstance(value, Mapping), where, key, "a table")
+        case "previous":
+            _require(
+                isinstance(value, Mapping | list), where, key, "a table with model and revision, or a list of such"
+            )
         case "max_memory":
             _require(_is_memory(value), where, key, 'a table like { 0 = "20GiB", cpu = "60GiB" }')
         case "device":

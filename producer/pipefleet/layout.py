@@ -3,6 +3,7 @@
 <output>/_run/plan.json             what is to be run, written first
 <output>/_run/shards/00000.jsonl    the items of a shard
 <output>/_run/run.json              the plan with its totals, written when every shard is there; never changed
+<output>/_run/moved.json            the model, revision and queue that the rest of it was moved to, where `resume` was told one
 <output>/part-00000.jsonl           (or .parquet) the results of a shard, a line for each item, in the shard's order
 <output>/artifacts/<position>/…     what does not fit a JSON line
 <output>/requeued/<job>.json        the result of an item that killed its workers and was queued again by itself
@@ -50,6 +51,11 @@ class RunLayout:
     def run(self) -> str:
         """The plan with its totals."""
         return f"{self.uri}_run/run.json"
+
+    @property
+    def moved(self) -> str:
+        """Where the rest of the run was moved to."""
+        return f"{self.uri}_run/moved.json"
 
     @property
     def control(self) -> str:

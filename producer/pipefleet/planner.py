@@ -23,6 +23,7 @@ from pipefleet.backlog import Backlog
 from pipefleet.contract import JobItem, Priority, encode_json
 from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.layout import RunLayout, RunPlan, index_of
+from pipefleet.moving import moved_plan, read_moved
 from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
 from pipefleet.preparing import SourceItem
@@ -250,6 +251,7 @@ class Planner:
         if not self._patience.call(lambda: self._put(body)):
             self.alone = False
             raise RunError(f"another client plans the run at {self._layout.uri}; open it with `client.run(uri)`")
+        self.plan = self._patience.call(lambda: moved_plan(self._client, self.plan))
         message = shard_message(self.plan, self._layout, self.shards, self.items, len(batch))
         self._patience.call(lambda: self._client.publish([message], self.plan.queue, Priority.LOW))
         self.items += len(batch)
@@ -300,7 +302,10 @@ def write_plan(client: Client, layout: RunLayout, plan: RunPlan) -> RunPlan:
             raise RunError(f"{leftover} is left of another run at {layout.uri}; choose another output, or remove it")
         return plan
     earlier = read_plan(client.store, layout)
-    same = replace(earlier, id=plan.id, created=plan.created, shards=None, items=None) == plan
+    asked = replace(
+        plan, id=earlier.id, created=earlier.created, queue=earlier.queue
+    )  # the queue follows from the model
+    same = replace(earlier, shards=None, items=None) == asked
     if earlier.shards is not None or not same:
         raise RunError(
             f"there is a run at {layout.uri} already; see `pipefleet status {layout.uri}`, go on with "
@@ -320,10 +325,14 @@ def _leftover(store: ObjectStore, layout: RunLayout) -> str | None:
 
 
 def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
-    """run.json, or plan.json while the run is still being planned. Raises RunError where there is neither."""
+    """run.json, or plan.json while the run is still being planned, with what the run was moved to since.
+
+    Raises RunError where there is neither.
+    """
     for uri in (layout.run, layout.plan):
         if store.head(uri) is not None:
-            return RunPlan.from_json(json.loads(store.get(uri)), uri)
+            plan, moved = RunPlan.from_json(json.loads(store.get(uri)), uri), read_moved(store, layout)
+            return plan if moved is None else moved.applied(plan)
     raise RunError(f"there is no run at {layout.uri}; name the output that map was given")
 
 

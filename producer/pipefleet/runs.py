@@ -19,8 +19,10 @@ from pipefleet.artifacts import resolve
 from pipefleet.backlog import Backlog
 from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError
 from pipefleet.finishing import failed_lines, read_totals
+from pipefleet.fleet import Pool
 from pipefleet.forking import renew_after_fork
 from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.moving import move_run, read_moved, take_back, unserved
 from pipefleet.parts import JsonLines, part_format
 from pipefleet.patience import Patience
 from pipefleet.planner import (
@@ -41,6 +43,7 @@ from pipefleet.waiting import why_waiting
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
+    from pipefleet.fleet import Pool
 
 POLL_SECONDS = 0.25
 LOOK_AT_STORE_SECONDS = 5.0
@@ -219,7 +222,7 @@ class Run:
             self._client.redis.expire(key, int(self._client.settings.run_ttl))
             self._client.redis.publish(broker.CANCELLED_CHANNEL, self.id)
 
-    def resume(self) -> int:
+    def resume(self, *, model: str | None = None, revision: str | None = None) -> int:
         """Queue again every shard that no queue, worker or part accounts for, or that was refused; returns how many those are.
 
         A run that has ended with refused shards is running again then. Returns when they are known: as after `map`, a thread
@@ -229,13 +232,19 @@ class Run:
 
         Raises RunError when the source was an iterable that ended with its client, or when another client goes on planning
         or queueing the run: that one queues again by itself what Redis lost.
+
+        With `model` (and `revision`), what is not done yet is moved to that model, which the fleet serves for the run's task
+        (UnknownModelError where it does not): for a run whose own revision nobody serves any more.
         """
+        pool = None if model is None else self._client.route(self._plan.task, model, revision)[1]
         ended = read_totals(self._client.store, self._layout) is not None
         if ended and not self._refusals.all():
             return 0
         self._refresh_plan()
+        before = self._plan
+        self._move(pool)
         planner = self._planner_to_go_on()
-        if not self._refusals.take_up(self._plan) and ended:
+        if not self._refusals.take_up(before) and ended:  # letters lie with the pool that the run was for
             return 0
         self._uncancel()
         forget_stopped(self._client.store, self._layout)
@@ -270,6 +279,18 @@ class Run:
     def has_part(self, shard: int) -> bool:
         """Whether the part of a shard is there."""
         return self._client.store.head(self._layout.part(shard)) is not None
+
+    def unserved(self) -> str | None:
+        """One sentence with what to do, where no worker serves the revision that the run is for; None where one does."""
+        return unserved(self._client, self._plan, self.uri)
+
+    def _move(self, pool: Pool | None) -> None:
+        """Move what is not done to `pool`, or keep a run that was moved before together."""
+        if pool is not None:
+            self._plan = move_run(self._client, self._layout, self._plan, pool)
+        elif (moved := read_moved(self._client.store, self._layout)) is not None:
+            self._plan = moved.applied(self._plan)
+            take_back(self._client, moved, self.id)
 
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""

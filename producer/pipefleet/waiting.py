@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
+from pipefleet.announcements import POOLS_KEY, WORKERS_KEY
 from pipefleet.fleet import Pool, model_label
 from pipefleet.forking import renew_after_fork
 from pipefleet.routing import PREFIX
@@ -22,8 +23,6 @@ LOOK_SECONDS = 2.0
 """How long what was seen of a queue is taken for true."""
 SAY_SECONDS = 30.0
 """How often it is said again that nobody serves a queue."""
-POOLS_KEY = f"{broker.KEY}pools"
-WORKERS_KEY = f"{broker.KEY}workers"
 SCALER_KEY = f"{broker.KEY}scaler:"
 SCALER_SECONDS = 120.0
 """How old what the scaler decided may be."""
@@ -72,7 +71,7 @@ def _base(queue: str) -> str:
 def _count(redis: Redis, queue: str, *, held: bool) -> int:
     """How many jobs wait in a queue; with `held`, those too that workers of its pool took, who are gone."""
     pipe = redis.pipeline(transaction=False)
-    for name in broker.queue_lists(queue):
+    for name in broker.waiting_lists(queue):
         pipe.llen(name)
     if held:
         pipe.hlen(broker.unacked_keys(queue)["unacked_key"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.announcements import announced_workers
 from pipefleet.errors import RunError
 from pipefleet.parts import INSTALL
 
@@ -16,8 +15,7 @@ def writers(redis: Any, pool: str, format: str, *, but: str = "") -> tuple[int, 
 
     A worker that does not tell, as those of earlier releases, counts as one that can. Raises what redis-py raises.
     """
-    every = {name.decode(): json.loads(facts) for name, facts in redis.hgetall(broker.WORKERS_KEY).items()}
-    live = [one for name, one in every.items() if one["pool"] == pool and one["until"] >= time.time() and name != but]
+    live = [one for name, one in announced_workers(redis).items() if one["pool"] == pool and name != but]
     return len(live), sum(format in one.get("formats", [format]) for one in live)
 
 

@@ -8,11 +8,11 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.chaos import bounds, culprits, deaths, outages, refusals, storm, traffic
+from tests.chaos import bounds, culprits, deaths, outages, refusals, rollout, storm, traffic
 from tests.chaos.scenario import SCENARIOS, Scale
 from tests.chaos.world import World
 
-MODULES = (deaths, outages, culprits, traffic, bounds, refusals, storm)
+MODULES = (deaths, outages, culprits, traffic, bounds, refusals, rollout, storm)
 
 
 def main() -> int:

@@ -56,7 +56,7 @@ def leftovers(world: World, *, dead: int = 0) -> list[str]:
     """What is in Redis and should not be once everything has ended; `dead` is how many dead letters there should be."""
     redis, keys = world.redis, broker.unacked_keys(QUEUE)
     left = [f"{name} has entries" for name in LEDGER if redis.exists(keys[f"{name}_key"])]
-    lists = (*broker.queue_lists(QUEUE), *broker.arriving_lists(QUEUE))
+    lists = [name for queue in broker.queues_of(redis, QUEUE) for name in broker.waiting_lists(queue)]
     left += [f"{redis.llen(name)} messages wait in {name!r}" for name in lists if redis.llen(name)]
     left += [f"a journal {key!r}" for key in redis.scan_iter("pipefleet:*suspects*")]
     for key in redis.scan_iter("pipefleet:job:*"):
@@ -88,14 +88,15 @@ def check_queues(world: World) -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert command(["queues", "--json"]) == 0
-    (row,) = json.loads(said.getvalue())
+    rows = json.loads(said.getvalue())  # one for each revision
     redis, keys = world.redis, broker.unacked_keys(QUEUE)
-    high, normal, middle, low = (redis.llen(name) for name in broker.queue_lists(QUEUE))
+    lists = [name for queue in broker.queues_of(redis, QUEUE) for name in broker.queue_lists(queue)]
+    high, normal, middle, low = (sum(map(redis.llen, lists[step::4])) for step in range(4))
     delayed = redis.zcard(keys["delayed_key"])
     dead = redis.llen(keys["dead_key"]) + redis.llen(keys["unreported_key"])
     counted = {"high": high, "normal": normal + middle, "low": low, "delayed": delayed, "dead": dead}
     counted["unacked"] = redis.hlen(keys["unacked_key"]) - delayed
-    assert {name: row[name] for name in counted} == counted
+    assert {name: sum(row[name] for row in rows) for name in counted} == counted
 
 
 def check_singles(jobs: Sequence[Any], seconds: float = 60.0) -> None:

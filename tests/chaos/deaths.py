@@ -141,7 +141,11 @@ def given_twice(world: World, scale: Scale) -> Finding:
 
 
 def _queue_again(world: World, client: Client) -> None:
-    name = broker.queue_list(QUEUE, Priority.NORMAL)
+    for name in (broker.queue_list(queue, Priority.NORMAL) for queue in broker.queues_of(world.redis, QUEUE)):
+        _queue_list_again(world, name)
+
+
+def _queue_list_again(world: World, name: str) -> None:
     for raw in world.redis.lrange(name, 0, -1):
         message = json.loads(raw)
         message["properties"]["delivery_tag"] += "-again"

@@ -13,7 +13,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import JobCancelledError, JobExpiredError
-from pipefleet.planner import shard_id
+from pipefleet.shards import shard_id
 from pipefleet_workers.ending import REVOKED
 from pipefleet_workers.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts

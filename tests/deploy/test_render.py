@@ -168,3 +168,29 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(fleet: Path, tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="name another folder with --output"):
         write(rendered("compose", fleet, RenderOptions()), tmp_path / "file")
+
+
+def test_a_revision_that_a_pool_leaves_is_deployed_beside_it(fleet: Path) -> None:
+    before = rendered("kubernetes", fleet, RenderOptions())
+    fleet.write_text(f'{POOL}previous = {{ model = "org/name", revision = "0" }}\nworkers = {{ min = 2, max = 5 }}\n')
+    found = rendered("kubernetes", fleet, RenderOptions())
+    worker, scaled = found["workers/one-previous.yaml"], found["autoscaling/one-previous.yaml"]
+    assert "name: pipefleet-worker-one-previous" in worker
+    assert '"--pool", "one@previous"' in worker
+    assert "/pools/one@previous" in scaled
+    assert "minReplicaCount: 0" in scaled
+    assert "maxReplicaCount: 5" in scaled
+    assert "workers/one-previous.yaml" in found["kustomization.yaml"]
+    assert found["workers/one.yaml"] == before["workers/one.yaml"], (
+        "the workers of the new revision start anew for nothing"
+    )
+    compose = rendered("compose", fleet, RenderOptions())["pools.yaml"]
+    assert "worker-one-previous:" in compose
+    assert '"--pool", "one@previous"' in compose
+
+
+def test_a_revision_is_not_deployed_under_the_name_of_another_pool(fleet: Path) -> None:
+    other = '[pools.one-previous]\ntask = "text-classification"\nmodel = "org/other"\nrevision = "1"\n'
+    fleet.write_text(f'{POOL}previous = {{ model = "org/name", revision = "0" }}\n{other}')
+    with pytest.raises(FleetFileError, match="would be deployed as one-previous"):
+        load_pools(fleet)

@@ -17,6 +17,7 @@ from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from pipefleet import broker
+from pipefleet.announcements import announced_fleet
 from pipefleet.client import Client
 from pipefleet.fleet import load_fleet
 from pipefleet.settings import Settings
@@ -107,7 +108,7 @@ def test_producer_worker_scaler_and_flower_have_the_rights_they_need(guarded: Gu
             assert job.result(timeout=60)
             client.submit("feature-extraction", "another").cancel()
             redis = broker.connect(guarded.settings("producer"))
-            assert broker.announced_pools(redis).keys() == {"one"}
+            assert announced_fleet(redis).pools.keys() == {"one"}
             assert list(broker.queued_ids(redis, QUEUE)) is not None
         reading = Scaler(load_fleet(guarded.fleet), guarded.settings("control"), cold_start=60.0).tick()
         assert reading["one"].measured.signal.ready == 1

@@ -122,7 +122,8 @@ def compare_with_a_hand_count(up: Up, client: Client) -> None:
     with stopped(up.workers("texts")):
         since = time.time() + 0.5  # a command that was under way when they were stopped
         pool = until(lambda: (one := up.pool("texts")) and one["read_at"] > since and one)
-        queued = [message for name in broker.queue_lists(QUEUE) for message in client.redis.lrange(name, 0, -1)]
+        lists = [name for queue in broker.queues_of(client.redis, QUEUE) for name in broker.queue_lists(queue)]
+        queued = [message for name in lists for message in client.redis.lrange(name, 0, -1)]
         leased = client.redis.hvals(broker.unacked_keys(QUEUE)["unacked_key"])
     assert pool["messages"] == {"queued": len(queued), "leased": len(leased), "delayed": 0}
     assert leased

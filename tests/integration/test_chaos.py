@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos import bounds, culprits, deaths, outages, refusals, storm, traffic
+from tests.chaos import bounds, culprits, deaths, outages, refusals, rollout, storm, traffic
 from tests.chaos.scenario import SCENARIOS, Scale
 from tests.chaos.world import World
 
@@ -21,6 +21,7 @@ CHOSEN = {
     traffic: ("hostile", "cancel-and-expiry", "revoke", "queues-agree"),
     bounds: ("budget-exhausted",),
     refusals: ("refused-shards",),
+    rollout: ("roll-out", "changed-under-a-run", "old-producer"),
     storm: ("storm",),
 }
 

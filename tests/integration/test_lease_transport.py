@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import threading
@@ -467,3 +468,36 @@ def test_the_consumer_may_bury_a_message_and_a_refused_one_is_kept(redis: Redis,
         "b": "it was rejected by its consumer",
     }
     assert {letter.deliveries for letter in worker.dead} == {1}
+
+
+def test_the_queues_of_a_pool_share_leases_and_priority_comes_before_the_queue(redis: Redis, taker: Any) -> None:
+    own = f"{QUEUE}@0a1b2c3d"
+    for queue, priority in itertools.product((QUEUE, own), (9, 3, 0)):
+        message = envelope(f"{queue} {priority}", priority=priority)
+        redis.lpush(broker.queue_list(queue, priority), json.dumps(message))
+    worker = taker(prefetch=1)
+    worker.consumer.add_queue(Queue(own))
+    worker.consumer.consume()
+    taken = []
+    for _ in range(6):
+        (lease,) = worker.leases(1)
+        taken.append((lease.queue, worker.messages[-1].properties["priority"]))
+        lease.ack()
+    assert [priority for _, priority in taken] == [0, 0, 3, 3, 9, 9]
+    assert {queue for queue, _ in taken} == {QUEUE, own}
+    assert broker.unacked_keys(own) == KEYS
+
+
+def test_a_message_is_handed_over_to_another_queue_and_does_not_count_as_delivered(redis: Redis, taker: Any) -> None:
+    own = f"{QUEUE}@0a1b2c3d"
+    push(redis, "first", "second", priority=9)
+    worker = taker()
+    for lease in worker.leases(2):
+        lease.hand_over(own, broker.queue_list(own, 9))
+    until(lambda: redis.llen(broker.queue_list(own, 9)) == 2)
+    assert ledger_is_empty(redis)
+    later = taker()
+    later.consumer.add_queue(Queue(own))
+    later.consumer.consume()
+    assert names(later.take(2)) == ["first", "second"]
+    assert [message.headers["x-delivery-count"] for message in later.messages] == [1, 1]

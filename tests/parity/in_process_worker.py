@@ -11,7 +11,7 @@ from kombu import Connection, Consumer, Queue
 
 from pipefleet import broker
 from pipefleet.fleet import Fleet, Pool
-from pipefleet.routing import queue_name
+from pipefleet.routing import queue_name, work_queue
 from pipefleet.settings import Settings
 from pipefleet_workers.build import build
 from pipefleet_workers.delivery.leases import Lease, lease_of
@@ -46,6 +46,10 @@ class LeaseDelivery:
         self._lease.give_back()
         self._consumer.ended()
 
+    def hand_over(self, queue: str) -> None:
+        self._lease.hand_over(queue, broker.queue_list(queue, self.priority))
+        self._consumer.ended()
+
     def refuse(self, reason: str) -> None:
         self._lease.dead_letter(reason)
         self._consumer.ended()
@@ -55,10 +59,11 @@ class LeaseDelivery:
 def working(fleet: Fleet, pool: Pool, settings: Settings) -> Iterator[Any]:
     """A worker that serves `pool` until the block ends; the `Built` one."""
     queue = queue_name(pool, fleet)
+    queues = [Queue(queue), Queue(work_queue(pool, fleet))]
     built = build(pool, settings, WorkerSettings(warm_up=False), queue=queue, device="cpu", name=f"{pool.name}@test")
     built.consumer.start()
     stopped = threading.Event()
-    thread = threading.Thread(target=_consume, args=(queue, settings, built.consumer, stopped), daemon=True)
+    thread = threading.Thread(target=_consume, args=(queues, settings, built.consumer, stopped), daemon=True)
     thread.start()
     try:
         yield built
@@ -68,7 +73,7 @@ def working(fleet: Fleet, pool: Pool, settings: Settings) -> Iterator[Any]:
         built.consumer.drain(1.0)
 
 
-def _consume(queue: str, settings: Settings, consumer: Any, stopped: threading.Event) -> None:
+def _consume(queues: list[Queue], settings: Settings, consumer: Any, stopped: threading.Event) -> None:
     options = {"priority_steps": list(broker.PRIORITY_STEPS), "sep": broker.PRIORITY_SEPARATOR}
 
     def received(body: Any, message: Any) -> None:
@@ -76,9 +81,9 @@ def _consume(queue: str, settings: Settings, consumer: Any, stopped: threading.E
         assert lease is not None
         consumer.take(LeaseDelivery(body[0][0], lease, consumer))
 
-    options |= broker.unacked_keys(queue)
+    options |= broker.unacked_keys(queues[0].name)
     with Connection(settings.redis_url, transport=TRANSPORT, transport_options=options) as connection:
-        with Consumer(connection.channel(), [Queue(queue)], callbacks=[received], accept=["json"], prefetch_count=64):
+        with Consumer(connection.channel(), queues, callbacks=[received], accept=["json"], prefetch_count=64):
             while not stopped.is_set():
                 with contextlib.suppress(TimeoutError):
                     connection.drain_events(timeout=0.2)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipefleet_workers.local.children import Children
 from pipefleet_workers.local.credentials import Credentials
-from pipefleet_workers.local.fleet_file import FleetFile
+from pipefleet_workers.local.fleet_file import WatchedFile
 from pipefleet_workers.local.follow import Follower
 from pipefleet_workers.local.ports import PortBook
 from pipefleet_workers.local.service import Site
@@ -60,7 +60,7 @@ class FakeCrew:
         site = Site(folder, PortBook(folder / "ports.json"), Credentials(*[""] * 6), self.children)
         self.crew = Crew(site, dict(os.environ), command=fake_worker, grace=10.0, clock=self.clock)
         self.follower = Follower(
-            FleetFile(self.path, clock=self.clock),
+            WatchedFile(self.path, clock=self.clock),
             site.folder("run"),
             least=least,
             outstanding=self._outstanding,

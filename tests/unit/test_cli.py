@@ -22,10 +22,12 @@ from pipefleet.contract import JobState, decode_message
 from pipefleet.errors import ParameterError
 from pipefleet.layout import RunLayout
 from pipefleet.records import FINISH, JobFailure, finish_arguments
+from pipefleet.routing import revision_queue
 from pipefleet.runs import RunProgress
 from pipefleet.tasks import TASKS
 
 QUEUE = "pipefleet.text-classification"
+OWN = revision_queue(QUEUE, "/models/texts", None)
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -253,12 +255,15 @@ class TestOutput:
         assert code == 0
         assert rows["texts"] == {
             "pool": "texts", "queue": QUEUE, "model": "/models/texts", "high": 1, "normal": 1, "low": 0, "unacked": 0,
-            "delayed": 0, "dead": 0,
+            "delayed": 0, "dead": 0, "workers": 0,
+            "note": "no worker serves /models/texts for text-classification; start one with `pipefleet worker --pool texts`",
         }  # fmt: skip
         assert rows["other-speech"]["queue"] == "pipefleet.automatic-speech-recognition.other-speech"
         lines = run(capsys, "queues")[1].splitlines()  # not a terminal: whole lines
-        assert lines[0].split() == ["pool", "queue", "high", "normal", "low", "unacked", "delayed", "dead", "model"]
-        assert ["texts", QUEUE, "1", "1", "0", "0", "0", "0", "/models/texts"] in [line.split() for line in lines]
+        names = ["pool", "queue", "high", "normal", "low", "unacked", "delayed", "dead", "workers", "model"]
+        assert lines[0].split() == names
+        assert ["texts", QUEUE, "1", "1", "0", "0", "0", "0", "0", "/models/texts"] in [line.split() for line in lines]
+        assert lines[-1] == f"texts: {rows['texts']['note']}"
 
     @pytest.fixture
     def worker(self, client: Client) -> Any:
@@ -267,7 +272,7 @@ class TestOutput:
 
         def serve() -> None:
             while not stop.is_set():
-                found: Any = client.redis.brpop([f"{QUEUE}\x06\x163"], timeout=0.1)
+                found: Any = client.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
                 if found:
                     message = decode_message(json.loads(json.loads(found[1])["body"])[0][0])
                     failure = JobFailure("bad_input", "it is bad", "decode").to_json()

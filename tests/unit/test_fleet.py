@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -50,15 +50,20 @@ processor = "org/processor@5b1d8f4"
 max_memory = { 0 = "20GiB", cpu = "1.5GB" }
 offload_folder = "../offload"
 compile = true
+previous = { model = "openai/whisper-tiny", revision = "169d4a4" }
 """,
     ).pool("speech")
-    assert pool == Pool(
+    assert replace(pool, previous=()) == Pool(
         "speech", "automatic-speech-recognition", "openai/whisper-tiny.en", "87c7102", True,
         str(file.parent.resolve() / "tokenizer"), "cuda:1", "auto", "bfloat16", {"return_timestamps": True}, 4000, 8,
         WorkerRange(1, 20), 60.0, True, "org/processor@5b1d8f4", {"0": "20GiB", "cpu": "1.5GB"},
         str(file.parent.resolve().parent / "offload"), True,
     )  # fmt: skip
-    keys = [one for one in fields(Pool) if one.name != "queue"]  # only announced, see below
+    (retired,) = pool.previous
+    told = {"model": "openai/whisper-tiny", "revision": "169d4a4", "workers": WorkerRange(0, 20), "generation": 1}
+    assert retired == replace(pool, previous=(), **told)
+    announced = ("queue", "revision_queue", "generation")  # see below
+    keys = [one for one in fields(Pool) if one.name not in announced]
     assert all(getattr(pool, one.name) != one.default for one in keys), "a key without a test of its own"
 
 

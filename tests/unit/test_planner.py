@@ -84,7 +84,7 @@ class MarkedRedis:
     def ignore(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is kept."""
 
-    set = hset = hdel = expire = delete = hmget = ignore
+    set = hget = hset = hdel = expire = delete = hmget = ignore
 
     def bitcount(self, key: str) -> int:
         return 0
@@ -99,7 +99,7 @@ class MarkedRedis:
         return self
 
     def execute(self) -> list[Any]:
-        return [[b"1", None], 0, 0]
+        return [[b"1", None, None], 0, 0]
 
 
 class Published:

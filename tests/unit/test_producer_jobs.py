@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipefleet import broker
+from pipefleet.announcements import announce_pool
 from pipefleet.client import Client
 from pipefleet.contract import JobMessage, JobState, decode_message
 from pipefleet.errors import (
@@ -28,10 +29,12 @@ from pipefleet.errors import (
 from pipefleet.jobs import Job
 from pipefleet.pipelines import _is_dataset, pipeline
 from pipefleet.records import FINISH, SUBMIT, JobFailure, finish_arguments
+from pipefleet.routing import revision_queue
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"
 QUEUE = f"pipefleet.{TEXTS}"
+OWN = revision_queue(QUEUE, "/models/texts", None)
 
 
 class Worker:
@@ -41,8 +44,8 @@ class Worker:
         self.redis = client.redis
 
     def take(self, priority: int = 3) -> JobMessage:
-        name = QUEUE if priority == 0 else f"{QUEUE}\x06\x16{priority}"
-        found: Any = self.redis.brpop([name], timeout=20)
+        names = [broker.queue_list(queue, priority) for queue in (OWN, *broker.queues_of(self.redis, QUEUE))]
+        found: Any = self.redis.brpop(names, timeout=20)
         assert found, "nothing was queued"
         return decode_message(json.loads(json.loads(found[1])["body"])[0][0])
 
@@ -71,7 +74,7 @@ class TestSubmit:
         record = job.record()
         assert record.submitted is not None
         assert message.deadline == pytest.approx(record.submitted + 60, abs=30)
-        assert (job.status(), record.queue) == (JobState.QUEUED, QUEUE)
+        assert (job.status(), record.queue) == (JobState.QUEUED, OWN)
         assert client.redis.ttl(broker.job_key(job.id)) > 0  # type: ignore[operator]
 
     @pytest.mark.parametrize(("priority", "step"), [("high", 0), ("normal", 3), ("low", 9)])
@@ -331,7 +334,7 @@ class TestPipeline:
         def serve() -> None:
             held: list[JobMessage] = []
             while not stop.is_set():
-                found: Any = worker.redis.brpop([f"{QUEUE}\x06\x163"], timeout=0.1)
+                found: Any = worker.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
                 if found:
                     held.append(decode_message(json.loads(json.loads(found[1])["body"])[0][0]))
                 if len(held) == 2 or not found:
@@ -405,8 +408,8 @@ def test_a_fleet_without_a_file_is_what_workers_announce(
 ) -> None:
     monkeypatch.delenv("PIPEFLEET_FLEET")
     pool = {"task": TEXTS, "model": "org/a", "revision": "1", "default": False}
-    broker.announce_pool(client.redis, "texts", pool, seconds=60)
-    broker.announce_pool(client.redis, "gone", {**pool, "model": "org/gone"}, seconds=-1)
+    announce_pool(client.redis, "texts", {**pool, "queue": QUEUE}, seconds=60)
+    announce_pool(client.redis, "gone", {**pool, "model": "org/gone"}, seconds=-1)
     with Client() as unaware:
         assert list(unaware.fleet.pools) == ["texts"]
         unaware.submit(TEXTS, "good", model="org/a")
@@ -419,11 +422,11 @@ def test_a_worker_that_comes_later_is_found(client: Client, monkeypatch: pytest.
         with pytest.raises(UnknownModelError, match="is a worker running"):
             unaware.submit(TEXTS, "good")
         pool = {"task": TEXTS, "model": "org/a", "revision": "1", "default": False, "queue": QUEUE, "later": 1}
-        broker.announce_pool(client.redis, "texts", pool, seconds=60)
+        announce_pool(client.redis, "texts", pool, seconds=60)
         unaware.submit(TEXTS, "good")
         assert worker.take().model == "org/a"
-        broker.announce_pool(client.redis, "texts", {**pool, "model": "org/b"}, seconds=60)
-        monkeypatch.setattr(unaware, "_fleet_until", 0.0)  # what was announced is taken for five seconds
+        announce_pool(client.redis, "texts", {**pool, "model": "org/b"}, seconds=60)
+        monkeypatch.setattr(unaware, "_announced_until", 0.0)  # what was announced is taken for five seconds
         unaware.submit(TEXTS, "good")
         assert worker.take().model == "org/b"
 

@@ -249,7 +249,7 @@ class TestCancel:
         run.join_planner()
         assert source.taken == 15
         assert run.progress().state == "cancelled"
-        client.redis.delete(*broker.queue_lists(QUEUE))  # what workers do with the messages of a cancelled run
+        client.redis.delete(*broker.queue_lists(run.plan.queue))  # what workers do with the messages of a cancelled run
         for _ in range(85):
             source.more.release()
         assert run.resume() >= 3

@@ -16,12 +16,15 @@ from redis.exceptions import RedisError
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard
+from pipefleet.fleet import Pool
+from pipefleet.revisions import Part
 from pipefleet_workers.scaling.decide import Limits, State, decide
 from pipefleet_workers.scaling.ledger import Done, WorkCount, read_done, record_done, work_key
 from pipefleet_workers.scaling.messages import SAMPLE, Content, message_cost
 from pipefleet_workers.scaling.signal import Memory, Reading, measure, read_pool
 
 QUEUE = "pipefleet.text-classification"
+PART = Part(Pool("texts", "text-classification", "/texts"), QUEUE, (QUEUE,))
 SINGLE = JobMessage(id="one", task="text-classification", items=(JobItem("0", "text"),))
 
 
@@ -38,7 +41,7 @@ def put(redis: Redis, jobs: list[JobMessage], priority: Priority = Priority.NORM
 
 
 def look(redis: Redis, workers: int = 1, now: float | None = None) -> Reading:
-    return read_pool(redis, "texts", QUEUE, workers=workers, now=now or time.time(), source=random.Random(1))
+    return read_pool(redis, PART, workers=workers, now=now or time.time(), source=random.Random(1))
 
 
 def cost(reading: Reading, state: str) -> float:

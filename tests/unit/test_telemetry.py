@@ -16,6 +16,7 @@ import pytest
 
 from pipefleet import broker, tracecontext
 from pipefleet.client import Client
+from pipefleet.routing import revision_queue
 from pipefleet_workers.telemetry import laid_out
 from tests.checkpoints import cached
 from tests.integration.lease_world import until
@@ -38,7 +39,7 @@ def test_no_stage_leaves_its_job() -> None:
 
 
 def header(client: Client) -> dict[str, Any]:
-    raw: Any = client.redis.lpop(broker.queue_lists(QUEUE)[1])
+    raw: Any = client.redis.lpop(broker.queue_lists(revision_queue(QUEUE, "/models/texts", None))[1])
     return dict(json.loads(raw)["headers"])
 
 

@@ -13,9 +13,11 @@ from pipefleet.clock import ServerClock
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
 from pipefleet.fleet import Pool
+from pipefleet.fleetfile import FleetFile
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
+from pipefleet.routing import revision_queue
 from pipefleet.settings import Settings
 from pipefleet.storage import join_uri
 from pipefleet.tasks import task_spec
@@ -24,6 +26,7 @@ from pipefleet_workers.acceleration import accelerated
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.burials import Burials
 from pipefleet_workers.consume.consumer import Consumer, Limits
+from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
 from pipefleet_workers.consume.shards import Shards
@@ -81,10 +84,18 @@ class Built:
 
 
 def build(
-    pool: Pool, settings: Settings, worker_settings: WorkerSettings, *, queue: str, device: str | None, name: str
+    pool: Pool,
+    settings: Settings,
+    worker_settings: WorkerSettings,
+    *,
+    queue: str,
+    device: str | None,
+    name: str,
+    fleet_file: FleetFile | None = None,
 ) -> Built:
     """The consumer of one pool, its model loaded and warm, its engine running; and what was found out about batching.
 
+    `queue` is that of the pool. Jobs of other revisions that come through it go to whom `fleet_file` or a live worker names.
     Raises ModelError, or UsageError when the metrics port is in use.
     """
     row = RUNTIME[pool.task]
@@ -110,10 +121,11 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    jobs = Jobs(pool, engine, outlets.allowed, clock=_clock(settings))
+    jobs = Jobs(pool, engine, outlets.allowed, Elsewhere(settings, fleet_file), clock=_clock(settings))
+    own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
-    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics))
+    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue)
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed)
     return Built(consumer, outlets.reporter, facts, burials, letters=worker_settings.transport != "stock")
 

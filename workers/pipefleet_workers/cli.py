@@ -23,7 +23,7 @@ from pipefleet_workers.watch import command as watch
 if TYPE_CHECKING:
     from pipefleet.fleet import Fleet, Pool
     from pipefleet_workers.local import Stack
-    from pipefleet_workers.local.fleet_file import FleetFile
+    from pipefleet_workers.local.fleet_file import WatchedFile
 
 DEFAULT_DATA = Path(".pipefleet")
 UP = """\
@@ -96,9 +96,10 @@ def _register_worker(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
     parser.add_argument("--pool", help="a pool of the fleet file")
+    parser.add_argument("--previous", action="store_true", help="serve the revision that the pool is leaving")
     parser.add_argument("--task", help="without a fleet file: the task to serve")
-    parser.add_argument("--model", help="without a fleet file: hub name, folder or s3:// prefix")
-    parser.add_argument("--revision", help="without a fleet file: the revision of a hub model")
+    parser.add_argument("--model", help="hub name, folder or s3:// prefix; with a fleet file: another than the pool's")
+    parser.add_argument("--revision", help="the revision of a hub model")
     parser.add_argument("--device", help="auto, cpu or cuda:N (default: the pool's)")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU (default: all cores)")
     parser.add_argument("--ready-file", type=Path, help="file that is written once the worker consumes")
@@ -107,14 +108,17 @@ def _register_worker(commands: Commands) -> None:
 
 def worker(arguments: argparse.Namespace) -> int:
     """Run a worker until SIGTERM."""
+    from pipefleet.fleetfile import FleetFile
     from pipefleet.settings import load_settings
     from pipefleet_workers.settings import WorkerSettings
     from pipefleet_workers.worker import Worker, prepare_process
 
     prepare_process(threads=arguments.threads)
     settings = load_settings()
-    fleet, pool = _chosen_pool(arguments, settings.fleet_path)
-    one = Worker(fleet, pool, settings, WorkerSettings())
+    fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
+    worker_settings = WorkerSettings()
+    now = worker_settings.fleet_now or path
+    one = Worker(fleet, pool, settings, worker_settings, None if now is None else FleetFile(now))
     logs.configure(pool=pool.name, worker=one.name)
     with logs.errors_as_lines():
         return one.run(device=arguments.device, ready_file=arguments.ready_file)
@@ -123,12 +127,12 @@ def worker(arguments: argparse.Namespace) -> int:
 def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
     from pipefleet.settings import load_settings
-    from pipefleet_workers.local.fleet_file import FleetFile
+    from pipefleet_workers.local.fleet_file import WatchedFile
 
     path = arguments.fleet or load_settings().fleet_path
     if path is None:
         raise UsageError("there is no fleet.toml here; name one with --fleet, or see `pipefleet demo` for a ready one")
-    file = FleetFile(path, allow_unpinned=arguments.allow_unpinned)
+    file = WatchedFile(path, allow_unpinned=arguments.allow_unpinned)
     fleet = file.read().fleet  # a wrong file is told before anything starts
     stack = _stack(arguments, file)
     logs.configure()
@@ -173,7 +177,7 @@ def demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.data, stay=sys.stdout.isatty())
 
 
-def _stack(arguments: argparse.Namespace, file: FleetFile) -> Stack:
+def _stack(arguments: argparse.Namespace, file: WatchedFile) -> Stack:
     from pipefleet_workers.local import Stack
     from pipefleet_workers.local.autoscale import Pace
     from pipefleet_workers.local.workers import worker_command
@@ -210,18 +214,35 @@ def reload_on_sighup(reload: Callable[[], None]) -> None:
     signal.signal(signal.SIGHUP, hang_up)
 
 
-def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool]:
+def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, Path | None]:
     from pipefleet.fleet import load_fleet, parse_fleet
 
     path = arguments.fleet or path
-    if arguments.task or arguments.model:
-        return _single_pool(arguments, parse_fleet)
+    if arguments.task or (arguments.model and path is None):
+        return *_single_pool(arguments, parse_fleet), None
     if path is None:
         raise UsageError("name a fleet file with --fleet, or a --task and a --model")
     fleet = load_fleet(path, allow_unpinned=arguments.allow_unpinned)
     if arguments.pool is None and len(fleet.pools) > 1:
         raise UsageError(f"the fleet has several pools; choose one with --pool: {', '.join(fleet.pools)}")
-    return fleet, fleet.pool(arguments.pool or next(iter(fleet.pools)))
+    pool = fleet.pool(arguments.pool or next(iter(fleet.pools)))
+    return fleet, _chosen_revision(arguments, pool), path
+
+
+def _chosen_revision(arguments: argparse.Namespace, pool: Pool) -> Pool:
+    """The revision of a pool of the fleet file that was asked for; new work goes to none but the pool's own."""
+    from pipefleet.fleet import with_revision
+
+    if arguments.previous:
+        if arguments.model or arguments.revision:
+            raise UsageError("--previous is the revision that the fleet file names; leave --model and --revision out")
+        if not pool.previous:
+            raise UsageError(f"pool {pool.name} has no `previous` in the fleet file; name a --model and a --revision")
+        return pool.previous[0]
+    if not arguments.model and not arguments.revision:
+        return pool
+    model = arguments.model or pool.model
+    return with_revision(pool, model, arguments.revision, allow_unpinned=arguments.allow_unpinned)
 
 
 def _single_pool(arguments: argparse.Namespace, parse_fleet: Any) -> tuple[Fleet, Pool]:

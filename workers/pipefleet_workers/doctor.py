@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
+from pipefleet.announcements import announced_fleet, announced_workers
 from pipefleet.errors import PipefleetError
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
-from pipefleet_workers.facts import announced_workers
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -82,12 +82,17 @@ def _pools(client: Client) -> list[tuple[PoolRow, Pool]]:
     from pipefleet_workers.watch.read import read_fleet
 
     fleet = client.fleet
-    found = [(row, fleet.pools[row.pool]) for row in read_fleet(client, fleet).pools]
     with broker.redis_errors(client.settings.redis_url):
-        announced = broker.announced_pools(client.redis)
-    others = {name: Pool.announced(name, one) for name, one in announced.items() if name not in fleet.pools}
-    rows = read_fleet(client, Fleet(others)).pools
-    return found + [(row, others[row.pool]) for row in rows if sum(row.messages.values())]
+        announced = announced_fleet(client.redis)
+    others = Fleet({name: pool for name, pool in announced.pools.items() if name not in fleet.pools})
+    named = fleet.revisions
+    rows = [(row, row.pool in named) for row in read_fleet(client, fleet).pools]
+    rows += [(row, False) for row in read_fleet(client, others).pools]
+    return [
+        (row, named.get(row.pool) or Pool(row.pool, row.task, row.model))
+        for row, is_named in rows
+        if is_named or sum(row.messages.values()) > 0
+    ]
 
 
 def _pool(row: PoolRow, pool: Pool) -> Check:
@@ -194,7 +199,7 @@ def _workers(settings: Settings, *, needed: bool) -> str:
         return "none is alive, and none is needed now"
     if not workers:
         raise PipefleetError("no worker is alive; start one with `pipefleet worker --pool NAME`, or `pipefleet up`")
-    return "; ".join(f"{name}: {facts['batching']}" for name, facts in sorted(workers.items()))
+    return "; ".join(f"{name}: {facts.get('batching', '')}" for name, facts in sorted(workers.items()))
 
 
 def _images(settings: Settings) -> str:

@@ -1,19 +1,18 @@
 """What a worker knows of itself and tells the fleet: its pool, its budget, whether padding is exact, what a batch costs.
 
-Kept in the Redis hash `pipefleet:workers`, by worker; an entry ends with its heartbeat, or when the worker signs off.
+Kept in the Redis hash `pipefleet:workers` (see `pipefleet.announcements`); an entry ends with its heartbeat, or when the worker
+signs off.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.broker import WORKERS_KEY as WORKERS_KEY
-from pipefleet.contract import encode_json
+from pipefleet.announcements import WORKERS_KEY, announce_worker, announced_workers
 from pipefleet.fleet import Pool
 from pipefleet.parts import writable_formats
+from pipefleet.routing import revision_queue
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.scaling.ledger import ITEM_COUNTS, record_items
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from pipefleet_workers.device import Instruments
     from pipefleet_workers.pulse import Beat, Pulse
     from pipefleet_workers.warmup import WarmUp
+
+__all__ = ["WORKERS_KEY", "Facts", "announced_workers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Facts:
     found: WarmUp
     instruments: Instruments
     pulse: Pulse
+    queue: str
+    """That of the revision that the worker serves."""
 
     def to_json(self) -> dict[str, Any]:
         """What is announced; `base` and `per_cost` are the fitted seconds of a batch."""
@@ -41,6 +44,7 @@ class Facts:
         batching = self.found.describe() if self.found.seconds else "not measured"
         return {
             "pool": self.pool.name,
+            "queue": self.queue,
             "max_cost": self.limits.max_cost,
             "pads": self.found.pads,
             **fitted,
@@ -55,9 +59,7 @@ class Facts:
             if name in facts:
                 self.instruments.metrics.fact(name, float(facts[name]))
         beat = self._tell(redis)
-        now = time.time()
-        content = {**facts, **beat.to_json(), "at": now, "until": now + seconds}
-        redis.hset(WORKERS_KEY, self.worker, encode_json(content))
+        announce_worker(redis, self.worker, {**facts, **beat.to_json()}, seconds=seconds)
 
     def withdraw(self, redis: Any) -> None:
         """The worker ends: take the entry away and tell what it did last."""
@@ -65,18 +67,9 @@ class Facts:
         redis.hdel(WORKERS_KEY, self.worker)
 
     def _tell(self, redis: Any) -> Beat:
-        self.instruments.work.flush(redis, self.pool.name)
+        revision = revision_queue(self.pool.name, self.pool.model, self.pool.revision)
+        self.instruments.work.flush(redis, self.pool.name, revision)
         beat = self.pulse.beat()
         record_items(redis, self.pool.name, **{name: getattr(beat, name) for name in ITEM_COUNTS})
         self.pulse.told(beat)
         return beat
-
-
-def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:
-    """The facts of every worker that is alive, by name; entries of dead ones are removed."""
-    entries = {name.decode(): json.loads(value) for name, value in redis.hgetall(WORKERS_KEY).items()}
-    now = time.time()
-    gone = [name for name, facts in entries.items() if facts["until"] < now]
-    if gone:
-        redis.hdel(WORKERS_KEY, *gone)
-    return {name: facts for name, facts in entries.items() if facts["until"] >= now}

@@ -50,7 +50,7 @@ class Metrics:
         self._cost = self._counter("pipefleet_batch_cost_total", "cost of batches, padded and useful", "kind")
         self._busy = self._counter("pipefleet_device_busy_seconds_total", "seconds in which a forward ran")
         self._messages = self._counter("pipefleet_messages_total", "messages of the queue", "event")
-        for event in ("delivered", "redelivered", "handed_back"):
+        for event in ("delivered", "redelivered", "handed_back", "handed_over"):
             self._child(self._messages, event)  # a rate needs the zero before the first
         for state in STATES:
             self._child(self._items, state)
@@ -72,7 +72,7 @@ class Metrics:
         self._cost.labels(self._pool, "useful").inc(useful)
 
     def message(self, event: str) -> None:
-        """Count one message that was `delivered`, `redelivered` or `handed_back`."""
+        """Count one message that was `delivered`, `redelivered`, `handed_back` or `handed_over`."""
         self._child(self._messages, event).inc()
 
     def processed(self, seconds: Sequence[Mapping[str, float]]) -> None:

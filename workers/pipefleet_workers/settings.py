@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -49,4 +50,7 @@ class WorkerSettings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65_535, description="port for Prometheus on loopback; 0 serves none")
     metrics_address: str = Field("127.0.0.1", description="address that the metrics are served on")
     trace: str = Field("", description="file that the spans of all stages are appended to")
+    fleet_now: Path | None = Field(
+        None, description="the fleet file that is edited, where the worker was started with a copy of it"
+    )
     announce_seconds: float = Field(10.0, gt=0, description="seconds between two announcements of the pool")

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
+from pipefleet.announcements import announce_pool, withdraw_pool
 from pipefleet.contract import TASK_NAME
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet import Fleet, Pool
-from pipefleet.routing import queue_name
+from pipefleet.fleetfile import FleetFile
+from pipefleet.revisions import forget_revisions
+from pipefleet.routing import announcement, queue_name, revision_queue
 from pipefleet.settings import Settings
 from pipefleet_workers import logs, telemetry
 from pipefleet_workers.settings import WorkerSettings
@@ -41,14 +44,26 @@ def prepare_process(*, threads: int | None) -> None:
 
 
 class Worker:
-    """One worker process, called `name` in the fleet. `run` blocks until SIGTERM or SIGINT and returns an exit code."""
+    """One worker process, called `name` in the fleet. `run` blocks until SIGTERM or SIGINT and returns an exit code.
 
-    def __init__(self, fleet: Fleet, pool: Pool, settings: Settings, worker_settings: WorkerSettings) -> None:
+    `fleet_file` is where `fleet` came from: it says later which other revisions have a place in the fleet.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        pool: Pool,
+        settings: Settings,
+        worker_settings: WorkerSettings,
+        fleet_file: FleetFile | None = None,
+    ) -> None:
         self._pool = pool
         self._settings = settings
         self._worker_settings = worker_settings
         self._queue = queue_name(pool, fleet)
-        self._announcement = pool.to_json() | {"default": self._queue.count(".") == 1, "queue": self._queue}
+        self._revision_queue = revision_queue(self._queue, pool.model, pool.revision)
+        self._announcement = announcement(pool, fleet)
+        self._fleet_file = fleet_file
         self.name = f"{pool.name}@{socket.gethostname()}-{os.getpid()}"
         self._stopping = threading.Event()
 
@@ -62,14 +77,24 @@ class Worker:
         with broker.redis_errors(self._settings.redis_url):
             broker.connect(self._settings).ping()
         built = build(
-            self._pool, self._settings, self._worker_settings, queue=self._queue, device=device, name=self.name
+            self._pool,
+            self._settings,
+            self._worker_settings,
+            queue=self._queue,
+            device=device,
+            name=self.name,
+            fleet_file=self._fleet_file,
         )
         task = self._task(built)
-        app = broker.celery_app(self._settings, queue=self._queue, **self._transport(built, task))
+        app = broker.celery_app(
+            self._settings, queue=self._queue, revision_queue=self._revision_queue, **self._transport(built, task)
+        )
         self._register(app, task, built)
         self._connect_signals(ready_file)
         built.consumer.start()
         telemetry.start(self._pool.name, self.name)
+        with broker.redis_errors(self._settings.redis_url):
+            forget_revisions(broker.connect(self._settings))
         announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
         announcer.start()
         threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
@@ -128,7 +153,7 @@ class Worker:
         from celery import signals
 
         def ready(**_: Any) -> None:
-            log.info("ready: queue %s", self._queue)
+            log.info("ready: queue %s", self._revision_queue)
             if ready_file is not None:
                 ready_file.write_text(f"{os.getpid()}\n")
 
@@ -149,17 +174,28 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 with broker.redis_errors(self._settings.redis_url):
-                    broker.announce_pool(redis, self._pool.name, self._announcement, seconds=3 * seconds)
+                    announce_pool(redis, self._pool.name, self._announced(), seconds=3 * seconds)
+                    broker.note_revision(redis, self._revision_queue, self._pool.model, self._pool.revision)
                     facts.announce(redis, seconds=3 * seconds)
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)
             self._stopping.wait(seconds)
 
+    def _announced(self) -> dict[str, Any]:
+        """What is announced now: the fleet file may have changed which revision new work goes to."""
+        pool = None if self._fleet_file is None else self._fleet_file.fleet().pools.get(self._pool.name)
+        if pool is None or pool.task != self._pool.task:
+            return self._announcement
+        is_current = (pool.model, pool.revision) == (self._pool.model, self._pool.revision)
+        return self._announcement | {"retired": not is_current}
+
     def _withdraw(self, facts: Facts) -> None:
         """Tell the fleet that this worker has ended, and what it did last."""
         try:
             with broker.redis_errors(self._settings.redis_url):
-                facts.withdraw(broker.connect(self._settings))
+                redis = broker.connect(self._settings)
+                facts.withdraw(redis)
+                withdraw_pool(redis, self._pool.name, self._announcement)
         except PipefleetError as error:
             log.warning("cannot sign off: %s", error)
 

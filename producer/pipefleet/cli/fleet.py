@@ -83,25 +83,39 @@ def _input(spec: TaskSpec) -> str:
 
 
 def queues(arguments: argparse.Namespace) -> int:
-    """Print the depth of every pool's queue: waiting by priority, with workers, kept aside, and given up."""
+    """Print what waits for every pool and revision, by priority, with workers, kept aside, and given up; and who serves it."""
     from pipefleet import broker
     from pipefleet.client import Client
-    from pipefleet.fleet import model_label
 
-    with Client() as client:
-        rows = []
-        for pool, queue in _queues(client):
-            with broker.redis_errors(client.settings.redis_url):
-                depth = broker.depth(client.redis, queue)
-                dead = broker.count_dead_letters(client.redis, queue)
-            label = model_label(pool.model, pool.revision)
-            rows.append({"pool": pool.name, "queue": queue, "model": label, **depth, "dead": dead})
+    with Client() as client, broker.redis_errors(client.settings.redis_url):
+        rows = _backlog_rows(client)
     if arguments.json:
         print_json(rows)
         return 0
-    names = ("pool", "queue", "high", "normal", "low", "unacked", "delayed", "dead", "model")
+    names = ("pool", "queue", "high", "normal", "low", "unacked", "delayed", "dead", "workers", "model")
     _table(names, [tuple(str(row[name]) for name in names) for row in rows])
+    for row in rows:
+        if row["note"]:
+            print(f"{row['pool']}: {row['note']}")
     return 0
+
+
+def _backlog_rows(client: Client) -> list[dict[str, Any]]:
+    from pipefleet import broker
+    from pipefleet.fleet import model_label
+    from pipefleet.revisions import read_backlogs
+    from pipefleet.routing import queue_name
+
+    rows = []
+    for one in read_backlogs(client.redis, client.fleet):
+        part, pool = one.part, one.part.pool
+        own = pool.generation > 0
+        row: dict[str, Any] = {"pool": part.key, "queue": part.queue if own else queue_name(pool, client.fleet)}
+        row |= {"model": model_label(pool.model, pool.revision), **one.waiting}
+        row |= {"unacked": one.held.leased, "delayed": one.held.delayed}
+        row |= {"dead": 0 if own else broker.count_dead_letters(client.redis, part.queue)}
+        rows.append({**row, "workers": one.workers, "note": one.note})
+    return rows
 
 
 def dead_letters(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, add_model_options, command, print_json, read_parameters
+from pipefleet.errors import UsageError
 
 if TYPE_CHECKING:
     from pipefleet.progress import RunProgress
@@ -43,6 +44,8 @@ def register(commands: Commands) -> None:
         parser.add_argument("uri", metavar="RUN_URI", help="the output that map was given")
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         if name == "resume":
+            parser.add_argument("--model", help="go on with this model, which a pool of the fleet serves")
+            parser.add_argument("--revision", help="its revision")
             _add_waiting(parser, "return when all is queued, not when it has ended")
 
 
@@ -104,11 +107,15 @@ def resume(arguments: argparse.Namespace) -> int:
 
     with Client() as client:
         run = client.run(arguments.uri)
+        if arguments.revision and not arguments.model:
+            raise UsageError("--revision belongs to --model; name both")
         stopped = run.progress().reason
         if stopped:
             print(f"{run.uri}: the planning had stopped: {stopped}", file=sys.stderr)
-        queued = run.resume()
+        queued = run.resume(model=arguments.model, revision=arguments.revision)
         print(f"{run.uri}: {queued} shards were missing or refused and are queued again", file=sys.stderr)
+        if not run.progress().ended and (waits := run.unserved()):
+            print(f"pipefleet: {waits}", file=sys.stderr)
         if arguments.detach:
             run.join_planner()
             return _report(run, run.progress(), as_json=arguments.json)

@@ -23,6 +23,7 @@ from celery.utils.imports import symbol_by_name
 from celery.worker import state
 from celery.worker.request import Request, create_request_cls
 
+from pipefleet import broker
 from pipefleet.broker import TIME_HEADER
 from pipefleet.contract import JobState
 from pipefleet_workers.consume.consumer import Consumer
@@ -186,6 +187,12 @@ class CeleryDelivery:
         """Put the message back to its place in the queue."""
         self._soon(self._hand_back)
 
+    def hand_over(self, queue: str) -> None:
+        """Move the message to another queue."""
+        if self.lease is not None:
+            self.lease.hand_over(queue, broker.queue_list(queue, self.priority))
+        self._soon(lambda: self._move(queue))
+
     def refuse(self, reason: str) -> None:
         """Put the message to the dead letters, and first tell who waits for the job; asks Redis, so never in the event loop."""
         self._task.refused(self.payload, reason)
@@ -227,6 +234,15 @@ class CeleryDelivery:
     def _hand_back(self) -> None:
         self._leave()
         self._request.reject(requeue=True)
+
+    def _move(self, queue: str) -> None:
+        if self.lease is not None:
+            return self._hand_back()  # the lease has ended; this closes Celery's own books
+        self._task.app.send_task(
+            self._request.name, [self.payload], task_id=self._request.id, queue=queue, priority=self.priority
+        )
+        self._leave()
+        self._request.acknowledge()
 
     def _refuse(self, reason: str) -> None:
         self._leave()

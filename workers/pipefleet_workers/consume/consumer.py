@@ -1,4 +1,4 @@
-"""`Consumer`: takes deliveries from the queue and sees to it that each ends once: done, given back, or refused.
+"""`Consumer`: takes deliveries from the queue and sees to it that each ends once: done, given back, handed over, or refused.
 
     take ─┬▶ intake ─┬▶ singles            many jobs at once, no thread for each
           │          └▶ shards             a few threads
@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pipefleet.contract import JobMessage, decode_message
-from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.errors import ContractError, PipefleetError, ServiceUnavailableError
 from pipefleet.patience import pause
 from pipefleet_workers.consume.delivery import Delivery, DrainedError, RevokedError
 from pipefleet_workers.consume.gate import Gate
@@ -170,6 +170,15 @@ class Consumer:
 
         self._leave(delivery, act)
 
+    def hand_over(self, delivery: Delivery, queue: str) -> None:
+        """Move the message to the queue of the revision that it wants."""
+
+        def act() -> None:
+            self._tally.handed_over()
+            delivery.hand_over(queue)
+
+        self._leave(delivery, act)
+
     def refuse(self, delivery: Delivery, reason: str) -> None:
         """Put the message to the dead letters."""
         self._leave(delivery, lambda: delivery.refuse(reason))
@@ -254,10 +263,18 @@ class Consumer:
                 self.give_back(delivery)
                 continue
             try:
-                found.append((delivery, _job_of(delivery)))
+                message = _job_of(delivery)
+                other = self._jobs.elsewhere(message)
             except ContractError as error:
                 log.error("refused a message: %s", error)
                 self.refuse(delivery, str(error))
+            except ServiceUnavailableError as error:
+                self.postpone(delivery, error)
+            else:
+                if other is None:
+                    found.append((delivery, message))
+                else:
+                    self.hand_over(delivery, other)
         return found
 
     def _take_accused_in(self) -> None:

@@ -1,4 +1,4 @@
-"""`Delivery`: one message in this worker's hands, and the three ways in which it can leave them."""
+"""`Delivery`: one message in this worker's hands, and the four ways in which it can leave them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RevokedError(Exception):
 class Delivery(Protocol):
     """A message that was delivered to this worker. Thread-safe.
 
-    Exactly one of `done`, `give_back` and `refuse` ends it; only the consumer calls them, once.
+    Exactly one of `done`, `give_back`, `hand_over` and `refuse` ends it; only the consumer calls them, once.
     """
 
     id: str
@@ -52,6 +52,9 @@ class Delivery(Protocol):
 
     def give_back(self) -> None:
         """Put the message back to its place in the queue."""
+
+    def hand_over(self, queue: str) -> None:
+        """Move the message to another queue, whose workers serve it; this delivery does not count."""
 
     def refuse(self, reason: str) -> None:
         """Put the message to the dead letters."""

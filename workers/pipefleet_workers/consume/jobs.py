@@ -15,6 +15,7 @@ from pipefleet.records import JobFailure
 from pipefleet.storage import refs_in
 from pipefleet.tasks import TaskSpec, task_spec
 from pipefleet_workers.consume.delivery import RevokedError
+from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.engine import Engine
 from pipefleet_workers.items import JobContext, Outcome, Sink, Work
 from pipefleet_workers.objects import WorkerStore
@@ -49,12 +50,14 @@ class Jobs:
         pool: Pool,
         engine: Engine,
         allowed: tuple[str, ...] = ("s3://",),
+        elsewhere: Elsewhere | None = None,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._pool = pool
         self._spec: TaskSpec = task_spec(pool.task)
         self._allowed = allowed
+        self._elsewhere = elsewhere
         self._contexts: dict[int, JobContext] = {}
         self._revoked: set[str] = set()
         self._lock = threading.Lock()
@@ -118,13 +121,19 @@ class Jobs:
         for context in contexts:
             context.give_back(reason)
 
+    def elsewhere(self, message: JobMessage) -> str | None:
+        """The queue of the revision that a job of this task wants, where that is another than this worker's and is served.
+
+        Raises ServiceUnavailableError.
+        """
+        if message.task != self._pool.task or self._serves(message) or self._elsewhere is None:
+            return None
+        return self._elsewhere.queue_for(message)
+
     def refusal(self, message: JobMessage) -> JobFailure | None:
         """Why this worker must not run a job, or None."""
-        served = model_label(self._pool.model, self._pool.revision)
-        wanted = model_label(message.model or "", message.revision)
-        if message.task != self._pool.task or (message.model is not None and wanted != served):
-            text = f"the job wants {message.task} with {wanted or 'any model'}, this worker serves {self._pool.task} with {served}"
-            return JobFailure("wrong_pool", text, "consume")
+        if message.task != self._pool.task or not self._serves(message):
+            return JobFailure("wrong_pool", self._wrong_pool(message), "consume")
         if message.output is not None and not lies_under(message.output, self._allowed):
             return JobFailure("forbidden", f"{message.output} lies outside what this worker may write", "consume")
         if message.shard is None and len(message.items) != 1:
@@ -134,6 +143,17 @@ class Jobs:
         except PipefleetError as error:
             return JobFailure(error.code, str(error), "consume")
         return None
+
+    def _serves(self, message: JobMessage) -> bool:
+        return message.model is None or self._pool.serves(self._pool.task, message.model, message.revision)
+
+    def _wrong_pool(self, message: JobMessage) -> str:
+        served = model_label(self._pool.model, self._pool.revision)
+        wanted = model_label(message.model or "", message.revision)
+        text = f"the job wants {message.task} with {wanted or 'any model'}, this worker serves {self._pool.task} with {served}"
+        if message.task != self._pool.task:
+            return text
+        return f"{text}, and no worker and no fleet file names the other; submit it for {served}, or start a worker for it first"
 
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
         """Send items into the engine; those that must not enter it end at once. Bulk items wait here for room."""

@@ -32,6 +32,10 @@ class Tally:
         """A message went back to its queue."""
         self._metrics.message("handed_back")
 
+    def handed_over(self) -> None:
+        """A message of another revision went to the queue of that."""
+        self._metrics.message("handed_over")
+
     def done(self, message: JobMessage, ending: Ending) -> None:
         """A message was acknowledged; its work counts where it was done here."""
         if ending.here:

@@ -53,9 +53,10 @@ class Acked:
 
 @dataclass(frozen=True, slots=True)
 class GivenBack:
-    """The message goes to the head of its list, after `delay` seconds."""
+    """The message goes to the head of its list, or of another, after `delay` seconds."""
 
     delay: float = 0.0
+    list: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,9 @@ class Holder(Protocol):
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Lease:
-    """One delivered message, held until it is settled. Thread-safe; of `ack`, `give_back` and `dead_letter` the first counts.
+    """One delivered message, held until it is settled. Thread-safe.
+
+    Of `ack`, `give_back`, `hand_over` and `dead_letter` the first counts.
 
     It is renewed while somebody holds it, or the message that `lease_of` found it on; once nobody does, it runs out and the
     message is delivered again.
@@ -115,6 +118,13 @@ class Lease:
         With a `delay` in seconds it is kept aside that long, and `retries` rises by one.
         """
         self.holder.settle(self, GivenBack(max(0.0, delay)))
+
+    def hand_over(self, queue: str, list: str) -> None:
+        """Move the message to the head of another queue's list; does not count as a delivery.
+
+        Where that is the queue that it came from, it is kept aside for a second, so that another worker takes it.
+        """
+        self.holder.settle(self, GivenBack(1.0) if queue == self.queue else GivenBack(list=list))
 
     def dead_letter(self, reason: str) -> None:
         """Move the message to the dead letters with one sentence why."""

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.announcements import announce_pool
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.fleet import Fleet, WorkerRange
-from pipefleet.routing import queue_name
+from pipefleet.fleet import Fleet, Pool, WorkerRange
+from pipefleet.routing import announcement, queue_name
 from pipefleet.settings import Settings
 from pipefleet_workers.logs import say
 from pipefleet_workers.scaling.service import PoolStatus, Scaler, ScalerService
@@ -83,8 +84,9 @@ class Autoscaler:
         self._scaler.follow(self._fleet)
 
     def _describe(self, path: Path, fleet: Fleet) -> None:
-        self._sharing = pools_without_maximum(path)
-        self._fleet = _up_to_the_cores(fleet, self._sharing, self._cores)
+        unlimited = pools_without_maximum(path)
+        self._fleet = _up_to_the_cores(fleet, unlimited, self._cores)
+        self._sharing = {key for key, pool in self._fleet.revisions.items() if pool.name in unlimited}
 
     def step(self) -> None:
         """Start and drain workers where there is a new reading; nothing else. Returns at once."""
@@ -96,7 +98,7 @@ class Autoscaler:
             self._seen = read_at
             self._announce()
             # A reading may be of the fleet before the last change.
-            self._follow({name: one for name, one in statuses.items() if name in self._fleet.pools})
+            self._follow({name: one for name, one in statuses.items() if name in self._fleet.revisions})
         except ServiceUnavailableError:
             return  # the scaler's log says so, and what runs goes on
 
@@ -116,7 +118,7 @@ class Autoscaler:
 
     def _held(self, name: str) -> Counter[int]:
         """How many messages each process of this machine holds."""
-        key = broker.unacked_keys(queue_name(self._fleet.pools[name], self._fleet))["owners_key"]
+        key = broker.unacked_keys(queue_name(self._fleet.pool(name), self._fleet))["owners_key"]
         with broker.redis_errors(self._settings.redis_url):
             owners = [value.decode(errors="replace").split(":") for value in self._redis.hvals(key)]
         here = socket.gethostname()
@@ -125,10 +127,9 @@ class Autoscaler:
     def _announce(self) -> None:
         """Tell producers without a fleet file what can be had here, also while no worker is there to tell it."""
         with broker.redis_errors(self._settings.redis_url):
-            for name, pool in self._fleet.pools.items():
-                queue = queue_name(pool, self._fleet)
-                fields = pool.to_json() | {"default": queue.count(".") == 1, "queue": queue}
-                broker.announce_pool(self._redis, name, fields, seconds=max(30.0, 3 * self._pace.interval))
+            for pool in self._fleet.revisions.values():
+                fields = announcement(pool, self._fleet)
+                announce_pool(self._redis, pool.name, fields, seconds=max(30.0, 3 * self._pace.interval))
 
 
 def share(
@@ -160,11 +161,12 @@ def pools_without_maximum(path: Path) -> set[str]:
 
 def _up_to_the_cores(fleet: Fleet, names: Collection[str], cores: int) -> Fleet:
     """The fleet with as many workers as there are cores for the pools of these names."""
-    pools = {
-        name: replace(pool, workers=WorkerRange(pool.workers.min, max(cores, 1))) if name in names else pool
-        for name, pool in fleet.pools.items()
-    }
-    return Fleet(pools)
+
+    def unlimited(pool: Pool) -> Pool:
+        previous = tuple(unlimited(one) for one in pool.previous)
+        return replace(pool, workers=WorkerRange(pool.workers.min, max(cores, 1)), previous=previous)
+
+    return Fleet({name: unlimited(pool) if name in names else pool for name, pool in fleet.pools.items()})
 
 
 def _workers(number: int) -> str:

@@ -1,6 +1,6 @@
 """The fleet file under a running `pipefleet up`: what it says, whether it has changed, and what that means for a pool's workers.
 
-fleet.toml ─▶ FleetFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+fleet.toml ─▶ WatchedFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
 from pipefleet.fleet import Fleet, Pool, WorkerRange, load_fleet
-from pipefleet.routing import queue_name
+from pipefleet.routing import queue_name, revision_queue
 
 LOOK_SECONDS = 1.0
 _PLACES = ("model", "tokenizer", "processor", "offload_folder")
@@ -33,7 +33,7 @@ class Duty:
     @property
     def queues(self) -> frozenset[str]:
         """Every queue that workers with this duty consume."""
-        return frozenset({self.queue})
+        return frozenset({self.queue, revision_queue(self.queue, self.pool.model, self.pool.revision)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,15 @@ class Description:
     tables: Mapping[str, Mapping[str, Any]]
 
     def duty(self, name: str) -> Duty:
-        """What the workers of the pool `name` depend on."""
-        pool = self.fleet.pools[name]
+        """What the workers of one key of `Fleet.revisions` depend on."""
+        pool = self.fleet.pool(name)
         # How many workers there are, and where jobs without a model go, is nothing to a worker; its queue is.
-        essence = replace(pool, workers=WorkerRange(), wait_slo=0.0, default=False)
+        essence = replace(pool, workers=WorkerRange(), wait_slo=0.0, default=False, previous=(), generation=0)
         return Duty(essence, queue_name(pool, self.fleet))
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """The pool of one key of `Fleet.revisions` as it was written."""
+        return self.tables[self.fleet.pool(name).name]
 
     def to_toml(self) -> str:
         """The fleet file, to be read from any folder."""
@@ -56,7 +60,7 @@ class Description:
         return "# Written by `pipefleet up` for its workers.\n" + "\n".join(tables)
 
 
-class FleetFile:
+class WatchedFile:
     """A fleet file that may be edited at any time. One thread at a time may call it.
 
     With `allow_unpinned`, hub models without a revision are accepted. `clock` gives seconds, as the monotonic clock does.
@@ -132,7 +136,11 @@ class FleetFile:
 
 
 def _absolute(table: Mapping[str, Any], pool: Pool) -> dict[str, Any]:
-    return {key: getattr(pool, key) if key in _PLACES else value for key, value in table.items()}
+    found = {key: getattr(pool, key) if key in _PLACES else value for key, value in table.items()}
+    if "previous" in table:
+        before = [table["previous"]] if isinstance(table["previous"], Mapping) else table["previous"]
+        found["previous"] = [_absolute(one, retired) for one, retired in zip(before, pool.previous, strict=True)]
+    return found
 
 
 def _lines(table: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """`pipefleet up` follows its fleet file: pools that appear, go, change or are resized, without touching the others.
 
-    FleetFile ─▶ Description ─▶ differences ─▶ Crew: start, resize, replace
+    WatchedFile ─▶ Description ─▶ differences ─▶ Crew: start, resize, replace
                                                  replaced workers ─▶ told to end once nothing waits for them
 
 A pool that changes is rolled: the new workers start beside the old ones, and those go on until the new ones are ready and
@@ -19,10 +19,11 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.revisions import waiting
 from pipefleet_workers.logs import say
 
 from .files import write_private
-from .fleet_file import Description, Duty, FleetFile
+from .fleet_file import Description, Duty, WatchedFile
 from .workers import Crew, Squad, WorkerProcess
 
 LOOK_SECONDS = 1.0
@@ -43,7 +44,7 @@ class Follower:
 
     def __init__(
         self,
-        file: FleetFile,
+        file: WatchedFile,
         folder: Path,
         *,
         least: int,
@@ -68,10 +69,11 @@ class Follower:
             old.unlink()
         self._now = self._file.read()
         self._copy = self._keep(self._now)
-        for name in self._now.fleet.pools:
+        for name in self._now.fleet.revisions:
             self._assign(crew, self._now, name)
         self._changed(self._copy, self._now.fleet)
-        return [crew.start(pool.name) for pool in self._now.fleet.pools.values() for _ in range(self._wanted(pool))]
+        pools = self._now.fleet.revisions
+        return [crew.start(name) for name, pool in pools.items() for _ in range(self._wanted(pool))]
 
     def step(self, crew: Crew, *, reload: bool = False) -> None:
         """Take a new version of the file, and let go of replaced workers that nothing waits for. Returns at once.
@@ -98,26 +100,27 @@ class Follower:
         if new == old:
             return
         self._now, self._copy = new, self._keep(new)
-        for name in old.fleet.pools.keys() - new.fleet.pools.keys():
+        before, after = old.fleet.revisions, new.fleet.revisions
+        for name in before.keys() - after.keys():
             crew.retire(name)
             say(f"pool {name}: removed; its workers end when nothing waits for them", pool=name)
-        for name, pool in new.fleet.pools.items():
-            if name not in old.fleet.pools:
+        for name, pool in after.items():
+            if name not in before:
                 self._add(crew, new, pool)
             elif new.duty(name) != old.duty(name):
                 self._replace(crew, old, new, name)
-            elif new.tables[name] != old.tables[name]:
+            elif new.table(name) != old.table(name):
                 self._resize(crew, pool)
         self._changed(self._copy, new.fleet)
 
     def _add(self, crew: Crew, new: Description, pool: Pool) -> None:
-        self._assign(crew, new, pool.name)
-        number = self._fill(crew, pool.name, self._wanted(pool))
+        self._assign(crew, new, pool.key)
+        number = self._fill(crew, pool.key, self._wanted(pool))
         label = model_label(pool.model, pool.revision)
-        say(f"pool {pool.name}: added, {pool.task} with {label}; {_start(number)}", pool=pool.name)
+        say(f"pool {pool.key}: added, {pool.task} with {label}; {_start(number)}", pool=pool.key)
 
     def _replace(self, crew: Crew, old: Description, new: Description, name: str) -> None:
-        pool, before = new.fleet.pools[name], len(crew.of(name))
+        pool, before = new.fleet.pool(name), len(crew.of(name))
         self._assign(crew, new, name)
         wanted = self._wanted(pool) if self._least else max(before, pool.workers.min)
         number = self._fill(crew, name, wanted)
@@ -128,16 +131,17 @@ class Follower:
         )
 
     def _resize(self, crew: Crew, pool: Pool) -> None:
-        crew.retry(pool.name)
+        crew.retry(pool.key)
         if not self._least:
             return  # the autoscaler has the new limits
-        have, wanted = len(crew.of(pool.name)), self._wanted(pool)
+        have, wanted = len(crew.of(pool.key)), self._wanted(pool)
         if have != wanted:
-            say(f"pool {pool.name}: {have} -> {wanted} workers, by the fleet file", pool=pool.name)
-            self._fill(crew, pool.name, wanted)
+            say(f"pool {pool.key}: {have} -> {wanted} workers, by the fleet file", pool=pool.key)
+            self._fill(crew, pool.key, wanted)
 
     def _assign(self, crew: Crew, description: Description, name: str) -> None:
-        crew.assign(name, duty=description.duty(name), environment={"PIPEFLEET_FLEET": str(self._copy)})
+        files = {"PIPEFLEET_FLEET": str(self._copy), "PIPEFLEET_WORKER_FLEET_NOW": str(self._file.path)}
+        crew.assign(name, duty=description.duty(name), environment=files)
 
     def _fill(self, crew: Crew, name: str, wanted: int) -> int:
         """Start what is missing to `wanted` workers, and drain what is too much; returns how many were started."""
@@ -177,7 +181,7 @@ class Follower:
         """The queues that a replaced squad serves and nobody who stays."""
         assert self._now is not None
         served: set[str] = set()
-        for name in self._now.fleet.pools:
+        for name in self._now.fleet.revisions:
             served |= self._now.duty(name).queues
         return frozenset() if squad.duty is None else squad.duty.queues - served
 
@@ -191,15 +195,8 @@ class Follower:
 
 def outstanding(redis: Any, url: str, queues: Iterable[str]) -> int:
     """How many messages of `queues` wait or are with workers. Raises ServiceUnavailableError."""
-    count = 0
     with broker.redis_errors(url):
-        for queue in queues:
-            count += sum(redis.llen(name) for name in broker.queue_lists(queue))
-            # The ledger may be shared with other queues: each record ends with the queue that it came from.
-            end = f', "{queue}"]'.encode()
-            held = redis.hscan_iter(broker.unacked_keys(queue)["unacked_key"], count=1000)
-            count += sum(record.endswith(end) for _, record in held)
-    return count
+        return sum(waiting(redis, queue) for queue in queues)
 
 
 def _difference(old: Duty, new: Duty) -> str:

@@ -18,7 +18,7 @@ from .children import Children
 from .credentials import Credentials
 from .errors import PortTakenError, StackError
 from .files import env_lines, private_folder, write_private
-from .fleet_file import FleetFile
+from .fleet_file import WatchedFile
 from .flower import Flower
 from .follow import Follower, outstanding
 from .lock import DataLock
@@ -79,7 +79,7 @@ class Stack:
         self._lock = DataLock(self.data / "lock")
         self._stop_requested = False
         self._reload_requested = False
-        self._file: FleetFile | None = None
+        self._file: WatchedFile | None = None
         self._least = 1
         self._follower: Follower | None = None
         self._told: Mapping[str, Parked] = {}
@@ -120,7 +120,7 @@ class Stack:
         """Where the scaler answers, or None without one."""
         return None if self._autoscaler is None else self._autoscaler.url
 
-    def follow(self, file: FleetFile, *, least: int = 1) -> Self:
+    def follow(self, file: WatchedFile, *, least: int = 1) -> Self:
         """Run the pools of `file`, each with `least` workers or its `workers.min`, and let `supervise` take its changes.
 
         Then a pool whose workers do not start takes no other down. `pools` of the stack must be empty. Returns itself.

@@ -75,7 +75,7 @@ def _compose_device(one: DeployedPool) -> str:
 
 
 def _kubernetes(pools: list[DeployedPool], options: RenderOptions) -> dict[str, str]:
-    names = [one.pool.name for one in pools]
+    names = [one.name for one in pools]
     found = {
         "kustomization.yaml": _kustomization("kubernetes-pools.yaml", [f"workers/{name}.yaml" for name in names]),
         "autoscaling/kustomization.yaml": _kustomization(
@@ -84,8 +84,8 @@ def _kubernetes(pools: list[DeployedPool], options: RenderOptions) -> dict[str, 
     }
     for one in pools:
         device = _template(f"kubernetes-{_image(one)}.yaml").substitute()
-        found[f"workers/{one.pool.name}.yaml"] = _fill("kubernetes-worker.yaml", one, options, extra=device)
-        found[f"autoscaling/{one.pool.name}.yaml"] = _fill("kubernetes-scaledobject.yaml", one, options)
+        found[f"workers/{one.name}.yaml"] = _fill("kubernetes-worker.yaml", one, options, extra=device)
+        found[f"autoscaling/{one.name}.yaml"] = _fill("kubernetes-scaledobject.yaml", one, options)
     return found
 
 
@@ -96,7 +96,7 @@ def _kustomization(template: str, names: list[str]) -> str:
 def _fill(template: str, one: DeployedPool, options: RenderOptions, *, extra: str = "") -> str:
     arguments = json.dumps(one.arguments("/tmp/ready"))[1:-1]
     return _template(template).substitute(
-        pool=one.pool.name, task=one.pool.task, image=_image(one), arguments=arguments, digest=one.digest,
+        pool=one.name, key=one.pool.key, task=one.pool.task, image=_image(one), arguments=arguments, digest=one.digest,
         drain=options.drain, grace=options.grace, namespace=options.namespace, replicas=one.replicas,
         min=one.pool.workers.min, max=one.pool.workers.max, extra=extra,
     )  # fmt: skip

@@ -48,10 +48,18 @@ class RenderOptions:
 
 @dataclass(frozen=True, slots=True)
 class DeployedPool:
-    """A pool, and `digest`: what its workers have to be started anew for. A new range of workers is no reason."""
+    """A pool, or a revision that it is leaving, and `digest`: what its workers have to be started anew for.
+
+    A new range of workers is no reason, and that the pool leaves a revision is none for the workers of the new one.
+    """
 
     pool: Pool
     digest: str
+
+    @property
+    def name(self) -> str:
+        """How its Deployment or service is called: `speech`, or `speech-previous`."""
+        return self.pool.key.replace("@", "-")
 
     @property
     def on_gpu(self) -> bool:
@@ -65,27 +73,44 @@ class DeployedPool:
 
     @property
     def replicas(self) -> int:
-        """Workers where nothing scales them: the pool's minimum, but at least one."""
+        """Workers where nothing scales them: the minimum, but at least one."""
         return max(1, self.pool.workers.min)
 
     def arguments(self, ready_file: str) -> list[str]:
         """The command line behind `pipefleet`. A container sees the one GPU it was given as the first."""
         device = ["--device", "cuda:0"] if self.gpu else []
-        return ["worker", "--pool", self.pool.name, "--ready-file", ready_file, *device]
+        return ["worker", "--pool", self.pool.key, "--ready-file", ready_file, *device]
 
 
 def load_pools(path: Path) -> list[DeployedPool]:
-    """The pools of a fleet file, in its order. Raises FleetFileError for one that no container can run."""
+    """The pools of a fleet file and the revisions that they are leaving, in its order.
+
+    Raises FleetFileError for one that no container can run.
+    """
     fleet = load_fleet(path)
     tables = tomllib.loads(path.read_text(encoding="utf-8"))["pools"]
-    for pool in fleet.pools.values():
-        _check(pool, tables[pool.name], path)
-    return [DeployedPool(pool, _digest(tables[pool.name], queue_name(pool, fleet))) for pool in fleet.pools.values()]
+    found = []
+    for pool in fleet.revisions.values():
+        table = _table(tables[pool.name], pool.generation)
+        found.append(DeployedPool(pool, _digest(table, queue_name(pool, fleet))))
+        _check(found[-1], table, path)
+        if pool.generation and found[-1].name in fleet.pools:
+            raise FleetFileError(f"{path}: pools.{pool.key} would be deployed as {found[-1].name}, as another pool is")
+    return found
 
 
-def _check(pool: Pool, table: Mapping[str, Any], path: Path) -> None:
-    where = f"{path}: pools.{pool.name}"
-    if not _DNS.fullmatch(pool.name) or len(pool.name) > _LONGEST_NAME:
+def _table(table: Mapping[str, Any], generation: int) -> dict[str, Any]:
+    """What the file says of a pool, or of a revision that it is leaving."""
+    previous = table.get("previous", ())
+    tables = [previous] if isinstance(previous, Mapping) else previous
+    own = {key: value for key, value in table.items() if key != "previous"}
+    return {**own, "revision": None, **tables[generation - 1]} if generation else own
+
+
+def _check(one: DeployedPool, table: Mapping[str, Any], path: Path) -> None:
+    pool = one.pool
+    where = f"{path}: pools.{pool.key}"
+    if not _DNS.fullmatch(one.name) or len(one.name) > _LONGEST_NAME:
         raise FleetFileError(
             f"{where}: a deployed pool's name has at most {_LONGEST_NAME} characters and no '-' at its end"
         )

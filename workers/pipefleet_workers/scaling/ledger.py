@@ -1,5 +1,7 @@
 """What a pool's workers have done, as running totals in Redis: `pipefleet:work:<pool>` with `cost`, `seconds` and ITEM_COUNTS.
 
+`pipefleet:work:<pool>@<digits of its queue>` has `cost` and `seconds` of one revision alone.
+
 Every worker adds what it did since it last told, so a worker that ends leaves the totals as they are.
 """
 
@@ -43,11 +45,12 @@ def state_key(pool: str) -> str:
     return f"{KEY}scaler:{pool}"
 
 
-def record_done(redis: Any, pool: str, *, cost: float, seconds: float) -> None:
-    """Add what one worker did since it last called this. One round trip; raises redis-py's errors."""
+def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:
+    """Add what one worker did since it last called this to each of these totals. One round trip; raises redis-py's errors."""
     pipe = redis.pipeline(transaction=True)
-    pipe.hincrbyfloat(work_key(pool), "cost", cost)
-    pipe.hincrbyfloat(work_key(pool), "seconds", seconds)
+    for name in names:
+        pipe.hincrbyfloat(work_key(name), "cost", cost)
+        pipe.hincrbyfloat(work_key(name), "seconds", seconds)
     pipe.execute()
 
 
@@ -84,9 +87,9 @@ class WorkCount:
             self._cost += cost
             self._seconds += seconds
 
-    def flush(self, redis: Any, pool: str) -> None:
-        """Tell it. What could not be told is told the next time; raises redis-py's errors."""
+    def flush(self, redis: Any, *names: str) -> None:
+        """Add it to each of these totals. What could not be told is told the next time; raises redis-py's errors."""
         with self._lock:
             cost, seconds = self._cost, self._seconds
-        record_done(redis, pool, cost=cost, seconds=seconds)
+        record_done(redis, *names, cost=cost, seconds=seconds)
         self.add(cost=-cost, seconds=-seconds)

@@ -46,10 +46,10 @@ class Content:
     """When the oldest message was queued; None where there is none or it does not say."""
 
 
-def places(queue: str) -> list[Place]:
-    """Every place where the messages of a queue can be. The one function that knows the transport's keys."""
-    keys = broker.unacked_keys(queue)
-    waiting = [Place(name, "queued") for name in (*broker.queue_lists(queue), *broker.arriving_lists(queue))]
+def places(*queues: str) -> list[Place]:
+    """Every place where the messages of queues of one pool can be. The one function that knows the transport's keys."""
+    keys = broker.unacked_keys(queues[0])
+    waiting = [Place(name, "queued") for queue in queues for name in broker.waiting_lists(queue)]
     return [*waiting, Place(keys["unacked_key"], "leased", "hash"), Place(keys["delayed_key"], "delayed", "tags")]
 
 

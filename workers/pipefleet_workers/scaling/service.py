@@ -1,7 +1,8 @@
 """The scaler as a service: looks at every pool again and again, decides, and answers over HTTP.
 
-    /pools/<name>   JSON with `value`, the workers wanted (KEDA's metrics-api: valueLocation "value", AverageValue 1)
-    /pools          the same of every pool
+    /pools/<name>   JSON with `value`, the workers wanted (KEDA's metrics-api: valueLocation "value", AverageValue 1);
+                    `<name>@previous` is the revision that a pool is leaving, which is counted by itself
+    /pools          the same of every pool and revision
     /metrics        Prometheus
     /healthz        200 while the readings are fresh
 
@@ -11,11 +12,11 @@ and never says 0. Averages are kept in Redis too, so a restart goes on from ther
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,12 +27,12 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from pipefleet import broker
+from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.contract import encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
-from pipefleet.fleet import Fleet, Pool
-from pipefleet.routing import queue_name
+from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.revisions import Part, parts_of
 from pipefleet.settings import Settings
-from pipefleet_workers.facts import announced_workers
 from pipefleet_workers.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide
 from pipefleet_workers.scaling.ledger import state_key
 from pipefleet_workers.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
@@ -56,7 +57,8 @@ class PoolStatus:
         """What `/pools/<name>` answers. Work in device-seconds; messages are counted exactly."""
         signal, decision = self.measured.signal, self.decision
         return {
-            "pool": self.pool.name,
+            "pool": self.pool.key,
+            "model": model_label(self.pool.model, self.pool.revision),
             "value": decision.desired,
             "workers": {"ready": signal.ready, "min": self.pool.workers.min, "max": self.pool.workers.max},
             "messages": {state: self.reading.count(state) for state in STATES},
@@ -73,7 +75,9 @@ class PoolStatus:
 
 
 class Scaler:
-    """Reads and decides for every pool of a fleet. `tick` is called by one thread, the rest by any.
+    """Reads and decides for every pool of a fleet, and for each revision that one is leaving, by `Pool.key`.
+
+    `tick` is called by one thread, the rest by any.
 
     `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `Limits`. With `from_zero` no worker runs
     yet: then it does not matter how many an earlier scaler wanted, only what it measured.
@@ -87,7 +91,7 @@ class Scaler:
         cold_start: float,
         hold: float = HOLD_SECONDS,
         from_zero: bool = False,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._fleet = fleet
         self._url = settings.redis_url
@@ -95,7 +99,7 @@ class Scaler:
         self._cold_start = cold_start
         self._hold = hold
         self._from_zero = from_zero
-        self._clock = clock
+        self._clock = clock or functools.partial(broker.server_time, self._redis)
         self._minds: dict[str, tuple[Memory, State]] = {}
         self._statuses: Mapping[str, PoolStatus] = {}
         self._read_at: float | None = None
@@ -107,8 +111,11 @@ class Scaler:
     def tick(self, *, remember: bool = True) -> Mapping[str, PoolStatus]:
         """Look at every pool and decide; with `remember`, keep the averages in Redis. Raises ServiceUnavailableError."""
         with broker.redis_errors(self._url):
-            workers = Counter(facts["pool"] for facts in announced_workers(self._redis).values())
-            statuses = {name: self._look(pool, workers[name], remember) for name, pool in self._fleet.pools.items()}
+            workers = announced_workers(self._redis)
+            parts = parts_of(self._redis, self._fleet)
+            statuses = {
+                one.key: self._look(one, len(workers_of(workers, one.pool, one.queue)), remember) for one in parts
+            }
         self._statuses, self._read_at = statuses, time.monotonic()
         return statuses
 
@@ -120,17 +127,18 @@ class Scaler:
             )
         return self._statuses
 
-    def _look(self, pool: Pool, workers: int, remember: bool) -> PoolStatus:
-        memory, state = self._minds.get(pool.name) or self._recall(pool.name)
-        queue = queue_name(pool, self._fleet)
-        reading = read_pool(self._redis, pool.name, queue, workers=workers, now=self._clock())
+    def _look(self, part: Part, workers: int, remember: bool) -> PoolStatus:
+        pool = part.pool
+        memory, state = self._minds.get(part.key) or self._recall(part.key)
+        reading = read_pool(self._redis, part, workers=workers, now=self._clock())
         memory, measured = measure(memory, reading)
         state, decision = decide(state, measured.signal, limits=self._limits(pool))
-        self._minds[pool.name] = memory, state
+        self._minds[part.key] = memory, state
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
-            self._redis.set(state_key(pool.name), content, ex=int(60 * GAP_SECONDS))
-        return PoolStatus(pool, reading, measured, decision, broker.count_dead_letters(self._redis, queue))
+            self._redis.set(state_key(part.key), content, ex=int(60 * GAP_SECONDS))
+        dead = 0 if pool.generation else broker.count_dead_letters(self._redis, part.queue)
+        return PoolStatus(pool, reading, measured, decision, dead)
 
     def _recall(self, pool: str) -> tuple[Memory, State]:
         """What an earlier scaler left in Redis; a fresh start where there is nothing that can be read."""

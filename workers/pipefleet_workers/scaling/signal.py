@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipefleet.revisions import Held, Part
 from pipefleet_workers.scaling.decide import GAP_SECONDS, Signal
 from pipefleet_workers.scaling.ledger import Done, read_done
 from pipefleet_workers.scaling.messages import SAMPLE, Content, places, read_contents
@@ -106,15 +107,23 @@ class Measured:
     """Relative standard error of the cost that is outstanding; 0 where every message was read."""
 
 
-def read_pool(
-    redis: Any, pool: str, queue: str, *, workers: int, now: float, source: random.Random | None = None
-) -> Reading:
-    """Look at one pool, in three round trips that read at most SAMPLE messages of each list. Raises redis-py's errors."""
-    wanted = places(queue)
+def read_pool(redis: Any, part: Part, *, workers: int, now: float, source: random.Random | None = None) -> Reading:
+    """Look at one revision of a pool, in three round trips that read at most SAMPLE messages of each list.
+
+    What it holds of the messages that lie together for the whole pool counts as of their mean cost. Raises redis-py's errors.
+    """
+    wanted = places(*part.queues)
     contents: dict[str, dict[str, Content]] = {state: {} for state in STATES}
     for place, content in zip(wanted, read_contents(redis, wanted, source or random.Random()), strict=True):
-        contents[place.state][place.key] = content
-    return Reading(now, contents, read_done(redis, pool), workers)
+        contents[place.state][place.key] = _own(content, place.state, part.held)
+    return Reading(now, contents, read_done(redis, part.work_key), workers)
+
+
+def _own(content: Content, state: str, held: Held | None) -> Content:
+    """What of this content is of the revision."""
+    if held is None or state == "queued":
+        return content
+    return replace(content, count=held.leased if state == "leased" else held.delayed)
 
 
 def measure(memory: Memory, reading: Reading) -> tuple[Memory, Measured]:

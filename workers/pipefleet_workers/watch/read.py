@@ -6,19 +6,18 @@ queues (as the scaler reads them) + what workers announce + what the scaler reme
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.client import Client
-from pipefleet.fleet import Fleet, Pool, model_label
-from pipefleet.routing import queue_name
-from pipefleet_workers.facts import announced_workers
+from pipefleet.fleet import Fleet, model_label
+from pipefleet.revisions import Part, parts_of
 from pipefleet_workers.parked import parked_pools
 from pipefleet_workers.scaling.decide import State
-from pipefleet_workers.scaling.ledger import Done, read_items, state_key
+from pipefleet_workers.scaling.ledger import Done, Items, read_items, state_key
 from pipefleet_workers.scaling.signal import STATES, Memory, Reading, read_pool
 
 SCALER_SECONDS = 90.0
@@ -27,7 +26,10 @@ SCALER_SECONDS = 90.0
 
 @dataclass(frozen=True, slots=True)
 class PoolRow:
-    """One pool. Seconds of backlog are device-seconds; None where nothing was measured, or nobody tells."""
+    """One pool, or a revision that it is leaving.
+
+    Seconds of backlog are device-seconds; None where nothing was measured, or nobody tells.
+    """
 
     pool: str
     task: str
@@ -91,19 +93,20 @@ def read_fleet(client: Client, fleet: Fleet | None = None) -> Snapshot:
     Raises ServiceUnavailableError when Redis is away, UsageError for a wrong fleet file.
     """
     fleet = client.fleet if fleet is None else fleet
-    now = time.time()
     with broker.redis_errors(client.settings.redis_url):
-        workers = sorted(_workers(client.redis, now), key=lambda one: (one.pool, one.worker))
-        pools = [
-            _pool(client.redis, pool, queue_name(pool, fleet), [one for one in workers if one.pool == pool.name], now)
-            for pool in fleet.pools.values()
-        ]
+        now = broker.server_time(client.redis)
+        announced = announced_workers(client.redis)
+        workers = {one.worker: one for one in _workers(announced)}
+        pools = []
+        for part in parts_of(client.redis, fleet):
+            serving = [workers[name] for name in workers_of(announced, part.pool, part.queue)]
+            pools.append(_pool(client.redis, part, serving, now))
         parked = parked_pools(client.redis)
     pools = [replace(one, note=str(parked[one.pool])) if one.pool in parked else one for one in pools]
-    return Snapshot(now, tuple(pools), tuple(workers))
+    return Snapshot(now, tuple(pools), tuple(sorted(workers.values(), key=lambda one: (one.pool, one.worker))))
 
 
-def _workers(redis: Any, now: float) -> list[WorkerRow]:
+def _workers(announced: Mapping[str, Mapping[str, Any]]) -> list[WorkerRow]:
     return [
         WorkerRow(
             worker=name,
@@ -116,19 +119,20 @@ def _workers(redis: Any, now: float) -> list[WorkerRow]:
             pads=bool(facts.get("pads")),
             base=facts.get("base"),
             per_cost=facts.get("per_cost"),
-            age=max(0.0, now - facts.get("at", now)),
+            age=facts["age"],
         )
-        for name, facts in announced_workers(redis).items()
+        for name, facts in announced.items()
     ]
 
 
-def _pool(redis: Any, pool: Pool, queue: str, workers: list[WorkerRow], now: float) -> PoolRow:
-    reading = read_pool(redis, pool.name, queue, workers=len(workers), now=now)
-    memory, wanted = _scaler(redis, pool.name, now)
+def _pool(redis: Any, part: Part, workers: list[WorkerRow], now: float) -> PoolRow:
+    pool = part.pool
+    reading = read_pool(redis, part, workers=len(workers), now=now)
+    memory, wanted = _scaler(redis, part.key, now)
     each = memory.seconds_per_cost or _seconds_per_cost(reading.done)
-    ended = read_items(redis, pool.name)
+    ended = Items() if pool.generation else read_items(redis, pool.name)
     return PoolRow(
-        pool=pool.name,
+        pool=part.key,
         task=pool.task,
         model=model_label(pool.model, pool.revision),
         messages={state: reading.count(state) for state in STATES},
@@ -142,7 +146,7 @@ def _pool(redis: Any, pool: Pool, queue: str, workers: list[WorkerRow], now: flo
         failed=ended.failed,
         cancelled=ended.cancelled,
         expired=ended.expired,
-        dead_letters=broker.count_dead_letters(redis, queue),
+        dead_letters=0 if pool.generation else broker.count_dead_letters(redis, part.queue),
     )
 
 

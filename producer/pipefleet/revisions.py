@@ -1,0 +1,217 @@
+"""The revisions of every pool as they lie in Redis: what waits for each, what of it is with workers, who serves it.
+
+The one that new work goes to has the pool's own queue besides its own. The messages that are with workers lie together for all of
+a pool; each of them says which queue it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipefleet import broker
+from pipefleet.announcements import announced_workers, workers_of
+from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.routing import PREFIX, queue_name, work_queue
+
+_HELD = r"""
+local found, order = {}, {}
+local all = redis.call('HGETALL', ARGV[1])
+for i = 1, #all, 2 do
+  local queue = string.match(string.sub(all[i + 1], -400), '"([^"\\]*)"%]$') or ''
+  if not found[queue] then
+    found[queue] = {0, 0}
+    order[#order + 1] = queue
+  end
+  local place = redis.call('ZSCORE', ARGV[2], all[i]) and 2 or 1
+  found[queue][place] = found[queue][place] + 1
+end
+local answer = {}
+for _, queue in ipairs(order) do
+  for _, value in ipairs({queue, found[queue][1], found[queue][2]}) do answer[#answer + 1] = value end
+end
+return answer
+"""
+"""ARGV: unacked and delayed of a pool, not as KEYS, since who only reads has no right to more. Queue, held, delayed of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Messages that wait in no list: those that workers hold, and those that are kept aside for a while."""
+
+    leased: int = 0
+    delayed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One revision of a pool, and where its messages lie."""
+
+    pool: Pool
+    queue: str
+    """Where producers put its jobs."""
+    queues: tuple[str, ...]
+    """Every queue whose lists are its own."""
+    held: Held | None = None
+    """What of the pool's messages in no list is its own; None for all of them."""
+    named: bool = True
+    """False for a revision that neither the fleet file nor, without one, a live worker names."""
+
+    @property
+    def key(self) -> str:
+        """`Pool.key`; for a revision that nobody names the pool with the digits of its queue."""
+        return self.pool.key if self.named else f"{self.pool.name}@{self.queue.partition(broker.REVISION_MARK)[2]}"
+
+    @property
+    def work_key(self) -> str:
+        """Under which name its workers' totals are kept; see `scaling.ledger`. Alone, a revision has those of its pool."""
+        return self.pool.name if self.held is None else f"{self.pool.name}@{self.queue.partition('@')[2]}"
+
+
+def held_by_queue(redis: Any, queue: str) -> dict[str, Held]:
+    """What of the messages of a pool is with workers or kept aside, by the queue that it came from."""
+    keys = broker.unacked_keys(queue)
+    answer = redis.eval(_HELD, 0, keys["unacked_key"], keys["delayed_key"])
+    triples = zip(answer[::3], answer[1::3], answer[2::3], strict=True)
+    return {name.decode(errors="replace"): Held(int(leased), int(delayed)) for name, leased, delayed in triples}
+
+
+def parts_of(redis: Any, fleet: Fleet, *, unnamed: bool = False) -> list[Part]:
+    """Every revision of every pool of a fleet; with `unnamed`, those too that messages wait for and nobody names."""
+    known = broker.known_revisions(redis)
+    found: list[Part] = []
+    for pool in fleet.pools.values():
+        base = queue_name(pool, fleet)
+        others = {name: one for name, one in known.items() if broker.base_queue(name) == base}
+        found += _parts(redis, pool, fleet, others)
+    return found if unnamed else [one for one in found if one.named]
+
+
+def _parts(redis: Any, pool: Pool, fleet: Fleet, known: Mapping[str, tuple[str, str | None]]) -> list[Part]:
+    base, own = queue_name(pool, fleet), work_queue(pool, fleet)
+    retired = {work_queue(one, fleet): one for one in pool.previous}
+    unnamed = {
+        name: replace(pool, model=model, revision=revision, generation=len(retired) + 1, previous=())
+        for name, (model, revision) in known.items()
+        if name not in (base, own, *retired)
+    }
+    if not retired and not unnamed:
+        return [Part(pool, own, (base, own))]
+    held = held_by_queue(redis, base)
+    rest = _sum(one for name, one in held.items() if name not in {**retired, **unnamed})
+    first = Part(pool, own, (base, own), rest)
+    named = [Part(one, name, (name,), held.get(name, Held())) for name, one in retired.items()]
+    return [first, *named, *(Part(one, name, (name,), held.get(name, Held()), False) for name, one in unnamed.items())]
+
+
+def _sum(held: Iterable[Held]) -> Held:
+    both = list(held)
+    return Held(sum(one.leased for one in both), sum(one.delayed for one in both))
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits for one revision."""
+
+    part: Part
+    waiting: Mapping[str, int]
+    """Messages by `high`, `normal` and `low` priority."""
+    held: Held
+    workers: int
+    """Workers alive that serve it."""
+    first: Pool | None
+    """The revision of the pool that new work goes to; None where nothing is known of the pool but this."""
+
+    @property
+    def note(self) -> str | None:
+        """Why this waits and what to do, where nobody serves it."""
+        if self.workers or not (sum(self.waiting.values()) or self.held.delayed):
+            return None
+        pool, label = self.part.pool, model_label(self.part.pool.model, self.part.pool.revision)
+        if self.first is None:
+            start = f"pipefleet worker --task {pool.task} {model_options(pool)}"
+            return f"no worker serves {label} for {pool.task}; start one with `{start}`"
+        text = f"no worker serves {label} for {pool.task}; start one with `{start_command(self.part)}`"
+        if not pool.generation:
+            return text
+        return f"{text}, or move its runs with `pipefleet resume RUN_URI {model_options(self.first)}`"
+
+
+def start_command(part: Part) -> str:
+    """The command that starts a worker for a revision."""
+    command = f"pipefleet worker --pool {part.pool.name}"
+    if not part.pool.generation:
+        return command
+    return (
+        f"{command} --previous" if part.named and part.pool.generation == 1 else f"{command} {model_options(part.pool)}"
+    )
+
+
+def model_options(pool: Pool) -> str:
+    """The options that name the model and revision of a pool to a command."""
+    return f"--model {pool.model}" + (f" --revision {pool.revision}" if pool.revision else "")
+
+
+def read_backlogs(redis: Any, fleet: Fleet) -> list[Backlog]:
+    """What waits for every revision: those of the fleet, and others that something waits for or somebody serves."""
+    workers = announced_workers(redis)
+    found = []
+    for part in [*parts_of(redis, fleet, unnamed=True), *_forgotten(redis, fleet)]:
+        pipe = redis.pipeline(transaction=False)
+        for name in (name for queue in part.queues for name in broker.waiting_lists(queue)):
+            pipe.llen(name)
+        waiting = broker.by_priority(pipe.execute())
+        held = part.held or _all_held(redis, part.queue)
+        serving = len(workers_of(workers, part.pool, part.queue))
+        if part.named or serving or sum(waiting.values()) or held != Held():
+            found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name)))
+    return found
+
+
+def _all_held(redis: Any, queue: str) -> Held:
+    keys = broker.unacked_keys(queue)
+    pipe = redis.pipeline(transaction=False)
+    pipe.hlen(keys["unacked_key"])
+    pipe.zcard(keys["delayed_key"])
+    unacked, delayed = pipe.execute()
+    return Held(max(0, unacked - delayed), delayed)
+
+
+def waiting(redis: Any, queue: str) -> int:
+    """How many messages wait for one revision, are with its workers, or are kept aside: 0 once it is drained.
+
+    `queue` is a `routing.work_queue`.
+    """
+    pipe = redis.pipeline(transaction=False)
+    for name in broker.waiting_lists(queue):
+        pipe.llen(name)
+    held = held_by_queue(redis, queue).get(queue, Held())
+    return int(sum(pipe.execute())) + held.leased + held.delayed
+
+
+def _forgotten(redis: Any, fleet: Fleet) -> list[Part]:
+    """What waits in queues of pools that no fleet file and no live worker tells of."""
+    known = {queue_name(pool, fleet) for pool in fleet.pools.values()}
+    found = []
+    for name, (model, revision) in broker.known_revisions(redis).items():
+        base = broker.base_queue(name)
+        if base not in known:
+            task, _, pool = base.removeprefix(PREFIX).partition(".")
+            of = Pool(pool or task, task, model, revision, generation=1, queue=base, revision_queue=name)
+            found.append(Part(of, name, (name,), held_by_queue(redis, name).get(name, Held()), named=False))
+    return found
+
+
+def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
+    """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty."""
+    entries: Any = redis.hgetall(broker.REVISIONS_KEY)
+    for name, value in entries.items():
+        try:
+            old = float(json.loads(value)["at"]) < time.time() - 86_400 * days
+        except (ValueError, LookupError, TypeError, RecursionError):
+            old = True
+        if old and not any(redis.llen(one) for one in broker.waiting_lists(name.decode(errors="replace"))):
+            redis.hdel(broker.REVISIONS_KEY, name)

@@ -1,0 +1,69 @@
+"""Where a job of another model or revision is served: a worker never fails a job that somebody else is there for.
+
+Such jobs come through the queue of the pool, from producers of a release that knew no queues of revisions, and from any Celery
+client that names a model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipefleet import broker
+from pipefleet.announcements import announced_fleet
+from pipefleet.contract import JobMessage
+from pipefleet.errors import UnknownModelError
+from pipefleet.fleet import Fleet
+from pipefleet.fleetfile import FleetFile
+from pipefleet.routing import work_queue
+from pipefleet.settings import Settings
+
+FRESH_SECONDS = 2.0
+"""How long what workers announce is taken as it was read, for jobs that it has an answer for."""
+
+
+class Elsewhere:
+    """Finds the queue of another revision, by live workers and by the fleet file. Thread-safe."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        fleet_file: FleetFile | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._fleet_file = fleet_file
+        self._redis: Any = broker.connect(settings)
+        self._clock = clock
+        self._announced = Fleet({})
+        self._read_at = -FRESH_SECONDS
+        self._lock = threading.Lock()
+
+    def queue_for(self, message: JobMessage) -> str | None:
+        """The queue of the revision that a job wants; None where nobody serves it. Raises ServiceUnavailableError."""
+        with self._lock:
+            fresh = self._clock() - self._read_at < FRESH_SECONDS
+            found = _find(message, self._announced) if fresh else None
+            found = found or _find(message, self._announced_now())
+        if found is None and self._fleet_file is not None:
+            found = _find(message, self._fleet_file.fleet(at_once=True))
+        if found is not None:
+            with broker.redis_errors(self._settings.redis_url):
+                broker.note_revision(self._redis, found, message.model, message.revision)
+        return found
+
+    def _announced_now(self) -> Fleet:
+        with broker.redis_errors(self._settings.redis_url):
+            self._announced = announced_fleet(self._redis)
+        self._read_at = self._clock()
+        return self._announced
+
+
+def _find(message: JobMessage, fleet: Fleet) -> str | None:
+    try:
+        return work_queue(fleet.find(message.task, message.model or "", message.revision), fleet)
+    except UnknownModelError:
+        return None
