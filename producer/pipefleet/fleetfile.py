@@ -22,9 +22,7 @@ class FleetFile:
     `known` is the fleet until the file can be read, where there is one.
     """
 
-    def __init__(
-        self, path: Path, *, known: Fleet | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, path: Path, *, known: Fleet | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
         self._clock = clock
         self._fleet = known

@@ -12,6 +12,7 @@ import pytest
 from redis import Redis
 
 from pipefleet import broker
+from pipefleet.announcements import announce_pool
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
 from pipefleet_workers.doctor import Check, pool_checks, run_checks
@@ -86,7 +87,7 @@ def test_without_workers_and_without_a_scaler_workers_are_missing(client: Client
 
 def test_an_announced_pool_outside_the_file_counts_when_messages_wait_for_it(client: Client, redis: Redis) -> None:
     fields = {"task": "translation", "model": "m", "revision": None, "default": True, "queue": "pipefleet.translation"}
-    broker.announce_pool(redis, "words", fields, seconds=60)
+    announce_pool(redis, "words", fields, seconds=60)
     assert "pool words" not in checks(client)
     put(redis, "pipefleet.translation", 2)
     assert not checks(client)["pool words"].ok

@@ -136,6 +136,15 @@ class TestFleetFile:
         now[0] += LOOK_SECONDS
         assert file.fleet().pool("texts").model == "/models/new"
 
+    def test_until_it_can_be_read_a_fleet_that_is_known_counts(self, tmp_path: Path, fleet: Fleet) -> None:
+        path = tmp_path / "edited.toml"
+        file = FleetFile(path, known=fleet)
+        assert file.fleet() is fleet
+        path.write_text("[pools")
+        assert file.fleet(at_once=True) is fleet
+        path.write_text(FLEET.replace("/models/new", "/models/newer"))
+        assert file.fleet(at_once=True).pool("texts").model == "/models/newer"
+
     def test_a_worker_may_be_started_for_any_revision_but_gets_no_new_work(self, fleet: Fleet) -> None:
         pool = fleet.pool("texts")
         assert with_revision(pool, "/models/old", None) is pool.previous[0]
