@@ -179,17 +179,21 @@ class TestAnnouncements:
         announce_pool(redis, "texts", told(OLD), seconds=60)
         assert route(TEXTS, None, None, announced_fleet(redis)).model == OLD.model
 
-    def test_a_worker_announces_itself_as_retired_once_the_fleet_file_says_so(
-        self, client: Client, fleet: Fleet, tmp_path: Path
+    def test_a_worker_is_retired_once_the_fleet_file_says_so_and_another_takes_new_work(
+        self, client: Client, redis: Redis, fleet: Fleet, tmp_path: Path
     ) -> None:
         file = FleetFile(tmp_path / "fleet.toml", clock=itertools.count(step=LOOK_SECONDS).__next__)
         worker = Worker(fleet, fleet.pool("texts"), client.settings, WorkerSettings(), file)
-        assert worker._announced()["retired"] is False
+        assert worker._announced(redis)["retired"] is False
         back = FLEET.replace("/models/new", "/models/x").replace("/models/old", "/models/new")
         (tmp_path / "fleet.toml").write_text(back.replace("/models/x", "/models/old"))
-        assert worker._announced()["retired"] is True
+        announce_pool(redis, "texts", told(OLD) | {"retired": True}, seconds=60)
+        announce_pool(redis, "texts", worker._announced(redis), seconds=60)
+        assert route(TEXTS, None, None, announced_fleet(redis)).model == NEW.model  # nobody else does it
+        announce_pool(redis, "texts", told(OLD), seconds=60)
+        assert worker._announced(redis)["retired"] is True
         (tmp_path / "fleet.toml").write_text(FLEET)
-        assert worker._announced()["retired"] is False
+        assert worker._announced(redis)["retired"] is False
 
     def test_a_retired_revision_gets_no_new_work_however_late_it_comes(self, redis: Redis, fleet: Fleet) -> None:
         retired = announcement(fleet.pool("texts@previous"), fleet)

@@ -299,7 +299,8 @@ class Stack:
         from pipefleet_workers.settings import WorkerSettings
 
         scaler = 0.0 if self._autoscaler is None else self._autoscaler.announced_seconds
-        return LOOK_SECONDS + max(4 * WorkerSettings().announce_seconds, scaler)
+        # One worker announces that it takes new work again, the next that it takes none; what it said before ends after three.
+        return LOOK_SECONDS + max(5 * WorkerSettings().announce_seconds, scaler)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
         from pipefleet.fleet import load_fleet
