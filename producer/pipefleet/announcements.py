@@ -90,6 +90,13 @@ def announcements(redis: Any) -> list[Announcement]:
     return sorted((one for one in found if one is not None and one.until > now), key=lambda one: -one.since)
 
 
+def takes_new_work(redis: Any, pool: Pool) -> bool:
+    """Whether this revision of a pool is announced as the one that new work goes to."""
+    wanted = (pool.name, pool.model, pool.revision, 0)
+    found = (one.pool for one in announcements(redis))
+    return any((one.name, one.model, one.revision, one.generation) == wanted for one in found)
+
+
 def _read_pool(name: bytes, value: bytes) -> Announcement | None:
     try:
         entry = json.loads(value)

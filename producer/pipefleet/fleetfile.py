@@ -17,12 +17,15 @@ LOOK_SECONDS = 2.0
 
 
 class FleetFile:
-    """A fleet file that may change. Thread-safe. Hub models may be unpinned in it: that is for the workers to refuse."""
+    """A fleet file that may change. Thread-safe. Hub models may be unpinned in it: that is for the workers to refuse.
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    `known` is the fleet until the file can be read, where there is one.
+    """
+
+    def __init__(self, path: Path, *, known: Fleet | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
         self._clock = clock
-        self._fleet: Fleet | None = None
+        self._fleet = known
         self._seen: tuple[int, int, int] | None = None
         self._look_at = 0.0
         self._lock = threading.Lock()
@@ -31,7 +34,7 @@ class FleetFile:
         """The fleet as the file describes it, or did LOOK_SECONDS ago; with `at_once`, as it does now.
 
         A file that is wrong after a change, or gone, is passed over with a warning: the fleet stays as it was. Raises
-        FleetFileError where it cannot be read the first time.
+        FleetFileError where it cannot be read the first time and no fleet is known.
         """
         with self._lock:
             now = self._clock()

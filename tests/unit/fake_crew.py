@@ -24,7 +24,9 @@ FAKE_WORKER = """
 import os, pathlib, sys, threading, time, tomllib
 pool, ready = sys.argv[1], pathlib.Path(sys.argv[2])
 with open(os.environ["PIPEFLEET_FLEET"], "rb") as file:
-    model = pathlib.Path(tomllib.load(file)["pools"][pool]["model"])
+    name, _, previous = pool.partition("@")
+    table = tomllib.load(file)["pools"][name]
+model = pathlib.Path((table["previous"][0] if previous else table)["model"])
 if (model / "broken").exists():
     sys.exit("this model is broken")
 while (model / "slow").exists():
@@ -49,7 +51,7 @@ def table(pool: str, model: str, *lines: str, task: str = "text-classification")
 class FakeCrew:
     """A crew under a fleet file in `folder`, whose clock stands still; `messages` are what lies in the queues."""
 
-    def __init__(self, folder: Path, *tables: str, least: int = 1) -> None:
+    def __init__(self, folder: Path, *tables: str, least: int = 1, believed: float = 0.0) -> None:
         self.clock = Clock()
         self.path = folder / "fleet.toml"
         self.children = Children()
@@ -65,6 +67,7 @@ class FakeCrew:
             least=least,
             outstanding=self._outstanding,
             changed=lambda path, fleet: self.versions.append(path),
+            believed=believed,
             clock=self.clock,
         )
         self.write(*tables)

@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
 from pipefleet import broker
+from pipefleet.announcements import announce_pool
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
+from pipefleet.routing import revision_queue
 from pipefleet_workers.doctor import Check, pool_checks, run_checks
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.parked import Parked, tell_parked
@@ -86,10 +89,38 @@ def test_without_workers_and_without_a_scaler_workers_are_missing(client: Client
 
 def test_an_announced_pool_outside_the_file_counts_when_messages_wait_for_it(client: Client, redis: Redis) -> None:
     fields = {"task": "translation", "model": "m", "revision": None, "default": True, "queue": "pipefleet.translation"}
-    broker.announce_pool(redis, "words", fields, seconds=60)
+    announce_pool(redis, "words", fields, seconds=60)
     assert "pool words" not in checks(client)
     put(redis, "pipefleet.translation", 2)
     assert not checks(client)["pool words"].ok
+
+
+def test_a_previous_revision_needs_somebody_only_while_something_waits_for_it(
+    client: Client, redis: Redis, tmp_path: Path
+) -> None:
+    path = tmp_path / "fleet.toml"
+    table = '[pools.texts]\ntask = "text-classification"\nmodel = "/new"\n'
+    path.write_text(table + 'previous = { model = "/old" }\n')
+    settings = client.settings.model_copy(update={"fleet": path})
+
+    def found() -> dict[str, Check]:
+        return {one.name: one for one in pool_checks(settings)}
+
+    queue = revision_queue("pipefleet.text-classification", "/old", None)
+    assert found()["pool texts@previous"] == Check(
+        "pool texts@previous", True, "no worker, and nothing waits for it: it may be taken out of `previous`"
+    )
+    put(redis, queue, 2)
+    note = found()["pool texts@previous"]
+    assert (note.ok, note.detail.partition(", or")[0]) == (
+        False,
+        "no worker is alive, 2 messages wait; start one with `pipefleet worker --pool texts@previous`",
+    )
+    path.write_text(table)
+    broker.note_revision(redis, queue, "/old", None)
+    unnamed = found()[f"pool texts@{queue[-8:]}"]
+    assert not unnamed.ok
+    assert unnamed.detail.startswith("2 messages wait: no worker serves /old for text-classification; start one with")
 
 
 def test_a_parked_pool_is_told_with_its_cause_and_the_next_step(client: Client, redis: Redis) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipefleet import broker, cli
+from pipefleet.announcements import announced_fleet
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority
 from pipefleet.fleet import load_fleet
@@ -85,6 +86,6 @@ def test_it_goes_over_to_another_fleet(client: Client, tmp_path: Path) -> None:
         scaler._scaler.tick()
         scaler.step()
         assert started == ["pictures"]
-        assert list(broker.announced_pools(client.redis)) == ["pictures"]
+        assert list(announced_fleet(client.redis).pools) == ["pictures"]
     finally:
         scaler.service._server.server_close()

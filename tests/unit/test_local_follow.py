@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,10 @@ from redis import Redis
 
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, Priority
-from pipefleet_workers.local import fleet_file
+from pipefleet.routing import revision_queue
 from pipefleet_workers.local.follow import QUIET_SECONDS, outstanding
 from pipefleet_workers.local.restarts import MOST_DEATHS
-from tests.unit.fake_crew import FakeCrew, copy_of, pid, table
+from tests.unit.fake_crew import FakeCrew, copy_of, pid, table, until
 
 TEXTS = table("texts", "a")
 VECTORS = table("vectors", "a", task="feature-extraction")
@@ -30,17 +30,9 @@ def world(tmp_path: Path) -> Iterator[FakeCrew]:
 
 
 @pytest.fixture
-def by_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers also consume a queue of their model's own, as pinned jobs need it."""
-
-    def queues(duty: fleet_file.Duty) -> frozenset[str]:
-        return frozenset({duty.queue, own(duty.pool.task, Path(duty.pool.model).name)})
-
-    monkeypatch.setattr(fleet_file.Duty, "queues", property(queues))
-
-
-def own(task: str, model: str) -> str:
-    return f"pipefleet.{task}@{model}"
+def own(tmp_path: Path) -> Callable[[str], str]:
+    """The queue of a model of the pool `texts`."""
+    return lambda model: revision_queue("pipefleet.text-classification", str(tmp_path / model), None)
 
 
 def test_a_pool_more_starts_and_the_others_are_not_touched(world: FakeCrew, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,13 +73,12 @@ def test_more_workers_are_started_and_fewer_are_drained(world: FakeCrew) -> None
     assert world.pids("texts") == [first]
 
 
-@pytest.mark.usefixtures("by_model")
 def test_another_model_serves_beside_the_old_one_until_nothing_waits_for_that(
-    world: FakeCrew, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: FakeCrew, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: Callable[[str], str]
 ) -> None:
     others, slow = world.pids("vectors"), tmp_path / "b" / "slow"
     slow.touch()
-    world.messages[own("text-classification", "a")] = 1
+    world.messages[own("a")] = 1
     world.messages["pipefleet.text-classification"] = 100  # whoever comes serves these
     world.write(table("texts", "b"), VECTORS)
     world.steps_until(lambda: bool(world.crew.replaced))
@@ -99,12 +90,12 @@ def test_another_model_serves_beside_the_old_one_until_nothing_waits_for_that(
     for _ in range(5):
         world.step(QUIET_SECONDS)
     assert world.serving("texts") == ["a", "b"]  # a message waits for the old one
-    world.messages[own("text-classification", "a")] = 0
+    world.messages[own("a")] = 0
     world.step(1.0)
     world.step(QUIET_SECONDS - 0.1)
-    world.messages[own("text-classification", "a")] = 1  # the run went on
+    world.messages[own("a")] = 1  # the run went on
     world.step(1.0)
-    world.messages[own("text-classification", "a")] = 0
+    world.messages[own("a")] = 0
     world.step(1.0)
     world.step(QUIET_SECONDS - 0.1)
     assert world.serving("texts") == ["a", "b"]
@@ -114,10 +105,9 @@ def test_another_model_serves_beside_the_old_one_until_nothing_waits_for_that(
     assert f"pool texts: model {tmp_path / 'a'} -> {tmp_path / 'b'}; 1 new worker starts" in said
 
 
-@pytest.mark.usefixtures("by_model")
-def test_an_old_worker_that_dies_in_a_roll_out_comes_back_as_it_was(world: FakeCrew) -> None:
+def test_an_old_worker_that_dies_in_a_roll_out_comes_back_as_it_was(world: FakeCrew, own: Callable[[str], str]) -> None:
     (old,) = world.crew.of("texts")
-    world.messages[own("text-classification", "a")] = 1
+    world.messages[own("a")] = 1
     world.take(table("texts", "b"), VECTORS)
     world.steps_until(lambda: world.serving("texts") == ["a", "b"])
     world.kill(old)
@@ -125,10 +115,9 @@ def test_an_old_worker_that_dies_in_a_roll_out_comes_back_as_it_was(world: FakeC
     world.steps_until(lambda: world.serving("texts") == ["a", "b"])
 
 
-@pytest.mark.usefixtures("by_model")
-def test_a_roll_back_keeps_the_workers_that_are_there(world: FakeCrew) -> None:
+def test_a_roll_back_keeps_the_workers_that_are_there(world: FakeCrew, own: Callable[[str], str]) -> None:
     before = world.pids("texts")
-    world.messages[own("text-classification", "a")] = 1
+    world.messages[own("a")] = 1
     world.take(table("texts", "b"), VECTORS)
     world.steps_until(lambda: world.serving("texts") == ["a", "b"])
     world.messages.clear()
@@ -137,10 +126,57 @@ def test_a_roll_back_keeps_the_workers_that_are_there(world: FakeCrew) -> None:
     assert world.pids("texts") == before
 
 
-@pytest.mark.usefixtures("by_model")
-def test_three_versions_at_once_end_in_the_last(world: FakeCrew) -> None:
-    world.messages[own("text-classification", "a")] = 1
-    world.messages[own("text-classification", "b")] = 1
+def test_workers_stay_while_clients_may_believe_that_new_work_goes_to_them(
+    tmp_path: Path, own: Callable[[str], str]
+) -> None:
+    world = FakeCrew(tmp_path, TEXTS, believed=60.0)
+    try:
+        world.begin()
+        world.take(table("texts", "b"))
+        began = world.clock.now
+        until(lambda: world.serving("texts") == ["a", "b"])
+        world.step(50.0)
+        world.step(1.0)
+        assert world.serving("texts") == ["a", "b"]
+        world.messages[own("a")] = 1  # from a client that has read the announcements before the change
+        world.step(30.0)
+        world.step(1.0)
+        assert world.serving("texts") == ["a", "b"]
+        world.messages.clear()
+        world.steps_until(lambda: world.serving("texts") == ["b"] and not world.crew.replaced)
+        assert world.clock.now - began >= 60.0
+    finally:
+        world.stop()
+
+
+def test_a_revision_that_the_file_keeps_as_the_previous_one_has_workers_of_its_own(
+    world: FakeCrew, tmp_path: Path, own: Callable[[str], str]
+) -> None:
+    (old,), slow = world.crew.of("texts"), tmp_path / "a" / "slow"
+    slow.touch()
+    world.messages[own("a")] = 1
+    world.take(table("texts", "b", 'previous = { model = "./a" }'), VECTORS)
+    world.steps_until(lambda: world.serving("texts") == ["a", "b"])
+    for _ in range(5):
+        world.step(QUIET_SECONDS)
+    assert old in world.crew.replaced[0].staying()  # its successor is not ready
+    slow.unlink()
+    world.steps_until(lambda: not world.crew.replaced)
+    assert (world.serving("texts"), world.serving("texts@previous")) == (["b"], ["a"])
+    (kept,) = world.crew.of("texts@previous")
+    assert copy_of(kept)["pools"]["texts"]["previous"] == [{"model": str(tmp_path / "a")}]  # type: ignore[index]
+    world.take(table("texts", "b"), VECTORS)
+    for _ in range(5):
+        world.step(QUIET_SECONDS)
+    assert world.serving("texts@previous") == ["a"]
+    world.messages.clear()
+    world.steps_until(lambda: not world.crew.replaced)
+    assert (world.serving("texts"), world.serving("texts@previous")) == (["b"], [])
+
+
+def test_three_versions_at_once_end_in_the_last(world: FakeCrew, own: Callable[[str], str]) -> None:
+    world.messages[own("a")] = 1
+    world.messages[own("b")] = 1
     world.take(table("texts", "b"), VECTORS)
     world.steps_until(lambda: world.serving("texts") == ["a", "b"])
     world.take(table("texts", "c"), VECTORS)
@@ -149,11 +185,10 @@ def test_three_versions_at_once_end_in_the_last(world: FakeCrew) -> None:
     world.steps_until(lambda: world.serving("texts") == ["c"] and not world.crew.replaced)
 
 
-@pytest.mark.usefixtures("by_model")
 def test_with_other_parameters_alone_the_old_workers_end_when_the_new_ones_are_ready(
-    world: FakeCrew, tmp_path: Path
+    world: FakeCrew, tmp_path: Path, own: Callable[[str], str]
 ) -> None:
-    world.messages[own("text-classification", "a")] = 50
+    world.messages[own("a")] = 50
     world.messages["pipefleet.text-classification"] = 50
     (old,) = world.pids("texts")
     (tmp_path / "a" / "slow").touch()
@@ -232,12 +267,13 @@ def test_with_an_autoscaler_a_pool_starts_with_its_minimum_and_rolls_with_what_i
         world.stop()
 
 
-@pytest.mark.usefixtures("by_model")
-def test_where_no_worker_of_the_old_model_runs_one_starts_for_what_waits(tmp_path: Path) -> None:
+def test_where_no_worker_of_the_old_model_runs_one_starts_for_what_waits(
+    tmp_path: Path, own: Callable[[str], str]
+) -> None:
     world = FakeCrew(tmp_path, TEXTS, least=0)
     try:
         world.begin()
-        world.messages[own("text-classification", "a")] = 1
+        world.messages[own("a")] = 1
         world.take(table("texts", "b"))
         world.steps_until(lambda: world.serving("texts") == ["a"])
         world.messages.clear()

@@ -136,6 +136,15 @@ class TestFleetFile:
         now[0] += LOOK_SECONDS
         assert file.fleet().pool("texts").model == "/models/new"
 
+    def test_until_it_can_be_read_a_fleet_that_is_known_counts(self, tmp_path: Path, fleet: Fleet) -> None:
+        path = tmp_path / "edited.toml"
+        file = FleetFile(path, known=fleet)
+        assert file.fleet() is fleet
+        path.write_text("[pools")
+        assert file.fleet(at_once=True) is fleet
+        path.write_text(FLEET.replace("/models/new", "/models/newer"))
+        assert file.fleet(at_once=True).pool("texts").model == "/models/newer"
+
     def test_a_worker_may_be_started_for_any_revision_but_gets_no_new_work(self, fleet: Fleet) -> None:
         pool = fleet.pool("texts")
         assert with_revision(pool, "/models/old", None) is pool.previous[0]
@@ -170,17 +179,21 @@ class TestAnnouncements:
         announce_pool(redis, "texts", told(OLD), seconds=60)
         assert route(TEXTS, None, None, announced_fleet(redis)).model == OLD.model
 
-    def test_a_worker_announces_itself_as_retired_once_the_fleet_file_says_so(
-        self, client: Client, fleet: Fleet, tmp_path: Path
+    def test_a_worker_is_retired_once_the_fleet_file_says_so_and_another_takes_new_work(
+        self, client: Client, redis: Redis, fleet: Fleet, tmp_path: Path
     ) -> None:
         file = FleetFile(tmp_path / "fleet.toml", clock=itertools.count(step=LOOK_SECONDS).__next__)
         worker = Worker(fleet, fleet.pool("texts"), client.settings, WorkerSettings(), file)
-        assert worker._announced()["retired"] is False
+        assert worker._announced(redis)["retired"] is False
         back = FLEET.replace("/models/new", "/models/x").replace("/models/old", "/models/new")
         (tmp_path / "fleet.toml").write_text(back.replace("/models/x", "/models/old"))
-        assert worker._announced()["retired"] is True
+        announce_pool(redis, "texts", told(OLD) | {"retired": True}, seconds=60)
+        announce_pool(redis, "texts", worker._announced(redis), seconds=60)
+        assert route(TEXTS, None, None, announced_fleet(redis)).model == NEW.model  # nobody else does it
+        announce_pool(redis, "texts", told(OLD), seconds=60)
+        assert worker._announced(redis)["retired"] is True
         (tmp_path / "fleet.toml").write_text(FLEET)
-        assert worker._announced()["retired"] is False
+        assert worker._announced(redis)["retired"] is False
 
     def test_a_retired_revision_gets_no_new_work_however_late_it_comes(self, redis: Redis, fleet: Fleet) -> None:
         retired = announcement(fleet.pool("texts@previous"), fleet)

@@ -118,7 +118,7 @@ def worker(arguments: argparse.Namespace) -> int:
     fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
     worker_settings = WorkerSettings()
     now = worker_settings.fleet_now or path
-    one = Worker(fleet, pool, settings, worker_settings, None if now is None else FleetFile(now))
+    one = Worker(fleet, pool, settings, worker_settings, None if now is None else FleetFile(now, known=fleet))
     logs.configure(pool=pool.name, worker=one.name)
     with logs.errors_as_lines():
         return one.run(device=arguments.device, ready_file=arguments.ready_file)

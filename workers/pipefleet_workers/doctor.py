@@ -70,7 +70,7 @@ def pool_checks(settings: Settings) -> list[Check]:
 
     try:
         with Client(settings) as client:
-            return [_pool(row, pool) for row, pool in _pools(client)]
+            return [_pool(row, pool) for row, pool in _pools(client)] + _unnamed(client)
     except PipefleetError:
         return []  # what is wrong is told by the checks of Redis and of the fleet file
     except Exception as error:  # noqa: BLE001 - as in `_checked`
@@ -95,10 +95,27 @@ def _pools(client: Client) -> list[tuple[PoolRow, Pool]]:
     ]
 
 
+def _unnamed(client: Client) -> list[Check]:
+    """A check for each revision of the fleet's pools that messages wait for, and that nobody names nor serves."""
+    from pipefleet.revisions import read_backlogs
+
+    with broker.redis_errors(client.settings.redis_url):
+        backlogs = read_backlogs(client.redis, client.fleet)
+    return [
+        Check(f"pool {one.part.key}", False, f"{_waits(sum(one.waiting.values()) + one.held.delayed)}: {one.note}")
+        for one in backlogs
+        if one.first is not None and not one.part.named and one.note
+    ]
+
+
+def _waits(count: int) -> str:
+    return f"{count} {'message waits' if count == 1 else 'messages wait'}"
+
+
 def _pool(row: PoolRow, pool: Pool) -> Check:
     """Whether a pool is served, or needs nobody now."""
     name, waiting = f"pool {row.pool}", row.messages["queued"] + row.messages["delayed"]
-    waits = f"{waiting} {'message waits' if waiting == 1 else 'messages wait'}"
+    waits = _waits(waiting)
     start = f"start one with `pipefleet worker --pool {row.pool}`, or `pipefleet up`"
     if row.note:
         return Check(
@@ -108,6 +125,8 @@ def _pool(row: PoolRow, pool: Pool) -> Check:
         )
     if row.alive:
         return Check(name, True, f"{row.alive} {'worker' if row.alive == 1 else 'workers'}, {waits}")
+    if pool.generation and not waiting:
+        return Check(name, True, "no worker, and nothing waits for it: it may be taken out of `previous`")
     if pool.workers.min == 0 and row.wanted is not None:
         if not waiting:
             return Check(name, True, "no worker, and no work: a scaler starts one when there is some")

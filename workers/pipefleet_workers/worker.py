@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
-from pipefleet.announcements import announce_pool, withdraw_pool
+from pipefleet.announcements import announce_pool, takes_new_work, withdraw_pool
 from pipefleet.contract import TASK_NAME
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet import Fleet, Pool
@@ -174,20 +174,24 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 with broker.redis_errors(self._settings.redis_url):
-                    announce_pool(redis, self._pool.name, self._announced(), seconds=3 * seconds)
+                    announce_pool(redis, self._pool.name, self._announced(redis), seconds=3 * seconds)
                     broker.note_revision(redis, self._revision_queue, self._pool.model, self._pool.revision)
                     facts.announce(redis, seconds=3 * seconds)
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)
             self._stopping.wait(seconds)
 
-    def _announced(self) -> dict[str, Any]:
-        """What is announced now: the fleet file may have changed which revision new work goes to."""
+    def _announced(self, redis: Any) -> dict[str, Any]:
+        """What is announced now: the fleet file may have changed which revision new work goes to.
+
+        It goes on coming here until another worker, or a scaler, announces that revision: a model may take long to load.
+        """
         pool = None if self._fleet_file is None else self._fleet_file.fleet().pools.get(self._pool.name)
         if pool is None or pool.task != self._pool.task:
             return self._announcement
-        is_current = (pool.model, pool.revision) == (self._pool.model, self._pool.revision)
-        return self._announcement | {"retired": not is_current}
+        if (pool.model, pool.revision) == (self._pool.model, self._pool.revision):
+            return self._announcement | {"retired": False}
+        return self._announcement | {"retired": self._announcement["retired"] or takes_new_work(redis, pool)}
 
     def _withdraw(self, facts: Facts) -> None:
         """Tell the fleet that this worker has ended, and what it did last."""

@@ -124,12 +124,17 @@ class Autoscaler:
         here = socket.gethostname()
         return Counter(int(one[1]) for one in owners if one[0] == here and len(one) > 1 and one[1].isdecimal())
 
+    @property
+    def announced_seconds(self) -> float:
+        """For how many seconds an announcement of the autoscaler is believed."""
+        return max(30.0, 3 * self._pace.interval)
+
     def _announce(self) -> None:
         """Tell producers without a fleet file what can be had here, also while no worker is there to tell it."""
         with broker.redis_errors(self._settings.redis_url):
             for pool in self._fleet.revisions.values():
                 fields = announcement(pool, self._fleet)
-                announce_pool(self._redis, pool.name, fields, seconds=max(30.0, 3 * self._pace.interval))
+                announce_pool(self._redis, pool.name, fields, seconds=self.announced_seconds)
 
 
 def share(

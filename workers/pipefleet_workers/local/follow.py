@@ -28,8 +28,9 @@ from .workers import Crew, Squad, WorkerProcess
 
 LOOK_SECONDS = 1.0
 """Between two looks at what waits for replaced workers."""
-QUIET_SECONDS = 5.0
-"""For so long nothing must have waited for replaced workers: a run that is being planned queues its next shard within it."""
+QUIET_SECONDS = 6.0
+"""For so long nothing must have waited for replaced workers: a run that is being planned queues its next shard within it, and a
+client that has just read where jobs go puts its last ones there."""
 Outstanding = Callable[[Collection[str]], int]
 """How many messages of these queues wait or are with workers. Raises ServiceUnavailableError."""
 
@@ -38,8 +39,9 @@ class Follower:
     """Keeps the crew of a stack at what the fleet file says. One thread at a time may call it.
 
     Each pool has `least` workers or its `workers.min`, whichever is more; with `least` 0 an autoscaler decides above the minimum.
-    `folder` takes the copies of the file; `changed` hears of every new version, with the path of its copy. `clock` gives seconds,
-    as the monotonic clock does.
+    `folder` takes the copies of the file; `changed` hears of every new version, with the path of its copy. What workers announce
+    is believed for `believed` seconds: so long after a change clients may send jobs to the model that was replaced. `clock` gives
+    seconds, as the monotonic clock does.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Follower:
         least: int,
         outstanding: Outstanding,
         changed: Callable[[Path, Fleet], None] = lambda path, fleet: None,
+        believed: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._file = file
@@ -57,10 +60,12 @@ class Follower:
         self._least = least
         self._outstanding = outstanding
         self._changed = changed
+        self._believed = believed
         self._clock = clock
         self._now: Description | None = None
         self._copy = folder
         self._look_at = clock()
+        self._replaced_at: dict[Squad, float] = {}
         self._quiet_since: dict[Squad, float] = {}
 
     def begin(self, crew: Crew) -> list[WorkerProcess]:
@@ -90,7 +95,10 @@ class Follower:
         if description is not None:
             self._take(crew, description)
         if self._clock() >= self._look_at:
-            self._look_at = self._clock() + LOOK_SECONDS
+            now = self._clock()
+            self._look_at = now + LOOK_SECONDS
+            self._replaced_at = {squad: self._replaced_at.get(squad, now) for squad in crew.replaced}
+            self._quiet_since = {squad: at for squad, at in self._quiet_since.items() if squad in self._replaced_at}
             for squad in crew.replaced:
                 self._let_go(crew, squad)
 
@@ -172,17 +180,24 @@ class Follower:
                     f"pool {squad.pool}: {waits} messages wait for its former model, one worker starts", pool=squad.pool
                 )
                 crew.start(squad.pool, squad=squad)
-        elif not queues or self._clock() - self._quiet_since.setdefault(squad, self._clock()) >= QUIET_SECONDS:
-            self._quiet_since.pop(squad, None)
+        elif not queues or self._quiet(squad):
             crew.dismiss(squad)
             say(f"pool {squad.pool}: its former workers end, nothing waits for them", pool=squad.pool)
 
+    def _quiet(self, squad: Squad) -> bool:
+        """Whether nothing waits for a replaced squad for long enough, and nobody sends it more."""
+        now = self._clock()
+        quiet = now - self._quiet_since.setdefault(squad, now) >= QUIET_SECONDS
+        return quiet and now - self._replaced_at[squad] >= self._believed + QUIET_SECONDS
+
     def _only_theirs(self, crew: Crew, squad: Squad) -> frozenset[str]:
-        """The queues that a replaced squad serves and nobody who stays."""
+        """The queues that a replaced squad serves and nobody who stays and is ready."""
         assert self._now is not None
         served: set[str] = set()
         for name in self._now.fleet.revisions:
-            served |= self._now.duty(name).queues
+            successor = crew.current(name)
+            if successor is not None and successor.ready():
+                served |= self._now.duty(name).queues
         return frozenset() if squad.duty is None else squad.duty.queues - served
 
     def _keep(self, description: Description) -> Path:

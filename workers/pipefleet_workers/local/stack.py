@@ -288,9 +288,19 @@ class Stack:
             least=self._least,
             outstanding=lambda queues: outstanding(redis, url, queues),
             changed=self._autoscaler.follow if self._autoscaler is not None else lambda path, fleet: None,
+            believed=self._believed(),
             clock=self._clock,
         )
         return self._follower.begin(crew)
+
+    def _believed(self) -> float:
+        """For how many seconds clients may believe what a worker announced before the fleet file changed."""
+        from pipefleet.fleetfile import LOOK_SECONDS
+        from pipefleet_workers.settings import WorkerSettings
+
+        scaler = 0.0 if self._autoscaler is None else self._autoscaler.announced_seconds
+        # One worker announces that it takes new work again, the next that it takes none; what it said before ends after three.
+        return LOOK_SECONDS + max(5 * WorkerSettings().announce_seconds, scaler)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
         from pipefleet.fleet import load_fleet

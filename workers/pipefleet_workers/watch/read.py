@@ -60,6 +60,7 @@ class WorkerRow:
 
     worker: str
     pool: str
+    """Its pool, or the revision of it that the worker serves, as `PoolRow.pool`."""
     items_per_second: float
     busy: float
     items: int
@@ -99,7 +100,9 @@ def read_fleet(client: Client, fleet: Fleet | None = None) -> Snapshot:
         workers = {one.worker: one for one in _workers(announced)}
         pools = []
         for part in parts_of(client.redis, fleet):
-            serving = [workers[name] for name in workers_of(announced, part.pool, part.queue)]
+            names = workers_of(announced, part.pool, part.queue)
+            workers |= {name: replace(workers[name], pool=part.key) for name in names}
+            serving = [workers[name] for name in names]
             pools.append(_pool(client.redis, part, serving, now))
         parked = parked_pools(client.redis)
     pools = [replace(one, note=str(parked[one.pool])) if one.pool in parked else one for one in pools]
