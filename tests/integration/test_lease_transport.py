@@ -501,3 +501,12 @@ def test_a_message_is_handed_over_to_another_queue_and_does_not_count_as_deliver
     later.consumer.consume()
     assert names(later.take(2)) == ["first", "second"]
     assert [message.headers["x-delivery-count"] for message in later.messages] == [1, 1]
+
+
+def test_a_message_is_handed_over_with_the_prefix_of_every_key(redis: Redis, taker: Callable[..., Taker]) -> None:
+    own = broker.queue_list(f"{QUEUE}@0a1b2c3d", 3)
+    redis.lpush(f"mine:{list_name(3)}", json.dumps(envelope("a")))
+    (lease,) = taker(global_keyprefix="mine:").leases(1)
+    lease.hand_over(f"{QUEUE}@0a1b2c3d", own)
+    until(lambda: redis.llen(f"mine:{own}") == 1)
+    assert not redis.exists(own)

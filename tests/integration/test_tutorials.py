@@ -29,6 +29,7 @@ from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment
 from tests.checkpoints import cached
 from tests.checkpoints.media import audio, document, image, image_bytes, sound_bytes
+from tests.integration.lease_world import until
 from tests.parity.harness import assert_same, load
 from tests.parity.in_process_worker import working
 
@@ -282,17 +283,25 @@ class Lazy:
 
 class TestStreams:
     def test_a_generator_is_taken_as_far_as_results_are(self, fleet: Tutorial, monkeypatch: pytest.MonkeyPatch) -> None:
-        taken = itertools.count()
-        pipe = fleet.pipe("classify")
-        ahead = fleet.client.settings.in_flight
-        results = pipe(f"My example {next(taken)}" for _ in itertools.count())
-        assert list(next(results)) == ["label", "score"]
-        first = next(taken)
-        assert first <= ahead + 1
-        for _ in range(5):
-            next(results)
-        assert next(taken) <= first + 7
-        results.close()
+        monkeypatch.setenv("PIPEFLEET_IN_FLIGHT", "4")
+        taken: list[str] = []
+
+        def examples() -> Iterator[str]:
+            for number in itertools.count():
+                taken.append(f"My example {number}")
+                yield taken[-1]
+
+        fleet.start("classify")
+        model = fleet.client.fleet.pools["classify"].model
+        with Client() as client:
+            results = pipefleet.pipeline("text-classification", model=model, client=client)(examples())
+            assert list(next(results)) == ["label", "score"]
+            until(lambda: len(taken) == 1 + 4)
+            for _ in range(5):
+                next(results)
+            until(lambda: len(taken) == 6 + 4)
+            results.close()
+        assert len(taken) == 6 + 4
 
     @pytest.mark.parametrize("wrapped", [False, True])
     def test_a_data_set_ends_with_its_length(self, fleet: Tutorial, wrapped: bool) -> None:
@@ -575,8 +584,12 @@ class TestShell:
         assert main(["map", "vqa", str(manifest), "--output", "s3://pipefleet/shell/out/", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["succeeded"] == 2
         manifest.write_text(json.dumps({"inputs": {"question": "What?"}}))
-        assert main(["map", "vqa", str(manifest), "--output", "s3://pipefleet/shell/none/", "--json"]) == 2
-        assert "image is missing" in capsys.readouterr().err
+        assert main(["map", "vqa", str(manifest), "--output", "s3://pipefleet/shell/none/", "--json"]) == 1
+        summary = json.loads(capsys.readouterr().out)
+        assert (summary["succeeded"], summary["failed"]) == (0, 1)
+        failure = json.loads(store.get(summary["failures"]))
+        assert failure["error"]["code"] == "bad_input"
+        assert "image is missing" in failure["error"]["message"]
 
 
 def test_what_is_no_input_at_all_is_refused_before_anything_is_queued(fleet: Tutorial) -> None:

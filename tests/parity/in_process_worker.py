@@ -13,8 +13,10 @@ from pipefleet import broker
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.routing import queue_name, work_queue
 from pipefleet.settings import Settings
-from pipefleet_workers.build import build
+from pipefleet_workers.build import Built, build
+from pipefleet_workers.consume.delivery import Delivery
 from pipefleet_workers.delivery.leases import Lease, lease_of
+from pipefleet_workers.ending import Ending
 from pipefleet_workers.settings import WorkerSettings
 
 TRANSPORT = "pipefleet_workers.delivery.transport:Transport"
@@ -23,47 +25,45 @@ TRANSPORT = "pipefleet_workers.delivery.transport:Transport"
 class LeaseDelivery:
     """A delivery that is settled by its lease alone."""
 
-    def __init__(self, payload: Any, lease: Lease, consumer: Any) -> None:
+    def __init__(self, name: str, payload: Any, lease: Lease) -> None:
+        self.id = name
         self.payload = payload
         self.priority = 3
         self.deliveries = lease.deliveries
         self.retries = 0
-        self._lease = lease
-        self._consumer = consumer
+        self.revoked = False
+        self.deadline: float | None = None
+        self.lease = lease
 
     @property
     def lost(self) -> bool:
-        return self._lease.lost
+        return self.lease.lost
 
     def started(self) -> None:
         """Nobody is told."""
 
-    def done(self, state: str) -> None:
-        self._lease.ack()
-        self._consumer.ended()
+    def done(self, ending: Ending) -> None:
+        self.lease.ack()
 
     def give_back(self) -> None:
-        self._lease.give_back()
-        self._consumer.ended()
+        self.lease.give_back()
 
     def hand_over(self, queue: str) -> None:
-        self._lease.hand_over(queue, broker.queue_list(queue, self.priority))
-        self._consumer.ended()
+        self.lease.hand_over(queue, broker.queue_list(queue, self.priority))
 
     def refuse(self, reason: str) -> None:
-        self._lease.dead_letter(reason)
-        self._consumer.ended()
+        self.lease.dead_letter(reason)
 
 
 @contextlib.contextmanager
-def working(fleet: Fleet, pool: Pool, settings: Settings) -> Iterator[Any]:
+def working(fleet: Fleet, pool: Pool, settings: Settings) -> Iterator[Built]:
     """A worker that serves `pool` until the block ends; the `Built` one."""
     queue = queue_name(pool, fleet)
     queues = [Queue(queue), Queue(work_queue(pool, fleet))]
     built = build(pool, settings, WorkerSettings(warm_up=False), queue=queue, device="cpu", name=f"{pool.name}@test")
     built.consumer.start()
     stopped = threading.Event()
-    thread = threading.Thread(target=_consume, args=(queues, settings, built.consumer, stopped), daemon=True)
+    thread = threading.Thread(target=_consume, args=(queues, settings, built, stopped), daemon=True)
     thread.start()
     try:
         yield built
@@ -73,15 +73,16 @@ def working(fleet: Fleet, pool: Pool, settings: Settings) -> Iterator[Any]:
         built.consumer.drain(1.0)
 
 
-def _consume(queues: list[Queue], settings: Settings, consumer: Any, stopped: threading.Event) -> None:
-    options = {"priority_steps": list(broker.PRIORITY_STEPS), "sep": broker.PRIORITY_SEPARATOR}
+def _consume(queues: list[Queue], settings: Settings, built: Built, stopped: threading.Event) -> None:
+    options: dict[str, Any] = {"priority_steps": list(broker.PRIORITY_STEPS), "sep": broker.PRIORITY_SEPARATOR}
 
     def received(body: Any, message: Any) -> None:
         lease = lease_of(message)
         assert lease is not None
-        consumer.take(LeaseDelivery(body[0][0], lease, consumer))
+        delivery: Delivery = LeaseDelivery(message.headers["id"], body[0][0], lease)
+        built.consumer.take(delivery)
 
-    options |= broker.unacked_keys(queues[0].name)
+    options |= broker.unacked_keys(queues[0].name) | {"on_dead": built.bury}
     with Connection(settings.redis_url, transport=TRANSPORT, transport_options=options) as connection:
         with Consumer(connection.channel(), queues, callbacks=[received], accept=["json"], prefetch_count=64):
             while not stopped.is_set():

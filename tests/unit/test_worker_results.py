@@ -305,7 +305,7 @@ def test_artifacts_of_a_job_that_was_stopped_are_not_stored(pipe: Any, shard: Sh
     with writing(making(pipe, lambda _: living.array()), store, store_threads=1) as one:
         job, sink = one.submit(calls(6), bulk=True, shard=shard)
         wait_until(lambda: store.inside == 1, "the first is on its way")
-        setattr(job, stop, True if stop == "cancelled" else time.time() - 1.0)
+        setattr(job, stop, True if stop == "cancelled" else time.monotonic() - 1.0)
         store.gate.set()
         outcomes = finished(sink)
         wait_until(lambda: one.engine._budget.empty, "all room has come back")

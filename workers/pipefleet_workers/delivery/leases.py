@@ -57,6 +57,7 @@ class GivenBack:
 
     delay: float = 0.0
     list: str | None = None
+    """The other list, without the global prefix."""
 
 
 @dataclass(frozen=True, slots=True)

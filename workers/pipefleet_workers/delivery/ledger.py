@@ -256,7 +256,7 @@ class Ledger:
         batch = [self._pending.popleft() for _ in range(min(_CHUNK, len(self._pending)))]
         try:
             pipe = self._redis.pipeline(transaction=False)
-            for script, arguments in _calls(batch):
+            for script, arguments in _calls(batch, self._terms.prefix):
                 pipe.eval(script, len(self._keys), *self._keys, *arguments)
             answers = pipe.execute()
         except RedisError:
@@ -350,21 +350,22 @@ class Ledger:
             self._wake.set()
 
 
-def _calls(batch: Sequence[tuple[Lease, Settlement]]) -> list[tuple[str, list[Any]]]:
+def _calls(batch: Sequence[tuple[Lease, Settlement]], prefix: str) -> list[tuple[str, list[Any]]]:
     acked = [lease for lease, how in batch if isinstance(how, Acked)]
     # The last one put back is the next one out, so the oldest comes last.
     back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
     buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
     calls: list[tuple[str, list[Any]]] = [
-        (GIVE_BACK, [x for one, how in back for x in _give_back(one, how)]),
+        (GIVE_BACK, [x for one, how in back for x in _give_back(one, how, prefix)]),
         (BURY, [x for lease, how in buried for x in (lease.tag, lease.owner, lease.queue, how.reason)]),
         (ACK, _fences(acked)),
     ]
     return [call for call in calls if call[1]]
 
 
-def _give_back(lease: Lease, how: GivenBack) -> tuple[Any, ...]:
-    return (lease.tag, lease.owner, lease.list, int(how.delay * 1e6), lease.deliveries - 1)
+def _give_back(lease: Lease, how: GivenBack, prefix: str) -> tuple[Any, ...]:
+    to = lease.list if how.list is None else prefix + how.list
+    return (lease.tag, lease.owner, to, int(how.delay * 1e6), lease.deliveries - 1)
 
 
 def _fences(leases: Sequence[Lease]) -> list[Any]:
