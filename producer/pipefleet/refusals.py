@@ -134,7 +134,7 @@ def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: 
     ledger = broker.unacked_keys(queue)
     keys = [_key(shard.run_id), broker.run_key(shard.run_id, "parts"), ledger["dead_key"], ledger["unreported_key"]]
     text = encode_json(Refusal.of(shard, failure).to_json())
-    return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter)))  # type: ignore[arg-type]
+    return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter)))
 
 
 def _key(run_id: str) -> str:
