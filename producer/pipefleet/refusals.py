@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import __version__, broker
@@ -44,12 +45,12 @@ _INDEX = re.compile(r"(\d{5,})\.json$")
 NOTE = """
 if ARGV[4] ~= '' and not redis.call('LPOS', KEYS[3], ARGV[4]) and not redis.call('LPOS', KEYS[4], ARGV[4]) then return 0 end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+local new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
-return 1
+return 1 + new
 """
 """KEYS: refused and parts of the run, dead letters of the queue, those not reported. ARGV: index, refusal, ttl, letter or ''.
-Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there."""
+Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there. Returns a `Noted`."""
 
 
 SEAL = """
@@ -115,17 +116,25 @@ class Counts:
         return self.shards is not None and self.parts + self.refused >= self.shards
 
 
-def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: str, letter: bytes = b"") -> bool:
-    """Note in Redis that no worker will run a shard; False where that is not so any more. One round trip.
+class Noted(IntEnum):
+    """What became of a note; false where a worker may run the shard after all."""
+
+    NOT = 0
+    AGAIN = 1
+    NEW = 2
+
+
+def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: str, letter: bytes = b"") -> Noted:
+    """Note in Redis that no worker will run a shard. One round trip.
 
     With `letter`, the entry of its dead letter in `queue`, only as long as that is there.
     """
     if shard.index >= MOST_SHARDS:
-        return False
+        return Noted.NOT
     ledger = broker.unacked_keys(queue)
     keys = [_key(shard.run_id), broker.run_key(shard.run_id, "parts"), ledger["dead_key"], ledger["unreported_key"]]
     text = encode_json(Refusal.of(shard, failure).to_json())
-    return bool(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter))
+    return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter)))
 
 
 def _key(run_id: str) -> str:

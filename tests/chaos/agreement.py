@@ -12,6 +12,8 @@ from celery import states
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobState
+from pipefleet.finishing import read_resumed
+from pipefleet.layout import RunLayout
 from pipefleet_workers.ending import REVOKED
 from pipefleet_workers.scaling.ledger import read_items
 
@@ -129,7 +131,7 @@ def _counts(world: World, client: Client) -> list[str]:
 
 
 def _written(client: Client, keys: set[str]) -> Counter[str]:
-    """Items in the parts among these objects; where their run has its totals, these."""
+    """Items in the parts among these objects; where their run has its totals, these, and what failed before it was taken up."""
     found: Counter[str] = Counter()
     by_run: dict[str, list[str]] = {}
     for key in keys:
@@ -138,9 +140,16 @@ def _written(client: Client, keys: set[str]) -> Counter[str]:
     for run, parts in by_run.items():
         if f"{run}_SUCCESS" in keys:
             said = json.loads(client.store.get(f"s3://pipefleet/{run}_SUCCESS"))
-            found.update(succeeded=said["succeeded"], failed=said["failed"])
+            found.update(succeeded=said["succeeded"], failed=said["failed"] + _refused_before(client, run))
             continue
         for key in parts:
             for line in client.store.lines(f"s3://pipefleet/{key}"):
                 found["failed" if "error" in json.loads(line) else "succeeded"] += 1
     return found
+
+
+def _refused_before(client: Client, run: str) -> int:
+    """Items of the shards of a run that were refused and taken up again: each has ended twice."""
+    layout = RunLayout.at(f"s3://pipefleet/{run}")
+    shards = read_resumed(client.store, layout).shards
+    return sum(1 for index in shards for _ in client.store.lines(layout.part(index)))

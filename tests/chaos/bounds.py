@@ -13,11 +13,10 @@ from tests.chaos.world import World, until
 
 PATIENCE = 300.0
 MB = 1 << 20
-RESULT = 20
-BUDGET = 100
-"""Megabytes of one result, and of all that a worker may hold at once."""
-BESIDE = 250
-"""Megabytes that a worker may grow by beside its budget: what its threads encode, and what the allocator keeps."""
+BUDGET = 5
+"""How many results the bytes that a worker may hold are."""
+BESIDE = 12
+"""How many results a worker may grow by beside its budget: what four threads encode, and what the allocator keeps."""
 
 
 @scenario("budget-exhausted")
@@ -42,20 +41,21 @@ def budget_exhausted(world: World, scale: Scale) -> Finding:
 
 @scenario("large-results")
 def large_results(world: World, scale: Scale) -> Finding:
-    """One shard whose results are 20 MB each, twenty times the budget; the memory of the worker stays within it."""
-    with world.scene(workers=1, in_flight_bytes=BUDGET * MB, store_threads=4) as client:
+    """One shard whose results are many times the budget of the worker; its memory stays within it."""
+    each, count = scale.megabytes, scale.results
+    with world.scene(workers=1, in_flight_bytes=BUDGET * each * MB, store_threads=4) as client:
         (worker,) = world.workers
         start = _peak(worker.pid)
-        count = min(100, scale.jobs)
-        rows = [f"LARGE:{RESULT} {text}" for text in texts(count)]
+        rows = [f"LARGE:{each} {text}" for text in texts(count)]
         began = time.monotonic()
         run = start_run(client, rows, shard_size=count)
         run.wait(timeout=PATIENCE)
         took, grown = time.monotonic() - began, _peak(worker.pid) - start
         check_run(client, run, rows)
         check_quiet(world)
-        assert grown <= BUDGET + BESIDE, f"the worker grew by {grown} MB over {count} results of {RESULT} MB"
-    return Finding(note=f"{count} results of {RESULT} MB in {took:.1f} s, the worker grew by {grown} MB")
+        assert not worker.codes, f"the worker ended with {worker.codes}"
+        assert grown <= (BUDGET + BESIDE) * each, f"the worker grew by {grown} MB over {count} results of {each} MB"
+    return Finding(note=f"{count} results of {each} MB in {took:.1f} s, the worker grew by {grown} MB")
 
 
 def _peak(pid: int) -> int:

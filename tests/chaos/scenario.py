@@ -19,6 +19,8 @@ class Scale:
     long_lease: float = 10.0
     away: float = 10.0
     jobs: int = 300
+    results: int = 100
+    megabytes: int = 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,10 @@ def hostile_messages(world: World, scale: Scale) -> Finding:
         random_ = random.Random(world.seed)
         began = time.monotonic()
         good = []
+        lists = [name for queue in broker.queues_of(world.redis, QUEUE) for name in broker.queue_lists(queue)]
         for _ in range(10):
-            for step in broker.queue_lists(QUEUE):
-                batch = [hostile(random_) for _ in range(scale.messages // 40)]
+            for step in lists:
+                batch = [hostile(random_) for _ in range(scale.messages // (10 * len(lists)))]
                 world.redis.lpush(step, *(text.encode("utf-8", "replace") for text in batch))
             good += [client.submit(TASK, text) for text in texts(5, uuid.uuid4().hex)]
         check_singles(good, PATIENCE)

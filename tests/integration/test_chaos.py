@@ -10,16 +10,26 @@ from tests.chaos import bounds, culprits, deaths, outages, refusals, rollout, st
 from tests.chaos.scenario import SCENARIOS, Scale
 from tests.chaos.world import World
 
-SHORT = Scale(items=1000, faults=3, messages=2000, long_seconds=12.0, long_lease=3.0, away=2.0, jobs=60)
+SHORT = Scale(
+    items=1000,
+    faults=3,
+    messages=2000,
+    long_seconds=12.0,
+    long_lease=3.0,
+    away=2.0,
+    jobs=60,
+    results=24,
+    megabytes=8,
+)
 CHOSEN = {
     deaths: (
         *("killed-forward", "killed-after-write", "given-twice"),
         *("terminated", "terminated-twice", "told-to-shut-down", "long-job"),
     ),
     outages: ("redis-restarted", "redis-emptied", "s3-503"),
-    culprits: ("poison-item", "poison-job"),
+    culprits: ("poison-item", "hanging-decode", "poison-job"),
     traffic: ("hostile", "cancel-and-expiry", "revoke", "queues-agree"),
-    bounds: ("budget-exhausted",),
+    bounds: ("budget-exhausted", "large-results"),
     refusals: ("refused-shards",),
     rollout: ("roll-out", "changed-under-a-run", "old-producer"),
     storm: ("storm",),

@@ -34,8 +34,11 @@ class ShardWorker:
         store = WorkerStore()
         self.reporter = Reporter(client.redis, store, client.settings, worker="test")
         outlets = Outlets(store, ObjectStore(), PartWriter(store, {"model": "test"}), self.reporter, allowed)
-        self.shards = Shards(None, outlets, Tally(Metrics("pool"), WorkCount()))  # type: ignore[arg-type]  # nothing enters an engine here
-        self.burials = Burials(client.settings, self.reporter, queue=queue, allowed=allowed)
+        self.metrics = Metrics("pool")
+        tally = Tally(self.metrics, WorkCount())
+        self.shards = Shards(None, outlets, tally)  # type: ignore[arg-type]  # nothing enters an engine here
+        on_refused = tally.refused
+        self.burials = Burials(client.settings, self.reporter, queue=queue, allowed=allowed, on_refused=on_refused)
 
     def take(self, *indexes: int) -> dict[int, str]:
         """Take messages of shards out of the queue: all, or those of `indexes`; their texts by index."""

@@ -126,7 +126,7 @@ def build(
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
     facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue)
-    burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed)
+    burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
     return Built(consumer, outlets.reporter, facts, burials, letters=worker_settings.transport != "stock")
 
 

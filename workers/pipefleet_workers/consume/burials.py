@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import queue as queues
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from pipefleet import broker
 from pipefleet.broker import DeadLetter
@@ -22,7 +21,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
 from pipefleet.planner import read_plan
 from pipefleet.records import JobFailure
-from pipefleet.refusals import Refusals, note
+from pipefleet.refusals import Noted, Refusals, note
 from pipefleet.settings import Settings
 from pipefleet_workers.reports import Reporter
 from pipefleet_workers.stages.fetch import lies_under
@@ -33,16 +32,28 @@ PATIENCE_SECONDS = 300.0
 
 
 class Burials:
-    """Notes dead letters of one queue. Thread-safe."""
+    """Notes dead letters of one queue. Thread-safe.
 
-    def __init__(self, settings: Settings, reporter: Reporter, *, queue: str, allowed: Sequence[str]) -> None:
+    `on_refused` is called with the failure and the number of items of a shard once it is noted, by the thread that ends runs.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        reporter: Reporter,
+        *,
+        queue: str,
+        allowed: Sequence[str],
+        on_refused: Callable[[JobFailure, int], None],
+    ) -> None:
         self._settings = settings
         self._reporter = reporter
         self._queue = queue
         self._allowed = allowed
+        self._on_refused = on_refused
         self._redis = broker.connect(settings)
         self._store = ObjectStore()
-        self._shards: queues.SimpleQueue[Shard] = queues.SimpleQueue()
+        self._shards: queues.SimpleQueue[tuple[Shard, JobFailure, Noted]] = queues.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -64,7 +75,7 @@ class Burials:
         with broker.redis_errors(self._settings.redis_url):
             noted = note(self._redis, shard, failure, ttl=self._settings.run_ttl, queue=self._queue, letter=letter)
         if noted and lies_under(shard.run_uri, self._allowed):
-            self._shards.put(shard)
+            self._shards.put((shard, failure, noted))
             self._start()
 
     def _start(self) -> None:
@@ -76,9 +87,11 @@ class Burials:
     def _follow(self) -> None:
         patience = Patience(threading.Event(), seconds=PATIENCE_SECONDS)
         while True:
-            shard = self._shards.get()
+            shard, failure, noted = self._shards.get()
             try:
-                patience.call(lambda shard=shard: self._end(shard))  # type: ignore[misc]
+                count = patience.call(lambda shard=shard: self._end(shard))  # type: ignore[misc]
+                if count and noted is Noted.NEW:
+                    self._on_refused(failure, count)
             except PipefleetError as error:
                 log.warning(
                     "shard %d of run %s was refused, and its run does not say so: %s", shard.index, shard.run_id, error
@@ -86,13 +99,14 @@ class Burials:
             except Exception:
                 log.exception("noting a refused shard failed")
 
-    def _end(self, shard: Shard) -> Any:
-        """Note the refusal beside the run, and end the run where nothing else of it is left."""
+    def _end(self, shard: Shard) -> int:
+        """Note the refusal beside the run, and end the run where nothing else of it is left. The number of its items in the run."""
         layout = RunLayout(shard.run_uri, shard.format)
         plan = read_plan(self._store, layout)
         if plan.id != shard.run_id:
-            return
+            return 0
         refusals = Refusals(self._redis, self._settings, self._store, layout, plan.id)
         refusals.mark(shard.index)
         if plan.shards is not None and refusals.counts().complete:
             refusals.end(plan)
+        return shard.count if plan.items is None else min(shard.count, max(0, plan.items - shard.first))

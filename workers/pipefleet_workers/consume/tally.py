@@ -17,7 +17,8 @@ from pipefleet_workers.scaling.ledger import WorkCount
 class Tally:
     """Counts messages, the work in them, and the items that end. Thread-safe.
 
-    An item is counted once, by the worker that wrote its record or its part, so that the workers' sums are what can be read there.
+    An item is counted once, by the worker that wrote its record or its part, or noted that its shard was refused, so that the
+    workers' sums are what can be read there.
     """
 
     def __init__(self, metrics: Metrics, work: WorkCount) -> None:
@@ -61,6 +62,11 @@ class Tally:
     def cancelled(self, count: int) -> None:
         """Items of a shard that this worker had begun ended because their run was cancelled."""
         self._metrics.ended(JobState.CANCELLED, count)
+
+    def refused(self, failure: JobFailure, count: int) -> None:
+        """No worker will run a shard of so many items. Where it is taken up later, its items end, and count, once more."""
+        self._metrics.ended(JobState.FAILED, count)
+        self._metrics.failure(code=failure.code, stage=failure.stage, count=count)
 
     def failed(self, failure: JobFailure) -> None:
         """A single job failed without an outcome: refused, or a dead letter."""
