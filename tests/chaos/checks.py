@@ -90,13 +90,14 @@ def check_queues(world: World) -> None:
         assert command(["queues", "--json"]) == 0
     rows = json.loads(said.getvalue())  # one for each revision
     redis, keys = world.redis, broker.unacked_keys(QUEUE)
-    lists = [name for queue in broker.queues_of(redis, QUEUE) for name in broker.queue_lists(queue)]
+    lists = [name for queue in broker.queues_of(redis, QUEUE) for name in broker.waiting_lists(queue)]
     high, normal, middle, low = (sum(map(redis.llen, lists[step::4])) for step in range(4))
     delayed = redis.zcard(keys["delayed_key"])
     dead = redis.llen(keys["dead_key"]) + redis.llen(keys["unreported_key"])
     counted = {"high": high, "normal": normal + middle, "low": low, "delayed": delayed, "dead": dead}
     counted["unacked"] = redis.hlen(keys["unacked_key"]) - delayed
-    assert {name: sum(row[name] for row in rows) for name in counted} == counted
+    told = {name: sum(row[name] for row in rows) for name in counted}
+    assert told == counted, f"`queues` says {told}, the keys {counted}"
 
 
 def check_singles(jobs: Sequence[Any], seconds: float = 60.0) -> None:
