@@ -69,7 +69,7 @@ def planned(client: Client, prefix: str) -> Callable[..., tuple[Run, list[JobMes
         rows = [{"id": str(index), "inputs": text} for index, text in enumerate(texts or ("a", "bad", "c", "d"))]
         run = client.map(TASK, rows, output=f"{prefix}out/", shard_size=2)
         run.join_planner()
-        name = broker.queue_list(QUEUE, broker.Priority.LOW)
+        name = broker.queue_list(run.plan.queue, broker.Priority.LOW)
         texts_: Any = client.redis.lrange(name, 0, -1)
         return run, [decode_message(json.loads(json.loads(text)["body"])[0][0]) for text in reversed(texts_)]
 
