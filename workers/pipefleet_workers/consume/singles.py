@@ -102,7 +102,7 @@ class Singles:
             for single in singles:
                 self._leave(single, error)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged for the job whose fault it is
             return self._start_each(singles, error)
         works = [work for single, state in zip(singles, states, strict=True) for work in self._begun(single, state)]
         for priority in sorted({work.job.priority for work in works}):
