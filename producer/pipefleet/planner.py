@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import threading
 import time
 import uuid
@@ -36,6 +37,7 @@ from pipefleet.storage import split_uri
 if TYPE_CHECKING:
     from pipefleet.client import Client
 
+log = logging.getLogger(__name__)
 ALIVE_SECONDS = 10.0
 """How long a planner counts as alive after its last sign; it gives one every third of this, however slow its source."""
 HELD_BACK_SECONDS = 0.5
@@ -167,15 +169,23 @@ class Planner:
 
     def _give_signs(self, ended: threading.Event) -> None:
         while not ended.wait(ALIVE_SECONDS / 3):
-            with suppress(ServiceUnavailableError):  # the next sign is soon enough; planning itself will say so too
+            try:
                 self._give_sign()
+            except ServiceUnavailableError as error:  # the next sign is soon enough; planning itself will say so too
+                log.debug("no sign of life: %s", error)
+            except Exception:  # or another client would take the planning over
+                log.exception("no sign of life of the planning")
 
     def _tend(self, ended: threading.Event) -> None:
         """Look after the shards that are out while the source keeps its next item back."""
         while not ended.wait(TEND_SECONDS):
             if self._cut is not None and not self._stopped.is_set():
-                with suppress(PipefleetError):  # planning itself will say so too
+                try:
                     self.backlog.tend(self.shards)
+                except PipefleetError as error:  # planning itself will say so too
+                    log.debug("shards are not looked after: %s", error)
+                except Exception:
+                    log.exception("looking after shards failed and goes on")
                 if self.backlog.cancelled:
                     self.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from redis import Redis
 
+log = logging.getLogger(__name__)
 SWEEP_SECONDS = 2.0
 """How often jobs under way are looked up although nothing was heard: a channel forgets what it sent to nobody."""
 UNKNOWN_SECONDS = 30.0
@@ -158,6 +160,9 @@ class Watcher:
             except ServiceUnavailableError:
                 # Nothing is lost: whoever waits goes on waiting, and the sweep after reconnecting looks up all jobs.
                 self._closed.wait(0.5)
+            except Exception:  # without this thread nobody who waits would ever hear
+                log.exception("watching jobs failed and goes on")
+                self._closed.wait(0.5)
 
     def _listen(self) -> None:
         with broker.subscribed(self._redis, self.channel) as channel:
@@ -167,7 +172,7 @@ class Watcher:
                 ended: list[str] = []
                 while message is not None:
                     if message["type"] == "message":
-                        ended.append(message["data"].decode())
+                        ended.append(message["data"].decode(errors="replace"))
                     else:
                         self._ready.set()
                     message = channel.get_message()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -152,6 +153,8 @@ class TestCallbacks:
             order.append(number)
             if number == 1:
                 raise ValueError("no")
+            if number == 2:
+                sys.exit("no")
 
         for number in range(5):
             callbacks.run(lambda number=number: note(number))  # type: ignore[misc]

@@ -335,7 +335,7 @@ class TestOutput:
         monkeypatch.setattr("pipefleet.watcher.LOOK_AFTER_SECONDS", 0.0)
         code, _, told = run(capsys, "submit", "text-classification", "a", "--timeout", "1.5")
         assert code == 4
-        served, start = f"{QUEUE} (model /models/texts)", "`pipefleet worker --pool texts`"
+        served, start = f"{OWN} (model /models/texts)", "`pipefleet worker --pool texts`"
         assert told == f"pipefleet: no worker serves {served} now; start one with {start}; 1 job waits\n"
 
     def test_a_detached_run_is_reported_and_cancelled(

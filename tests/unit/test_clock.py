@@ -9,6 +9,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as AwayError
 
+from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.clock import REFRESH_SECONDS, TRIES, ServerClock
 from pipefleet.contract import JobMessage, JobState
@@ -141,7 +142,7 @@ class TestAnHourOff:
         run = client.map(TEXTS, ["a"], output=prefix)
         assert run.plan.created == pytest.approx(_server_time(client.redis), abs=30)
         assert 0 <= run.progress().seconds < 60
-        (raw,) = client.redis.lrange(f"pipefleet.{TEXTS}\x06\x169", 0, -1)  # type: ignore[misc]
+        (raw,) = client.redis.lrange(broker.queue_list(run.plan.queue, 9), 0, -1)  # type: ignore[misc]
         import json
 
         at = json.loads(raw)["headers"]["pipefleet-at"]

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipefleet.contract import JobMessage
+from pipefleet.contract import JobMessage, JobState
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.singles import Singles
+from pipefleet_workers.ending import Ending, before
 from tests.unit.conftest import eventually
 
 DEADLINE = 20.0
@@ -81,16 +82,16 @@ class Interrupted(Watched):
 class Bystander:
     """Stands in for whatever single jobs need besides their gate; every job has ended before."""
 
-    def start_many(self, messages: Sequence[JobMessage]) -> list[bool]:
-        return [False for _ in messages]
+    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState]:
+        return [JobState.SUCCEEDED for _ in messages]
 
-    def done(self, delivery: Any, message: JobMessage, state: str) -> None:
-        assert state == "ended before"
+    def done(self, delivery: Any, message: JobMessage, ending: Ending) -> None:
+        assert ending == before(JobState.SUCCEEDED)
 
 
 def test_single_jobs_of_one_fetch_begin_although_a_suspect_comes_in_between() -> None:
     gate, other = Interrupted(), Bystander()
-    singles = Singles(other, other, gate, other, budget=1)  # type: ignore[arg-type]
+    singles = Singles(other, other, gate, other, other, budget=1)  # type: ignore[arg-type]
     batch: Any = [(other, JobMessage(name, "")) for name in ("a", "b", "c")]
     assert joined(started(lambda: singles.start(batch))), (
         "the second job waits for the suspect, which waits for the first"

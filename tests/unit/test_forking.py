@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobState, decode_message
-from tests.unit.test_producer_jobs import QUEUE, Worker
+from tests.unit.test_producer_jobs import OWN, Worker
 
 PREAMBLE = """
 import json, multiprocessing, os, sys, threading, time
@@ -81,7 +82,7 @@ def answers(client: Client) -> Iterator[None]:
 
     def serve() -> None:
         while not stop.is_set():
-            found: Any = worker.redis.brpop([f"{QUEUE}\x06\x163"], timeout=0.1)
+            found: Any = worker.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
             if found:
                 message = decode_message(json.loads(json.loads(found[1])["body"])[0][0])
                 output = json.dumps(message.items[0].inputs.upper())

@@ -127,7 +127,7 @@ class TestRequeue:
     ) -> None:
         shard = Shard("run1", prefix, f"{prefix}_run/shards/00000.jsonl", 0, 0, 1)
         Undertaker(client.settings, QUEUE, "texts", "test").bury(
-            "workers died with it", JobMessage("run1-00000", TEXTS, shard=shard), JobItem("a/b ü%.txt", "a text")
+            "workers died with it", JobMessage("run1-00000", TEXTS, shard=shard), 0, JobItem("a/b ü%.txt", "a text")
         )
         assert main(["dead-letters", "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)

@@ -20,7 +20,7 @@ from pipefleet.pipelines import pipeline
 from pipefleet.streaming import stream
 from pipefleet.tasks import TASKS
 from tests.unit.conftest import eventually
-from tests.unit.test_producer_jobs import QUEUE, TEXTS, Worker
+from tests.unit.test_producer_jobs import OWN, QUEUE, TEXTS, Worker
 
 
 class FakeJob:
@@ -250,7 +250,7 @@ class TestPipe:
 
         def serve() -> None:
             while not stop.is_set():
-                found: Any = worker.redis.brpop([f"{QUEUE}\x06\x163"], timeout=0.1)
+                found: Any = worker.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
                 if found:
                     message = decode_message(json.loads(json.loads(found[1])["body"])[0][0])
                     output = json.dumps([{"label": message.items[0].inputs.upper()}])

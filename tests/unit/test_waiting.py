@@ -19,6 +19,7 @@ from pipefleet.errors import JobCancelledError, ResultTimeoutError
 from pipefleet.fleet import Pool
 from pipefleet.jobs import Job
 from pipefleet.pipelines import pipeline
+from pipefleet.routing import revision_queue
 from pipefleet.waiting import LOOK_SECONDS, POOLS_KEY, SAY_SECONDS, SCALER_KEY, WORKERS_KEY, Lookout, why_waiting
 from tests.unit.conftest import eventually
 
@@ -215,7 +216,7 @@ class TestWaiting:
 
     @pytest.mark.usefixtures("soon")
     def test_who_is_served_is_told_nothing(self, client: Client, caplog: pytest.LogCaptureFixture) -> None:
-        announce(client.redis, "texts", seconds=60)
+        announce(client.redis, "texts", seconds=60, facts={"queue": revision_queue(QUEUE, "/models/texts", None)})
         with pytest.raises(ResultTimeoutError, match=r"it goes on$"):
             client.submit(TASK, "a").result(1.0)
         assert caplog.records == []

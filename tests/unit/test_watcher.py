@@ -140,3 +140,25 @@ def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) ->
     end(client, good.id, JobState.SUCCEEDED, output="1")
     assert good._future is not None
     assert good._future.result(20).output == "1"  # the thread still listens and sweeps
+
+
+def test_what_is_no_text_on_the_clients_channel_and_errors_end_no_waiting(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
+    whole, failed = client.watcher._sweep, threading.Event()
+
+    def sweep() -> None:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("a bug")
+        whole()
+
+    monkeypatch.setattr(client.watcher, "_sweep", sweep)
+    job = client.submit(TEXTS, "x")
+    client.redis.publish(client.watcher.channel, b"\xff")
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(job.result, 20)
+        assert failed.wait(20)
+        end(client, job.id, JobState.SUCCEEDED, output='"heard"')
+        assert waiting.result(20) == "heard"

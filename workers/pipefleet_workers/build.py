@@ -150,10 +150,13 @@ class Undertaker:
         """What is known of a shard."""
         return Journal(self._redis, self._settings, shard)
 
-    def bury(self, reason: str, message: JobMessage, item: JobItem) -> None:
-        """Write a dead letter for one item: the job that it would be by itself, its result to lie beside those of its run."""
+    def bury(self, reason: str, message: JobMessage, position: int, item: JobItem) -> None:
+        """Write a dead letter for one item: the job that it would be by itself, its result to lie beside those of its run.
+
+        Two items of a shard may have one id, so the job is named after the `position` in the shard too.
+        """
         assert message.shard is not None
-        name = f"{message.id}-{item.id}"[:200]
+        name = f"{f'{message.id}-{item.id}'[:190]}-{position}"
         alone = JobMessage(
             name,
             message.task,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import queue
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 class Tracer:
@@ -42,11 +45,16 @@ class Tracer:
 
     @staticmethod
     def _write(path: Path, lines: queue.SimpleQueue[str | None]) -> None:
-        with path.open("a") as file:
-            while (line := lines.get()) is not None:
-                file.write(line + "\n")
-                if lines.empty():
-                    file.flush()
+        try:
+            with path.open("a") as file:
+                while (line := lines.get()) is not None:
+                    file.write(line + "\n")
+                    if lines.empty():
+                        file.flush()
+        except OSError as error:
+            log.error("cannot write the trace %s (%s); the rest of it is dropped", path, error.strerror)
+            while lines.get() is not None:  # or the lines would fill the memory
+                pass
 
     def _close(self, writer: threading.Thread) -> None:
         if self._lines is not None:

@@ -179,6 +179,8 @@ class Worker:
                     facts.announce(redis, seconds=3 * seconds)
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)
+            except Exception:  # or the worker would look dead while it works
+                log.exception("cannot announce the pool")
             self._stopping.wait(seconds)
 
     def _announced(self, redis: Any) -> dict[str, Any]:
@@ -204,6 +206,7 @@ class Worker:
             log.warning("cannot sign off: %s", error)
 
     def _listen_for_cancels(self, consumer: Consumer) -> None:
+        """Tell the consumer which jobs and runs are cancelled; after an error, goes on."""
         redis = broker.connect(self._settings)
         while not self._stopping.is_set():
             try:
@@ -214,6 +217,10 @@ class Worker:
                     while not self._stopping.is_set():
                         message = channel.get_message(ignore_subscribe_messages=True, timeout=1.0)
                         if message is not None:
-                            consumer.cancel(message["data"].decode())
-            except PipefleetError:
+                            consumer.cancel(message["data"].decode(errors="replace"))
+            except PipefleetError as error:
+                log.warning("does not hear which jobs are cancelled: %s", error)
                 self._stopping.wait(1.0)  # cancelled jobs are also told when they start and before they are written
+            except Exception:
+                log.exception("hearing which jobs are cancelled failed")
+                self._stopping.wait(1.0)

@@ -70,11 +70,13 @@ def test_a_contract_error_refuses_the_shard() -> None:
     ("own", "header", "holds"), [(50.0, 20.0, 20.0), (None, 20.0, 20.0), (10.0, 20.0, 10.0), (10.0, None, 10.0)]
 )
 def test_the_earlier_one_of_two_deadlines_holds(own: float | None, header: float | None, holds: float) -> None:
-    bench = Bench()
-    delivery = FakeDelivery(single("job", deadline=own))
-    delivery.deadline = header
+    bench, now = Bench(), time.time()
+    delivery = FakeDelivery(single("job", deadline=None if own is None else now + own))
+    delivery.deadline = None if header is None else now + header
     bench.consumer.take(delivery)
-    assert bench.engine.work("job").job.deadline == holds
+    deadline = bench.engine.work("job").job.deadline
+    assert deadline is not None
+    assert time.time() + deadline - time.monotonic() == pytest.approx(now + holds, abs=3)
 
 
 def test_a_message_for_later_begins_at_its_time() -> None:
@@ -261,3 +263,36 @@ def test_a_suspect_runs_with_nothing_beside_it() -> None:
     taken += [bench.take(shard(f"suspect {n}"), deliveries=3) for n in range(3)]
     assert [one.wait() for one in taken] == ["done"] * 6
     assert [beside[f"suspect {n}"] for n in range(3)] == [{f"suspect {n}"} for n in range(3)]
+
+
+def test_threads_of_the_consumer_outlive_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(deliveries=3)
+    whole = bench.reporter.count_deliveries
+
+    def broken(*_: object, **__: object) -> None:
+        monkeypatch.setattr(bench.reporter, "count_deliveries", whole)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(bench.reporter, "count_deliveries", broken)
+    suspect = bench.take(single("suspect"), deliveries=3)
+    assert eventually(lambda: bool(bench.consumer.later._heap))
+    bench.later(60.0)
+    bench.engine.end("suspect")
+    assert suspect.wait() == "done"
+
+
+def test_a_message_that_cannot_be_taken_in_is_nobody_elses_affair(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(retries=0)
+
+    def elsewhere(message: JobMessage) -> str | None:
+        if message.id == "bad":
+            raise RuntimeError("a bug")
+        return None
+
+    monkeypatch.setattr(bench.jobs, "elsewhere", elsewhere)
+    bad, good = bench.take(single("bad")), bench.take(single("good"))
+    bench.engine.end("good")
+    assert good.wait() == "done"
+    assert eventually(lambda: bool(bench.consumer.later._heap))
+    bench.later(60.0)
+    assert bad.wait().startswith("refused: failed 2 times")

@@ -12,12 +12,14 @@ class Service:
     """A service that a test takes away; `looks` are the pauses before each look at it."""
 
     def __init__(self) -> None:
-        self.away = False
+        self.away: bool | Exception = False
         self.looks: list[float] = []
         self.look = threading.Semaphore(0)
         self.health = Health(self._probe, sleep=self._sleep)
 
     def _probe(self) -> None:
+        if isinstance(self.away, Exception):
+            raise self.away
         if self.away:
             raise ServiceUnavailableError("away")
 
@@ -65,3 +67,15 @@ def test_a_drain_ends_the_waiting() -> None:
     thread.join(20)
     assert found == [False]
     assert not service.health.wait()
+
+
+def test_an_error_of_any_kind_is_asked_after_again() -> None:
+    service = Service()
+    service.away = RuntimeError("a bug")
+    assert not service.health.check()
+    thread, found = waiting(service.health)
+    service.look.release()
+    service.away = False
+    service.look.release()
+    thread.join(20)
+    assert found == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from pipefleet.contract import JobItem, JobMessage, JobState
 from pipefleet.records import JobFailure
 from pipefleet_workers.ending import LOST
-from pipefleet_workers.items import Outcome
+from pipefleet_workers.items import JobContext, Outcome
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import AWAY, TASK, Bench, FakeDelivery, single
 
@@ -148,3 +149,83 @@ def test_a_failure_of_a_service_makes_a_job_begin_again_until_it_is_patient_no_m
             work.job.sink.deliver(Outcome(work, failure=JobFailure("unavailable", "away", "fetch")))
     assert delivery.wait() == "done"
     assert patience == [True, True, False]
+
+
+class TestErrorsOfOurs:
+    """An error of a kind that nobody thought of ends no thread, and no job stays behind in the gate."""
+
+    def test_one_job_that_cannot_be_started_is_in_nobodys_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench(retries=0)
+        whole = bench.reporter.start_many
+
+        def start_many(messages: Sequence[JobMessage]) -> list[JobState]:
+            if any(message.id == "bad" for message in messages):
+                raise UnicodeEncodeError("utf-8", "bad", 0, 1, "no such character")
+            return whole(messages)
+
+        monkeypatch.setattr(bench.reporter, "start_many", start_many)
+        deliveries = together(bench, "a", "bad", "b")
+        for name in ("a", "b"):
+            bench.engine.end(name)
+            assert deliveries[name].wait() == "done"
+        self.refused_after_another_try(bench, deliveries["bad"])
+
+    def test_a_job_that_cannot_begin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench(retries=0)
+        whole = bench.jobs.begin
+
+        def begin(message: JobMessage, *arguments: Any, **options: Any) -> JobContext:
+            if message.id == "bad":
+                raise RuntimeError("a bug")
+            return whole(message, *arguments, **options)
+
+        monkeypatch.setattr(bench.jobs, "begin", begin)
+        deliveries = together(bench, "bad", "a")
+        bench.engine.end("a")
+        assert deliveries["a"].wait() == "done"
+        self.refused_after_another_try(bench, deliveries["bad"])
+
+    def test_an_engine_that_takes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def admit(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a bug")
+
+        bench = Bench()
+        whole = bench.engine.admit
+        monkeypatch.setattr(bench.engine, "admit", admit)
+        deliveries = together(bench, "a", "b")
+        assert eventually(lambda: len(bench.consumer.later._heap) == 2)
+        assert settled(bench)
+        monkeypatch.setattr(bench.engine, "admit", whole)
+        bench.later(60.0)
+        for name, delivery in deliveries.items():
+            bench.engine.end(name)
+            assert delivery.wait() == "done"
+
+    def test_an_end_that_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def check() -> bool:
+            raise RuntimeError("a bug")
+
+        bench = Bench()
+        monkeypatch.setattr(bench.health, "check", check)
+        delivery = bench.take(single())
+        bench.engine.work("job").job.give_back(AWAY)
+        assert delivery.wait() == "given back"
+        assert settled(bench)
+
+    def refused_after_another_try(self, bench: Bench, delivery: FakeDelivery) -> None:
+        assert eventually(lambda: len(bench.consumer.later._heap) == 1)
+        assert settled(bench)
+        bench.later(60.0)
+        assert delivery.wait().startswith("refused: failed 2 times, at last with: ")
+        assert settled(bench)
+
+
+def together(bench: Bench, *names: str) -> dict[str, FakeDelivery]:
+    """Deliveries that are taken in at once."""
+    bench.goes_away()
+    bench.health.check()
+    deliveries = {name: FakeDelivery(single(name)) for name in names}
+    for delivery in deliveries.values():
+        bench.consumer.take(delivery)
+    bench.comes_back()
+    return deliveries

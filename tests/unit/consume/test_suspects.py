@@ -112,7 +112,8 @@ class Case:
         assert self.served.part is not None
         return {one.work.position: one.failure.code for one in self.served.part if one.failure is not None}
 
-    def _bury(self, reason: str, message: JobMessage, item: JobItem) -> None:
+    def _bury(self, reason: str, message: JobMessage, position: int, item: JobItem) -> None:
+        assert str(position) == item.id
         self.buried.append((message.id, item.id))
 
     @property

@@ -28,7 +28,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipefleet.contract import JobMessage, decode_message
@@ -270,6 +270,9 @@ class Consumer:
                 self.refuse(delivery, str(error))
             except ServiceUnavailableError as error:
                 self.postpone(delivery, error)
+            except Exception as error:
+                log.exception("taking in a message failed")
+                self.postpone(delivery, error)
             else:
                 if other is None:
                     found.append((delivery, message))
@@ -284,9 +287,10 @@ class Consumer:
             with contextlib.suppress(queue.Empty):
                 while True:
                     batch.append(self._accused.get(timeout=GATHER_SECONDS))
-            self._count_patiently(batch, excused=True)
-            for pair in self._readable(batch):
-                self._suspect.put(pair)
+            with self._goes_on(*batch):
+                self._count_patiently(batch, excused=True)
+                for pair in self._readable(batch):
+                    self._suspect.put(pair)
 
     def _count_patiently(self, batch: list[Delivery], *, excused: bool) -> bool:
         """Set how often these count as delivered, as soon as Redis can be asked; False when the worker drains before."""
@@ -310,8 +314,24 @@ class Consumer:
     ) -> None:
         while True:
             delivery, message = deliveries.get()
-            with log_context(job=message.id, run=message.shard.run_id if message.shard else None):
+            with (
+                log_context(job=message.id, run=message.shard.run_id if message.shard else None),
+                self._goes_on(delivery),
+            ):
                 run(delivery, message)
+
+    @contextlib.contextmanager
+    def _goes_on(self, *deliveries: Delivery) -> Iterator[None]:
+        """An error inside does not end the thread: it is logged, and those that are still here begin again later."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("a thread of the consumer failed and goes on")
+            with self._changed:
+                here = [delivery for delivery in deliveries if id(delivery) in self._held]
+            for delivery in here:
+                self.later.pick(lambda one, ours=delivery: one is ours)  # type: ignore[misc]
+                self.postpone(delivery, error)
 
     def _run_shard(self, delivery: Delivery, message: JobMessage) -> None:
         self._gate.enter()

@@ -17,7 +17,7 @@ FIRST, LONGEST = 0.5, 15.0
 
 
 class Health:
-    """Knows whether the services answer. Thread-safe. `probe` raises PipefleetError while one of them does not.
+    """Knows whether the services answer. Thread-safe. `probe` raises while one of them does not.
 
     `sleep` waits that many seconds between two looks.
     """
@@ -70,9 +70,12 @@ class Health:
             self._well = True
             self._changed.notify_all()
 
-    def _error(self) -> PipefleetError | None:
+    def _error(self) -> Exception | None:
         try:
             self._probe()
         except PipefleetError as error:
+            return error
+        except Exception as error:  # of a kind that nobody thought of: who asks must go on asking
+            log.exception("asking the services failed")
             return error
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
 from pipefleet.storage import refs_in
 from pipefleet.tasks import TaskSpec, task_spec
+from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.consume.delivery import RevokedError
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.engine import Engine
@@ -23,6 +25,7 @@ from pipefleet_workers.reports import Reporter
 from pipefleet_workers.stages.fetch import lies_under
 from pipefleet_workers.stages.write import PartWriter
 
+log = logging.getLogger(__name__)
 UNKNOWN_BYTES = 1 << 20
 """What an object of unknown size is counted with."""
 
@@ -176,6 +179,9 @@ class Jobs:
             refs_in(item.inputs)
         except PipefleetError as error:
             return JobFailure(error.code, str(error), "consume")
+        except Exception as error:  # the fault of this item, and not of those that come with it
+            log.exception("looking at an item failed")
+            return JobFailure("internal_error", brief(error), "consume")
         return None
 
 

@@ -69,8 +69,10 @@ class Revocations:
             what = self._orders.get()
             try:
                 self.carry_out(what)
-            except Exception:
+            except Exception as error:
                 log.exception("revoking a job failed")
+                if not isinstance(what, str):  # nothing else ends it
+                    self._ends.refuse(what, f"{REVOKED}, and its end cannot be told: {type(error).__name__}")
 
     def carry_out(self, what: str | Delivery) -> None:
         """End one job; waits while Redis is away, and gives it back when the worker drains meanwhile."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.contract import JobMessage
+from pipefleet.contract import JobMessage, JobState
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet_workers import telemetry
 from pipefleet_workers.consume.delivery import Delivery, DrainedError
@@ -95,25 +95,51 @@ class Singles:
         single.ended.wait()
 
     def _start(self, singles: Sequence[Single]) -> None:
+        """Raises nothing: a job that cannot begin leaves, and begins again later."""
         try:
             states = self._reporter.start_many([single.message for single in singles])
         except ServiceUnavailableError as error:
             for single in singles:
                 self._leave(single, error)
             return
-        works = []
-        for single, state in zip(singles, states, strict=True):
-            if state.final:
-                self._leave(single, before(state))
-                continue
-            single.delivery.started()
-            works += self._begin(single)
+        except Exception as error:  # noqa: BLE001 - logged for the job whose fault it is
+            return self._start_each(singles, error)
+        works = [work for single, state in zip(singles, states, strict=True) for work in self._begun(single, state)]
         for priority in sorted({work.job.priority for work in works}):
-            self._jobs.admit([work for work in works if work.job.priority == priority], bulk=False)
+            self._admit([work for work in works if work.job.priority == priority])
+
+    def _start_each(self, singles: Sequence[Single], error: Exception) -> None:
+        """Start jobs one by one: one of them, such as one whose id cannot be written, is in the way of all."""
+        if len(singles) > 1:
+            for single in singles:
+                self._start([single])
+        else:
+            log.error("starting job %r failed", singles[0].message.id, exc_info=error)
+            self._leave(singles[0], error)
+
+    def _begun(self, single: Single, state: JobState) -> list[Work]:
+        """The item of a job that this worker may run; a job that has ended, is refused or fails to begin has none."""
+        try:
+            if not state.final:
+                return self._begin(single)
+            self._leave(single, before(state))
+        except Exception as error:
+            log.exception("beginning job %r failed", single.message.id)
+            single.abandon(error)
+        return []
+
+    def _admit(self, works: Sequence[Work]) -> None:
+        try:
+            self._jobs.admit(works, bulk=False)
+        except Exception as error:
+            log.exception("admitting %d jobs failed", len(works))
+            for work in works:
+                work.job.give_back(error)
 
     def _begin(self, single: Single) -> list[Work]:
         """The item of a job that this worker may run; a refused one ends here."""
         delivery, message = single.delivery, single.message
+        delivery.started()
         patient = delivery.retries < self._budget
         single.context = self._jobs.begin(message, single, priority=delivery.priority, patient=patient)
         work = work_of(single.context, 0, message.items[0])
@@ -151,10 +177,25 @@ class Singles:
             self._leave(single, ending)
 
     def _leave(self, single: Single, end: Ending | Exception) -> None:
-        """The one place where a single job's delivery ends. Once: a second call, after an error in between, does nothing."""
+        """The one place where a single job's delivery ends. Once: a second call, after an error in between, does nothing.
+
+        The job leaves the gate whatever happens.
+        """
         if single.left:
             return
         single.left = True
+        try:
+            self._end(single, end)
+        except Exception:
+            log.exception("the end of job %r failed; its message goes back", single.message.id)
+            self._ends.give_back(single.delivery)  # nothing, where it has left
+        finally:
+            if single.ended is not None:
+                single.ended.set()
+            else:
+                self._gate.leave()
+
+    def _end(self, single: Single, end: Ending | Exception) -> None:
         if single.context is not None:
             self._jobs.end(single.context)
         if isinstance(end, Ending):
@@ -163,7 +204,3 @@ class Singles:
             self._ends.give_back(single.delivery)
         else:
             self._ends.postpone(single.delivery, end)
-        if single.ended is not None:
-            single.ended.set()
-        else:
-            self._gate.leave()

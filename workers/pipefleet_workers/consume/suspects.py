@@ -26,8 +26,8 @@ from pipefleet_workers.items import Outcome
 
 log = logging.getLogger(__name__)
 CODE = "killed_worker"
-Bury = Callable[[str, JobMessage, JobItem], None]
-"""Puts an item to the dead letters: reason, message, item."""
+Bury = Callable[[str, JobMessage, int, JobItem], None]
+"""Puts an item to the dead letters: reason, message, position in the shard, item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Suspects:
         """The shard has ended: a dead letter for each culprit, twice only if this process ends in here."""
         items = self._shards.read(shard).items if finding.culprits else []
         for position in finding.culprits:
-            self._bury(_FAILURE.message, message, items[position])
+            self._bury(_FAILURE.message, message, position, items[position])
         journal.forget()
 
     def _one_by_one(

@@ -1,0 +1,23 @@
+"""Dead letters of single items: one for each culprit of a shard."""
+
+from __future__ import annotations
+
+from pipefleet import broker
+from pipefleet.client import Client
+from pipefleet.contract import JobItem, JobMessage, Shard
+from pipefleet.letters import read_content
+from pipefleet_workers.build import Undertaker
+from tests.unit.consume.fakes import TASK
+
+QUEUE = f"pipefleet.{TASK}"
+
+
+def test_items_of_one_id_are_jobs_of_their_own(client: Client, prefix: str) -> None:
+    shard = Shard("run", prefix, f"{prefix}_run/shards/00000.jsonl", 0, 0, 2)
+    undertaker = Undertaker(client.settings, QUEUE, "pool", "worker")
+    for item_id in ("one id", "long" * 100):
+        for position in range(2):
+            undertaker.bury("killed", JobMessage("run-0", TASK, shard=shard), position, JobItem(item_id, "text"))
+    letters = list(broker.dead_letters(client.redis, QUEUE))
+    assert len({letter.job_id for letter in letters}) == 4
+    assert len({read_content(letter).output for letter in letters}) == 4

@@ -1,0 +1,72 @@
+"""The threads of a worker beside its consumer: an error of any kind ends none of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from pipefleet import broker
+from pipefleet.client import Client
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.tracing import Tracer
+from pipefleet_workers.worker import Worker
+from tests.unit.conftest import eventually
+
+
+@pytest.fixture
+def worker(client: Client) -> Iterator[Worker]:
+    fleet = client.fleet
+    one = Worker(fleet, fleet.pools["texts"], client.settings, WorkerSettings(announce_seconds=0.05))
+    yield one
+    one._stopping.set()
+
+
+class Cancelled:
+    """As the consumer, as far as cancelling goes; the first call fails."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def cancel(self, name: str) -> None:
+        self.names.append(name)
+        if len(self.names) == 1:
+            raise RuntimeError("a bug")
+
+
+def test_it_hears_of_cancelled_jobs_after_what_is_no_text_and_after_an_error(worker: Worker, redis: Redis) -> None:
+    consumer = Cancelled()
+    threading.Thread(target=worker._listen_for_cancels, args=(consumer,), daemon=True).start()
+
+    def hears(sent: bytes) -> bool:
+        redis.publish(broker.CANCELLED_CHANNEL, sent)
+        return sent.decode(errors="replace") in consumer.names
+
+    assert eventually(lambda: hears(b"\xff"))
+    assert eventually(lambda: hears(b"job"))
+
+
+def test_it_announces_itself_after_an_error(worker: Worker) -> None:
+    class Facts:
+        calls = 0
+
+        def announce(self, redis: Any, *, seconds: float) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("a bug")
+
+    facts = Facts()
+    threading.Thread(target=worker._announce, args=(facts,), daemon=True).start()
+    assert eventually(lambda: facts.calls >= 2)
+
+
+def test_a_trace_that_cannot_be_written_fills_no_memory(tmp_path: Path) -> None:
+    tracer = Tracer(str(tmp_path / "no folder" / "trace"))
+    with tracer.span("forward", 1):
+        pass
+    assert tracer._lines is not None
+    assert eventually(tracer._lines.empty)
