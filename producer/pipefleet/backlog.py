@@ -70,7 +70,7 @@ class Backlog:
         """Whether object storage and Redis were compared since this object was made or Redis was emptied."""
         self._missing = array("Q")
         self._unrestored = array("Q")
-        self._word: bytes | None | bool = False
+        self._word: bytes | bool | None = False
         """The word of `Resumed` as of the last look; False before the first."""
         self._ended = 0
         self._next_look = 0.0
@@ -220,10 +220,10 @@ class Backlog:
         """Whether fewer shards are with the fleet than should be: a queue was purged, or Redis lost its last writes."""
         return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
 
-    def _mark(self, more: Mapping[str, str] | None = None) -> None:
+    def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
         key = broker.run_key(self._plan.id)
         with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.hset(key, mapping={"since": time.time(), **(more or {})})
+            self._client.redis.hset(key, mapping={**(more or {}), "since": time.time()})
             self._client.redis.expire(key, int(self._client.settings.run_ttl))
 
     def _cancel(self) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import __version__, broker
 from pipefleet.clock import ServerClock
 from pipefleet.contract import Shard, encode_json
-from pipefleet.errors import ContractError, ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.moving import read_moved
@@ -385,7 +385,4 @@ def _listed(line: bytes) -> tuple[int, dict[str, Any]]:
     item = json.loads(line)
     more = {"parameters": item["parameters"]} if item.get("parameters") else {}
     more |= {"error": item["failure"]} if "failure" in item else {}  # it could not be prepared either way
-    inputs = item["inputs"]
-    with suppress(ContractError):  # of an item that could not be prepared, shown as it is
-        inputs = map_refs(inputs, lambda one: one.uri)
-    return item["position"], {"id": item["id"], "input": inputs, **more}
+    return item["position"], {"id": item["id"], "input": map_refs(item["inputs"], lambda one: one.uri), **more}

@@ -27,15 +27,14 @@ from pipefleet.parts import JsonLines, part_format
 from pipefleet.patience import Patience
 from pipefleet.planner import (
     Planner,
+    claim_planning,
     is_forgotten,
     left_unqueued,
-    claim_planning,
     planner_alive,
     planner_gone,
     read_plan,
     release_planning,
     remember_totals,
-    write_plan,
 )
 from pipefleet.progress import RunProgress, show_progress
 from pipefleet.refusals import Refusals
@@ -486,36 +485,3 @@ class Run:
         spec = task_spec(self._plan.task)
         preparer = self._client.preparer(spec)
         return open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)
-
-
-def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> Run:
-    """Start a run: check the source, write the plan, queue the first shard; the rest goes on in a thread.
-
-    When the first shard fails, nothing stays behind.
-    """
-    spec = task_spec(plan.task)
-    preparer = client.preparer(spec)
-    opened = open_source(source, spec, client.store, preparer, output=layout.uri, strict=plan.strict)
-    opened.check()
-    client.ping()
-    asked = replace(plan, source=opened.describe())
-    plan = write_plan(client, layout, asked)
-    planner = Planner(client, layout, plan, opened)
-    run = Run(client, layout, plan, planner)
-    with ExitStack() as alive:
-        try:
-            alive.enter_context(planner.alive())
-            more = planner.step()
-        except BaseException as error:
-            if plan.id == asked.id:
-                planner.undo()
-            elif isinstance(error, PipefleetError):
-                run._end_planning(error)
-            raise
-        if plan.id != asked.id:
-            forget_stopped(client.store, layout)
-        if more or planner.continued:
-            run.start_planning(alive.pop_all())
-        else:
-            run._plan = planner.plan
-    return run
