@@ -15,15 +15,15 @@ import re
 import threading
 import time
 from array import array
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
-from pipefleet.contract import JobMessage, Priority
+from pipefleet.contract import JobMessage, Priority, encode_json
 from pipefleet.finishing import write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan, index_of
-from pipefleet.moving import MOVED, moved_by
+from pipefleet.moving import MOVED, moved_by, read_moved
 from pipefleet.parts import part_format
 from pipefleet.patience import Patience
 from pipefleet.refusals import Refusals
@@ -70,6 +70,8 @@ class Backlog:
         """Whether object storage and Redis were compared since this object was made or Redis was emptied."""
         self._missing = array("Q")
         self._unrestored = array("Q")
+        self._word: bytes | bool | None = False
+        """The word of `Resumed` as of the last look; False before the first."""
         self._ended = 0
         self._next_look = 0.0
         self._still_since = clock()
@@ -120,8 +122,12 @@ class Backlog:
     def find(self, planned: int) -> int:
         """Compare object storage and Redis now; how many shards are missing. They are queued by `room`."""
         with self._lock:
-            self._mark()
-            if self._client.store.head(self._layout.cancelled) is not None:  # Redis may have forgotten it
+            moved = read_moved(
+                self._client.store, self._layout
+            )  # Redis may have forgotten this, and that it was cancelled
+            self._plan = self._plan if moved is None else moved.applied(self._plan)
+            self._mark({} if moved is None else {MOVED: encode_json(moved.to_json())})
+            if self._client.store.head(self._layout.cancelled) is not None:
                 self._cancel()
             # The queue first: a shard that ends meanwhile is found by its part.
             accounted = self._queued(planned)
@@ -179,14 +185,20 @@ class Backlog:
             self.restore()
 
     def _look(self) -> bool:
-        """Read how much has ended and whether the run was cancelled; False when the mark of the run is gone."""
+        """Read how much has ended and whether the run was cancelled; False when the mark of the run is gone.
+
+        Whoever moved the run took its messages out of their queue, and whoever took up refused shards leaves them to be found.
+        """
         pipe = self._client.redis.pipeline(transaction=False)
-        pipe.hmget(broker.run_key(self._plan.id), ["since", "cancelled", MOVED])
+        pipe.hmget(broker.run_key(self._plan.id), ["since", "cancelled", MOVED, "resumed"])
         pipe.bitcount(broker.run_key(self._plan.id, "parts"))
         pipe.hlen(broker.run_key(self._plan.id, "refused"))
         with broker.redis_errors(self._client.settings.redis_url):
-            (mark, cancelled, moved), written, refused = pipe.execute()
-        self._plan = moved_by(moved, self._plan)
+            (mark, cancelled, moved, word), written, refused = pipe.execute()
+        before, self._plan = self._plan, moved_by(moved, self._plan)
+        if before != self._plan or word != (word if self._word is False else self._word):
+            self._sure = False
+        self._word = word
         if written + refused != self._ended:
             self._still_since = self._clock()
         self._ended = written + refused
@@ -208,10 +220,10 @@ class Backlog:
         """Whether fewer shards are with the fleet than should be: a queue was purged, or Redis lost its last writes."""
         return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
 
-    def _mark(self) -> None:
+    def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
         key = broker.run_key(self._plan.id)
         with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.hset(key, "since", time.time())
+            self._client.redis.hset(key, mapping={**(more or {}), "since": time.time()})
             self._client.redis.expire(key, int(self._client.settings.run_ttl))
 
     def _cancel(self) -> None:

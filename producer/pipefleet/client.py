@@ -30,8 +30,9 @@ from pipefleet.objects import ObjectStore
 from pipefleet.parts import FORMATS, JsonLines
 from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record, request_digest
 from pipefleet.routing import route, work_queue
-from pipefleet.runs import Run, plan_run
+from pipefleet.runs import Run
 from pipefleet.settings import Settings, load_settings
+from pipefleet.starting import plan_run
 from pipefleet.storage import split_uri
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
 from pipefleet.waiting import Lookout

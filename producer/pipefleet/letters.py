@@ -126,7 +126,9 @@ def _requeue_shard(client: Client, letter: DeadLetter, queue: str, shard: Shard)
         raise UsageError(f"there is another run at {shard.run_uri} now; remove the letter")
     taken = run.requeue([shard.index])
     if not taken and not run.has_part(shard.index):
-        return None
+        if not run.follow(shard.index, letter.queue):
+            return None
+        taken = [shard.index]
     with broker.redis_errors(client.settings.redis_url):
         broker.remove_dead_letter(client.redis, letter, queue)
     return "queued again" if taken else "has ended meanwhile"

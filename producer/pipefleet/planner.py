@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -163,9 +163,7 @@ class Planner:
             ended.set()
             signs.join()
             tending.join(ALIVE_SECONDS)  # it may be waiting for a service that is away
-            # The sign expires by itself; an error here would only hide the one that ended the block.
-            with suppress(ServiceUnavailableError), broker.redis_errors(self._client.settings.redis_url):
-                self._client.redis.delete(broker.run_key(self.plan.id, "planner"))
+            release_planning(self._client, self.plan)
 
     def _give_signs(self, ended: threading.Event) -> None:
         while not ended.wait(ALIVE_SECONDS / 3):
@@ -346,6 +344,19 @@ def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
     raise RunError(f"there is no run at {layout.uri}; name the output that map was given")
 
 
+def claim_planning(client: Client, plan: RunPlan) -> bool:
+    """Give the first sign of life of a planner, for ALIVE_SECONDS; False when there is one of another."""
+    key = broker.run_key(plan.id, "planner")
+    with broker.redis_errors(client.settings.redis_url):
+        return bool(client.redis.set(key, "0 0", ex=int(ALIVE_SECONDS), nx=True))
+
+
+def release_planning(client: Client, plan: RunPlan) -> None:
+    """Take the sign of life back. Does nothing while Redis is away: it expires by itself."""
+    with suppress(ServiceUnavailableError), broker.redis_errors(client.settings.redis_url):
+        client.redis.delete(broker.run_key(plan.id, "planner"))
+
+
 @dataclass(frozen=True, slots=True)
 class SignOfLife:
     """What a live planner has queued so far."""
@@ -367,10 +378,30 @@ def planner_gone(client: Client, plan: RunPlan) -> bool:
     Where Redis knows nothing of the run it may have been emptied a moment ago, and a live planner gives its next sign soon:
     that is waited for, for half of ALIVE_SECONDS.
     """
+    key = broker.run_key(plan.id)
+    return _comes_no_planner(client, plan, marked=lambda: bool(client.redis.exists(key)))
+
+
+def is_forgotten(client: Client, plan: RunPlan) -> bool:
+    """True when Redis has lost the mark of a run, and with it the shards that waited, and nobody is there to mend it.
+
+    Waits for a live planner as `planner_gone` does.
+    """
+    key = broker.run_key(plan.id)
+
+    def is_marked() -> bool:
+        with broker.redis_errors(client.settings.redis_url):
+            return bool(client.redis.hexists(key, "since"))
+
+    return _comes_no_planner(client, plan, marked=is_marked) and not is_marked()
+
+
+def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], bool]) -> bool:
+    """True when no planner gives a sign of life for half of ALIVE_SECONDS; at once when Redis is known to have its data."""
     deadline = time.monotonic() + ALIVE_SECONDS / 2
     while planner_alive(client, plan) is None:
         with broker.redis_errors(client.settings.redis_url):
-            known = client.redis.exists(broker.run_key(plan.id))
+            known = marked()
         if known or time.monotonic() >= deadline:
             return True
         time.sleep(ALIVE_SECONDS / 40)

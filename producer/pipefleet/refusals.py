@@ -25,6 +25,7 @@ from pipefleet.contract import Shard, encode_json
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.moving import read_moved
 from pipefleet.parts import part_format
 from pipefleet.progress import RunProgress
 from pipefleet.records import JobFailure
@@ -99,8 +100,12 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What Redis knows of a run; `shards` and `cancelled` are None where it does not. `done` and `failed` count items."""
+    """What Redis knows of a run; `shards` and `cancelled` are None where it does not. `done` and `failed` count items.
 
+    `known` is False where Redis lacks the mark of the run: it was emptied.
+    """
+
+    known: bool
     shards: int | None
     cancelled: bytes | None
     done: int
@@ -154,16 +159,17 @@ class Refusals:
     def counts(self) -> Counts:
         """What Redis knows of the run, in one round trip."""
         pipe = self._redis.pipeline(transaction=True)
-        pipe.hmget(broker.run_key(self._id), ["shards", "cancelled"])
+        pipe.hmget(broker.run_key(self._id), ["since", "shards", "cancelled"])
         for bitmap in ("items", "failed", "parts"):
             pipe.bitcount(broker.run_key(self._id, bitmap))
         pipe.hlen(_key(self._id))
         pipe.hrandfield(_key(self._id), 1, True)
         with self._errors():
-            (shards, cancelled), done, failed, parts, refused, one = pipe.execute()
+            (mark, shards, cancelled), done, failed, parts, refused, one = pipe.execute()
         refusal = Refusal.from_json(int(one[0]), one[1]) if one else None
         reason = None if refusal is None else refusal.failure.message
-        return Counts(None if shards is None else int(shards), cancelled, done, failed, parts, refused, reason)
+        planned = None if shards is None else int(shards)
+        return Counts(mark is not None, planned, cancelled, done, failed, parts, refused, reason)
 
     def mark(self, index: int) -> None:
         """Write to object storage what Redis has noted of a shard, in case Redis loses it."""
@@ -242,7 +248,7 @@ class Refusals:
         for one in found:
             if one.index not in there and one.index < (plan.shards or 0):
                 self._seal(plan, one, read_resumed(self._store, self._layout))
-        letters, word = self._letters(plan, there), uuid.uuid4().hex
+        letters, word = self._letters(self._pools(plan), there), uuid.uuid4().hex
         taken = [one for one in found if one.index in there]
         indexes = [one.index for one in taken if self._forget(plan, one, letters.get(one.index, []), word)]
         if there:
@@ -268,9 +274,9 @@ class Refusals:
             self._redis.hset(key, "cancelled", "1")
             self._redis.expire(key, int(self._settings.run_ttl))
 
-    def _forget(self, plan: RunPlan, refusal: Refusal, letters: Collection[bytes], word: str) -> bool:
+    def _forget(self, plan: RunPlan, refusal: Refusal, letters: Collection[tuple[str, bytes]], word: str) -> bool:
         """Take note, sealed part and letters of one shard away; False where a worker's part is there, which stays."""
-        index, part, ledger = refusal.index, self._layout.part(refusal.index), broker.unacked_keys(plan.queue)
+        index, part = refusal.index, self._layout.part(refusal.index)
         undone = self._store.writer(part) == SEALED or self._store.head(part) is None
         pipe = self._redis.pipeline(transaction=True)
         if undone:
@@ -280,9 +286,9 @@ class Refusals:
             pipe.setbit(broker.run_key(self._id, "parts"), index, 0)
             pipe.hset(broker.run_key(self._id), "resumed", word)  # who is sealing this shard sets its bits no more
         pipe.hdel(_key(self._id), str(index))
-        for entry in letters:
+        for queue, entry in letters:
             for name in ("dead_key", "unreported_key"):
-                pipe.lrem(ledger[name], 1, entry)  # type: ignore[arg-type]  # bytes are sent as they are
+                pipe.lrem(broker.unacked_keys(queue)[name], 1, entry)  # type: ignore[arg-type]  # bytes are sent as they are
         with self._errors():
             pipe.execute()
         if undone:
@@ -353,14 +359,20 @@ class Refusals:
         places = sorted(place for place in {*told, *listed} if place < (plan.items or 0))
         return {place: listed.get(place, {"id": str(place), "input": None}) for place in places}
 
-    def _letters(self, plan: RunPlan, indexes: Collection[int]) -> dict[int, list[bytes]]:
-        """The dead letters of shards, as they lie in Redis."""
+    def _pools(self, plan: RunPlan) -> list[str]:
+        """The queues of every pool that shards of the run were ever sent to."""
+        moved = read_moved(self._store, self._layout)
+        return list(dict.fromkeys((broker.base_queue(plan.queue), *(moved.pools if moved else ()))))
+
+    def _letters(self, queues: Collection[str], indexes: Collection[int]) -> dict[int, list[tuple[str, bytes]]]:
+        """The dead letters of shards, as they lie in Redis, each with the queue of its pool."""
         ids = {f"{self._id}-{index:05d}": index for index in indexes}
-        found: dict[int, list[bytes]] = {}
+        found: dict[int, list[tuple[str, bytes]]] = {}
         with self._errors():
-            for letter in broker.every_dead_letter(self._redis, plan.queue) if ids else ():
-                if (index := ids.get(letter.job_id or "")) is not None:
-                    found.setdefault(index, []).append(letter.entry)
+            for queue in queues if ids else ():
+                for letter in broker.every_dead_letter(self._redis, queue):
+                    if (index := ids.get(letter.job_id or "")) is not None:
+                        found.setdefault(index, []).append((queue, letter.entry))
         return found
 
     def _marked(self) -> Iterator[Refusal | None]:

@@ -27,12 +27,14 @@ from pipefleet.parts import JsonLines, part_format
 from pipefleet.patience import Patience
 from pipefleet.planner import (
     Planner,
+    claim_planning,
+    is_forgotten,
     left_unqueued,
     planner_alive,
     planner_gone,
     read_plan,
+    release_planning,
     remember_totals,
-    write_plan,
 )
 from pipefleet.progress import RunProgress, show_progress
 from pipefleet.refusals import Refusals
@@ -50,6 +52,7 @@ LOOK_AT_STORE_SECONDS = 5.0
 """How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
 ASK_WHY_SECONDS = 2.0
 """How often it is asked whether any worker serves the queue."""
+FORGOTTEN = "Redis was emptied, and what waited in it is lost"
 TAKE_OVER_SECONDS = 30.0
 """How long `resume` waits for a planner that gives signs of life; one that died gives them for ten seconds more."""
 
@@ -68,6 +71,7 @@ class Run:
         self._cancelled_in_store = False
         self._waiting: str | None = None
         self._ask_why_at = 0.0
+        self._locks()
 
     @classmethod
     def open(cls, client: Client, layout: RunLayout) -> Run:
@@ -106,7 +110,7 @@ class Run:
         self._raise_planning_error()
         counts = self._refusals.counts()
         shards, complete = counts.shards, counts.complete
-        if complete or time.monotonic() >= self._next_look:
+        if complete or not counts.known or time.monotonic() >= self._next_look:
             ended = self._look_at_store(forgotten=shards is None and counts.cancelled is None)
             if ended is not None:
                 return ended
@@ -117,7 +121,7 @@ class Run:
                 return ended
             is_cancelled = self._client.store.head(self._layout.cancelled) is not None
         queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
-        reason = None if queued or is_cancelled else self._why_stopped()
+        reason = None if queued or is_cancelled else self._why_stopped(forgotten=not counts.known)
         total = queued.items if queued else self._plan.items
         going = "planning" if self._plan.shards is None else "running"
         return RunProgress(
@@ -169,7 +173,7 @@ class Run:
                 show(now)
                 if now.ended:
                     return now
-                self._require_planner()
+                self._require_planner(now)
                 if deadline is not None and time.monotonic() >= deadline:
                     raise ResultTimeoutError(
                         f"the run at {self.uri} has not ended within {timeout:g} s; it goes on, see `pipefleet status "
@@ -234,26 +238,43 @@ class Run:
         or queueing the run: that one queues again by itself what Redis lost.
 
         With `model` (and `revision`), what is not done yet is moved to that model, which the fleet serves for the run's task
-        (UnknownModelError where it does not): for a run whose own revision nobody serves any more.
+        (UnknownModelError where it does not): for a run whose own revision nobody serves any more. Another client that goes on
+        planning the run follows, and queues what is moved; then the number is that of the refused shards.
         """
         pool = None if model is None else self._client.route(self._plan.task, model, revision)[1]
+        with self._resuming:
+            return self._resume(pool)
+
+    def _resume(self, pool: Pool | None) -> int:
         ended = read_totals(self._client.store, self._layout) is not None
         if ended and not self._refusals.all():
             return 0
         self._refresh_plan()
-        before = self._plan
         self._move(pool)
-        planner = self._planner_to_go_on()
-        if not self._refusals.take_up(before) and ended:  # letters lie with the pool that the run was for
-            return 0
-        self._uncancel()
-        forget_stopped(self._client.store, self._layout)
-        self._planning_error = None
-        planner.prepare()
-        missing = planner.backlog.find(planner.shards)
-        if not self.planning:
+        with ExitStack() as alive:
+            planner = self._planner_to_go_on(alive, moved=pool is not None)
+            taken = self._refusals.take_up(self._plan)
+            if ended and not taken:
+                return 0
+            self._uncancel()
+            if planner is None:
+                return len(taken)
+            forget_stopped(self._client.store, self._layout)
+            self._planning_error = None
+            planner.prepare()
+            return self._go_on(planner, alive)
+
+    def _go_on(self, planner: Planner, alive: ExitStack) -> int:
+        """Find what is missing, and have it queued: by the thread that plans where it still looks, else by a new one."""
+        with self._ending:
+            missing = planner.backlog.find(planner.shards)
+            if planner is self._planner and self.planning:
+                if not self._has_ended:
+                    return missing
+                self.join_planner()
+                alive.enter_context(planner.alive())
             self._planner = planner
-            self.start_planning(planner.alive())
+            self.start_planning(alive.pop_all())
         return missing
 
     def requeue(self, shards: Collection[int]) -> list[int]:
@@ -276,6 +297,15 @@ class Run:
         backlog.publish(taken)
         return taken
 
+    def follow(self, shard: int, queue: str | None) -> bool:
+        """Queue a shard of a run that was moved away from `queue` where it was moved to; False where there is no such shard."""
+        if queue == self._plan.queue or self._client.store.head(self._layout.shard(shard)) is None:
+            return False
+        if read_moved(self._client.store, self._layout) is None:
+            return False
+        Backlog(self._client, self._layout, self._plan, Patience(threading.Event())).publish([shard])
+        return True
+
     def has_part(self, shard: int) -> bool:
         """Whether the part of a shard is there."""
         return self._client.store.head(self._layout.part(shard)) is not None
@@ -296,6 +326,7 @@ class Run:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
         name = f"pipefleet-plan-{self.id[:8]}"
         self._client.hold(self)
+        self._has_ended = False
         self._thread = threading.Thread(target=self._plan_rest, args=(alive,), name=name, daemon=False)
         self._thread.start()
         renew_after_fork(self)
@@ -313,17 +344,36 @@ class Run:
     def after_fork(self) -> None:
         """In a forked process: the parent plans the run; here it is as if another client did."""
         self._planner, self._thread = None, None
+        self._locks()
+
+    def _locks(self) -> None:
+        self._resuming = threading.Lock()
+        self._ending = threading.Lock()
+        """Held while what is missing is found, and while the thread that plans decides that nothing is."""
+        self._has_ended = True
+        """Whether that thread looks no more, though it may still live."""
 
     def _plan_rest(self, alive: AbstractContextManager[object]) -> None:
         assert self._planner is not None
         try:
             with alive:
-                if self._planner.run():
-                    self._plan = self._planner.plan
+                self._run(self._planner)
         except PipefleetError as error:
             self._end_planning(error)
         except Exception as error:  # noqa: BLE001 - nobody else sees what ends this thread; shown by wait()
             self._end_planning(RunError(f"planning ended with {type(error).__name__}: {error}"))
+
+    def _run(self, planner: Planner) -> None:
+        """Plan until nothing is missing, or until it was stopped for good."""
+        try:
+            while not self._has_ended:
+                planned = planner.run()
+                with self._ending:
+                    if planned:
+                        self._plan = planner.plan
+                    self._has_ended = not planner.backlog.missing if planned else planner.stopped
+        finally:
+            self._has_ended = True
 
     def _end_planning(self, error: PipefleetError) -> None:
         """Keep the error that ended the planning, for this client and, under the run, for every other."""
@@ -335,14 +385,16 @@ class Run:
         if self._planning_error is not None:
             raise self._planning_error
 
-    def _require_planner(self) -> None:
-        reason = self._why_stopped()
-        if reason is not None:
+    def _require_planner(self, now: RunProgress) -> None:
+        if now.reason is not None:
             self._raise_planning_error()
-            raise RunError(f"the run at {self.uri} has stopped: {reason}; go on with `pipefleet resume {self.uri}`")
+            raise RunError(f"the run at {self.uri} has stopped: {now.reason}; go on with `pipefleet resume {self.uri}`")
 
-    def _why_stopped(self) -> str | None:
-        """Why nobody plans the rest of the source, or queues the shards that are missing; None while somebody does."""
+    def _why_stopped(self, *, forgotten: bool) -> str | None:
+        """Why nobody plans the rest of the source, or queues the shards that are missing; None while somebody does.
+
+        `forgotten`: the mark of the run is not in Redis.
+        """
         if self.planning:
             return None
         if self._plan.shards is None and planner_gone(self._client, self._plan):
@@ -351,12 +403,16 @@ class Run:
                 return read_stopped(self._client.store, self._layout) or UNKNOWN
         if self._plan.shards is None:
             return None
+        if forgotten and is_forgotten(self._client, self._plan):
+            return FORGOTTEN
         left = left_unqueued(self._client, self._plan)
         return f"{left} shards are not queued, and the client that queued them has ended" if left else None
 
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:
             self._plan = read_plan(self._client.store, self._layout)
+        elif (moved := read_moved(self._client.store, self._layout)) is not None:
+            self._plan = moved.applied(self._plan)
 
     def _wait_for_part(self, index: int) -> bool:
         """True when part `index` is there; False when the run has fewer parts."""
@@ -368,7 +424,7 @@ class Run:
                 return False
             if now.state == "cancelled":
                 raise RunError(f"the run at {self.uri} was cancelled; go on with `pipefleet resume {self.uri}`")
-            self._require_planner()
+            self._require_planner(now)
             time.sleep(POLL_SECONDS)
 
     def _uncancel(self) -> None:
@@ -377,27 +433,46 @@ class Run:
             self._client.redis.hdel(broker.run_key(self.id), "cancelled")
         self._cancelled_in_store = False
 
-    def _planner_to_go_on(self) -> Planner:
-        """The planner of this client where it can go on, else a new one behind what is there. Raises RunError: see `resume`."""
+    def _planner_to_go_on(self, alive: ExitStack, *, moved: bool) -> Planner | None:
+        """The planner of this client where it can go on, else a new one behind what is there; it gives signs of life in `alive`.
+
+        Raises RunError: see `resume`. None where another client plans a run that was `moved`.
+        """
         planner = self._planner
         if planner is not None and planner.stopped:
             self.join_planner()
-        if planner is not None and planner.usable and (self.planning or self._plan.shards is None):
+        usable = planner is not None and planner.usable
+        if planner is not None and usable and self.planning:
             planner.go_on()
             return planner
-        self._wait_until_alone()
-        self._refresh_plan()
-        return Planner(self._client, self._layout, self._plan, self._reopened() if self._plan.shards is None else None)
+        if not self._wait_until_alone(moved=moved):
+            return None
+        try:
+            self._refresh_plan()
+            reads = self._plan.shards is None
+            if planner is None or not usable or not reads:
+                source = self._reopened() if reads else None
+                planner = Planner(self._client, self._layout, self._plan, source)
+            planner.go_on()
+            alive.enter_context(planner.alive())
+        except BaseException:
+            release_planning(self._client, self._plan)
+            raise
+        return planner
 
-    def _wait_until_alone(self) -> None:
+    def _wait_until_alone(self, *, moved: bool) -> bool:
+        """Claim the planning; False where another client plans a run that was `moved`."""
         deadline = time.monotonic() + TAKE_OVER_SECONDS
-        while planner_alive(self._client, self._plan) is not None:  # it may have died a moment ago
+        while not claim_planning(self._client, self._plan):  # another one may have died a moment ago
             if time.monotonic() >= deadline:
+                if moved:
+                    return False
                 raise RunError(
                     f"another client plans the run at {self.uri} and queues again by itself what Redis lost; "
                     f"see `pipefleet status {self.uri}`, or stop that client first"
                 )
             time.sleep(POLL_SECONDS)
+        return True
 
     def _reopened(self) -> Source:
         """The source once more."""
@@ -410,36 +485,3 @@ class Run:
         spec = task_spec(self._plan.task)
         preparer = self._client.preparer(spec)
         return open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)
-
-
-def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> Run:
-    """Start a run: check the source, write the plan, queue the first shard; the rest goes on in a thread.
-
-    When the first shard fails, nothing stays behind.
-    """
-    spec = task_spec(plan.task)
-    preparer = client.preparer(spec)
-    opened = open_source(source, spec, client.store, preparer, output=layout.uri, strict=plan.strict)
-    opened.check()
-    client.ping()
-    asked = replace(plan, source=opened.describe())
-    plan = write_plan(client, layout, asked)
-    planner = Planner(client, layout, plan, opened)
-    run = Run(client, layout, plan, planner)
-    with ExitStack() as alive:
-        try:
-            alive.enter_context(planner.alive())
-            more = planner.step()
-        except BaseException as error:
-            if plan.id == asked.id:
-                planner.undo()
-            elif isinstance(error, PipefleetError):
-                run._end_planning(error)
-            raise
-        if plan.id != asked.id:
-            forget_stopped(client.store, layout)
-        if more or planner.continued:
-            run.start_planning(alive.pop_all())
-        else:
-            run._plan = planner.plan
-    return run

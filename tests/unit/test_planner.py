@@ -102,7 +102,7 @@ class MarkedRedis:
         return self
 
     def execute(self) -> list[Any]:
-        return [[b"1", None, None], 0, 0]
+        return [[b"1", None, None, None], 0, 0]
 
 
 class Published:

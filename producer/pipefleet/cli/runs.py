@@ -111,7 +111,7 @@ def resume(arguments: argparse.Namespace) -> int:
             raise UsageError("--revision belongs to --model; name both")
         stopped = run.progress().reason
         if stopped:
-            print(f"{run.uri}: the planning had stopped: {stopped}", file=sys.stderr)
+            print(f"{run.uri}: it had stopped: {stopped}", file=sys.stderr)
         queued = run.resume(model=arguments.model, revision=arguments.revision)
         print(f"{run.uri}: {queued} shards were missing or refused and are queued again", file=sys.stderr)
         if not run.progress().ended and (waits := run.unserved()):
