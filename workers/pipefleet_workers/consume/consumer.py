@@ -201,13 +201,16 @@ class Consumer:
             self._route(delivery)
 
     def _leave(self, delivery: Delivery, act: Callable[[], None]) -> None:
-        """The one place where deliveries end; for one that has ended already nothing happens."""
+        """The one place where deliveries end; for one that has ended already nothing happens. One that cannot end goes back."""
         with self._changed:
             if self._held.pop(id(delivery), None) is None:
                 return
             self._leaving += 1
         try:
             act()
+        except Exception:
+            log.exception("a delivery cannot end, and goes back to its queue")
+            delivery.give_back()
         finally:
             with self._changed:
                 self._leaving -= 1
@@ -263,19 +266,33 @@ class Consumer:
                 self.give_back(delivery)
                 continue
             try:
-                message = _job_of(delivery)
-                other = self._jobs.elsewhere(message)
-            except ContractError as error:
-                log.error("refused a message: %s", error)
-                self.refuse(delivery, str(error))
-            except ServiceUnavailableError as error:
-                self.postpone(delivery, error)
-            else:
-                if other is None:
-                    found.append((delivery, message))
-                else:
-                    self.hand_over(delivery, other)
+                message = self._read(delivery)
+            except Exception:
+                log.exception("a message cannot be taken in")
+                self.give_back(delivery)
+                continue
+            if message is not None:
+                found.append((delivery, message))
         return found
+
+    def _read(self, delivery: Delivery) -> JobMessage | None:
+        """The job of a delivery that this worker may begin; None for one that has left."""
+        try:
+            message = _job_of(delivery)
+            other = self._jobs.elsewhere(message)
+        except ContractError as error:
+            log.error("refused a message: %s", error)
+            self.refuse(delivery, str(error))
+            return None
+        except Exception as error:
+            if not isinstance(error, ServiceUnavailableError):
+                log.exception("a message cannot be read")
+            self.postpone(delivery, error)
+            return None
+        if other is not None:
+            self.hand_over(delivery, other)
+            return None
+        return message
 
     def _take_accused_in(self) -> None:
         """Excuse the accused as they come, and let the first one run only when no more come: all of a fetch are excused then."""
@@ -311,7 +328,11 @@ class Consumer:
         while True:
             delivery, message = deliveries.get()
             with log_context(job=message.id, run=message.shard.run_id if message.shard else None):
-                run(delivery, message)
+                try:
+                    run(delivery, message)
+                except Exception:  # this thread must outlive it
+                    log.exception("a job failed outside of its work")
+                    self.give_back(delivery)
 
     def _run_shard(self, delivery: Delivery, message: JobMessage) -> None:
         self._gate.enter()

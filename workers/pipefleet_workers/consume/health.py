@@ -70,9 +70,12 @@ class Health:
             self._well = True
             self._changed.notify_all()
 
-    def _error(self) -> PipefleetError | None:
+    def _error(self) -> Exception | None:
         try:
             self._probe()
         except PipefleetError as error:
+            return error
+        except Exception as error:
+            log.exception("asking for the services failed")
             return error
         return None

@@ -95,21 +95,44 @@ class Singles:
         single.ended.wait()
 
     def _start(self, singles: Sequence[Single]) -> None:
+        """Start jobs. Raises nothing: those that an error kept from beginning begin again later."""
         try:
-            states = self._reporter.start_many([single.message for single in singles])
-        except ServiceUnavailableError as error:
+            works = self._begun(singles)
+            for priority in sorted({work.job.priority for work in works}):
+                self._jobs.admit([work for work in works if work.job.priority == priority], bulk=False)
+        except Exception as error:
+            if not isinstance(error, ServiceUnavailableError):
+                log.exception("starting %d jobs failed", len(singles))
             for single in singles:
-                self._leave(single, error)
-            return
+                self._stop(single, error)
+
+    def _begun(self, singles: Sequence[Single]) -> list[Work]:
+        """The items of the jobs that begin. Raises what kept all of them from it; what is one job's alone is that one's end."""
         works = []
-        for single, state in zip(singles, states, strict=True):
-            if state.final:
+        for single, state in zip(singles, self._reporter.start_many([one.message for one in singles]), strict=True):
+            if isinstance(state, Exception):
+                self._stop(single, state)
+            elif state.final:
                 self._leave(single, before(state))
-                continue
+            else:
+                works += self._begun_one(single)
+        return works
+
+    def _begun_one(self, single: Single) -> list[Work]:
+        try:
             single.delivery.started()
-            works += self._begin(single)
-        for priority in sorted({work.job.priority for work in works}):
-            self._jobs.admit([work for work in works if work.job.priority == priority], bulk=False)
+            return self._begin(single)
+        except Exception as error:
+            log.exception("job %s cannot begin", single.message.id)
+            self._stop(single, error)
+            return []
+
+    def _stop(self, single: Single, error: Exception) -> None:
+        """A job begins again later, unless it has ended; what is already in the engine of it is dropped."""
+        if single.context is None:
+            self._leave(single, error)
+        else:
+            single.context.give_back(error)
 
     def _begin(self, single: Single) -> list[Work]:
         """The item of a job that this worker may run; a refused one ends here."""
@@ -155,15 +178,20 @@ class Singles:
         if single.left:
             return
         single.left = True
-        if single.context is not None:
-            self._jobs.end(single.context)
+        try:
+            if single.context is not None:
+                self._jobs.end(single.context)
+            self._end_delivery(single, end)
+        finally:  # or nobody could run alone any more
+            if single.ended is not None:
+                single.ended.set()
+            else:
+                self._gate.leave()
+
+    def _end_delivery(self, single: Single, end: Ending | Exception) -> None:
         if isinstance(end, Ending):
             self._ends.done(single.delivery, single.message, end)
         elif isinstance(end, DrainedError):
             self._ends.give_back(single.delivery)
         else:
             self._ends.postpone(single.delivery, end)
-        if single.ended is not None:
-            single.ended.set()
-        else:
-            self._gate.leave()
