@@ -214,6 +214,6 @@ class Worker:
                     while not self._stopping.is_set():
                         message = channel.get_message(ignore_subscribe_messages=True, timeout=1.0)
                         if message is not None:
-                            consumer.cancel(message["data"].decode())
+                            consumer.cancel(message["data"].decode(errors="replace"))
             except PipefleetError:
                 self._stopping.wait(1.0)  # cancelled jobs are also told when they start and before they are written
