@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,3 +148,12 @@ def test_a_store_that_is_away_holds_up_only_what_it_should_hold(redis: Redis, mo
     assert (first, third) == ("succeeded", "succeeded")
     assert isinstance(second, ServiceUnavailableError)
     assert record(redis, "b").state is JobState.RUNNING
+
+
+def test_a_record_that_redis_cannot_change_keeps_no_other_job_from_beginning(redis: Redis, reporter: Reporter) -> None:
+    bad, strange, good = (f"{name}-{uuid.uuid4().hex}" for name in ("bad", "strange", "good"))
+    redis.set(broker.job_key(bad), "no hash")
+    redis.hset(broker.job_key(strange), "state", "a state of a later release")
+    first, second, third = reporter.start_many([ending(name)[0] for name in (bad, strange, good)])
+    assert isinstance(first, ServiceUnavailableError)
+    assert (second, third) == (JobState.FAILED, JobState.RUNNING)

@@ -82,15 +82,22 @@ class Reporter:
             with broker.redis_errors(self._settings.redis_url):
                 self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *arguments)
 
-    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState]:
-        """Mark single jobs as running. `running` for each; for one that has ended already, the final state that it reached."""
+    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState | Exception]:
+        """Mark single jobs as running. `running` for each; for one that has ended already, the final state that it reached.
+
+        An error for one whose record Redis refuses to change, which is not the others' affair.
+        """
         pipe = self._redis.pipeline(transaction=False)
         arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
         for message in messages:
             pipe.eval(START, 1, broker.job_key(message.id), *arguments)
         with broker.redis_errors(self._settings.redis_url):
-            others = self._others(messages, pipe.execute())
-        return [others.get(place, JobState.RUNNING) for place in range(len(messages))]
+            answers = pipe.execute(raise_on_error=False)
+            others = self._others(messages, answers)
+        return [
+            self._refused(answer) if isinstance(answer, Exception) else others.get(place, JobState.RUNNING)
+            for place, answer in enumerate(answers)
+        ]
 
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
         """Bring single jobs to their final states, results stored first. How each has ended, or why it has not yet.
@@ -228,7 +235,15 @@ class Reporter:
         for place in places:
             pipe.hget(broker.job_key(messages[place].id), "state")
         found = pipe.execute() if places else []
-        return {place: JobState((state or b"failed").decode()) for place, state in zip(places, found, strict=True)}
+        return {place: _state(raw) for place, raw in zip(places, found, strict=True)}
+
+
+def _state(raw: bytes | None) -> JobState:
+    """The final state that a record tells; failed where it tells none that this release knows."""
+    try:
+        return JobState((raw or b"failed").decode())
+    except ValueError:
+        return JobState.FAILED
 
 
 def _told(failure: JobFailure | None, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:

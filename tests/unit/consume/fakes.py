@@ -101,7 +101,7 @@ class FakeReporter:
             if not lease.lost:
                 self.counted.setdefault(lease.tag.decode(), []).append(lease.deliveries - excused)
 
-    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState]:
+    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState | Exception]:
         self._ask()
         for message in messages:
             if not self._final(message.id):

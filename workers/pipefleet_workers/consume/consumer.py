@@ -201,13 +201,16 @@ class Consumer:
             self._route(delivery)
 
     def _leave(self, delivery: Delivery, act: Callable[[], None]) -> None:
-        """The one place where deliveries end; for one that has ended already nothing happens."""
+        """The one place where deliveries end; for one that has ended already nothing happens. One that cannot end goes back."""
         with self._changed:
             if self._held.pop(id(delivery), None) is None:
                 return
             self._leaving += 1
         try:
             act()
+        except Exception:
+            log.exception("a delivery cannot end, and goes back to its queue")
+            delivery.give_back()
         finally:
             with self._changed:
                 self._leaving -= 1

@@ -117,12 +117,12 @@ class Singles:
             log.error("starting job %r failed", singles[0].message.id, exc_info=error)
             self._leave(singles[0], error)
 
-    def _begun(self, single: Single, state: JobState) -> list[Work]:
+    def _begun(self, single: Single, state: JobState | Exception) -> list[Work]:
         """The item of a job that this worker may run; a job that has ended, is refused or fails to begin has none."""
         try:
-            if not state.final:
+            if isinstance(state, JobState) and not state.final:
                 return self._begin(single)
-            self._leave(single, before(state))
+            self._leave(single, before(state) if isinstance(state, JobState) else state)
         except Exception as error:
             log.exception("beginning job %r failed", single.message.id)
             single.abandon(error)
