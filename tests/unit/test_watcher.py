@@ -13,7 +13,7 @@ import pytest
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobState
-from pipefleet.errors import ContractError, JobError, JobFailedError, ResultTimeoutError
+from pipefleet.errors import ContractError, JobError, JobFailedError, ResultTimeoutError, ServiceUnavailableError
 from pipefleet.jobs import Job
 from pipefleet.records import FINISH, JobFailure, finish_arguments
 from tests.unit.conftest import eventually
@@ -162,3 +162,14 @@ def test_what_is_no_text_on_the_clients_channel_and_errors_end_no_waiting(
         assert failed.wait(20)
         end(client, job.id, JobState.SUCCEEDED, output='"heard"')
         assert waiting.result(20) == "heard"
+
+
+def test_what_redis_does_not_tell_of_one_job_is_not_the_others_affair(client: Client) -> None:
+    odd, good = client.submit(TEXTS, "x"), client.submit(TEXTS, "y")
+    client.redis.set(broker.job_key(odd.id), "no hash")
+    client.redis.publish(client.watcher.channel, b"\xff\xfe")
+    with pytest.raises(ServiceUnavailableError):
+        odd.result(20)
+    end(client, good.id, JobState.SUCCEEDED, output="1")
+    assert good._future is not None
+    assert good._future.result(20).output == "1"  # the thread still listens and sweeps
