@@ -404,7 +404,7 @@ class TestIterables:
                 return super().__getitem__(name)
 
             def get(self, name: str, default: Any = None) -> Any:
-                return self[name] if name in self else default
+                return self[name] if name in self else default  # noqa: SIM401 - it is what is defined here
 
         class Broken(dict[str, Any]):
             def __iter__(self) -> Any:

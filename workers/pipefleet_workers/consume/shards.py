@@ -199,7 +199,7 @@ class Shards:
 
 
 def _loads(line: bytes) -> Any:
-    """JSON as quickly as can be. orjson refuses integers beyond the doubles, which the producer writes: they are one item's matter."""
+    """JSON as quickly as can be. orjson refuses integers beyond the doubles, which a producer writes: one item fails of them."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
