@@ -63,9 +63,7 @@ def item_or_failure(row: Mapping[str, Any], preparer: InputPreparer) -> SourceIt
 
 def failed_item(row: Mapping[str, Any], reason: str) -> SourceItem:
     """The item of a row that cannot be used: its inputs, id and parameters as far as they are JSON."""
-    inputs = _shown(row.get("inputs"))
-    identity = _shown(row.get("id"))
-    parameters = _shown(row.get("parameters"))
+    inputs, identity, parameters = (_shown(row, name) for name in ("inputs", "id", "parameters"))
     return SourceItem(
         None if identity is None else str(identity),
         inputs,
@@ -75,11 +73,12 @@ def failed_item(row: Mapping[str, Any], reason: str) -> SourceItem:
     )
 
 
-def _shown(value: Any) -> Any:
-    """`value` where it is JSON that a row can hold, a path as its text; else None."""
-    shown = str(value) if isinstance(value, Path) else value
+def _shown(row: Mapping[str, Any], name: str) -> Any:
+    """A value of a row where it is JSON that a row can hold, a path as its text; else None."""
     try:
+        value = row.get(name)
+        shown = str(value) if isinstance(value, Path) else value
         refs_in(shown)
         return shown if len(encode_json(shown)) <= LARGEST_SHOWN else None
-    except PipefleetError:
+    except Exception:  # noqa: BLE001 - a row that is decoded as it is read may raise anything, and once more here
         return None

@@ -180,7 +180,7 @@ class IterableSource:
             self._iterator = itertools.islice(self.values, skip, None)
         while self._held or self._take(self._iterator):
             (value,) = self._held
-            item = item_or_failure(value if _is_row(value) else {"inputs": value}, self.preparer)
+            item = item_or_failure(_row_of(value), self.preparer)
             self._held.clear()
             yield item
 
@@ -241,8 +241,13 @@ def _key(item: SourceItem) -> str:
     return references[0].key if references else item.id or ""
 
 
-def _is_row(value: Any) -> bool:
-    return isinstance(value, Mapping) and "inputs" in value and set(value) <= MANIFEST_KEYS | _ANNOTATIONS
+def _row_of(value: Any) -> Mapping[str, Any]:
+    """A value of an iterable as a row: itself where it has the keys of one, else the inputs of one."""
+    try:
+        is_row = isinstance(value, Mapping) and "inputs" in value and set(value) <= MANIFEST_KEYS | _ANNOTATIONS
+    except Exception:  # noqa: BLE001 - a mapping of the user's own may raise anything; preparing it says what
+        is_row = False
+    return value if is_row else {"inputs": value}
 
 
 def _json_rows(lines: Iterator[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:

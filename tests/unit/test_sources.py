@@ -396,6 +396,25 @@ class TestIterables:
         ]  # fmt: skip
         assert found[2].failure == "the input cannot be read: OSError: image file is truncated"
 
+    def test_a_row_that_is_decoded_as_it_is_read_fails_alone(self, opener: Opener) -> None:
+        class Lazy(dict[str, Any]):
+            def __getitem__(self, name: str) -> Any:
+                if name == "inputs":
+                    raise OSError("image file is truncated")
+                return super().__getitem__(name)
+
+            def get(self, name: str, default: Any = None) -> Any:
+                return self[name] if name in self else default  # noqa: SIM401 - it is what is defined here
+
+        class Broken(dict[str, Any]):
+            def __iter__(self) -> Any:
+                raise RuntimeError("no columns")
+
+        found = items(opener([b"a", Lazy(inputs=b"x", id="lazy"), Broken(inputs=b"x"), b"b"], PICTURES))
+        assert [one.failure is None for one in found] == [True, False, False, True]
+        assert found[1].failure == "the input cannot be read: OSError: image file is truncated"
+        assert [(one.id, one.inputs) for one in found[1:3]] == [("lazy", None), (None, None)]
+
     def test_a_missing_field_is_named(self, opener: Opener) -> None:
         (found,) = items(opener([{"question": "who?"}], "question-answering"))
         assert found.failure is not None

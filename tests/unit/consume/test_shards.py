@@ -65,8 +65,11 @@ class Worker:
 def planned(client: Client, prefix: str) -> Callable[..., tuple[Run, list[JobMessage]]]:
     """A function that plans a run of two shards, and its messages."""
 
-    def plan(*texts: str) -> tuple[Run, list[JobMessage]]:
-        rows = [{"id": str(index), "inputs": text} for index, text in enumerate(texts or ("a", "bad", "c", "d"))]
+    def plan(*texts: Any) -> tuple[Run, list[JobMessage]]:
+        rows = [
+            text if isinstance(text, dict) else {"id": str(index), "inputs": text}
+            for index, text in enumerate(texts or ("a", "bad", "c", "d"))
+        ]
         run = client.map(TASK, rows, output=f"{prefix}out/", shard_size=2)
         run.join_planner()
         name = broker.queue_list(run.plan.queue, broker.Priority.LOW)
@@ -166,3 +169,14 @@ def test_a_shard_whose_list_is_gone_is_refused(client: Client, planned: Any) -> 
     )
     with pytest.raises(ContractError, match="is not there"):
         Worker(client).run(first)
+
+
+def test_a_number_beyond_what_the_fast_reader_takes_fails_its_own_item(client: Client, planned: Any) -> None:
+    run, messages = planned("a", 10**400, 3, {"inputs": "d", "id": 2**70})
+    worker = Worker(client)
+    for message in messages:
+        assert worker.run(message).state is JobState.SUCCEEDED
+    assert [(row["id"], "error" in row) for row in run.results()] == [
+        ("0", False), ("1", True), ("2", True), (str(2**70), False),
+    ]  # fmt: skip
+    assert [row["error"]["code"] for row in run.failures()] == ["bad_input", "bad_input"]
