@@ -157,7 +157,12 @@ def _read_worker(value: bytes, now: float) -> dict[str, Any] | None:
 def workers_of(workers: Mapping[str, Mapping[str, Any]], pool: Pool, queue: str) -> list[str]:
     """Which of these workers serve the revision of `pool` that `queue` (its `routing.work_queue`) is for, by name.
 
-    Those of a release that told no queue count for the revision that new work goes to.
+    The queue decides, since a worker that was started by hand may call its pool otherwise. Workers of a release that told no
+    queue count for the revision that new work goes to.
     """
-    own = (name for name, facts in workers.items() if facts["pool"] == pool.name)
-    return [name for name in own if workers[name].get("queue") in ((queue,) if pool.generation else (queue, None))]
+    silent = None if pool.generation else pool.name
+    return [
+        name
+        for name, facts in workers.items()
+        if facts.get("queue") == queue or (facts.get("queue") is None and facts["pool"] == silent)
+    ]

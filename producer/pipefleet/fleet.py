@@ -21,6 +21,8 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?")
 _MEMORY = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 _OF_A_REVISION = {"model", "revision", "tokenizer", "processor", "parameters", "dtype"}
 _MOST_PREVIOUS = 3
+UNNAMED = _MOST_PREVIOUS + 1
+"""`Pool.generation` of a revision that no fleet file names: behind all that one may name."""
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 

@@ -14,10 +14,10 @@ from pipefleet import broker
 from pipefleet.announcements import announced_workers
 from pipefleet.contract import encode_json
 from pipefleet.errors import ObjectMissingError, RunError, UnknownModelError
-from pipefleet.fleet import Pool, model_label
+from pipefleet.fleet import UNNAMED, Pool, model_label
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
-from pipefleet.revisions import model_options
+from pipefleet.revisions import worker_command
 from pipefleet.routing import queue_name, work_queue
 
 if TYPE_CHECKING:
@@ -140,23 +140,27 @@ def _of_run(raw: bytes, run_id: str) -> bool:
     return (broker.message_id(raw) or "").startswith(f"{run_id}-")
 
 
+def pool_of(client: Client, plan: RunPlan) -> Pool:
+    """The pool that a run is for; where the fleet does not name its revision (any more), one that does not take new work."""
+    fleet, base = client.fleet, broker.base_queue(plan.queue)
+    try:
+        return fleet.find(plan.task, plan.model, plan.revision)
+    except UnknownModelError:
+        names = [one.name for one in fleet.pools.values() if queue_name(one, fleet) == base]
+        name = names[0] if names else ""
+        return Pool(
+            name, plan.task, plan.model, plan.revision, generation=UNNAMED, queue=base, revision_queue=plan.queue
+        )
+
+
 def unserved(client: Client, plan: RunPlan, uri: str) -> str | None:
     """One sentence with what to do, where no worker serves the revision that a run is for; None where one does."""
-    fleet = client.fleet
-    try:
-        pool = fleet.find(plan.task, plan.model, plan.revision)
-        queue = work_queue(pool, fleet)
-    except UnknownModelError:
-        pool, queue = None, plan.queue
+    pool = pool_of(client, plan)
+    queue = work_queue(pool, client.fleet)
     with broker.redis_errors(client.settings.redis_url):
         workers = announced_workers(client.redis)
     if any(facts.get("queue") in (queue, plan.queue) for facts in workers.values()):
         return None
-    base = broker.base_queue(plan.queue)
-    names = [one.name for one in fleet.pools.values() if queue_name(one, fleet) == base]
-    where = f"--pool {names[0]}" if names else f"--task {plan.task}"
-    wanted = Pool("", plan.task, plan.model, plan.revision)
-    options = f" {model_options(wanted)}" if pool is None or pool.generation else ""
     label = model_label(plan.model, plan.revision)
-    start = f"no worker serves {label} for {plan.task}, so this run waits; start one with `pipefleet worker {where}{options}`"
+    start = f"no worker serves {label} for {plan.task}, so this run waits; start one with `{worker_command(pool)}`"
     return f"{start}, or go on with a model that is served: `pipefleet resume {uri} --model MODEL`"

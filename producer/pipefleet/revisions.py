@@ -140,14 +140,16 @@ class Backlog:
         return f"{text}, or move its runs with `pipefleet resume RUN_URI {model_options(self.first)}`"
 
 
+def worker_command(pool: Pool) -> str:
+    """The command that starts a worker for a revision, whether or not the fleet file names it; without a name, for its task."""
+    start = f"pipefleet worker --pool {pool.name}" if pool.name else f"pipefleet worker --task {pool.task}"
+    return f"{start} {model_options(pool)}" if pool.generation or not pool.name else start
+
+
 def start_command(part: Part) -> str:
     """The command that starts a worker for a revision."""
-    command = f"pipefleet worker --pool {part.pool.name}"
-    if not part.pool.generation:
-        return command
-    return (
-        f"{command} --previous" if part.named and part.pool.generation == 1 else f"{command} {model_options(part.pool)}"
-    )
+    is_previous = part.named and part.pool.generation == 1
+    return f"pipefleet worker --pool {part.pool.name} --previous" if is_previous else worker_command(part.pool)
 
 
 def model_options(pool: Pool) -> str:
@@ -159,7 +161,7 @@ def read_backlogs(redis: Any, fleet: Fleet) -> list[Backlog]:
     """What waits for every revision: those of the fleet, and others that something waits for or somebody serves."""
     workers = announced_workers(redis)
     found = []
-    for part in [*parts_of(redis, fleet, unnamed=True), *_forgotten(redis, fleet)]:
+    for part in every_part(redis, fleet):
         pipe = redis.pipeline(transaction=False)
         for name in (name for queue in part.queues for name in broker.waiting_lists(queue)):
             pipe.llen(name)
@@ -169,6 +171,11 @@ def read_backlogs(redis: Any, fleet: Fleet) -> list[Backlog]:
         if part.named or serving or sum(waiting.values()) or held != Held():
             found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name)))
     return found
+
+
+def every_part(redis: Any, fleet: Fleet) -> list[Part]:
+    """Every revision of the fleet, and every other that Redis knows of, whether or not something waits for it."""
+    return [*parts_of(redis, fleet, unnamed=True), *_forgotten(redis, fleet)]
 
 
 def _all_held(redis: Any, queue: str) -> Held:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.announcements import POOLS_KEY, WORKERS_KEY
-from pipefleet.fleet import Pool, model_label
+from pipefleet.fleet import UNNAMED, Pool, model_label
 from pipefleet.forking import renew_after_fork
+from pipefleet.revisions import worker_command
 from pipefleet.routing import PREFIX
 
 if TYPE_CHECKING:
@@ -43,11 +44,9 @@ def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | 
     if queue in served:
         return None
     waiting = _count(redis, queue, held=_base(queue) not in served)
-    if pool is None:
-        name, model = _announced(queue, entries)
-    else:
-        name, model = pool.name, model_label(pool.model, pool.revision)
-    return _sentence(queue, name, model, waiting, wanted=_is_wanted(redis, name, now))
+    pool = pool or _announced(queue, entries) or _noted(redis, queue)
+    wanted = _is_wanted(redis, pool.key if pool is not None else None, now)
+    return _sentence(queue, pool, waiting, wanted=wanted)
 
 
 def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: float) -> set[str]:
@@ -128,24 +127,34 @@ class Lookout:
         self._lock = threading.Lock()
 
 
-def _sentence(queue: str, name: str | None, model: str | None, waiting: int, *, wanted: bool) -> str:
+def _sentence(queue: str, pool: Pool | None, waiting: int, *, wanted: bool) -> str:
     jobs = "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
-    served = queue + (f" (model {model})" if model else "")
+    served = queue + (f" (model {model_label(pool.model, pool.revision)})" if pool is not None and pool.model else "")
     if wanted:
         return f"no worker serves {served} yet; the scaler has asked for one; {jobs}"
-    start = f"`pipefleet worker --pool {name}`" if name else "`pipefleet up`"
-    return f"no worker serves {served} now; start one with {start}; {jobs}"
+    start = "pipefleet up" if pool is None else worker_command(pool)
+    return f"no worker serves {served} now; start one with `{start}`; {jobs}"
 
 
-def _announced(queue: str, pools: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Name and model of the pool behind a queue, from what was announced last, however old; from the queue's name else."""
+def _announced(queue: str, pools: Mapping[str, Any]) -> Pool | None:
+    """The pool behind a queue, from what was announced last, however old."""
     for name, entry in pools.items():
         fields = entry.get("pool", {}) if isinstance(entry, Mapping) else {}
         if isinstance(fields, Mapping) and queue in (fields.get("queue"), fields.get("revision_queue")):
-            model = fields.get("model")
-            return name.partition("@")[0], model_label(str(model), fields.get("revision")) if model else None
-    _, _, pool = _base(queue).removeprefix(PREFIX).partition(".")
-    return pool or None, None
+            task, model = str(fields.get("task") or ""), str(fields.get("model") or "")
+            generation = UNNAMED if fields.get("retired") else 0
+            return Pool(name.partition("@")[0], task, model, fields.get("revision"), generation=generation)
+    return None
+
+
+def _noted(redis: Redis, queue: str) -> Pool | None:
+    """The pool behind a queue, from its name and from what is noted of every revision that was ever queued for."""
+    task, _, name = _base(queue).removeprefix(PREFIX).partition(".")
+    known = broker.known_revisions(redis).get(queue)
+    if known is None:
+        return Pool(name, task, "") if name else None
+    model, revision = known
+    return Pool(name, task, model, revision, generation=UNNAMED)
 
 
 def _is_wanted(redis: Redis, pool: str | None, now: float) -> bool:

@@ -86,8 +86,8 @@ def _pools(client: Client) -> list[tuple[PoolRow, Pool]]:
         announced = announced_fleet(client.redis)
     others = Fleet({name: pool for name, pool in announced.pools.items() if name not in fleet.pools})
     named = fleet.revisions
-    rows = [(row, row.pool in named) for row in read_fleet(client, fleet).pools]
-    rows += [(row, False) for row in read_fleet(client, others).pools]
+    rows = [(row, row.pool in named) for row in read_fleet(client, fleet, unnamed=False).pools]
+    rows += [(row, False) for row in read_fleet(client, others, unnamed=False).pools]
     return [
         (row, named.get(row.pool) or Pool(row.pool, row.task, row.model))
         for row, is_named in rows

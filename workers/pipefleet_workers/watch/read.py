@@ -14,7 +14,7 @@ from pipefleet import broker
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.client import Client
 from pipefleet.fleet import Fleet, model_label
-from pipefleet.revisions import Part, parts_of
+from pipefleet.revisions import Backlog, Held, Part, every_part, parts_of
 from pipefleet_workers.parked import parked_pools
 from pipefleet_workers.scaling.decide import State
 from pipefleet_workers.scaling.ledger import Done, Items, read_items, state_key
@@ -49,7 +49,7 @@ class PoolRow:
     failed: int
     dead_letters: int
     note: str = ""
-    """What `pipefleet up` could not do for it, in one sentence; empty where all is well."""
+    """What `pipefleet up` could not do for it, or why it waits, in one sentence; empty where all is well."""
     cancelled: int = 0
     expired: int = 0
 
@@ -88,8 +88,8 @@ class Snapshot:
         return asdict(self)
 
 
-def read_fleet(client: Client, fleet: Fleet | None = None) -> Snapshot:
-    """Look once at the client's pools, or those of `fleet`.
+def read_fleet(client: Client, fleet: Fleet | None = None, *, unnamed: bool = True) -> Snapshot:
+    """Look once at the client's pools, or those of `fleet`; with `unnamed`, also at what waits for revisions that it does not name.
 
     Raises ServiceUnavailableError when Redis is away, UsageError for a wrong fleet file.
     """
@@ -99,14 +99,23 @@ def read_fleet(client: Client, fleet: Fleet | None = None) -> Snapshot:
         announced = announced_workers(client.redis)
         workers = {one.worker: one for one in _workers(announced)}
         pools = []
-        for part in parts_of(client.redis, fleet):
+        for part in every_part(client.redis, fleet) if unnamed else parts_of(client.redis, fleet):
             names = workers_of(announced, part.pool, part.queue)
             workers |= {name: replace(workers[name], pool=part.key) for name in names}
             serving = [workers[name] for name in names]
-            pools.append(_pool(client.redis, part, serving, now))
+            row = _pool(client.redis, part, serving, now)
+            if part.named or serving or any(row.messages.values()):
+                pools.append(row if part.named else replace(row, note=_unserved(part, row, fleet)))
         parked = parked_pools(client.redis)
     pools = [replace(one, note=str(parked[one.pool])) if one.pool in parked else one for one in pools]
     return Snapshot(now, tuple(pools), tuple(sorted(workers.values(), key=lambda one: (one.pool, one.worker))))
+
+
+def _unserved(part: Part, row: PoolRow, fleet: Fleet) -> str:
+    """Why what waits for a revision that the fleet does not name goes on waiting; empty where somebody serves it."""
+    held = Held(row.messages["leased"], row.messages["delayed"])
+    waits = Backlog(part, {"queued": row.messages["queued"]}, held, row.alive, fleet.pools.get(part.pool.name))
+    return waits.note or ""
 
 
 def _workers(announced: Mapping[str, Mapping[str, Any]]) -> list[WorkerRow]:
