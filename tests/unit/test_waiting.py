@@ -99,7 +99,9 @@ def test_of_a_revision_that_is_not_its_pools_own_the_command_names_the_model(red
     announce(redis, "texts", seconds=60, facts={"queue": f"{QUEUE}@0a1b2c3d"})
     redis.set(f"{SCALER_KEY}texts", json.dumps({"state": {"workers": 1, "at": now(redis)}}))  # for the pool's own
     broker.note_revision(redis, queue, "org/a", "0")
-    assert f"start one with `pipefleet worker --task {TASK} --model org/a --revision 0`" in str(why_waiting(redis, queue))
+    assert f"start one with `pipefleet worker --task {TASK} --model org/a --revision 0`" in str(
+        why_waiting(redis, queue)
+    )
     retired = Pool("texts", TASK, "org/a", "0", generation=1)
     told = str(why_waiting(redis, queue, pool=retired))
     assert "start one with `pipefleet worker --pool texts --model org/a --revision 0`" in told
