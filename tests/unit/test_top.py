@@ -20,6 +20,8 @@ from rich.console import Console
 from pipefleet import broker, cli
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
+from pipefleet.revisions import read_backlogs
+from pipefleet.routing import revision_queue
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.parked import Parked, tell_parked
 from pipefleet_workers.scaling.ledger import record_done, record_items
@@ -90,6 +92,24 @@ def test_a_parked_pool_has_a_note_under_the_table(busy: Client) -> None:
     console = Console(width=120, record=True, force_terminal=True)
     console.print(screen(read_fleet(busy), width=120))
     assert "texts: 1 of 3 workers stay down" in console.export_text()
+
+
+def test_what_waits_for_a_revision_that_the_fleet_does_not_name_is_shown_and_who_serves_it_by_whatever_name(
+    busy: Client,
+) -> None:
+    queue = revision_queue(QUEUE, "/models/before", None)
+    broker.note_revision(busy.redis, queue, "/models/before", None)
+    key = f"texts@{queue.partition('@')[2]}"
+    assert key not in plain(read_fleet(busy))
+    broker.push(busy.redis, JobMessage("j", "text-classification", model="/models/before"), queue, Priority.LOW)
+    waits = next(one for one in read_fleet(busy).pools if one.pool == key)
+    assert (waits.messages["queued"], waits.alive) == (1, 0)
+    assert "start one with `pipefleet worker --pool texts --model /models/before`" in waits.note
+    announce(busy.redis, "by-hand@host-3", pool="by-hand", queue=queue)
+    served = next(one for one in read_fleet(busy).pools if one.pool == key)
+    assert (served.alive, served.note) == (1, "")
+    backlog = next(one for one in read_backlogs(busy.redis, busy.fleet) if one.part.key == key)
+    assert (backlog.workers, backlog.note) == (1, None)
 
 
 def test_with_a_scaler_it_shows_what_that_wants(busy: Client) -> None:
