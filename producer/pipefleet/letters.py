@@ -8,15 +8,15 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.contract import Shard
 from pipefleet.errors import ContractError, RunError, UsageError
 from pipefleet.records import FINISH
 from pipefleet.storage import map_refs
 
 if TYPE_CHECKING:
-    from pipefleet.broker import DeadLetter
     from pipefleet.client import Client
+    from pipefleet.deadletters import DeadLetter
 
 MOST_INPUT = 10_000
 """Characters of an input that are read of a letter."""
@@ -102,7 +102,7 @@ def requeue(client: Client, letter: DeadLetter, queue: str) -> str:
         if content.shard is not None and (became := _requeue_shard(client, letter, queue, content.shard)):
             return became
         with broker.redis_errors(client.settings.redis_url):
-            state = broker.requeue_dead_letter(client.redis, letter, queue, ttl=client.settings.result_ttl)
+            state = deadletters.requeue_dead_letter(client.redis, letter, queue, ttl=client.settings.result_ttl)
     except UsageError as error:
         return f"cannot be queued: {error}"
     return _BECAME[state]
@@ -130,5 +130,5 @@ def _requeue_shard(client: Client, letter: DeadLetter, queue: str, shard: Shard)
             return None
         taken = [shard.index]
     with broker.redis_errors(client.settings.redis_url):
-        broker.remove_dead_letter(client.redis, letter, queue)
+        deadletters.remove_dead_letter(client.redis, letter, queue)
     return "queued again" if taken else "has ended meanwhile"

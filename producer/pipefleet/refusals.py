@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import __version__, broker
+from pipefleet import __version__, broker, deadletters
 from pipefleet.clock import ServerClock
 from pipefleet.contract import Shard, encode_json
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
@@ -370,7 +370,7 @@ class Refusals:
         found: dict[int, list[tuple[str, bytes]]] = {}
         with self._errors():
             for queue in queues if ids else ():
-                for letter in broker.every_dead_letter(self._redis, queue):
+                for letter in deadletters.every_dead_letter(self._redis, queue):
                     if (index := ids.get(letter.job_id or "")) is not None:
                         found.setdefault(index, []).append((queue, letter.entry))
         return found

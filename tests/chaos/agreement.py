@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from celery import states
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.client import Client
 from pipefleet.contract import JobState
 from pipefleet.finishing import read_resumed
@@ -77,7 +77,7 @@ def _events(world: World, client: Client) -> list[str]:
     lossy = bool(world.faults & {"redis", "death"})
     wrong = []
     records = _states(world, submitted=True)
-    for letter in broker.dead_letters(world.redis, QUEUE, count=1000):
+    for letter in deadletters.dead_letters(world.redis, QUEUE, count=1000):
         if letter.reason == REVOKED and letter.job_id is not None:
             records.pop(letter.job_id, None)  # a shard, which has no record of its own to be compared
     for job_id, state in records.items():

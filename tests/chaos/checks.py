@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.cli import main as command
 from pipefleet.client import Client
 from pipefleet.contract import JobState
@@ -64,7 +64,7 @@ def leftovers(world: World, *, dead: int = 0) -> list[str]:
         state = (value or b"").decode()
         if not state or not JobState(state).final:
             left.append(f"{key.decode()} is {state or 'without a state'}")
-    letters = broker.count_dead_letters(redis, QUEUE)
+    letters = deadletters.count_dead_letters(redis, QUEUE)
     return left if letters == dead else [*left, f"{letters} dead letters instead of {dead}"]
 
 

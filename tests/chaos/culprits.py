@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipefleet import broker
+from pipefleet import deadletters
 from pipefleet.errors import JobFailedError
 from pipefleet.jobs import Job
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
@@ -44,7 +44,7 @@ def shard_with(world: World, bad: dict[int, str], *, workers: int = 2, **setting
 
 
 def check_letters(world: World, count: int) -> None:
-    letters = broker.dead_letters(world.redis, QUEUE)
+    letters = deadletters.dead_letters(world.redis, QUEUE)
     assert len(letters) == count
     assert all(letter.reason and letter.job_id for letter in letters), f"letters without a reason: {letters}"
 

@@ -17,7 +17,7 @@ from kombu import Connection, Consumer, Queue
 from redis import Redis
 from redis.exceptions import RedisError
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet_workers.delivery.leases import Lease, lease_of
 
 QUEUE = "pipefleet.test"
@@ -99,7 +99,7 @@ class Taker:
     def __post_init__(self) -> None:
         self.messages: list[Any] = []
         self.lost: list[Lease] = []
-        self.dead: list[broker.DeadLetter] = []
+        self.dead: list[deadletters.DeadLetter] = []
         self.on_message: Callable[[Any], None] = self.messages.append
         callbacks = {"on_lost": self.lost.append, "on_dead": self.dead.append}
         # Bound to this taker, so that two takers in one process have a ledger each, as two workers would.

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.layout import RunLayout
@@ -258,7 +258,7 @@ class TestResume:
         layout = RunLayout.at(prefix)
         for uri in (layout.success, layout.failures, layout.part(1), layout.refused_shard(1), layout.failed_shard(1)):
             assert store.head(uri) is None, uri
-        assert broker.count_dead_letters(client.redis, QUEUE) == 0
+        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
         now = run.progress()
         assert (now.state, now.succeeded, now.failed, now.parts, now.refused) == ("running", 3, 1, 2, 0)
         assert resumed(run) == 0
@@ -304,7 +304,7 @@ class TestResume:
             worker.do(text)
         assert run.wait(timeout=20).state == "succeeded"
         check_ended(run, client)
-        assert broker.count_dead_letters(client.redis, QUEUE) == 0
+        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
 
 
 class _KilledError(Exception):
@@ -370,7 +370,7 @@ class TestLetters:
             client.store.delete(f"s3://pipefleet/{entry.key}")
         assert main(["dead-letters", "--requeue"]) == 1
         assert "there is no run at" in capsys.readouterr().out
-        assert broker.count_dead_letters(client.redis, QUEUE) == 1
+        assert deadletters.count_dead_letters(client.redis, QUEUE) == 1
 
     def test_a_letter_of_a_shard_that_is_done_is_dropped(
         self, client: Client, prefix: str, worker: ShardWorker, capsys: pytest.CaptureFixture[str]
@@ -381,7 +381,7 @@ class TestLetters:
         worker.refuse(text)
         assert main(["dead-letters", "--requeue"]) == 0
         assert "has ended meanwhile" in capsys.readouterr().out
-        assert broker.count_dead_letters(client.redis, QUEUE) == 0
+        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
         assert worker.take() == {}
 
 

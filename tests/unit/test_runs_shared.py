@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
+from pipefleet import deadletters
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import RunError
@@ -171,7 +171,7 @@ class TestMoved:
         source.go_on(run)
         assert followed
         assert (waiting(old, run), waiting(new, run)) == ([], [0, 1, 2, 3])
-        assert broker.count_dead_letters(client.redis, OLD) == 0
+        assert deadletters.count_dead_letters(client.redis, OLD) == 0
         work_to_the_end(run, new)
         assert run.progress().state == "succeeded"
 
@@ -200,7 +200,7 @@ class TestMoved:
         assert again.resume(model="/models/new") == 2
         again.join_planner()
         assert (waiting(old, run), waiting(new, run)) == ([], [1, 2])
-        assert broker.count_dead_letters(client.redis, OLD) == 0
+        assert deadletters.count_dead_letters(client.redis, OLD) == 0
         texts = new.take()
         assert {read(text).model for text in texts.values()} == {"/models/new"}
         for text in texts.values():
@@ -222,7 +222,7 @@ class TestMoved:
             old.tell(letter)
         assert main(["dead-letters", "--requeue"]) == 0
         assert (waiting(old, run), waiting(new, run)) == ([], [0, 1, 2])
-        assert broker.count_dead_letters(client.redis, OLD) == 0
+        assert deadletters.count_dead_letters(client.redis, OLD) == 0
 
     def test_a_client_that_waits_hears_where_the_run_went(self, client: Client, prefix: str) -> None:
         run = planned(client, prefix)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from pipefleet import __version__, broker
+from pipefleet import __version__, broker, deadletters
 from pipefleet.clock import ServerClock
 from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
@@ -65,7 +65,7 @@ class Built:
     letters: bool
     """Whether the transport keeps dead letters: `bury` is told of refused shards then."""
 
-    def bury(self, letter: broker.DeadLetter) -> None:
+    def bury(self, letter: deadletters.DeadLetter) -> None:
         """Tell who waits for the job of a dead letter that it has failed. Raises ServiceUnavailableError; then it is told again."""
         self.burials.letter(letter)
 
@@ -168,7 +168,7 @@ class Undertaker:
         )
         with broker.redis_errors(self._settings.redis_url):
             text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
-            broker.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
+            deadletters.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
 
 
 def _consumer(

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet import broker
-from pipefleet.broker import DeadLetter
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json
+from pipefleet.deadletters import DeadLetter
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.letters import BURY

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.announcements import announce_pool, takes_new_work, withdraw_pool
 from pipefleet.contract import TASK_NAME
 from pipefleet.errors import PipefleetError
@@ -121,7 +121,7 @@ class Worker:
             log.warning("the stock transport: a killed worker's jobs come back after an hour, and some are lost")
             return {}
 
-        def dead(letter: broker.DeadLetter) -> None:
+        def dead(letter: deadletters.DeadLetter) -> None:
             built.bury(letter)
             if letter.job_id is not None and letter.code == "killed_worker":  # of the others, who refused them has told
                 task.died(letter.job_id, letter.reason)

@@ -12,8 +12,8 @@ from pipefleet.errors import UsageError
 from pipefleet.printable import printable
 
 if TYPE_CHECKING:
-    from pipefleet.broker import DeadLetter
     from pipefleet.client import Client
+    from pipefleet.deadletters import DeadLetter
     from pipefleet.fleet import Pool
     from pipefleet.tasks import TaskSpec
 
@@ -101,7 +101,7 @@ def queues(arguments: argparse.Namespace) -> int:
 
 
 def _backlog_rows(client: Client) -> list[dict[str, Any]]:
-    from pipefleet import broker
+    from pipefleet import deadletters
     from pipefleet.fleet import model_label
     from pipefleet.revisions import read_backlogs
     from pipefleet.routing import queue_name
@@ -113,7 +113,7 @@ def _backlog_rows(client: Client) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"pool": part.key, "queue": part.queue if own else queue_name(pool, client.fleet)}
         row |= {"model": model_label(pool.model, pool.revision), **one.waiting}
         row |= {"unacked": one.held.leased, "delayed": one.held.delayed}
-        row |= {"dead": 0 if own else broker.count_dead_letters(client.redis, part.queue)}
+        row |= {"dead": 0 if own else deadletters.count_dead_letters(client.redis, part.queue)}
         rows.append({**row, "workers": one.workers, "note": one.note})
     return rows
 
@@ -139,15 +139,15 @@ _LETTER_COLUMNS = ("pool", "job", "task", "item", "input", "run", "shard", "deli
 
 def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, str, DeadLetter]]:
     """Pool, queue and letter of all that is to be dealt with. Raises UsageError for an id that no letter has."""
-    from pipefleet import broker
+    from pipefleet import broker, deadletters
 
     changes, ids = arguments.requeue or arguments.remove, set(arguments.ids)
     most = sys.maxsize if ids else MOST_LETTERS if changes else max(0, arguments.limit)
     found = []
     for pool, queue in _queues(client, only=arguments.pool):
         with broker.redis_errors(client.settings.redis_url):
-            count = broker.count_dead_letters(client.redis, queue)
-            letters = islice(broker.every_dead_letter(client.redis, queue), most)
+            count = deadletters.count_dead_letters(client.redis, queue)
+            letters = islice(deadletters.every_dead_letter(client.redis, queue), most)
             found += [(pool.name, queue, letter) for letter in letters if not ids or letter.job_id in ids]
         if count > most:
             verb = "dealt with; call again for the others" if changes else "shown; see --limit"
@@ -160,7 +160,7 @@ def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, st
 
 
 def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argparse.Namespace) -> str:
-    from pipefleet import broker
+    from pipefleet import broker, deadletters
     from pipefleet.letters import requeue
 
     if arguments.requeue:
@@ -168,7 +168,7 @@ def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argpar
     if not arguments.remove:
         return "kept"
     with broker.redis_errors(client.settings.redis_url):
-        return "removed" if broker.remove_dead_letter(client.redis, letter, queue) else "gone"
+        return "removed" if deadletters.remove_dead_letter(client.redis, letter, queue) else "gone"
 
 
 def _letter_row(pool: str, letter: DeadLetter, became: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from celery.worker import WorkController, state
 from redis import Redis
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.contract import TASK_NAME, JobMessage, JobState, Priority
 from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
@@ -184,7 +184,7 @@ def test_a_refused_job_is_shown_as_failed_and_goes_to_the_dead_letters(fleet: Ca
     one.put(JobMessage(**{**{name: getattr(message, name) for name in ("id", "task")}, "items": ()}))
     assert one.shows("odd", "FAILURE")
     assert [reason for _, reason in one.refused] == ["items must be a list that is not empty"]
-    assert eventually(lambda: broker.count_dead_letters(one.redis, QUEUE) == 1)
+    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1)
 
 
 def test_shards_that_end_at_once_do_not_stay_active(fleet: Callable[..., Fleet]) -> None:
@@ -263,7 +263,9 @@ def test_a_job_that_expires_before_its_eta_ends_then(fleet: Callable[..., Fleet]
 def test_odd_times_leave_nothing_in_celerys_books(fleet: Callable[..., Fleet], headers: dict[str, str]) -> None:
     one = fleet()
     one.put(single("odd"), **headers)
-    assert eventually(lambda: broker.count_dead_letters(one.redis, QUEUE) == 1 or one.inspect("reserved") == ["odd"])
+    assert eventually(
+        lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1 or one.inspect("reserved") == ["odd"]
+    )
     one.app.control.revoke("odd")  # the one that waits till the end of time
 
 
@@ -283,8 +285,8 @@ def test_a_message_of_an_old_protocol_is_rejected_at_once(fleet: Callable[..., F
         envelope["properties"]["delivery_tag"] = f"old-{number}"
         text = json.dumps({**envelope, "headers": {}, "body": json.dumps(body)})
         one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
-    assert eventually(lambda: broker.count_dead_letters(one.redis, QUEUE) == 5)
-    assert all(letter.deliveries == 1 for letter in broker.dead_letters(one.redis, QUEUE))
+    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 5)
+    assert all(letter.deliveries == 1 for letter in deadletters.dead_letters(one.redis, QUEUE))
 
 
 def test_an_eta_is_waited_for_through_a_reconnect(fleet: Callable[..., Fleet]) -> None:
@@ -323,8 +325,8 @@ def test_a_revoked_shard_becomes_a_dead_letter(fleet: Callable[..., Fleet]) -> N
     revoke(one, "run-0")
     one.put(shard(), **{broker.TIME_HEADER: 1.0})
     assert one.shows("run-0", "REVOKED")
-    assert eventually(lambda: broker.count_dead_letters(one.redis, QUEUE) == 1)
-    (letter,) = broker.dead_letters(one.redis, QUEUE)
+    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1)
+    (letter,) = deadletters.dead_letters(one.redis, QUEUE)
     assert (letter.reason, letter.job_id) == (REVOKED, "run-0")
     assert [reason for _, reason in one.refused] == [REVOKED]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet import broker
+from pipefleet import deadletters
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Shard
 from pipefleet.letters import read_content
@@ -18,6 +18,6 @@ def test_items_of_one_id_are_jobs_of_their_own(client: Client, prefix: str) -> N
     for item_id in ("one id", "long" * 100):
         for position in range(2):
             undertaker.bury("killed", JobMessage("run-0", TASK, shard=shard), position, JobItem(item_id, "text"))
-    letters = list(broker.dead_letters(client.redis, QUEUE))
+    letters = list(deadletters.dead_letters(client.redis, QUEUE))
     assert len({letter.job_id for letter in letters}) == 4
     assert len({read_content(letter).output for letter in letters}) == 4

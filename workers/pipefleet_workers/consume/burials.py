@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from pipefleet import broker
-from pipefleet.broker import DeadLetter
 from pipefleet.contract import Shard
+from pipefleet.deadletters import DeadLetter
 from pipefleet.errors import PipefleetError
 from pipefleet.layout import RunLayout
 from pipefleet.letters import read_content

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.broker import DeadLetter
+from pipefleet.deadletters import DeadLetter
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from redis import Redis
 from redis.exceptions import RedisError
 
-from pipefleet.broker import DeadLetter
+from pipefleet.deadletters import DeadLetter
 from pipefleet_workers.delivery.leases import Acked, Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
 from pipefleet_workers.delivery.scripts import ACK, BURY, GATHER, GIVE_BACK, RENEW, REPORTED, SWEEP
 

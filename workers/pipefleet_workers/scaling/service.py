@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.contract import encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
@@ -137,7 +137,7 @@ class Scaler:
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
             self._redis.set(state_key(part.key), content, ex=int(60 * GAP_SECONDS))
-        dead = 0 if pool.generation else broker.count_dead_letters(self._redis, part.queue)
+        dead = 0 if pool.generation else deadletters.count_dead_letters(self._redis, part.queue)
         return PoolStatus(pool, reading, measured, decision, dead)
 
     def _recall(self, pool: str) -> tuple[Memory, State]:

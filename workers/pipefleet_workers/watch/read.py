@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipefleet import broker
+from pipefleet import broker, deadletters
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.client import Client
 from pipefleet.fleet import Fleet, model_label
@@ -158,7 +158,7 @@ def _pool(redis: Any, part: Part, workers: list[WorkerRow], now: float) -> PoolR
         failed=ended.failed,
         cancelled=ended.cancelled,
         expired=ended.expired,
-        dead_letters=0 if pool.generation else broker.count_dead_letters(redis, part.queue),
+        dead_letters=0 if pool.generation else deadletters.count_dead_letters(redis, part.queue),
     )
 
 
