@@ -27,7 +27,7 @@ BAD = JobFailure("bad_input", "it is bad", "decode")
 
 
 class ShardWorker:
-    """Ends the shards of one queue as the consumer does, but with outcomes of the test's own."""
+    """Ends the shards of one pool as the consumer does, but with outcomes of the test's own."""
 
     def __init__(self, client: Client, queue: str, allowed: tuple[str, ...] = ("s3://",)) -> None:
         self.client, self.queue = client, queue
@@ -40,10 +40,14 @@ class ShardWorker:
         on_refused = tally.refused
         self.burials = Burials(client.settings, self.reporter, queue=queue, allowed=allowed, on_refused=on_refused)
 
+    def lists(self) -> list[str]:
+        """The Redis lists in which messages of the pool wait, of whichever revision."""
+        return [name for queue in broker.queues_of(self.client.redis, self.queue) for name in broker.queue_lists(queue)]
+
     def take(self, *indexes: int) -> dict[int, str]:
         """Take messages of shards out of the queue: all, or those of `indexes`; their texts by index."""
         taken = {}
-        for name in broker.queue_lists(self.queue):
+        for name in self.lists():
             for raw in self.client.redis.lrange(name, 0, -1):  # type: ignore[union-attr]
                 shard = read(raw.decode()).shard
                 if shard is not None and (not indexes or shard.index in indexes):
@@ -62,7 +66,8 @@ class ShardWorker:
 
     def bury(self, text: str, reason: str = "it is refused", deliveries: int = 1) -> broker.DeadLetter:
         """Put a message to the dead letters that nobody was told of."""
-        entry = {"reason": reason, "at": 1.0, "queue": self.queue, "deliveries": deliveries, "message": text}
+        queue = json.loads(text)["properties"].get("delivery_info", {}).get("routing_key", self.queue)
+        entry = {"reason": reason, "at": 1.0, "queue": queue, "deliveries": deliveries, "message": text}
         key = broker.unacked_keys(self.queue)["unreported_key"]
         letter = broker.DeadLetter.parse(json.dumps(entry).encode())
         self.client.redis.lpush(key, letter.entry)

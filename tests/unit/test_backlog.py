@@ -33,7 +33,9 @@ def waiting(client: Client) -> list[int]:
 
 
 def empty_queue(client: Client) -> None:
-    client.redis.delete(*broker.queue_lists(QUEUE))
+    client.redis.delete(
+        *(name for queue in broker.queues_of(client.redis, QUEUE) for name in broker.queue_lists(queue))
+    )
 
 
 def work(client: Client, run: Run, *, failing: bool = False) -> int:
@@ -41,7 +43,7 @@ def work(client: Client, run: Run, *, failing: bool = False) -> int:
     from pipefleet.finishing import finalise
     from pipefleet.planner import read_plan
 
-    raw = client.redis.rpop(broker.queue_list(QUEUE, Priority.LOW))
+    raw = client.redis.rpop(broker.queue_list(run.plan.queue, Priority.LOW))
     (job_id,) = broker._ids([raw])  # type: ignore[list-item]
     index, layout = int(job_id.rpartition("-")[2]), RunLayout.at(run.uri)
     row = b'"error":{"code":"c","message":"m","stage":"s"}' if failing else b'"output":1'

@@ -33,8 +33,9 @@ def worker(client: Client) -> ShardWorker:
 
 
 def taken(client: Client) -> str:
-    """The text of the one message in the queue, taken out of it."""
-    for name in broker.queue_lists(QUEUE):
+    """The text of the one message in the queues of the pool, taken out of them."""
+    queues = broker.queues_of(client.redis, QUEUE)
+    for name in (name for queue in queues for name in broker.queue_lists(queue)):
         raw: Any = client.redis.rpop(name)
         if raw is not None:
             return str(raw.decode())
@@ -52,7 +53,7 @@ def dead(client: Client, worker: ShardWorker, text: str = "a text", **options: A
 def run_again(client: Client, worker: ShardWorker, output: Any = "done") -> bool:
     """Run the one queued job as a worker does; False when its record says that it has ended."""
     message = read(taken(client))
-    if worker.reporter.start_many([message]) == [False]:
+    if worker.reporter.start_many([message]) != [JobState.RUNNING]:
         return False
     context = JobContext(message.id, None, {}, 3, None, Outcomes(()))
     worker.reporter.finish_many([(message, Outcome(work_of(context, 0, message.items[0]), output=output))])
@@ -111,7 +112,7 @@ class TestRequeue:
 
     def test_the_client_hears_of_a_letter_on_its_channel(self, client: Client, worker: ShardWorker) -> None:
         job = client.submit(TEXTS, "a text")
-        with broker.subscribed(client.redis, client._channel) as channel:
+        with broker.subscribed(client.redis, client.watcher.channel) as channel:
             channel.get_message(timeout=5)
             worker.tell(worker.bury(taken(client)))
             heard = threading.Event()

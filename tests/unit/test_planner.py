@@ -95,6 +95,9 @@ class MarkedRedis:
     def hgetall(self, key: str) -> dict[bytes, bytes]:
         return {}
 
+    def time(self) -> tuple[int, int]:
+        return 2, 0
+
     def pipeline(self, *, transaction: bool) -> MarkedRedis:
         return self
 

@@ -274,7 +274,7 @@ class TestResume:
         run = planned(client, prefix)
         held = worker.take()  # as if with a worker, but unknown to the ledger: so put back below
         worker.refuse(held[0])
-        client.redis.lpush(broker.queue_lists(QUEUE)[-1], held[1], held[2])
+        client.redis.lpush(broker.queue_lists(run.plan.queue)[-1], held[1], held[2])
         assert resumed(run) == 1
         for text in worker.take().values():
             assert worker.do(text) == "succeeded"
@@ -422,7 +422,7 @@ def _take_step(step: str, index: int, run: Run, worker: ShardWorker) -> None:
             worker.do(text, bad=[2 * index]) if step == "do" else worker.refuse(text)
     elif step == "copy":
         for text in worker.take(index).values():
-            client.redis.lpush(broker.queue_lists(QUEUE)[-1], text, text)
+            client.redis.lpush(broker.queue_lists(run.plan.queue)[-1], text, text)
     elif step == "mark":  # what a worker's thread does late
         Refusals(client.redis, client.settings, client.store, RunLayout.at(run.uri), run.id).mark(index)
     elif step == "requeue":

@@ -341,6 +341,7 @@ class TestMoving:
             with pytest.raises(UnknownModelError):
                 again.resume(model="/models/nobody")
             assert again.resume(model="/models/new") == 4
+            again.join_planner()
             assert (waiting(client.redis, own(OLD)), waiting(client.redis, own(NEW))) == (1, 4)
             assert set(queued(QUEUE)) == {other.id, *(shard_id(again.id, index) for index in range(4))}
             assert again.resume() == 0

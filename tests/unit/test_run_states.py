@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from pipefleet import broker
+from pipefleet.announcements import WORKERS_KEY, announce_worker
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.contract import encode_json
 from pipefleet.errors import ContractError, ResultTimeoutError, RunError, UsageError
 from pipefleet.layout import RunLayout
 from pipefleet.parts import FORMATS, writable_formats
+from pipefleet.routing import revision_queue
 from pipefleet.runs import Run
 from pipefleet_workers.build import Undertaker
 from pipefleet_workers.consume import shards as shards_module
 from pipefleet_workers.consume.shards import ElsewhereError
+from tests.unit.conftest import eventually
 from tests.unit.shard_worker import ShardWorker, read
 
 TEXTS = "text-classification"
@@ -145,16 +145,23 @@ class TestTimeout:
             planned(client, prefix).wait(timeout=0.1)
 
 
-def test_a_run_that_nobody_serves_says_so(
-    client: Client, prefix: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_run_whose_revision_nobody_serves_says_so(
+    client: Client, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub: Any = ModuleType("pipefleet.waiting")
-    stub.why_waiting = lambda redis, queue: f"no live worker serves {queue}"
-    monkeypatch.setitem(sys.modules, "pipefleet.waiting", stub)
     run = planned(client, prefix)
-    assert run.progress().waiting == f"no live worker serves {QUEUE}"
-    assert f"running; no live worker serves {QUEUE}\n" in printed(capsys, "status", prefix)[1]
-    assert json.loads(printed(capsys, "status", prefix, "--json")[1])["waiting"]
+    other = revision_queue(QUEUE, "/models/another", None)
+    announce_worker(client.redis, "other", {"pool": "texts", "queue": other}, seconds=60)  # of another revision
+    why = run.progress().waiting
+    assert (why or "").startswith(f"no worker serves {run.plan.queue}")
+    assert f"running; {why}\n" in printed(capsys, "status", prefix)[1]
+    assert json.loads(printed(capsys, "status", prefix, "--json")[1])["waiting"] == why
+    began = time.monotonic()
+    with pytest.raises(ResultTimeoutError):
+        run.wait(progress=True, timeout=0.1)
+    assert time.monotonic() - began < 3
+    assert why in capsys.readouterr().err
+    announce_worker(client.redis, "own", {"pool": "texts", "queue": run.plan.queue}, seconds=60)
+    assert eventually(lambda: run.progress().waiting is None)
     run.cancel()
     assert run.progress().waiting is None
 
@@ -173,7 +180,7 @@ class TestParquet:
 
     def announce(self, client: Client, name: str, *formats: str, until: float = 4e9) -> None:
         facts = {"pool": "texts", "until": until} | ({"formats": formats} if formats else {})
-        client.redis.hset(broker.WORKERS_KEY, name, encode_json(facts))
+        client.redis.hset(WORKERS_KEY, name, encode_json(facts))
 
     def shard(self, client: Client, prefix: str, worker: ShardWorker) -> Any:
         client.map(TEXTS, ["a"], output=prefix, format="parquet").join_planner()
