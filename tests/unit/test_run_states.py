@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipefleet import broker
 from pipefleet.announcements import WORKERS_KEY, announce_worker
 from pipefleet.cli import main
 from pipefleet.client import Client
