@@ -174,6 +174,7 @@ class Client:
                 f"shard_size must be from 1 to {MAX_SHARD_ITEMS}, not {shard_size}: a worker holds a shard in memory"
             )
         layout = replace(RunLayout.at(output), format=format)
+        layout.require_room()
         plan = RunPlan(
             id=uuid.uuid4().hex,
             task=spec.name,

@@ -24,9 +24,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipefleet.contract import CONTRACT_VERSION
-from pipefleet.errors import RunError
-from pipefleet.storage import directory_uri
+from pipefleet.errors import RunError, UsageError
+from pipefleet.storage import MAX_KEY_BYTES, directory_uri, split_uri
 
+BELOW_OUTPUT = 124
+"""Bytes that are kept for what lies below an output."""
 _NUMBERED = re.compile(r"(\d{5,})\.(?:jsonl|parquet)$")
 
 
@@ -41,6 +43,15 @@ class RunLayout:
     def at(cls, uri: str) -> RunLayout:
         """The layout under `uri`. Raises InputError unless it is an `s3://` URI."""
         return cls(directory_uri(uri))
+
+    def require_room(self) -> None:
+        """Raise UsageError for an output so long that the keys below it are longer than object storage takes."""
+        _, key = split_uri(self.uri)
+        if len(key.encode()) > MAX_KEY_BYTES - BELOW_OUTPUT:
+            raise UsageError(
+                f"the output {self.uri[:60]!r}… is too long: its key may have {MAX_KEY_BYTES - BELOW_OUTPUT} bytes, "
+                f"not {len(key.encode())}; choose a shorter one"
+            )
 
     @property
     def plan(self) -> str:

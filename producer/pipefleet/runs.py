@@ -127,10 +127,10 @@ class Run:
         return RunProgress(
             uri=self.uri,
             state="cancelled" if is_cancelled else "stopped" if reason else going,
-            items=total or counts.done,
+            items=max(total or 0, counts.done),  # a planner tells every few seconds how far it is
             succeeded=counts.done - counts.failed,
             failed=counts.failed,
-            shards=self._plan.shards or shards or (queued.shards if queued else 0),
+            shards=max(self._plan.shards or shards or (queued.shards if queued else 0), counts.parts + counts.refused),
             parts=counts.parts,
             seconds=max(0.0, self._client.now() - self._plan.created),
             reason=reason,

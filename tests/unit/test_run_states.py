@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from pipefleet import broker
 from pipefleet.announcements import WORKERS_KEY, announce_worker
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.contract import encode_json
-from pipefleet.errors import ContractError, ResultTimeoutError, RunError
+from pipefleet.errors import ContractError, ResultTimeoutError, RunError, UsageError
 from pipefleet.layout import RunLayout
 from pipefleet.parts import FORMATS, writable_formats
 from pipefleet.routing import revision_queue
@@ -245,3 +246,27 @@ class TestParquet:
         again = client.map(TEXTS, run.failures_uri, output=f"{prefix}again/")
         again.join_planner()
         assert again.plan.items == 2
+
+
+def test_a_run_has_never_more_results_than_items_though_its_planner_told_of_fewer(
+    client: Client, prefix: str, worker: ShardWorker
+) -> None:
+    run = planned(client, prefix)
+    for text in worker.take().values():
+        worker.do(text, [])
+    for name in (RunLayout.at(prefix).run, RunLayout.at(prefix).success):
+        client.store.delete(name)
+    client.redis.hdel(broker.run_key(run.id), "shards", "items")
+    client.redis.set(broker.run_key(run.id, "planner"), "2 1", ex=60)
+    now = client.run(prefix).progress()
+    assert (now.state, now.items, now.succeeded, now.shards, now.parts) == ("planning", 4, 4, 2, 2)
+    client.run(prefix).cancel()
+    now = client.run(prefix).progress()
+    assert (now.state, now.items, now.shards, now.parts) == ("cancelled", 4, 2, 2)
+
+
+def test_an_output_too_long_for_what_lies_below_it_is_refused_and_leaves_nothing(client: Client, prefix: str) -> None:
+    output = f"{prefix}{'k' * (1010 - len(prefix))}/"
+    with pytest.raises(UsageError, match="is too long: its key may have 900 bytes"):
+        planned(client, output)
+    assert not list(client.store.list(prefix))
