@@ -13,7 +13,7 @@ import pytest
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobState
-from pipefleet.errors import ContractError, JobError, JobFailedError, ResultTimeoutError
+from pipefleet.errors import ContractError, InputError, JobError, JobFailedError, ResultTimeoutError
 from pipefleet.jobs import Job
 from pipefleet.records import FINISH, JobFailure, finish_arguments
 from tests.unit.conftest import eventually
@@ -140,3 +140,9 @@ def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) ->
     end(client, good.id, JobState.SUCCEEDED, output="1")
     assert good._future is not None
     assert good._future.result(20).output == "1"  # the thread still listens and sweeps
+
+
+@pytest.mark.parametrize("wrong", [{"expires": float("nan")}, {"expires": "5"}, {"idempotency_key": 5}])
+def test_a_wrong_argument_of_submit_is_refused_with_a_sentence(client: Client, wrong: Any) -> None:
+    with pytest.raises(InputError, match="must be"):
+        client.submit("text-classification", "x", **wrong)
