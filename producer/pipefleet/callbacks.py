@@ -53,5 +53,5 @@ def _call_each(waiting: queue.SimpleQueue[Callable[[], object] | None]) -> None:
     while (function := waiting.get()) is not None:
         try:
             function()
-        except BaseException:  # also one that calls sys.exit: the callbacks after it are called too
+        except BaseException:  # SystemExit too: the thread is everybody's, and no other begins after it
             log.exception("a callback of a job failed")

@@ -6,6 +6,7 @@ map    → route → plan shards in object storage → queue them       → Run
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -116,8 +117,10 @@ class Client:
         parameters = _checked(task, spec, parameters)
         if output is not None:
             split_uri(output)
-        if expires is not None and expires <= 0:
-            raise InputError("expires must be above 0 seconds")
+        if expires is not None and not (_is_number(expires) and 0 < expires < math.inf):
+            raise InputError("expires must be above 0 seconds, a finite number")
+        if not isinstance(idempotency_key, str | None):
+            raise InputError(f"idempotency_key must be a text, not {type(idempotency_key).__name__}")
         preparer = self.preparer(spec)
         job_id = uuid.uuid4().hex
         message = JobMessage(
@@ -321,6 +324,10 @@ class Once:
 
     key: str
     digest: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _digest(message: JobMessage, model: str | None, revision: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Generator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
@@ -58,7 +59,7 @@ class Job:
         """
         future = self.watch()
         try:
-            record = future.result(timeout)
+            record = future.result(None if timeout is None else min(timeout, threading.TIMEOUT_MAX / 2))
         except FutureTimeoutError:
             if future.unknown_since is not None:
                 raise nothing_known(self.id) from None

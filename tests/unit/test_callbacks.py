@@ -176,3 +176,16 @@ class TestCallbacks:
             threads[-1].join(20)
             assert not threads[-1].is_alive()
         callbacks.close()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_a_callback_that_asks_for_the_exit_does_not_end_those_of_others(error: BaseException) -> None:
+    callbacks, called = Callbacks(), threading.Event()
+
+    def leave() -> None:
+        raise error
+
+    callbacks.run(leave)
+    callbacks.run(called.set)
+    assert called.wait(10)
+    callbacks.close()

@@ -13,7 +13,14 @@ import pytest
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobState
-from pipefleet.errors import ContractError, JobError, JobFailedError, ResultTimeoutError, ServiceUnavailableError
+from pipefleet.errors import (
+    ContractError,
+    InputError,
+    JobError,
+    JobFailedError,
+    ResultTimeoutError,
+    ServiceUnavailableError,
+)
 from pipefleet.jobs import Job
 from pipefleet.records import FINISH, JobFailure, finish_arguments
 from tests.unit.conftest import eventually
@@ -173,3 +180,9 @@ def test_what_redis_does_not_tell_of_one_job_is_not_the_others_affair(client: Cl
     end(client, good.id, JobState.SUCCEEDED, output="1")
     assert good._future is not None
     assert good._future.result(20).output == "1"  # the thread still listens and sweeps
+
+
+@pytest.mark.parametrize("wrong", [{"expires": float("nan")}, {"expires": "5"}, {"idempotency_key": 5}])
+def test_a_wrong_argument_of_submit_is_refused_with_a_sentence(client: Client, wrong: Any) -> None:
+    with pytest.raises(InputError, match="must be"):
+        client.submit("text-classification", "x", **wrong)
