@@ -167,7 +167,7 @@ class Watcher:
                 ended: list[str] = []
                 while message is not None:
                     if message["type"] == "message":
-                        ended.append(message["data"].decode())
+                        ended.append(message["data"].decode(errors="replace"))
                     else:
                         self._ready.set()
                     message = channel.get_message()
@@ -197,17 +197,20 @@ class Watcher:
             for job_id in ids:
                 pipe.hgetall(broker.job_key(job_id))
             with broker.redis_errors(self._url):
-                found = pipe.execute()
+                found = pipe.execute(raise_on_error=False)
             for job_id, raw in zip(ids, found, strict=True):
                 self._take(job_id, raw)
 
-    def _take(self, job_id: str, raw: Mapping[bytes, bytes]) -> None:
-        """Note what a look-up found of one job."""
+    def _take(self, job_id: str, raw: Mapping[bytes, bytes] | Exception) -> None:
+        """Note what a look-up found of one job, or why Redis does not tell, which is not the others' affair."""
         with self._lock:
             future = self._futures.get(job_id)
         if future is None:
             return
         try:
+            with broker.redis_errors(self._url):
+                if isinstance(raw, Exception):
+                    raise raw
             record = read_record(raw)
         except PipefleetError as error:
             _resolve(future, error)

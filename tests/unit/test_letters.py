@@ -52,7 +52,7 @@ def dead(client: Client, worker: ShardWorker, text: str = "a text", **options: A
 def run_again(client: Client, worker: ShardWorker, output: Any = "done") -> bool:
     """Run the one queued job as a worker does; False when its record says that it has ended."""
     message = read(taken(client))
-    if worker.reporter.start_many([message]) == [False]:
+    if worker.reporter.start_many([message]) != [JobState.RUNNING]:
         return False
     context = JobContext(message.id, None, {}, 3, None, Outcomes(()))
     worker.reporter.finish_many([(message, Outcome(work_of(context, 0, message.items[0]), output=output))])

@@ -13,7 +13,7 @@ import pytest
 from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.contract import JobState
-from pipefleet.errors import ContractError, JobError, JobFailedError, ResultTimeoutError
+from pipefleet.errors import ContractError, JobError, JobFailedError, ResultTimeoutError, ServiceUnavailableError
 from pipefleet.jobs import Job
 from pipefleet.records import FINISH, JobFailure, finish_arguments
 from tests.unit.conftest import eventually
@@ -137,6 +137,17 @@ def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) ->
         odd.result(20)
     with pytest.raises(ContractError, match="same release"):
         odd.status()
+    end(client, good.id, JobState.SUCCEEDED, output="1")
+    assert good._future is not None
+    assert good._future.result(20).output == "1"  # the thread still listens and sweeps
+
+
+def test_what_redis_does_not_tell_of_one_job_is_not_the_others_affair(client: Client) -> None:
+    odd, good = client.submit(TEXTS, "x"), client.submit(TEXTS, "y")
+    client.redis.set(broker.job_key(odd.id), "no hash")
+    client.redis.publish(client.watcher.channel, b"\xff\xfe")
+    with pytest.raises(ServiceUnavailableError):
+        odd.result(20)
     end(client, good.id, JobState.SUCCEEDED, output="1")
     assert good._future is not None
     assert good._future.result(20).output == "1"  # the thread still listens and sweeps

@@ -267,6 +267,26 @@ def test_odd_times_leave_nothing_in_celerys_books(fleet: Callable[..., Fleet], h
     one.app.control.revoke("odd")  # the one that waits till the end of time
 
 
+def test_a_name_that_is_no_text_ends_neither_the_job_nor_the_worker(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    for name in ("odd", "next"):
+        one.put(single(name), shadow={"no": "text"})
+        one.bench.engine.end(name)
+        assert one.shows(name, "SUCCESS")
+
+
+def test_a_message_of_an_old_protocol_is_rejected_at_once(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    envelope = json.loads(broker.celery_message(single("old"), QUEUE, Priority.NORMAL))
+    body = {"task": TASK_NAME, "id": "old", "args": json.loads(envelope["body"])[0], "kwargs": {}}
+    for number in range(5):  # each of them once made the worker connect anew
+        envelope["properties"]["delivery_tag"] = f"old-{number}"
+        text = json.dumps({**envelope, "headers": {}, "body": json.dumps(body)})
+        one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
+    assert eventually(lambda: broker.count_dead_letters(one.redis, QUEUE) == 5)
+    assert all(letter.deliveries == 1 for letter in broker.dead_letters(one.redis, QUEUE))
+
+
 def test_an_eta_is_waited_for_through_a_reconnect(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     one.put(single("job"), eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())

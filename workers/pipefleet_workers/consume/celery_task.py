@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from celery import Task, bootsteps, signals
+from celery.exceptions import InvalidTaskError
 from celery.utils.imports import symbol_by_name
 from celery.worker import state
 from celery.worker.request import Request, create_request_cls
@@ -79,6 +80,8 @@ class InferTask(Task):  # type: ignore[misc]
         )
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
+            if not isinstance((message.headers or {}).get("id"), str):
+                raise InvalidTaskError("the message names no id in its headers")  # Celery before 4 wrote such
             request = request_class(
                 message,
                 on_ack=ack,
@@ -93,6 +96,8 @@ class InferTask(Task):  # type: ignore[misc]
                 decoded=False,
                 utc=app.uses_utc_timezone(),
             )
+            if not isinstance(request.name, str):  # Celery counts by it, whatever the message calls itself
+                request.name = task.name
             delivery = CeleryDelivery(request, celery, self)
             delivery.revoked = self.is_revoked(request)
             wait = _seconds_until(request)
@@ -207,7 +212,13 @@ class CeleryDelivery:
 
     def _take_steps(self) -> None:
         while self._steps:
-            self._steps.popleft()()
+            step = self._steps.popleft()
+            try:
+                step()
+            except self._celery.connection_errors:
+                raise  # Celery connects again
+            except Exception:  # it would end the worker: Celery's books of one message are not worth the others
+                log.exception("what Celery is told of message %s failed", self.id)
 
     def _accept(self) -> None:
         if self._ready or self._accepted:
