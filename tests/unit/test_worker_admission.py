@@ -93,7 +93,7 @@ def test_results_take_room_from_inputs_and_never_wait_for_them() -> None:
     budget = Budget(items=9, size=100)
     made, waiting = works(1, 60)[0], works(1, 40)[0]
     budget.enter([made, waiting], never)
-    budget.hold([(made, 90)], never)
+    budget.hold([(made, 90)])
     budget.finish(made)
     budget.weigh(made, 80)
     entering = enters(budget, works(1, 30))
@@ -107,18 +107,16 @@ def test_results_take_room_from_inputs_and_never_wait_for_them() -> None:
 def test_outputs_wait_for_results_and_results_for_the_store_alone() -> None:
     budget = Budget(items=9, size=100)
     first, second, third, fourth = works(4)
-    budget.hold([(first, 60)], never)
-    signs = threading.Event()
-    waiting = passes(lambda: budget.hold([(second, 60)], signs.set))
-    assert signs.wait(SECONDS), "who waits gives signs of life"
-    assert not waiting.is_set()
+    budget.hold([(first, 60)])
+    waiting = passes(lambda: budget.hold([(second, 60)]))
+    assert not waiting.wait(0.1)
     budget.finish(first)
     budget.weigh(first, 30)  # a result of half the size
     assert waiting.wait(SECONDS)
     budget.finish(second)
     budget.weigh(second, 5000)  # there it is already, so nobody may wait for room for it
     budget.leave(first)
-    rest = [passes(lambda: budget.hold([(third, 1)], never)), passes(lambda: budget.finish(fourth))]
+    rest = [passes(lambda: budget.hold([(third, 1)])), passes(lambda: budget.finish(fourth))]
     assert not rest[0].wait(0.1)
     assert not rest[1].wait(0.1)
     budget.leave(second)

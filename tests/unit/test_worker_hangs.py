@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipefleet_workers.adapters.base import Adapter
@@ -13,7 +14,9 @@ from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.exits import HUNG_FORWARD, HUNG_STAGE
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.stages import write
 from pipefleet_workers.watchdog import LOOKS
 from tests.parity.harness import SECONDS, Call, finished, load, recording, running, wait_until
 
@@ -102,6 +105,54 @@ def test_a_codec_that_loops_ends_the_process_by_name(pipe: Any, monkeypatch: pyt
         monkeypatch.setattr(engine.engine._stages.decoder, "decode", looping)
         finished(engine.submit([Call("fine"), Call("fine too"), Call("this will hang")], id="of-three")[1])
     assert ends.said == [(HUNG_STAGE, "stage cpu has not ended item 2 of job of-three within 2 s")]
+
+
+class Large(TextClassifier):
+    """Its results are arrays, which are stored as objects."""
+
+    def finish(self, assembly: Assembly) -> Any:
+        super().finish(assembly)
+        return {"array": np.zeros(1 << 15, np.float32)}
+
+
+class Nowhere(WorkerStore):
+    """Takes what is stored once `go` is set."""
+
+    def __init__(self, go: threading.Event) -> None:
+        super().__init__()
+        self.go, self.asked = go, threading.Event()
+
+    def put(self, uri: str, body: bytes, *, content_type: str) -> None:
+        self.asked.set()
+        assert self.go.wait(SECONDS), "the test never let it go"
+
+
+def test_an_encoder_of_artifacts_that_loops_ends_the_process_by_name(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends, encode = Ends(), write._content
+    adapter, settings = recording(Large, pipe), WorkerSettings(**SETTINGS, store_threads=1)
+    store = Nowhere(ends.go)
+    store.go.set()
+    monkeypatch.setattr(write, "_content", lambda artifact: (ends.hang("hang"), encode(artifact))[1])
+    ends.go = threading.Event()
+    results = write.ResultWriter(store, "s3://bucket")
+    with running(adapter, TASK, settings=settings, results=results, on_fatal=ends) as engine:
+        finished(engine.submit([Call("text")], id="large")[1])
+    assert ends.said == [(HUNG_STAGE, "stage store has not ended item 0 of job large within 2 s")]
+
+
+def test_a_store_that_takes_its_time_is_not_hung(pipe: Any) -> None:
+    ends = Ends()
+    store, settings = Nowhere(threading.Event()), WorkerSettings(**SETTINGS, store_threads=1)
+    results = write.ResultWriter(store, "s3://bucket")
+    with running(recording(Large, pipe), TASK, settings=settings, results=results, on_fatal=ends) as engine:
+        sink = engine.submit([Call("text")])[1]
+        assert store.asked.wait(SECONDS)
+        assert not ends.go.wait(1.5 * SETTINGS["stage_timeout"])
+        store.go.set()
+        finished(sink)
+    assert ends.said == []
 
 
 def test_stages_that_wait_for_room_are_not_hung(pipe: Any) -> None:

@@ -47,13 +47,11 @@ class Budget:
                 work.room.inputs = work.weight
         return True
 
-    def hold(self, outputs: Sequence[tuple[Work, int]], alive: Callable[[], None]) -> None:
-        """Count what the model gave for items, in bytes; wait until it fits. `alive` is called while this waits."""
+    def hold(self, outputs: Sequence[tuple[Work, int]]) -> None:
+        """Count what the model gave for items, in bytes; wait until it fits."""
         size = sum(one for _, one in outputs)
         with self._changed:
-            while not self._fits_behind(self._outputs + self._results, size):
-                alive()
-                self._changed.wait(LOOK_SECONDS)
+            self._changed.wait_for(lambda: self._fits_behind(self._outputs + self._results, size))
             for work, one in outputs:
                 work.room.outputs += one
             self._outputs += size

@@ -92,7 +92,7 @@ class Engine:
         if stages.processes is not None:
             cpu = settings.preprocess_processes  # each thread waits for one process
         store = settings.store_threads
-        self._store = _Stage("store", store, self._store_results, self._end, room=store, services=True)
+        self._store = _Stage("store", store, self._store_results, self._end, room=store)
         self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, self._end, room=256)
         self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, self._end, room=4 * cpu)
         self._fetch = _Stage("fetch", fetch, self._fetch_slice, self._end, room=2 * fetch, services=True)
@@ -201,7 +201,8 @@ class Engine:
 
     def _complete(self, assemblies: Sequence[Assembly]) -> None:
         for held in self._portions(assemblies):
-            self._budget.hold([(one.work, size) for one, size in held], self._device.tick)
+            with waiting():
+                self._budget.hold([(one.work, size) for one, size in held])
             self._finish.put(min(one.work.job.priority for one, _ in held), [one for one, _ in held])
 
     def _portions(self, assemblies: Sequence[Assembly]) -> Iterator[list[tuple[Assembly, int]]]:

@@ -20,6 +20,7 @@ from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.items import Artifact, Encoded, Finished, ItemError, Outcome, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.artifacts import TakenApart
+from pipefleet_workers.watchdog import waiting
 
 log = logging.getLogger(__name__)
 STAGE = "write"
@@ -118,7 +119,8 @@ class ResultWriter:
 
     def _put(self, artifact: Artifact, content: bytes) -> None:
         try:
-            self._store.put(artifact.uri, content, content_type=artifact.media_type)
+            with waiting():  # the store has time-outs of its own; encoding has none
+                self._store.put(artifact.uri, content, content_type=artifact.media_type)
         except ServiceUnavailableError:
             raise
         except PipefleetError as error:
