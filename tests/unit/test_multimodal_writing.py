@@ -6,13 +6,17 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
+from pipefleet.contract import JobItem
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.equal_writer import EqualWriter
 from pipefleet_workers.adapters.image_text import EqualMultimodal, ImageTextWriter, MultimodalGenerator
+from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.items import Decoded, ItemError, JobContext, Work
 from pipefleet_workers.service_fit import ServiceFit
 from pipefleet_workers.warmup import warm_up
 from tests.checkpoints import CHECKPOINTS, cached
@@ -254,3 +258,18 @@ def test_sounds_of_one_request_stay_its_own() -> None:
         forth = outputs(engine.run_together(calls))
         assert outputs(engine.run_together(calls[::-1])) == forth[::-1]
     assert len({repr(one) for one in forth}) > 2
+
+
+def test_a_recording_of_one_token_is_refused_whatever_stands_beside_it() -> None:
+    """Alone the model takes its prompt for one of an earlier release, and fails; next to a longer one it would not."""
+    prompt = {"text": "<|AUDIO|> what is it?"}
+    works = [{**prompt, "audio": np.full(count, 0.01, np.float32)} for count in (160, 16_000)]
+    short, fine = ImageTextWriter(load("any-to-any")).prepare([decoded(place, one) for place, one in enumerate(works)])
+    assert isinstance(short, ItemError)
+    assert (short.failure.code, short.failure.stage) == ("bad_input", "preprocess")
+    assert not isinstance(fine, ItemError)
+
+
+def decoded(place: int, value: Any) -> Decoded:
+    job = JobContext("job", None, {}, 3, None, Outcomes(range(2)))
+    return Decoded(Work(job, place, JobItem(str(place), value), {}, 1), value)
