@@ -43,7 +43,7 @@ def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | 
     served = served_queues(_read(workers), entries, now)
     if queue in served:
         return None
-    waiting = _count(redis, queue, held=_base(queue) not in served)
+    waiting = _count(redis, queue, held=broker.base_queue(queue) not in served)
     pool = pool or _announced(queue, entries) or _noted(redis, queue)
     wanted = _is_wanted(redis, pool.key if pool is not None else None, now)
     return _sentence(queue, pool, waiting, wanted=wanted)
@@ -58,13 +58,8 @@ def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: flo
     for facts in workers.values():
         if _until(facts) > now:
             named = facts.get("queue") or _pool_queue(pools.get(str(facts.get("pool"))))
-            served |= {str(named), _base(str(named))}
+            served |= {str(named), broker.base_queue(str(named))}
     return served
-
-
-def _base(queue: str) -> str:
-    """The queue of the pool, from that of one of its revisions, `<queue of the pool>@…`."""
-    return queue.partition("@")[0]
 
 
 def _count(redis: Redis, queue: str, *, held: bool) -> int:
@@ -149,7 +144,7 @@ def _announced(queue: str, pools: Mapping[str, Any]) -> Pool | None:
 
 def _noted(redis: Redis, queue: str) -> Pool | None:
     """The pool behind a queue, from its name and from what is noted of every revision that was ever queued for."""
-    task, _, name = _base(queue).removeprefix(PREFIX).partition(".")
+    task, _, name = broker.base_queue(queue).removeprefix(PREFIX).partition(".")
     known = broker.known_revisions(redis).get(queue)
     if known is None:
         return Pool(name, task, "") if name else None
