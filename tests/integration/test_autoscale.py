@@ -21,7 +21,7 @@ from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet_workers.local.environment import in_environment
 from tests.conftest import write_fleet
-from tests.integration.lease_world import until
+from tests.servers import until
 
 SLO, COLD_START = 4.0, 4.0
 LIMITS = (

@@ -20,17 +20,15 @@ from tests.integration.lease_world import (
     KEYS,
     NEVER,
     QUEUE,
-    Server,
     Taker,
     depth,
     ledger_is_empty,
     list_name,
-    programs,
     push,
     transport_options,
-    until,
     waits,
 )
+from tests.servers import Server, programs, until
 
 # Deaths
 

@@ -23,7 +23,6 @@ from tests.integration.lease_world import (
     NEVER,
     QUEUE,
     TRANSPORT,
-    Server,
     Taker,
     depth,
     envelope,
@@ -32,9 +31,9 @@ from tests.integration.lease_world import (
     names,
     push,
     transport_options,
-    until,
     waits,
 )
+from tests.servers import Server, until
 
 # Taking and settling
 

@@ -23,9 +23,9 @@ from tests.integration.lease_world import (
     list_name,
     names,
     push,
-    until,
     waits,
 )
+from tests.servers import until
 
 ALONE = {"wait_seconds": NEVER, "sweep_seconds": NEVER, "lease_seconds": NEVER}
 """A worker that hears of a message by its bell, or never."""

@@ -29,9 +29,9 @@ from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment
 from tests.checkpoints import cached
 from tests.checkpoints.media import audio, document, image, image_bytes, sound_bytes
-from tests.integration.lease_world import until
 from tests.parity.harness import assert_same, load
 from tests.parity.in_process_worker import working
+from tests.servers import until
 
 WAIT = 120
 SHORT = {"generate_kwargs": {"num_beams": 1, "max_new_tokens": 8}}

@@ -25,7 +25,7 @@ from pipefleet_workers.facts import announced_workers
 from pipefleet_workers.local.environment import in_environment
 from tests.checkpoints import cached
 from tests.conftest import write_fleet
-from tests.integration.lease_world import until
+from tests.servers import until
 
 TEXTS = ("text-classification", "text-classification", "")
 TOP_TWO = ("text-classification", "text-classification", "parameters = { top_k = 2 }")

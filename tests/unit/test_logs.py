@@ -18,7 +18,7 @@ from pipefleet.errors import UsageError
 from pipefleet_workers import logs
 from pipefleet_workers.logs import JsonFormatter, log_context, say
 from tests.checkpoints import cached
-from tests.integration.lease_world import until
+from tests.servers import until
 
 log = logging.getLogger("pipefleet_workers.test")
 

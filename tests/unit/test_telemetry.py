@@ -19,7 +19,7 @@ from pipefleet.client import Client
 from pipefleet.routing import revision_queue
 from pipefleet_workers.telemetry import laid_out
 from tests.checkpoints import cached
-from tests.integration.lease_world import until
+from tests.servers import until
 
 QUEUE = "pipefleet.text-classification"
 SECOND = 1_000_000_000

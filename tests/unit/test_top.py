@@ -28,7 +28,7 @@ from pipefleet_workers.scaling.ledger import record_done, record_items
 from pipefleet_workers.scaling.service import Scaler
 from pipefleet_workers.watch.read import PoolRow, Snapshot, WorkerRow, read_fleet
 from pipefleet_workers.watch.view import duration, plain, screen, shortened
-from tests.integration.lease_world import Server, programs, until
+from tests.servers import Server, programs, until
 
 QUEUE = "pipefleet.text-classification"
 WITHOUT = """

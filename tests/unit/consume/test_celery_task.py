@@ -21,7 +21,7 @@ from pipefleet_workers.consume import control
 from pipefleet_workers.consume.celery_task import CeleryDelivery, InferTask
 from pipefleet_workers.ending import LOST, REVOKED, Ending
 from tests.chaos.events import Events
-from tests.integration.lease_world import Server, programs
+from tests.servers import Server, programs
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import Bench, FakeShards, shard, single
 
