@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from pipefleet import __version__, broker, deadletters
 from pipefleet.clock import ServerClock
-from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
+from pipefleet.contract import JobItem, JobMessage, Priority, Shard, as_id, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
 from pipefleet.fleet import Pool
 from pipefleet.fleetfile import FleetFile
@@ -46,9 +46,10 @@ from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.simulated import ServiceTime, SimulatedDevice
 from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher, allowed_prefixes
+from pipefleet_workers.stages.fetch import Fetcher
 from pipefleet_workers.stages.write import PartWriter, ResultWriter
 from pipefleet_workers.tracing import Tracer
+from pipefleet_workers.uri_gate import allowed_prefixes
 from pipefleet_workers.warmup import WarmUp, warm_up
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    jobs = Jobs(pool, engine, outlets.allowed, Elsewhere(settings, fleet_file), clock=_clock(settings))
+    elsewhere = Elsewhere(settings, fleet_file)
+    jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=_clock(settings))
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
@@ -156,7 +158,7 @@ class Undertaker:
         Two items of a shard may have one id, so the job is named after the `position` in the shard too.
         """
         assert message.shard is not None
-        name = f"{f'{message.id}-{item.id}'[:190]}-{position}"
+        name = f"{as_id(f'{message.id}-{item.id}', most=190)}-{position}"
         alone = JobMessage(
             name,
             message.task,
