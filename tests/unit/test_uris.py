@@ -102,7 +102,8 @@ def shard(index: int = 3, **changes: Any) -> Shard:
     "changes",
     [
         {"uri": RUN.shard(4)}, {"uri": "s3://private/secrets.jsonl"}, {"uri": RUN.plan},
-        {"uri": f"{RUN.uri}../x/_run/shards/00003.jsonl"}, {"uri": RUN.shard(3).replace("_run/", "_run//")}, {"run_uri": "s3://other/out/"}, {"run_uri": RUN.uri[:-1]},
+        {"uri": f"{RUN.uri}../x/_run/shards/00003.jsonl"}, {"uri": RUN.shard(3).replace("_run/", "_run//")},
+        {"run_uri": "s3://other/out/"}, {"run_uri": RUN.uri[:-1]},
         {"run_uri": RUN.uri + "/"}, {"run_uri": "file:///out/"}, {"index": 2**28}, {"first": 2}, {"first": 3 * MAX_SHARD_ITEMS + 1},
         {"count": 0},
     ],

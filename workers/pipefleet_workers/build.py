@@ -155,7 +155,8 @@ class Undertaker:
     def bury(self, reason: str, message: JobMessage, position: int, item: JobItem) -> None:
         """Write a dead letter for one item: the job that it would be by itself, its result to lie beside those of its run.
 
-        Two items of a shard may have one id, so the job is named after the `position` in the shard too.
+        Two items of a shard may have one id, so the job is named after the `position` in the shard too. An item that no message can
+        carry, such as a long text, has no letter.
         """
         assert message.shard is not None
         name = f"{as_id(f'{message.id}-{item.id}', most=190)}-{position}"
@@ -168,8 +169,13 @@ class Undertaker:
             items=(item,),
             output=f"{RunLayout(message.shard.run_uri).requeued}{quote(name, safe='')}.json",
         )
+        try:
+            with broker.redis_errors(self._settings.redis_url):
+                text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
+        except ContractError as error:  # its row says that it failed; there is no message that could run it by itself
+            log.warning("item %d of shard %d has no dead letter: %s", position, message.shard.index, error)
+            return
         with broker.redis_errors(self._settings.redis_url):
-            text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
             deadletters.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
 
 
