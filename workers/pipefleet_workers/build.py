@@ -53,6 +53,8 @@ from pipefleet_workers.uri_gate import allowed_prefixes
 from pipefleet_workers.warmup import WarmUp, warm_up
 
 log = logging.getLogger(__name__)
+MOST_NAME = 100
+"""Characters of an item that stand in the name of its own result; the key fits where the run's keys do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +161,16 @@ class Undertaker:
         carry, such as a long text, has no letter.
         """
         assert message.shard is not None
-        name = f"{as_id(f'{message.id}-{item.id}', most=190)}-{position}"
+        name = as_id(f"{message.id}-{item.id}", most=190)
+        file = f"{quote(name, safe='')[:MOST_NAME]}-{position}.json"
         alone = JobMessage(
-            name,
+            f"{name}-{position}",
             message.task,
             message.model,
             message.revision,
             message.parameters,
             items=(item,),
-            output=f"{RunLayout(message.shard.run_uri).requeued}{quote(name, safe='')}.json",
+            output=RunLayout(message.shard.run_uri).requeued + file,
         )
         try:
             with broker.redis_errors(self._settings.redis_url):

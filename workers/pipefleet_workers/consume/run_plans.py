@@ -87,9 +87,9 @@ class RunPlans:
 def _parsed(text: bytes, uri: str, read_at: float) -> _Plan:
     try:
         body: Any = json.loads(text)
-        totals = [body.get(name) for name in ("shards", "items")]
-        if isinstance(body["id"], str) and all(one is None or type(one) is int for one in totals):
-            return _Plan(body["id"], *totals, read_at)
+        shards, items = body.get("shards"), body.get("items")
+        if isinstance(body["id"], str) and all(one is None or type(one) is int for one in (shards, items)):
+            return _Plan(body["id"], shards, items, read_at)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ContractError(f"{shown(uri)} is not the plan of a run")
