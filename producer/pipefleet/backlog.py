@@ -134,8 +134,9 @@ class Backlog:
             known = self._known_parts()
             self._unrestored = array("Q")
             for index in self._parts():
-                if index < planned:
-                    accounted[index] = 1
+                if index >= planned:
+                    continue  # no part of this run, whoever wrote it
+                accounted[index] = 1
                 if not (index >> 3 < len(known) and known[index >> 3] & 0x80 >> (index & 7)):
                     self._unrestored.append(index)
             for index in self._refusals.recall(lambda index: index >= planned or bool(accounted[index])):

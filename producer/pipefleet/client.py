@@ -19,7 +19,7 @@ from pipefleet import broker, jobs, tracecontext
 from pipefleet.announcements import announced_fleet
 from pipefleet.artifacts import resolve
 from pipefleet.clock import ServerClock
-from pipefleet.contract import CONTRACT_VERSION, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
+from pipefleet.contract import CONTRACT_VERSION, MAX_DEADLINE, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import ConflictError, InputError, JobError, RunError, UnknownModelError
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.fleetfile import FleetFile
@@ -34,8 +34,8 @@ from pipefleet.routing import route, work_queue
 from pipefleet.runs import Run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.starting import plan_run
-from pipefleet.storage import split_uri
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
+from pipefleet.uris import output_fault, run_fault
 from pipefleet.waiting import Lookout
 from pipefleet.watcher import Watcher
 from pipefleet.writers import require_writer
@@ -105,7 +105,7 @@ class Client:
         """Queue one input and return at once.
 
         `inputs` is what the pipeline call takes for one input; `expires` is in seconds from now; `output` is an `s3://` URI
-        (or prefix ending in a slash) where the result is written as JSON as well. With `idempotency_key`, a second call within
+        (or prefix ending in a slash) where the result is written as JSON as well, outside of every run's own objects. With `idempotency_key`, a second call within
         a day that asks for the same returns the first call's job, whatever its `priority` and `expires`; one that asks for
         something else (task, inputs, model, revision, parameters or output) raises ConflictError. Raises UsageError or
         ServiceUnavailableError; after the former nothing is queued, after the latter at most once.
@@ -115,14 +115,17 @@ class Client:
         """
         spec, pool = self.route(task, model, revision)
         parameters = _checked(task, spec, parameters)
+        job_id = uuid.uuid4().hex
         if output is not None:
-            split_uri(output)
+            _require(output_fault(output, job_id, self.settings.store))
         if expires is not None and not (_is_number(expires) and 0 < expires < math.inf):
             raise InputError("expires must be above 0 seconds, a finite number")
         if not isinstance(idempotency_key, str | None):
             raise InputError(f"idempotency_key must be a text, not {type(idempotency_key).__name__}")
+        deadline = None if expires is None else self.now() + expires
+        if deadline is not None and deadline > MAX_DEADLINE:
+            raise InputError("expires must end before the year 2100; leave it out for a job that never expires")
         preparer = self.preparer(spec)
-        job_id = uuid.uuid4().hex
         message = JobMessage(
             id=job_id,
             task=spec.name,
@@ -131,7 +134,7 @@ class Client:
             parameters=parameters,
             items=(JobItem("0", preparer.spill(preparer.prepare(inputs))),),
             output=output,
-            deadline=None if expires is None else self.now() + expires,
+            deadline=deadline,
             reply=self.watcher.channel,
         )
         once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
@@ -178,6 +181,7 @@ class Client:
             )
         layout = replace(RunLayout.at(output), format=format)
         layout.require_room()
+        _require(run_fault(layout.uri, self.settings.store))
         plan = RunPlan(
             id=uuid.uuid4().hex,
             task=spec.name,
@@ -345,6 +349,12 @@ def _digest(message: JobMessage, model: str | None, revision: str | None) -> str
 def _conflict(key: str, job_id: str) -> ConflictError:
     text = f"the idempotency key {key[:80]!r} stands for another request, whose job is {job_id}; use a key of its own for each"
     return ConflictError(text, job_id=job_id)
+
+
+def _require(fault: str | None) -> None:
+    """Raise InputError that says why an output cannot be taken, where there is a reason."""
+    if fault is not None:
+        raise InputError(fault)
 
 
 def _checked(task: str, spec: TaskSpec, parameters: Mapping[str, Any] | None) -> dict[str, Any]:

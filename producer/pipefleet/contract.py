@@ -8,19 +8,56 @@ does not know is refused; every version has a golden file in tests/contract/.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
 from pipefleet.errors import ContractError
+from pipefleet.printable import printable
 
 CONTRACT_VERSION = 1
 TASK_NAME = "pipefleet.infer"
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_SHARD_ITEMS = 10_000
 """Most items of a shard: a worker holds the rows of one in memory until its part is written."""
+MAX_SHARD_BYTES = 128 << 20
+"""Most bytes of the object that lists the items of a shard."""
+MAX_RUN_ITEMS = 1 << 28
+"""Most items of a run: Redis allocates a bitmap up to its highest bit, so 32 MiB for this many."""
+MAX_COST = 1e12
+"""Highest cost of a job: sums over the longest queue stay exact enough, and far from infinity."""
+MAX_DEADLINE = 4_102_444_800.0
+"""Latest deadline of a job, 1 January 2100: what is left until then is a time that a thread can wait for."""
+MAX_NAME = 1024
+"""Most characters of a task, a model or a revision."""
+MAX_URI = 1100
+"""Most characters of a URI: the scheme, the longest bucket name and the longest key."""
+REPLY_FORM = re.compile(r"pipefleet:done:[0-9a-f]{32}")
+"""The channels that the end of a job may be published on. Any other could be a channel on which workers take orders."""
+ID_FORM = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}")
+"""Ids of jobs: 1 to 200 characters with a UTF-8 form, without control characters and line breaks."""
+RUN_ID_FORM = re.compile(r"[0-9A-Za-z._-]{1,100}")
+"""Ids of runs. Without a colon, or one run's id could name another run's keys in Redis."""
+_NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_MOST_NAMED = 5
+"""Unknown fields that a refusal names at most."""
+
+
+def is_id(value: object) -> bool:
+    """Whether a value is the id of a job, as a message and Celery's headers may name it."""
+    return isinstance(value, str) and ID_FORM.fullmatch(value) is not None
+
+
+def is_reply(value: object) -> bool:
+    """Whether a value is a channel that the end of a job may be published on."""
+    return isinstance(value, str) and REPLY_FORM.fullmatch(value) is not None
+
+
+def as_id(text: str, *, most: int = 200) -> str:
+    """`text` with a question mark for each character that no id holds, cut to `most` characters."""
+    return _NOT_IN_ID.sub("?", text[:most])
 
 
 class JobState(StrEnum):
@@ -82,7 +119,8 @@ class JobItem:
 class Shard:
     """A slice of a bulk run: `count` items from position `first`, listed at `uri`; `run_uri` is the run's output.
 
-    Workers refuse one of more than MAX_SHARD_ITEMS.
+    No run has more than MAX_RUN_ITEMS. Workers refuse a shard of more than MAX_SHARD_ITEMS, and one that is none of its run's
+    (see `pipefleet.uris.shard_fault`).
     `format` is that of its part; on the wire it is left out where it is JSON lines.
     """
 
@@ -101,22 +139,32 @@ class Shard:
 
     @classmethod
     def from_json(cls, value: Any) -> Shard:
-        """The reverse of `to_json`. Raises ContractError for anything else."""
+        """The reverse of `to_json`. Raises ContractError for anything else; `count` is not bounded here."""
         names = {"run_id", "run_uri", "uri", "index", "first", "count"}
         fields = _object(value, "a shard", required=names, optional={"format"})
         texts = all(isinstance(fields.get(name, ""), str) for name in ("run_id", "run_uri", "uri", "format"))
         counts = all(type(fields[name]) is int and fields[name] >= 0 for name in ("index", "first", "count"))
         if not texts or not counts:
             raise ContractError("a shard needs texts as run_id, run_uri, uri and format, whole numbers elsewhere")
-        return cls(**fields)
+        shard = cls(**fields)
+        shard._check_bounds()
+        return shard
+
+    def _check_bounds(self) -> None:
+        if RUN_ID_FORM.fullmatch(self.run_id) is None:
+            raise ContractError("run_id must have 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'")
+        for name in ("run_uri", "uri", "format"):
+            _check_text(name, getattr(self, name), MAX_NAME if name == "format" else MAX_URI)
+        if max(self.index, self.first) > MAX_RUN_ITEMS:
+            raise ContractError(f"a shard lies within the {MAX_RUN_ITEMS} items that a run has at most")
 
 
 @dataclass(frozen=True, slots=True)
 class JobMessage:
-    """One job as it travels. `cost` is in the task's own unit, roughly.
+    """One job as it travels. `cost` is in the task's own unit, roughly, and at most MAX_COST.
 
     `deadline` is in seconds since 1970 (UTC) by the clock of the Redis server (`TIME`), whoever sets it: a Celery client of another
-    kind whose clock may be wrong asks the server too.
+    kind whose clock may be wrong asks the server too. It is MAX_DEADLINE at the latest.
     """
 
     id: str
@@ -130,7 +178,7 @@ class JobMessage:
     deadline: float | None = None
     cost: float = 0.0
     reply: str | None = None
-    """Redis channel on which the client waits to hear that the job has ended."""
+    """Redis channel on which the client waits to hear that the job has ended, of the form REPLY_FORM."""
 
     @property
     def work(self) -> float:
@@ -163,7 +211,7 @@ def decode_message(value: Any) -> JobMessage:
     if type(version) is not int or version != CONTRACT_VERSION:  # True and 1.0 are equal to 1
         raise ContractError(
             f"this worker understands contract version {CONTRACT_VERSION}, the message is of version "
-            f"{str(version)[:20]}; run producers and workers of the same release"
+            f"{_version(version)}; run producers and workers of the same release"
         )
     fields = _object(value, "a message", required={"version", "id", "task"}, optional=_OPTIONAL)
     _check_scalars(fields)
@@ -172,6 +220,9 @@ def decode_message(value: Any) -> JobMessage:
         raise ContractError("a message carries either items or a shard")
     if items is not None and (not isinstance(items, list) or not items):
         raise ContractError("items must be a list that is not empty")
+    read = None if shard is None else Shard.from_json(shard)
+    if read is not None and read.first + read.count > MAX_RUN_ITEMS:
+        raise ContractError(f"a shard ends within the {MAX_RUN_ITEMS} items that a run has at most")
     return JobMessage(
         id=fields["id"],
         task=fields["task"],
@@ -179,7 +230,7 @@ def decode_message(value: Any) -> JobMessage:
         revision=fields.get("revision"),
         parameters=fields.get("parameters", {}),
         items=tuple(JobItem.from_json(item) for item in items or ()),
-        shard=None if shard is None else Shard.from_json(shard),
+        shard=read,
         output=fields.get("output"),
         deadline=fields.get("deadline"),
         cost=float(fields.get("cost", 0.0)),
@@ -187,22 +238,43 @@ def decode_message(value: Any) -> JobMessage:
     )
 
 
+_LENGTHS = {"id": 200, "task": MAX_NAME, "model": MAX_NAME, "revision": MAX_NAME, "output": MAX_URI, "reply": 200}
+_HIGHEST = {"deadline": MAX_DEADLINE, "cost": MAX_COST}
+
+
 def _check_scalars(fields: Mapping[str, Any]) -> None:
-    for name in ("id", "task", "model", "revision", "output", "reply"):
-        if name in fields and not isinstance(fields[name], str):
-            raise ContractError(f"{name} must be a text")
-        if not _has_utf8(
-            fields.get(name, "")
-        ):  # Redis could hold neither its record nor those that are written with it
-            raise ContractError(f"{name} must have a UTF-8 form")
-    if not 0 < len(fields["id"]) <= 200:
+    for name, most in _LENGTHS.items():
+        if name in fields:
+            if not isinstance(fields[name], str):
+                raise ContractError(f"{name} must be a text")
+            _check_text(name, fields[name], most)
+    for name in ("id", "task", "model", "revision"):
+        if _NOT_IN_ID.search(fields.get(name, "")):
+            raise ContractError(f"{name} must have no control characters and no line breaks")
+    if not fields["id"]:
         raise ContractError("id must have 1 to 200 characters")
-    for name in ("deadline", "cost"):
+    if "reply" in fields and not is_reply(fields["reply"]):
+        raise ContractError("reply must be a channel pipefleet:done: with 32 of 0-9 and a-f")
+    for name, highest in _HIGHEST.items():
         value = fields.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            raise ContractError(f"{name} must be a number, finite and not below 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
+            raise ContractError(f"{name} must be a number, finite and not below 0, at most {highest:.0f}")
     if not isinstance(fields.get("parameters", {}), Mapping):
         raise ContractError("parameters must be an object")
+
+
+def _check_text(name: str, text: str, most: int) -> None:
+    if not _has_utf8(text):  # Redis could hold neither its record nor those that are written with it
+        raise ContractError(f"{name} must have a UTF-8 form")
+    if len(text) > most:
+        raise ContractError(f"{name} must have {'1 to ' if name == 'id' else 'at most '}{most} characters")
+
+
+def _version(value: object) -> str:
+    """A version for a sentence; of what may be long or nested only its type."""
+    if type(value) is int and abs(value) >= 10**20:  # Python refuses to write the longest
+        return "20 digits and more"
+    return printable(str(value), 20) if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 
 def _has_utf8(text: str) -> bool:
@@ -219,8 +291,16 @@ def _object(value: Any, what: str, *, required: set[str], optional: set[str] = f
     if missing:
         raise ContractError(f"{what} lacks {', '.join(sorted(missing))}")
     if unknown:
-        raise ContractError(f"{what} has unknown fields: {', '.join(sorted(str(name)[:40] for name in unknown))}")
+        raise ContractError(f"{what} has unknown fields: {_named(unknown)}")
     return dict(value)
+
+
+def _named(fields: Collection[object]) -> str:
+    """Names of fields for a sentence, which is of bounded length and has a UTF-8 form whatever they are."""
+    shown = sorted(printable(str(name), 40) for name in fields)
+    return ", ".join(shown[:_MOST_NAMED]) + (
+        f" and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
+    )
 
 
 def encode_json(value: Any) -> str:

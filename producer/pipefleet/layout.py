@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipefleet.contract import CONTRACT_VERSION
+from pipefleet.contract import CONTRACT_VERSION, MAX_RUN_ITEMS, RUN_ID_FORM
 from pipefleet.errors import RunError, UsageError
 from pipefleet.storage import MAX_KEY_BYTES, directory_uri, split_uri
 
@@ -188,4 +188,14 @@ class RunPlan:
                 f"{where} follows contract version {str(plan.contract_version)[:20]}, this is version "
                 f"{CONTRACT_VERSION}; use the release of pipefleet that began the run"
             )
+        if not _is_id(plan.id) or not all(map(_is_total, (plan.shards, plan.items))):
+            raise RunError(f"{where} names no run of pipefleet: its id, shards or items are none")
         return plan
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and RUN_ID_FORM.fullmatch(value) is not None
+
+
+def _is_total(value: object) -> bool:
+    return value is None or (type(value) is int and 0 <= value <= MAX_RUN_ITEMS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker, deadletters
-from pipefleet.contract import Shard
+from pipefleet.contract import Shard, is_reply
 from pipefleet.errors import ContractError, RunError, UsageError
 from pipefleet.records import FINISH
 from pipefleet.storage import map_refs
@@ -60,7 +60,7 @@ def read_content(letter: DeadLetter) -> Content:
         input=_input(item["inputs"]) if "inputs" in item else None,
         shard=_shard(payload.get("shard")),
         output=_text(payload.get("output")),
-        reply=_text(payload.get("reply")),
+        reply=_reply(payload.get("reply")),
     )
 
 
@@ -74,6 +74,11 @@ def _payload(message: str) -> Any:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _reply(value: Any) -> str | None:
+    """A channel that a client listens on: the message was never checked, and others are not for its author to speak on."""
+    return value if is_reply(value) else None
 
 
 def _input(inputs: Any) -> str:

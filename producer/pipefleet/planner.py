@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.backlog import Backlog
-from pipefleet.contract import JobItem, Priority, encode_json
+from pipefleet.contract import MAX_RUN_ITEMS, JobItem, Priority, encode_json
 from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.moving import moved_plan, read_moved
@@ -249,6 +249,8 @@ class Planner:
             yield item
 
     def _write(self, batch: list[SourceItem]) -> None:
+        if self.items + len(batch) > MAX_RUN_ITEMS:
+            raise RunError(f"a run has at most {MAX_RUN_ITEMS} items; split the source")
         lines = []
         for offset, item in enumerate(batch):
             position = self.items + offset

@@ -12,6 +12,8 @@ from pipefleet.errors import ContractError, InputError, ParameterError, Pipeflee
 from pipefleet.inputs import InputPreparer
 from pipefleet.storage import refs_in
 
+LARGEST_ITEM = 64 << 20
+"""Bytes of JSON of an item that a shard takes: references, texts, id and parameters."""
 LARGEST_SHOWN = 1 << 20
 """Bytes of JSON above which the input of a failed item is left out of its row."""
 _LONGEST_REASON = 400
@@ -41,8 +43,12 @@ def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
     identity = row.get("id")
     if identity is None and isinstance(prepared, Mapping) and len(references) == 1:
         identity = references[0].key
-    encoded = encode_json([prepared, identity, parameters])
-    size = sum(one.size or 0 for one in references) or len(encoded)
+    size = len(encode_json([prepared, identity, parameters]).encode())
+    if size > LARGEST_ITEM:
+        raise InputError(
+            f"the item has {size} bytes of JSON, a shard takes {LARGEST_ITEM}; put it into an object of its own"
+        )
+    size = max(size, sum(one.size or 0 for one in references))
     return SourceItem(None if identity is None else str(identity), prepared, size, parameters)
 
 

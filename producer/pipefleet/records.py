@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipefleet.contract import JobState, encode_json
+from pipefleet.contract import JobState, encode_json, is_reply
 from pipefleet.errors import ContractError
 from pipefleet.storage import StorageRef
 
@@ -137,10 +137,16 @@ def _seconds(fields: Mapping[str, str], name: str) -> float | None:
 def finish_arguments(
     job_id: str, state: JobState, finished: float | None, *, ttl: float, reply: str | None, fields: Mapping[str, Any]
 ) -> list[Any]:
-    """ARGV of FINISH. `finished` None: now, by the server's clock."""
+    """ARGV of FINISH. `finished` None: now, by the server's clock. A `reply` that is no client's channel is left out."""
     values = {"state": str(state), **fields}
     time = "" if finished is None else finished
-    return [int(ttl), reply or "", job_id, time, *(part for pair in values.items() for part in pair)]
+    return [
+        int(ttl),
+        reply if is_reply(reply) else "",
+        job_id,
+        time,
+        *(part for pair in values.items() for part in pair),
+    ]
 
 
 def request_digest(**request: Any) -> str:

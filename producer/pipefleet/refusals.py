@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import __version__, broker, deadletters
 from pipefleet.clock import ServerClock
-from pipefleet.contract import Shard, encode_json
+from pipefleet.contract import MAX_RUN_ITEMS, MAX_SHARD_ITEMS, Shard, encode_json
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.layout import RunLayout, RunPlan
@@ -39,19 +39,20 @@ if TYPE_CHECKING:
 
 SEALED = "pipefleet-refused"
 """The writer of parts that stand for refused shards."""
-MOST_SHARDS = 1 << 32
-"""Redis's bound on a place in a bitmap; a message that names a shard beyond it is none of ours."""
 _INDEX = re.compile(r"(\d{5,})\.json$")
 
 NOTE = """
 if ARGV[4] ~= '' and not redis.call('LPOS', KEYS[3], ARGV[4]) and not redis.call('LPOS', KEYS[4], ARGV[4]) then return 0 end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
+local shards = tonumber(redis.call('HGET', KEYS[5], 'shards') or nil)
+if shards and tonumber(ARGV[1]) >= shards then return 0 end
 local new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1 + new
 """
-"""KEYS: refused and parts of the run, dead letters of the queue, those not reported. ARGV: index, refusal, ttl, letter or ''.
-Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there. Returns a `Noted`."""
+"""KEYS: refused and parts of the run, dead letters of the queue, those not reported, the run. ARGV: index, refusal, ttl, letter or
+''. Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there or that the run
+does not have. Returns a `Noted`."""
 
 
 SEAL = """
@@ -93,9 +94,11 @@ class Refusal:
         try:
             body = json.loads(text)
             failure = JobFailure(*(str(body[name]) for name in ("code", "message", "stage")))
-            return cls(index, int(body["first"]), int(body["count"]), failure)
-        except (ValueError, LookupError, TypeError):
+            refusal = cls(index, int(body["first"]), int(body["count"]), failure)
+        except (ValueError, LookupError, TypeError, ArithmeticError):
             return None
+        is_in_a_run = min(index, refusal.first, refusal.count) >= 0 and max(index, refusal.first) <= MAX_RUN_ITEMS
+        return refusal if is_in_a_run else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +137,8 @@ def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: 
 
     With `letter`, the entry of its dead letter in `queue`, only as long as that is there.
     """
-    if shard.index >= MOST_SHARDS:
-        return Noted.NOT
-    ledger = broker.unacked_keys(queue)
-    keys = [_key(shard.run_id), broker.run_key(shard.run_id, "parts"), ledger["dead_key"], ledger["unreported_key"]]
+    run, ledger = shard.run_id, broker.unacked_keys(queue)
+    keys = [_key(run), broker.run_key(run, "parts"), ledger["dead_key"], ledger["unreported_key"], broker.run_key(run)]
     text = encode_json(Refusal.of(shard, failure).to_json())
     return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter)))
 
@@ -355,7 +356,10 @@ class Refusals:
             pass  # the list is gone or damaged
         if plan.items is None:
             return listed
-        told = range(refusal.first, min(refusal.first + refusal.count, plan.items))
+        count = min(
+            refusal.count, MAX_SHARD_ITEMS
+        )  # a message may say more, and the shard itself tells which there are
+        told = range(refusal.first, min(refusal.first + count, plan.items))
         places = sorted(place for place in {*told, *listed} if place < (plan.items or 0))
         return {place: listed.get(place, {"id": str(place), "input": None}) for place in places}
 

@@ -17,6 +17,10 @@ from pipefleet.errors import ContractError, InputError
 REF_KEY = "$ref"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
 MAX_KEY_BYTES = 1024  # S3's own bound
+_ETAG = re.compile(r"[\x20-\x7e]{0,256}")
+"""What may stand in a header of HTTP."""
+_MAX_TYPE = 256
+_MAX_SIZE = 1 << 53
 MAX_DEPTH = 100
 """Levels of lists and objects in an input; Python itself ends at a few hundred."""
 
@@ -51,10 +55,14 @@ class StorageRef:
         unknown = set(value) - {REF_KEY, "etag", "size", "type"}
         uri, etag, size, media_type = (value.get(name) for name in (REF_KEY, "etag", "size", "type"))
         texts = all(one is None or isinstance(one, str) for one in (etag, media_type))
-        whole = size is None or (type(size) is int and size >= 0)
+        whole = size is None or (type(size) is int and 0 <= size <= _MAX_SIZE)
         if unknown or not isinstance(uri, str) or not texts or not whole:
             raise ContractError(
                 f"not a storage reference: it holds {REF_KEY} and, at most, etag and type (texts) and size (bytes)"
+            )
+        if not _ETAG.fullmatch(etag or "") or len(media_type or "") > _MAX_TYPE:
+            raise ContractError(
+                "not a storage reference: etag is of up to 256 printable ASCII characters, type of 256 at most"
             )
         try:
             split_uri(uri)

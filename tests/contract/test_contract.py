@@ -13,13 +13,22 @@ from hypothesis import strategies as st
 
 from pipefleet.contract import (
     CONTRACT_VERSION,
+    ID_FORM,
+    MAX_COST,
+    MAX_DEADLINE,
+    MAX_RUN_ITEMS,
+    REPLY_FORM,
+    RUN_ID_FORM,
     JobItem,
     JobMessage,
     JobState,
     Priority,
     Shard,
+    as_id,
     decode_message,
     encode_json,
+    is_id,
+    is_reply,
 )
 from pipefleet.errors import ContractError
 from pipefleet.records import JobFailure
@@ -39,7 +48,7 @@ SINGLE = JobMessage(
     output="s3://results/one.json",
     deadline=1_700_000_060.5,
     cost=1.0,
-    reply="pipefleet:done:3f",
+    reply="pipefleet:done:0123456789abcdef0123456789abcdef",
 )
 SMALLEST = JobMessage(id="1", task="text-classification", items=(JobItem("0", "Süß — “quoted”\n"),))
 SHARD = JobMessage(
@@ -100,17 +109,19 @@ JSON = st.recursive(
 )
 PARAMETERS = st.dictionaries(TEXT, JSON, max_size=3)
 ITEMS = st.lists(st.builds(JobItem, TEXT, JSON, PARAMETERS), min_size=1, max_size=3).map(tuple)
-SHARDS = st.builds(Shard, TEXT, TEXT, TEXT, *[st.integers(0, 10**9)] * 3)
+NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), max_size=20)
+RUN_IDS = st.from_regex(RUN_ID_FORM, fullmatch=True)
+SHARDS = st.builds(Shard, RUN_IDS, TEXT, TEXT, *[st.integers(0, MAX_RUN_ITEMS // 2)] * 3)
 COMMON: dict[str, Any] = {
-    "id": st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=200),
-    "task": TEXT,
-    "model": st.none() | TEXT,
-    "revision": st.none() | TEXT,
+    "id": st.from_regex(ID_FORM, fullmatch=True),
+    "task": NAMES,
+    "model": st.none() | NAMES,
+    "revision": st.none() | NAMES,
     "parameters": PARAMETERS,
     "output": st.none() | TEXT,
     "deadline": st.none() | st.floats(0, 4e9),
     "cost": st.floats(0, 1e12),
-    "reply": st.none() | TEXT,
+    "reply": st.none() | st.from_regex(REPLY_FORM, fullmatch=True),
 }
 
 
@@ -150,6 +161,17 @@ MALFORMED = {
     "id must have 1 to 200 ": wire(id="x" * 201),
     "id must be a text": wire(id=7),
     "id must have a UTF-8 form": wire(id="lone \ud800"),
+    "id must have no control characters": wire(id="a\nb"),
+    "id must have no control characters and no line breaks": wire(id="a\u2028b"),
+    "id must have no control": wire(id="\x1b[2J"),
+    "task must have no control characters": wire(task="text\x00"),
+    "model must have at most 1024": wire(model="m" * 1025),
+    "revision must have no control characters": wire(revision="main\r"),
+    "output must have at most 1100": wire(output="s3://bucket/" + "x" * 1100),
+    "cost must be a number, finite and not below 0, at most 1000000000000": wire(cost=1e308),
+    "cost must be a number, finite and not below 0, at most": wire(cost=MAX_COST * 1.001),
+    "deadline must be a number, finite and not below 0, at most 4102444800": wire(deadline=1e300),
+    "deadline must be a number, finite and not below 0, at most": wire(deadline=MAX_DEADLINE + 1),
     "reply must have a UTF-8 form": wire(reply="\ud800"),
     "task must be a text": wire(task=["x"]),
     "model must be a text": wire(model=None),
@@ -170,6 +192,14 @@ MALFORMED = {
     "a shard has unknown fields: extra": wire(items=..., shard={**SHARD_FIELDS, "extra": 1}),
     "whole numbers elsewhere": wire(items=..., shard={**SHARD_FIELDS, "first": -1}),
     "whole numbers elsewhere ": wire(items=..., shard={**SHARD_FIELDS, "index": True}),
+    "a shard lies within": wire(items=..., shard={**SHARD_FIELDS, "index": 2**32 - 2}),
+    "a shard lies within the": wire(items=..., shard={**SHARD_FIELDS, "first": 2**32 - 20}),
+    "a shard ends within the 268435456 items": wire(items=..., shard={**SHARD_FIELDS, "count": 10**400}),
+    "run_id must have 1 to 100": wire(items=..., shard={**SHARD_FIELDS, "run_id": "other:parts"}),
+    "run_id must have": wire(items=..., shard={**SHARD_FIELDS, "run_id": "x" * 101}),
+    "run_uri must have a UTF-8 form": wire(items=..., shard={**SHARD_FIELDS, "run_uri": "s3://out/\ud800/"}),
+    "uri must have at most 1100": wire(items=..., shard={**SHARD_FIELDS, "uri": "s3://out/" + "x" * 2000}),
+    "format must have at most 1024": wire(items=..., shard={**SHARD_FIELDS, "format": "x" * 2000}),
     "texts as run_id": wire(items=..., shard={**SHARD_FIELDS, "uri": None}),
 }
 
@@ -184,6 +214,52 @@ def test_a_malformed_message_is_refused_with_its_reason(reason: str) -> None:
 def test_whatever_arrives_is_read_or_refused_but_nothing_else_is_raised(value: Any) -> None:
     with contextlib.suppress(ContractError):
         assert isinstance(decode_message(value), JobMessage)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "/0.celery.pidbox",
+        "pipefleet:cancelled",
+        "pipefleet:done:",
+        "pipefleet:done:" + "0" * 31,
+        "pipefleet:done:" + "0" * 33,
+        "pipefleet:done:" + "0" * 32 + "\n",
+        "pipefleet:done:" + "A" * 32,
+        "0" * 32,
+        "\ud800",
+        "",
+    ],
+)
+def test_a_reply_that_is_no_clients_channel_is_refused(reply: str) -> None:
+    assert not is_reply(reply)
+    with pytest.raises(ContractError, match="reply must"):
+        decode_message(wire(reply=reply))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire(**{"\ud800": 1}),
+        wire(**{f"field {number} \ud800\n\x1b[2J" * 50: 1 for number in range(300)}),
+        wire(items=[{"id": "0", "inputs": "x", "\udfff": 1}]),
+        {"version": "\ud800" * 1000},
+        {"version": [[["\ud800"]] * 1000]},
+        {"version": 10**5000},
+    ],
+)
+def test_a_refusal_is_of_bounded_length_and_has_a_utf8_form(message: Any) -> None:
+    with pytest.raises(ContractError) as caught:
+        decode_message(message)
+    reason = str(caught.value)
+    assert len(reason.encode()) < 500
+    assert reason.isprintable()
+
+
+@given(st.text(max_size=300))
+def test_any_text_can_be_made_an_id(text: str) -> None:
+    assert as_id(text) == text or not is_id(text)
+    assert is_id(as_id("x" + text))
 
 
 def test_a_refusal_does_not_echo_the_content() -> None:

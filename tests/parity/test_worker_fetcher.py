@@ -16,7 +16,8 @@ from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.fetch import Fetcher, lies_under, slices
+from pipefleet_workers.stages.fetch import Fetcher, slices
+from pipefleet_workers.uri_gate import lies_under
 
 
 @pytest.fixture

@@ -213,6 +213,17 @@ class TestResume:
         for bitmap in ("items", "failed", "parts"):
             assert client.redis.ttl(broker.run_key(run.id, bitmap)) > 0  # type: ignore[operator]
 
+    def test_an_object_that_is_named_like_a_part_of_a_shard_beyond_the_run_is_none(
+        self, client: Client, prefix: str
+    ) -> None:
+        run = client.map(TEXTS, ["a", "b"], output=prefix, shard_size=1)
+        run.join_planner()
+        client.store.put(RunLayout.at(prefix).part(1 << 31), b'{"id":"x","input":"a","output":1}\n')
+        client.redis.flushall()
+        assert run.resume() == 2
+        run.join_planner()
+        assert client.redis.strlen(broker.run_key(run.id, "parts")) <= 1
+
 
 class TestResumePoint:
     def test_it_costs_one_read_however_many_shards_there_are(

@@ -18,7 +18,10 @@ from pipefleet.errors import ContractError
 
 QUEUE = "pipefleet.text-classification"
 JOB = JobMessage(
-    id="job1", task="text-classification", items=(JobItem("0", "Süß — “quoted”\n"),), reply="pipefleet:done:1"
+    id="job1",
+    task="text-classification",
+    items=(JobItem("0", "Süß — “quoted”\n"),),
+    reply="pipefleet:done:0123456789abcdef0123456789abcdef",
 )
 OWN_HEADERS = {broker.COST_HEADER, broker.TIME_HEADER}
 VARIES = {"delivery_tag", "reply_to", "origin"}

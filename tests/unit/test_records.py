@@ -27,6 +27,9 @@ def start(redis: Redis, *, now: float = 2.0, worker: str = "w1", ttl: int = 100)
     return int(redis.eval(START, 1, KEY, now, worker, ttl))  # type: ignore[call-overload]
 
 
+REPLY = broker.reply_channel("0123456789abcdef" * 2)
+
+
 def finish(redis: Redis, state: JobState, *, reply: str | None = None, ttl: float = 100.0, **fields: Any) -> int:
     arguments = finish_arguments("job1", state, 3.0, ttl=ttl, reply=reply, fields=fields)
     return int(redis.eval(FINISH, 1, KEY, *arguments))  # type: ignore[call-overload]
@@ -83,11 +86,11 @@ class TestScripts:
             assert (found.state, found.output, found.worker) == (FINAL[winner % 4], str(winner), str(winner))
 
     def test_the_winner_alone_is_announced(self, redis: Redis) -> None:
-        with broker.subscribed(redis, "reply") as channel:
+        with broker.subscribed(redis, REPLY) as channel:
             assert channel.get_message(timeout=10)["type"] == "subscribe"
-            assert finish(redis, JobState.FAILED, reply="reply") == 1
-            assert finish(redis, JobState.SUCCEEDED, reply="reply") == 0
-            redis.publish("reply", "end of test")
+            assert finish(redis, JobState.FAILED, reply=REPLY) == 1
+            assert finish(redis, JobState.SUCCEEDED, reply=REPLY) == 0
+            redis.publish(REPLY, "end of test")
             heard = [channel.get_message(timeout=10)["data"] for _ in range(2)]
         assert heard == [b"job1", b"end of test"]
 

@@ -235,11 +235,16 @@ class TestProgress:
         run = planned(client, prefix, items=2)
         text = worker.take()[0]
         envelope = json.loads(text)
-        for change in ({"index": 1 << 40}, {"count": 1 << 60}, {"run_id": "\ud800"}, {"index": "x"}):
+        uri = RunLayout.at(prefix).shard(5)
+        for change in (
+            {"index": 1 << 40}, {"count": 1 << 60}, {"run_id": "\ud800"}, {"index": "x"}, {"run_id": f"{run.id}:refused"},
+            {"index": 5, "first": 5, "uri": uri}, {"uri": uri}, {"index": 1 << 27, "first": 1 << 27},
+        ):  # fmt: skip
             body = json.loads(envelope["body"])
             body[0][0]["shard"].update(change)
             worker.refuse(json.dumps({**envelope, "body": json.dumps(body)}))
         worker.refuse(json.dumps({**envelope, "body": "["}))
+        assert client.redis.hkeys(broker.run_key(run.id, "refused")) == [b"0"]
         assert run.wait(timeout=20).failed == 2
         check_ended(run, client)
 

@@ -28,7 +28,7 @@ KEYS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x0
 REFERENCES = st.builds(
     StorageRef,
     st.builds("s3://{}/{}".format, BUCKETS, KEYS),
-    st.none() | st.text(max_size=40),
+    st.none() | st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=40),
     st.none() | st.integers(0, 2**50),
     st.none() | st.text(max_size=40),
 )

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from pipefleet import __version__, broker, deadletters
 from pipefleet.clock import ServerClock
-from pipefleet.contract import JobItem, JobMessage, Priority, Shard, decode_message
+from pipefleet.contract import JobItem, JobMessage, Priority, Shard, as_id, decode_message
 from pipefleet.errors import ContractError, PipefleetError, UsageError
 from pipefleet.fleet import Pool
 from pipefleet.fleetfile import FleetFile
@@ -46,12 +46,15 @@ from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.simulated import ServiceTime, SimulatedDevice
 from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher, allowed_prefixes
+from pipefleet_workers.stages.fetch import Fetcher
 from pipefleet_workers.stages.write import PartWriter, ResultWriter
 from pipefleet_workers.tracing import Tracer
+from pipefleet_workers.uri_gate import allowed_prefixes
 from pipefleet_workers.warmup import WarmUp, warm_up
 
 log = logging.getLogger(__name__)
+MOST_NAME = 100
+"""Characters of an item that stand in the name of its own result; the key fits where the run's keys do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,8 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    jobs = Jobs(pool, engine, outlets.allowed, Elsewhere(settings, fleet_file), clock=_clock(settings))
+    elsewhere = Elsewhere(settings, fleet_file)
+    jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=_clock(settings))
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
@@ -153,21 +157,28 @@ class Undertaker:
     def bury(self, reason: str, message: JobMessage, position: int, item: JobItem) -> None:
         """Write a dead letter for one item: the job that it would be by itself, its result to lie beside those of its run.
 
-        Two items of a shard may have one id, so the job is named after the `position` in the shard too.
+        Two items of a shard may have one id, so the job is named after the `position` in the shard too. An item that no message can
+        carry, such as a long text, has no letter.
         """
         assert message.shard is not None
-        name = f"{f'{message.id}-{item.id}'[:190]}-{position}"
+        name = as_id(f"{message.id}-{item.id}", most=190)
+        file = f"{quote(name, safe='')[:MOST_NAME]}-{position}.json"
         alone = JobMessage(
-            name,
+            f"{name}-{position}",
             message.task,
             message.model,
             message.revision,
             message.parameters,
             items=(item,),
-            output=f"{RunLayout(message.shard.run_uri).requeued}{quote(name, safe='')}.json",
+            output=RunLayout(message.shard.run_uri).requeued + file,
         )
+        try:
+            with broker.redis_errors(self._settings.redis_url):
+                text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
+        except ContractError as error:  # its row says that it failed; there is no message that could run it by itself
+            log.warning("item %d of shard %d has no dead letter: %s", position, message.shard.index, error)
+            return
         with broker.redis_errors(self._settings.redis_url):
-            text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
             deadletters.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
 
 

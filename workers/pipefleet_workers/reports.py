@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet import broker
-from pipefleet.contract import JobMessage, JobState, Shard, encode_json
+from pipefleet.contract import JobMessage, JobState, Shard, encode_json, is_reply
 from pipefleet.deadletters import DeadLetter
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.layout import RunLayout
@@ -131,7 +131,7 @@ class Reporter:
         (answer,) = self._ended([message], pipe)
         if isinstance(answer, Exception):
             raise answer
-        if message.reply is not None and answer is not None:  # who ended it may not have known whom to tell
+        if is_reply(message.reply) and answer is not None:  # who ended it may not have known whom to tell
             with broker.redis_errors(self._settings.redis_url):
                 self._redis.publish(message.reply, message.id)
         return answer or single_ending(state, failure)

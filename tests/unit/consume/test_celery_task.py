@@ -289,6 +289,18 @@ def test_a_message_of_an_old_protocol_is_rejected_at_once(fleet: Callable[..., F
     assert all(letter.deliveries == 1 for letter in deadletters.dead_letters(one.redis, QUEUE))
 
 
+def test_a_header_that_is_no_id_of_a_job_ends_its_message_alone(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    wrong = ["", "two\nlines", "\x1b[2J", "x" * 201]
+    for name in wrong:
+        one.put(single("job"), id=name)
+    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == len(wrong))
+    one.put(single("good"))
+    one.bench.engine.end("good")
+    assert one.shows("good", "SUCCESS")
+    assert len(one.bench.engine.inside) == 0
+
+
 def test_an_eta_is_waited_for_through_a_reconnect(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     one.put(single("job"), eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobMessage, JobState, decode_message
+from pipefleet.contract import MAX_SHARD_BYTES, JobMessage, JobState, decode_message
 from pipefleet.errors import ContractError
 from pipefleet.fleet import Pool
 from pipefleet.layout import RunLayout
@@ -180,3 +181,100 @@ def test_a_number_beyond_what_the_fast_reader_takes_fails_its_own_item(client: C
         ("0", False), ("1", True), ("2", True), (str(2**70), False),
     ]  # fmt: skip
     assert [row["error"]["code"] for row in run.failures()] == ["bad_input", "bad_input"]
+
+
+def forged(message: JobMessage, **changes: Any) -> JobMessage:
+    """A message whose shard was changed by somebody who knows the run."""
+    assert message.shard is not None
+    changed = replace(message.shard, **changes)
+    moved = {} if "uri" in changes else {"uri": RunLayout(changed.run_uri).shard(changed.index)}
+    return replace(message, shard=replace(changed, **moved))
+
+
+FORGED: dict[str, Callable[[RunLayout], dict[str, Any]]] = {
+    "an index beyond the run": lambda run: {"index": 2**28, "first": 2**28},
+    "an index near the end of Redis's bitmaps": lambda run: {"index": 2**32 - 2, "first": 2**32 - 2},
+    "a position beyond the run": lambda run: {"first": 2**32 - 5},
+    "the shard after the last": lambda run: {"index": 2, "first": 4},
+    "items beyond the run": lambda run: {"index": 1, "first": 3},
+    "another position": lambda run: {"index": 1, "first": 1},
+    "fewer items": lambda run: {"count": 1},
+    "the run of another": lambda run: {"run_id": "0" * 32},
+    "a list that lies elsewhere": lambda run: {"uri": run.part(0)},
+    "a place without a run": lambda run: {"run_uri": f"{run.uri}none/"},
+    "a place inside a run": lambda run: {"run_uri": run.control},
+}
+
+
+def test_a_shard_outside_of_its_run_is_refused_before_anything_is_allocated(client: Client, planned: Any) -> None:
+    run, (first, _) = planned()
+    layout, worker = RunLayout.at(run.uri), Worker(client)
+    written = {entry.key for entry in client.store.list(run.uri)}
+    for what, changes in FORGED.items():
+        with pytest.raises(ContractError) as caught:
+            worker.run(forged(first, **changes(layout)))
+        assert len(str(caught.value)) < 700, what
+    assert not client.redis.keys("*:parts")
+    assert not client.redis.keys("*:items")
+    assert {entry.key for entry in client.store.list(run.uri)} == written
+    assert not worker.engine.inside
+    assert worker.run(first).here, "the shard itself runs"
+
+
+def test_the_plan_of_a_run_is_read_once_and_again_where_it_does_not_fit(client: Client, planned: Any) -> None:
+    run, (first, second) = planned()
+    worker, read = Worker(client), []
+    store = worker.shards._outlets.store
+    get = store.get
+    store.get = lambda reference, **options: read.append(reference.uri) or get(reference, **options)  # type: ignore[method-assign, func-returns-value]
+    assert worker.run(first).here
+    assert worker.run(second).here
+    layout = RunLayout.at(run.uri)
+    assert read.count(layout.run) == 1
+    client.store.put(layout.run, json.dumps({**run.plan.to_json(), "id": "another"}).encode())
+    with pytest.raises(ContractError, match="another run"):
+        worker.run(replace(first, shard=replace(first.shard, run_id="yet-another")))
+    assert read.count(layout.run) == 2
+    assert layout.plan not in read
+
+
+def test_a_list_that_is_too_long_is_refused_before_it_is_read(client: Client, planned: Any) -> None:
+    run, (first, _) = planned()
+    uri = RunLayout.at(run.uri).shard(0)
+    worker = Worker(client)
+    store = worker.shards._outlets.store
+    get = store.get
+    bounds: dict[str, int | None] = {}
+
+    def note(reference: Any, *, max_bytes: int | None = None) -> bytes:
+        bounds[reference.uri] = max_bytes
+        return get(reference, max_bytes=None if max_bytes is None else min(max_bytes, 1000))
+
+    store.get = note  # type: ignore[method-assign]
+    client.store.put(uri, b"\n" * 1001)
+    with pytest.raises(ContractError, match="1001 bytes, above the bound"):
+        worker.run(first)
+    assert bounds[uri] == MAX_SHARD_BYTES
+
+
+WRONG_LISTS = [
+    (b'{"position":0,"id":"0","inputs":"a"}\n', "has 1 items instead of 2"),
+    (b"\n" * 100_000, "has 100000 items instead of 2"),
+    (
+        b'{"position":0,"id":"0","inputs":"a"}\n{"position":2,"id":"1","inputs":"b"}\n',
+        "another item than that of position 1",
+    ),
+    (b'{"position":0,"id":"0","inputs":"a"}\n{"position":1e999,"id":"1","inputs":"b"}\n', "no item at position 1"),
+    (b'{"position":0,"id":"0","inputs":"a"}\n[]\n', "no item at position 1"),
+    (b'{"position":0,"id":"0","inputs":"a"}\n' + b"[" * 100_000 + b"\n", "no item at position 1"),
+    (b"\xff\n\xff\n", "no item at position 0"),
+]
+
+
+def test_a_list_that_is_not_what_the_message_says_is_refused_at_once(client: Client, planned: Any) -> None:
+    run, (first, _) = planned()
+    worker = Worker(client)
+    for lines, reason in WRONG_LISTS:
+        client.store.put(RunLayout.at(run.uri).shard(0), lines)
+        with pytest.raises(ContractError, match=reason):
+            worker.run(first)

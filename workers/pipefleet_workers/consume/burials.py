@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from pipefleet import broker
-from pipefleet.contract import Shard
+from pipefleet.contract import Shard, is_id
 from pipefleet.deadletters import DeadLetter
 from pipefleet.errors import PipefleetError
 from pipefleet.layout import RunLayout
@@ -23,8 +23,9 @@ from pipefleet.planner import read_plan
 from pipefleet.records import JobFailure
 from pipefleet.refusals import Noted, Refusals, note
 from pipefleet.settings import Settings
+from pipefleet.uris import shard_fault
 from pipefleet_workers.reports import Reporter
-from pipefleet_workers.stages.fetch import lies_under
+from pipefleet_workers.uri_gate import UriGate
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0
@@ -49,7 +50,7 @@ class Burials:
         self._settings = settings
         self._reporter = reporter
         self._queue = queue
-        self._allowed = allowed
+        self._gate = UriGate(allowed, settings.store)
         self._on_refused = on_refused
         self._redis = broker.connect(settings)
         self._store = ObjectStore()
@@ -64,7 +65,7 @@ class Burials:
             if content.shard is not None:
                 code = letter.code if letter.code == "killed_worker" else "refused"
                 self.shard(content.shard, JobFailure(code, reason, "consume"), letter.entry)
-            elif letter.job_id is not None:
+            elif letter.job_id is not None and is_id(letter.job_id):
                 failure = JobFailure(letter.code, f"the job went to the dead letters: {reason}", "consume")
                 self._reporter.bury(letter, failure, self._queue, content.reply)
         except UnicodeError:
@@ -72,9 +73,11 @@ class Burials:
 
     def shard(self, shard: Shard, failure: JobFailure, letter: bytes = b"") -> None:
         """Note that no worker will run a shard; with `letter`, as long as that is there. Raises ServiceUnavailableError."""
+        if shard_fault(shard, self._settings.store) is not None:
+            return  # the run that it names has another shard there
         with broker.redis_errors(self._settings.redis_url):
             noted = note(self._redis, shard, failure, ttl=self._settings.run_ttl, queue=self._queue, letter=letter)
-        if noted and lies_under(shard.run_uri, self._allowed):
+        if noted and self._gate.shard(shard) is None:
             self._shards.put((shard, failure, noted))
             self._start()
 

@@ -26,7 +26,7 @@ from celery.worker.request import Request, create_request_cls
 
 from pipefleet import broker
 from pipefleet.broker import TIME_HEADER
-from pipefleet.contract import JobState
+from pipefleet.contract import JobState, is_id
 from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.delivery.leases import lease_of
 from pipefleet_workers.ending import REVOKED, Ending
@@ -80,8 +80,8 @@ class InferTask(Task):  # type: ignore[misc]
         )
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
-            if not isinstance((message.headers or {}).get("id"), str):
-                raise InvalidTaskError("the message names no id in its headers")  # Celery before 4 wrote such
+            if not is_id((message.headers or {}).get("id")):  # Celery before 4 wrote such
+                raise InvalidTaskError("the message names no id in its headers that a job may have")
             request = request_class(
                 message,
                 on_ack=ack,

@@ -12,6 +12,7 @@ from pipefleet.contract import JobItem, JobMessage
 from pipefleet.errors import ContractError, PipefleetError
 from pipefleet.fleet import Pool, model_label
 from pipefleet.objects import ObjectStore
+from pipefleet.printable import printable
 from pipefleet.records import JobFailure
 from pipefleet.storage import refs_in
 from pipefleet.tasks import TaskSpec, task_spec
@@ -22,8 +23,8 @@ from pipefleet_workers.engine import Engine
 from pipefleet_workers.items import JobContext, Outcome, Sink, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.reports import Reporter
-from pipefleet_workers.stages.fetch import lies_under
 from pipefleet_workers.stages.write import PartWriter
+from pipefleet_workers.uri_gate import UriGate
 
 log = logging.getLogger(__name__)
 UNKNOWN_BYTES = 1 << 20
@@ -55,11 +56,13 @@ class Jobs:
         allowed: tuple[str, ...] = ("s3://",),
         elsewhere: Elsewhere | None = None,
         *,
+        store: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`store` is the prefix of the fleet's own uploads and results, which no job may write to."""
         self._pool = pool
         self._spec: TaskSpec = task_spec(pool.task)
-        self._allowed = allowed
+        self._gate = UriGate(allowed, store)
         self._elsewhere = elsewhere
         self._contexts: dict[int, JobContext] = {}
         self._revoked: set[str] = set()
@@ -137,8 +140,9 @@ class Jobs:
         """Why this worker must not run a job, or None."""
         if message.task != self._pool.task or not self._serves(message):
             return JobFailure("wrong_pool", self._wrong_pool(message), "consume")
-        if message.output is not None and not lies_under(message.output, self._allowed):
-            return JobFailure("forbidden", f"{message.output} lies outside what this worker may write", "consume")
+        forbidden = self._gate.output(message)
+        if forbidden is not None:
+            return JobFailure("forbidden", forbidden, "consume")
         if message.shard is None and len(message.items) != 1:
             return JobFailure("bad_contract", "a job without a shard carries one item", "consume")
         try:
@@ -152,8 +156,9 @@ class Jobs:
 
     def _wrong_pool(self, message: JobMessage) -> str:
         served = model_label(self._pool.model, self._pool.revision)
-        wanted = model_label(message.model or "", message.revision)
-        text = f"the job wants {message.task} with {wanted or 'any model'}, this worker serves {self._pool.task} with {served}"
+        wanted = printable(model_label(message.model or "", message.revision), 200)
+        wants = f"the job wants {printable(message.task)} with {wanted or 'any model'}"
+        text = f"{wants}, this worker serves {self._pool.task} with {served}"
         if message.task != self._pool.task:
             return text
         return f"{text}, and no worker and no fleet file names the other; submit it for {served}, or start a worker for it first"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority, Shard
+from pipefleet.contract import MAX_SHARD_BYTES, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority, Shard
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
 from pipefleet.finishing import write_failed_rows
 from pipefleet.layout import RunLayout
@@ -18,13 +18,16 @@ from pipefleet.planner import read_plan
 from pipefleet.records import JobFailure
 from pipefleet.shards import decode_shard_line
 from pipefleet.storage import StorageRef
+from pipefleet.uris import shown
 from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.consume.run_plans import RunPlans
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.ending import SHARD_CANCELLED, Ending, before, shard_ending
 from pipefleet_workers.items import JobContext, Outcome, Work
-from pipefleet_workers.stages.fetch import lies_under
+from pipefleet_workers.objects import ObjectTooLargeError
+from pipefleet_workers.uri_gate import UriGate
 
 PROGRESS_SECONDS = 0.25
 ADMITTED_AT_ONCE = 128
@@ -60,6 +63,7 @@ class Shards:
         self._tally = tally
         self._elsewhere = elsewhere
         self._handed_over: dict[str, float] = {}
+        self._plans = RunPlans()
 
     def run(self, message: JobMessage, shard: Shard, *, patient: bool = True) -> Ending:
         """Run a shard to its end; how it has ended."""
@@ -73,9 +77,13 @@ class Shards:
         return self.close(shard, self.process(message, items, patient=patient, without=failures))
 
     def open(self, message: JobMessage, shard: Shard) -> Contents | None:
-        """The items of a shard that is still to be done; None for one that was cancelled or whose part is there."""
-        if not lies_under(shard.run_uri, self._outlets.allowed):
-            raise ContractError(f"the output {shard.run_uri} lies outside what this worker may write")
+        """The items of a shard that is still to be done; None for one that was cancelled or whose part is there.
+
+        Raises ContractError for a shard that is none of its run, before anything is read or written for it.
+        """
+        outlets = self._outlets
+        UriGate(outlets.allowed, outlets.reporter.store_uri).require_shard(shard)
+        self._plans.require(shard, outlets.store)
         if self._outlets.reporter.run_cancelled(shard):
             return None
         layout = RunLayout(shard.run_uri, shard.format)
@@ -162,16 +170,17 @@ class Shards:
         """The items of a shard. Raises ContractError where they are not what the message says, or more than MAX_SHARD_ITEMS."""
         if shard.count > MAX_SHARD_ITEMS:
             raise ContractError(
-                f"the shard {shard.uri} has {shard.count} items, a worker takes {MAX_SHARD_ITEMS}; "
+                f"the shard {shown(shard.uri)} has {shard.count} items, a worker takes {MAX_SHARD_ITEMS}; "
                 "run the source again with a smaller shard_size"
             )
         try:
-            lines = self._outlets.store.get(StorageRef(shard.uri)).splitlines()
+            body = self._outlets.store.get(StorageRef(shard.uri), max_bytes=MAX_SHARD_BYTES)
         except ObjectMissingError:
-            raise ContractError(f"the shard {shard.uri} is not there; was the output of the run removed?") from None
-        decoded = [decode_shard_line(line, _loads) for line in lines]
-        if len(decoded) != shard.count:
-            raise ContractError(f"the shard {shard.uri} has {len(decoded)} items instead of {shard.count}")
+            text = f"the shard {shown(shard.uri)} is not there; was the output of the run removed?"
+            raise ContractError(text) from None
+        except ObjectTooLargeError as error:
+            raise ContractError(f"the shard cannot be read: {error}") from None
+        decoded = _decoded(shard, body)
         failures = {place: failure for place, (_, _, failure) in enumerate(decoded) if failure is not None}
         return Contents([item for _, item, _ in decoded], failures)
 
@@ -204,6 +213,23 @@ def _loads(line: bytes) -> Any:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
         return json.loads(line)
+
+
+def _decoded(shard: Shard, body: bytes) -> list[tuple[int, JobItem, JobFailure | None]]:
+    """The lines of a shard, which must be as many as its message says, and of the positions that it says. Raises ContractError."""
+    body = body.removesuffix(b"\n")
+    count = body.count(b"\n") + 1  # before there is an object for each line
+    if count != shard.count:
+        raise ContractError(f"the shard {shown(shard.uri)} has {count} items instead of {shard.count}")
+    decoded = []
+    for position, line in enumerate(body.split(b"\n"), start=shard.first):
+        try:
+            decoded.append(decode_shard_line(line, _loads))
+        except (ContractError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            raise ContractError(f"the shard {shown(shard.uri)} lists no item at position {position}") from None
+        if decoded[-1][0] != position:
+            raise ContractError(f"the shard {shown(shard.uri)} lists another item than that of position {position}")
+    return decoded
 
 
 def require_format(shard: Shard) -> None:

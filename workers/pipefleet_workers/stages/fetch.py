@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.storage import StorageRef, map_refs
+from pipefleet.uris import shown
 from pipefleet_workers.items import Blob, Fetched, ItemError, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.uri_gate import UriGate, allowed_prefixes
 
 STAGE = "fetch"
 
@@ -20,7 +22,7 @@ class Fetcher:
     def __init__(self, store: WorkerStore, settings: WorkerSettings) -> None:
         self._store = store
         self._limit = settings.max_object_bytes
-        self._allowed = allowed_prefixes(settings)
+        self._gate = UriGate(allowed_prefixes(settings))
 
     def fetch(self, work: Work) -> Fetched:
         """`work` with the bytes of its objects.
@@ -34,30 +36,19 @@ class Fetcher:
         return Fetched(work, inputs)
 
     def _blob(self, reference: StorageRef) -> Blob:
-        if not lies_under(reference.uri, self._allowed):
-            raise ItemError("forbidden", f"{reference.uri} lies outside what this worker may read", STAGE)
         if reference.size is not None and reference.size > self._limit:
-            text = f"{reference.uri} has {reference.size} bytes, above the bound of {self._limit}"
+            text = f"{shown(reference.uri)} has {reference.size} bytes, above the bound of {self._limit}"
             raise ItemError("too_large", text, STAGE)
         try:
+            self._gate.require_reading(reference.uri)
             content = self._store.get(reference, max_bytes=self._limit)
         except ServiceUnavailableError:
             raise
         except PipefleetError as error:
             raise ItemError(error.code, str(error), STAGE) from None
         if not content:
-            raise ItemError("empty_object", f"{reference.uri} is empty", STAGE)
+            raise ItemError("empty_object", f"{shown(reference.uri)} is empty", STAGE)
         return Blob(reference.uri, content, reference.type)
-
-
-def allowed_prefixes(settings: WorkerSettings) -> tuple[str, ...]:
-    """The prefixes that inputs and outputs may lie under."""
-    return tuple(prefix.strip() for prefix in settings.allowed_uris.split(",") if prefix.strip())
-
-
-def lies_under(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether `uri` is one of `prefixes` or lies below one, counted by whole parts: `s3://pipe` is not above `s3://pipefleet/`."""
-    return any(uri == prefix or uri.startswith(prefix if prefix.endswith("/") else prefix + "/") for prefix in prefixes)
 
 
 def slices(works: Sequence[Work], size: int) -> list[Sequence[Work]]:

@@ -1,0 +1,95 @@
+"""What runs say of themselves in object storage, as far as a shard must agree with it: read once for each run."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet.contract import Shard
+from pipefleet.errors import ContractError, InputError, ObjectMissingError
+from pipefleet.layout import RunLayout
+from pipefleet.storage import StorageRef
+from pipefleet.uris import shown
+from pipefleet_workers.objects import ObjectTooLargeError, WorkerStore
+
+MAX_PLAN_BYTES = 1 << 20
+"""Most bytes of a plan: it holds the parameters of a message, and little else."""
+MOST_KNOWN = 256
+"""Runs that are remembered."""
+PLANNING_SECONDS = 10.0
+"""How long a plan without totals is taken as it was read: its run is being planned, and has no bound yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    id: str
+    shards: int | None
+    items: int | None
+    read_at: float
+
+    def fault(self, shard: Shard) -> str | None:
+        if self.id != shard.run_id:
+            return f"there is another run at {shown(shard.run_uri)} now"
+        if self.shards is not None and shard.index >= self.shards:
+            return f"the run at {shown(shard.run_uri)} has {self.shards} shards, and none with the index {shard.index}"
+        if self.items is not None and shard.first + shard.count > self.items:
+            return f"the run at {shown(shard.run_uri)} has {self.items} items, and shard {shard.index} lies beyond them"
+        return None
+
+
+class RunPlans:
+    """Compares shards with the plans of their runs. Thread-safe. `clock` tells monotonic seconds."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: OrderedDict[str, _Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def require(self, shard: Shard, store: WorkerStore) -> None:
+        """Raise ContractError for a shard that is outside of its run, ServiceUnavailableError when the store is away.
+
+        What is remembered refuses nothing: another run may have begun at the same place since.
+        """
+        with self._lock:
+            known = self._known.get(shard.run_uri)
+        if known is not None and self._holds(known) and known.fault(shard) is None:
+            return
+        plan = self._read(RunLayout(shard.run_uri), store)
+        with self._lock:
+            self._known[shard.run_uri] = plan
+            self._known.move_to_end(shard.run_uri)
+            while len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
+        fault = plan.fault(shard)
+        if fault is not None:
+            raise ContractError(fault)
+
+    def _holds(self, plan: _Plan) -> bool:
+        return plan.shards is not None or self._clock() - plan.read_at < PLANNING_SECONDS
+
+    def _read(self, layout: RunLayout, store: WorkerStore) -> _Plan:
+        begin = self._clock()
+        for uri in (layout.run, layout.plan):
+            try:
+                return _parsed(store.get(StorageRef(uri), max_bytes=MAX_PLAN_BYTES), uri, begin)
+            except ObjectMissingError:
+                continue
+            except (ObjectTooLargeError, InputError) as error:
+                raise ContractError(f"the plan of the run cannot be read: {error}") from None
+        raise ContractError(f"there is no run at {shown(layout.uri)}; was its output removed?")
+
+
+def _parsed(text: bytes, uri: str, read_at: float) -> _Plan:
+    try:
+        body: Any = json.loads(text)
+        shards, items = body.get("shards"), body.get("items")
+        if isinstance(body["id"], str) and all(one is None or type(one) is int for one in (shards, items)):
+            return _Plan(body["id"], shards, items, read_at)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ContractError(f"{shown(uri)} is not the plan of a run")

@@ -1,0 +1,61 @@
+"""The one gate that every URI of a message passes before it is read or written: inputs, outputs, runs, lists of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipefleet.contract import JobMessage, Shard
+from pipefleet.errors import AccessDeniedError, ContractError, InputError
+from pipefleet.uris import output_fault, shard_fault, shown, uri_fault
+from pipefleet_workers.settings import WorkerSettings
+
+ANYWHERE = ("s3://",)
+
+
+class UriGate:
+    """What messages may name, as far as this worker is concerned: under `allowed`, and not where only the fleet itself writes.
+
+    `store` is the prefix of the fleet's store; empty where there is none to protect. Pure and thread-safe.
+    """
+
+    def __init__(self, allowed: Sequence[str] = ANYWHERE, store: str = "") -> None:
+        self._allowed = tuple(allowed)
+        self._store = store
+
+    def require_reading(self, uri: str) -> None:
+        """Raise AccessDeniedError for an input outside of what this worker may read, InputError for one that no worker reads."""
+        outside, fault = self._outside(uri, "read"), uri_fault(uri)
+        if outside is not None:
+            raise AccessDeniedError(outside)
+        if fault is not None:
+            raise InputError(fault)
+
+    def output(self, message: JobMessage) -> str | None:
+        """Why the output that a single job names may not be written, or None."""
+        if message.output is None:
+            return None
+        return output_fault(message.output, message.id, self._store) or self._outside(message.output, "write")
+
+    def shard(self, shard: Shard) -> str | None:
+        """Why a shard may not be run, or None: its list is read, and everything it writes lies under the URI of its run."""
+        outside = self._outside(shard.run_uri, "write")
+        return (f"the output {outside}" if outside else None) or shard_fault(shard, self._store)
+
+    def require_shard(self, shard: Shard) -> None:
+        """Raise ContractError for a shard that may not be run."""
+        fault = self.shard(shard)
+        if fault is not None:
+            raise ContractError(fault)
+
+    def _outside(self, uri: str, do: str) -> str | None:
+        return None if lies_under(uri, self._allowed) else f"{shown(uri)} lies outside what this worker may {do}"
+
+
+def allowed_prefixes(settings: WorkerSettings) -> tuple[str, ...]:
+    """The prefixes that inputs and outputs may lie under."""
+    return tuple(prefix.strip() for prefix in settings.allowed_uris.split(",") if prefix.strip())
+
+
+def lies_under(uri: str, prefixes: Sequence[str]) -> bool:
+    """Whether `uri` is one of `prefixes` or lies below one, counted by whole parts: `s3://pipe` is not above `s3://pipefleet/`."""
+    return any(uri == prefix or uri.startswith(prefix if prefix.endswith("/") else prefix + "/") for prefix in prefixes)
