@@ -20,6 +20,10 @@ from pipefleet.printable import printable
 CONTRACT_VERSION = 1
 TASK_NAME = "pipefleet.infer"
 MAX_MESSAGE_BYTES = 64 * 1024
+MAX_WIRE_BYTES = 5 * MAX_MESSAGE_BYTES
+"""Most bytes of a message as it lies in Redis; a larger one goes to the dead letters without reaching a worker. A body of
+MAX_MESSAGE_BYTES becomes 130 KB when it is quoted once more, and 254 KB where Celery escapes each letter that is not ASCII and
+writes base64; the rest is for headers."""
 MAX_SHARD_ITEMS = 10_000
 """Most items of a shard: a worker holds the rows of one in memory until its part is written."""
 MAX_SHARD_BYTES = 128 << 20

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.broker import (
     PRIORITY_STEPS,
-    SHARD_HEADER,
     TIME_HEADER,
     job_key,
     message_id,
@@ -17,11 +16,25 @@ from pipefleet.broker import (
     server_time,
     unacked_keys,
 )
-from pipefleet.contract import encode_json
+from pipefleet.contract import MAX_WIRE_BYTES, encode_json
 from pipefleet.errors import ContractError, UsageError
 
 if TYPE_CHECKING:
     from redis import Redis
+
+MOST_LETTER_BYTES = 8 * MAX_WIRE_BYTES
+"""Bytes of a letter that are read, as many as the largest message may take when it is quoted; larger ones are only named."""
+MOST_READ_BYTES = 16 * 1024 * 1024
+"""Bytes of letters that are read at once."""
+KILLED = "delivered {} times"
+"""The reason of a message that was with a worker so often, and never ended."""
+TOO_LARGE = "too_large"
+"""What the reason of a message that no worker reads begins with."""
+
+
+def kills(reason: str) -> bool:
+    """Whether a reason says that workers died of the message."""
+    return reason.startswith("delivered ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +56,60 @@ class DeadLetter:
             value = json.loads(entry.decode(errors="replace"))
             texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
             return cls(**texts, at=float(value["at"]), deliveries=int(value["deliveries"]), entry=entry)
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError, ArithmeticError):
             return cls("this entry is no dead letter", 0.0, "", 0, "", entry)
 
     @property
     def job_id(self) -> str | None:
         """The id of the job, or None when the message does not tell."""
-        return message_id(self.message.encode())
+        return message_id(self.message.encode(errors="replace"))
 
     @property
     def code(self) -> str:
-        """The code that its job fails with: `killed_worker` or `malformed`."""
-        return "killed_worker" if self.reason.startswith("delivered ") else "malformed"
+        """The code that its job fails with: `killed_worker`, `too_large` or `malformed`."""
+        if self.reason.startswith(TOO_LARGE):
+            return TOO_LARGE
+        return "killed_worker" if kills(self.reason) else "malformed"
+
+
+_READ_LETTERS = """
+local start, left, found, bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), {}, 0
+for _, key in ipairs(KEYS) do
+  local place, size = start, redis.call('LLEN', key)
+  start = math.max(0, start - size)
+  while place < size and left > 0 and bytes < tonumber(ARGV[4]) do
+    local entry = redis.call('LINDEX', key, place)
+    local whole = #entry <= tonumber(ARGV[3])
+    found[#found + 1] = whole and entry or {redis.sha1hex(entry), #entry}
+    bytes = bytes + (whole and #entry or 0)
+    place, left = place + 1, left - 1
+  end
+  if place < size then break end
+end
+return found
+"""
+"""KEYS: letters not reported, and the others. ARGV: start, count, most bytes of a letter, of all. Returns each letter, of
+one that is too large its SHA-1 and its bytes. One script, or letters that are filed meanwhile would show twice, or not."""
 
 
 def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
-    """Up to `count` dead letters of a queue, newest first, after leaving out `start`."""
+    """Up to `count` dead letters of a queue, newest first, after leaving out `start`.
+
+    Fewer where they have more than MOST_READ_BYTES, but one at least where there is one. A letter of more than MOST_LETTER_BYTES,
+    which only another program writes, stays in Redis: it is shown without its message, and can be removed.
+    """
     keys = unacked_keys(queue)
-    pipe = redis.pipeline(transaction=True)  # or letters that are filed meanwhile would show twice, or not
-    pipe.lrange(keys["unreported_key"], 0, -1)
-    pipe.lrange(keys["dead_key"], 0, start + count - 1)
-    unreported, filed = pipe.execute()
-    return [DeadLetter.parse(entry) for entry in (unreported + filed)[start : start + count]]
+    names = (keys["unreported_key"], keys["dead_key"])
+    found: Any = redis.eval(_READ_LETTERS, 2, *names, start, count, MOST_LETTER_BYTES, MOST_READ_BYTES)
+    return [DeadLetter.parse(one) if isinstance(one, bytes) else _unread(*one) for one in found]
+
+
+def _unread(digest: bytes, size: int) -> DeadLetter:
+    reason = f"{TOO_LARGE}: this dead letter has {size} bytes and is not read; remove it"
+    return DeadLetter(reason, 0.0, "", 0, "", _DIGEST + digest)
+
+
+_DIGEST = b"sha1:"
 
 
 def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
@@ -91,8 +136,13 @@ def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, del
 
 
 _REMOVE_LETTER = """
+local digest = string.match(ARGV[1], '^sha1:(%x+)$')
 for i = 1, 2 do
   if redis.call('LREM', KEYS[i], 1, ARGV[1]) > 0 then return 1 end
+  for place = 0, digest and redis.call('LLEN', KEYS[i]) - 1 or -1 do
+    local entry = redis.call('LINDEX', KEYS[i], place)
+    if #entry > tonumber(ARGV[2]) and redis.sha1hex(entry) == digest then return redis.call('LREM', KEYS[i], 1, entry) end
+  end
 end
 return 0
 """
@@ -115,15 +165,19 @@ return 'queued'
 def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
     """Throw a dead letter away; False when it was gone already."""
     keys = unacked_keys(queue)
-    return bool(redis.eval(_REMOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry))
+    return bool(
+        redis.eval(_REMOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry, MOST_LETTER_BYTES)
+    )
 
 
-def requeue_dead_letter(redis: Redis, letter: DeadLetter, queue: str, *, ttl: float = 86_400.0) -> str | None:
+def requeue_dead_letter(
+    redis: Redis, letter: DeadLetter, queue: str, *, ttl: float = 86_400.0, shard: bool = False
+) -> str | None:
     """Queue the message of a dead letter once more, behind the others, its deliveries counted anew.
 
-    The record of a single job says `queued` again then, and is kept for `ttl` seconds. Returns `queued`; `succeeded` or `cancelled`
-    where the job ended so elsewhere, and only the letter goes; None when that was gone. Raises UsageError for a message that no
-    worker could read.
+    A single job, as opposed to a `shard`, has a record: it says `queued` again then, and is kept for `ttl` seconds. Which of both
+    it is, the caller reads from the body. Returns `queued`; `succeeded` or `cancelled` where the job ended so elsewhere, and only
+    the letter goes; None when that was gone. Raises UsageError for a message that no worker could read.
     """
     keys = unacked_keys(queue)
     own = letter.queue if letter.queue and unacked_keys(letter.queue) == keys else queue
@@ -131,7 +185,7 @@ def requeue_dead_letter(redis: Redis, letter: DeadLetter, queue: str, *, ttl: fl
         message = json.loads(letter.message)
         step = message["properties"].get("priority") or 0
         target = queue_lists(own)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
-        record = [] if message["headers"].get(SHARD_HEADER) else [job_key(message["headers"]["id"])]
+        record = [] if shard else [job_key(message["headers"]["id"])]
         # A worker that was told to revoke a job drops its messages of before: this one is queued now.
         text = encode_json({**message, "headers": {**message["headers"], TIME_HEADER: server_time(redis)}})
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ContractError):

@@ -107,7 +107,9 @@ def requeue(client: Client, letter: DeadLetter, queue: str) -> str:
         if content.shard is not None and (became := _requeue_shard(client, letter, queue, content.shard)):
             return became
         with broker.redis_errors(client.settings.redis_url):
-            state = deadletters.requeue_dead_letter(client.redis, letter, queue, ttl=client.settings.result_ttl)
+            state = deadletters.requeue_dead_letter(
+                client.redis, letter, queue, ttl=client.settings.result_ttl, shard=content.shard is not None
+            )
     except UsageError as error:
         return f"cannot be queued: {error}"
     return _BECAME[state]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import bz2
 import copy
 import json
 from typing import Any
@@ -9,13 +11,22 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kombu import compression
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import Message
 
-from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
+from pipefleet.contract import MAX_WIRE_BYTES
+from pipefleet_workers.delivery.envelope import (
+    MalformedError,
+    check_message,
+    mark,
+    read_envelope,
+    refuse_compression,
+)
 from tests.integration.lease_world import envelope
 
 CHANNEL: Any = VirtualChannel.__new__(VirtualChannel)
+PROPERTIES = envelope("a")["properties"]
 
 
 def opened(value: Any) -> Any:
@@ -65,8 +76,9 @@ def test_a_message_without_headers_gets_some() -> None:
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"__type__": "uuid", "__value__": 3}', "not JSON"),
-        (b'{"__type__": "nothing", "__value__": 3}', "not JSON"),
+        (b'{"__type__": "uuid", "__value__": 3}', "no properties"),
+        (b"[" * 100_000 + b"]" * 100_000, "not JSON"),
+        (b'{"a": ' + b"9" * 100_000 + b"}", "not JSON"),
         (b"[1, 2]", "not a JSON object"),
         (b"null", "not a JSON object"),
         (b"{}", "no properties"),
@@ -117,6 +129,49 @@ def test_the_decoded_body_is_kept_for_the_consumer() -> None:
     message = opened(envelope("a"))
     assert message.payload is message.payload
     assert message.payload == [["a"], {}, None]
+
+
+def stock_message(**parts: Any) -> Any:
+    """As Celery's own transport makes one."""
+    return Message({**envelope("a"), **parts}, channel=CHANNEL)
+
+
+def test_kombu_itself_unpacks_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "_decoders", dict(compression._decoders))
+    refuse_compression()
+    body = base64.b64encode(bz2.compress(b"[]" * 1_000_000)).decode()
+    for kind in compression.encoders():
+        headers = {**envelope("a")["headers"], "compression": kind}
+        message = stock_message(headers=headers, body=body, properties={**PROPERTIES, "body_encoding": "base64"})
+        assert len(message.errors) == 1
+        with pytest.raises(MalformedError):
+            check_message(message)
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"content-type": "application/x-python-serialize"}, "content-type"),
+        ({"content-type": "application/data"}, "content-type"),
+        ({"content-encoding": "zip"}, "content-encoding"),
+        ({"body": '"' + "x" * MAX_WIRE_BYTES + '"'}, "too_large"),
+        ({"body": f"[[{'9' * 100_000}], {{}}, null]"}, "not JSON"),
+        ({"body": "[[], {}]"}, "arguments"),
+        ({"body": '{"task": "celery.chain"}'}, "arguments"),
+        ({"body": f"[[{'[' * 101}{']' * 101}], {{}}, null]"}, "deep"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_message_of_celerys_own_transport_is_checked_too(parts: dict[str, Any], why: str) -> None:
+    with pytest.raises(MalformedError, match=why):
+        check_message(stock_message(**parts))
+
+
+def test_what_claims_to_be_of_another_type_stays_json() -> None:
+    claim = {"__type__": "decimal", "__value__": "1e999999"}
+    message = stock_message(body=json.dumps([[claim], {}, None]))
+    check_message(message)
+    assert message.payload[0] == [claim]
 
 
 _values = st.recursive(

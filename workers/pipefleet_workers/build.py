@@ -74,6 +74,8 @@ class Built:
 
     def refused(self, payload: Any, reason: str) -> None:
         """Tell who waits for a job that it was refused, where its message says who that is."""
+        if self.letters and deadletters.kills(reason):
+            return  # its dead letter tells, as of any other that kills its workers
         try:
             message, failure = decode_message(payload), JobFailure("refused", reason, "consume")
             if message.shard is None:

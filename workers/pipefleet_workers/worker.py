@@ -130,6 +130,7 @@ class Worker:
             "lease_seconds": self._worker_settings.lease_seconds,
             "max_deliveries": self._worker_settings.max_deliveries,
             "low_prefetch": self._worker_settings.shards,
+            "only_tasks": [TASK_NAME],
             "on_dead": dead,
         }
         return {"transport": "pipefleet_workers.delivery.transport:Transport", "options": options}
@@ -143,9 +144,11 @@ class Worker:
 
     def _register(self, app: Any, task: Any, built: Built) -> None:
         from pipefleet_workers.consume import control
-        from pipefleet_workers.consume.celery_task import drain_step
+        from pipefleet_workers.consume.celery_task import drain_step, register_alone
+        from pipefleet_workers.delivery.envelope import refuse_compression
 
-        app.register_task(task)
+        refuse_compression()
+        register_alone(app, task)
         control.install()
         app.steps["consumer"].add(drain_step(built.consumer, self._worker_settings.drain_seconds))
 

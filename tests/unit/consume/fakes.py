@@ -56,6 +56,9 @@ class FakeDelivery:
     def settle(self, lease: Lease, settlement: Settlement) -> None:
         """As the holder of its lease; nothing is written."""
 
+    def due_now(self, lease: Lease) -> None:
+        """As the holder of its lease."""
+
     def started(self) -> None:
         self.starts += 1
 

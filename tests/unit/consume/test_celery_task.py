@@ -18,7 +18,8 @@ from pipefleet.contract import TASK_NAME, JobMessage, JobState, Priority
 from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
 from pipefleet_workers.consume import control
-from pipefleet_workers.consume.celery_task import CeleryDelivery, InferTask
+from pipefleet_workers.consume.celery_task import CeleryDelivery, InferTask, register_alone
+from pipefleet_workers.delivery.headers import MalformedError, checked_headers
 from pipefleet_workers.ending import LOST, REVOKED, Ending
 from tests.chaos.events import Events
 from tests.servers import Server, programs
@@ -55,14 +56,14 @@ class Fleet:
         self.redis = Redis(port=server.port)
         self.refused: list[tuple[Any, str]] = []
         settings = Settings(redis_url=server.url)
-        options = {"lease_seconds": 5.0, "sweep_seconds": 0.1}
+        options = {"lease_seconds": 5.0, "sweep_seconds": 0.1, "only_tasks": [TASK_NAME]}
         self.app = broker.celery_app(
             settings, queue=QUEUE, transport="pipefleet_workers.delivery.transport:Transport", options=options
         )
         self.app.conf.worker_hijack_root_logger = False
         members = {"name": TASK_NAME, "consumer": bench.consumer, "refused": staticmethod(self._refuse)}
         self.task = type("Infer", (InferTask,), members)()
-        self.app.register_task(self.task)
+        register_alone(self.app, self.task)
         control.install()
         self.worker = Controller(
             app=self.app, pool="solo", concurrency=1, prefetch_multiplier=16, hostname=NAME, loglevel="ERROR",
@@ -244,7 +245,7 @@ def test_terminate_by_its_own_name_revokes_too(fleet: Callable[..., Fleet]) -> N
 def test_a_job_that_waits_for_its_eta_is_revoked(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     one.put(single("job"), id="celery-name", eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
-    assert eventually(lambda: one.inspect("reserved") == ["celery-name"])
+    assert eventually(lambda: broker.depth(one.redis, QUEUE)["delayed"] == 1)
     revoke(one, "celery-name")
     assert one.shows("celery-name", "REVOKED")
     assert one.bench.reporter.states["job"] is JobState.CANCELLED
@@ -259,14 +260,31 @@ def test_a_job_that_expires_before_its_eta_ends_then(fleet: Callable[..., Fleet]
     assert one.bench.reporter.states["job"] is JobState.EXPIRED
 
 
-@pytest.mark.parametrize("headers", [{"eta": "x"}, {"expires": "x"}, {"eta": "9999-12-31T23:59:59"}])
-def test_odd_times_leave_nothing_in_celerys_books(fleet: Callable[..., Fleet], headers: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"eta": "x"}, "its eta is no time in ISO 8601"),
+        ({"eta": "NaN"}, "its eta is no time in ISO 8601"),
+        ({"eta": 1e308}, "its eta is no time in ISO 8601"),
+        ({"eta": "2030-01-01T00:00:00+99:99"}, "its eta is no time in ISO 8601"),
+        ({"expires": "x"}, "its expires is no time in ISO 8601"),
+        ({"expires": {"a": 1}}, "its expires is no time in ISO 8601"),
+        ({"eta": "9999-12-31T23:59:59"}, "its eta is more than a year ahead"),
+        ({"eta": "9999-12-31T23:59:59-12:00"}, "its eta is more than a year ahead"),
+    ],
+    ids=str,
+)
+def test_odd_times_are_refused_by_name(headers: dict[str, Any], reason: str) -> None:
+    with pytest.raises(MalformedError, match=reason):
+        checked_headers({"task": TASK_NAME, "id": "odd", **headers})
+
+
+def test_odd_times_leave_nothing_in_celerys_books(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
-    one.put(single("odd"), **headers)
-    assert eventually(
-        lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1 or one.inspect("reserved") == ["odd"]
-    )
-    one.app.control.revoke("odd")  # the one that waits till the end of time
+    for number, headers in enumerate([{"eta": "x"}, {"expires": "x"}, {"eta": "9999-12-31T23:59:59"}]):
+        one.put(single(f"odd-{number}"), **headers)
+    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 3)
+    assert all(letter.reason.startswith("its e") for letter in deadletters.dead_letters(one.redis, QUEUE))
 
 
 def test_a_name_that_is_no_text_ends_neither_the_job_nor_the_worker(fleet: Callable[..., Fleet]) -> None:
@@ -301,16 +319,103 @@ def test_a_header_that_is_no_id_of_a_job_ends_its_message_alone(fleet: Callable[
     assert len(one.bench.engine.inside) == 0
 
 
-def test_an_eta_is_waited_for_through_a_reconnect(fleet: Callable[..., Fleet]) -> None:
+def test_an_eta_is_waited_for_in_redis_and_counts_as_no_delivery(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
-    one.put(single("job"), eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
-    assert eventually(lambda: one.inspect("reserved") == ["job"])
-    for client in one.redis.client_list():
-        if client["cmd"] in ("blmove", "eval"):
-            one.redis.client_kill_filter(client["id"])
-    one.bench.later(3601.0)
+    one.put(single("job"), eta=(datetime.now(UTC) + timedelta(seconds=2)).isoformat())
+    one.bench.engine.work("job")
+    (delivery,) = one.bench.consumer.held("job")
+    assert (delivery.deliveries, delivery.lease and delivery.lease.retries) == (1, 0)
     one.bench.engine.end("job")
     assert one.shows("job", "SUCCESS")
+
+
+def test_messages_with_a_far_eta_take_no_place_from_urgent_ones(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    hour = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    for number in range(600):
+        one.put(single(f"far-{number}"), eta=hour)
+    one.redis.lpush(QUEUE, broker.celery_message(single("urgent"), QUEUE, Priority.HIGH))
+    one.bench.engine.end("urgent")
+    assert one.shows("urgent", "SUCCESS")
+    assert eventually(lambda: broker.depth(one.redis, QUEUE)["delayed"] == 600)
+    assert one.inspect("reserved") == []
+    one.redis.delete(*broker.unacked_keys(QUEUE).values())
+
+
+BUILT_IN = [
+    *("celery.backend_cleanup", "celery.chord_unlock", "celery.chain", "celery.group", "celery.map", "celery.starmap"),
+    *("celery.chunks", "celery.chord", "celery.accumulate", "celery.ping", "os.system"),
+]
+
+
+def test_no_other_task_runs(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    assert [name for name in one.app.tasks] == [TASK_NAME]
+    for name in BUILT_IN:
+        one.put(single(f"run-{name}"), task=name)
+    envelope = json.loads(broker.celery_message(single("old"), QUEUE, Priority.NORMAL))
+    body = {"task": "celery.backend_cleanup", "id": "old", "args": [], "kwargs": {}}
+    text = json.dumps({**envelope, "headers": {}, "body": json.dumps(body)})
+    one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
+    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == len(BUILT_IN) + 1)
+    letters = deadletters.dead_letters(one.redis, QUEUE)
+    assert {letter.reason for letter in letters} == {f"it asks for another task; this worker runs only {TASK_NAME}"}
+    one.put(single("good"))
+    one.bench.engine.end("good")
+    assert one.shows("good", "SUCCESS")
+
+
+def test_a_message_cannot_have_the_worker_send_further_messages(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    further = {"task": TASK_NAME, "args": [single("further").to_json()], "kwargs": {}, "options": {"queue": QUEUE}}
+    embed = {"callbacks": [further], "errbacks": [further], "chain": [further], "chord": further}
+    names = {
+        "group": "g",
+        "timelimit": [0.001, 0.001],
+        "retries": 10**30,
+        "shadow": "other",
+        "origin": "x",
+        "reply_to": QUEUE,
+    }
+    headers = {**names, "ignore_result": False, "stamped_headers": 7, "stamps": {"a": []}, "replaced_task_nesting": "x"}
+    for name in ("good", "bad"):
+        envelope = json.loads(broker.celery_message(single(name), QUEUE, Priority.NORMAL))
+        args, kwargs, _ = json.loads(envelope["body"])
+        envelope["body"] = json.dumps([args, kwargs, embed])
+        envelope["headers"] |= {**headers, "link": further, "errbacks": [further]}
+        envelope["properties"] |= {"reply_to": QUEUE, "replyTo": QUEUE}
+        one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), json.dumps(envelope))
+    one.bench.engine.end("good")
+    one.bench.engine.end("bad", JobFailure("bad_input", "x", "decode"))
+    assert one.shows("good", "SUCCESS")
+    assert one.shows("bad", "FAILURE")
+    assert eventually(lambda: one.empty)
+    assert not any(one.redis.exists(name) for name in broker.waiting_lists(QUEUE))
+    assert set(one.bench.reporter.states) == {"good", "bad"}
+    assert set(state.total_count) <= {TASK_NAME}
+
+
+def test_a_single_job_that_calls_itself_a_shard_is_delivered_no_more_often(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    text = broker.celery_message(single("spoof"), QUEUE, Priority.NORMAL)
+    envelope = json.loads(text)
+    envelope["headers"][broker.SHARD_HEADER] = True
+    keys = broker.unacked_keys(QUEUE)
+    one.redis.hset(keys["deliveries_key"], envelope["properties"]["delivery_tag"], 3)
+    one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), json.dumps(envelope))
+    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1)
+    (letter,) = deadletters.dead_letters(one.redis, QUEUE)
+    assert (letter.reason, letter.code) == ("delivered 3 times", "killed_worker")
+    assert not one.bench.engine.inside
+
+
+def test_commands_that_load_modules_or_write_files_are_not_answered(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    for command in control.REMOVED:
+        (answer,) = one.app.control.broadcast(command, reply=True, timeout=20, limit=1)
+        assert list(answer[NAME]) == ["error"]
+    for told in ("stats", "registered", "active_queues", "conf", "report", "scheduled", "revoked"):
+        assert getattr(one.app.control.inspect([NAME], timeout=20, limit=1), told)() is not None
 
 
 def test_a_job_that_is_revoked_in_its_queue_ends_when_it_comes(fleet: Callable[..., Fleet]) -> None:

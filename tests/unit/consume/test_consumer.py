@@ -296,3 +296,13 @@ def test_a_message_that_cannot_be_taken_in_is_nobody_elses_affair(monkeypatch: p
     assert eventually(lambda: bool(bench.consumer.later._heap))
     bench.later(60.0)
     assert bad.wait().startswith("refused: failed 2 times")
+
+
+def test_a_single_job_that_calls_itself_a_shard_runs_no_more_often_than_others() -> None:
+    """Its headers brought it here once more; what it is, its body says."""
+    bench = Bench()
+    spoof = bench.take(single("spoof"), deliveries=4)
+    assert spoof.wait() == "refused: delivered 3 times"
+    real = bench.take(shard("real"), deliveries=4)
+    assert real.wait() == "done"
+    assert not bench.engine.inside

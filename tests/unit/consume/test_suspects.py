@@ -10,7 +10,7 @@ from redis import Redis
 
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, JobState, Shard
-from pipefleet.errors import ServiceUnavailableError
+from pipefleet.errors import ContractError, ServiceUnavailableError
 from pipefleet.fleet import Pool
 from pipefleet.records import JobFailure
 from pipefleet_workers.consume.delivery import RevokedError
@@ -130,6 +130,23 @@ def test_an_innocent_shard_runs_item_by_item(case: Case) -> None:
     assert case.runs() == Ending(JobState.SUCCEEDED, "4 succeeded")
     assert case.served.passes == [[0], [1], [2], [3]]
     assert (case.failed(), case.buried, case.left) == ({}, [], [])
+
+
+def test_a_shard_whose_list_of_items_kills_its_workers_is_refused_in_the_end(case: Case) -> None:
+    def dies(message: JobMessage, shard: Shard) -> Contents | None:
+        raise Death
+
+    case.served.open, opened = dies, Journal.opened  # type: ignore[method-assign]
+    Journal.opened = lambda journal: None  # type: ignore[method-assign] # a process that dies tidies nothing up
+    try:
+        for _ in range(3):
+            with pytest.raises(Death):
+                case.runs()
+    finally:
+        Journal.opened = opened  # type: ignore[method-assign]
+    with pytest.raises(ContractError, match="workers died 3 times while they read the list of its items"):
+        case.runs()
+    assert case.left == []
 
 
 def test_the_culprit_is_known_to_the_next_worker(case: Case) -> None:

@@ -27,15 +27,20 @@ from celery.worker.request import Request, create_request_cls
 from pipefleet import broker
 from pipefleet.broker import TIME_HEADER
 from pipefleet.contract import JobState, is_id
+from pipefleet.deadletters import kills
 from pipefleet_workers.consume.consumer import Consumer
-from pipefleet_workers.delivery.leases import lease_of
+from pipefleet_workers.delivery.envelope import check_message
+from pipefleet_workers.delivery.headers import MalformedError, checked_headers
+from pipefleet_workers.delivery.leases import Lease, lease_of
 from pipefleet_workers.ending import REVOKED, Ending
 
 log = logging.getLogger(__name__)
 Refused = Callable[[Any, str], None]
 """Called with the payload of a message that is refused, and the reason; by a thread of the consumer."""
 MOST_REVOKED = 50_000
-"""Ids that are remembered as revoked, as many as Celery remembers."""
+"""Ids that are remembered as revoked, as many as Celery remembers; and as put off, so that revoking one ends it at once."""
+SHORT_WAIT = 1.0
+"""Seconds for which a message may keep its place here until it is due; for a longer time it waits in Redis."""
 
 
 class InferRequest(Request):  # type: ignore[misc]
@@ -71,6 +76,7 @@ class InferTask(Task):  # type: ignore[misc]
     def __init__(self) -> None:
         self._revoked_at: dict[str, float] = {}
         """When ids were revoked, in seconds since 1970, the oldest first."""
+        self._put_off: dict[str, Lease] = {}
 
     def Strategy(self, task: Any, app: Any, celery: Any) -> Callable[..., None]:
         """The handler of this task's messages, for one run of Celery's consumer."""
@@ -80,6 +86,8 @@ class InferTask(Task):  # type: ignore[misc]
         )
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
+            if lease_of(message) is None:
+                _check(message)
             if not is_id((message.headers or {}).get("id")):  # Celery before 4 wrote such
                 raise InvalidTaskError("the message names no id in its headers that a job may have")
             request = request_class(
@@ -96,15 +104,25 @@ class InferTask(Task):  # type: ignore[misc]
                 decoded=False,
                 utc=app.uses_utc_timezone(),
             )
-            if not isinstance(request.name, str):  # Celery counts by it, whatever the message calls itself
-                request.name = task.name
+            request.name = task.name  # Celery counts by it for ever, whatever the message calls itself
             delivery = CeleryDelivery(request, celery, self)
             delivery.revoked = self.is_revoked(request)
-            wait = _seconds_until(request)
+            wait = _seconds_until(request, delivery.lease)
+            if wait > SHORT_WAIT and delivery.lease is not None and not delivery.revoked:
+                return self._wait_in_redis(delivery, delivery.lease, wait)
             delivery.received()
             self.consumer.take(delivery, after=wait)
 
         return handle
+
+    def _wait_in_redis(self, delivery: CeleryDelivery, lease: Lease, seconds: float) -> None:
+        """Have a message wait beside its queue, where it takes nobody's place."""
+        self._put_off.pop(delivery.id, None)
+        self._put_off[delivery.id] = lease
+        if len(self._put_off) > MOST_REVOKED:
+            del self._put_off[next(iter(self._put_off))]
+        delivery.announce()
+        lease.put_off(seconds)
 
     def revoke(self, ids: Iterable[str]) -> None:
         """End these jobs, those that are here and those that come. In the event loop; returns at once."""
@@ -113,6 +131,8 @@ class InferTask(Task):  # type: ignore[misc]
             known.pop(one, None)
             known[one] = time.time()
             self.consumer.revoke(one)
+            if (lease := self._put_off.pop(one, None)) is not None:
+                lease.due_now()
         for oldest in list(itertools.islice(known, max(0, len(known) - MOST_REVOKED))):
             del known[oldest]
 
@@ -150,7 +170,7 @@ class CeleryDelivery:
         self.payload = args[0] if isinstance(args, list) and len(args) == 1 else args
         priority = properties.get("priority")
         self.priority = priority if isinstance(priority, int) else 3
-        self.deliveries = int(headers.get("x-delivery-count") or 1)
+        self.deliveries = self.lease.deliveries if self.lease is not None else 1
         self.retries = 0
         self.revoked = False
         self.deadline: float | None = request.expires.timestamp() if request.expires else None
@@ -162,8 +182,12 @@ class CeleryDelivery:
 
     def received(self) -> None:
         """Tell Celery that the message is here. In the event loop."""
+        state.task_reserved(self._request)
+        self.announce()
+
+    def announce(self) -> None:
+        """Send the event that the message was received; Celery's books are not changed. In the event loop."""
         request = self._request
-        state.task_reserved(request)
         self._send(
             "task-received",
             name=request.name,
@@ -261,7 +285,7 @@ class CeleryDelivery:
             self._request.reject(requeue=False)
         if reason == REVOKED:
             self._send("task-revoked", terminated=True, signum=None, expired=False)
-        else:
+        elif not kills(reason):  # of those the dead letter tells, see `InferTask.died`
             self._send("task-failed", exception=html.escape(reason), traceback="")
 
     def _leave(self, *, successful: bool = False) -> None:
@@ -272,12 +296,29 @@ class CeleryDelivery:
         send(self._celery, event, self._request.id, **fields)
 
 
-def _seconds_until(request: Any) -> float:
-    """Until a request may begin, or has expired before that; at most 0 for one without an eta. Raises OverflowError, ValueError."""
+def register_alone(app: Any, task: InferTask) -> None:
+    """Make `task` the only one that workers of `app` run: Celery's own send further messages, and delete results."""
+    app.finalize()
+    app.register_task(task)
+    for name in [name for name in app.tasks if name != task.name]:
+        app.tasks.unregister(name)
+
+
+def _check(message: Any) -> None:
+    """Check a message of Celery's own transport as ours checks each before Celery sees it. Raises InvalidTaskError."""
+    try:
+        message.headers = checked_headers(message.headers)
+        check_message(message)
+    except MalformedError as error:
+        raise InvalidTaskError(str(error)) from None
+
+
+def _seconds_until(request: Any, lease: Lease | None) -> float:
+    """Until a request may begin, or has expired before that, by the server's clock if it can be told; at most 0 without an eta."""
     if not request.eta:
         return 0.0
     times = [one.timestamp() for one in (request.eta, request.expires) if one]
-    return float(min(times) - time.time())
+    return float(min(times) - (time.time() if lease is None else lease.taken_at))
 
 
 def send(celery: Any, event: str, job_id: str, **fields: Any) -> None:

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipefleet.contract import JobMessage, decode_message
+from pipefleet.deadletters import KILLED
 from pipefleet.errors import ContractError, PipefleetError, ServiceUnavailableError
 from pipefleet.patience import pause
 from pipefleet_workers.consume.delivery import Delivery, DrainedError, RevokedError
@@ -292,8 +293,15 @@ class Consumer:
                     batch.append(self._accused.get(timeout=GATHER_SECONDS))
             with self._goes_on(*batch):
                 self._count_patiently(batch, excused=True)
-                for pair in self._readable(batch):
-                    self._suspect.put(pair)
+                for delivery, message in self._readable(batch):
+                    self._accuse(delivery, message)
+
+    def _accuse(self, delivery: Delivery, message: JobMessage) -> None:
+        """Have a suspect run alone. A single job whose headers call it a shard comes here however often it was delivered."""
+        if message.shard is None and delivery.deliveries > self._limits.deliveries:
+            self.refuse(delivery, KILLED.format(delivery.deliveries - 1))
+        else:
+            self._suspect.put((delivery, message))
 
     def _count_patiently(self, batch: list[Delivery], *, excused: bool) -> bool:
         """Set how often these count as delivered, as soon as Redis can be asked; False when the worker drains before."""

@@ -6,6 +6,9 @@ shutdown                   as SIGTERM: drains, where Celery's would drop what is
 rate_limit, time_limit     are answered and change nothing; no job is kept back or ended
 add_consumer, cancel_consumer   another queue, or one less; what is held goes on
 pool_grow, pool_shrink, pool_restart, autoscale   an error is answered, since there is no pool; what is held goes on
+objgraph, memsample, memdump, election   are not there: the first three load further modules or write files, the last asks others
+
+Whoever may publish on the control channel steers the fleet; a producer may not, see deploy/redis/users.acl.
 """
 
 from __future__ import annotations
@@ -19,9 +22,13 @@ from celery.worker import control, state
 
 from pipefleet.contract import TASK_NAME
 
+REMOVED = ("objgraph", "memsample", "memdump", "election")
+
 
 def install() -> None:
     """Put these commands in the place of Celery's, for every worker of this process. May be repeated."""
+    for name in REMOVED:
+        control.Panel.data.pop(name, None)
     for command in (revoke, terminate, shutdown):
         control.Panel.data[command.__name__] = command
 

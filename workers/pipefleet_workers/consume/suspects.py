@@ -17,6 +17,7 @@ from typing import Any
 
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, Shard
+from pipefleet.errors import ContractError
 from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.jobs import Jobs
@@ -26,6 +27,8 @@ from pipefleet_workers.items import Outcome
 
 log = logging.getLogger(__name__)
 CODE = "killed_worker"
+MOST_OPENINGS = 3
+"""How often workers may die while they read a shard's list of items, before an item has begun."""
 Bury = Callable[[str, JobMessage, int, JobItem], None]
 """Puts an item to the dead letters: reason, message, position in the shard, item."""
 
@@ -67,6 +70,19 @@ class Journal:
             pipe.execute()
         return found
 
+    def opens(self) -> int:
+        """The list of items is read next; how often that has begun, this time included, without being over."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hincrby(self._key, "openings", 1)
+        pipe.expire(self._key, int(self._settings.run_ttl))
+        with broker.redis_errors(self._settings.redis_url):
+            return int(pipe.execute()[0])
+
+    def opened(self) -> None:
+        """The list of items is read, or was given up, and the worker lives."""
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.hdel(self._key, "openings")
+
     def tries(self, position: int, worker: str) -> None:
         """The item at `position` begins in a process of this name."""
         pipe = self._redis.pipeline(transaction=True)
@@ -99,8 +115,14 @@ class Suspects:
     def run(self, message: JobMessage, shard: Shard) -> Ending:
         """Run one shard to its end; how it has ended. Raises what `Shards.run` raises."""
         journal = self._journal(shard)
-        contents = self._shards.open(message, shard)
         finding = journal.read(self._name)
+        if journal.opens() > MOST_OPENINGS:
+            journal.forget()
+            raise ContractError(f"workers died {MOST_OPENINGS} times while they read the list of its items")
+        try:
+            contents = self._shards.open(message, shard)
+        finally:
+            journal.opened()
         if contents is None:
             self._settle(journal, finding, message, shard)
             return self._shards.ended_before(shard)

@@ -58,6 +58,8 @@ class GivenBack:
     delay: float = 0.0
     list: str | None = None
     """The other list, without the global prefix."""
+    retry: bool = True
+    """Whether a delay counts as a retry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,9 @@ class Holder(Protocol):
 
     def settle(self, lease: Lease, settlement: Settlement) -> None:
         """End the lease; only the first call counts. Thread-safe."""
+
+    def due_now(self, lease: Lease) -> None:
+        """Let its message, which was put off, come back now. Thread-safe."""
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -119,6 +124,19 @@ class Lease:
         With a `delay` in seconds it is kept aside that long, and `retries` rises by one.
         """
         self.holder.settle(self, GivenBack(max(0.0, delay)))
+
+    def put_off(self, seconds: float) -> None:
+        """Keep the message aside for so many seconds, since its time has not come; counts as neither delivery nor retry."""
+        self.holder.settle(self, GivenBack(max(0.0, seconds), retry=False))
+
+    def due_now(self) -> None:
+        """Let a message that was put off come back at once. Returns at once; nothing where it has come back already."""
+        self.holder.due_now(self)
+
+    @property
+    def taken_at(self) -> float:
+        """When it was fetched, in seconds since 1970 by the server's clock."""
+        return float(self.owner.rpartition("@")[2])
 
     def hand_over(self, queue: str, list: str) -> None:
         """Move the message to the head of another queue's list; does not count as a delivery.

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,14 +23,17 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from pipefleet.deadletters import DeadLetter
-from pipefleet_workers.delivery.leases import Acked, Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
-from pipefleet_workers.delivery.scripts import ACK, BURY, GATHER, GIVE_BACK, RENEW, REPORTED, SWEEP
+from pipefleet_workers.delivery.leases import Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
+from pipefleet_workers.delivery.scripts import DUE, GATHER, RENEW, REPORTED, SWEEP, UNREPORTED
+from pipefleet_workers.delivery.settlements import Entry, Settlements, fences
 
 log = logging.getLogger(__name__)
 _CHUNK = 500
 """Most leases in one call of a script."""
 _PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 1.0
 """Seconds before Redis is tried again."""
+_MOST_TELLS = 5
+"""How often somebody is told of a dead letter and fails, while it is told of others without an error."""
 
 
 class _Held(NamedTuple):
@@ -66,7 +69,10 @@ class Ledger:
         self._pid = os.getpid()
         self._held: dict[str, _Held] = {}
         self._low: set[str] = set()
-        self._pending: deque[tuple[Lease, Settlement]] = deque()
+        self._pending: deque[Entry] = deque()
+        self._due: deque[bytes] = deque()
+        self._failed_tells: Counter[bytes] = Counter()
+        self._settlements = Settlements(client, self._keys, terms.prefix)
         self._unwritten = 0
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lists: set[str] = set()
@@ -165,6 +171,11 @@ class Ledger:
         self._wake.set()
         self._tell_users()
 
+    def due_now(self, lease: Lease) -> None:
+        """Let a message that was put off come back at once."""
+        self._due.append(lease.tag)
+        self._wake.set()
+
     def nudge(self) -> None:
         """Look after dead letters and expired leases now rather than at the next sweep."""
         self._sweep_at = 0.0
@@ -224,6 +235,8 @@ class Ledger:
                 max(0.0, min(self._terms.ack_seconds, self._wrote_at + self._terms.ack_seconds - time.monotonic()))
             )
             self._write()
+        if self._due:
+            self._bring_forward()
         if self._gathers:
             self._gathers = False
             self._gather()
@@ -255,17 +268,16 @@ class Ledger:
     def _write(self) -> None:
         batch = [self._pending.popleft() for _ in range(min(_CHUNK, len(self._pending)))]
         try:
-            pipe = self._redis.pipeline(transaction=False)
-            for script, arguments in _calls(batch, self._terms.prefix):
-                pipe.eval(script, len(self._keys), *self._keys, *arguments)
-            answers = pipe.execute()
+            missed = self._settlements.write(batch)
         except RedisError:
             self._pending.extendleft(reversed(batch))
             raise
         self._wrote_at = time.monotonic()
         self._note_answer()
-        if missed := [tag for answer in answers if isinstance(answer, list) for tag in answer]:
-            log.info("%d messages of %s were acknowledged after their lease had ended", len(missed), self._keys[0])
+        if missed:
+            log.info("%d messages of %s were acknowledged after their lease had ended", missed, self._keys[0])
+        delays = [how.delay for _, how in batch if isinstance(how, GivenBack) and how.delay]
+        self._sweep_at = min([self._sweep_at, *(self._wrote_at + delay for delay in delays)])
         if any(isinstance(settlement, Buried) for _, settlement in batch):
             self._report()
         with self._written:
@@ -274,12 +286,23 @@ class Ledger:
         if self._pending:
             self._wake.set()
 
+    def _bring_forward(self) -> None:
+        tags = [self._due.popleft() for _ in range(min(_CHUNK, len(self._due)))]
+        try:
+            self._call(DUE, *tags)
+        except RedisError:
+            self._due.extendleft(reversed(tags))
+            raise
+        self._sweep_at = 0.0
+        if self._due:
+            self._wake.set()
+
     def _renew(self) -> None:
         self._forget_unheld()
         leases = self.leases()
         for start in range(0, len(leases), _CHUNK):
             chunk = leases[start : start + _CHUNK]
-            lost = set(self._call(RENEW, *_fences(chunk)))
+            lost = set(self._call(RENEW, *fences(chunk)))
             self._lose([lease for lease in chunk if lease.tag in lost])
         self._renew_at = time.monotonic() + self._terms.renew_seconds
 
@@ -331,45 +354,34 @@ class Ledger:
 
         In a thread of its own: telling waits for services, and leases must be renewed meanwhile.
         """
-        entries = [] if self._reporting else self._redis.lrange(self._keys[7], -100, -1)
+        entries = [] if self._reporting else self._call(UNREPORTED)
         if entries:
             self._reporting = True
-            threading.Thread(target=self._tell, args=(entries[::-1],), name="lease-reports", daemon=True).start()
+            threading.Thread(target=self._tell, args=(entries,), name="lease-reports", daemon=True).start()
 
     def _tell(self, entries: Sequence[bytes]) -> None:
         try:
             done = [entry for entry in entries if _guarded(self._terms.on_dead, DeadLetter.parse(entry))]
+            done += self._given_up([entry for entry in entries if entry not in done], others=bool(done))
             if done:
                 self._call(REPORTED, *done)
         except RedisError as error:
             log.warning("dead letters of %s are told of again: %s", self._keys[0], type(error).__name__)
+        except Exception:
+            log.exception("dead letters of %s are told of again", self._keys[0])
         finally:
             with self._written:
                 self._reporting = False
                 self._written.notify_all()
             self._wake.set()
 
-
-def _calls(batch: Sequence[tuple[Lease, Settlement]], prefix: str) -> list[tuple[str, list[Any]]]:
-    acked = [lease for lease, how in batch if isinstance(how, Acked)]
-    # The last one put back is the next one out, so the oldest comes last.
-    back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
-    buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
-    calls: list[tuple[str, list[Any]]] = [
-        (GIVE_BACK, [x for one, how in back for x in _give_back(one, how, prefix)]),
-        (BURY, [x for lease, how in buried for x in (lease.tag, lease.owner, lease.queue, how.reason)]),
-        (ACK, _fences(acked)),
-    ]
-    return [call for call in calls if call[1]]
-
-
-def _give_back(lease: Lease, how: GivenBack, prefix: str) -> tuple[Any, ...]:
-    to = lease.list if how.list is None else prefix + how.list
-    return (lease.tag, lease.owner, to, int(how.delay * 1e6), lease.deliveries - 1)
-
-
-def _fences(leases: Sequence[Lease]) -> list[Any]:
-    return [x for lease in leases for x in (lease.tag, lease.owner)]
+    def _given_up(self, failed: Sequence[bytes], *, others: bool) -> list[bytes]:
+        """Letters that fail while others do not: after some tries they are filed untold, or they would keep later ones back."""
+        self._failed_tells = Counter({entry: self._failed_tells[entry] + others for entry in failed})
+        given_up = [entry for entry in failed if self._failed_tells[entry] >= _MOST_TELLS]
+        if given_up:
+            log.error("%d dead letters of %s are filed, and nobody could be told of them", len(given_up), self._keys[0])
+        return given_up
 
 
 def _guarded(callback: Callable[[Any], None] | None, argument: Any) -> bool:

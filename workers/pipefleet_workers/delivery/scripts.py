@@ -9,9 +9,11 @@ somebody else took the message over, changes nothing.
 from __future__ import annotations
 
 from pipefleet.broker import ARRIVING
+from pipefleet.contract import MAX_WIRE_BYTES
+from pipefleet.deadletters import MOST_LETTER_BYTES, MOST_READ_BYTES
 
 _COMMON = (
-    f"local ARRIVING = '{ARRIVING}'"
+    f"local ARRIVING, MOST = '{ARRIVING}', {MAX_WIRE_BYTES}"
     + r"""
 local unacked, index, deliveries, retries, owners, delayed, dead, unreported =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
@@ -29,9 +31,19 @@ local function text_of(record)
   return record and string.match(record, '^%[(.*), "[^"\\]*", "[^"\\]*"%]$')
 end
 
--- What woke a worker goes back to the head of its list, in its order.
+-- What woke a worker goes back to the head of its list, in its order; where one of the keys is no list, it stays.
 local function gather(list)
-  while redis.call('LMOVE', list .. ARRIVING, list, 'LEFT', 'RIGHT') do end
+  while type(redis.pcall('LMOVE', list .. ARRIVING, list, 'LEFT', 'RIGHT')) == 'string' do end
+end
+
+-- To the head of a list. False where its key holds something else; any other error ends the script.
+local function push(list, text)
+  gather(list)
+  local done = redis.pcall('RPUSH', list, text)
+  if type(done) == 'table' and not string.find(done.err, 'WRONGTYPE', 1, true) then
+    done = redis.call('RPUSH', list, text)
+  end
+  return type(done) == 'number'
 end
 
 local function forget(tag)
@@ -47,7 +59,9 @@ local function release(tag)
   redis.call('HDEL', owners, tag)
 end
 
+-- Of a text that is too large to be delivered the beginning is kept: nobody could read it whole either.
 local function bury(reason, queue, count, text)
+  if #text > MOST then text = string.sub(text, 1, 1000) end
   redis.call('LPUSH', unreported, cjson.encode(
     {reason = reason, at = clock() / 1000000, queue = queue, deliveries = count, message = text}))
 end
@@ -58,11 +72,13 @@ FETCH = (
     _COMMON
     + r"""
 -- ARGV: messages, messages of the low lists, position of the first low list, most deliveries, owner, queue of each list.
--- A list is read, then recorded, then popped: a command that fails in the middle leaves a message twice, never lost.
+-- A list is read, then recorded, then popped: a command that fails in the middle leaves a message twice, never lost. A few at a
+-- time, and some megabytes in all, since nobody knows how long messages are before they are read. Returns whether it ended so.
+local AT_ONCE, MOST_TAKEN = 8, 8 * 1024 * 1024
 local us, left, low_left = clock(), tonumber(ARGV[1]), tonumber(ARGV[2])
 local first_low, most = 8 + tonumber(ARGV[3]), tonumber(ARGV[4])
 local owner = ARGV[5] .. '@' .. seconds(us)
-local taken, buried = {}, 0
+local taken, buried, bytes = {}, 0, 0
 
 local function flaw(readable, m)
   if not readable then return 'it is not JSON' end
@@ -74,6 +90,11 @@ local function flaw(readable, m)
 end
 
 local function take(text, position, queue)
+  bytes = bytes + #text
+  if #text > MOST then
+    buried = buried + 1
+    return bury('too_large: its message has ' .. #text .. ' bytes, and a worker takes ' .. MOST, queue, 0, text)
+  end
   local readable, m = pcall(cjson.decode, text)
   local why = flaw(readable, m)
   if why then
@@ -106,8 +127,8 @@ end
 for k = 9, #KEYS do
   local low = k >= first_low
   gather(KEYS[k])
-  while buried < 100 do
-    local room = low and math.min(left, low_left) or left
+  while buried < 100 and bytes < MOST_TAKEN do
+    local room = math.min(AT_ONCE, left, low and low_left or left)
     if room <= 0 then break end
     local texts = redis.call('LRANGE', KEYS[k], -room, -1)
     if #texts == 0 then break end
@@ -118,9 +139,10 @@ for k = 9, #KEYS do
       end
     end
     redis.call('RPOP', KEYS[k], #texts)
+    if #texts < room then break end
   end
 end
-return {owner, buried, taken}
+return {owner, buried, taken, (buried >= 100 or bytes >= MOST_TAKEN) and 1 or 0}
 """
 )
 
@@ -156,23 +178,21 @@ return lost
 GIVE_BACK = (
     _COMMON
     + r"""
--- ARGV: tag, owner, list, delay in microseconds, deliveries before this one, …  The last one given back is the next one to
--- be fetched. The count is set, not lowered: the consumer may have taken this delivery off already.
+-- ARGV: tag, owner, list, delay in microseconds, deliveries before this one, 1 where the delay counts as a retry, …  The last one
+-- given back is the next one to be fetched. The count is set, not lowered: the consumer may have taken this delivery off already.
+-- The owner goes first: nothing is lost when the script ends behind it, and a server that is full lets it go on.
 local us = clock()
-for i = 1, #ARGV, 5 do
+for i = 1, #ARGV, 6 do
   local tag, list, delay = ARGV[i], ARGV[i + 2], tonumber(ARGV[i + 3])
   if redis.call('HGET', owners, tag) == ARGV[i + 1] then
     local text = text_of(redis.call('HGET', unacked, tag))
+    redis.call('HDEL', owners, tag)
     if delay > 0 then
-      redis.call('HINCRBY', retries, tag, 1)
-      redis.call('HDEL', owners, tag)
+      if ARGV[i + 5] == '1' then redis.call('HINCRBY', retries, tag, 1) end
       redis.call('ZADD', delayed, seconds(us + delay), tag)
       redis.call('ZADD', index, seconds(us + delay), tag)
     else
-      if text then
-        gather(list)
-        redis.call('RPUSH', list, text)
-      end
+      if text and not push(list, text) then bury('its list holds something else', list, 0, text) end
       release(tag)
     end
     local before = tonumber(ARGV[i + 4])
@@ -215,8 +235,8 @@ end
 
 local function put_back(tag)
   local record = redis.call('HGET', unacked, tag)
-  release(tag)
-  if not record then return end
+  redis.call('HDEL', owners, tag)
+  if not record then return release(tag) end
   local text, readable, r = text_of(record), pcall(cjson.decode, record)
   local properties = text and readable and type(r[1]) == 'table' and r[1].properties
   if type(properties) ~= 'table' then
@@ -224,8 +244,8 @@ local function put_back(tag)
     return forget(tag)
   end
   local list = list_of(r[3], tonumber(properties.priority) or 0)
-  gather(list)
-  redis.call('RPUSH', list, text)
+  if not push(list, text) then bury('its list holds something else', r[3], 0, text) end
+  release(tag)
 end
 
 for key, before in pairs({[index] = us - ARGV[1], [delayed] = us}) do
@@ -252,5 +272,38 @@ REPORTED = (
 for _, entry in ipairs(ARGV) do
   if redis.call('LREM', unreported, -1, entry) > 0 then redis.call('LPUSH', dead, entry) end
 end
+"""
+)
+
+DUE = (
+    _COMMON
+    + r"""
+-- ARGV: tags.  Those that are delayed are due now.
+local us = clock()
+for _, tag in ipairs(ARGV) do
+  if redis.call('ZSCORE', delayed, tag) then redis.call('ZADD', delayed, seconds(us), tag) end
+end
+"""
+)
+
+UNREPORTED = (
+    _COMMON
+    + f"local MOST_LETTER, MOST_READ = {MOST_LETTER_BYTES}, {MOST_READ_BYTES}"
+    + r"""
+-- Returns the oldest letters that nobody was told of, a hundred or some megabytes at most. One that is too large to be read, which
+-- only another program writes, is filed as it is.
+local found, bytes = {}, 0
+while #found < 100 and bytes < MOST_READ do
+  local entry = redis.call('LRANGE', unreported, -1 - #found, -1 - #found)[1]
+  if not entry then break end
+  if #entry > MOST_LETTER then
+    redis.call('LREM', unreported, -1, entry)
+    redis.call('LPUSH', dead, entry)
+  else
+    found[#found + 1] = entry
+    bytes = bytes + #entry
+  end
+end
+return found
 """
 )

@@ -15,6 +15,7 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
     wait_seconds     5      how long one wait on an idle list lasts
     on_dead          None   called with each DeadLetter, at least once, by one thread of any worker of the queue; it
                             raises where it is to be called again
+    only_tasks       None   names of the tasks that are delivered; a message that asks for another goes to the dead letters
     on_lost          None   called with each Lease that was lost, by the ledger's thread
     deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.broker.unacked_keys`
 """
@@ -24,7 +25,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty
 from time import monotonic
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
     max_deliveries: int | None = 3
     fetch_max = 128
     low_prefetch: int | None = None
+    only_tasks: Sequence[str] | None = None
     wait_seconds = 5.0
     on_dead: Callable[[Any], None] | None = None
     on_lost: Callable[[Any], None] | None = None
@@ -90,6 +92,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             "max_deliveries",
             "fetch_max",
             "low_prefetch",
+            "only_tasks",
         ),
         *("wait_seconds", "on_dead", "on_lost", "deliveries_key", "retries_key", "owners_key", "delayed_key"),
         *("dead_key", "unreported_key"),
@@ -287,7 +290,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         return self._transport.loop is not None and self.do_restore
 
     def _leases(self, fetch: _Fetch, answer: Any) -> list[tuple[Lease, bytes]]:
-        owner, buried, taken = answer
+        owner, buried, taken, _ = answer
         if buried:
             self.ledger.nudge()
         found = [(self._lease(fetch.lists[one[0]], bytes_to_str(owner), one), one[2]) for one in taken]
@@ -305,6 +308,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         """The message of a lease, or None when it is malformed and was buried."""
         try:
             envelope = read_envelope(raw)
+            self._check_task(envelope["headers"])
             mark(envelope, lease.deliveries, lease.retries)
             message = self._message(envelope)
             check_message(message)
@@ -315,6 +319,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
         message.lease = lease
         return message
 
+    def _check_task(self, headers: Mapping[str, Any]) -> None:
+        if self.only_tasks is not None and headers.get("task") not in self.only_tasks:
+            raise MalformedError(f"it asks for another task; this worker runs only {', '.join(self.only_tasks)}")
+
     def _message(self, envelope: dict[str, Any]) -> Any:
         try:
             return self.Message(envelope, channel=self)
@@ -324,7 +332,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
     def _note_empty(self, fetch: _Fetch, answer: Any, found: Sequence[tuple[Lease, bytes]]) -> None:
         """A fetch that had room left has emptied its lists; no second one is needed to know."""
         self._known_empty.clear()
-        if len(found) >= fetch.credit or answer[1] >= 100:
+        if len(found) >= fetch.credit or answer[3]:
             return
         low_taken = sum(lease.low for lease, _ in found)
         low_seen = low_taken < fetch.low_credit
