@@ -172,7 +172,7 @@ class Engine:
                 self._budget.decode(works, lambda works=works: all(work.job.stopped("decode") for work, _ in works))
             try:
                 self._prepare_piece([one for one, _ in piece])
-            except BaseException as error:  # those of other pieces may be on their way already
+            except BaseException as error:  # noqa: BLE001 - logged there; those of other pieces may be on their way already
                 self._cpu.fail([one for one, _ in piece], error)
 
     def _prepare_piece(self, fetched: Sequence[Fetched]) -> None:
@@ -394,7 +394,7 @@ class _Stage:
                 slot.begin(_work_of(items[0]), len(items) - 1)
             try:
                 self._handle(items)
-            except BaseException as error:  # a Rust panic is none of Exception; the thread must outlive it
+            except BaseException as error:  # noqa: BLE001 - logged there; a Rust panic is none of Exception, and the thread outlives it
                 self.fail(items, error)
             if slot is not None:
                 slot.rest()

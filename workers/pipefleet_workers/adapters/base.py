@@ -73,7 +73,8 @@ class Adapter:
         """Called by an adapter whose forward takes many steps, at each of them; the engine lets it feed the watchdog."""
         self.release: Callable[[Unit, Any], None] = _keep
         """Called by an adapter that knows the output of a unit before its batch has ended; the engine hands it on at once."""
-        self.max_tokens = WorkerSettings().max_tokens
+        settings = WorkerSettings()
+        self.max_tokens, self.max_whole_seconds = settings.max_tokens, settings.max_whole_seconds
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
 

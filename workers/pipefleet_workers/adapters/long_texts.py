@@ -7,6 +7,7 @@ tokenizer reaches across such a place. `LongTexts` looks whether that holds; whe
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class LongTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._cut: re.Pattern[str] | None | bool = False
+        self._cut: re.Pattern[str] | bool | None = False
 
     def require(self, text: str, longest: int, hint: str = "") -> None:
         """Raise ItemError (too_long) for a text that has more than `longest` tokens; others may be too long as well."""
@@ -132,7 +133,7 @@ def _places(tokenizer: Any) -> re.Pattern[str] | None:
 
 def _before_spaces(token: str) -> list[str]:
     """The characters of a token, blanks left out, that have a space or a line break behind them."""
-    return [one for one, after in zip(token, token[1:], strict=False) if after in _SPACES and one not in _BLANKS]
+    return [one for one, after in itertools.pairwise(token) if after in _SPACES and one not in _BLANKS]
 
 
 def _sees_words(tokenizer: Any) -> bool:

@@ -67,7 +67,7 @@ class Clip:
         return found
 
     def _decoded(self, wanted: int) -> Iterator[av.VideoFrame]:
-        """The frames; `wanted` of them will be asked for, as far as is known. Refused before, where they are too many to wait for."""
+        """The frames. Refused before the first, where `wanted` of them have too many pixels."""
         with self._open() as container:
             stream = container.streams.video[0]
             width, height = stream.codec_context.width, stream.codec_context.height
