@@ -1,13 +1,15 @@
-"""Bounds on what is inside a worker: items and bytes of bulk work, and bytes of results. Single jobs are bounded by the consumer.
+"""Bounds on what is inside a worker: items and bytes of bulk work, of what all inputs decode to, and of results.
 
-    inputs ─▶ outputs of the model ─▶ results ─▶ stored
+    inputs ─▶ decoded, and the model's features ─▶ outputs of the model ─▶ results ─▶ stored
 
-Each of the three waits only for room that what is behind it gives back, so none can wait for itself.
+Each of the four waits only for room that what is behind it gives back, so none can wait for itself. Bytes of a decoded input are
+those that its header declares, until it is decoded. Single jobs enter without waiting: the consumer bounds them.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from pipefleet_workers.items import Work
@@ -19,7 +21,7 @@ PORTIONS = 4
 
 
 class Budget:
-    """Counts what is inside, item by item; `size` bytes hold for inputs and results together. Thread-safe.
+    """Counts what is inside, item by item; `size` bytes hold for all of it together. Thread-safe.
 
     A single item above the bound passes alone. Results are there before they can be counted, so at most one result for each
     thread of the finish stage comes on top.
@@ -29,7 +31,9 @@ class Budget:
         self._most_items = items
         self._most_bytes = size
         self.portion = size // PORTIONS
-        self._items = self._inputs = self._outputs = self._results = 0
+        self._items = self._inputs = self._decoded = self._outputs = self._results = 0
+        self._entering: deque[object] = deque()
+        self._decoding: deque[object] = deque()
         self._changed = threading.Condition()
         self._closed = False
 
@@ -37,15 +41,32 @@ class Budget:
         """Wait until these fit, or nothing else is inside. False, and nothing is counted, when `stopped` says so meanwhile."""
         size = sum(work.weight for work in works)
         with self._changed:
-            while not self._fits(len(works), size):
-                if stopped():
-                    return False
-                self._changed.wait(LOOK_SECONDS)
+            if not self._waited(self._entering, lambda: self._fits(len(works), size), stopped):
+                return False
             self._items += len(works)
             self._inputs += size
             for work in works:
                 work.room.inputs = work.weight
         return True
+
+    def decode(self, works: Sequence[tuple[Work, int]], stopped: Callable[[], object]) -> bool:
+        """Wait until these fit once they are decoded, in bytes, or nothing is decoded. False when `stopped` says so meanwhile.
+
+        Who waits may hold no room of this kind for other items: two could wait for each other.
+        """
+        size = sum(one for _, one in works)
+        with self._changed:
+            taken = lambda: self._decoded + self._outputs + self._results  # noqa: E731
+            if not self._waited(self._decoding, lambda: self._fits_behind(taken(), size), stopped):
+                return False
+            self._reweigh(works)
+        return True
+
+    def prepared(self, works: Sequence[tuple[Work, int]]) -> None:
+        """Items have become what the model gets, of so many bytes; nothing is left of their decoded form."""
+        with self._changed:
+            self._reweigh(works)
+            self._changed.notify_all()
 
     def hold(self, outputs: Sequence[tuple[Work, int]]) -> None:
         """Count what the model gave for items, in bytes; wait until it fits."""
@@ -55,6 +76,8 @@ class Budget:
             for work, one in outputs:
                 work.room.outputs += one
             self._outputs += size
+            self._reweigh([(work, 0) for work, _ in outputs])
+            self._changed.notify_all()
 
     def finish(self, work: Work) -> None:
         """Wait until a result about as large as the model's output fits behind the finish stage."""
@@ -77,6 +100,7 @@ class Budget:
             if room.inputs is not None:
                 self._items -= 1
                 self._inputs -= room.inputs
+            self._reweigh([(work, 0)])
             self._outputs -= room.outputs
             self._results -= room.result
             room.inputs, room.outputs, room.result = None, 0, 0
@@ -92,12 +116,31 @@ class Budget:
     def empty(self) -> bool:
         """True when nothing is counted."""
         with self._changed:
-            return not (self._items or self._inputs or self._outputs or self._results)
+            return not (self._items or self._inputs or self._decoded or self._outputs or self._results)
 
     def _fits(self, items: int, size: int) -> bool:
-        taken = self._inputs + self._outputs + self._results
+        taken = self._inputs + self._decoded + self._outputs + self._results
         fits = self._items + items <= self._most_items and taken + size <= self._most_bytes
         return fits or self._items == 0 or self._closed
+
+    def _waited(self, line: deque[object], fits: Callable[[], bool], stopped: Callable[[], object]) -> bool:
+        """Wait in line, with the lock held, until it `fits`: where smaller ones passed a large one, it would wait for ever."""
+        turn = object()
+        line.append(turn)
+        try:
+            while line[0] is not turn or not fits():
+                if stopped():
+                    return False
+                self._changed.wait(LOOK_SECONDS)
+            return True
+        finally:
+            line.remove(turn)
+            self._changed.notify_all()
+
+    def _reweigh(self, works: Sequence[tuple[Work, int]]) -> None:
+        for work, size in works:
+            self._decoded += size - work.room.decoded
+            work.room.decoded = size
 
     def _fits_behind(self, taken: int, size: int) -> bool:
         return taken == 0 or taken + size <= self._most_bytes or self._closed

@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ from pipefleet_workers.watchdog import Slot, Watchdog, listen, waiting, working_
 log = logging.getLogger(__name__)
 _In = TypeVar("_In", Work, Fetched, Decoded, Finished)
 _Out = TypeVar("_Out")
+_Held = TypeVar("_Held", Fetched, Assembly)
 _STOP_RANK = 1 << 30
 
 
@@ -163,6 +164,18 @@ class Engine:
             self._cpu.put(works[0].job.priority, fetched)
 
     def _decode_and_prepare(self, fetched: Sequence[Fetched]) -> None:
+        """Decode and prepare as many items at once as there is room for."""
+        weighed = [(one, self._stages.decoder.weigh(one.inputs)) for one in fetched]
+        for piece in self._portions(weighed):
+            works = [(one.work, size) for one, size in piece]
+            with waiting():
+                self._budget.decode(works, lambda works=works: all(work.job.stopped("decode") for work, _ in works))
+            try:
+                self._prepare_piece([one for one, _ in piece])
+            except BaseException as error:  # noqa: BLE001 - logged there; those of other pieces may be on their way already
+                self._cpu.fail([one for one, _ in piece], error)
+
+    def _prepare_piece(self, fetched: Sequence[Fetched]) -> None:
         tracer, processes = self._instruments.tracer, self._stages.processes
         if processes is not None:
             live = self._each(fetched, "decode", lambda one: one)
@@ -178,6 +191,7 @@ class Engine:
     def _enter(self, items: Sequence[Fetched | Decoded], prepared: Sequence[list[Unit] | ItemError]) -> None:
         """Let the units into the room before the device, all in one go; end the items that have none."""
         entering: list[Unit] = []
+        self._budget.prepared([(one.work, _bytes_of(units)) for one, units in zip(items, prepared, strict=True)])
         for one, units in zip(items, prepared, strict=True):
             if isinstance(units, ItemError):
                 self._fail(one.work, units.failure)
@@ -200,17 +214,17 @@ class Engine:
         return prepared
 
     def _complete(self, assemblies: Sequence[Assembly]) -> None:
-        for held in self._portions(assemblies):
+        sizes = ((one, 0 if one.failure else bytes_of(one.outputs)) for one in assemblies)
+        for held in self._portions(sizes):
             with waiting():
                 self._budget.hold([(one.work, size) for one, size in held])
             self._finish.put(min(one.work.job.priority for one, _ in held), [one for one, _ in held])
 
-    def _portions(self, assemblies: Sequence[Assembly]) -> Iterator[list[tuple[Assembly, int]]]:
-        """Items with the bytes of their outputs, in lists that the budget has room for."""
-        held: list[tuple[Assembly, int]] = []
+    def _portions(self, sizes: Iterable[tuple[_Held, int]]) -> Iterator[list[tuple[_Held, int]]]:
+        """Items with their bytes, in lists that the budget has room for."""
+        held: list[tuple[_Held, int]] = []
         total = 0
-        for one in assemblies:
-            size = 0 if one.failure else bytes_of(one.outputs)
+        for one, size in sizes:
             if held and total + size > self._budget.portion:
                 yield held
                 held, total = [], 0
@@ -362,6 +376,13 @@ class _Stage:
         for thread in self._threads:
             thread.join()
 
+    def fail(self, items: Sequence[Any], error: BaseException) -> None:
+        """End the items of a slice that `handle` could not stand, while that error is handled."""
+        log.exception("stage %s failed on a slice of %d", self._name, len(items))
+        failure = JobFailure("internal_error", brief(error), self._name)
+        for item in items:  # those that have ended already keep their outcome
+            self._end(Outcome(_work_of(item), failure=failure))
+
     def _loop(self, slot: Slot | None) -> None:
         if slot is not None:
             listen(slot)
@@ -373,13 +394,15 @@ class _Stage:
                 slot.begin(_work_of(items[0]), len(items) - 1)
             try:
                 self._handle(items)
-            except BaseException as error:  # a Rust panic is none of Exception; the thread must outlive it
-                log.exception("stage %s failed on a slice of %d", self._name, len(items))
-                failure = JobFailure("internal_error", brief(error), self._name)
-                for item in items:  # those that have ended already keep their outcome
-                    self._end(Outcome(_work_of(item), failure=failure))
+            except BaseException as error:  # noqa: BLE001 - logged there; a Rust panic is none of Exception, and the thread outlives it
+                self.fail(items, error)
             if slot is not None:
                 slot.rest()
+
+
+def _bytes_of(units: list[Unit] | ItemError) -> int:
+    """Bytes of what the model gets of an item."""
+    return 0 if isinstance(units, ItemError) else sum([bytes_of(unit.features) for unit in units])
 
 
 def _work_of(item: Work | Fetched | Decoded | Assembly | Finished) -> Work:

@@ -75,6 +75,8 @@ class Room:
 
     inputs: int | None = None
     """None for an item that was not counted on its way in."""
+    decoded: int = 0
+    """Of the decoded input and what the model gets of it, until the model has given its outputs."""
     outputs: int = 0
     """Of what the model gave, until the finish stage has made a result of it."""
     result: int = 0

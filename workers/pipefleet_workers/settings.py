@@ -26,14 +26,22 @@ class WorkerSettings(BaseSettings):
     store_threads: int = Field(8, ge=1, description="results whose pictures, sound and arrays are stored at once")
     in_flight_items: int = Field(4096, ge=1, description="items inside the worker at once")
     in_flight_bytes: int = Field(
-        512 << 20, ge=1, description="bytes of inputs and of results inside the worker at once"
+        512 << 20, ge=1, description="bytes inside the worker at once: of inputs, of what they decode to, of results"
     )
     window_units: int = Field(512, ge=1, description="preprocessed model inputs that wait for the device")
     max_object_bytes: int = Field(1 << 30, ge=1, description="largest object that is fetched")
     max_pixels: int = Field(100_000_000, ge=1, description="largest picture that is decoded")
     max_audio_seconds: float = Field(6 * 3600.0, gt=0, description="longest recording that is decoded")
     max_video_frames: int = Field(100_000, ge=1, description="frames of a video that are decoded at most")
-    max_text_bytes: int = Field(16 << 20, ge=1, description="longest text that is read from an object")
+    max_whole_seconds: float = Field(
+        600.0, gt=0, description="longest recording that a model without a window of its own hears in one piece"
+    )
+    max_video_pixels: int = Field(
+        100_000_000_000,
+        ge=1,
+        description="pixels of one video that are decoded at most, over all frames up to the last wanted",
+    )
+    max_text_bytes: int = Field(16 << 20, ge=1, description="longest text, and the texts inside one input together")
     max_tokens: int = Field(8192, ge=1, description="tokens of one text, where its model has no table of positions")
     allowed_uris: str = Field("s3://", description="comma-separated prefixes that inputs and outputs may lie under")
     drain_seconds: float = Field(5.0, ge=0, description="seconds that started work may take after SIGTERM")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from pipefleet.storage import MAX_DEPTH
 
 NUMBER = 32
 """Bytes of a number in a list: itself, and where it stands."""
@@ -37,4 +40,23 @@ def bytes_of(value: Any, depth: int = DEPTH) -> int:
         return sum([bytes_of(one, depth - 1) for one in value.values()]) if depth else 0
     if isinstance(value, Image.Image):
         return value.width * value.height * MODES.get(value.mode, 4)
-    return NUMBER
+    raw = getattr(value, "raw", None)  # a picture that its device resizes
+    return NUMBER if raw is None else bytes_of(raw, depth - 1)
+
+
+def text_bytes(value: Any, bound: int, depth: int = MAX_DEPTH) -> int:
+    """Bytes as UTF-8 of all texts and keys inside a JSON value; above `bound` it is looked at no further."""
+    if isinstance(value, str):
+        return len(value) if len(value) > bound or value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = itertools.chain(value, value.values())
+    elif isinstance(value, _LISTS):
+        parts = value
+    else:
+        return 0
+    total = 0
+    for one in parts if depth else ():
+        total += text_bytes(one, bound, depth - 1)
+        if total > bound:
+            break
+    return total

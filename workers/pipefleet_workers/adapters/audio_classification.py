@@ -12,7 +12,7 @@ from typing import Any
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
-from pipefleet_workers.adapters.waveforms import frames, hears_padding, padded, require_frames
+from pipefleet_workers.adapters.waveforms import frames, hears_padding, padded, require_frames, require_piece
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 
@@ -38,6 +38,10 @@ class AudioClassifier(Adapter):
         arguments = self.parse(decoded.work.parameters)
         features = dict(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
         require_frames(self.pipe.model, features)
+        wave = features.get("input_values")
+        if wave is not None and wave.ndim == 2:  # all others bring a recording to one length
+            rate = self.pipe.feature_extractor.sampling_rate
+            require_piece(self.pipe.model, wave.shape[1] / rate, rate, self.max_whole_seconds, "send a part of it")
         masked = self.pads and "attention_mask" in features
         key = (arguments.forward_key, tuple(features) if masked else shape_key(features))
         assembly = Assembly(decoded.work, expected=1, context=arguments)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipefleet_workers.adapters.long_texts import LongTexts
 from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.settings import WorkerSettings
@@ -50,6 +51,13 @@ class PipelineCopies:
             self._local.pipe = found
         return found
 
+    def long_texts(self) -> LongTexts:
+        """What looks at long texts with the calling thread's tokenizer."""
+        found: LongTexts | None = getattr(self._local, "long_texts", None)
+        if found is None:
+            found = self._local.long_texts = LongTexts(self.get().tokenizer)
+        return found
+
 
 class Adapter:
     """Prepares, collates, runs and finishes the items of one task. `prepare` and `finish` are thread-safe."""
@@ -65,7 +73,8 @@ class Adapter:
         """Called by an adapter whose forward takes many steps, at each of them; the engine lets it feed the watchdog."""
         self.release: Callable[[Unit, Any], None] = _keep
         """Called by an adapter that knows the output of a unit before its batch has ended; the engine hands it on at once."""
-        self.max_tokens = WorkerSettings().max_tokens
+        settings = WorkerSettings()
+        self.max_tokens, self.max_whole_seconds = settings.max_tokens, settings.max_whole_seconds
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
 
@@ -84,6 +93,10 @@ class Adapter:
             return positions
         known = getattr(self.pipe.model.config, "max_position_embeddings", None)
         return max(self.max_tokens, known or 0)
+
+    def long_texts(self) -> LongTexts:
+        """What looks at long texts, with the calling thread's copy of the tokenizer."""
+        return self.copies.long_texts()
 
     def example(self, size: int) -> Any:
         """An input of about `size` for the warm-up; None where one can be made up from the task's media alone."""

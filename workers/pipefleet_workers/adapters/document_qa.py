@@ -85,7 +85,8 @@ class PageReader(Adapter):
         arguments = self.parse(parameters)
         page = {**decoded.value, "word_boxes": self._words(decoded.value)}
         if most is not None:
-            page["question"] = self._cut(page["question"], most)
+            page["question"] = self._cut(self.long_texts().shortened(page["question"], most), most)
+        self.long_texts().require(page["question"], self._longest, "shorten it or pass max_question_len")
         before = self._lengths(page["question"], arguments)
         spans = list(self.copies.get().preprocess(page, **before))
         hosts = [{name: span.pop(name) for name in _HOST} for span in spans]
@@ -142,9 +143,11 @@ class PageReader(Adapter):
     def _cut(self, question: str, most: int) -> str:
         """The words of a question that make up at most `most` tokens."""
         words = question.split()
-        while len(words) > 1 and self._tokens(" ".join(words)) > most:
-            words.pop()
-        return " ".join(words)
+        fits, above = 1, len(words) + 1
+        while above - fits > 1:  # one word after another would take the square of their number
+            middle = (fits + above) // 2
+            fits, above = (middle, above) if self._tokens(" ".join(words[:middle])) <= most else (fits, middle)
+        return " ".join(words[:fits])
 
 
 class PageWriter(EqualWriter):

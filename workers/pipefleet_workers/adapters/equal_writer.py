@@ -18,7 +18,7 @@ from transformers import GenerationMixin, StoppingCriteriaList
 from pipefleet.contract import encode_json
 from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, shape_key
-from pipefleet_workers.adapters.generate import learnt_positions, on_device
+from pipefleet_workers.adapters.generate import context_length, learnt_positions, on_device
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation import Row, RowStops, default_seed
 from pipefleet_workers.generation_plan import Planner
@@ -88,6 +88,7 @@ class EqualWriter(Adapter):
         stop, seed = parameters.pop("stop", None), parameters.pop("seed", None)
         arguments = self.parse(parameters)
         plan = self._planner.plan(arguments.forward_key, self.generation(arguments))
+        self._require_room(decoded.value, arguments)
         features, prompt = self.read(decoded.value, arguments)
         tokens = next((features[name].shape[1] for name in _PROMPTS if name in features), 1)
         generation = self._bounded(self._arguments(arguments), tokens)
@@ -99,6 +100,14 @@ class EqualWriter(Adapter):
         key = (shared, request.stop, shape_key(features), id(assembly) if drawn else None)
         written = generation.get("max_new_tokens") or plan.max_new_tokens or plan.max_length or 1
         return [Unit(assembly, 0, key, self.cost(features, tokens + written) * plan.rows, features)]
+
+    def _require_room(self, value: Any, arguments: Arguments) -> None:
+        """Raise ItemError (too_long) for a text beside a picture that is too long by far, unless it is asked to be cut."""
+        longest = self._positions or context_length(self.pipe.model) or self.max_tokens
+        if isinstance(value, Mapping) and not arguments.preprocess.get("truncation"):
+            for one in value.values():
+                if isinstance(one, str):
+                    self.long_texts().require(one, longest)
 
     def cost(self, features: Mapping[str, torch.Tensor], tokens: int) -> int:
         """What a row costs: its tokens, those of its prompt and of its answer, and its picture in patches."""

@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.long_texts import LONG, LongTexts
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation import Row, RowSampler, RowStops, default_seed, row_seed
 from pipefleet_workers.generation_plan import Plan, Planner
@@ -178,13 +179,16 @@ class TextGenerator(Adapter):
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
         """The prompt as the pipeline's postprocess takes it, its tokens, and what a unit holds of it: here, the tokens."""
         if isinstance(value, str):
+            self.long_texts().require(value, self._longest_prompt)
             ids = self._ids(value, arguments)
             return value, ids, ids
         final = arguments.preprocess.get("continue_final_message")
         continued = value[-1]["role"] == "assistant" if final is None else final
         if continued:  # postprocess goes on with a text
             value = [*value[:-1], _in_one_text(value[-1])]
-        ids = self._ids(Chat(value if self._knows_parts else [_in_one_text(one) for one in value]), arguments)
+        shown = value if self._knows_parts else [_in_one_text(one) for one in value]
+        require_chat(self.pipe.tokenizer, shown, self.long_texts(), self._longest_prompt)
+        ids = self._ids(Chat(shown), arguments)
         return Chat(value), ids, ids
 
     @cached_property
@@ -208,10 +212,14 @@ class TextGenerator(Adapter):
             raise ItemError("bad_input", "the prompt is empty, and the model has no token to begin with", STAGE)
         return torch.tensor([begin])
 
+    @property
+    def _longest_prompt(self) -> int:
+        return self._positions or context_length(self.pipe.model) or self.max_tokens
+
     def _bounded(self, new_tokens: int, prompt: int) -> int:
         """`new_tokens`, or as many as a table of positions has room for; the last token of all needs none."""
-        longest = self._positions or context_length(self.pipe.model)
-        if longest is not None and prompt > longest:
+        longest = self._longest_prompt
+        if prompt > longest:
             # Refused here: on a GPU an index beyond a table breaks the device for every later input, and without a table
             # the time and memory of one such prompt are everybody's.
             raise ItemError("too_long", f"the prompt has {prompt} tokens, the model takes {longest}", STAGE)
@@ -372,6 +380,25 @@ def context_length(model: Any) -> int | None:
     """How many positions the model was made for; None where its config does not say."""
     known: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return known
+
+
+def require_chat(template: Any, messages: Sequence[Mapping[str, Any]], texts: LongTexts, longest: int) -> None:
+    """Raise ItemError (too_long) for a chat that has more than `longest` tokens once `template`'s owner has written it out."""
+    if chat_characters(messages) <= LONG:
+        return
+    try:
+        written = template.apply_chat_template([dict(one) for one in messages], tokenize=False)
+    except Exception:  # noqa: BLE001 - a template raises whatever it likes, and will do so again
+        return
+    if isinstance(written, str):
+        texts.require(written, longest)
+
+
+def chat_characters(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of all texts of a chat."""
+    contents = [one["content"] for one in messages]
+    parts = [part for one in contents if not isinstance(one, str) for part in one]
+    return sum(len(one) for one in contents if isinstance(one, str)) + sum(len(one.get("text", "")) for one in parts)
 
 
 def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:

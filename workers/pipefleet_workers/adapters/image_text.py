@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import Chat
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.chosen import Chosen
 from pipefleet_workers.adapters.equal_writer import EqualWriter, Writing
-from pipefleet_workers.adapters.generate import Request, TextGenerator, learnt_positions
+from pipefleet_workers.adapters.generate import Request, TextGenerator, context_length, learnt_positions, require_chat
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, ItemError, Unit
 from pipefleet_workers.media.video import Clip
@@ -71,6 +71,7 @@ class MultimodalGenerator(TextGenerator):
         return _generate_kwargs(arguments)
 
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
+        require_prompt(self, value, self._longest_prompt)
         features, prompt = read_prompt(self.copies.get(), value, arguments)
         return prompt, features["input_ids"][0].long(), features
 
@@ -97,6 +98,7 @@ class EqualMultimodal(EqualWriter):
 
     def read(self, value: Any, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Any]:
         """The tensors of a prompt, and the prompt with its tokens for `finish`."""
+        require_prompt(self, value, self._positions or context_length(self.pipe.model) or self.max_tokens)
         features, prompt = read_prompt(self.copies.get(), value, arguments)
         ids = features.get("input_ids", features.get("decoder_input_ids"))
         return features, (prompt, ids)
@@ -142,6 +144,15 @@ def read_prompt(pipe: Any, value: Any, arguments: Arguments) -> tuple[dict[str, 
     if isinstance(prompt, list):  # one text, in a list of one
         (prompt,) = prompt
     return features, prompt
+
+
+def require_prompt(adapter: Adapter, value: Any, longest: int) -> None:
+    """Raise ItemError (too_long) for a text or a chat with more than `longest` tokens, before any medium is looked at."""
+    text = value.get("text") if isinstance(value, Mapping) else value
+    if isinstance(text, str):
+        adapter.long_texts().require(text, longest)
+    elif isinstance(text, list):
+        require_chat(adapter.pipe.processor, text, adapter.long_texts(), longest)
 
 
 def _require_sound(config: Any, features: Mapping[str, Any]) -> None:

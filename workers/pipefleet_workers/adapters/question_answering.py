@@ -11,7 +11,7 @@ import torch
 from pipefleet_workers.adapters.text import TextEncoder
 from pipefleet_workers.arguments import Arguments
 from pipefleet_workers.items import Assembly, Decoded, Unit
-from pipefleet_workers.pipelines.question_answering import Chunk, encode
+from pipefleet_workers.pipelines.question_answering import LONGEST_CHUNK, Chunk, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,12 @@ class QuestionAnswerer(TextEncoder):
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
         """The chunks of each pair."""
         return encode(self.copies.get().tokenizer, values, **arguments.preprocess)
+
+    def bounded(self, value: Any, arguments: Arguments) -> Any:
+        """A value whose question ends soon behind the tokens that are read of it; a context is read to its end, in pieces."""
+        bounds = [one for one in arguments.preprocess.values() if isinstance(one, int)]
+        question = self.long_texts().shortened(value["question"], max([LONGEST_CHUNK, *bounds]))
+        return {**value, "question": question}
 
     def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
         """A unit for each chunk."""

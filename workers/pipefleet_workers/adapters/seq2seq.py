@@ -48,8 +48,9 @@ class TextRewriter(TextGenerator):
 
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
         """The text, the one token that its decoder begins with, and the tokens of the text."""
-        ids: torch.Tensor = self.copies.get().preprocess(value, **arguments.fresh().preprocess)["input_ids"][0].long()
-        longest = self.longest(self._readable)
+        longest, before = self.longest(self._readable), arguments.fresh().preprocess
+        read = self.long_texts().bounded(value, before, longest, "pass truncation=true to cut it")
+        ids: torch.Tensor = self.copies.get().preprocess(read, **before)["input_ids"][0].long()
         if len(ids) > longest:
             text = f"the text has {len(ids)} tokens, the model takes {longest}; pass truncation=true to cut it"
             raise ItemError("too_long", text, STAGE)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
-from pipefleet_workers.adapters.waveforms import SAMPLES_PER_FRAME, hears_padding, padded, require_frames
+from pipefleet_workers.adapters.spectrograms import read_in_blocks
+from pipefleet_workers.adapters.waveforms import SAMPLES_PER_FRAME, hears_padding, padded, require_frames, require_piece
 from pipefleet_workers.arguments import Arguments
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
@@ -31,6 +32,8 @@ class SpeechRecogniser(Adapter):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         counts = hasattr(pipe.model, "_get_feat_extract_output_lengths")
+        if pipe.type == WHISPER:
+            read_in_blocks(pipe.feature_extractor)
         self.pads = pipe.type == CTC and counts and not hears_padding(pipe.model)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
@@ -95,9 +98,18 @@ class SpeechRecogniser(Adapter):
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         arguments = self.parse(decoded.work.parameters)
+        self._require_pieces(len(decoded.value), arguments)
         chunks = list(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
         assembly = Assembly(decoded.work, expected=len(chunks), context=arguments)
         return [self._unit(assembly, index, dict(chunk), arguments) for index, chunk in enumerate(chunks)]
+
+    def _require_pieces(self, samples: int, arguments: Arguments) -> None:
+        """Whisper hears half a minute at a time; all others what they are given."""
+        if self.pipe.type != WHISPER:
+            rate, asked = self.pipe.feature_extractor.sampling_rate, arguments.preprocess.get("chunk_length_s")
+            seconds = min(samples / rate, asked or samples / rate)
+            hint = "pass a smaller chunk_length_s" if asked else "pass chunk_length_s"
+            require_piece(self.pipe.model, seconds, rate, self.max_whole_seconds, hint)
 
     def _unit(self, assembly: Assembly, index: int, chunk: dict[str, Any], arguments: Arguments) -> Unit:
         require_frames(self.pipe.model, chunk)

@@ -15,9 +15,11 @@ import torch
 
 from pipefleet.contract import encode_json
 from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.adapters.long_texts import LONG
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.buckets import rounded_length
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+from pipefleet_workers.watchdog import working_on
 
 _PADDING = {"attention_mask": 0, "special_tokens_mask": 1}
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
@@ -59,7 +61,8 @@ class TextEncoder(Adapter):
                 continue
             parsed[index], group = known[shared]
             fields = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
-            groups[fields + group].append(index)
+            alone = str(index) if longest_text(one.value) > LONG else ""  # one call holds the tokens of all its texts
+            groups[alone + fields + group].append(index)
         for indices in groups.values():
             for index, result in self._tokenise([decoded[i] for i in indices], [parsed[i] for i in indices], indices):
                 prepared[index] = result
@@ -112,6 +115,11 @@ class TextEncoder(Adapter):
         """The tokenizer's arguments. Padding is left out: texts are padded to their batch, not to their job."""
         return {name: value for name, value in arguments.fresh().preprocess.items() if name != "padding"}
 
+    def bounded(self, value: Any, arguments: Arguments) -> Any:
+        """A value with a long text, without what would be cut off it. Raises ItemError (too_long)."""
+        longest = self.longest(self._positions)
+        return self.long_texts().bounded(value, self.keywords(arguments), longest, self.cut_hint)
+
     def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
         """The units of one item. Raises ItemError (too_long)."""
         return [self.unit(Assembly(decoded.work, expected=1, context=arguments), 0, encoded, arguments)]
@@ -132,7 +140,11 @@ class TextEncoder(Adapter):
         self, decoded: Sequence[Decoded], parsed: Sequence[Arguments], indices: Sequence[int]
     ) -> list[tuple[int, list[Unit] | ItemError]]:
         try:
-            encoded = self.encode([one.value for one in decoded], parsed[0])
+            values = [one.value for one in decoded]
+            if len(decoded) == 1 and longest_text(values[0]) > LONG:
+                working_on(decoded[0].work)
+                values = [self.bounded(values[0], parsed[0])]
+            encoded = self.encode(values, parsed[0])
         except Exception as error:  # noqa: BLE001 - told apart below: with one text it is that text's own failure
             if len(decoded) == 1:
                 return [(indices[0], _refusal(error))]
@@ -146,6 +158,14 @@ class TextEncoder(Adapter):
             return self.units(decoded, arguments, encoded)
         except ItemError as error:
             return error
+
+
+def longest_text(value: Any) -> int:
+    """Characters of a text, or of the longest of a dict of texts."""
+    if isinstance(value, str):
+        return len(value)
+    texts = value.values() if isinstance(value, Mapping) else ()
+    return max((len(one) for one in texts if isinstance(one, str)), default=0)
 
 
 def _refusal(error: Exception) -> ItemError:

@@ -100,6 +100,7 @@ class TextToAudio(Adapter):
         if arguments.forward["generate_kwargs"] and not self.pipe.model.can_generate():
             text = "this model does not write step by step; pass forward_params instead of generate_kwargs"
             raise ItemError("bad_parameter", text, STAGE)
+        self.long_texts().require(decoded.value, self.longest(None), "cut it into sentences")
         features = dict(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
         length = int(features["input_ids"].shape[-1])
         if not length:

@@ -68,6 +68,10 @@ class TokenClassifier(TextEncoder):
         spans = [_spans(value, len(delimiter)) for value in values] if words else [None] * len(values)
         return [Sentence(*parts) for parts in zip(texts, chunks, spans, strict=True)]
 
+    def keywords(self, arguments: Arguments) -> dict[str, Any]:
+        """The tokenizer's arguments."""
+        return self._keywords(self.copies.get().tokenizer, arguments.fresh().preprocess)
+
     def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
         """A unit for each chunk."""
         assembly = Assembly(decoded.work, expected=len(encoded.chunks), context=Request(encoded, arguments))

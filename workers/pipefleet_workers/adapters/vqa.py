@@ -51,7 +51,10 @@ class AnswerClassifier(Adapter):
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         arguments = self.parse(decoded.work.parameters)
-        features = dict(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
+        value, before = decoded.value, arguments.fresh().preprocess
+        longest, hint = self.longest(self._positions), "pass truncation=true to cut it"
+        question = self.long_texts().bounded(value["question"], before, longest, hint)
+        features = dict(self.copies.get().preprocess({**value, "question": question}, **before))
         tokens = features["input_ids"].shape[1]
         if self._positions is not None and tokens > self._positions:
             # Refused here: on a GPU an index beyond the table breaks the device for every later input.

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 
 from pipefleet_workers.arguments import STAGE
+from pipefleet_workers.host_memory import available_bytes
 from pipefleet_workers.items import ItemError
 
 SAMPLES_PER_FRAME = 160
 """Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all models that hear."""
+
+
+_ALWAYS_SECONDS = 30.0
+"""Up to here nobody looks at the memory."""
+_COPIES = 3
+"""What the first convolution gives, normalised, and through its activation."""
 
 
 def frames(features: torch.Tensor) -> int:
@@ -31,6 +38,25 @@ def require_frames(model: Any, features: Mapping[str, Any]) -> None:
         left = (left - kernel) // stride + 1
     if left < 1:
         raise ItemError("bad_input", f"the recording has {samples} samples, too few for this model", STAGE)
+
+
+def require_piece(model: Any, seconds: float, rate: int, most: float, hint: str) -> None:
+    """Raise ItemError (too_long) for a recording that a model cannot hear in one piece.
+
+    Above `most` seconds none is. On a CPU there must be memory for the first convolution too: a GPU that has none says so and
+    goes on, a worker is killed.
+    """
+    if seconds > most:
+        text = f"the recording lasts {seconds:.0f} s, the model hears at most {most:.0f} s in one piece"
+        raise ItemError("too_long", f"{text} (PIPEFLEET_WORKER_MAX_WHOLE_SECONDS); {hint}", STAGE)
+    widths, strides = getattr(model.config, "conv_dim", None), getattr(model.config, "conv_stride", None)
+    if model.device.type != "cpu" or not widths or not strides or seconds < _ALWAYS_SECONDS:
+        return
+    needed = int(seconds * rate / strides[0]) * widths[0] * _COPIES * 4
+    room = available_bytes()
+    if room is not None and needed > room:
+        text = f"the recording lasts {seconds:.0f} s, for which the model needs {needed >> 20} MB in one piece"
+        raise ItemError("too_long", f"{text} and {room >> 20} MB are free; {hint}", STAGE)
 
 
 def hears_padding(model: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipefleet_workers.adapters.long_texts import LONG
 from pipefleet_workers.adapters.text import TextEncoder
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -31,6 +32,10 @@ class ZeroShotTextClassifier(TextEncoder):
 
     cut_hint = "the labels and the template alone are too long"
 
+    def keywords(self, arguments: Arguments) -> dict[str, Any]:
+        """What every call of the tokenizer passes."""
+        return {"truncation": "only_first"}
+
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
         """For each text its features with each of the labels. Raises ItemError (bad_input, bad_parameter)."""
         labels = arguments.preprocess.get("candidate_labels")
@@ -40,7 +45,9 @@ class ZeroShotTextClassifier(TextEncoder):
             raise ItemError("bad_input", "the text is empty", STAGE)
         template = arguments.preprocess.get("hypothesis_template", _TEMPLATE)
         hypotheses = [template.format(label) for label in labels]
-        encoded = self._pairs([(value, hypothesis) for value in values for hypothesis in hypotheses])
+        pairs = [(value, hypothesis) for value in values for hypothesis in hypotheses]
+        size = max(1, LONG // max(len(value) for value in values))  # one call holds the tokens of all its texts
+        encoded = [one for start in range(0, len(pairs), size) for one in self._pairs(pairs[start : start + size])]
         return [encoded[start : start + len(labels)] for start in range(0, len(encoded), len(labels))]
 
     def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:

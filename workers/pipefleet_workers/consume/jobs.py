@@ -23,6 +23,7 @@ from pipefleet_workers.engine import Engine
 from pipefleet_workers.items import JobContext, Outcome, Sink, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.reports import Reporter
+from pipefleet_workers.sizes import bytes_of
 from pipefleet_workers.stages.write import PartWriter
 from pipefleet_workers.uri_gate import UriGate
 
@@ -199,5 +200,5 @@ def work_of(context: JobContext, position: int, item: JobItem) -> Work:
         references = refs_in(item.inputs)
     except ContractError:
         references = []  # refused on admission
-    weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) or 256
+    weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) + bytes_of(item.inputs)
     return Work(context, position, item, parameters, weight, fetches=bool(references))

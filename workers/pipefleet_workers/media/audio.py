@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.containers import truncation
+from pipefleet_workers.media.formats import AUDIO_FORMATS
 
 STAGE = "decode"
-_FORMATS = "mov,matroska,webm,avi,mpegts,wav,mp3,flac,ogg,aac,aiff,amr,caf,asf"
-"""Demuxers that FFmpeg may choose. Playlist formats (concat, hls) would open other files."""
 _RATES = (1_000, 1_000_000)
 """Sampling rates in Hz that are believed. Beyond them a small file becomes gigabytes, and soxr crashes."""
 _BLOCK = 1 << 18
@@ -115,7 +114,7 @@ def _soundfile(blob: Blob, bounds: _Bounds) -> Samples:
 
 def _ffmpeg(blob: Blob, bounds: _Bounds) -> Samples:
     try:
-        with av.open(io.BytesIO(blob.content), "r", options={"format_whitelist": _FORMATS}) as container:
+        with av.open(io.BytesIO(blob.content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
             if not container.streams.audio:
                 raise ItemError("bad_media", f"{blob.uri} has no audio track", STAGE)
             return _decoded(container, bounds)

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.containers import truncation
+from pipefleet_workers.media.formats import VIDEO_FORMATS
 
 STAGE = "decode"
-_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,gif,asf,ogg"
-"""Demuxers that FFmpeg may choose. Playlist formats (concat, hls, dash) would open other files."""
-_KEPT_PICTURES = 8
+KEPT_PICTURES = 8
 """Frames are kept for a model up to this many times the pixels that a single one may have."""
 _ALIGNMENT = 1 << 16
 """Pixels by which a decoder may round a small frame up."""
@@ -32,6 +31,8 @@ class Clip:
     """Frames that are decoded at most, those that are skipped included."""
     max_pixels: int
     """Pixels that one frame may have; eight times as many for all frames that are kept."""
+    max_film_pixels: int = 1 << 40
+    """Pixels of all frames that are decoded, those that are skipped included: what decoding takes its time for."""
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
         """The frames at `indices` (from 0, rising), each `[height, width, 3]` RGB. Fewer where the clip ends before.
@@ -43,11 +44,11 @@ class Clip:
             raise self._too_large(f"frame {last} is wanted", f"{self.max_frames} frames")
         found: list[Frame] = []
         pixels = 0
-        for index, frame in enumerate(self._decoded()):
+        for index, frame in enumerate(self._decoded(last + 1)):
             if index in wanted:
                 pixels += frame.width * frame.height
-                if pixels > _KEPT_PICTURES * self.max_pixels:
-                    raise self._too_large("the frames wanted are large", f"{_KEPT_PICTURES * self.max_pixels} pixels")
+                if pixels > KEPT_PICTURES * self.max_pixels:
+                    raise self._too_large("the frames wanted are large", f"{KEPT_PICTURES * self.max_pixels} pixels")
                 found.append(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8))
             if index >= last:
                 break
@@ -60,20 +61,26 @@ class Clip:
         with self._open() as container:
             found = int(container.streams.video[0].frames)
         if found <= 0:
-            found = sum(1 for _, _ in zip(range(self.max_frames + 1), self._decoded(), strict=False))
+            found = sum(1 for _, _ in zip(range(self.max_frames + 1), self._decoded(1), strict=False))
         if found > self.max_frames:
             raise self._too_large("it has more frames", str(self.max_frames))
         return found
 
-    def _decoded(self) -> Iterator[av.VideoFrame]:
+    def _decoded(self, wanted: int) -> Iterator[av.VideoFrame]:
+        """The frames. Refused before the first, where `wanted` of them have too many pixels."""
         with self._open() as container:
             stream = container.streams.video[0]
-            self._check(stream.codec_context.width, stream.codec_context.height)
+            width, height = stream.codec_context.width, stream.codec_context.height
+            self._check(width, height)
+            self._check_film(width * height * min(wanted, stream.frames or wanted))
+            pixels = 0
             # The header's size binds nobody: a stream may change it, which the decoder notices before it allocates.
             stream.codec_context.options = {"max_pixels": str(2 * self.max_pixels + _ALIGNMENT)}
             try:
                 for frame in container.decode(stream):
                     self._check(frame.width, frame.height)
+                    pixels += frame.width * frame.height
+                    self._check_film(pixels)
                     yield frame
             except (av.FFmpegError, ValueError) as error:
                 cause = getattr(error, "strerror", None) or type(error).__name__
@@ -84,9 +91,9 @@ class Clip:
         if missing:
             raise ItemError("truncated_media", f"{self.blob.uri} ends too early: {missing}", STAGE)
         try:
-            container = av.open(io.BytesIO(self.blob.content), mode="r", options={"format_whitelist": _FORMATS})
+            container = av.open(io.BytesIO(self.blob.content), mode="r", options={"format_whitelist": VIDEO_FORMATS})
         except (av.FFmpegError, ValueError):
-            raise ItemError("bad_media", f"{self.blob.uri} is not a video ({_FORMATS})", STAGE) from None
+            raise ItemError("bad_media", f"{self.blob.uri} is not a video ({VIDEO_FORMATS})", STAGE) from None
         if not container.streams.video or container.streams.video[0].codec_context is None:
             container.close()
             raise ItemError("bad_media", f"{self.blob.uri} holds no video that can be decoded", STAGE)
@@ -95,6 +102,11 @@ class Clip:
     def _check(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
             raise self._too_large(f"its frames have {width} x {height} pixels", f"{self.max_pixels} pixels")
+
+    def _check_film(self, pixels: int) -> None:
+        if pixels > self.max_film_pixels:
+            found = f"{pixels} pixels would be decoded of its frames"
+            raise self._too_large(found, f"{self.max_film_pixels} (PIPEFLEET_WORKER_MAX_VIDEO_PIXELS)")
 
     def _too_large(self, found: str, bound: str) -> ItemError:
         return ItemError("too_large", f"{self.blob.uri}: {found}, above the bound of {bound}", STAGE)

@@ -14,12 +14,17 @@ from typing import Any
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError
 from pipefleet_workers.media.audio import decode_audio
+from pipefleet_workers.media.declared import CHARACTER, PIXEL, film_bytes, picture_bytes, recording_bytes
 from pipefleet_workers.media.images import decode_image
 from pipefleet_workers.media.tables import decode_table
-from pipefleet_workers.media.video import Clip
+from pipefleet_workers.media.video import KEPT_PICTURES, Clip
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.sizes import text_bytes
 
 STAGE = "decode"
+_PICTURES = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR)
+FRAMES = 32
+"""Frames that a model wants of a video at most, as far as is known before its adapter looks."""
 _PARTS = {"text": Media.TEXT, "image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
 
 
@@ -47,9 +52,40 @@ class Decoder:
     def decode(self, fetched: Fetched) -> Decoded:
         """The decoded value. Raises ItemError: bad_input, bad_media, truncated_media or too_large."""
         begin = time.perf_counter()
+        self._require_short(fetched.inputs)
         value = self._value(fetched.inputs)
         fetched.work.seconds[STAGE] = time.perf_counter() - begin
         return Decoded(fetched.work, value)
+
+    def weigh(self, inputs: Any) -> int:
+        """Bytes that an input takes while it is decoded and prepared, as its headers declare. Decodes nothing, never raises."""
+        return self._weigh(inputs, self._spec.media)
+
+    def _weigh(self, value: Any, media: Media | None) -> int:
+        if isinstance(value, str):
+            return len(value) * CHARACTER
+        if isinstance(value, Mapping):
+            fields = self._spec.fields
+            return sum(self._weigh(one, fields.get(name) or _PARTS.get(name) or media) for name, one in value.items())
+        if isinstance(value, list):
+            return sum(self._weigh(one, media) for one in value)
+        return self._declared(value, media) if isinstance(value, Blob) else 0
+
+    def _declared(self, blob: Blob, media: Media | None) -> int:
+        settings = self._settings
+        if media in _PICTURES:
+            return min(picture_bytes(blob.content), settings.max_pixels * PIXEL)
+        if media == Media.AUDIO:
+            return recording_bytes(blob, self._rate, settings.max_audio_seconds)
+        if media == Media.VIDEO:
+            return film_bytes(blob.content, FRAMES, KEPT_PICTURES * settings.max_pixels)
+        return min(len(blob.content), settings.max_text_bytes) * CHARACTER
+
+    def _require_short(self, inputs: Any) -> None:
+        """Raise ItemError (too_large) where the texts inside an input take more bytes together than one text may."""
+        bound = self._settings.max_text_bytes
+        if text_bytes(inputs, bound) > bound:
+            raise ItemError("too_large", f"the texts of the input are longer than {bound} bytes", STAGE)
 
     def _value(self, inputs: Any) -> Any:
         spec = self._spec
@@ -111,7 +147,9 @@ class Decoder:
 
     def _video(self, value: Any) -> Clip:
         settings = self._settings
-        return Clip(self._blob(value), max_frames=settings.max_video_frames, max_pixels=settings.max_pixels)
+        return Clip(
+            self._blob(value), settings.max_video_frames, settings.max_pixels, max_film_pixels=settings.max_video_pixels
+        )
 
     def _table(self, value: Any) -> Any:
         return decode_table(value, max_bytes=self._settings.max_text_bytes)

@@ -1,0 +1,158 @@
+"""Long texts: how many tokens one has at least, and how much of it a truncated call reads, without tokenising all of it.
+
+A tokenizer takes up to 650 bytes of memory for a character, and it cuts only what it has tokenised. A text that is cut between a
+word and the space behind it gives the first tokens of the whole text, where no token of the vocabulary and no step of the
+tokenizer reaches across such a place. `LongTexts` looks whether that holds; where it does not, a text is never cut here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet_workers.arguments import STAGE
+from pipefleet_workers.items import ItemError
+
+LONG = 1 << 16
+"""Characters up to which a text is tokenised as it is."""
+FIRST_LOOK = 1 << 15
+"""Characters that are looked at first; twice as many each time that they were too few."""
+_REACH = 1 << 12
+"""Characters within which a place to cut must be found."""
+_ENDLESS = 1 << 30
+"""A tokenizer without a bound of its own says 10^30."""
+_SPACES = "\u0120\u2581\u010a \n"
+"""A space and a line break, as byte-level vocabularies, SentencePiece and plain text write them."""
+_BLANKS = _SPACES + "\t\r\u0109\u010d"
+_WORD, _ASCII_WORD = r"[^\W_]", r"[A-Za-z0-9]"
+_ALONE = (True, "longest_first", "only_first")
+_PROBE = "sea sea"
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """Where a call of a tokenizer cuts a text: behind `most` tokens, those of a pair together where the strategy says so."""
+
+    most: int
+    strategy: Any
+
+    @classmethod
+    def of(cls, tokenizer: Any, keywords: Mapping[str, Any]) -> Cutting | None:
+        """What the keywords of a call ask for; None where nothing is cut, and where the rest of a text is not dropped."""
+        strategy = keywords.get("truncation")
+        strategy = getattr(strategy, "value", strategy)
+        most = keywords.get("max_length") or tokenizer.model_max_length
+        if strategy in (None, False, "do_not_truncate") or most > _ENDLESS:
+            return None
+        return cls(int(most), strategy)
+
+
+class LongTexts:
+    """Looks at long texts with one tokenizer. As thread-safe as that is: one thread at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._cut: re.Pattern[str] | bool | None = False
+
+    def require(self, text: str, longest: int, hint: str = "") -> None:
+        """Raise ItemError (too_long) for a text that has more than `longest` tokens; others may be too long as well."""
+        if len(text) > LONG and self.prefix(text, longest) is not None:
+            found = f"the text has more than {longest} tokens, which the model takes at most"
+            raise ItemError("too_long", f"{found}; {hint}" if hint else found, STAGE)
+
+    def shortened(self, text: str, tokens: int) -> str:
+        """A beginning of the text with more than `tokens` of its tokens, or the text itself."""
+        found = self.prefix(text, tokens) if len(text) > LONG else None
+        return text if found is None else found
+
+    def prefix(self, text: str, tokens: int) -> str | None:
+        """A beginning with more than `tokens` tokens, which are the text's own first ones. None where none is found."""
+        place = self._place()
+        size = FIRST_LOOK
+        while place is not None and size < len(text):
+            end = _last(place, text, size)
+            if end is None:
+                return None
+            ids = self._tokenizer(text[:end], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            if len(ids) > tokens + 1:  # an unknown word may be joined with the one behind it
+                return text[:end]
+            size *= 2
+        return None
+
+    def bounded(self, value: Any, keywords: Mapping[str, Any], longest: int, hint: str) -> Any:
+        """A text, or a dict of a text and its pair, without what a call with these keywords would cut off it.
+
+        Raises ItemError (too_long) as `require` does where the call cuts nothing.
+        """
+        texts = {"": value} if isinstance(value, str) else dict(value)
+        if not any(isinstance(one, str) and len(one) > LONG for one in texts.values()):
+            return value
+        cutting = Cutting.of(self._tokenizer, keywords)
+        if cutting is None:
+            for one in texts.values():
+                self.require(one, longest, hint)
+            return value
+        if not self._drops_the_end(keywords):
+            return value
+        shorter = {name: self._beside(texts, name, cutting) for name in texts}
+        return shorter[""] if isinstance(value, str) else shorter
+
+    def _drops_the_end(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether what is cut off stands at the end and is not read in pieces of its own."""
+        pieces = keywords.get("return_overflowing_tokens") or keywords.get("stride")
+        return not pieces and getattr(self._tokenizer, "truncation_side", "") == "right"
+
+    def _beside(self, texts: Mapping[str, str], name: str, cutting: Cutting) -> str:
+        """A text of a pair may give up tokens by the other's length: so it keeps more than the other can have."""
+        others = [one for other, one in texts.items() if other != name]
+        if any(len(one) > LONG for one in others):
+            return texts[name]
+        if cutting.strategy not in (_ALONE if not others or name == "text" else (True, "longest_first", "only_second")):
+            return texts[name]
+        return self.shortened(texts[name], cutting.most + sum(len(one.encode(errors="replace")) for one in others))
+
+    def _place(self) -> re.Pattern[str] | None:
+        """What a text may be cut in, behind its first character; None where the tokenizer may see further than a word."""
+        if isinstance(self._cut, bool):
+            self._cut = _places(self._tokenizer)
+        return self._cut
+
+
+def _places(tokenizer: Any) -> re.Pattern[str] | None:
+    if not getattr(tokenizer, "is_fast", False) or not _sees_words(tokenizer):
+        return None
+    ends = {before for token in tokenizer.get_vocab() for before in _before_spaces(token)}
+    if any(end.isascii() and end.isalnum() for end in ends):
+        return None
+    word = _ASCII_WORD if any(not end.isascii() for end in ends) else _WORD
+    return re.compile(f"{word}[ \\n]{word}")
+
+
+def _before_spaces(token: str) -> list[str]:
+    """The characters of a token, blanks left out, that have a space or a line break behind them."""
+    return [one for one, after in itertools.pairwise(token) if after in _SPACES and one not in _BLANKS]
+
+
+def _sees_words(tokenizer: Any) -> bool:
+    """Whether words reach the tokenizer's model apart, or its model can only make tokens that are in the vocabulary."""
+    backend = tokenizer.backend_tokenizer
+    kind = type(backend.model).__name__
+    if kind == "BPE":
+        return not backend.model.dropout
+    if kind == "Unigram":
+        return True
+    if kind not in ("WordPiece", "WordLevel") or backend.pre_tokenizer is None:
+        return False
+    return len(backend.pre_tokenizer.pre_tokenize_str(_PROBE)) > 1
+
+
+def _last(place: re.Pattern[str], text: str, size: int) -> int | None:
+    """Where the last place to cut ends its word, within reach before `size`; None for a text without such a place."""
+    start = max(0, size - _REACH)
+    found = None
+    for match in place.finditer(text, start, size):
+        found = match.start() + 1
+    return found

@@ -1,0 +1,52 @@
+"""Whisper's spectrogram of a long recording, block by block: at once it takes seven times the memory of its samples.
+
+Each frame hangs on 400 samples alone; only the loudest of all is looked for over the whole recording.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import torch
+
+LONG_SECONDS = 120
+"""Recordings up to this length are read at once."""
+_BLOCK_FRAMES = 6_000
+
+
+def read_in_blocks(extractor: Any) -> None:
+    """Have an extractor of Whisper's kind read long recordings block by block; any other stays as it is."""
+    if hasattr(extractor, "_torch_extract_fbank_features") and not getattr(extractor, "dither", 0.0):
+        extractor._torch_extract_fbank_features = types.MethodType(_features, extractor)
+
+
+def _features(extractor: Any, waveform: np.ndarray[Any, Any], device: str = "cpu") -> np.ndarray[Any, Any]:
+    """What the extractor's own method gives for `[recordings, samples]`."""
+    if waveform.shape[-1] <= LONG_SECONDS * extractor.sampling_rate or len(waveform) > 1:
+        own: np.ndarray[Any, Any] = type(extractor)._torch_extract_fbank_features(extractor, waveform, device)
+        return own
+    window = torch.hann_window(extractor.n_fft)
+    filters = torch.from_numpy(extractor.mel_filters).to(torch.float32).T.contiguous()
+    samples = torch.from_numpy(waveform[0]).to(torch.float32)
+    count = samples.shape[0] // extractor.hop_length
+    logs = torch.empty((filters.shape[0], count))
+    for first in range(0, count, _BLOCK_FRAMES):
+        last = min(first + _BLOCK_FRAMES, count)
+        logs[:, first:last] = filters @ _powers(extractor, samples, first, last, window)
+    logs.clamp_(min=1e-10).log10_()
+    torch.maximum(logs, logs.max() - 8.0, out=logs)
+    return logs.add_(4.0).div_(4.0)[None].numpy()
+
+
+def _powers(extractor: Any, samples: torch.Tensor, first: int, last: int, window: torch.Tensor) -> torch.Tensor:
+    """The powers of frames `first` to `last`, `[frequencies, frames]`. Each is centred, so its samples begin half of it before."""
+    half, hop = extractor.n_fft // 2, extractor.hop_length
+    begin, end = first * hop - half, (last - 1) * hop + half
+    piece = samples[max(0, begin) : end]
+    margins = (max(0, -begin), max(0, end - samples.shape[0]))
+    if any(margins):
+        piece = torch.nn.functional.pad(piece[None], margins, mode="reflect")[0]
+    found = torch.stft(piece, extractor.n_fft, hop, window=window, center=False, return_complex=True)
+    return found.abs().square()

@@ -1,0 +1,51 @@
+"""How much memory this process may still take: of the machine, of its control group, and of its own limit."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+_MEMINFO = Path("/proc/meminfo")
+_GROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def available_bytes() -> int | None:
+    """Bytes that may still be taken; None on a system that does not say."""
+    found = [one for one in (_of_machine(), *_of_groups(), _of_process()) if one is not None]
+    return max(0, min(found)) if found else None
+
+
+def _of_machine() -> int | None:
+    for line in _text(_MEMINFO).splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return None
+
+
+def _of_groups() -> list[int]:
+    """Memory of files that were read counts as taken here, though the kernel would give it back: so too little is told."""
+    limits = [(_text(most).strip(), _text(taken).strip()) for most, taken in _GROUPS]
+    return [int(most) - int(taken) for most, taken in limits if most.isdigit() and taken.isdigit()]
+
+
+def _of_process() -> int | None:
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    taken = _text(Path("/proc/self/statm")).split()
+    if most == resource.RLIM_INFINITY or not taken:
+        return None
+    return most - int(taken[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,95 @@
+"""How large an object becomes when it is decoded, as its own header declares: looked up before anything is decoded.
+
+A header may lie. So the figure only decides when an object is decoded; what bounds the decoder itself stands in the settings.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import av
+import soundfile
+from PIL import Image
+
+from pipefleet.uploads import RAW_AUDIO
+from pipefleet_workers.items import Blob
+from pipefleet_workers.media.formats import AUDIO_FORMATS, PICTURE_FORMATS, VIDEO_FORMATS
+
+PIXEL = 4
+"""Bytes of a pixel as Pillow holds it."""
+SAMPLE = 12
+"""Bytes of a sample in float32: decoded, while its blocks are joined, and as the feature extractor's copy."""
+CHARACTER = 600
+"""Bytes that a tokenizer takes for a character of a text, at most."""
+_PACKED = 32
+"""Bytes of sound that a byte of a file becomes, where it does not say how long it lasts."""
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_FRAMES_OF_JPEG = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+
+
+def picture_bytes(content: bytes) -> int:
+    """Bytes of a picture; 0 for what is no picture."""
+    size = _jpeg(content) if content.startswith(_JPEG) else _png(content) if content.startswith(_PNG) else None
+    width, height = size or _opened(content)
+    return width * height * PIXEL
+
+
+def recording_bytes(blob: Blob, rate: int, max_seconds: float) -> int:
+    """Bytes of a recording at `rate` Hz, cut at `max_seconds`; guessed from its own bytes where it does not say how long it is."""
+    if blob.type == RAW_AUDIO:
+        return len(blob.content) // 4 * SAMPLE
+    seconds = _seconds(blob.content)
+    if seconds is None:
+        return min(len(blob.content) * _PACKED, int(max_seconds * rate * SAMPLE))
+    return int(min(seconds, max_seconds) * rate * SAMPLE)
+
+
+def film_bytes(content: bytes, frames: int, max_pixels: int) -> int:
+    """Bytes of `frames` frames of a film and of the stack of them, of `max_pixels` pixels at most; 0 for what is no film."""
+    try:
+        with av.open(io.BytesIO(content), "r", options={"format_whitelist": VIDEO_FORMATS}) as container:
+            stream = container.streams.video[0]
+            pixels = stream.codec_context.width * stream.codec_context.height
+            return 6 * min(frames * pixels, max_pixels)
+    except (av.FFmpegError, ValueError, IndexError, AttributeError):
+        return 0
+
+
+def _seconds(content: bytes) -> float | None:
+    try:
+        found = soundfile.info(io.BytesIO(content))
+    except soundfile.LibsndfileError:
+        return _container_seconds(content)
+    return found.frames / found.samplerate if 0 < found.frames < 1 << 62 and found.samplerate > 0 else None
+
+
+def _container_seconds(content: bytes) -> float | None:
+    try:
+        with av.open(io.BytesIO(content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
+            return container.duration / av.time_base if container.duration else None
+    except (av.FFmpegError, ValueError):
+        return None
+
+
+def _jpeg(content: bytes) -> tuple[int, int] | None:
+    """Width and height from the frame's header; None where it is not found at once. Pillow takes a dozen times as long."""
+    at = 2
+    while at + 9 <= len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in _FRAMES_OF_JPEG:
+            height, width = struct.unpack_from(">HH", content, at + 5)
+            return width, height
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return None
+
+
+def _png(content: bytes) -> tuple[int, int] | None:
+    return struct.unpack_from(">II", content, 16) if content[12:16] == b"IHDR" and len(content) >= 24 else None
+
+
+def _opened(content: bytes) -> tuple[int, int]:
+    try:
+        return Image.open(io.BytesIO(content), formats=PICTURE_FORMATS).size
+    except Exception:  # noqa: BLE001 - decoding says what is wrong with it
+        return 0, 0
