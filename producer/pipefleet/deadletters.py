@@ -57,6 +57,12 @@ class DeadLetter:
         return "killed_worker" if self.reason.startswith("delivered ") else "malformed"
 
 
+def rights(queue: str, *, changes: bool = False) -> list[tuple[str, ...]]:
+    """The commands that reading the dead letters of a queue needs, and taking them out; see `pipefleet.rights`."""
+    key = unacked_keys(queue)["dead_key"]
+    return [("LRANGE", key, "0", "-1"), *([("LREM", key, "1", "")] if changes else [])]
+
+
 def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
     """Up to `count` dead letters of a queue, newest first, after leaving out `start`."""
     keys = unacked_keys(queue)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import broker
+from pipefleet import broker, rights
 from pipefleet.announcements import announced_fleet, announced_workers
 from pipefleet.errors import PipefleetError
 from pipefleet.objects import ObjectStore, endpoint
@@ -46,6 +46,7 @@ def run_checks() -> list[Check]:
     pools = pool_checks(settings)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("redis", _redis),
+        ("redis rights", _rights),
         ("s3", _store),
         ("s3 conditional writes", _race),
         ("fleet", _fleet),
@@ -160,12 +161,28 @@ def _redis(settings: Settings) -> str:
         begin = time.perf_counter()
         redis.ping()
         milliseconds = (time.perf_counter() - begin) * 1000
-        information: Any = redis.info()
+        information = _information(redis)
+    if information is None:
+        return f"{without_credentials(settings.redis_url)}, {milliseconds:.1f} ms; its user may not run INFO, so no more is known"
     version = information.get("valkey_version") or information.get("redis_version")
     policy = information.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         raise PipefleetError(f"maxmemory-policy is {policy}: Redis may drop jobs; set it to noeviction")
     return f"{without_credentials(settings.redis_url)}, version {version}, {milliseconds:.1f} ms"
+
+
+def _information(redis: Any) -> Any:
+    from redis.exceptions import NoPermissionError
+
+    try:
+        return redis.info()
+    except NoPermissionError:
+        return None
+
+
+def _rights(settings: Settings) -> str:
+    with broker.redis_errors(settings.redis_url):
+        return rights.describe(broker.connect(settings))
 
 
 def _store(settings: Settings) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker, deadletters
-from pipefleet.announcements import announce_pool, takes_new_work, withdraw_pool
+from pipefleet.announcements import announce_pool, forget_dead_workers, takes_new_work, withdraw_pool
 from pipefleet.contract import TASK_NAME
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet import Fleet, Pool
@@ -95,6 +95,7 @@ class Worker:
         telemetry.start(self._pool.name, self.name)
         with broker.redis_errors(self._settings.redis_url):
             forget_revisions(broker.connect(self._settings))
+            forget_dead_workers(broker.connect(self._settings))
         announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
         announcer.start()
         threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
