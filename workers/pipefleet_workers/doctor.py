@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import broker, rights
 from pipefleet.announcements import announced_fleet, announced_workers
 from pipefleet.errors import PipefleetError
+from pipefleet.identity import Membership
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
@@ -50,6 +51,7 @@ def run_checks() -> list[Check]:
         ("s3", _store),
         ("s3 conditional writes", _race),
         ("fleet", _fleet),
+        ("fleet identity", _identity),
         ("workers", lambda settings: _workers(settings, needed=not (pools and all(one.ok for one in pools)))),
     ]
     here: list[tuple[str, Callable[[Settings], str]]] = [("images", _images), ("audio", _audio), ("device", _device)]
@@ -183,6 +185,16 @@ def _information(redis: Any) -> Any:
 def _rights(settings: Settings) -> str:
     with broker.redis_errors(settings.redis_url):
         return rights.describe(broker.connect(settings))
+
+
+def _identity(settings: Settings) -> str:
+    return Membership(broker.connect(settings), ObjectStore(), settings).prove()
+
+
+def adopt_store() -> str:
+    """Make the store of these settings that of Redis's fleet; what became of it. Raises PipefleetError."""
+    settings = load_settings()
+    return Membership(broker.connect(settings), ObjectStore(), settings).adopt()
 
 
 def _store(settings: Settings) -> str:
