@@ -128,20 +128,25 @@ def announce_worker(redis: Any, name: str, facts: Mapping[str, Any], *, seconds:
 
 
 def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:
-    """What every worker that is alive tells of itself, by name, and its `age`: how many seconds ago it did.
+    """What every worker that is alive tells of itself, by name, and its `age`: how many seconds ago it did. Changes nothing."""
+    return {name: facts for name, facts in _workers(redis).items() if facts is not None}
 
-    Entries of dead ones are removed.
-    """
+
+def forget_dead_workers(redis: Any) -> None:
+    """Remove the entries of workers that are gone, and those that cannot be read: for who has the right to it."""
+    gone = [name for name, facts in _workers(redis).items() if facts is None]
+    if gone:
+        redis.hdel(WORKERS_KEY, *gone)
+
+
+def _workers(redis: Any) -> dict[str, dict[str, Any] | None]:
+    """The facts of every entry by name; None for one of a dead worker."""
     pipe = redis.pipeline(transaction=True)
     pipe.time()
     pipe.hgetall(WORKERS_KEY)
     (seconds, micros), entries = pipe.execute()
     now = seconds + micros / 1e6
-    found = {name.decode(errors="replace"): _read_worker(value, now) for name, value in entries.items()}
-    gone = [name for name, facts in found.items() if facts is None]
-    if gone:
-        redis.hdel(WORKERS_KEY, *gone)
-    return {name: facts for name, facts in found.items() if facts is not None}
+    return {name.decode(errors="replace"): _read_worker(value, now) for name, value in entries.items()}
 
 
 def _read_worker(value: bytes, now: float) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from pipefleet.moving import MOVED, moved_by, read_moved
 from pipefleet.parts import part_format
 from pipefleet.patience import Patience
 from pipefleet.refusals import Refusals
+from pipefleet.rights import may
 from pipefleet.shards import decode_shard_line, shard_index, shard_message
 
 if TYPE_CHECKING:
@@ -219,7 +220,17 @@ class Backlog:
 
     def _is_short(self, planned: int) -> bool:
         """Whether fewer shards are with the fleet than should be: a queue was purged, or Redis lost its last writes."""
+        with broker.redis_errors(self._client.settings.redis_url):
+            if not self._reads_queue():
+                there = sum(broker.depth(self._client.redis, self._plan.queue).values())
+                return there < planned - len(self._unrestored) - self._ended
         return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
+
+    def _reads_queue(self) -> bool:
+        """Whether this client has the right to see whose messages wait; a mere producer has not, see `pipefleet.rights`."""
+        queue = self._plan.queue
+        ledger = broker.unacked_keys(queue)["unacked_key"]
+        return may(self._client.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
 
     def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
         key = broker.run_key(self._plan.id)
@@ -233,9 +244,14 @@ class Backlog:
         self.cancelled = True
 
     def _queued(self, planned: int) -> bytearray:
-        """1 for each shard that waits in the queue or is with a worker."""
+        """1 for each shard that waits in the queue or is with a worker; none where this client may not see that.
+
+        Then what waits is queued once more, behind itself: a worker finds its part there and does nothing.
+        """
         found = bytearray(planned)
         with broker.redis_errors(self._client.settings.redis_url):
+            if not self._reads_queue():
+                return found
             for job_id in broker.queued_ids(self._client.redis, self._plan.queue):
                 index = shard_index(self._plan.id, job_id)
                 if index is not None and index < planned:

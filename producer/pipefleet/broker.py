@@ -47,6 +47,7 @@ from pipefleet.contract import (
     encode_json,
 )
 from pipefleet.errors import ContractError, ServiceUnavailableError, UsageError
+from pipefleet.rights import ROLES, refused_command
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.tracecontext import trace_headers
 
@@ -167,7 +168,6 @@ def redis_errors(url: str) -> Iterator[None]:
 
 _ANSWERS = {
     "AuthenticationError": "refuses access ({name}); check the password in PIPEFLEET_REDIS_URL",
-    "NoPermissionError": "refuses access ({name}); check the password in PIPEFLEET_REDIS_URL and the user's rights",
     "OutOfMemoryError": "is out of memory; raise its maxmemory, or let the workers catch up",
     "ReadOnlyError": "is a replica that takes no writes; name the primary in PIPEFLEET_REDIS_URL",
     "BusyLoadingError": "is still loading its data; try again in a moment",
@@ -180,6 +180,10 @@ def _explained(error: Exception, url: str) -> str:
     from redis.exceptions import TimeoutError as NoAnswerError
 
     name = type(error).__name__
+    command = refused_command(error)
+    if command is not None:
+        right = f"the right to run {command}" if command else "a right that this needs"
+        return f"Redis at {url} refuses access ({name}): its user lacks {right}; see the roles in {ROLES}"
     known = next((_ANSWERS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _ANSWERS), None)
     if known:
         return f"Redis at {url} {known.format(name=name)}"

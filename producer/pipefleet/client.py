@@ -24,6 +24,7 @@ from pipefleet.errors import ConflictError, InputError, JobError, RunError, Unkn
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.fleetfile import FleetFile
 from pipefleet.forking import renew_after_fork
+from pipefleet.identity import Membership
 from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
@@ -34,6 +35,7 @@ from pipefleet.routing import route, work_queue
 from pipefleet.runs import Run
 from pipefleet.settings import Settings, load_settings
 from pipefleet.starting import plan_run
+from pipefleet.storage import REF_KEY
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
 from pipefleet.uris import output_fault, run_fault
 from pipefleet.waiting import Lookout
@@ -58,6 +60,7 @@ class Client:
         self.redis = broker.connect(self.settings)
         self.clock = ServerClock(self.redis)
         """The clock that deadlines and records are told in."""
+        self._membership = Membership(self.redis, self.store, self.settings)
         self._lookout = Lookout(self.redis)
         self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Run] = []
@@ -182,6 +185,7 @@ class Client:
         layout = replace(RunLayout.at(output), format=format)
         layout.require_room()
         _require(run_fault(layout.uri, self.settings.store))
+        self.check_fleet()
         plan = RunPlan(
             id=uuid.uuid4().hex,
             task=spec.name,
@@ -272,6 +276,7 @@ class Client:
 
     def publish(self, messages: Iterable[JobMessage], queue: str, priority: Priority) -> None:
         """Queue messages in one round trip. Raises ServiceUnavailableError; then none or all of them are queued."""
+        self.check_fleet()
         pipe, now = self.redis.pipeline(transaction=True), self.now()
         for message in messages:
             broker.push(pipe, message, queue, priority, now=now)
@@ -284,6 +289,7 @@ class Client:
         keys += [] if once is None else [broker.idempotency_key(once.key)]
         fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue}
         text = broker.celery_message(message, queue, priority, now=self.now())
+        self.check_fleet(uses_store=message.output is not None or REF_KEY in text)
         arguments: list[Any] = [int(self.settings.result_ttl), job.id, text, once.digest if once else ""]
         arguments += [str(part) for pair in fields.items() for part in pair]
         job.watch(submitting=True)
@@ -293,6 +299,10 @@ class Client:
         if once is not None and not same:
             raise _conflict(once.key, queued.decode())
         return job if queued == job.id.encode() else Job(self, queued.decode())
+
+    def check_fleet(self, *, uses_store: bool = True) -> None:
+        """Raise FleetMismatchError where Redis belongs to another fleet; asked once. Without `uses_store`, only Redis is asked."""
+        self._membership.check(uses_store=uses_store)
 
     def hold(self, run: Run) -> None:
         """Let `close` wait for the planning of a run."""

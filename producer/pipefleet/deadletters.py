@@ -92,6 +92,12 @@ return found
 one that is too large its SHA-1 and its bytes. One script, or letters that are filed meanwhile would show twice, or not."""
 
 
+def rights(queue: str, *, changes: bool = False) -> list[tuple[str, ...]]:
+    """The commands that reading the dead letters of a queue needs, and taking them out; see `pipefleet.rights`."""
+    key = unacked_keys(queue)["dead_key"]
+    return [("LRANGE", key, "0", "-1"), *([("LREM", key, "1", "")] if changes else [])]
+
+
 def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
     """Up to `count` dead letters of a queue, newest first, after leaving out `start`.
 

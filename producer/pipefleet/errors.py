@@ -13,6 +13,7 @@
     │   │   └── AccessDeniedError   the credentials do not allow this
     │   ├── FleetFileError          fleet.toml is wrong (names the key)
     │   ├── RunError                no run at this URI, or one that is there already
+    │   ├── FleetMismatchError      Redis belongs to a fleet with another store, or of another release
     │   ├── ConflictError           an idempotency key that stands for another request
     │   └── ContractError           a message that no version of the contract describes
     ├── ServiceUnavailableError     exit 3: Redis or S3 does not answer
@@ -110,6 +111,12 @@ class RunError(UsageError):
     """There is no run at this URI, there is one already, or nobody goes on with it."""
 
     code = "bad_run"
+
+
+class FleetMismatchError(UsageError):
+    """Redis belongs to a fleet with another store, or of a release with another contract; the message names both."""
+
+    code = "other_fleet"
 
 
 class ConflictError(UsageError):

@@ -18,6 +18,7 @@ from pipefleet.fleet import UNNAMED, Pool, model_label
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
 from pipefleet.revisions import worker_command
+from pipefleet.rights import may, require
 from pipefleet.routing import queue_name, work_queue
 
 if TYPE_CHECKING:
@@ -98,7 +99,12 @@ def moved_by(content: bytes | None, plan: RunPlan) -> RunPlan:
 
 
 def move_run(client: Client, layout: RunLayout, plan: RunPlan, pool: Pool) -> RunPlan:
-    """Note that the rest of a run goes to `pool`, and take its messages out of every other queue. Returns the plan as moved."""
+    """Note that the rest of a run goes to `pool`, and take its messages out of every other queue. Returns the plan as moved.
+
+    Raises AccessDeniedError, before anything is noted, where the Redis user may not take messages out.
+    """
+    with broker.redis_errors(client.settings.redis_url):
+        require(client.redis, "moving a run to another model", "operator", *_commands(plan.queue))
     before = read_moved(client.store, layout)
     queue = work_queue(pool, client.fleet)
     bases = (broker.base_queue(one) for one in (*(before.pools if before else ()), plan.queue, queue))
@@ -114,16 +120,25 @@ def move_run(client: Client, layout: RunLayout, plan: RunPlan, pool: Pool) -> Ru
 def take_back(client: Client, moved: Moved, run_id: str) -> None:
     """Take the messages of a run out of every queue but the one that it was moved to.
 
-    What a live worker of another revision holds stays with it; it will be done there.
+    What a live worker of another revision holds stays with it; it will be done there. A mere producer takes nothing out: who moved
+    the run has.
     """
     with broker.redis_errors(client.settings.redis_url):
         for base in moved.pools:
+            if not may(client.redis, *_commands(base)):
+                continue
             keys = broker.unacked_keys(base)
             ledger = [keys[f"{name}_key"] for name in ("unacked", "unacked_index", "deliveries", "retries", "owners")]
             client.redis.eval(_TAKE, 5, *ledger, moved.queue, f"{run_id}-", STALE_SECONDS)
             for queue in broker.queues_of(client.redis, base):
                 if queue != moved.queue:
                     _remove(client.redis, queue, run_id)
+
+
+def _commands(queue: str) -> list[tuple[str, ...]]:
+    """The rights that taking messages out of a queue needs."""
+    ledger = broker.unacked_keys(queue)["unacked_key"]
+    return [("LRANGE", queue, "0", "-1"), ("LREM", queue, "-1", ""), ("HGETALL", ledger), ("HDEL", ledger, "")]
 
 
 def _remove(redis: Any, queue: str, run_id: str) -> None:

@@ -29,6 +29,7 @@ from pipefleet.moving import read_moved
 from pipefleet.parts import part_format
 from pipefleet.progress import RunProgress
 from pipefleet.records import JobFailure
+from pipefleet.rights import may
 from pipefleet.storage import map_refs
 
 if TYPE_CHECKING:
@@ -369,11 +370,16 @@ class Refusals:
         return list(dict.fromkeys((broker.base_queue(plan.queue), *(moved.pools if moved else ()))))
 
     def _letters(self, queues: Collection[str], indexes: Collection[int]) -> dict[int, list[tuple[str, bytes]]]:
-        """The dead letters of shards, as they lie in Redis, each with the queue of its pool."""
+        """The dead letters of shards, as they lie in Redis, each with the queue of its pool; none where they may not be seen.
+
+        A letter that stays is known by whoever deals with it: its shard has ended, or waits.
+        """
         ids = {f"{self._id}-{index:05d}": index for index in indexes}
         found: dict[int, list[tuple[str, bytes]]] = {}
         with self._errors():
             for queue in queues if ids else ():
+                if not may(self._redis, *deadletters.rights(queue, changes=True)):
+                    continue
                 for letter in deadletters.every_dead_letter(self._redis, queue):
                     if (index := ids.get(letter.job_id or "")) is not None:
                         found.setdefault(index, []).append((queue, letter.entry))

@@ -18,6 +18,10 @@ from pipefleet.fleet import Fleet, Pool, model_label
 from pipefleet.routing import PREFIX, queue_name, work_queue
 
 _HELD = r"""
+if redis.acl_check_cmd and not redis.acl_check_cmd('HGETALL', ARGV[1]) then
+  local delayed = redis.call('ZCARD', ARGV[2])
+  return {'', math.max(0, redis.call('HLEN', ARGV[1]) - delayed), delayed}
+end
 local found, order = {}, {}
 local all = redis.call('HGETALL', ARGV[1])
 for i = 1, #all, 2 do
@@ -35,7 +39,8 @@ for _, queue in ipairs(order) do
 end
 return answer
 """
-"""ARGV: unacked and delayed of a pool, not as KEYS, since who only reads has no right to more. Queue, held, delayed of each."""
+"""ARGV: unacked and delayed of a pool, not as KEYS, since who only reads has no right to more. Queue, held, delayed of each.
+Who may not read messages learns their number alone: all of them under a queue without a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +200,9 @@ def waiting(redis: Any, queue: str) -> int:
     pipe = redis.pipeline(transaction=False)
     for name in broker.waiting_lists(queue):
         pipe.llen(name)
-    held = held_by_queue(redis, queue).get(queue, Held())
-    return int(sum(pipe.execute())) + held.leased + held.delayed
+    held = held_by_queue(redis, queue)
+    own = _sum(held.get(name, Held()) for name in (queue, ""))
+    return int(sum(pipe.execute())) + own.leased + own.delayed
 
 
 def _forgotten(redis: Any, fleet: Fleet) -> list[Part]:

@@ -248,6 +248,7 @@ class Run:
         (UnknownModelError where it does not): for a run whose own revision nobody serves any more. Another client that goes on
         planning the run follows, and queues what is moved; then the number is that of the refused shards.
         """
+        self._client.check_fleet()
         pool = None if model is None else self._client.route(self._plan.task, model, revision)[1]
         with self._resuming:
             return self._resume(pool)

@@ -22,6 +22,7 @@ from pipefleet.announcements import (
     announced_fleet,
     announced_workers,
     announcements,
+    forget_dead_workers,
     withdraw_pool,
 )
 from pipefleet.client import Client
@@ -218,6 +219,7 @@ class TestAnnouncements:
         assert announced_workers(redis)["texts@one"]["age"] < 30
         announce_worker(redis, "texts@one", {"pool": "texts"}, seconds=-1)
         assert announced_workers(redis) == {}
+        forget_dead_workers(redis)
         assert not redis.exists(WORKERS_KEY)
 
     def test_entries_of_older_workers_are_read_and_others_are_passed_over(self, redis: Redis) -> None:

@@ -60,6 +60,10 @@ def register(commands: Commands) -> None:
         example="pipefleet doctor --json",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument(
+        "--adopt-store", action="store_true",
+        help="first make PIPEFLEET_STORE the store of Redis's fleet: after it was moved; workers with another one end",
+    )  # fmt: skip
     parser = command(
         commands, "demo", demo,
         help="start a fleet with two packaged models and run two bulk jobs on it",
@@ -159,8 +163,10 @@ def up(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print every check; 1 when one of them failed."""
-    from pipefleet_workers.doctor import run_checks
+    from pipefleet_workers.doctor import adopt_store, run_checks
 
+    if arguments.adopt_store:
+        print(adopt_store(), file=sys.stderr)
     checks = run_checks()
     if arguments.json:
         print_json({"ok": all(one.ok for one in checks), "checks": [one.to_json() for one in checks]})

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import broker
+from pipefleet import broker, rights
 from pipefleet.announcements import announced_fleet, announced_workers
 from pipefleet.errors import PipefleetError
+from pipefleet.identity import Membership
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
@@ -46,9 +47,11 @@ def run_checks() -> list[Check]:
     pools = pool_checks(settings)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("redis", _redis),
+        ("redis rights", _rights),
         ("s3", _store),
         ("s3 conditional writes", _race),
         ("fleet", _fleet),
+        ("fleet identity", _identity),
         ("workers", lambda settings: _workers(settings, needed=not (pools and all(one.ok for one in pools)))),
     ]
     here: list[tuple[str, Callable[[Settings], str]]] = [("images", _images), ("audio", _audio), ("device", _device)]
@@ -160,12 +163,38 @@ def _redis(settings: Settings) -> str:
         begin = time.perf_counter()
         redis.ping()
         milliseconds = (time.perf_counter() - begin) * 1000
-        information: Any = redis.info()
+        information = _information(redis)
+    if information is None:
+        return f"{without_credentials(settings.redis_url)}, {milliseconds:.1f} ms; its user may not run INFO, so no more is known"
     version = information.get("valkey_version") or information.get("redis_version")
     policy = information.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         raise PipefleetError(f"maxmemory-policy is {policy}: Redis may drop jobs; set it to noeviction")
     return f"{without_credentials(settings.redis_url)}, version {version}, {milliseconds:.1f} ms"
+
+
+def _information(redis: Any) -> Any:
+    from redis.exceptions import NoPermissionError
+
+    try:
+        return redis.info()
+    except NoPermissionError:
+        return None
+
+
+def _rights(settings: Settings) -> str:
+    with broker.redis_errors(settings.redis_url):
+        return rights.describe(broker.connect(settings))
+
+
+def _identity(settings: Settings) -> str:
+    return Membership(broker.connect(settings), ObjectStore(), settings).prove()
+
+
+def adopt_store() -> str:
+    """Make the store of these settings that of Redis's fleet; what became of it. Raises PipefleetError."""
+    settings = load_settings()
+    return Membership(broker.connect(settings), ObjectStore(), settings).adopt()
 
 
 def _store(settings: Settings) -> str:

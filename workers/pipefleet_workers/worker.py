@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker, deadletters
-from pipefleet.announcements import announce_pool, takes_new_work, withdraw_pool
+from pipefleet.announcements import announce_pool, forget_dead_workers, takes_new_work, withdraw_pool
 from pipefleet.contract import TASK_NAME
-from pipefleet.errors import PipefleetError
+from pipefleet.errors import FleetMismatchError, ObjectMissingError, PipefleetError, ServiceUnavailableError
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.fleetfile import FleetFile
+from pipefleet.identity import Membership
+from pipefleet.objects import ObjectStore
 from pipefleet.revisions import forget_revisions
 from pipefleet.routing import announcement, queue_name, revision_queue
 from pipefleet.settings import Settings
@@ -66,6 +69,8 @@ class Worker:
         self._fleet_file = fleet_file
         self.name = f"{pool.name}@{socket.gethostname()}-{os.getpid()}"
         self._stopping = threading.Event()
+        self._membership = Membership(broker.connect(settings), ObjectStore(), settings)
+        self._refused: FleetMismatchError | None = None
 
     def run(self, *, device: str | None = None, ready_file: Path | None = None) -> int:
         """Load the model, consume until told to stop. Raises ModelError or ServiceUnavailableError before it begins."""
@@ -76,6 +81,7 @@ class Worker:
             ready_file.unlink(missing_ok=True)  # of a process before this one
         with broker.redis_errors(self._settings.redis_url):
             broker.connect(self._settings).ping()
+        self._join_fleet()
         built = build(
             self._pool,
             self._settings,
@@ -95,8 +101,10 @@ class Worker:
         telemetry.start(self._pool.name, self.name)
         with broker.redis_errors(self._settings.redis_url):
             forget_revisions(broker.connect(self._settings))
+            forget_dead_workers(broker.connect(self._settings))
         announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
         announcer.start()
+        threading.Thread(target=self._stay_in_fleet, name="fleet", daemon=True).start()
         threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
         worker = app.Worker(
             pool="solo",  # never used: the task's Strategy hands messages to the consumer
@@ -113,7 +121,32 @@ class Worker:
         announcer.join(timeout=1.0)  # or it could announce this worker once more
         self._withdraw(built.facts)
         telemetry.stop()
+        if self._refused is not None:
+            raise self._refused
         return int(worker.exitcode or 0)
+
+    def _join_fleet(self) -> None:
+        """Raise FleetMismatchError where Redis belongs to another fleet; while S3 is away, that is asked again later."""
+        try:
+            log.info("%s", self._membership.prove(works=True))
+        except (ServiceUnavailableError, ObjectMissingError) as error:
+            log.warning("the store of the fleet is not compared yet: %s", error)
+
+    def _stay_in_fleet(self) -> None:
+        """Look now and then whether Redis still belongs to this worker's fleet; where it does not, drain and end with code 2."""
+        while not self._stopping.wait(self._worker_settings.announce_seconds):
+            try:
+                if self._membership.changed():
+                    self._join_fleet()
+            except FleetMismatchError as error:
+                log.critical("this worker drains: %s", error)
+                self._refused = error
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            except PipefleetError as error:
+                log.debug("cannot ask whose Redis it is: %s", error)
+            except Exception:
+                log.exception("asking whose Redis it is failed")
 
     def _transport(self, built: Built, task: Any) -> dict[str, Any]:
         """What Celery is told of the transport: ours, or its own, which restores a dead worker's jobs after an hour."""

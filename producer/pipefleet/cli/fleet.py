@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipefleet.cli.common import Commands, command, print_json
 from pipefleet.errors import UsageError
 from pipefleet.printable import printable
+from pipefleet.rights import require
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -146,6 +147,7 @@ def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, st
     found = []
     for pool, queue in _queues(client, only=arguments.pool):
         with broker.redis_errors(client.settings.redis_url):
+            require(client.redis, "dead-letters", "operator", *deadletters.rights(queue, changes=changes))
             count = deadletters.count_dead_letters(client.redis, queue)
             letters = islice(deadletters.every_dead_letter(client.redis, queue), most)
             found += [(pool.name, queue, letter) for letter in letters if not ids or letter.job_id in ids]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.rights import may
 
 SAMPLE = 64
 """Messages that are read of each list or hash; a shorter one is read whole and its cost is exact."""
@@ -54,26 +55,39 @@ def places(*queues: str) -> list[Place]:
 
 
 def read_contents(redis: Any, wanted: Sequence[Place], source: random.Random) -> list[Content]:
-    """What lies in each place, in two round trips. `source` chooses the sample."""
+    """What lies in each place, in three round trips. `source` chooses the sample.
+
+    Who may not read messages learns their number; each counts as one item then.
+    """
     counts = _counts(redis, wanted)
+    sampled = counts if may(redis, *_reading(wanted)) else [0] * len(counts)
     pipe = redis.pipeline(transaction=False)
-    for place, count in zip(wanted, counts, strict=True):
+    for place, count in zip(wanted, sampled, strict=True):
         for position in _positions(place, count, source):
             pipe.lindex(place.key, position)
         if count and place.kind == "hash":
             pipe.hrandfield(place.key, SAMPLE, withvalues=True)
     replies = iter(pipe.execute())
     contents: list[Content] = []
-    for place, count in zip(wanted, counts, strict=True):
+    for place, count, some in zip(wanted, counts, sampled, strict=True):
         if place.kind == "hash":
-            raw = list(next(replies))[1::2] if count else []
+            raw = list(next(replies))[1::2] if some else []
             contents.append(_content(raw, count, oldest=None))
         elif place.kind == "tags":
             contents += _split(contents.pop(), count)
         else:
-            raw = [next(replies) for _ in _positions(place, count, None)]
+            raw = [next(replies) for _ in _positions(place, some, None)]
             contents.append(_content(raw[1:], count, oldest=raw[0] if raw else None))
     return contents
+
+
+def _reading(wanted: Iterable[Place]) -> list[tuple[str, ...]]:
+    """The commands that read messages where they lie."""
+    return [
+        ("LINDEX", place.key, "0") if place.kind == "list" else ("HRANDFIELD", place.key, "1")
+        for place in wanted
+        if place.kind != "tags"
+    ]
 
 
 def _split(both: Content, tagged: int) -> tuple[Content, Content]:
