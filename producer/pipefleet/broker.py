@@ -39,6 +39,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pipefleet import answers
 from pipefleet.contract import (
     MAX_MESSAGE_BYTES,
     TASK_NAME,
@@ -46,7 +47,7 @@ from pipefleet.contract import (
     Priority,
     encode_json,
 )
-from pipefleet.errors import ContractError, ServiceUnavailableError, UsageError
+from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError, UsageError
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.tracecontext import trace_headers
 
@@ -156,32 +157,36 @@ def server_time(redis: Redis) -> float:
 
 @contextmanager
 def redis_errors(url: str) -> Iterator[None]:
-    """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials."""
+    """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials.
+
+    That is ServiceFullError where the server is at `maxmemory`. Raises UsageError for a node of a Redis Cluster.
+    """
     from redis.exceptions import RedisError
 
     try:
         yield
     except (RedisError, OSError) as error:
-        raise ServiceUnavailableError(_explained(error, without_credentials(url))) from None
+        word, place = answers.word_of(error), without_credentials(url)
+        if answers.is_of_cluster(word):
+            raise UsageError(f"Redis at {place} {answers.CLUSTER}") from None
+        kind = ServiceFullError if word == answers.FULL else ServiceUnavailableError
+        raise kind(_explained(error, word, place)) from None
 
 
-_ANSWERS = {
+_REFUSED = {
     "AuthenticationError": "refuses access ({name}); check the password in PIPEFLEET_REDIS_URL",
     "NoPermissionError": "refuses access ({name}); check the password in PIPEFLEET_REDIS_URL and the user's rights",
-    "OutOfMemoryError": "is out of memory; raise its maxmemory, or let the workers catch up",
-    "ReadOnlyError": "is a replica that takes no writes; name the primary in PIPEFLEET_REDIS_URL",
-    "BusyLoadingError": "is still loading its data; try again in a moment",
 }
 
 
-def _explained(error: Exception, url: str) -> str:
+def _explained(error: Exception, word: str | None, url: str) -> str:
     """One sentence. The server's own words are left out: they may repeat what was sent."""
     from redis.exceptions import ConnectionError as NoConnectionError
     from redis.exceptions import TimeoutError as NoAnswerError
 
     name = type(error).__name__
-    known = next((_ANSWERS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _ANSWERS), None)
-    if known:
+    refused = next((_REFUSED[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _REFUSED), None)
+    if known := answers.sentence_of(word) or refused:
         return f"Redis at {url} {known.format(name=name)}"
     if isinstance(error, NoConnectionError | NoAnswerError | OSError):
         return f"cannot reach Redis at {url} ({name}); start one with `pipefleet up`, or set PIPEFLEET_REDIS_URL"

@@ -46,22 +46,24 @@ _INDEX = re.compile(r"(\d{5,})\.json$")
 NOTE = """
 if ARGV[4] ~= '' and not redis.call('LPOS', KEYS[3], ARGV[4]) and not redis.call('LPOS', KEYS[4], ARGV[4]) then return 0 end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
+redis.call('HDEL', KEYS[1], '')
 local new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1 + new
 """
 """KEYS: refused and parts of the run, dead letters of the queue, those not reported. ARGV: index, refusal, ttl, letter or ''.
-Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there. Returns a `Noted`."""
+Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there. Returns a `Noted`.
+The first write, here and in SEAL, takes no memory: see `records.NEEDS_NO_MEMORY`."""
 
 
 SEAL = """
 local resumed = redis.call('HGET', KEYS[1], 'resumed')
 if resumed and resumed ~= ARGV[1] then return 0 end
+redis.call('HDEL', KEYS[5], ARGV[2])
 for key = 2, 3 do
   for _, position in ipairs(cjson.decode(ARGV[4])) do redis.call('SETBIT', KEYS[key], position, 1) end
 end
 redis.call('SETBIT', KEYS[4], ARGV[2], 1)
-redis.call('HDEL', KEYS[5], ARGV[2])
 for key = 2, 4 do redis.call('EXPIRE', KEYS[key], ARGV[3]) end
 return 1
 """
