@@ -35,7 +35,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -122,11 +122,15 @@ def base_queue(queue: str) -> str:
     return queue.partition(REVISION_MARK)[0]
 
 
+_NOTE = "redis.call('HDEL', KEYS[1], '') return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
+"""The first write takes no memory: see `records.NEEDS_NO_MEMORY`."""
+
+
 def note_revision(redis: Any, queue: str, model: str | None, revision: str | None) -> None:
     """Note which revision `queue` is for, so that `queues_of` finds it; a pool's own needs none. `redis` may be a pipeline."""
     if REVISION_MARK in queue:
         note = encode_json({"model": model, "revision": revision, "at": time.time()})
-        redis.hset(REVISIONS_KEY, queue, note)
+        redis.eval(_NOTE, 1, REVISIONS_KEY, queue, note)
 
 
 def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
@@ -153,6 +157,42 @@ def server_time(redis: Redis) -> float:
     """Seconds since 1970 by the clock of the Redis server, the one clock that all parts of a fleet share."""
     seconds, micros = _all(redis.time())
     return int(seconds) + int(micros) / 1e6
+
+
+class Reading:
+    """Commands that only read, sent together in one transaction: `execute` returns their answers.
+
+    A server of Redis before 7.2 that is full queues no command of a transaction, not even these. There they are sent one by one.
+    """
+
+    def __init__(self, redis: Any) -> None:
+        self._redis = redis
+        self._commands: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: self._commands.append((name, args, kwargs))
+
+    def execute(self) -> list[Any]:
+        """The answers, in order. Raises what redis-py raises."""
+        from redis.exceptions import ResponseError
+
+        try:
+            return self._send(transaction=True)
+        except ResponseError as error:
+            if answers.word_of(error) != answers.FULL:
+                raise
+            return self._send(transaction=False)
+
+    def _send(self, *, transaction: bool) -> list[Any]:
+        pipe = self._redis.pipeline(transaction=transaction)
+        for name, args, kwargs in self._commands:
+            getattr(pipe, name)(*args, **kwargs)
+        return list(pipe.execute())
+
+
+def reading(redis: Any) -> Any:
+    """A `Reading` that takes commands as a pipeline of redis-py does."""
+    return Reading(redis)
 
 
 @contextmanager
@@ -265,6 +305,7 @@ def celery_app(
         worker_send_task_events=True,
         worker_hijack_root_logger=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
         broker_transport_options={
             "priority_steps": list(PRIORITY_STEPS),

@@ -60,7 +60,7 @@ class DeadLetter:
 def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
     """Up to `count` dead letters of a queue, newest first, after leaving out `start`."""
     keys = unacked_keys(queue)
-    pipe = redis.pipeline(transaction=True)  # or letters that are filed meanwhile would show twice, or not
+    pipe = reading(redis)  # or letters that are filed meanwhile would show twice, or not
     pipe.lrange(keys["unreported_key"], 0, -1)
     pipe.lrange(keys["dead_key"], 0, start + count - 1)
     unreported, filed = pipe.execute()
@@ -78,7 +78,7 @@ def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
 def count_dead_letters(redis: Redis, queue: str) -> int:
     """How many dead letters a queue has."""
     keys = unacked_keys(queue)
-    pipe = redis.pipeline(transaction=True)  # or letters that are filed meanwhile would count twice
+    pipe = reading(redis)  # or letters that are filed meanwhile would count twice
     pipe.llen(keys["unreported_key"])
     pipe.llen(keys["dead_key"])
     return sum(pipe.execute())
@@ -159,7 +159,7 @@ class LeasedMessage:
 def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
     """The messages that workers of the lease transport hold, longest held first."""
     keys = unacked_keys(queue)
-    pipe = redis.pipeline(transaction=True)
+    pipe = reading(redis)
     pipe.time()
     for name in ("owners_key", "deliveries_key", "unacked_key"):
         pipe.hgetall(keys[name])

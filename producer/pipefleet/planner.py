@@ -410,7 +410,7 @@ def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], boo
 
 def left_unqueued(client: Client, plan: RunPlan) -> int:
     """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
-    pipe: Any = client.redis.pipeline(transaction=True)
+    pipe = broker.reading(client.redis)
     pipe.hget(broker.run_key(plan.id), "unqueued")
     pipe.exists(broker.run_key(plan.id, "planner"))
     with broker.redis_errors(client.settings.redis_url):

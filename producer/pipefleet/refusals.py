@@ -160,7 +160,7 @@ class Refusals:
 
     def counts(self) -> Counts:
         """What Redis knows of the run, in one round trip."""
-        pipe = self._redis.pipeline(transaction=True)
+        pipe = broker.reading(self._redis)
         pipe.hmget(broker.run_key(self._id), ["since", "shards", "cancelled"])
         for bitmap in ("items", "failed", "parts"):
             pipe.bitcount(broker.run_key(self._id, bitmap))
@@ -181,7 +181,7 @@ class Refusals:
         if refusal is None:
             return
         self._put_mark(refusal)
-        pipe = self._redis.pipeline(transaction=True)
+        pipe = broker.reading(self._redis)
         pipe.hexists(_key(self._id), str(index))
         pipe.getbit(broker.run_key(self._id, "parts"), index)
         with self._errors():

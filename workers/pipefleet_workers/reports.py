@@ -136,7 +136,9 @@ class Reporter:
             found = [dict(zip(full, again, strict=True)).get(place, one) for place, one in enumerate(found)]
         return found
 
-    def _finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]], told: Sequence[Said]) -> list[Ending | Exception]:
+    def _finish_many(
+        self, ends: Sequence[tuple[JobMessage, Outcome]], told: Sequence[Said]
+    ) -> list[Ending | Exception]:
         pipe = self._redis.pipeline(transaction=False)
         found: list[Ending | Exception] = []
         for (message, outcome), said in zip(ends, told, strict=True):

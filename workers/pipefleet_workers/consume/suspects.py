@@ -26,6 +26,12 @@ from pipefleet_workers.items import Outcome
 
 log = logging.getLogger(__name__)
 CODE = "killed_worker"
+_NOTE = """
+redis.call('HDEL', KEYS[1], 'trying')
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
+"""KEYS: journal. ARGV: field, text, ttl. The first write takes no memory of a server that is full, see `pipefleet.records`."""
 Bury = Callable[[str, JobMessage, int, JobItem], None]
 """Puts an item to the dead letters: reason, message, position in the shard, item."""
 
@@ -59,21 +65,16 @@ class Journal:
         """The item that was running is a culprit from now on."""
         assert finding.trying is not None
         found = Finding(None, tuple(sorted({*finding.culprits, finding.trying})))
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._key, "culprits", json.dumps(found.culprits))
-        pipe.hdel(self._key, "trying")
-        pipe.expire(self._key, int(self._settings.run_ttl))
-        with broker.redis_errors(self._settings.redis_url):
-            pipe.execute()
+        self._note("culprits", json.dumps(found.culprits))
         return found
 
     def tries(self, position: int, worker: str) -> None:
         """The item at `position` begins in a process of this name."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._key, "trying", f"{position}:{worker}")
-        pipe.expire(self._key, int(self._settings.run_ttl))
+        self._note("trying", f"{position}:{worker}")
+
+    def _note(self, field: str, text: str) -> None:
         with broker.redis_errors(self._settings.redis_url):
-            pipe.execute()
+            self._redis.eval(_NOTE, 1, self._key, field, text, int(self._settings.run_ttl))
 
     def tried(self) -> None:
         """The item that was running has ended, or was given up, and the worker lives."""
