@@ -14,6 +14,7 @@ from pipefleet.broker import (
     job_key,
     message_id,
     queue_lists,
+    reading,
     server_time,
     unacked_keys,
 )

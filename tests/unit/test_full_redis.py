@@ -72,5 +72,7 @@ def test_a_fresh_worker_drains_a_server_that_is_full(
         until(lambda: not any(broker.depth(redis, run.plan.queue).values()))
         assert redis.exists(keys["dead_key"], keys["unreported_key"]) == 0
         redis.config_set("maxmemory", 0)
-        assert client.submit(TASK, "room again").result(timeout=20)  # the worker has waited on lists that it may not wait on
+        assert client.submit(TASK, "room again").result(
+            timeout=20
+        )  # the worker has waited on lists that it may not wait on
         assert nursery.stop(pid) == 0
