@@ -49,7 +49,8 @@ class Nursery:
 
     def log(self, pid: int) -> str:
         """What a worker has logged so far."""
-        return (self.folder / f"{self._started.index(pid)}.log").read_text()
+        file = self.folder / f"{self._started.index(pid)}.log"
+        return file.read_text() if file.exists() else ""
 
     def stop(self, pid: int) -> int:
         """End a worker with SIGTERM; its exit code."""

@@ -56,17 +56,20 @@ def test_a_worker_and_its_clients_wait_while_the_server_is_a_replica(
         monkeypatch.setenv(name, value)
     other.follow(one)
     settings = {**environment, **ours, "PIPEFLEET_WORKER_SIMULATED_DEVICE": "0.1,0.001"}
-    pid = nursery.start(settings)
+    first = nursery.start(settings)
     with Client(load_settings()) as client, one.client() as redis:
         run = client.map(TASK, (f"text {index}" for index in range(ITEMS)), output=f"{prefix}run/", shard_size=5)
         until(lambda: run.progress().succeeded > 20, 60.0)
         other.lead()
         one.follow(other)
         second = nursery.start(settings)  # a worker that starts meanwhile waits as well
-        late = until(lambda: "is a replica that takes no writes" in nursery.log(second), 30.0)
-        assert late
-        until(lambda: nursery.log(pid).count("is a replica that takes no writes") >= 1, 30.0)
+        for pid in (first, second):
+            until(lambda pid=pid: "is a replica that takes no writes" in nursery.log(pid), 30.0)  # type: ignore[misc]
         one.lead()
+        until(lambda: run.progress().succeeded > 100, 60.0)
+        redis.config_set("min-replicas-to-write", 3)
+        until(lambda: "too few replicas follow it" in nursery.log(first), 30.0)
+        redis.config_set("min-replicas-to-write", 0)
         ended = run.wait(timeout=90)
         assert (ended.state, ended.succeeded) == ("succeeded", ITEMS)
         rows = [row["id"] for row in run.results()]
@@ -74,5 +77,5 @@ def test_a_worker_and_its_clients_wait_while_the_server_is_a_replica(
         job = client.submit(TASK, "afterwards")
         assert job.result(timeout=30)
         until(lambda: not any(redis.llen(name) for name in redis.scan_iter("pipefleet:dead*")))
-        assert nursery.codes.keys() & {pid, second} == set(), nursery.log(pid) + nursery.log(second)
-        assert [nursery.stop(one) for one in (pid, second)] == [0, 0]
+        assert nursery.codes.keys() & {first, second} == set(), nursery.log(first) + nursery.log(second)
+        assert [nursery.stop(pid) for pid in (first, second)] == [0, 0]

@@ -19,6 +19,7 @@ from pipefleet.revisions import forget_revisions
 from pipefleet.routing import announcement, queue_name, revision_queue
 from pipefleet.settings import Settings
 from pipefleet_workers import logs, telemetry
+from pipefleet_workers.redis_start import connect_patiently
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ class Worker:
         logs.adopt_transformers()
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)  # of a process before this one
-        with broker.redis_errors(self._settings.redis_url):
-            broker.connect(self._settings).ping()
+        connect_patiently(self._settings, self._worker_settings)
         built = build(
             self._pool,
             self._settings,
@@ -93,8 +93,9 @@ class Worker:
         self._connect_signals(ready_file)
         built.consumer.start()
         telemetry.start(self._pool.name, self.name)
+        redis = connect_patiently(self._settings, self._worker_settings)  # loading a model takes long
         with broker.redis_errors(self._settings.redis_url):
-            forget_revisions(broker.connect(self._settings))
+            forget_revisions(redis)
         announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
         announcer.start()
         threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
