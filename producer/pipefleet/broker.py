@@ -48,6 +48,7 @@ from pipefleet.contract import (
     encode_json,
 )
 from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError, UsageError
+from pipefleet.redis_urls import celery_url
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.tracecontext import trace_headers
 
@@ -291,7 +292,7 @@ def celery_app(
     from celery import Celery
     from kombu import Exchange, Queue
 
-    app = Celery("pipefleet", broker=settings.redis_url)
+    app = Celery("pipefleet", broker=celery_url(settings.redis_url))
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
