@@ -55,7 +55,12 @@ def test_a_worker_and_its_clients_wait_while_the_server_is_a_replica(
     for name, value in ours.items():
         monkeypatch.setenv(name, value)
     other.follow(one)
-    settings = {**environment, **ours, "PIPEFLEET_WORKER_SIMULATED_DEVICE": "0.1,0.001"}
+    settings = {
+        **environment,
+        **ours,
+        "PIPEFLEET_WORKER_SIMULATED_DEVICE": "0.1,0.001",
+        "PIPEFLEET_WORKER_LEASE_SECONDS": "5",
+    }
     first = nursery.start(settings)
     with Client(load_settings()) as client, one.client() as redis:
         run = client.map(TASK, (f"text {index}" for index in range(ITEMS)), output=f"{prefix}run/", shard_size=5)

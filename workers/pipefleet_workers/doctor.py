@@ -17,6 +17,7 @@ from pipefleet.errors import PipefleetError
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
+from pipefleet_workers.redis_memory import check_memory
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -46,6 +47,7 @@ def run_checks() -> list[Check]:
     pools = pool_checks(settings)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("redis", _redis),
+        ("redis memory", check_memory),
         ("s3", _store),
         ("s3 conditional writes", _race),
         ("fleet", _fleet),
