@@ -1,7 +1,7 @@
 """What workers tell the fleet of themselves, in two hashes of Redis: what can be had, by pool and revision, and who is alive.
 
 Every entry ends by itself, `until` then, in the time of the Redis server: no worker's clock and no reader's counts. Entries that
-cannot be read are passed over.
+cannot be read are passed over. Whoever announces needs no memory of Redis for it: the first write takes none (see `records`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipefleet.broker import KEY
+from pipefleet.broker import KEY, reading
 from pipefleet.contract import encode_json
 from pipefleet.fleet import Fleet, Pool
 from pipefleet.routing import revision_queue
@@ -35,6 +35,7 @@ if known then
     since = tonumber(entry.since) or now
   end
 end
+redis.call('HDEL', KEYS[1], '')
 redis.call('HSET', KEYS[1], ARGV[1],
   '{"pool":' .. ARGV[2] .. ',"until":' .. stamp(now + ARGV[3]) .. ',"since":' .. stamp(since) .. '}')
 """
@@ -44,6 +45,7 @@ redis.call('HSET', KEYS[1], ARGV[1],
 _ANNOUNCE_WORKER = (
     _CLOCK
     + """
+redis.call('HDEL', KEYS[1], '')
 redis.call('HSET', KEYS[1], ARGV[1],
   string.sub(ARGV[2], 1, -2) .. ',"at":' .. stamp(now) .. ',"until":' .. stamp(now + ARGV[3]) .. '}')
 """
@@ -81,7 +83,7 @@ def _field(name: str, fields: Mapping[str, Any]) -> str:
 
 def announcements(redis: Any) -> list[Announcement]:
     """What is announced now, the newest first."""
-    pipe = redis.pipeline(transaction=True)
+    pipe = reading(redis)
     pipe.time()
     pipe.hgetall(POOLS_KEY)
     (seconds, micros), entries = pipe.execute()
@@ -141,7 +143,7 @@ def forget_dead_workers(redis: Any) -> None:
 
 def _workers(redis: Any) -> dict[str, dict[str, Any] | None]:
     """The facts of every entry by name; None for one of a dead worker."""
-    pipe = redis.pipeline(transaction=True)
+    pipe = reading(redis)
     pipe.time()
     pipe.hgetall(WORKERS_KEY)
     (seconds, micros), entries = pipe.execute()

@@ -35,10 +35,11 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pipefleet import answers
 from pipefleet.contract import (
     MAX_MESSAGE_BYTES,
     TASK_NAME,
@@ -46,7 +47,8 @@ from pipefleet.contract import (
     Priority,
     encode_json,
 )
-from pipefleet.errors import ContractError, ServiceUnavailableError, UsageError
+from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError, UsageError
+from pipefleet.redis_urls import celery_url
 from pipefleet.rights import ROLES, refused_command
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.tracecontext import trace_headers
@@ -122,11 +124,15 @@ def base_queue(queue: str) -> str:
     return queue.partition(REVISION_MARK)[0]
 
 
+_NOTE = "redis.call('HDEL', KEYS[1], '') return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
+"""The first write takes no memory: see `records.NEEDS_NO_MEMORY`."""
+
+
 def note_revision(redis: Any, queue: str, model: str | None, revision: str | None) -> None:
     """Note which revision `queue` is for, so that `queues_of` finds it; a pool's own needs none. `redis` may be a pipeline."""
     if REVISION_MARK in queue:
         note = encode_json({"model": model, "revision": revision, "at": time.time()})
-        redis.hset(REVISIONS_KEY, queue, note)
+        redis.eval(_NOTE, 1, REVISIONS_KEY, queue, note)
 
 
 def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
@@ -155,26 +161,66 @@ def server_time(redis: Redis) -> float:
     return int(seconds) + int(micros) / 1e6
 
 
+class Reading:
+    """Commands that only read, sent together in one transaction: `execute` returns their answers.
+
+    A server of Redis before 7.2 that is full queues no command of a transaction, not even these. There they are sent one by one.
+    """
+
+    def __init__(self, redis: Any) -> None:
+        self._redis = redis
+        self._commands: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: self._commands.append((name, args, kwargs))
+
+    def execute(self) -> list[Any]:
+        """The answers, in order. Raises what redis-py raises."""
+        from redis.exceptions import ResponseError
+
+        try:
+            return self._send(transaction=True)
+        except ResponseError as error:
+            if answers.word_of(error) != answers.FULL:
+                raise
+            return self._send(transaction=False)
+
+    def _send(self, *, transaction: bool) -> list[Any]:
+        pipe = self._redis.pipeline(transaction=transaction)
+        for name, args, kwargs in self._commands:
+            getattr(pipe, name)(*args, **kwargs)
+        return list(pipe.execute())
+
+
+def reading(redis: Any) -> Any:
+    """A `Reading` that takes commands as a pipeline of redis-py does."""
+    return Reading(redis)
+
+
 @contextmanager
 def redis_errors(url: str) -> Iterator[None]:
-    """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials."""
+    """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials.
+
+    That is ServiceFullError where the server is at `maxmemory`. Raises UsageError for a node of a Redis Cluster.
+    """
     from redis.exceptions import RedisError
 
     try:
         yield
     except (RedisError, OSError) as error:
-        raise ServiceUnavailableError(_explained(error, without_credentials(url))) from None
+        word, place = answers.word_of(error), without_credentials(url)
+        if answers.is_of_cluster(word):
+            raise UsageError(f"Redis at {place} {answers.CLUSTER}") from None
+        kind = ServiceFullError if word == answers.FULL else ServiceUnavailableError
+        raise kind(_explained(error, word, place)) from None
 
 
-_ANSWERS = {
+_REFUSED = {
     "AuthenticationError": "refuses access ({name}); check the password in PIPEFLEET_REDIS_URL",
-    "OutOfMemoryError": "is out of memory; raise its maxmemory, or let the workers catch up",
-    "ReadOnlyError": "is a replica that takes no writes; name the primary in PIPEFLEET_REDIS_URL",
-    "BusyLoadingError": "is still loading its data; try again in a moment",
 }
 
 
-def _explained(error: Exception, url: str) -> str:
+def _explained(error: Exception, word: str | None, url: str) -> str:
     """One sentence. The server's own words are left out: they may repeat what was sent."""
     from redis.exceptions import ConnectionError as NoConnectionError
     from redis.exceptions import TimeoutError as NoAnswerError
@@ -184,8 +230,8 @@ def _explained(error: Exception, url: str) -> str:
     if command is not None:
         right = f"the right to run {command}" if command else "a right that this needs"
         return f"Redis at {url} refuses access ({name}): its user lacks {right}; see the roles in {ROLES}"
-    known = next((_ANSWERS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _ANSWERS), None)
-    if known:
+    refused = next((_REFUSED[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _REFUSED), None)
+    if known := answers.sentence_of(word) or refused:
         return f"Redis at {url} {known.format(name=name)}"
     if isinstance(error, NoConnectionError | NoAnswerError | OSError):
         return f"cannot reach Redis at {url} ({name}); start one with `pipefleet up`, or set PIPEFLEET_REDIS_URL"
@@ -250,7 +296,7 @@ def celery_app(
     from celery import Celery
     from kombu import Exchange, Queue
 
-    app = Celery("pipefleet", broker=settings.redis_url)
+    app = Celery("pipefleet", broker=celery_url(settings.redis_url))
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
@@ -264,6 +310,7 @@ def celery_app(
         worker_send_task_events=True,
         worker_hijack_root_logger=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
         broker_transport_options={
             "priority_steps": list(PRIORITY_STEPS),

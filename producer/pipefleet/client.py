@@ -30,6 +30,7 @@ from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
 from pipefleet.parts import FORMATS, JsonLines
+from pipefleet.patience import Patience
 from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record, request_digest
 from pipefleet.routing import route, work_queue
 from pipefleet.runs import Run
@@ -116,7 +117,35 @@ class Client:
         >>> client.submit("text-classification", "I like it").result(timeout=30)  # doctest: +SKIP
         [{'label': 'POSITIVE', 'score': 0.999}]
         """
-        spec, pool = self.route(task, model, revision)
+        return self.submit_patiently(
+            Patience(),
+            task,
+            inputs,
+            model=model,
+            revision=revision,
+            parameters=parameters,
+            output=output,
+            priority=priority,
+            expires=expires,
+            idempotency_key=idempotency_key,
+        )
+
+    def submit_patiently(
+        self,
+        patience: Patience,
+        task: str,
+        inputs: Any,
+        *,
+        model: str | None = None,
+        revision: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        output: str | None = None,
+        priority: str = "normal",
+        expires: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """As `submit`, where each step is repeated as `patience` has it. The job is queued once."""
+        spec, pool = patience.call(lambda: self.route(task, model, revision))
         parameters = _checked(task, spec, parameters)
         job_id = uuid.uuid4().hex
         if output is not None:
@@ -125,7 +154,7 @@ class Client:
             raise InputError("expires must be above 0 seconds, a finite number")
         if not isinstance(idempotency_key, str | None):
             raise InputError(f"idempotency_key must be a text, not {type(idempotency_key).__name__}")
-        deadline = None if expires is None else self.now() + expires
+        deadline = None if expires is None else patience.call(self.now) + expires
         if deadline is not None and deadline > MAX_DEADLINE:
             raise InputError("expires must end before the year 2100; leave it out for a job that never expires")
         preparer = self.preparer(spec)
@@ -135,16 +164,16 @@ class Client:
             model=pool.model,
             revision=pool.revision,
             parameters=parameters,
-            items=(JobItem("0", preparer.spill(preparer.prepare(inputs))),),
+            items=(JobItem("0", patience.call(lambda: preparer.spill(preparer.prepare(inputs)))),),
             output=output,
             deadline=deadline,
             reply=self.watcher.channel,
         )
         once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
-        queue = work_queue(pool, self.fleet)
+        queue = work_queue(pool, patience.call(lambda: self.fleet))
         self._lookout.name(queue, pool)
         with tracecontext.submitting(spec.name, job_id):
-            return self._enqueue(message, queue, Priority.named(priority), once)
+            return patience.call(lambda: self._enqueue(message, queue, Priority.named(priority), once))
 
     def map(
         self,

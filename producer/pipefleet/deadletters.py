@@ -13,6 +13,7 @@ from pipefleet.broker import (
     job_key,
     message_id,
     queue_lists,
+    reading,
     server_time,
     unacked_keys,
 )
@@ -129,7 +130,7 @@ def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
 def count_dead_letters(redis: Redis, queue: str) -> int:
     """How many dead letters a queue has."""
     keys = unacked_keys(queue)
-    pipe = redis.pipeline(transaction=True)  # or letters that are filed meanwhile would count twice
+    pipe = reading(redis)  # or letters that are filed meanwhile would count twice
     pipe.llen(keys["unreported_key"])
     pipe.llen(keys["dead_key"])
     return sum(pipe.execute())
@@ -219,7 +220,7 @@ class LeasedMessage:
 def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
     """The messages that workers of the lease transport hold, longest held first."""
     keys = unacked_keys(queue)
-    pipe = redis.pipeline(transaction=True)
+    pipe = reading(redis)
     pipe.time()
     for name in ("owners_key", "deliveries_key", "unacked_key"):
         pipe.hgetall(keys[name])

@@ -17,6 +17,7 @@
     │   ├── ConflictError           an idempotency key that stands for another request
     │   └── ContractError           a message that no version of the contract describes
     ├── ServiceUnavailableError     exit 3: Redis or S3 does not answer
+    │   └── ServiceFullError        Redis is at its `maxmemory`
     └── JobError                    exit 1: a job or an item that ended without a result
         ├── JobFailedError          it failed (code, stage and message say how)
         ├── JobCancelledError       somebody cancelled it
@@ -141,6 +142,10 @@ class ServiceUnavailableError(PipefleetError):
     code = "unavailable"
     exit_code = 3
     retryable = True
+
+
+class ServiceFullError(ServiceUnavailableError):
+    """Redis is at its `maxmemory`, and what was asked needs room."""
 
 
 class JobError(PipefleetError):

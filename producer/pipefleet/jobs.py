@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
+import time
 from collections.abc import Generator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
@@ -18,11 +20,16 @@ from pipefleet.errors import (
     PipefleetError,
     ResultTimeoutError,
 )
+from pipefleet.patience import PATIENCE_SECONDS, Patience, within
 from pipefleet.records import JobRecord
 from pipefleet.watcher import JobFuture, nothing_known
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
+
+
+SHORTEST_LOOK = 1.0
+"""Seconds for which Redis is asked at least, however short a time-out."""
 
 
 class Job:
@@ -55,18 +62,33 @@ class Job:
         While nobody serves the job's queue, a warning of the logger `pipefleet` says so. Raises JobFailedError,
         JobCancelledError, JobExpiredError or ResultTimeoutError; after the last one the job goes on and can be waited for again.
         Raises JobError when the client is closed, and when nothing is known of the job
-        for `watcher.UNKNOWN_SECONDS` or until the timeout.
+        for `watcher.UNKNOWN_SECONDS` or until the timeout; ServiceUnavailableError when Redis or S3 was away for
+        `patience.PATIENCE_SECONDS`.
         """
-        future = self.watch()
+        late = math.inf if timeout is None else time.monotonic() + timeout
+        future = self._watched(timeout)
         try:
-            record = future.result(None if timeout is None else min(timeout, threading.TIMEOUT_MAX / 2))
+            record = future.result(
+                None if timeout is None else min(max(0.0, late - time.monotonic()), threading.TIMEOUT_MAX / 2)
+            )
         except FutureTimeoutError:
             if future.unknown_since is not None:
                 raise nothing_known(self.id) from None
             why = self.why_waiting()
             text = f"job {self.id} has not finished within {timeout} s; it goes on" + (f": {why}" if why else "")
             raise ResultTimeoutError(text) from None
-        return self._output(record, resolved=resolved)
+        return Patience(seconds=PATIENCE_SECONDS).call(lambda: self._output(record, resolved=resolved), until=late)
+
+    def _watched(self, timeout: float | None) -> JobFuture:
+        """As `watch`, but no server that does not answer holds up a caller with a time-out."""
+        if timeout is None:
+            return self.watch()
+        try:
+            return within(max(SHORTEST_LOOK, timeout), self.watch)
+        except TimeoutError:
+            raise ResultTimeoutError(
+                f"job {self.id} has not finished within {timeout} s, and Redis does not answer"
+            ) from None
 
     def cancel(self) -> bool:
         """Cancel the job wherever it is. True if that ended it; False if it had ended before or nothing is known of it."""

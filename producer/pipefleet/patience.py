@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
+import queue
 import random
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
-from pipefleet.errors import PipefleetError
+from pipefleet.errors import PipefleetError, ResultTimeoutError
 
 _T = TypeVar("_T")
 LONGEST_PAUSE = 20.0
+PATIENCE_SECONDS = 300.0
+"""How long whoever plans a run, or waits for results, goes on while Redis or S3 is away."""
 
 
 def pause(attempt: int, *, first: float = 0.5, longest: float = LONGEST_PAUSE) -> float:
@@ -21,21 +25,82 @@ def pause(attempt: int, *, first: float = 0.5, longest: float = LONGEST_PAUSE) -
 
 
 class Patience:
-    """Repeats calls that fail with a retryable error, each for at most `seconds`, until `stopped` is set. Thread-safe."""
+    """Repeats calls that fail with a retryable error, each for at most `seconds`, until `stopped` is set. Thread-safe.
 
-    def __init__(self, stopped: threading.Event, *, seconds: float = 0.0) -> None:
-        self._stopped = stopped
+    Its pauses grow up to `longest` seconds; `told` is called with the error before each, and may raise.
+    """
+
+    def __init__(
+        self,
+        stopped: threading.Event | None = None,
+        *,
+        seconds: float = 0.0,
+        longest: float = LONGEST_PAUSE,
+        told: Callable[[PipefleetError], object] = lambda error: None,
+    ) -> None:
+        self._stopped = stopped or threading.Event()
+        self._told = told
+        self._longest = longest
         self.seconds = seconds
 
-    def call(self, function: Callable[[], _T]) -> _T:
-        """What `function` returns. Raises its last error: one that is not retryable at once, another when time is up."""
+    def call(self, function: Callable[[], _T], *, until: float = math.inf) -> _T:
+        """What `function` returns. Raises its last error: one that is not retryable at once, another when time is up.
+
+        Time is up at the latest at `until`, in seconds of the monotonic clock; ResultTimeoutError is never waited for.
+        """
         deadline: float | None = None
         for attempt in itertools.count():
             try:
                 return function()
             except PipefleetError as error:
                 now = time.monotonic()
-                deadline = now + self.seconds if deadline is None else deadline
-                if not error.retryable or now >= deadline or self._stopped.wait(pause(attempt)):
+                deadline = min(until, now + self.seconds) if deadline is None else deadline
+                if not is_outage(error) or now >= deadline:
+                    raise
+                self._told(error)
+                if self._stopped.wait(min(pause(attempt, longest=self._longest), deadline - now)):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def each(self, items: Callable[[int], Iterator[_T]]) -> Iterator[_T]:
+        """The items of an iterator that fails when a service is away; `items(count)` opens it behind the first `count`."""
+        read = 0
+        rest: Iterator[_T] | None = None
+
+        def following() -> _T | None:
+            nonlocal rest
+            rest = items(read) if rest is None else rest
+            try:
+                return next(rest, None)
+            except PipefleetError:
+                rest = None
+                raise
+
+        while (item := self.call(following)) is not None:
+            read += 1
+            yield item
+
+
+def is_outage(error: PipefleetError) -> bool:
+    """Whether a service is away, so that the same call may succeed later."""
+    return error.retryable and not isinstance(error, ResultTimeoutError)
+
+
+def within(seconds: float, function: Callable[[], _T]) -> _T:
+    """What `function` returns. Raises TimeoutError after `seconds`; the call goes on then in a thread that nobody waits for."""
+    answered: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answered.put((True, function()))
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            answered.put((False, error))
+
+    threading.Thread(target=run, name="pipefleet-within", daemon=True).start()
+    try:
+        done, value = answered.get(timeout=max(0.0, seconds))
+    except queue.Empty:
+        raise TimeoutError from None
+    if not done:
+        raise value
+    return cast("_T", value)

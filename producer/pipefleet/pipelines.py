@@ -7,14 +7,23 @@ generator that keeps a bounded number of inputs under way and yields in order.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
 from pipefleet.client import Client
-from pipefleet.errors import InputError, ParameterError, PipefleetError, ResultTimeoutError, UnknownModelError
+from pipefleet.errors import (
+    InputError,
+    ParameterError,
+    PipefleetError,
+    ResultTimeoutError,
+    ServiceUnavailableError,
+    UnknownModelError,
+)
 from pipefleet.inputs import is_message, is_table
 from pipefleet.jobs import Job
+from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
 
@@ -90,13 +99,25 @@ class FleetPipeline:
 
     def submit(self, inputs: Any, *, priority: str = "normal", expires: float | None = None, **parameters: Any) -> Job:
         """Queue one input and return its Job at once."""
+        return self._submit(inputs, Patience(), priority=priority, expires=expires, **parameters)
+
+    def _submit(
+        self,
+        inputs: Any,
+        patience: Patience,
+        *,
+        priority: str = "normal",
+        expires: float | None = None,
+        **parameters: Any,
+    ) -> Job:
         parameters = {**self._defaults, **parameters}
         reserved = {"output", "idempotency_key"} & set(parameters)
         if reserved:
             raise ParameterError(f"{sorted(reserved)[0]} is an argument of Client.submit, not of a pipeline")
         if "timeout" in parameters:
             raise ParameterError("submit() does not wait: say timeout to the result() of the job that it returns")
-        return self._client.submit(
+        return self._client.submit_patiently(
+            patience,
             self._spec.name,
             inputs,
             model=self._model,
@@ -109,14 +130,23 @@ class FleetPipeline:
     def _stream(
         self, inputs: Iterable[Any], parameters: Mapping[str, Any], timeout: float | None, *, eager: bool = False
     ) -> Generator[Any]:
-        """Results in order, with at most `in_flight` inputs under way. `eager` as in `stream`."""
-        return stream(
-            _each_of(inputs),
-            lambda one: self.submit(one, **parameters),
-            lambda job: _result(job, timeout),
-            bound=self._client.settings.in_flight,
-            eager=eager,
-        )
+        """Results in order, with at most `in_flight` inputs under way. `eager` as in `stream`.
+
+        Once an input is under way, services that are away are waited for.
+        """
+        stopped = threading.Event()
+        patience = Patience(stopped)
+
+        def submit(one: Any) -> Job:
+            job = self._submit(one, patience, **parameters)
+            patience.seconds = PATIENCE_SECONDS
+            return job
+
+        bound = self._client.settings.in_flight
+        try:
+            yield from stream(_each_of(inputs), submit, lambda job: _result(job, timeout), bound=bound, eager=eager)
+        finally:
+            stopped.set()
 
     def _is_one_input(self, inputs: Any) -> bool:
         """Whether a list is one input by itself: the messages of a chat, or a pair of images."""
@@ -191,8 +221,11 @@ def _result(job: Job, timeout: float | None) -> Any:
         return job.result(timeout)
     except ResultTimeoutError:
         why = job.why_waiting()
-        if not job.cancel():
-            return job.result(timeout)  # it ended in this very moment
+        try:
+            if not job.cancel():
+                return job.result(timeout)  # it ended in this very moment
+        except ServiceUnavailableError as error:
+            raise ResultTimeoutError(f"job {job.id} had no result within {timeout} s; {error}") from None
         text = f"job {job.id} had no result within {timeout} s and was cancelled" + (f": {why}" if why else "")
         raise ResultTimeoutError(text) from None
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavai
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.moving import moved_plan, read_moved
 from pipefleet.objects import ObjectStore
-from pipefleet.patience import Patience
+from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.preparing import SourceItem
 from pipefleet.records import JobFailure
 from pipefleet.refusals import Refusals
@@ -44,8 +44,6 @@ HELD_BACK_SECONDS = 0.5
 """How long a planner waits before it looks again whether the fleet has caught up."""
 TEND_SECONDS = 5.0
 """How often a planner looks after its shards though its source gives nothing."""
-PATIENCE_SECONDS = 300.0
-"""How long a planner goes on trying while Redis or S3 is away. The first shard is tried once: `map` tells its caller."""
 
 
 class Planner:
@@ -108,6 +106,8 @@ class Planner:
 
     def run(self) -> bool:
         """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped or cancelled before.
+
+        The first shard is planned by `step`, which tries once: `map` tells its caller.
 
         Waits while the fleet has `Settings.outstanding_shards` of the run before it, so that a fast source fills no Redis; what
         Redis lost meanwhile is queued again.
@@ -412,7 +412,7 @@ def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], boo
 
 def left_unqueued(client: Client, plan: RunPlan) -> int:
     """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
-    pipe: Any = client.redis.pipeline(transaction=True)
+    pipe = broker.reading(client.redis)
     pipe.hget(broker.run_key(plan.id), "unqueued")
     pipe.exists(broker.run_key(plan.id, "planner"))
     with broker.redis_errors(client.settings.redis_url):

@@ -25,6 +25,13 @@ local function time(given)
 end
 """
 
+NEEDS_NO_MEMORY = "redis.call('HDEL', KEYS[1], '')"
+"""The first write of a script that a server at `maxmemory` is to run: it takes no memory and changes nothing of the hash KEYS[1].
+
+Such a server refuses a script whose first write may take memory, and lets one that has begun go on. So a worker ends the jobs that
+are there, each of which frees more than its end takes. (Redis 6.2 knows no `allow-oom`.)
+"""
+
 SUBMIT = f"""{_TIME}
 if KEYS[3] then
   local known = redis.call('GET', KEYS[3])
@@ -49,22 +56,28 @@ nothing twice and sets nothing back. A key without a digest, of an earlier relea
 START = f"""{_TIME}
 local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'queued' and state ~= 'running' then return 0 end
+{NEEDS_NO_MEMORY}
 redis.call('HSET', KEYS[1], 'state', 'running', 'started', time(ARGV[1]), 'worker', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 """KEYS: job. ARGV: time, worker, ttl. 0 when the job has ended already (cancelled, or finished elsewhere)."""
 
-FINISH = f"""{_TIME}
+_FINISH = f"""{_TIME}
 local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'queued' and state ~= 'running' then return 0 end
+-- the first write
 for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'finished', time(ARGV[4]))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
 return 1
 """
+FINISH = _FINISH.replace("-- the first write", NEEDS_NO_MEMORY)
 """KEYS: job. ARGV: ttl, reply channel or '', id, time, then fields and values. 0 when another final state was there first."""
+
+FINISH_WITH_ROOM = _FINISH
+"""As FINISH, for fields that are large: a server at `maxmemory` refuses it, and nothing is written."""
 
 CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{FINISH}"
 """As FINISH, but it makes no record of a job that nothing is known of."""

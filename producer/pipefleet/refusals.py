@@ -47,23 +47,25 @@ if ARGV[4] ~= '' and not redis.call('LPOS', KEYS[3], ARGV[4]) and not redis.call
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
 local shards = tonumber(redis.call('HGET', KEYS[5], 'shards') or nil)
 if shards and tonumber(ARGV[1]) >= shards then return 0 end
+redis.call('HDEL', KEYS[1], '')
 local new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1 + new
 """
 """KEYS: refused and parts of the run, dead letters of the queue, those not reported, the run. ARGV: index, refusal, ttl, letter or
 ''. Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there or that the run
-does not have. Returns a `Noted`."""
+does not have. Returns a `Noted`. The first write, here and in
+SEAL, takes no memory: see `records.NEEDS_NO_MEMORY`."""
 
 
 SEAL = """
 local resumed = redis.call('HGET', KEYS[1], 'resumed')
 if resumed and resumed ~= ARGV[1] then return 0 end
+redis.call('HDEL', KEYS[5], ARGV[2])
 for key = 2, 3 do
   for _, position in ipairs(cjson.decode(ARGV[4])) do redis.call('SETBIT', KEYS[key], position, 1) end
 end
 redis.call('SETBIT', KEYS[4], ARGV[2], 1)
-redis.call('HDEL', KEYS[5], ARGV[2])
 for key = 2, 4 do redis.call('EXPIRE', KEYS[key], ARGV[3]) end
 return 1
 """
@@ -160,7 +162,7 @@ class Refusals:
 
     def counts(self) -> Counts:
         """What Redis knows of the run, in one round trip."""
-        pipe = self._redis.pipeline(transaction=True)
+        pipe = broker.reading(self._redis)
         pipe.hmget(broker.run_key(self._id), ["since", "shards", "cancelled"])
         for bitmap in ("items", "failed", "parts"):
             pipe.bitcount(broker.run_key(self._id, bitmap))
@@ -181,7 +183,7 @@ class Refusals:
         if refusal is None:
             return
         self._put_mark(refusal)
-        pipe = self._redis.pipeline(transaction=True)
+        pipe = broker.reading(self._redis)
         pipe.hexists(_key(self._id), str(index))
         pipe.getbit(broker.run_key(self._id, "parts"), index)
         with self._errors():

@@ -6,6 +6,8 @@ progress cheap to read.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import threading
 import time
@@ -17,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import broker
 from pipefleet.artifacts import resolve
 from pipefleet.backlog import Backlog
-from pipefleet.errors import PipefleetError, ResultTimeoutError, RunError, UsageError
+from pipefleet.errors import PipefleetError, RunError, UsageError
 from pipefleet.finishing import failed_lines, read_totals
 from pipefleet.fleet import Pool
 from pipefleet.forking import renew_after_fork
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.moving import move_run, pool_of, read_moved, take_back, unserved
 from pipefleet.parts import JsonLines, part_format
-from pipefleet.patience import Patience
+from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.planner import (
     Planner,
     claim_planning,
@@ -36,18 +38,18 @@ from pipefleet.planner import (
     release_planning,
     remember_totals,
 )
-from pipefleet.progress import RunProgress, show_progress
+from pipefleet.progress import RunProgress
 from pipefleet.refusals import Refusals
 from pipefleet.sources import Source, open_source
 from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.tasks import task_spec
+from pipefleet.waiter import POLL_SECONDS, Waiter
 from pipefleet.waiting import why_waiting
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
     from pipefleet.fleet import Pool
 
-POLL_SECONDS = 0.25
 LOOK_AT_STORE_SECONDS = 5.0
 """How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
 ASK_WHY_SECONDS = 2.0
@@ -170,36 +172,33 @@ class Run:
     def wait(self, *, progress: bool = False, timeout: float | None = None) -> RunProgress:
         """Wait for the end of the run, at most `timeout` seconds; with `progress`, show it as it goes.
 
-        On a terminal that is a bar, elsewhere plain lines on stderr. Raises ResultTimeoutError (the run goes on), RunError when
-        nobody is planning the rest of it, or whatever error ended the planning.
+        On a terminal that is a bar, elsewhere plain lines on stderr. While Redis or S3 is away it waits for up to
+        PATIENCE_SECONDS, then raises ServiceUnavailableError. Raises ResultTimeoutError (the run goes on), RunError when nobody
+        is planning the rest of it, or whatever error ended the planning.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with show_progress(enabled=progress) as show:
-            while True:
-                now = self.progress()
-                show(now)
-                if now.ended:
-                    return now
-                self._require_planner(now)
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise ResultTimeoutError(
-                        f"the run at {self.uri} has not ended within {timeout:g} s; it goes on, see `pipefleet status "
-                        f"{self.uri}`"
-                    )
-                time.sleep(POLL_SECONDS)
+        return self._waiter.wait(show=progress, timeout=timeout)
+
+    @property
+    def _waiter(self) -> Waiter:
+        unseen = RunProgress(
+            self.uri, "running" if self._plan.shards else "planning", self._plan.items or 0, 0, 0, 0, 0, 0.0
+        )
+        return Waiter(unseen, self.progress, self._require_planner, self._raise_planning_error)
 
     def results(self) -> Iterator[dict[str, Any]]:
         """Rows `{id, input, output | error, …}` in source order, a part in memory at a time; waits for parts to come.
 
         Long arrays, which lie beside the line as artifacts, are fetched with their row.
 
-        Raises RunError when the run was cancelled before all its parts were there.
+        Raises RunError when the run was cancelled before all its parts were there. Waits for services as `wait` does.
         """
-        index = 0
+        index, patience = 0, self._waiter.patience()
         while self._wait_for_part(index):
-            for row in self._part(index):
-                yield self._row(row)
+            yield from map(self._row, patience.each(functools.partial(self._rows, index)))
             index += 1
+
+    def _rows(self, index: int, read: int) -> Iterator[dict[str, Any]]:
+        return itertools.islice(self._part(index), read, None)
 
     def _part(self, index: int) -> Iterator[dict[str, Any]]:
         """The rows of a part: lines as they come, of another format from the whole part."""
@@ -212,8 +211,11 @@ class Run:
         return {**row, "output": resolve(row["output"], self._client.store.get)} if "output" in row else row
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """The failed items so far, as manifest rows with an `error` of code, message and stage."""
-        return map(json.loads, failed_lines(self._client.store, self._layout))
+        """The failed items so far, as manifest rows with an `error` of code, message and stage. Waits for S3 as `wait` does."""
+        return map(json.loads, self._waiter.patience().each(self._failed_lines))
+
+    def _failed_lines(self, read: int) -> Iterator[bytes]:
+        return itertools.islice(failed_lines(self._client.store, self._layout), read, None)
 
     @property
     def failures_uri(self) -> str:
@@ -251,7 +253,7 @@ class Run:
         self._client.check_fleet()
         pool = None if model is None else self._client.route(self._plan.task, model, revision)[1]
         with self._resuming:
-            return self._resume(pool)
+            return Patience(seconds=PATIENCE_SECONDS).call(lambda: self._resume(pool))
 
     def _resume(self, pool: Pool | None) -> int:
         ended = read_totals(self._client.store, self._layout) is not None
@@ -424,10 +426,11 @@ class Run:
 
     def _wait_for_part(self, index: int) -> bool:
         """True when part `index` is there; False when the run has fewer parts."""
+        patience = self._waiter.patience()
         while True:
-            if self._client.store.head(self._layout.part(index)) is not None:
+            if patience.call(lambda: self._client.store.head(self._layout.part(index))) is not None:
                 return True
-            now = self.progress()
+            now = patience.call(self.progress)
             if self._plan.shards is not None and index >= self._plan.shards:
                 return False
             if now.state == "cancelled":

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pipefleet.errors import InputError, UsageError
+from pipefleet.redis_urls import redis_url
 from pipefleet.storage import directory_uri
 
 DEFAULT_FLEET = Path("fleet.toml")
@@ -37,8 +38,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: str) -> str:
-        if not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must start with redis://, rediss:// or unix://")
+        value = redis_url(value)
         if _host(value) is None:
             raise ValueError(
                 "must be like redis://user:password@host:port/0; write '/', '?', '#' and '@' of a password as %2F, %3F, "

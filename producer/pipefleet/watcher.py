@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from pipefleet import broker
+from pipefleet.answers import word_of
 from pipefleet.callbacks import Callbacks
 from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.forking import renew_after_fork
+from pipefleet.patience import PATIENCE_SECONDS
 from pipefleet.records import JobRecord, read_record
 from pipefleet.waiting import Lookout
 
@@ -91,6 +93,8 @@ class Watcher:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
+        self._away_since: float | None = None
+        """Since when (monotonic seconds) Redis does not answer; None while it does."""
 
     def after_fork(self) -> None:
         """Whoever waits in the child asks for the future again, and gets one that the child's own thread resolves."""
@@ -103,13 +107,17 @@ class Watcher:
     def watch(self, job_id: str, *, submitting: bool = False) -> JobFuture:
         """The future of a job's final record. With `submitting`, returns only when its end cannot be missed.
 
-        Raises JobError when the client is closed, ServiceUnavailableError when Redis is away.
+        Raises JobError when the client is closed; with `submitting`, ServiceUnavailableError when Redis is away. The future of a
+        job fails with that error when Redis was away for PATIENCE_SECONDS.
         """
         future = self._future(job_id)
         if submitting:
             self._wait_until_ready()
         elif not future.done():
-            self._look_up([job_id])
+            with suppress(
+                ServiceUnavailableError
+            ):  # the thread goes on trying, and says when it has waited for too long
+                self._look_up([job_id])
         return future
 
     def forget(self, job_id: str) -> None:
@@ -157,12 +165,25 @@ class Watcher:
             try:
                 with broker.redis_errors(self._url):
                     self._listen()
-            except ServiceUnavailableError:
+            except PipefleetError as error:
                 # Nothing is lost: whoever waits goes on waiting, and the sweep after reconnecting looks up all jobs.
+                self._note_outage(error)
                 self._closed.wait(0.5)
             except Exception:  # without this thread nobody who waits would ever hear
                 log.exception("watching jobs failed and goes on")
                 self._closed.wait(0.5)
+
+    def _note_outage(self, error: PipefleetError) -> None:
+        """Fail every open future once Redis has been away for PATIENCE_SECONDS, or at once where waiting is of no use."""
+        now = time.monotonic()
+        self._away_since = now if self._away_since is None else self._away_since
+        if error.retryable and now - self._away_since < PATIENCE_SECONDS:
+            return
+        for job_id in self._open():
+            with self._lock:
+                future = self._futures.get(job_id)
+            if future is not None:
+                _resolve(future, error)
 
     def _listen(self) -> None:
         with broker.subscribed(self._redis, self.channel) as channel:
@@ -180,6 +201,7 @@ class Watcher:
                     self._look_up(ended)
                 if time.monotonic() >= next_sweep:
                     self._sweep()
+                    self._away_since = None
                     next_sweep = time.monotonic() + SWEEP_SECONDS
 
     def _sweep(self) -> None:
@@ -210,8 +232,8 @@ class Watcher:
         """Note what a look-up found of one job, or why Redis does not tell, which is not the others' affair."""
         with self._lock:
             future = self._futures.get(job_id)
-        if future is None:
-            return
+        if future is None or (isinstance(raw, Exception) and word_of(raw) is not None):
+            return  # or Redis cannot tell now, which the next sweep hears too
         try:
             with broker.redis_errors(self._url):
                 if isinstance(raw, Exception):

@@ -31,6 +31,8 @@ from pipefleet.objects import ObjectStore, map_s3_error
 from pipefleet.settings import Settings, load_settings, without_credentials
 
 SECRET = "hunter2-secret"
+SCRIPT = "Error running script (call to f_a631): @user_script:1: @user_script:"
+OF_CLUSTERS = ("ClusterDownError", "AskError", "MovedError", "TryAgainError", "ClusterCrossSlotError")
 
 
 @pytest.fixture
@@ -271,8 +273,9 @@ class TestRedisFailing:
         assert len(kinds) > 20
         for kind in [*kinds, OSError, ConnectionResetError, TimeoutError]:
             if issubclass(kind, exceptions.RedisError | OSError):
+                refused = UsageError if kind.__name__ in OF_CLUSTERS else ServiceUnavailableError
                 with (
-                    pytest.raises(ServiceUnavailableError, match=r"redis://h:1/0"),
+                    pytest.raises(refused, match=r"redis://h:1/0"),
                     broker.redis_errors(f"redis://:{SECRET}@h:1/0"),
                 ):
                     raise kind.__new__(kind)
@@ -283,6 +286,14 @@ class TestRedisFailing:
             (exceptions.OutOfMemoryError(f"OOM {SECRET}"), "is out of memory"),
             (exceptions.ReadOnlyError("READONLY"), "is a replica"),
             (exceptions.BusyLoadingError("LOADING"), "is still loading"),
+            (exceptions.MasterDownError("Link with MASTER is down"), "lost its primary"),
+            (exceptions.ResponseError("MISCONF Redis is configured to save"), "cannot save its data"),
+            (exceptions.ResponseError("NOREPLICAS Not enough good replicas"), "too few replicas"),
+            (exceptions.ResponseError("BUSY Redis is busy running a script"), "is busy with a script"),
+            (exceptions.ResponseError("Command # 2 (SET -OOM x) of pipeline caused error: MISCONF x"), "cannot save"),
+            (exceptions.ResponseError(f"{SCRIPT} 1: -OOM command not allowed"), "is out of memory"),
+            (exceptions.ResponseError(f"{SCRIPT} 1: -READONLY You can't write"), "is a replica"),
+            (exceptions.ResponseError("Command # 1 (SET OOM x) of pipeline caused error: ERR"), "(ResponseError)"),
             (exceptions.ResponseError(f"ERR {SECRET}"), "answered with an error (ResponseError)"),
             (exceptions.ConnectionError("refused"), "cannot reach"),
             (exceptions.TimeoutError("slow"), "cannot reach"),

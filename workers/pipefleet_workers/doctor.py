@@ -18,6 +18,7 @@ from pipefleet.identity import Membership
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
+from pipefleet_workers.redis_memory import check_memory
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -48,6 +49,7 @@ def run_checks() -> list[Check]:
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("redis", _redis),
         ("redis rights", _rights),
+        ("redis memory", check_memory),
         ("s3", _store),
         ("s3 conditional writes", _race),
         ("fleet", _fleet),

@@ -6,23 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.announcements import WORKERS_KEY
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json, is_reply
 from pipefleet.deadletters import DeadLetter
-from pipefleet.errors import ServiceUnavailableError
+from pipefleet.errors import ServiceFullError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.letters import BURY
 from pipefleet.objects import ObjectStore
-from pipefleet.records import CANCEL, FINISH, START, JobFailure, finish_arguments
+from pipefleet.records import (
+    CANCEL,
+    FINISH,
+    FINISH_WITH_ROOM,
+    START,
+    JobFailure,
+    finish_arguments,
+)
 from pipefleet.refusals import Refusals
 from pipefleet.settings import Settings
 from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.stages.records import RecordWriter
+from pipefleet_workers.stages.records import RecordWriter, Said
 from pipefleet_workers.stages.write import utf8
 
 PROGRESS = """
+redis.call('EXPIRE', KEYS[1], ARGV[1])
 for group = 2, 3 do
   for _, place in ipairs(cjson.decode(ARGV[group])) do
     redis.call('SETBIT', KEYS[1], place, 1)
@@ -32,15 +41,29 @@ end
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[1]) end
 """
 """KEYS: the bitmaps items and failed. ARGV: ttl, JSON lists of succeeded and of failed positions. One script, since two commands
-for each item take far more of this process's time."""
+for each item take far more of this process's time. The first write takes no memory, see `records.NEEDS_NO_MEMORY`."""
+
+PART = """
+redis.call('HDEL', KEYS[2], ARGV[1])
+redis.call('SETBIT', KEYS[1], ARGV[1], 1)
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return {redis.call('BITCOUNT', KEYS[1]) + redis.call('HLEN', KEYS[2]), redis.call('HGET', KEYS[3], 'shards')}
+"""
+"""KEYS: parts and refused of the run, the run. ARGV: index of a shard whose part is there, ttl. A shard that was refused in another
+copy of its message is not refused then. Returns how many shards have ended, and how many there are if that is known."""
 
 COUNT = """
+redis.call('HDEL', KEYS[2], '')
 for i = 1, #ARGV, 3 do
   if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 2]) end
 end
 """
 """KEYS: owners and deliveries of a queue. ARGV: tag, owner, count, …: how often each was delivered, if it is still theirs. A count
-is set and never added to, so that a call whose answer was lost may be repeated."""
+is set and never added to, so that a call whose answer was lost may be repeated. The first write takes no memory."""
+
+
+LITTLE = 1024
+"""Bytes of a result that its record takes though Redis is full; a longer one is stored as an object then."""
 
 
 class Reporter:
@@ -69,9 +92,9 @@ class Reporter:
         return self._settings.store
 
     def ping(self) -> None:
-        """Ask Redis whether it is there."""
+        """Ask Redis whether it is there and takes writes: a replica, or a server whose disk is full, does not."""
         with broker.redis_errors(self._settings.redis_url):
-            self._redis.ping()
+            self._redis.hdel(WORKERS_KEY, "")
 
     def count_deliveries(self, leases: Sequence[Lease], *, excused: bool) -> None:
         """Set how often each of these was delivered, without this delivery where it is `excused`; lost ones stay as they are."""
@@ -102,11 +125,23 @@ class Reporter:
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
         """Bring single jobs to their final states, results stored first. How each has ended, or why it has not yet.
 
-        A final state that was there first stays, and the ending tells of that one.
+        A final state that was there first stays, and the ending tells of that one. While Redis is full, results are stored as
+        objects.
         """
+        found = self._finish_many(ends, self._results.write(ends))
+        full = [place for place, one in enumerate(found) if isinstance(one, ServiceFullError)]
+        if full:
+            some = [ends[place] for place in full]
+            again = self._finish_many(some, self._results.write(some, every=True))
+            found = [dict(zip(full, again, strict=True)).get(place, one) for place, one in enumerate(found)]
+        return found
+
+    def _finish_many(
+        self, ends: Sequence[tuple[JobMessage, Outcome]], told: Sequence[Said]
+    ) -> list[Ending | Exception]:
         pipe = self._redis.pipeline(transaction=False)
         found: list[Ending | Exception] = []
-        for (message, outcome), said in zip(ends, self._results.write(ends), strict=True):
+        for (message, outcome), said in zip(ends, told, strict=True):
             if isinstance(said, Exception):
                 found.append(said)
                 continue
@@ -176,17 +211,10 @@ class Reporter:
 
     def part_written(self, shard: Shard) -> bool:
         """Note that a shard's part is there. True when nothing else is left of a run that is planned to its end."""
-        parts, refused = broker.run_key(shard.run_id, "parts"), broker.run_key(shard.run_id, "refused")
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.setbit(parts, shard.index, 1)
-        pipe.expire(parts, int(self._settings.run_ttl))
-        pipe.hdel(refused, str(shard.index))  # another copy of its message was refused: the part counts
-        pipe.bitcount(parts)
-        pipe.hlen(refused)
-        pipe.hget(broker.run_key(shard.run_id), "shards")
+        keys = [broker.run_key(shard.run_id, name) for name in ("parts", "refused", "")]
         with broker.redis_errors(self._settings.redis_url):
-            *_, written, others, shards = pipe.execute()
-        return shards is not None and written + others >= int(shards)
+            ended, shards = self._redis.eval(PART, len(keys), *keys, shard.index, int(self._settings.run_ttl))
+        return shards is not None and ended >= int(shards)
 
     def refusals(self, objects: ObjectStore, layout: RunLayout, run_id: str) -> Refusals:
         """The refused shards of a run, and with them its end."""
@@ -207,7 +235,8 @@ class Reporter:
         arguments = finish_arguments(
             message.id, state, None, ttl=self._settings.result_ttl, reply=message.reply, fields=fields
         )
-        commands.eval(FINISH, 1, broker.job_key(message.id), *arguments)
+        script = FINISH_WITH_ROOM if len(fields.get("output", b"")) > LITTLE else FINISH
+        commands.eval(script, 1, broker.job_key(message.id), *arguments)
 
     def _ended(self, messages: Sequence[JobMessage], pipe: Any) -> list[Ending | Exception | None]:
         """Send a FINISH for each of `messages`. None where it took; else how the job had ended before, or why Redis refused.

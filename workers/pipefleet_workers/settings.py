@@ -61,4 +61,5 @@ class WorkerSettings(BaseSettings):
     fleet_now: Path | None = Field(
         None, description="the fleet file that is edited, where the worker was started with a copy of it"
     )
+    start_patience: float = Field(60.0, ge=0, description="seconds for which a worker that starts waits for Redis")
     announce_seconds: float = Field(10.0, gt=0, description="seconds between two announcements of the pool")

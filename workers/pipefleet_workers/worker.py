@@ -22,6 +22,7 @@ from pipefleet.revisions import forget_revisions
 from pipefleet.routing import announcement, queue_name, revision_queue
 from pipefleet.settings import Settings
 from pipefleet_workers import logs, telemetry
+from pipefleet_workers.redis_start import connect_patiently
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class Worker:
         logs.adopt_transformers()
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)  # of a process before this one
-        with broker.redis_errors(self._settings.redis_url):
-            broker.connect(self._settings).ping()
+        connect_patiently(self._settings, self._worker_settings)
         self._join_fleet()
         built = build(
             self._pool,
@@ -99,9 +99,10 @@ class Worker:
         self._connect_signals(ready_file)
         built.consumer.start()
         telemetry.start(self._pool.name, self.name)
+        redis = connect_patiently(self._settings, self._worker_settings)  # loading a model takes long
         with broker.redis_errors(self._settings.redis_url):
-            forget_revisions(broker.connect(self._settings))
-            forget_dead_workers(broker.connect(self._settings))
+            forget_revisions(redis)
+            forget_dead_workers(redis)
         announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
         announcer.start()
         threading.Thread(target=self._stay_in_fleet, name="fleet", daemon=True).start()

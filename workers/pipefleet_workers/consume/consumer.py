@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 
 from pipefleet.contract import JobMessage, decode_message
 from pipefleet.deadletters import KILLED
-from pipefleet.errors import ContractError, PipefleetError, ServiceUnavailableError
+from pipefleet.errors import ContractError, PipefleetError, ServiceFullError, ServiceUnavailableError
 from pipefleet.patience import pause
 from pipefleet_workers.consume.delivery import Delivery, DrainedError, RevokedError
 from pipefleet_workers.consume.gate import Gate
@@ -188,7 +188,7 @@ class Consumer:
         """Begin a job again later. A failure while everything else works is counted, and bounded; an outage is waited for."""
         if self._draining.is_set() or delivery.lost:
             return self.give_back(delivery)
-        if self._health.check():
+        if self._health.check() and not isinstance(error, ServiceFullError):
             delivery.retries += 1
         if delivery.retries > self._limits.retries + 1:
             return self.refuse(delivery, f"failed {delivery.retries} times, at last with: {error}")

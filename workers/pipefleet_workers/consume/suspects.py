@@ -29,6 +29,19 @@ log = logging.getLogger(__name__)
 CODE = "killed_worker"
 MOST_OPENINGS = 3
 """How often workers may die while they read a shard's list of items, before an item has begun."""
+_NOTE = """
+redis.call('HDEL', KEYS[1], 'trying')
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
+"""KEYS: journal. ARGV: field, text, ttl. The first write takes no memory of a server that is full, see `pipefleet.records`."""
+_OPEN = """
+redis.call('HDEL', KEYS[1], '')
+local openings = redis.call('HINCRBY', KEYS[1], 'openings', 1)
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+return openings
+"""
+"""KEYS: journal. ARGV: ttl. How often the list of items was opened, this time included."""
 Bury = Callable[[str, JobMessage, int, JobItem], None]
 """Puts an item to the dead letters: reason, message, position in the shard, item."""
 
@@ -62,21 +75,13 @@ class Journal:
         """The item that was running is a culprit from now on."""
         assert finding.trying is not None
         found = Finding(None, tuple(sorted({*finding.culprits, finding.trying})))
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._key, "culprits", json.dumps(found.culprits))
-        pipe.hdel(self._key, "trying")
-        pipe.expire(self._key, int(self._settings.run_ttl))
-        with broker.redis_errors(self._settings.redis_url):
-            pipe.execute()
+        self._note("culprits", json.dumps(found.culprits))
         return found
 
     def opens(self) -> int:
         """The list of items is read next; how often that has begun, this time included, without being over."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.hincrby(self._key, "openings", 1)
-        pipe.expire(self._key, int(self._settings.run_ttl))
         with broker.redis_errors(self._settings.redis_url):
-            return int(pipe.execute()[0])
+            return int(self._redis.eval(_OPEN, 1, self._key, int(self._settings.run_ttl)))
 
     def opened(self) -> None:
         """The list of items is read, or was given up, and the worker lives."""
@@ -85,11 +90,11 @@ class Journal:
 
     def tries(self, position: int, worker: str) -> None:
         """The item at `position` begins in a process of this name."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._key, "trying", f"{position}:{worker}")
-        pipe.expire(self._key, int(self._settings.run_ttl))
+        self._note("trying", f"{position}:{worker}")
+
+    def _note(self, field: str, text: str) -> None:
         with broker.redis_errors(self._settings.redis_url):
-            pipe.execute()
+            self._redis.eval(_NOTE, 1, self._key, field, text, int(self._settings.run_ttl))
 
     def tried(self) -> None:
         """The item that was running has ended, or was given up, and the worker lives."""

@@ -18,6 +18,8 @@ _COMMON = (
 local unacked, index, deliveries, retries, owners, delayed, dead, unreported =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 
+redis.call('HDEL', owners, '')  -- changes nothing; a server at maxmemory refuses a script whose first write may take memory
+
 local function clock()
   local t = redis.call('TIME')
   return t[1] * 1000000 + t[2]

@@ -25,7 +25,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from queue import Empty
 from time import monotonic
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from redis import Redis
 from redis.exceptions import AuthorizationError, NoPermissionError, ResponseError
 from redis.exceptions import ConnectionError as NoConnectionError
 
+from pipefleet.answers import FULL, word_of
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
 from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.delivery.ledger import Ledger
@@ -45,6 +47,8 @@ from pipefleet_workers.delivery.scripts import FETCH, GATHER
 from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
 log = logging.getLogger(__name__)
+FULL_SECONDS = 1.0
+"""How often a worker looks for messages while the server is full."""
 
 
 class _List(NamedTuple):
@@ -106,10 +110,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._known_empty: set[str] = set()
         self._arrived: set[str] = set()
         """Lists of which a message woke this channel after its last fetch was sent."""
+        self._look_at: float | None = None
+        """When lists are looked at again that nobody may wait on, because the server is full."""
         self._fetch: _Fetch | None = None
         self._ledger: Ledger | None = None
         self._cached: tuple[Any, Any] | None = None
-        super().__init__(*args, **kwargs)
+        with _retrying():
+            super().__init__(*args, **kwargs)
         self._transport = self.connection
 
     @property
@@ -175,6 +182,16 @@ class Channel(stock.Channel):  # type: ignore[misc]
                 return message
         return None
 
+    def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
+        """Note a binding, unless the server is full: who sends to a queue by name, or to all workers, needs none."""
+        with _retrying(unless_full=True):
+            super()._queue_bind(*args, **kwargs)
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """Keep the bindings of queues that expire."""
+        with _retrying(unless_full=True):
+            super().maybe_refresh_binding_expiry()
+
     def check_bells(self) -> None:
         """Drop waiting connections that a lost server left without an answer."""
         for bell in self._bells.values():
@@ -213,8 +230,12 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self.starved = self.starved or self.low_starved
         if not low_credit:
             lists = [one for one in lists if not one.low]
+        if self._look_at is not None and monotonic() >= self._look_at:
+            self._look_at = None
+            self._known_empty.clear()
         if self._known_empty.issuperset(one.name for one in lists):
-            self._wait_for(lists)
+            if self._look_at is None:
+                self._wait_for(lists)
         else:
             self._send_fetch(_Fetch(lists, min(self.fetch_max, self.qos.credit()), low_credit))
 
@@ -358,7 +379,17 @@ class Channel(stock.Channel):  # type: ignore[misc]
         try:
             bell.read()
         except ResponseError as error:
-            raise _retried(error) from error
+            if word_of(error) != FULL:
+                raise _retried(error) from error
+            self._look_again_soon()
+            raise Empty from None
+
+    def _look_again_soon(self) -> None:
+        """A server that is full lets nobody wait on a list: what waits there is looked for once in FULL_SECONDS."""
+        self._look_at = monotonic() + FULL_SECONDS
+        loop = self._transport.loop
+        if loop is not None:
+            loop.call_later(FULL_SECONDS, _nothing)
 
     def _rung(self, bell: Bell) -> None:
         self._known_empty.discard(bell.name)
@@ -406,11 +437,17 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._hang_up()
 
     def _create_client(self, asynchronous: bool = False) -> Any:
-        """Kombu makes a client for every publish; one for each pool does."""
+        """Kombu makes a client for every publish; one for each pool does.
+
+        Its pipelines are no transactions, and need not be: a server that is full queues no command of one before Redis 7.2.
+        """
         if asynchronous:
             return super()._create_client(asynchronous)
         if self._cached is None or self._cached[0] is not self.pool:
-            self._cached = (self.pool, super()._create_client())
+            client = super()._create_client()
+            pipeline = client.pipeline
+            client.pipeline = lambda transaction=False, shard_hint=None: pipeline(transaction, shard_hint)
+            self._cached = (self.pool, client)
         return self._cached[1]
 
     def _lists(self, queues: Sequence[str]) -> list[_List]:
@@ -449,6 +486,16 @@ def _retried(error: ResponseError) -> Exception:
     if isinstance(error, NoPermissionError | AuthorizationError):
         return error
     return NoConnectionError(f"Redis cannot serve messages now: {error}")
+
+
+@contextmanager
+def _retrying(*, unless_full: bool = False) -> Iterator[None]:
+    """Let Celery connect again after an answer of a server that cannot serve now; `unless_full`, pass over one that is full."""
+    try:
+        yield
+    except ResponseError as error:
+        if not (unless_full and word_of(error) == FULL):
+            raise _retried(error) from error
 
 
 def _nothing() -> None:

@@ -13,6 +13,13 @@ from typing import Any
 
 from pipefleet.broker import KEY
 
+_ADD = """
+redis.call('HDEL', KEYS[1], '')
+for _, key in ipairs(KEYS) do
+  for i = 2, #ARGV, 2 do redis.call(ARGV[1], key, ARGV[i], ARGV[i + 1]) end
+end
+"""
+"""KEYS: totals. ARGV: the command that adds, then fields and numbers. The first write takes no memory: see `pipefleet.records`."""
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and those of them that ended otherwise than with a result."""
 
@@ -47,20 +54,13 @@ def state_key(pool: str) -> str:
 
 def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:
     """Add what one worker did since it last called this to each of these totals. One round trip; raises redis-py's errors."""
-    pipe = redis.pipeline(transaction=True)
-    for name in names:
-        pipe.hincrbyfloat(work_key(name), "cost", cost)
-        pipe.hincrbyfloat(work_key(name), "seconds", seconds)
-    pipe.execute()
+    redis.eval(_ADD, len(names), *map(work_key, names), "HINCRBYFLOAT", "cost", cost, "seconds", seconds)
 
 
 def record_items(redis: Any, pool: str, **counts: int) -> None:
     """Add the items that ended in one worker, by the names of ITEM_COUNTS. One round trip; raises redis-py's errors."""
     if any(counts.values()):
-        pipe = redis.pipeline(transaction=True)
-        for name, count in counts.items():
-            pipe.hincrby(work_key(pool), name, count)
-        pipe.execute()
+        redis.eval(_ADD, 1, work_key(pool), "HINCRBY", *(part for pair in counts.items() for part in pair))
 
 
 def read_items(redis: Any, pool: str) -> Items:

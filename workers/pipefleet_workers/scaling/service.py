@@ -38,6 +38,8 @@ from pipefleet_workers.scaling.ledger import state_key
 from pipefleet_workers.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
 
 log = logging.getLogger(__name__)
+KEEP = "redis.call('EXPIRE', KEYS[1], ARGV[2]) redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
+"""The first write takes no memory, see `pipefleet.records`: a Redis that is full needs workers most."""
 STALE_TICKS = 3
 """A reading is stale when so many were missed."""
 SHORTEST_STALE = 30.0
@@ -136,7 +138,7 @@ class Scaler:
         self._minds[part.key] = memory, state
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
-            self._redis.set(state_key(part.key), content, ex=int(60 * GAP_SECONDS))
+            self._redis.eval(KEEP, 1, state_key(part.key), content, int(60 * GAP_SECONDS))
         dead = 0 if pool.generation else deadletters.count_dead_letters(self._redis, part.queue)
         return PoolStatus(pool, reading, measured, decision, dead)
 

@@ -33,17 +33,20 @@ class RecordWriter:
         self._store = store
         self._settings = settings
 
-    def write(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Said]:
-        """What each record says. Results that are no part of a record are stored side by side: each takes a round trip."""
+    def write(self, ends: Sequence[tuple[JobMessage, Outcome]], *, every: bool = False) -> list[Said]:
+        """What each record says. Results that are no part of a record are stored side by side: each takes a round trip.
+
+        With `every`, all results are stored.
+        """
         found: list[Said] = [_inline(body_of(outcome)) for _, outcome in ends]
-        long = [place for place, (message, _) in enumerate(ends) if self._is_stored(message, found[place])]
+        long = [place for place, (message, _) in enumerate(ends) if self._is_stored(message, found[place], every)]
         found_at = _side_by_side(lambda place: self._stored(ends[place][0], found[place]), long)
         return [found_at.get(place, said) for place, said in enumerate(found)]
 
-    def _is_stored(self, message: JobMessage, said: Said) -> bool:
+    def _is_stored(self, message: JobMessage, said: Said, every: bool) -> bool:
         if not isinstance(said, dict):
             return False
-        return message.output is not None or len(said["output"]) > self._settings.inline_bytes
+        return every or message.output is not None or len(said["output"]) > self._settings.inline_bytes
 
     def _stored(self, message: JobMessage, said: Any) -> Said:
         """Store a result. A service that is away is why the job has no state yet; whatever else happens is its failure."""

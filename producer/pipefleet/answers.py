@@ -1,0 +1,56 @@
+"""Answers of a Redis server that will not do what was asked now, by one word each, whatever release wrote them.
+
+redis-py has classes for some of them only, and a server before 7.0 hides all of them in the text of a script's error.
+"""
+
+from __future__ import annotations
+
+import re
+
+FULL = "OOM"
+"""The server is at `maxmemory`: whatever may need memory is refused."""
+READ_ONLY = "READONLY"
+_SENTENCES = {
+    FULL: "is out of memory; raise its maxmemory, or let the workers catch up",
+    READ_ONLY: "is a replica that takes no writes; name the primary in PIPEFLEET_REDIS_URL",
+    "LOADING": "is still loading its data; try again in a moment",
+    "MASTERDOWN": "is a replica that has lost its primary; try again in a moment, or name the primary in PIPEFLEET_REDIS_URL",
+    "BUSY": "is busy with a script; try again in a moment",
+    "NOREPLICAS": "takes no writes because too few replicas follow it (min-replicas-to-write); start them",
+    "MISCONF": "takes no writes because it cannot save its data; see its log and the room on its disk",
+    "UNBLOCKED": "has changed its role; try again in a moment",
+}
+_OF_CLUSTERS = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN", "TRYAGAIN")
+CLUSTER = "is a node of a Redis Cluster, which pipefleet cannot use; name a single server, or the primary of replicas"
+_CLASSES = {
+    "OutOfMemoryError": FULL,
+    "ReadOnlyError": READ_ONLY,
+    "BusyLoadingError": "LOADING",
+    "MasterDownError": "MASTERDOWN",
+    "MovedError": "MOVED",
+    "AskError": "ASK",
+    "ClusterCrossSlotError": "CROSSSLOT",
+    "ClusterDownError": "CLUSTERDOWN",
+    "TryAgainError": "TRYAGAIN",
+}
+_WORD = re.compile(rf"(?:.*@user_script: ?\d+: -)?({'|'.join([*_SENTENCES, *_OF_CLUSTERS])}) ", re.DOTALL)
+_PIPELINE = " of pipeline caused error: "
+
+
+def word_of(error: BaseException) -> str | None:
+    """The word of a refusal, such as `READONLY`; None for every other error."""
+    for kind in type(error).__mro__:
+        if kind.__name__ in _CLASSES:
+            return _CLASSES[kind.__name__]
+    found = _WORD.match(str(error).rpartition(_PIPELINE)[2])
+    return None if found is None else found[1]
+
+
+def sentence_of(word: str | None) -> str | None:
+    """What a server is that answers so, as the end of a sentence about it; None for a word that is none of these."""
+    return _SENTENCES.get(word or "")
+
+
+def is_of_cluster(word: str | None) -> bool:
+    """Whether only a node of a Redis Cluster answers so."""
+    return word in _OF_CLUSTERS

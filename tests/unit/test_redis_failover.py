@@ -1,0 +1,86 @@
+"""A Redis whose role changes under workers and clients: whoever meets a replica waits for the primary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipefleet.client import Client
+from pipefleet.settings import load_settings
+from tests.nursery import TASK, Nursery
+from tests.servers import Server, redis_6, until, valkey
+
+ITEMS = 400
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    one = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield one
+    one.close()
+
+
+@pytest.fixture(params=[valkey(), redis_6()], ids=["valkey", "6.2"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    servers = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        servers.append(Server(request.param, tmp_path / name))
+    yield servers[0], servers[1]
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def ours(
+    nursery: Nursery, pair: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> dict[str, str]:
+    """The settings of a fleet on the first server."""
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(f'[pools.default]\ntask = "{TASK}"\nmodel = "{nursery.model}"\n')
+    return {"PIPEFLEET_REDIS_URL": pair[0].url, "PIPEFLEET_FLEET": str(fleet)}
+
+
+def test_a_worker_and_its_clients_wait_while_the_server_is_a_replica(
+    pair: tuple[Server, Server],
+    nursery: Nursery,
+    environment: dict[str, str],
+    ours: dict[str, str],
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = pair
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    other.follow(one)
+    settings = {
+        **environment,
+        **ours,
+        "PIPEFLEET_WORKER_SIMULATED_DEVICE": "0.1,0.001",
+        "PIPEFLEET_WORKER_LEASE_SECONDS": "5",
+    }
+    first = nursery.start(settings)
+    with Client(load_settings()) as client, one.client() as redis:
+        run = client.map(TASK, (f"text {index}" for index in range(ITEMS)), output=f"{prefix}run/", shard_size=5)
+        until(lambda: run.progress().succeeded > 20, 60.0)
+        other.lead()
+        one.follow(other)
+        second = nursery.start(settings)  # a worker that starts meanwhile waits as well
+        for pid in (first, second):
+            until(lambda pid=pid: "is a replica that takes no writes" in nursery.log(pid), 30.0)  # type: ignore[misc]
+        one.lead()
+        until(lambda: run.progress().succeeded > 100, 60.0)
+        redis.config_set("min-replicas-to-write", 3)
+        until(lambda: "too few replicas follow it" in nursery.log(first), 30.0)
+        redis.config_set("min-replicas-to-write", 0)
+        ended = run.wait(timeout=90)
+        assert (ended.state, ended.succeeded) == ("succeeded", ITEMS)
+        rows = [row["id"] for row in run.results()]
+        assert rows == [str(index) for index in range(ITEMS)]
+        job = client.submit(TASK, "afterwards")
+        assert job.result(timeout=30)
+        until(lambda: not any(redis.llen(name) for name in redis.scan_iter("pipefleet:dead*")))
+        assert nursery.codes.keys() & {first, second} == set(), nursery.log(first) + nursery.log(second)
+        assert [nursery.stop(pid) for pid in (first, second)] == [0, 0]

@@ -1,0 +1,52 @@
+"""What `pipefleet doctor` says of the memory of Redis: how near it is to being full, and what it drops then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipefleet import broker
+from pipefleet.errors import PipefleetError
+from pipefleet.settings import Settings
+from pipefleet_workers.redis_start import refuse_cluster
+
+WARN_SHARE = 0.8
+"""Above this share of `maxmemory` the server will soon refuse new work."""
+KEEPS = "noeviction"
+
+
+def check_memory(settings: Settings) -> str:
+    """How much memory Redis uses, of how much. Raises PipefleetError with what to do where that will lose or refuse work."""
+    from redis.exceptions import NoPermissionError
+
+    redis = broker.connect(settings)
+    with broker.redis_errors(settings.redis_url):
+        try:
+            refuse_cluster(redis, settings)
+            found: Any = redis.info("memory")
+        except NoPermissionError:
+            return "not told: this user may not ask for it (INFO)"
+    return judge(int(found["used_memory"]), int(found.get("maxmemory", 0)), str(found.get("maxmemory_policy", KEEPS)))
+
+
+def judge(used: int, most: int, policy: str) -> str:
+    """What to say of `used` bytes of at most `most` (0: no bound). Raises PipefleetError where something is to be done."""
+    if policy.startswith("allkeys"):
+        raise PipefleetError(f"maxmemory-policy is {policy}: a full Redis drops whole queues; set it to {KEEPS}")
+    if policy != KEEPS:
+        raise PipefleetError(
+            f"maxmemory-policy is {policy}: a full Redis drops results and the progress of runs; set it to {KEEPS}"
+        )
+    if not most:
+        return f"{_size(used)} used, no maxmemory"
+    text = f"{_size(used)} of {_size(most)} used ({used / most:.0%})"
+    if used >= most:
+        raise PipefleetError(
+            f"{text}: no new work is taken until workers have caught up; raise maxmemory, or start more"
+        )
+    if used >= WARN_SHARE * most:
+        raise PipefleetError(f"{text}: soon no new work is taken; raise maxmemory, start more workers, or submit less")
+    return text
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,57 @@
+"""A worker's first words with Redis: is it one that can be used, and does it take writes yet. Waited for, but not for ever."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pipefleet import answers, broker
+from pipefleet.announcements import WORKERS_KEY
+from pipefleet.errors import PipefleetError, UsageError
+from pipefleet.patience import Patience
+from pipefleet.settings import Settings, without_credentials
+from pipefleet_workers.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+LONGEST_PAUSE = 2.0
+
+
+def connect_patiently(settings: Settings, worker_settings: WorkerSettings) -> Any:
+    """A client of a Redis that takes writes: waited for while it loads, is a replica, or does not answer.
+
+    Raises ServiceUnavailableError after `start_patience` seconds, UsageError for a node of a Redis Cluster.
+    """
+    redis = broker.connect(settings)
+    patience = Patience(seconds=worker_settings.start_patience, longest=LONGEST_PAUSE, told=_Once())
+
+    def look() -> None:
+        with broker.redis_errors(settings.redis_url):
+            refuse_cluster(redis, settings)
+            redis.hdel(WORKERS_KEY, "")
+
+    patience.call(look)
+    return redis
+
+
+def refuse_cluster(redis: Any, settings: Settings) -> None:
+    """Raise UsageError for a node of a Redis Cluster. Raises redis-py's errors; a right that is missing refuses nothing."""
+    from redis.exceptions import NoPermissionError
+
+    try:
+        information = redis.info("cluster")
+    except NoPermissionError:
+        return
+    if int(information.get("cluster_enabled", 0)):
+        raise UsageError(f"Redis at {without_credentials(settings.redis_url)} {answers.CLUSTER}")
+
+
+class _Once:
+    """Tells of each kind of trouble once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, error: PipefleetError) -> None:
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            log.warning("waiting for a service: %s", error)
