@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import broker
 from pipefleet.announcements import announced_fleet, announced_workers
 from pipefleet.errors import PipefleetError
-from pipefleet.objects import ObjectStore, endpoint
+from pipefleet.objects import ObjectStore
+from pipefleet.s3errors import endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
 
