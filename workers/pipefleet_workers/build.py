@@ -19,7 +19,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
 from pipefleet.routing import revision_queue
 from pipefleet.settings import Settings
-from pipefleet.storage import join_uri
+from pipefleet.storage import StorageRef, join_uri
 from pipefleet.tasks import task_spec
 from pipefleet.writers import writers
 from pipefleet_workers.acceleration import accelerated
@@ -125,7 +125,8 @@ def build(
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
-    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue)
+    consumer.health.watchers.append(instruments.metrics.barred)
+    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health)
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
     return Built(consumer, outlets.reporter, facts, burials, letters=worker_settings.transport != "stock")
 
@@ -179,7 +180,9 @@ def _consumer(
     limits = Limits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
-    return Consumer(jobs, shards, suspects, outlets.reporter, Health(_probe(outlets)), tally=tally, limits=limits)
+    health = Health(_probe(outlets))
+    outlets.store.on_denied = health.accuse
+    return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits)
 
 
 def _clock(settings: Settings) -> Callable[[], float]:
@@ -191,12 +194,14 @@ def _clock(settings: Settings) -> Callable[[], float]:
 
 
 def _probe(outlets: Outlets) -> Any:
-    """Asks Redis and the object store for something small."""
+    """Asks Redis, and writes and reads an object of a few bytes under the prefix of results, as jobs do."""
     quick = WorkerStore(retries=0, retry_seconds=5.0)
+    uri = join_uri(outlets.reporter.store_uri, "probe")
 
     def probe() -> None:
         outlets.reporter.ping()
-        quick.exists(join_uri(outlets.reporter.store_uri, "probe"))
+        quick.put(uri, b"pipefleet\n", content_type="text/plain")
+        quick.get(StorageRef(uri))
 
     return probe
 

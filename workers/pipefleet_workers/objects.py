@@ -62,6 +62,10 @@ class ObjectSizeError(SourceError):
     code = "truncated_media"
 
 
+class BarredError(ServiceUnavailableError):
+    """S3 refuses this worker whatever it asks for: its jobs go back to their queue, for workers that are not refused."""
+
+
 class WorkerStore:
     """Reads and writes objects by `s3://` URI.
 
@@ -75,8 +79,10 @@ class WorkerStore:
         self._plain = ObjectStore()
         self._open: dict[str, S3Store] = {}
         self._of = renewals()
-        self.on_denied: Callable[[AccessDeniedError], None] = _nothing
-        """Called with each refusal of access before it is raised; what it raises is raised instead."""
+        self._seen = threading.local()
+        self.on_denied: Callable[[AccessDeniedError, int], None] = _nothing
+        """Called with each refusal of access before it is raised, and with `objects.renewals()` as of the request's credentials;
+        what it raises is raised instead."""
 
     def get(self, reference: StorageRef, *, max_bytes: int | None = None) -> bytes:
         """The bytes of an object, of the pinned version where the reference has an ETag.
@@ -168,16 +174,17 @@ class WorkerStore:
     def _mapped(self, error: Exception, uri: str) -> Exception:
         found = error if isinstance(error, PipefleetError) else _mapped(error, uri)
         if isinstance(found, AccessDeniedError):
-            self.on_denied(found)
+            self.on_denied(found, getattr(self._seen, "of", renewals()))
         return found
 
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Tell of a refusal that the plain store meets inside."""
+        seen = renewals()
         try:
             yield
         except AccessDeniedError as error:
-            self.on_denied(error)
+            self.on_denied(error, seen)
             raise
 
     def _bucket(self, name: str) -> S3Store:
@@ -185,6 +192,7 @@ class WorkerStore:
             if self._of != renewals() or len(self._open) >= MOST_BUCKETS:
                 self._of = renewals()
                 self._open.clear()
+            self._seen.of = self._of
             if name not in self._open:
                 self._open[name] = _opened(name, self._retry)
             return self._open[name]
@@ -223,7 +231,7 @@ class _Credentials:
         }
 
 
-def _nothing(error: AccessDeniedError) -> None:
+def _nothing(error: AccessDeniedError, seen: int) -> None:
     """What a store without a watcher does with a refusal."""
 
 

@@ -75,6 +75,8 @@ class InferTask(Task):  # type: ignore[misc]
     def Strategy(self, task: Any, app: Any, celery: Any) -> Callable[..., None]:
         """The handler of this task's messages, for one run of Celery's consumer."""
         self.celery_consumer = celery
+        if self.take_or_not not in self.consumer.health.watchers:
+            self.consumer.health.watchers.append(self.take_or_not)
         request_class = create_request_cls(
             symbol_by_name(task.Request), task, celery.pool, celery.hostname, celery.event_dispatcher, app=app
         )
@@ -102,6 +104,8 @@ class InferTask(Task):  # type: ignore[misc]
             delivery.revoked = self.is_revoked(request)
             wait = _seconds_until(request)
             delivery.received()
+            if self.consumer.barred is not None:
+                self.take_or_not(self.consumer.barred)  # Celery has connected anew, and takes again
             self.consumer.take(delivery, after=wait)
 
         return handle
@@ -123,6 +127,21 @@ class InferTask(Task):  # type: ignore[misc]
             return bool(request.stamped_headers) and bool(request.revoked())
         queued = request.message.headers.get(TIME_HEADER)
         return not isinstance(queued, int | float) or queued <= at
+
+    def take_or_not(self, barred: str | None) -> None:
+        """Let Celery take no messages while the worker is barred. Called by any thread."""
+        celery = self.celery_consumer
+        if celery is not None:
+            celery.call_soon(lambda: self._obey(celery))
+
+    def _obey(self, celery: Any) -> None:
+        """In the event loop: take messages, or none. Both may be repeated."""
+        if celery.task_consumer is None:
+            return  # the connection is lost; with the next one everything is taken, see `Strategy`
+        if self.consumer.barred is None:
+            celery.task_consumer.consume()
+        else:
+            celery.task_consumer.cancel()
 
     def died(self, job_id: str, reason: str) -> None:
         """Tell Celery that a job went to the dead letters without a worker that could tell. Called by any thread."""
@@ -188,8 +207,10 @@ class CeleryDelivery:
             self.lease.ack()  # at once, from this thread; the event loop may be waiting for the drain
         self._soon(lambda: self._finish(ending))
 
-    def give_back(self) -> None:
+    def give_back(self, delay: float = 0.0) -> None:
         """Put the message back to its place in the queue."""
+        if delay and self.lease is not None:
+            self.lease.give_back(delay)
         self._soon(self._hand_back)
 
     def hand_over(self, queue: str) -> None:
