@@ -18,6 +18,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.s3errors import endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
+from pipefleet_workers.checks import access_of_workers, clocks
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -49,8 +50,10 @@ def run_checks() -> list[Check]:
         ("redis", _redis),
         ("s3", _store),
         ("s3 conditional writes", _race),
+        ("clock", clocks),
         ("fleet", _fleet),
         ("workers", lambda settings: _workers(settings, needed=not (pools and all(one.ok for one in pools)))),
+        ("workers' access", access_of_workers),
     ]
     here: list[tuple[str, Callable[[Settings], str]]] = [("images", _images), ("audio", _audio), ("device", _device)]
     if not _installed("torch"):

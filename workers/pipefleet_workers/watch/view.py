@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipefleet.printable import printable
 from pipefleet_workers.watch.read import PoolRow, Snapshot, WorkerRow
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ def plain(snapshot: Snapshot) -> str:
 
 
 def notes(snapshot: Snapshot) -> list[str]:
-    """A line for each pool that something is to be said of."""
-    return [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note]
+    """A line for each pool, and each worker, that something is to be said of."""
+    barred = [f"{one.worker} takes no jobs: {printable(one.barred, 400)}" for one in snapshot.workers if one.barred]
+    return [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note] + barred
 
 
 def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list[str]:
