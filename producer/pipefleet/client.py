@@ -310,7 +310,7 @@ class Client:
         """Note what a queue is for, now and then: Redis may have been emptied since."""
         now = time.monotonic()
         if now >= self._note_at.get(queue, 0.0):
-            broker.note_revision(self.redis, queue, message.model, message.revision)
+            broker.note_revision(self.redis, queue, message.model, message.revision, now=self.clock.peek())
             self._note_at[queue] = now + NOTED_SECONDS
 
     def _runs_in_planning(self) -> list[Run]:

@@ -7,7 +7,6 @@ a pool; each of them says which queue it came from.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -227,9 +226,10 @@ def _forgotten(redis: Any, fleet: Fleet) -> list[Part]:
 def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
     """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty."""
     entries: Any = redis.hgetall(broker.REVISIONS_KEY)
+    before = broker.server_time(redis) - 86_400 * days if entries else 0.0
     for name, value in entries.items():
         try:
-            old = float(json.loads(value)["at"]) < time.time() - 86_400 * days
+            old = float(json.loads(value)["at"]) < before
         except (ValueError, LookupError, TypeError, RecursionError):
             old = True
         if old and not any(redis.llen(one) for one in broker.waiting_lists(name.decode(errors="replace"))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -62,6 +61,8 @@ class Built:
     reporter: Reporter
     facts: Facts
     burials: Burials
+    clock: ServerClock
+    """The Redis server's clock, which was measured."""
     letters: bool
     """Whether the transport keeps dead letters: `bury` is told of refused shards then."""
 
@@ -121,14 +122,15 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
-    jobs = Jobs(pool, engine, outlets.allowed, Elsewhere(settings, fleet_file), clock=_clock(settings))
+    clock = _clock(settings)
+    jobs = Jobs(pool, engine, outlets.allowed, Elsewhere(settings, fleet_file), clock=clock.now)
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
     consumer.health.watchers.append(instruments.metrics.barred)
     facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health)
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
-    return Built(consumer, outlets.reporter, facts, burials, letters=worker_settings.transport != "stock")
+    return Built(consumer, outlets.reporter, facts, burials, clock, letters=worker_settings.transport != "stock")
 
 
 class Undertaker:
@@ -185,12 +187,12 @@ def _consumer(
     return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits)
 
 
-def _clock(settings: Settings) -> Callable[[], float]:
+def _clock(settings: Settings) -> ServerClock:
     """The Redis server's clock, measured: from now on it tells the time through outages too."""
     clock = ServerClock(broker.connect(settings))
     with broker.redis_errors(settings.redis_url):
         clock.now()
-    return clock.now
+    return clock
 
 
 def _probe(outlets: Outlets) -> Any:

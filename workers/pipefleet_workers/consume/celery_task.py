@@ -65,12 +65,14 @@ class InferTask(Task):  # type: ignore[misc]
     Request = InferRequest
     consumer: Consumer
     refused: Refused
+    clock: Callable[[], float] = staticmethod(time.time)
+    """Seconds since 1970 as messages mean them: a worker sets the Redis server's. Called in the event loop, so it asks nobody."""
     celery_consumer: Any = None
     """Celery's own consumer, once it runs."""
 
     def __init__(self) -> None:
         self._revoked_at: dict[str, float] = {}
-        """When ids were revoked, in seconds since 1970, the oldest first."""
+        """When ids were revoked, by `clock`, the oldest first."""
 
     def Strategy(self, task: Any, app: Any, celery: Any) -> Callable[..., None]:
         """The handler of this task's messages, for one run of Celery's consumer."""
@@ -102,7 +104,7 @@ class InferTask(Task):  # type: ignore[misc]
                 request.name = task.name
             delivery = CeleryDelivery(request, celery, self)
             delivery.revoked = self.is_revoked(request)
-            wait = _seconds_until(request)
+            wait = _seconds_until(request, self.clock())
             delivery.received()
             if self.consumer.barred is not None:
                 self.take_or_not(self.consumer.barred)  # Celery has connected anew, and takes again
@@ -115,7 +117,7 @@ class InferTask(Task):  # type: ignore[misc]
         known = self._revoked_at
         for one in ids:
             known.pop(one, None)
-            known[one] = time.time()
+            known[one] = self.clock()
             self.consumer.revoke(one)
         for oldest in list(itertools.islice(known, max(0, len(known) - MOST_REVOKED))):
             del known[oldest]
@@ -293,12 +295,12 @@ class CeleryDelivery:
         send(self._celery, event, self._request.id, **fields)
 
 
-def _seconds_until(request: Any) -> float:
+def _seconds_until(request: Any, now: float) -> float:
     """Until a request may begin, or has expired before that; at most 0 for one without an eta. Raises OverflowError, ValueError."""
     if not request.eta:
         return 0.0
     times = [one.timestamp() for one in (request.eta, request.expires) if one]
-    return float(min(times) - time.time())
+    return float(min(times) - now)
 
 
 def send(celery: Any, event: str, job_id: str, **fields: Any) -> None:
