@@ -18,7 +18,10 @@ UNKNOWN = "the client that planned it ended before its source did"
 
 
 def note_stopped(store: ObjectStore, layout: RunLayout, error: PipefleetError, *, at: float) -> None:
-    """Keep the error that ended the planning, `at` seconds since 1970 by the Redis server's clock. Does nothing while the store is away: the error itself says so."""
+    """Keep the error that ended the planning, `at` seconds since 1970 by the Redis server's clock.
+
+    Does nothing while the store is away: the error itself says so.
+    """
     body = {"code": error.code, "message": str(error), "at": at}
     with suppress(PipefleetError):
         store.put(layout.stopped, encode_json(body).encode())

@@ -398,6 +398,25 @@ def test_a_request_that_began_after_its_end_is_not_active() -> None:
         assert not state.requests
 
 
+def test_whether_a_job_was_queued_before_its_revocation_is_told_by_the_servers_clock(
+    fleet: Callable[..., Fleet],
+) -> None:
+    one = fleet()
+    one.task.clock = lambda: 5000.0  # whatever this machine's clock says
+    revoke(one, "again")
+    one.put(single("again"), **{broker.TIME_HEADER: 5001.0})
+    one.bench.engine.end("again")
+    assert one.shows("again", "SUCCESS")
+
+
+def test_an_eta_is_meant_by_the_servers_clock(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    one.task.clock = lambda: time.time() + 7200.0
+    one.put(single("job"), eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
+    one.bench.engine.end("job")
+    assert one.shows("job", "SUCCESS")
+
+
 @pytest.mark.parametrize("reconnects", [False, True])
 def test_a_worker_that_s3_refuses_leaves_messages_where_they_are_until_it_is_allowed(
     fleet: Callable[..., Fleet], reconnects: bool

@@ -101,14 +101,14 @@ def shortened(text: str, room: int) -> str:
     return f"{text[: room - 1 - end]}…{text[-end:]}"
 
 
-def screen(snapshot: Snapshot, *, width: int, trouble: str = "") -> Group:
-    """Both tables for a terminal of this width; `trouble` says why they are out of date."""
+def screen(snapshot: Snapshot, *, width: int, trouble: str = "", age: float = 0.0) -> Group:
+    """Both tables for a terminal of this width; `trouble` says why they are `age` seconds old."""
     from rich.console import Group
     from rich.text import Text
 
     head = [Text(f"pipefleet  {time.strftime('%H:%M:%S', time.localtime(snapshot.read_at))}", style="bold")]
     if trouble:
-        head.append(Text(f"STALE, {duration(time.time() - snapshot.read_at)} old: {trouble}", style="bold red"))
+        head.append(Text(f"STALE, {duration(age)} old: {trouble}", style="bold red"))
     pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools], width)
     workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers], width)
     dim = "dim" if trouble else ""
