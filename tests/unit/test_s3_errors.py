@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pipefleet.contract import JobItem
 from pipefleet.errors import (
     AccessDeniedError,
     ObjectMissingError,
@@ -17,7 +19,12 @@ from pipefleet.errors import (
 )
 from pipefleet.objects import ObjectStore, renew_credentials
 from pipefleet.storage import StorageRef
-from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.consume.health import Health
+from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.items import ItemError, JobContext, Work
+from pipefleet_workers.objects import BarredError, WorkerStore
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.stages.fetch import Fetcher
 from tests.unit.s3_answers import Answers, answering
 
 URI = "s3://bucket/key"
@@ -124,6 +131,42 @@ def test_how_far_the_clock_is_off_is_told_by_a_refusal_too(answers: Answers) -> 
     answers.ahead = 90.0
     behind = ObjectStore().clock_behind(URI)
     assert behind == pytest.approx(90.0, abs=10.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "fails_with"), [(403, "AccessDenied", "forbidden"), (400, "KeyTooLongError", "bad_object")]
+)
+def test_an_item_fails_alone_for_an_object_that_is_refused(
+    answers: Answers, status: int, code: str, fails_with: str
+) -> None:
+    answers.status, answers.code = status, code
+    store = WorkerStore(retries=0, retry_seconds=1.0)
+    store.on_denied = Health(lambda: None).accuse
+    with pytest.raises(ItemError) as caught:
+        fetch(store)
+    assert caught.value.failure.code == fails_with
+
+
+def test_no_item_fails_for_a_worker_that_is_refused(answers: Answers) -> None:
+    answers.code = "InvalidAccessKeyId"
+    store = WorkerStore(retries=0, retry_seconds=1.0)
+    quick = WorkerStore(retries=0, retry_seconds=1.0)
+    health = Health(
+        lambda: quick.put("s3://bucket/probe", b"x", content_type="text/plain"), sleep=threading.Event().wait
+    )
+    store.on_denied = health.accuse
+    with pytest.raises(BarredError, match="nobody has this AWS_ACCESS_KEY_ID"):
+        fetch(store)
+    for key in ("key", "a//key"):  # the second goes through the plain client
+        with pytest.raises(BarredError):
+            store.put(f"s3://bucket/{key}", b"x", content_type="text/plain")
+    assert health.barred is not None
+
+
+def fetch(store: WorkerStore) -> None:
+    item = JobItem("0", StorageRef(URI).to_json())
+    context = JobContext("job", None, {}, 3, None, Outcomes(()))
+    Fetcher(store, WorkerSettings()).fetch(Work(context, 0, item, {}, 1))
 
 
 def test_the_words_of_a_key_are_no_answer(answers: Answers) -> None:
