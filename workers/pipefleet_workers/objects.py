@@ -203,7 +203,7 @@ def _opened(name: str, retry: Any) -> S3Store:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     custom: Any = {"endpoint": url, "virtual_hosted_style_request": False} if url else {}
     client: Any = {"allow_http": bool(url and url.startswith("http://")), "timeout": "120 seconds"}
-    if not os.environ.get("AWS_ACCESS_KEY_ID"):
+    if not os.environ.get("AWS_ACCESS_KEY_ID") and not os.environ.get("AWS_SKIP_SIGNATURE"):
         custom["credential_provider"] = _Credentials(name)
     return S3Store(name, region=region, client_options=client, retry_config=retry, **custom)
 

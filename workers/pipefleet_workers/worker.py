@@ -93,7 +93,8 @@ class Worker:
         self._register(app, task, built)
         self._connect_signals(ready_file)
         built.consumer.start()
-        built.consumer.health.check()  # who is refused should take nothing, and one that waits should say so
+        # Who is refused should say so before the first job; a store that hangs must not keep the others waiting.
+        threading.Thread(target=built.consumer.health.check, daemon=True).start()
         telemetry.start(self._pool.name, self.name)
         with broker.redis_errors(self._settings.redis_url):
             forget_revisions(broker.connect(self._settings))
