@@ -128,10 +128,14 @@ _NOTE = "redis.call('HDEL', KEYS[1], '') return redis.call('HSET', KEYS[1], ARGV
 """The first write takes no memory: see `records.NEEDS_NO_MEMORY`."""
 
 
-def note_revision(redis: Any, queue: str, model: str | None, revision: str | None) -> None:
-    """Note which revision `queue` is for, so that `queues_of` finds it; a pool's own needs none. `redis` may be a pipeline."""
+def note_revision(redis: Any, queue: str, model: str | None, revision: str | None, *, now: float | None = None) -> None:
+    """Note which revision `queue` is for, so that `queues_of` finds it; a pool's own needs none.
+
+    `now` is in seconds since 1970 by the server's clock, which is asked where it is not given; with it `redis` may be a pipeline.
+    """
     if REVISION_MARK in queue:
-        note = encode_json({"model": model, "revision": revision, "at": time.time()})
+        at = server_time(redis) if now is None else now
+        note = encode_json({"model": model, "revision": revision, "at": at})
         redis.eval(_NOTE, 1, REVISIONS_KEY, queue, note)
 
 
@@ -380,7 +384,8 @@ def celery_message(job: JobMessage, queue: str, priority: Priority, *, now: floa
 
 def push(pipe: Any, job: JobMessage, queue: str, priority: Priority, *, now: float | None = None) -> None:
     """Queue `job` in a redis pipeline; the caller executes it. `now` as in `celery_message`."""
-    note_revision(pipe, queue, job.model, job.revision)
+    now = time.time() if now is None else now
+    note_revision(pipe, queue, job.model, job.revision, now=now)
     pipe.lpush(queue_list(queue, priority), celery_message(job, queue, priority, now=now))
 
 

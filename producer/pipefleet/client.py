@@ -109,10 +109,11 @@ class Client:
         """Queue one input and return at once.
 
         `inputs` is what the pipeline call takes for one input; `expires` is in seconds from now; `output` is an `s3://` URI
-        (or prefix ending in a slash) where the result is written as JSON as well, outside of every run's own objects. With `idempotency_key`, a second call within
-        a day that asks for the same returns the first call's job, whatever its `priority` and `expires`; one that asks for
-        something else (task, inputs, model, revision, parameters or output) raises ConflictError. Raises UsageError or
-        ServiceUnavailableError; after the former nothing is queued, after the latter at most once.
+        (or prefix ending in a slash) where the result is written as JSON as well, outside of every run's own objects. With
+        `idempotency_key`, a second call within a day that asks for the same returns the first call's job, whatever its
+        `priority` and `expires`; one that asks for something else (task, inputs, model, revision, parameters or output) raises
+        ConflictError. Raises UsageError or ServiceUnavailableError; after the former nothing is queued, after the latter at
+        most once.
 
         >>> client.submit("text-classification", "I like it").result(timeout=30)  # doctest: +SKIP
         [{'label': 'POSITIVE', 'score': 0.999}]
@@ -353,7 +354,7 @@ class Client:
         """Note what a queue is for, now and then: Redis may have been emptied since."""
         now = time.monotonic()
         if now >= self._note_at.get(queue, 0.0):
-            broker.note_revision(self.redis, queue, message.model, message.revision)
+            broker.note_revision(self.redis, queue, message.model, message.revision, now=self.clock.peek())
             self._note_at[queue] = now + NOTED_SECONDS
 
     def _runs_in_planning(self) -> list[Run]:

@@ -10,6 +10,7 @@
     │   │   ├── ManifestError       a line of a manifest that cannot be used (names line and column)
     │   │   ├── ObjectMissingError  no such bucket or object
     │   │   │   └── ObjectChangedError  the object is there, but not the version that was meant
+    │   │   ├── ObjectRefusedError  S3 will never take this request: a key too long, an archived object
     │   │   └── AccessDeniedError   the credentials do not allow this
     │   ├── FleetFileError          fleet.toml is wrong (names the key)
     │   ├── RunError                no run at this URI, or one that is there already
@@ -96,8 +97,14 @@ class ObjectChangedError(ObjectMissingError):
     code = "changed"
 
 
+class ObjectRefusedError(SourceError):
+    """S3 refuses this for good, whoever asks: a key that is too long, an archived object, a disabled encryption key."""
+
+    code = "bad_object"
+
+
 class AccessDeniedError(SourceError):
-    """The credentials do not allow this."""
+    """The credentials do not allow this, or are not valid; or the clock or the region of this machine is wrong."""
 
     code = "forbidden"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,13 +54,13 @@ def finalise(
     refused: int = 0,
     reason: str | None = None,
     resumed: Resumed | None = None,
-    now: float | None = None,
+    now: float,
 ) -> RunProgress | None:
     """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time.
 
     `refused` of the parts stand for shards that no worker ran, `reason` says why of one of them; see `refusals`. `resumed` is what
     `read_resumed` returned before the parts were looked at: None, and nothing has ended, when that has changed since. `now` is in
-    seconds since 1970 by the Redis server's clock, as `RunPlan.created` is (default: by the local one).
+    seconds since 1970 by the Redis server's clock, as `RunPlan.created` is.
     """
     resumed = resumed or Resumed()
     failed, items = _gather_failures(store, layout), plan.items or 0
@@ -73,7 +72,7 @@ def finalise(
         failed=failed,
         shards=plan.shards or 0,
         parts=plan.shards or 0,
-        seconds=round(max(0.0, (time.time() if now is None else now) - plan.created), 3),
+        seconds=round(max(0.0, now - plan.created), 3),
         refused=refused,
         refused_reason=reason,
     )

@@ -28,9 +28,10 @@ from pipefleet.errors import (
     ServiceUnavailableError,
     UsageError,
 )
-from pipefleet.objects import ObjectStore, endpoint
+from pipefleet.objects import ObjectStore
 from pipefleet.printable import printable
 from pipefleet.rights import may, require
+from pipefleet.s3errors import endpoint
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.storage import join_uri
 

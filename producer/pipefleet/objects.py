@@ -16,15 +16,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipefleet.errors import (
     AccessDeniedError,
-    ObjectChangedError,
-    ObjectMissingError,
+    ObjectRefusedError,
     PipefleetError,
     ServiceUnavailableError,
     UsageError,
 )
 from pipefleet.forking import renew_after_fork
 from pipefleet.patience import pause
-from pipefleet.settings import without_credentials
+from pipefleet.s3errors import NO_CREDENTIALS, Answer, endpoint, error_of, server_time
 from pipefleet.storage import StorageRef, split_uri
 
 if TYPE_CHECKING:
@@ -62,38 +61,61 @@ def s3_errors(uri: str) -> Iterator[None]:
 
 def map_s3_error(error: Exception, uri: str) -> PipefleetError:
     """The error of this package for one of botocore's about `uri`."""
-    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
 
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return AccessDeniedError(
-            "no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or source the file that "
-            "`pipefleet up --env-file` writes"
-        )
-    if not isinstance(error, ClientError):
-        return ServiceUnavailableError(
-            f"cannot reach S3 at {endpoint()} ({type(error).__name__}); start a server with `pipefleet up`, "
-            "or set AWS_ENDPOINT_URL_S3"
-        )
-    code, status = error.response.get("Error", {}).get("Code", ""), _status(error)
-    if code == "NoSuchBucket":
-        return ObjectMissingError(f"there is no bucket {split_uri(uri)[0]!r} at {endpoint()}; create it first")
-    if code in ("NoSuchKey", "NotFound", "404"):
-        return ObjectMissingError(f"there is no object {uri}, or no such bucket, at {endpoint()}")
-    if status == 412:
-        return ObjectChangedError(f"{uri} was changed after its version was noted; start again with the present one")
-    if status in (401, 403):
-        return AccessDeniedError(f"S3 at {endpoint()} refuses access ({code}); check the AWS_* credentials")
-    return ServiceUnavailableError(f"S3 at {endpoint()} failed with {status} {code}; try again later")
+        return AccessDeniedError(NO_CREDENTIALS)
+    if isinstance(error, ClientError):
+        return error_of(_answer(error), uri)
+    if isinstance(error, ParamValidationError):
+        return ObjectRefusedError(f"{uri} names no bucket or key that S3 can have; rename it")
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return error_of(Answer(403, "CredentialRetrievalError"), uri)
+    return ServiceUnavailableError(
+        f"cannot reach S3 at {endpoint()} ({type(error).__name__}); start a server with `pipefleet up`, "
+        "or set AWS_ENDPOINT_URL_S3"
+    )
+
+
+_NO_CREDENTIALS = {
+    "ConfigNotFound", "ConfigParseError", "CredentialRetrievalError", "InvalidConfigError", "MetadataRetrievalError",
+    "NoAuthTokenError", "ProfileNotFound", "SSOTokenLoadError", "TokenRetrievalError", "UnauthorizedSSOTokenError",
+    "UnknownCredentialError",
+}  # fmt: skip
+"""Errors of botocore's where the source of credentials is wrong or away."""
+
+
+def _answer(error: ClientError) -> Answer:
+    said: Any = error.response.get("Error", {})
+    headers: Any = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = said.get("Region") or headers.get("x-amz-bucket-region") or ""
+    return Answer(
+        _status(error), str(said.get("Code", "")), str(region), _behind(headers, str(said.get("ServerTime", "")))
+    )
+
+
+def _behind(headers: Any, server: str = "") -> float | None:
+    """Seconds that this machine's clock is behind that of the server which has just answered."""
+    at = server_time(headers, f"<ServerTime>{server}</ServerTime>" if server else "")
+    return None if at is None else at - time.time()
 
 
 def _status(error: ClientError) -> int:
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
-def endpoint() -> str:
-    """The URL of the object store in use, without credentials."""
-    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return without_credentials(url) if url else "AWS"
+_renewals = 0
+
+
+def renew_credentials() -> None:
+    """Let every store of this process read its credentials anew, from the environment, a file or a role, at its next call."""
+    global _renewals
+    _renewals += 1
+
+
+def renewals() -> int:
+    """How often `renew_credentials` was called."""
+    return _renewals
 
 
 def _connect() -> S3Client:
@@ -119,12 +141,13 @@ def _connect() -> S3Client:
 class ObjectStore:
     """Reads, writes and lists objects by `s3://` URI, with the credentials of the environment at its first call.
 
-    All methods raise ServiceUnavailableError, AccessDeniedError or ObjectMissingError; UsageError where the environment
-    names no usable endpoint.
+    All methods raise ServiceUnavailableError, AccessDeniedError, ObjectRefusedError or ObjectMissingError; UsageError where the
+    environment names no usable endpoint.
     """
 
     def __init__(self) -> None:
         self._client: S3Client | None = None
+        self._of = renewals()
         self._parents: S3Client | None = None
         self._lock = threading.Lock()
         renew_after_fork(self)
@@ -132,10 +155,14 @@ class ObjectStore:
     @property
     def client(self) -> S3Client:
         """The boto3 client, for what this class does not offer."""
-        if self._client is None:
+        client = self._client
+        if client is None or self._of != renewals():
             with self._lock:
-                self._client = self._client or _connect()
-        return self._client
+                if self._client is None or self._of != renewals():
+                    self._of = renewals()
+                    self._client = _connect()
+                client = self._client
+        return client
 
     def after_fork(self) -> None:
         """A forked process opens connections of its own, and does not even close the parent's: others may have held their locks."""
@@ -211,24 +238,47 @@ class ObjectStore:
         return StorageRef(uri, found["ETag"].strip('"'), found["ContentLength"], found.get("ContentType"))
 
     def _head(self, uri: str) -> Any:
+        from botocore.exceptions import ClientError
+
         bucket, key = split_uri(uri)
         try:
             return self.client.head_object(Bucket=bucket, Key=key)
-        except self.client.exceptions.ClientError as error:
+        except ClientError as error:
             if _status(error) == 404:
                 return None
+            if _answer(error).is_vague:  # the answer to a HEAD has no body, and so no reason
+                self.client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
             raise
 
     def require_bucket(self, uri: str) -> None:
         """Raise ObjectMissingError, naming the bucket, unless the bucket of `uri` exists."""
+        from botocore.exceptions import ClientError
+
         bucket, _ = split_uri(uri)
         with s3_errors(uri):
             try:
                 self.client.head_bucket(Bucket=bucket)
-            except self.client.exceptions.ClientError as error:
-                if _status(error) != 404:
-                    raise
-                raise ObjectMissingError(f"there is no bucket {bucket!r} at {endpoint()}; create it first") from None
+            except ClientError as error:
+                if _status(error) == 404:
+                    raise error_of(Answer(404, "NoSuchBucket"), uri) from None
+                if _answer(error).is_vague:  # the answer to a HEAD has no body, and so no reason
+                    self.client.list_objects_v2(Bucket=bucket, MaxKeys=1)
+                raise
+
+    def clock_behind(self, uri: str) -> float | None:
+        """Seconds that this machine's clock is behind the store's, to the second; None where the server tells no time.
+
+        An answer that refuses access tells it too.
+        """
+        from botocore.exceptions import ClientError
+
+        bucket, _ = split_uri(uri)
+        with s3_errors(uri):
+            try:
+                answer: Any = self.client.head_bucket(Bucket=bucket)
+            except ClientError as error:
+                answer = error.response
+        return _behind(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
 
     def list(self, uri: str, *, after: str = "") -> Iterator[ListedObject]:
         """Objects under a prefix, sorted by key, a page in memory at a time; only keys above `after`."""

@@ -7,7 +7,6 @@ a pool; each of them says which queue it came from.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.printable import printable
 from pipefleet.routing import PREFIX, queue_name, work_queue
 
 _HELD = r"""
@@ -129,10 +129,19 @@ class Backlog:
     """Workers alive that serve it."""
     first: Pool | None
     """The revision of the pool that new work goes to; None where nothing is known of the pool but this."""
+    barred: tuple[str, ...] = ()
+    """Of these workers, why those that S3 refuses take no jobs."""
 
     @property
     def note(self) -> str | None:
-        """Why this waits and what to do, where nobody serves it."""
+        """Why this waits and what to do, where nobody serves it; and which of its workers take no jobs."""
+        if self.barred:
+            count = (
+                "no worker takes"
+                if len(self.barred) >= self.workers
+                else f"{len(self.barred)} of {self.workers} workers take no"
+            )
+            return f"{count} jobs: {printable(self.barred[0], 400)}"
         if self.workers or not (sum(self.waiting.values()) or self.held.delayed):
             return None
         pool, label = self.part.pool, model_label(self.part.pool.model, self.part.pool.revision)
@@ -172,9 +181,11 @@ def read_backlogs(redis: Any, fleet: Fleet) -> list[Backlog]:
             pipe.llen(name)
         waiting = broker.by_priority(pipe.execute())
         held = part.held or _all_held(redis, part.queue)
-        serving = len(workers_of(workers, part.pool, part.queue))
+        names = workers_of(workers, part.pool, part.queue)
+        serving = len(names)
+        barred = tuple(str(workers[name]["barred"]) for name in names if workers[name].get("barred"))
         if part.named or serving or sum(waiting.values()) or held != Held():
-            found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name)))
+            found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name), barred))
     return found
 
 
@@ -221,9 +232,10 @@ def _forgotten(redis: Any, fleet: Fleet) -> list[Part]:
 def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
     """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty."""
     entries: Any = redis.hgetall(broker.REVISIONS_KEY)
+    before = broker.server_time(redis) - 86_400 * days if entries else 0.0
     for name, value in entries.items():
         try:
-            old = float(json.loads(value)["at"]) < time.time() - 86_400 * days
+            old = float(json.loads(value)["at"]) < before
         except (ValueError, LookupError, TypeError, RecursionError):
             old = True
         if old and not any(redis.llen(one) for one in broker.waiting_lists(name.decode(errors="replace"))):

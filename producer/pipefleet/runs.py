@@ -389,7 +389,7 @@ class Run:
         """Keep the error that ended the planning, for this client and, under the run, for every other."""
         self._planning_error = error
         if self._planner is not None and self._planner.alone:
-            note_stopped(self._client.store, self._layout, error)
+            note_stopped(self._client.store, self._layout, error, at=self._client.clock.peek())
 
     def _raise_planning_error(self) -> None:
         if self._planning_error is not None:

@@ -39,7 +39,7 @@ def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> R
             if plan.id == asked.id:
                 planner.undo()
             elif isinstance(error, PipefleetError) and planner.alone:
-                note_stopped(client.store, layout, error)
+                note_stopped(client.store, layout, error, at=client.clock.peek())
             raise
         if plan.id != asked.id:
             forget_stopped(client.store, layout)

@@ -6,7 +6,6 @@ A client that is killed notes nothing; its run is known as stopped because its p
 from __future__ import annotations
 
 import json
-import time
 from contextlib import suppress
 
 from pipefleet.contract import encode_json
@@ -18,9 +17,12 @@ UNKNOWN = "the client that planned it ended before its source did"
 """What is said of a planner that left no reason."""
 
 
-def note_stopped(store: ObjectStore, layout: RunLayout, error: PipefleetError) -> None:
-    """Keep the error that ended the planning. Does nothing while the store is away: the error itself says so."""
-    body = {"code": error.code, "message": str(error), "at": time.time()}
+def note_stopped(store: ObjectStore, layout: RunLayout, error: PipefleetError, *, at: float) -> None:
+    """Keep the error that ended the planning, `at` seconds since 1970 by the Redis server's clock.
+
+    Does nothing while the store is away: the error itself says so.
+    """
+    body = {"code": error.code, "message": str(error), "at": at}
     with suppress(PipefleetError):
         store.put(layout.stopped, encode_json(body).encode())
 

@@ -13,6 +13,7 @@ from pipefleet import broker
 from pipefleet.announcements import POOLS_KEY, WORKERS_KEY
 from pipefleet.fleet import UNNAMED, Pool, model_label
 from pipefleet.forking import renew_after_fork
+from pipefleet.printable import printable
 from pipefleet.revisions import worker_command
 from pipefleet.routing import PREFIX
 
@@ -42,7 +43,7 @@ def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | 
     now, entries = seconds + micros / 1e6, _read(pools)
     served = served_queues(_read(workers), entries, now)
     if queue in served:
-        return None
+        return _barred(queue, _read(workers), entries, now)
     waiting = _count(redis, queue, held=broker.base_queue(queue) not in served)
     pool = pool or _announced(queue, entries) or _noted(redis, queue)
     wanted = _is_wanted(redis, pool.key if pool is not None else None, now)
@@ -60,6 +61,15 @@ def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: flo
             named = facts.get("queue") or _pool_queue(pools.get(str(facts.get("pool"))))
             served |= {str(named), broker.base_queue(str(named))}
     return served
+
+
+def _barred(queue: str, workers: Mapping[str, Any], pools: Mapping[str, Any], now: float) -> str | None:
+    """One sentence where S3 refuses every worker that serves a queue; None where it does not."""
+    serving = [one for name, one in workers.items() if queue in served_queues({name: one}, pools, now)]
+    reasons = [str(one["barred"]) for one in serving if one.get("barred")]
+    if not reasons or len(reasons) < len(serving):
+        return None
+    return f"no worker of {queue} takes jobs: {printable(reasons[0], 400)}"
 
 
 def _count(redis: Redis, queue: str, *, held: bool) -> int:

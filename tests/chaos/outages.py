@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.errors import JobError, ServiceUnavailableError
+from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.jobs import Job
 from pipefleet.runs import Run
+from pipefleet_workers.checks import access_of_workers
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
-from tests.chaos.proxy import WELL, Mood
+from tests.chaos.proxy import WELL, Mood, Proxy
 from tests.chaos.saboteur import TASK
 from tests.chaos.scenario import Finding, Scale, scenario
-from tests.chaos.world import World, until
+from tests.chaos.world import Worker, World, until
 
 PATIENCE = 150.0
 
@@ -173,3 +176,54 @@ def s3_away_for_writing(world: World, scale: Scale) -> Finding:
         check_run(client, run, rows)
         check_quiet(world)
     return Finding(recovery, "after it was back")
+
+
+@scenario("refused-worker")
+def refused_worker(world: World, scale: Scale) -> Finding:
+    """S3 refuses one worker of two in the middle of its work: the other one does it all, until the first is allowed again."""
+    proxy = Proxy(int(world.s3_server.endpoint.rsplit(":", 1)[1]))
+    with world.scene(workers=1) as client:
+        other = world.add_worker(s3=proxy.endpoint)
+        world.wait_ready()
+        client.store.put("s3://pipefleet/chaos/in/0.txt", b"an object")
+        rows = ["s3://pipefleet/chaos/in/0.txt" if n % 5 == 0 else f"SLOW:0.01 {n}" for n in range(scale.jobs * 5)]
+        run = start_run(client, rows, shard_size=10)
+        until(lambda: len(holders(world)) == 2, what="both workers hold shards")
+        proxy.behave(Mood(status=403))
+        jobs = [client.submit(TASK, rows[0]) for _ in range(20)]
+        began = time.monotonic()
+        until(lambda: named(client, other), what="doctor names the refused worker")
+        until(lambda: not holders(world) - {holder(world.workers[0])}, what="the refused worker holds nothing")
+        gave_back = time.monotonic() - began
+        check_singles(jobs, PATIENCE)
+        wait_patiently(run)
+        check_run(client, run, rows)
+        proxy.behave(WELL)
+        until(lambda: not named(client, other), what="it takes jobs again by itself")
+        world.workers[0].send(signal.SIGSTOP)
+        check_singles([client.submit(TASK, rows[0]) for _ in range(20)], PATIENCE)
+        world.workers[0].send(signal.SIGCONT)
+        check_quiet(world)
+        world.proxy.misbehaved = True  # items of the shards that went back were counted as they left the engine
+    proxy.close()
+    return Finding(gave_back, "until the refused worker held nothing")
+
+
+def named(client: Client, worker: Worker) -> bool:
+    """Whether doctor says of a worker that it takes no jobs."""
+    try:
+        access_of_workers(client.settings)
+    except PipefleetError as error:
+        return f"-{worker.pid} takes no jobs: S3 at " in str(error)
+    return False
+
+
+def holders(world: World) -> set[str]:
+    """The processes that hold messages, as `holder` names them."""
+    owners: Any = world.redis.hvals(broker.unacked_keys("pipefleet.text-classification")["owners_key"])
+    return {one.decode().split(":")[1] for one in owners}
+
+
+def holder(worker: Worker) -> str:
+    """The name of a worker's process in the owners of messages."""
+    return str(worker.pid)

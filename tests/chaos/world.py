@@ -154,8 +154,13 @@ class World:
             self.proxy.behave(WELL)
             self.clear_workers()
 
-    def add_worker(self, *, supervised: bool = True, clock: float = 0.0, **settings: Any) -> Worker:
-        """Start one more worker; `settings` are PIPEFLEET_WORKER_* in small letters, `clock` the error of its clock in seconds."""
+    def add_worker(
+        self, *, supervised: bool = True, clock: float = 0.0, s3: str | None = None, **settings: Any
+    ) -> Worker:
+        """Start one more worker; `settings` are PIPEFLEET_WORKER_* in small letters, `clock` the error of its clock in seconds.
+
+        `s3` is the URL of its own way to the object store.
+        """
         self._count += 1
         lease = {"lease_seconds": self.lease} if self.lease else {}
         defaults: dict[str, object] = {"transport": self.transport, "announce_seconds": 2, **lease}
@@ -163,7 +168,7 @@ class World:
         own = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PIPEFLEET_WORKER_")},
             **self.environment(), **values,
-            "AWS_ENDPOINT_URL_S3": self.proxy.endpoint, "CHAOS_FOLDER": str(self._sabotage), "CHAOS_CLOCK": str(clock),
+            "AWS_ENDPOINT_URL_S3": s3 or self.proxy.endpoint, "CHAOS_FOLDER": str(self._sabotage), "CHAOS_CLOCK": str(clock),
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         worker = Worker(self._count, own, supervised, ready_file=self.folder / f"worker-{self._count}.ready")

@@ -26,7 +26,7 @@ CHOSEN = {
         *("killed-forward", "killed-after-write", "given-twice"),
         *("terminated", "terminated-twice", "told-to-shut-down", "long-job"),
     ),
-    outages: ("redis-restarted", "redis-emptied", "s3-503"),
+    outages: ("redis-restarted", "redis-emptied", "s3-503", "refused-worker"),
     culprits: ("poison-item", "hanging-decode", "poison-job"),
     traffic: ("hostile", "cancel-and-expiry", "revoke", "queues-agree"),
     bounds: ("budget-exhausted", "large-results"),

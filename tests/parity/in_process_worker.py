@@ -45,8 +45,8 @@ class LeaseDelivery:
     def done(self, ending: Ending) -> None:
         self.lease.ack()
 
-    def give_back(self) -> None:
-        self.lease.give_back()
+    def give_back(self, delay: float = 0.0) -> None:
+        self.lease.give_back(delay)
 
     def hand_over(self, queue: str) -> None:
         self.lease.hand_over(queue, broker.queue_list(queue, self.priority))

@@ -52,7 +52,7 @@ def work(client: Client, run: Run, *, failing: bool = False) -> int:
     client.redis.setbit(broker.run_key(run.id, "parts"), index, 1)
     shards = client.redis.hget(broker.run_key(run.id), "shards")
     if shards is not None and client.redis.bitcount(broker.run_key(run.id, "parts")) >= int(shards):
-        finalise(client.store, layout, read_plan(client.store, layout))
+        finalise(client.store, layout, read_plan(client.store, layout), now=client.now())
     return index
 
 

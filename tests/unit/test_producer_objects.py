@@ -22,6 +22,7 @@ from pipefleet.errors import (
     AccessDeniedError,
     ObjectChangedError,
     ObjectMissingError,
+    ObjectRefusedError,
     PipefleetError,
     ServiceUnavailableError,
     SourceError,
@@ -207,7 +208,8 @@ class TestS3Failing:
         assert len(kinds) > 50
         for kind in kinds:
             error = kind.__new__(kind)
-            assert isinstance(map_s3_error(error, "s3://b/a"), ServiceUnavailableError | AccessDeniedError), kind
+            expected = ServiceUnavailableError | AccessDeniedError | ObjectRefusedError
+            assert isinstance(map_s3_error(error, "s3://b/a"), expected), kind
 
     @pytest.mark.parametrize(
         ("status", "code", "kind"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +18,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.records import JobFailure
 from pipefleet.routing import revision_queue
 from pipefleet.settings import Settings
-from pipefleet.storage import join_uri
+from pipefleet.storage import StorageRef, join_uri
 from pipefleet.tasks import task_spec
 from pipefleet.writers import writers
 from pipefleet_workers.acceleration import accelerated
@@ -65,6 +64,8 @@ class Built:
     reporter: Reporter
     facts: Facts
     burials: Burials
+    clock: ServerClock
+    """The Redis server's clock, which was measured."""
     letters: bool
     """Whether the transport keeps dead letters: `bury` is told of refused shards then."""
 
@@ -126,14 +127,16 @@ def build(
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
+    clock = _clock(settings)
     elsewhere = Elsewhere(settings, fleet_file)
-    jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=_clock(settings))
+    jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
-    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue)
+    consumer.health.watchers.append(instruments.metrics.barred)
+    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health)
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
-    return Built(consumer, outlets.reporter, facts, burials, letters=worker_settings.transport != "stock")
+    return Built(consumer, outlets.reporter, facts, burials, clock, letters=worker_settings.transport != "stock")
 
 
 class Undertaker:
@@ -192,24 +195,28 @@ def _consumer(
     limits = Limits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
-    return Consumer(jobs, shards, suspects, outlets.reporter, Health(_probe(outlets)), tally=tally, limits=limits)
+    health = Health(_probe(outlets))
+    outlets.store.on_denied = health.accuse
+    return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits)
 
 
-def _clock(settings: Settings) -> Callable[[], float]:
+def _clock(settings: Settings) -> ServerClock:
     """The Redis server's clock, measured: from now on it tells the time through outages too."""
     clock = ServerClock(broker.connect(settings))
     with broker.redis_errors(settings.redis_url):
         clock.now()
-    return clock.now
+    return clock
 
 
 def _probe(outlets: Outlets) -> Any:
-    """Asks Redis and the object store for something small."""
+    """Asks Redis, and writes and reads an object of a few bytes under the prefix of results, as jobs do."""
     quick = WorkerStore(retries=0, retry_seconds=5.0)
+    uri = join_uri(outlets.reporter.store_uri, "probe")
 
     def probe() -> None:
         outlets.reporter.ping()
-        quick.exists(join_uri(outlets.reporter.store_uri, "probe"))
+        quick.put(uri, b"pipefleet\n", content_type="text/plain")
+        quick.get(StorageRef(uri))
 
     return probe
 

@@ -15,9 +15,11 @@ from pipefleet import broker, rights
 from pipefleet.announcements import announced_fleet, announced_workers
 from pipefleet.errors import PipefleetError
 from pipefleet.identity import Membership
-from pipefleet.objects import ObjectStore, endpoint
+from pipefleet.objects import ObjectStore
+from pipefleet.s3errors import endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
+from pipefleet_workers.checks import access_of_workers, clocks
 from pipefleet_workers.redis_memory import check_memory
 
 if TYPE_CHECKING:
@@ -52,9 +54,11 @@ def run_checks() -> list[Check]:
         ("redis memory", check_memory),
         ("s3", _store),
         ("s3 conditional writes", _race),
+        ("clock", clocks),
         ("fleet", _fleet),
         ("fleet identity", _identity),
         ("workers", lambda settings: _workers(settings, needed=not (pools and all(one.ok for one in pools)))),
+        ("workers' access", access_of_workers),
     ]
     here: list[tuple[str, Callable[[Settings], str]]] = [("images", _images), ("audio", _audio), ("device", _device)]
     if not _installed("torch"):

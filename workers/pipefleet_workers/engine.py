@@ -27,6 +27,7 @@ from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.device import Device, Instruments
 from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, Unit, Work
+from pipefleet_workers.objects import BarredError
 from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.sizes import bytes_of
@@ -305,7 +306,9 @@ class Engine:
                     done.append(do(item))
                     continue
                 except ServiceUnavailableError as error:
-                    if work.job.patient:  # an outage is nobody's failure: the whole job runs again later
+                    if work.job.patient or isinstance(
+                        error, BarredError
+                    ):  # an outage is nobody's failure: the whole job runs again later
                         work.job.give_back(error)
                         self._budget.leave(work)
                         continue

@@ -17,6 +17,7 @@ from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.scaling.ledger import ITEM_COUNTS, record_items
 
 if TYPE_CHECKING:
+    from pipefleet_workers.consume.health import Health
     from pipefleet_workers.device import Instruments
     from pipefleet_workers.pulse import Beat, Pulse
     from pipefleet_workers.warmup import WarmUp
@@ -36,6 +37,7 @@ class Facts:
     pulse: Pulse
     queue: str
     """That of the revision that the worker serves."""
+    health: Health | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What is announced; `base` and `per_cost` are the fitted seconds of a batch."""
@@ -49,6 +51,7 @@ class Facts:
             "pads": self.found.pads,
             **fitted,
             "batching": batching,
+            **({"barred": self.health.barred} if self.health is not None and self.health.barred else {}),
             "formats": writable_formats(),
         }
 

@@ -56,10 +56,18 @@ class Metrics:
             self._child(self._items, state)
         self._units = self._histogram("pipefleet_batch_units", "units of a batch", SIZES)
         self._seconds = self._histogram("pipefleet_batch_seconds", "seconds of a forward", SECONDS)
+        self._takes = Gauge(
+            "pipefleet_takes_jobs", "1; 0 while the object store refuses this worker", ("pool",), registry=self.registry
+        )
+        self.barred(None)
         self._facts = Gauge(
             "pipefleet_batching", "budget, padding (1 exact, 0 equal shapes) and service time", ("pool", "fact"),
             registry=self.registry,
         )  # fmt: skip
+
+    def barred(self, reason: str | None) -> None:
+        """Tell that the object store refuses this worker, which takes no jobs; None once it does not."""
+        self._takes.labels(self._pool).set(0 if reason else 1)
 
     def batch(self, units: int, *, padded: float, useful: float, seconds: float) -> None:
         """Count one batch."""

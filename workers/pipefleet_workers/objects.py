@@ -6,12 +6,13 @@ S3 takes keys that obstore refuses or silently shortens (`a//b`, `/a`, `a/`, con
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import threading
-from contextlib import closing
-from datetime import timedelta
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import obstore
@@ -30,14 +31,23 @@ from pipefleet.errors import (
     InputError,
     ObjectChangedError,
     ObjectMissingError,
+    PipefleetError,
     ServiceUnavailableError,
     SourceError,
 )
-from pipefleet.objects import ObjectStore, endpoint, s3_errors
+from pipefleet.objects import ObjectStore, renewals, s3_errors
+from pipefleet.s3errors import NO_CREDENTIALS, Answer, endpoint, error_of, server_time
 from pipefleet.storage import StorageRef, split_uri
 
 _ODD_KEY = re.compile(r"^/|//|/$|[\x00-\x1f\x7f]")
 """Keys that obstore does not take as they are."""
+_STATUS, _CODE, _REGION = (
+    re.compile(one) for one in (r"status code: (\d{3})", r"<Code>([^<]+)</Code>", r"<Region>([^<]+)</Region>")
+)
+MOST_BUCKETS = 256
+"""Buckets that are kept open."""
+CREDENTIALS_SECONDS = 300.0
+"""How long credentials from a file or a role are taken as they were read; botocore renews those of roles before they end."""
 
 
 class ObjectTooLargeError(SourceError):
@@ -52,17 +62,27 @@ class ObjectSizeError(SourceError):
     code = "truncated_media"
 
 
+class BarredError(ServiceUnavailableError):
+    """S3 refuses this worker whatever it asks for: its jobs go back to their queue, for workers that are not refused."""
+
+
 class WorkerStore:
     """Reads and writes objects by `s3://` URI.
 
-    Raises ObjectMissingError, AccessDeniedError, InputError for a key that no server takes, or ServiceUnavailableError after
-    bounded retries.
+    Raises ObjectMissingError, AccessDeniedError, ObjectRefusedError, InputError for a key that no server takes, or
+    ServiceUnavailableError after bounded retries. Credentials are those of the environment, of the AWS files or of a role.
     """
 
     def __init__(self, *, retries: int = 6, retry_seconds: float = 30.0) -> None:
         self._retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=retry_seconds)}
         self._lock = threading.Lock()
         self._plain = ObjectStore()
+        self._open: dict[str, S3Store] = {}
+        self._of = renewals()
+        self._seen = threading.local()
+        self.on_denied: Callable[[AccessDeniedError, int], None] = _nothing
+        """Called with each refusal of access before it is raised, and with `objects.renewals()` as of the request's credentials;
+        what it raises is raised instead."""
 
     def get(self, reference: StorageRef, *, max_bytes: int | None = None) -> bytes:
         """The bytes of an object, of the pinned version where the reference has an ETag.
@@ -78,33 +98,48 @@ class WorkerStore:
             found = obstore.get(self._bucket(bucket), key, options=options)
             _check_size(reference, found.meta["size"], max_bytes)
             return bytes(found.bytes())
-        except (BaseError, OSError, ValueError) as error:
-            raise _mapped(error, reference.uri) from None
+        except (BaseError, OSError, ValueError, AccessDeniedError) as error:
+            raise self._mapped(error, reference.uri) from None
 
     def exists(self, uri: str) -> bool:
         """Whether there is an object at `uri`."""
         bucket, key = _split(uri)
         if _ODD_KEY.search(key):
-            return self._plain.head(uri) is not None
+            with self._told():
+                return self._plain.head(uri) is not None
         try:
             obstore.head(self._bucket(bucket), key)
         except (FileNotFoundError, NotFoundError):
             return False
-        except (BaseError, OSError, ValueError) as error:
-            raise _mapped(error, uri) from None
+        except (BaseError, OSError, ValueError, AccessDeniedError) as error:
+            if _answer(error, uri).is_vague:  # the answer to a HEAD has no body, and so no reason; that to a GET has
+                return self._is_read(uri)
+            raise self._mapped(error, uri) from None
+        return True
+
+    def _is_read(self, uri: str) -> bool:
+        bucket, key = _split(uri)
+        try:
+            obstore.get(self._bucket(bucket), key)
+        except (FileNotFoundError, NotFoundError):
+            return False
+        except (BaseError, OSError, ValueError, AccessDeniedError) as error:
+            raise self._mapped(error, uri) from None
         return True
 
     def put(self, uri: str, body: bytes, *, content_type: str) -> None:
         """Write an object, replacing one that is there."""
         if _ODD_KEY.search(_split(uri)[1]):
-            self._plain.put(uri, body, content_type=content_type)
+            with self._told():
+                self._plain.put(uri, body, content_type=content_type)
         else:
             self._put(uri, body, content_type, mode="overwrite")
 
     def put_new(self, uri: str, body: bytes, *, content_type: str) -> bool:
         """Write an object unless there is one already, atomically. True if this call wrote it."""
         if _ODD_KEY.search(_split(uri)[1]):
-            return self._plain.put_new(uri, body, content_type=content_type)
+            with self._told():
+                return self._plain.put_new(uri, body, content_type=content_type)
         try:
             self._put(uri, body, content_type, mode="create")
         except AlreadyExistsError:
@@ -113,7 +148,7 @@ class WorkerStore:
 
     def _get_plain(self, reference: StorageRef, max_bytes: int | None) -> bytes:
         pinned: Any = {"IfMatch": f'"{reference.etag}"'} if reference.etag else {}
-        with s3_errors(reference.uri):
+        with self._told(), s3_errors(reference.uri):
             found = self._plain.client.get_object(Bucket=reference.bucket, Key=reference.key, **pinned)
             with closing(found["Body"]) as body:
                 _check_size(reference, found["ContentLength"], max_bytes)
@@ -133,20 +168,71 @@ class WorkerStore:
             )
         except AlreadyExistsError:
             raise
-        except (BaseError, OSError, ValueError) as error:
-            raise _mapped(error, uri) from None
+        except (BaseError, OSError, ValueError, AccessDeniedError) as error:
+            raise self._mapped(error, uri) from None
+
+    def _mapped(self, error: Exception, uri: str) -> Exception:
+        found = error if isinstance(error, PipefleetError) else _mapped(error, uri)
+        if isinstance(found, AccessDeniedError):
+            self.on_denied(found, getattr(self._seen, "of", renewals()))
+        return found
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell of a refusal that the plain store meets inside."""
+        seen = renewals()
+        try:
+            yield
+        except AccessDeniedError as error:
+            self.on_denied(error, seen)
+            raise
 
     def _bucket(self, name: str) -> S3Store:
         with self._lock:
-            return self._open(name)
+            if self._of != renewals() or len(self._open) >= MOST_BUCKETS:
+                self._of = renewals()
+                self._open.clear()
+            self._seen.of = self._of
+            if name not in self._open:
+                self._open[name] = _opened(name, self._retry)
+            return self._open[name]
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - one store lives as long as its worker
-    def _open(self, name: str) -> S3Store:
-        url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        custom: Any = {"endpoint": url, "virtual_hosted_style_request": False} if url else {}
-        client: Any = {"allow_http": bool(url and url.startswith("http://")), "timeout": "120 seconds"}
-        return S3Store(name, region=region, client_options=client, retry_config=self._retry, **custom)
+
+def _opened(name: str, retry: Any) -> S3Store:
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    custom: Any = {"endpoint": url, "virtual_hosted_style_request": False} if url else {}
+    client: Any = {"allow_http": bool(url and url.startswith("http://")), "timeout": "120 seconds"}
+    if not os.environ.get("AWS_ACCESS_KEY_ID") and not os.environ.get("AWS_SKIP_SIGNATURE"):
+        custom["credential_provider"] = _Credentials(name)
+    return S3Store(name, region=region, client_options=client, retry_config=retry, **custom)
+
+
+class _Credentials:
+    """Gives obstore the credentials that boto3 finds, so that both clients of a worker have the same. Thread-safe."""
+
+    def __init__(self, bucket: str) -> None:
+        import boto3
+
+        with s3_errors(f"s3://{bucket}/"):
+            self._found: Any = boto3.session.Session().get_credentials()
+        if self._found is None:
+            raise AccessDeniedError(NO_CREDENTIALS)
+
+    def __call__(self) -> Any:
+        """Keys that obstore may use for a while."""
+        keys = self._found.get_frozen_credentials()
+        until = datetime.now(UTC) + timedelta(seconds=CREDENTIALS_SECONDS)
+        return {
+            "access_key_id": keys.access_key,
+            "secret_access_key": keys.secret_key,
+            "token": keys.token,
+            "expires_at": until,
+        }
+
+
+def _nothing(error: AccessDeniedError, seen: int) -> None:
+    """What a store without a watcher does with a refusal."""
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -164,13 +250,31 @@ def _check_size(reference: StorageRef, size: int, max_bytes: int | None) -> None
         raise ObjectSizeError(f"{reference.uri} has {size} bytes instead of {reference.size}")
 
 
-def _mapped(error: Exception, uri: str) -> Exception:
+def _mapped(error: Exception, uri: str) -> PipefleetError:
+    answer = _answer(error, uri)
+    if answer.status:
+        return error_of(answer, uri)
     if isinstance(error, FileNotFoundError | NotFoundError):
         return ObjectMissingError(f"there is no object {uri}")
     if isinstance(error, PreconditionError):
         return ObjectChangedError(f"{uri} was changed after the run was planned")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
-        return AccessDeniedError(f"S3 refuses access to {uri}; check the credentials of the worker")
+        return error_of(Answer(403), uri)
+    if "incorrectly configured region" in str(error):
+        return error_of(Answer(301), uri)
     if isinstance(error, ValueError):
         return InputError(f"{uri} has a key that cannot be read or written; rename the object")
     return ServiceUnavailableError(f"S3 at {endpoint()} does not answer for {uri} ({type(error).__name__})")
+
+
+def _answer(error: Exception, uri: str) -> Answer:
+    """What S3 answered, as obstore tells it: in words alone. A status of 0 where it tells no answer."""
+    text = str(error).replace(split_uri(uri)[1] or "\n", "")  # a key may hold any words
+    status, code, region = (one.search(text) for one in (_STATUS, _CODE, _REGION))
+    at = server_time({}, text)
+    return Answer(
+        int(status[1]) if status else 0,
+        code[1] if code else "",
+        region[1] if region else "",
+        None if at is None else at - time.time(),
+    )

@@ -26,6 +26,7 @@ from pipefleet_workers.redis_start import connect_patiently
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    from pipefleet.clock import ServerClock
     from pipefleet_workers.build import Built
     from pipefleet_workers.consume.consumer import Consumer
     from pipefleet_workers.facts import Facts
@@ -98,12 +99,14 @@ class Worker:
         self._register(app, task, built)
         self._connect_signals(ready_file)
         built.consumer.start()
+        # Who is refused should say so before the first job; a store that hangs must not keep the others waiting.
+        threading.Thread(target=built.consumer.health.check, daemon=True).start()
         telemetry.start(self._pool.name, self.name)
         redis = connect_patiently(self._settings, self._worker_settings)  # loading a model takes long
         with broker.redis_errors(self._settings.redis_url):
             forget_revisions(redis)
             forget_dead_workers(redis)
-        announcer = threading.Thread(target=self._announce, args=(built.facts,), daemon=True)
+        announcer = threading.Thread(target=self._announce, args=(built.facts, built.clock), daemon=True)
         announcer.start()
         threading.Thread(target=self._stay_in_fleet, name="fleet", daemon=True).start()
         threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
@@ -174,6 +177,7 @@ class Worker:
         from pipefleet_workers.consume.celery_task import InferTask
 
         members = {"name": TASK_NAME, "consumer": built.consumer, "refused": staticmethod(built.refused)}
+        members["clock"] = staticmethod(built.clock.peek)
         return type("Infer", (InferTask,), members)()
 
     def _register(self, app: Any, task: Any, built: Built) -> None:
@@ -205,14 +209,15 @@ class Worker:
         # Or Celery raises the root logger's level, and turns each piece of what is printed into a record.
         signals.setup_logging.connect(lambda **_: None, weak=False)
 
-    def _announce(self, facts: Facts) -> None:
+    def _announce(self, facts: Facts, clock: ServerClock) -> None:
         """Tell producers without a fleet file what is served here, again and again while this worker lives."""
         redis, seconds = broker.connect(self._settings), self._worker_settings.announce_seconds
         while not self._stopping.is_set():
             try:
                 with broker.redis_errors(self._settings.redis_url):
                     announce_pool(redis, self._pool.name, self._announced(redis), seconds=3 * seconds)
-                    broker.note_revision(redis, self._revision_queue, self._pool.model, self._pool.revision)
+                    now = clock.now()  # measured here now and then, for those that only peek
+                    broker.note_revision(redis, self._revision_queue, self._pool.model, self._pool.revision, now=now)
                     facts.announce(redis, seconds=3 * seconds)
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipefleet.contract import JobItem, JobMessage, JobState, Shard
-from pipefleet.errors import ServiceUnavailableError
+from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
 from pipefleet.fleet import Pool
 from pipefleet.records import JobFailure
 from pipefleet_workers.consume.consumer import Consumer, Limits
@@ -23,6 +23,7 @@ from tests.unit.conftest import eventually
 
 TASK = "text-classification"
 AWAY = ServiceUnavailableError("away")
+BARRED = AccessDeniedError("S3 refuses access (InvalidAccessKeyId)")
 
 
 def single(job_id: str = "job", **fields: Any) -> JobMessage:
@@ -66,8 +67,8 @@ class FakeDelivery:
         self.endings.append(ending)
         self._end("done")
 
-    def give_back(self) -> None:
-        self._end("given back")
+    def give_back(self, delay: float = 0.0) -> None:
+        self._end("given back, counted" if delay else "given back")
 
     def refuse(self, reason: str) -> None:
         self._end(f"refused: {reason}")
@@ -92,6 +93,7 @@ class FakeReporter:
         self.failures: dict[str, JobFailure] = {}
         self.counted: dict[str, list[int]] = {}
         self.away = False
+        self.barred = False
         self.calls = 0
         self.before_finish: Callable[[], None] = lambda: None
 
@@ -141,6 +143,8 @@ class FakeReporter:
         self.calls += 1
         if self.away:
             raise AWAY
+        if self.barred:
+            raise BARRED
 
 
 class FakeEngine:
@@ -226,7 +230,11 @@ class Bench:
         """Redis does not answer any more."""
         self.reporter.away = True
 
+    def is_refused(self) -> None:
+        """S3 refuses this worker whatever it asks for."""
+        self.reporter.barred = True
+
     def comes_back(self) -> None:
-        """Redis answers, and the next look at it is now."""
-        self.reporter.away = False
+        """Redis answers and S3 does not refuse, and the next look at them is now."""
+        self.reporter.away = self.reporter.barred = False
         self.looks.set()

@@ -513,3 +513,47 @@ def test_a_request_that_began_after_its_end_is_not_active() -> None:
         asked.clear()
         assert not len(state.active_requests)
         assert not state.requests
+
+
+def test_whether_a_job_was_queued_before_its_revocation_is_told_by_the_servers_clock(
+    fleet: Callable[..., Fleet],
+) -> None:
+    one = fleet()
+    one.task.clock = lambda: 5000.0  # whatever this machine's clock says
+    revoke(one, "again")
+    one.put(single("again"), **{broker.TIME_HEADER: 5001.0})
+    one.bench.engine.end("again")
+    assert one.shows("again", "SUCCESS")
+
+
+def test_an_eta_is_meant_by_the_servers_clock(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    one.task.clock = lambda: time.time() + 7200.0
+    one.put(single("job"), eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
+    one.bench.engine.end("job")
+    assert one.shows("job", "SUCCESS")
+
+
+@pytest.mark.parametrize("reconnects", [False, True])
+def test_a_worker_that_s3_refuses_leaves_messages_where_they_are_until_it_is_allowed(
+    fleet: Callable[..., Fleet], reconnects: bool
+) -> None:
+    one = fleet()
+    waits = broker.queue_list(QUEUE, Priority.NORMAL)
+    one.put(single("held"))
+    one.bench.engine.work("held")
+    one.bench.is_refused()
+    assert not one.bench.health.check()
+    assert eventually(lambda: one.redis.llen(waits) == 1 and not one.worker.consumer.task_consumer._active_tags)
+    if reconnects:
+        before = one.worker.consumer.task_consumer
+        for client in one.redis.client_list():
+            if client["cmd"] in ("blmove", "eval", "brpop", "subscribe", "psubscribe"):
+                one.redis.client_kill_filter(client["id"])
+        assert eventually(lambda: one.worker.consumer.task_consumer not in (None, before))
+    one.put(single("new"))
+    assert eventually(lambda: one.redis.llen(waits) == 2 and not one.worker.consumer.task_consumer._active_tags)
+    one.bench.comes_back()
+    for job in ("new", "held"):
+        one.bench.engine.end(job)
+        assert one.shows(job, "SUCCESS")

@@ -70,17 +70,21 @@ class InferTask(Task):  # type: ignore[misc]
     Request = InferRequest
     consumer: Consumer
     refused: Refused
+    clock: Callable[[], float] = staticmethod(time.time)
+    """Seconds since 1970 as messages mean them: a worker sets the Redis server's. Called in the event loop, so it asks nobody."""
     celery_consumer: Any = None
     """Celery's own consumer, once it runs."""
 
     def __init__(self) -> None:
         self._revoked_at: dict[str, float] = {}
-        """When ids were revoked, in seconds since 1970, the oldest first."""
+        """When ids were revoked, by `clock`, the oldest first."""
         self._put_off: dict[str, Lease] = {}
 
     def Strategy(self, task: Any, app: Any, celery: Any) -> Callable[..., None]:
         """The handler of this task's messages, for one run of Celery's consumer."""
         self.celery_consumer = celery
+        if self.take_or_not not in self.consumer.health.watchers:
+            self.consumer.health.watchers.append(self.take_or_not)
         request_class = create_request_cls(
             symbol_by_name(task.Request), task, celery.pool, celery.hostname, celery.event_dispatcher, app=app
         )
@@ -107,10 +111,12 @@ class InferTask(Task):  # type: ignore[misc]
             request.name = task.name  # Celery counts by it for ever, whatever the message calls itself
             delivery = CeleryDelivery(request, celery, self)
             delivery.revoked = self.is_revoked(request)
-            wait = _seconds_until(request, delivery.lease)
+            wait = _seconds_until(request, self.clock() if delivery.lease is None else delivery.lease.taken_at)
             if wait > SHORT_WAIT and delivery.lease is not None and not delivery.revoked:
                 return self._wait_in_redis(delivery, delivery.lease, wait)
             delivery.received()
+            if self.consumer.barred is not None:
+                self.take_or_not(self.consumer.barred)  # Celery has connected anew, and takes again
             self.consumer.take(delivery, after=wait)
 
         return handle
@@ -129,7 +135,7 @@ class InferTask(Task):  # type: ignore[misc]
         known = self._revoked_at
         for one in ids:
             known.pop(one, None)
-            known[one] = time.time()
+            known[one] = self.clock()
             self.consumer.revoke(one)
             if (lease := self._put_off.pop(one, None)) is not None:
                 lease.due_now()
@@ -143,6 +149,21 @@ class InferTask(Task):  # type: ignore[misc]
             return bool(request.stamped_headers) and bool(request.revoked())
         queued = request.message.headers.get(TIME_HEADER)
         return not isinstance(queued, int | float) or queued <= at
+
+    def take_or_not(self, barred: str | None) -> None:
+        """Let Celery take no messages while the worker is barred. Called by any thread."""
+        celery = self.celery_consumer
+        if celery is not None:
+            celery.call_soon(lambda: self._obey(celery))
+
+    def _obey(self, celery: Any) -> None:
+        """In the event loop: take messages, or none. Both may be repeated."""
+        if celery.task_consumer is None:
+            return  # the connection is lost; with the next one everything is taken, see `Strategy`
+        if self.consumer.barred is None:
+            celery.task_consumer.consume()
+        else:
+            celery.task_consumer.cancel()
 
     def died(self, job_id: str, reason: str) -> None:
         """Tell Celery that a job went to the dead letters without a worker that could tell. Called by any thread."""
@@ -212,8 +233,10 @@ class CeleryDelivery:
             self.lease.ack()  # at once, from this thread; the event loop may be waiting for the drain
         self._soon(lambda: self._finish(ending))
 
-    def give_back(self) -> None:
+    def give_back(self, delay: float = 0.0) -> None:
         """Put the message back to its place in the queue."""
+        if delay and self.lease is not None:
+            self.lease.give_back(delay)
         self._soon(self._hand_back)
 
     def hand_over(self, queue: str) -> None:
@@ -313,12 +336,12 @@ def _check(message: Any) -> None:
         raise InvalidTaskError(str(error)) from None
 
 
-def _seconds_until(request: Any, lease: Lease | None) -> float:
-    """Until a request may begin, or has expired before that, by the server's clock if it can be told; at most 0 without an eta."""
+def _seconds_until(request: Any, now: float) -> float:
+    """Until a request may begin, or has expired before that; at most 0 for one without an eta. Raises OverflowError, ValueError."""
     if not request.eta:
         return 0.0
     times = [one.timestamp() for one in (request.eta, request.expires) if one]
-    return float(min(times) - (time.time() if lease is None else lease.taken_at))
+    return float(min(times) - now)
 
 
 def send(celery: Any, event: str, job_id: str, **fields: Any) -> None:

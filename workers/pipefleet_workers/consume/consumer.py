@@ -7,7 +7,8 @@
           └▶ revocations                   an operator does not want them
 
 A job that a service failed begins again here after a pause, counted only while the service is well otherwise: an outage makes
-work wait, it does not make it fail.
+work wait, it does not make it fail. Where S3 refuses this worker whatever it asks for, all of its jobs go back for others, and it
+takes none until that is mended; a job whose objects alone are refused goes back a few times, and is refused then.
 
 A suspect is excused while it waits: its delivery counts against it only when it runs, or the one that kills the worker would bring
 down with it all that wait behind it. What Redis holds as its number of deliveries, d being that of the fetch:
@@ -33,7 +34,14 @@ from dataclasses import dataclass, replace
 
 from pipefleet.contract import JobMessage, decode_message
 from pipefleet.deadletters import KILLED
-from pipefleet.errors import ContractError, PipefleetError, ServiceFullError, ServiceUnavailableError
+from pipefleet.errors import (
+    AccessDeniedError,
+    ContractError,
+    ObjectRefusedError,
+    PipefleetError,
+    ServiceFullError,
+    ServiceUnavailableError,
+)
 from pipefleet.patience import pause
 from pipefleet_workers.consume.delivery import Delivery, DrainedError, RevokedError
 from pipefleet_workers.consume.gate import Gate
@@ -45,8 +53,10 @@ from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.singles import TOGETHER, Singles
 from pipefleet_workers.consume.suspects import Suspects
 from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.ending import REVOKED, Ending
 from pipefleet_workers.logs import log_context
+from pipefleet_workers.objects import BarredError
 from pipefleet_workers.reports import Reporter
 
 log = logging.getLogger(__name__)
@@ -62,6 +72,8 @@ class Limits:
 
     shards: int = 8
     """Shards that run at once."""
+    denials: int = 4
+    """How often a job whose objects S3 refuses to a worker, which is well otherwise, goes back for another worker to try."""
     deliveries: int = 3
     """A message that is delivered as often as this runs alone; a shard that was delivered more often is split."""
     retries: int = 6
@@ -89,7 +101,6 @@ class Consumer:
         self._shards = shards
         self._suspects = suspects
         self._reporter = reporter
-        self._health = health
         self._tally = tally
         self._limits = limits or Limits()
         self._draining = threading.Event()
@@ -104,6 +115,13 @@ class Consumer:
         self._changed = threading.Condition()
         self._held: dict[int, Delivery] = {}
         self._leaving = 0
+        self.health = health
+        health.watchers.append(self._bar)
+
+    @property
+    def barred(self) -> str | None:
+        """Why S3 refuses this worker: whatever it takes goes back at once. None while it is not refused."""
+        return self.health.barred
 
     def start(self) -> None:
         """Start the threads; daemons, all of them."""
@@ -125,7 +143,7 @@ class Consumer:
         self._tally.taken(delivery)
         if after <= 0 or delivery.revoked:
             self._route(delivery)
-        elif not self.later.put(delivery, after):
+        elif self.barred is not None or not self.later.put(delivery, after):
             self.give_back(delivery)
 
     def cancel(self, name: str) -> None:
@@ -146,7 +164,7 @@ class Consumer:
     def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
         """Give back what has not begun, wait up to `seconds` for the rest (less when `hurry` is set), then give that back too."""
         self._draining.set()
-        self._health.release()
+        self.health.release()
         for delivery in self.later.close():
             self.give_back(delivery)
         self._wait_until_empty(seconds, hurry)
@@ -186,9 +204,16 @@ class Consumer:
 
     def postpone(self, delivery: Delivery, error: Exception) -> None:
         """Begin a job again later. A failure while everything else works is counted, and bounded; an outage is waited for."""
-        if self._draining.is_set() or delivery.lost:
+        if self._draining.is_set() or delivery.lost or isinstance(error, BarredError):
             return self.give_back(delivery)
-        if self._health.check() and not isinstance(error, ServiceFullError):
+        is_well = self.health.check()
+        if self.barred is not None:
+            return self.give_back(delivery)
+        if is_well and isinstance(error, AccessDeniedError) and delivery.lease is not None:
+            return self._try_elsewhere(delivery, delivery.lease, error)
+        if is_well and isinstance(error, ObjectRefusedError):
+            return self.refuse(delivery, str(error))
+        if is_well and not isinstance(error, ServiceFullError):
             delivery.retries += 1
         if delivery.retries > self._limits.retries + 1:
             return self.refuse(delivery, f"failed {delivery.retries} times, at last with: {error}")
@@ -200,6 +225,27 @@ class Consumer:
         elif delivery.revoked:  # meanwhile, and nobody would look for it there
             self.later.pick(lambda one: one is delivery)
             self._route(delivery)
+
+    def _try_elsewhere(self, delivery: Delivery, lease: Lease, error: Exception) -> None:
+        """Give a job back that S3 refuses to this worker alone, or to all: counted in Redis, so that it ends in either case."""
+        if lease.retries >= self._limits.denials:
+            return self.refuse(delivery, f"refused on {lease.retries + 1} tries, at last with: {error}")
+        first, longest = self._limits.pause
+        seconds = pause(lease.retries, first=first, longest=longest)
+        log.warning("a job goes back for another worker to try in %.1f s: %s", seconds, error)
+
+        def act() -> None:
+            self._tally.handed_back()
+            delivery.give_back(seconds)
+
+        self._leave(delivery, act)
+
+    def _bar(self, barred: str | None) -> None:
+        """S3 refuses this worker: give everything back. What is still on its way here goes back where it begins."""
+        if barred is not None:
+            for delivery in self.later.pick(lambda _: True):
+                self.give_back(delivery)
+            self._jobs.give_back_all(BarredError(barred))
 
     def _leave(self, delivery: Delivery, act: Callable[[], None]) -> None:
         """The one place where deliveries end; for one that has ended already nothing happens. One that cannot end goes back."""
@@ -235,7 +281,7 @@ class Consumer:
             batch = [self._intake.get()]
             while len(batch) < TOGETHER and not self._intake.empty():
                 batch.append(self._intake.get())
-            self._health.wait()
+            self.health.wait()
             try:
                 self._sort(batch)
             except Exception:
@@ -263,7 +309,7 @@ class Consumer:
         """The deliveries that are jobs, with these; the others end here, and all of them while the worker drains."""
         found = []
         for delivery in batch:
-            if self._draining.is_set():
+            if self._draining.is_set() or self.barred is not None:
                 self.give_back(delivery)
                 continue
             try:
@@ -305,10 +351,10 @@ class Consumer:
 
     def _count_patiently(self, batch: list[Delivery], *, excused: bool) -> bool:
         """Set how often these count as delivered, as soon as Redis can be asked; False when the worker drains before."""
-        while self._health.wait() and not self._draining.is_set():
+        while self.health.wait() and not self._draining.is_set():
             if self._counted(batch, excused=excused):
                 return True
-            self._health.check()
+            self.health.check()
             self._draining.wait(RETRY_SECONDS)
         return False
 
@@ -365,7 +411,7 @@ class Consumer:
 
     def _shard(self, delivery: Delivery, message: JobMessage) -> Ending:
         assert message.shard is not None
-        if self._draining.is_set():
+        if self._draining.is_set() or self.barred is not None:
             raise DrainedError
         with self._revocations.running(delivery, message):
             delivery.started()

@@ -50,8 +50,8 @@ class Delivery(Protocol):
     def done(self, ending: Ending) -> None:
         """Acknowledge: what the job became is written."""
 
-    def give_back(self) -> None:
-        """Put the message back to its place in the queue."""
+    def give_back(self, delay: float = 0.0) -> None:
+        """Put the message back to its place in the queue; with a delay in seconds it is kept aside that long, and counted."""
 
     def hand_over(self, queue: str) -> None:
         """Move the message to another queue, whose workers serve it; this delivery does not count."""

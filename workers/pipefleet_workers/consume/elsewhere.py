@@ -13,6 +13,7 @@ from typing import Any
 
 from pipefleet import broker
 from pipefleet.announcements import announced_fleet
+from pipefleet.clock import ServerClock
 from pipefleet.contract import JobMessage
 from pipefleet.errors import UnknownModelError
 from pipefleet.fleet import Fleet
@@ -37,6 +38,7 @@ class Elsewhere:
         self._settings = settings
         self._fleet_file = fleet_file
         self._redis: Any = broker.connect(settings)
+        self._server = ServerClock(self._redis)
         self._clock = clock
         self._announced = Fleet({})
         self._read_at = -FRESH_SECONDS
@@ -52,7 +54,7 @@ class Elsewhere:
             found = _find(message, self._fleet_file.fleet(at_once=True))
         if found is not None:
             with broker.redis_errors(self._settings.redis_url):
-                broker.note_revision(self._redis, found, message.model, message.revision)
+                broker.note_revision(self._redis, found, message.model, message.revision, now=self._server.now())
         return found
 
     def _announced_now(self) -> Fleet:

@@ -1,4 +1,9 @@
-"""Whether the services a worker needs are there: asked when one failed, so that an outage is told from one bad object."""
+"""Whether the services a worker needs are there: asked when one failed, so that an outage is told from one bad object.
+
+well     they answer: what failed is the fault of what was asked for
+away     one does not answer: everybody waits, and keeps what it has
+barred   S3 answers, and refuses this worker: its jobs go back, since others may be allowed, and it takes none
+"""
 
 from __future__ import annotations
 
@@ -8,50 +13,86 @@ import threading
 import time
 from collections.abc import Callable
 
-from pipefleet.errors import PipefleetError
+from pipefleet.errors import AccessDeniedError, PipefleetError, ServiceUnavailableError
+from pipefleet.objects import renew_credentials, renewals
 from pipefleet.patience import pause
+from pipefleet.printable import printable
+from pipefleet_workers.objects import BarredError
 
 log = logging.getLogger(__name__)
 FIRST, LONGEST = 0.5, 15.0
 """Seconds between two looks at a service that is away: at most these, at least half, doubled each time."""
+MOST = 400
+"""Characters of a reason that are told."""
 
 
 class Health:
     """Knows whether the services answer. Thread-safe. `probe` raises while one of them does not.
 
-    `sleep` waits that many seconds between two looks.
+    An error of the probe that is not retryable bars the worker: its keys, its clock or its bucket are wrong. `sleep` waits that
+    many seconds between two looks.
     """
 
-    def __init__(self, probe: Callable[[], None], *, sleep: Callable[[float], object] = time.sleep) -> None:
+    def __init__(
+        self,
+        probe: Callable[[], None],
+        *,
+        sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._probe = probe
         self._sleep = sleep
+        self._clock = clock
         self._changed = threading.Condition()
         self._well = True
+        self._barred: str | None = None
+        self._told: type | None = None
         self._released = False
         self._asking = threading.Lock()
+        self._asked = float("-inf")
+        """When the last look began that found everything well."""
+        self.watchers: list[Callable[[str | None], None]] = []
+        """Called, by any thread, with the reason when this worker is barred, and with None when it is not any more."""
 
     @property
     def well(self) -> bool:
         """What was last known."""
         return self._well
 
+    @property
+    def barred(self) -> str | None:
+        """Why S3 refuses this worker; None while it does not."""
+        return self._barred
+
     def check(self) -> bool:
         """Ask now. When the answer is no, a thread goes on asking until it is yes."""
         with self._asking:
             if not self.well:
                 return False
-            error = self._error()
-            if error is None:
-                return True
-            log.warning("waiting for a service: %s", error)
-            self._well = False
-        threading.Thread(target=self._wait_for_it, name="health", daemon=True).start()
-        return False
+            error = self._look()
+        self._follow(error)
+        return error is None
+
+    def accuse(self, error: AccessDeniedError, seen: int) -> None:
+        """S3 refused this worker something. Returns where the worker is well otherwise: then the refusal is about that thing alone.
+
+        `seen` is what `objects.renewals` was when the request got its credentials. Raises BarredError where it is this worker that
+        is refused, and ServiceUnavailableError where nobody can say, or the same request has other credentials now.
+        """
+        came, found = self._clock(), None
+        with self._asking:
+            if self.well and self._asked < came:
+                found = self._look()
+        self._follow(found)
+        if self._barred is not None:
+            raise BarredError(self._barred)
+        if not self.well or seen != renewals():
+            raise ServiceUnavailableError(str(error))
 
     def wait(self) -> bool:
-        """Wait until the services answer, or until `release`; whether they do."""
+        """Wait until the services answer, this worker is barred, or `release`; whether they answer."""
         with self._changed:
-            self._changed.wait_for(lambda: self._well or self._released)
+            self._changed.wait_for(lambda: self._well or self._barred is not None or self._released)
             return self._well
 
     def release(self) -> None:
@@ -60,17 +101,57 @@ class Health:
             self._released = True
             self._changed.notify_all()
 
+    def _look(self) -> Exception | None:
+        """Ask now, and note a bad answer. The caller holds the lock and calls `_follow` with what this returns."""
+        began = self._clock()
+        error = self._error()
+        if error is None:
+            self._asked = began
+        else:
+            self._well = False
+        return error
+
+    def _follow(self, error: Exception | None) -> None:
+        """After a look that found `error`: tell of it, and go on asking in a thread."""
+        if error is not None:
+            self._say(error)
+            threading.Thread(target=self._wait_for_it, name="health", daemon=True).start()
+
+    def _say(self, error: Exception | None) -> None:
+        is_final = isinstance(error, PipefleetError) and not error.retryable
+        barred = printable(str(error), MOST) if is_final else None
+        changed = barred != self._barred
+        is_news = changed or type(error) is not self._told
+        self._told = type(error)
+        if error is not None and is_news:
+            what = "takes no jobs and looks again every few seconds" if is_final else "waiting for a service"
+            log.warning("%s: %s", what, printable(str(error), MOST))
+        with self._changed:
+            self._barred = barred
+            self._well = error is None
+            self._changed.notify_all()
+        for watcher in self.watchers if changed else ():
+            watcher(barred)
+
     def _wait_for_it(self) -> None:
         for attempt in itertools.count():
             self._sleep(pause(attempt, first=FIRST, longest=LONGEST))
-            if self._error() is None:
+            error = self._error()
+            if error is None:
                 break
+            self._say(error)
         log.warning("the services answer again")
-        with self._changed:
-            self._well = True
-            self._changed.notify_all()
+        self._say(None)
 
     def _error(self) -> Exception | None:
+        """What the probe raises; after a refusal it is tried with credentials that are read anew, which may have been replaced."""
+        error = self._tried()
+        if isinstance(error, AccessDeniedError):
+            renew_credentials()
+            error = self._tried()
+        return error
+
+    def _tried(self) -> Exception | None:
         try:
             self._probe()
         except PipefleetError as error:

@@ -56,14 +56,15 @@ def watch(client: Client) -> None:
     from pipefleet_workers.watch.read import read_fleet
     from pipefleet_workers.watch.view import screen
 
-    snapshot = read_fleet(client)
+    snapshot, read = read_fleet(client), time.monotonic()
     with contextlib.suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
         while True:
             begin = time.monotonic()
             trouble = ""
             try:
-                snapshot = read_fleet(client)
+                snapshot, read = read_fleet(client), time.monotonic()
             except ServiceUnavailableError as error:
                 trouble = str(error)
-            live.update(screen(snapshot, width=live.console.width, trouble=trouble), refresh=True)
+            age = time.monotonic() - read
+            live.update(screen(snapshot, width=live.console.width, trouble=trouble, age=age), refresh=True)
             time.sleep(max(0.1, begin + REFRESH_SECONDS - time.monotonic()))

@@ -73,6 +73,8 @@ class WorkerRow:
     """Seconds of a batch without work, and of a unit of cost; None before the first batches."""
     per_cost: float | None
     age: float
+    barred: str = ""
+    """Why it takes no jobs: S3 refuses it. Empty where it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ def _workers(announced: Mapping[str, Mapping[str, Any]]) -> list[WorkerRow]:
             base=facts.get("base"),
             per_cost=facts.get("per_cost"),
             age=facts["age"],
+            barred=str(facts.get("barred") or ""),
         )
         for name, facts in announced.items()
     ]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipefleet.printable import printable
 from pipefleet_workers.watch.read import PoolRow, Snapshot, WorkerRow
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ def plain(snapshot: Snapshot) -> str:
 
 
 def notes(snapshot: Snapshot) -> list[str]:
-    """A line for each pool that something is to be said of."""
-    return [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note]
+    """A line for each pool, and each worker, that something is to be said of."""
+    barred = [f"{one.worker} takes no jobs: {printable(one.barred, 400)}" for one in snapshot.workers if one.barred]
+    return [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note] + barred
 
 
 def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list[str]:
@@ -99,14 +101,14 @@ def shortened(text: str, room: int) -> str:
     return f"{text[: room - 1 - end]}…{text[-end:]}"
 
 
-def screen(snapshot: Snapshot, *, width: int, trouble: str = "") -> Group:
-    """Both tables for a terminal of this width; `trouble` says why they are out of date."""
+def screen(snapshot: Snapshot, *, width: int, trouble: str = "", age: float = 0.0) -> Group:
+    """Both tables for a terminal of this width; `trouble` says why they are `age` seconds old."""
     from rich.console import Group
     from rich.text import Text
 
     head = [Text(f"pipefleet  {time.strftime('%H:%M:%S', time.localtime(snapshot.read_at))}", style="bold")]
     if trouble:
-        head.append(Text(f"STALE, {duration(time.time() - snapshot.read_at)} old: {trouble}", style="bold red"))
+        head.append(Text(f"STALE, {duration(age)} old: {trouble}", style="bold red"))
     pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools], width)
     workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers], width)
     dim = "dim" if trouble else ""
