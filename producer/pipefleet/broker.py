@@ -39,6 +39,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pipefleet import foreign
 from pipefleet.contract import (
     MAX_MESSAGE_BYTES,
     TASK_NAME,
@@ -129,15 +130,16 @@ def note_revision(redis: Any, queue: str, model: str | None, revision: str | Non
 
 
 def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
-    """Model and revision of every queue that is for one. Entries that cannot be read are passed over."""
+    """Model and revision of every queue that is for one. Entries that cannot be read are passed over, which is said once."""
     entries: Any = redis.hgetall(REVISIONS_KEY)
     found = {}
     for name, value in entries.items():
         try:
-            note = json.loads(value)
-            found[name.decode()] = (str(note["model"]), None if note["revision"] is None else str(note["revision"]))
-        except (ValueError, LookupError, TypeError, RecursionError):
-            continue
+            note = foreign.read_object(value)
+            known = foreign.names(note, "model", "revision")
+            found[foreign.name(name.decode())] = (known["model"] or "", known["revision"])
+        except (ValueError, LookupError):
+            foreign.passed.say(REVISIONS_KEY, name)
     return found
 
 

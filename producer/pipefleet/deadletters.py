@@ -19,6 +19,7 @@ from pipefleet.broker import (
 )
 from pipefleet.contract import encode_json
 from pipefleet.errors import ContractError, UsageError
+from pipefleet.foreign import number, read_object, whole
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -40,16 +41,16 @@ class DeadLetter:
     def parse(cls, entry: bytes) -> DeadLetter:
         """Read a letter; what is not one becomes a letter without a message, so that it can be seen and removed."""
         try:
-            value = json.loads(entry.decode(errors="replace"))
+            value = read_object(entry.decode(errors="replace"))
             texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
-            return cls(**texts, at=float(value["at"]), deliveries=int(value["deliveries"]), entry=entry)
-        except (ValueError, LookupError, TypeError, RecursionError):
+            return cls(**texts, at=number(value["at"]), deliveries=whole(value["deliveries"]), entry=entry)
+        except (ValueError, LookupError):
             return cls("this entry is no dead letter", 0.0, "", 0, "", entry)
 
     @property
     def job_id(self) -> str | None:
         """The id of the job, or None when the message does not tell."""
-        return message_id(self.message.encode())
+        return message_id(self.message.encode(errors="replace"))
 
     @property
     def code(self) -> str:

@@ -79,7 +79,8 @@ def describe(progress: RunProgress) -> str:
     failed = f", {progress.failed} failed" if progress.failed else ""
     rate = done / progress.seconds if progress.seconds > 0 else 0.0
     shards = f", {progress.parts}/{progress.shards} shards" if progress.state == "planning" and progress.shards else ""
-    line = f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+    state = printable(progress.state)
+    line = f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {state}"
     return "; ".join([line, *_hindrances(progress)])
 
 
@@ -87,7 +88,7 @@ def _hindrances(progress: RunProgress) -> list[str]:
     """Why items do not become results, in words."""
     shards = "1 shard was" if progress.refused == 1 else f"{progress.refused} shards were"
     refused = f"{shards} refused: {printable(progress.refused_reason or '', 300)}" if progress.refused else None
-    return [text for text in (refused, progress.waiting) if text]
+    return [text for text in (refused, printable(progress.waiting or "", 1000)) if text]
 
 
 class _PlainLines:
@@ -120,7 +121,7 @@ def _bar(stream: TextIO) -> Iterator[Show]:
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}", markup=False),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(file=stream)) as bar:
@@ -131,7 +132,7 @@ def _bar(stream: TextIO) -> Iterator[Show]:
             rate = done / progress.seconds if progress.seconds > 0 else 0.0
             failed = f" {progress.failed} failed" if progress.failed else ""
             bar.update(
-                line, description=progress.state, completed=done, total=progress.items or None,
+                line, description=printable(progress.state), completed=done, total=progress.items or None,
                 detail="; ".join([f"{rate:.1f}/s{failed}", *_hindrances(progress)]),
             )  # fmt: skip
 

@@ -6,7 +6,6 @@ a pool; each of them says which queue it came from.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.foreign import number, read_object
 from pipefleet.routing import PREFIX, queue_name, work_queue
 
 _HELD = r"""
@@ -217,8 +217,8 @@ def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
     entries: Any = redis.hgetall(broker.REVISIONS_KEY)
     for name, value in entries.items():
         try:
-            old = float(json.loads(value)["at"]) < time.time() - 86_400 * days
-        except (ValueError, LookupError, TypeError, RecursionError):
+            old = number(read_object(value)["at"]) < time.time() - 86_400 * days
+        except (ValueError, LookupError):
             old = True
         if old and not any(redis.llen(one) for one in broker.waiting_lists(name.decode(errors="replace"))):
             redis.hdel(broker.REVISIONS_KEY, name)

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 
 from pipefleet._version import __version__
 from pipefleet.cli import fleet, jobs, runs
-from pipefleet.cli.common import Commands
+from pipefleet.cli.common import Commands, print_error
 from pipefleet.errors import PipefleetError
 
 GROUP = "pipefleet.commands"
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(chosen.run(chosen))
     except PipefleetError as error:
-        print(f"pipefleet: {error}", file=sys.stderr)
+        print_error(f"pipefleet: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("pipefleet: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.broker import KEY
+from pipefleet.foreign import number
 
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and those of them that ended otherwise than with a result."""
@@ -65,13 +66,21 @@ def record_items(redis: Any, pool: str, **counts: int) -> None:
 
 def read_items(redis: Any, pool: str) -> Items:
     """The totals of a pool; zeros before the first worker told."""
-    return Items(*(int(count or 0) for count in redis.hmget(work_key(pool), ITEM_COUNTS)))
+    return Items(*(int(_total(count)) for count in redis.hmget(work_key(pool), ITEM_COUNTS)))
 
 
 def read_done(redis: Any, pool: str) -> Done:
     """The totals of a pool; zeros before the first worker told."""
     cost, seconds = redis.hmget(work_key(pool), ["cost", "seconds"])
-    return Done(float(cost or 0.0), float(seconds or 0.0))
+    return Done(_total(cost), _total(seconds))
+
+
+def _total(value: bytes | None) -> float:
+    """A total, within MOST_NUMBER; 0 for what is none."""
+    try:
+        return number(value or 0)
+    except ValueError:
+        return 0.0
 
 
 class WorkCount:
