@@ -50,6 +50,7 @@ from pipefleet.contract import (
 from pipefleet.errors import ContractError, ServiceUnavailableError, UsageError
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.tracecontext import trace_headers
+from pipefleet.wrongtype import wrong_type
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -181,6 +182,8 @@ def _explained(error: Exception, url: str) -> str:
     from redis.exceptions import ConnectionError as NoConnectionError
     from redis.exceptions import TimeoutError as NoAnswerError
 
+    if trouble := wrong_type(error):
+        return f"Redis at {url} cannot be used: {trouble}"
     name = type(error).__name__
     known = next((_ANSWERS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _ANSWERS), None)
     if known:

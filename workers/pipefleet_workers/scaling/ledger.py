@@ -7,13 +7,17 @@ Every worker adds what it did since it last told, so a worker that ends leaves t
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.broker import KEY
 from pipefleet.foreign import number
+from pipefleet_workers.scaling.messages import MOST_COST
 
+log = logging.getLogger(__name__)
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and those of them that ended otherwise than with a result."""
 
@@ -47,21 +51,39 @@ def state_key(pool: str) -> str:
 
 
 def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:
-    """Add what one worker did since it last called this to each of these totals. One round trip; raises redis-py's errors."""
+    """Add what one worker did since it last called this to each of these totals. One round trip; raises redis-py's errors.
+
+    A total that is none, or beyond numbers, begins anew: readers look at what was added.
+    """
+    _add(redis, [(work_key(name), field, value) for name in names for field, value in (("cost", cost), ("seconds", seconds))])
+
+
+def _add(redis: Any, additions: Sequence[tuple[str, str, float]]) -> None:
     pipe = redis.pipeline(transaction=True)
-    for name in names:
-        pipe.hincrbyfloat(work_key(name), "cost", cost)
-        pipe.hincrbyfloat(work_key(name), "seconds", seconds)
-    pipe.execute()
+    for key, field, value in additions:
+        (pipe.hincrby if isinstance(value, int) else pipe.hincrbyfloat)(key, field, value)
+    for (key, field, value), answer in zip(additions, pipe.execute(raise_on_error=False), strict=True):
+        if isinstance(answer, Exception):
+            _begin_anew(redis, key, field, value, answer)
+
+
+def _begin_anew(redis: Any, key: str, field: str, value: float, error: Exception) -> None:
+    if not any(words in str(error) for words in _NO_NUMBER):
+        raise error
+    log.warning("%s of %s was no number; it begins anew", field, key)
+    if "WRONGTYPE" in str(error):
+        redis.delete(key)
+    redis.hset(key, field, value)
+
+
+_NO_NUMBER = ("WRONGTYPE", "not a float", "not an integer", "not a valid float", "NaN or Infinity", "would overflow")
+"""What Redis says of a total that it cannot add to."""
 
 
 def record_items(redis: Any, pool: str, **counts: int) -> None:
     """Add the items that ended in one worker, by the names of ITEM_COUNTS. One round trip; raises redis-py's errors."""
     if any(counts.values()):
-        pipe = redis.pipeline(transaction=True)
-        for name, count in counts.items():
-            pipe.hincrby(work_key(pool), name, count)
-        pipe.execute()
+        _add(redis, [(work_key(pool), name, count) for name, count in counts.items()])
 
 
 def read_items(redis: Any, pool: str) -> Items:
@@ -91,9 +113,9 @@ class WorkCount:
         self._cost = self._seconds = 0.0
 
     def add(self, *, cost: float = 0.0, seconds: float = 0.0) -> None:
-        """Count the cost of a message that ended here, or the seconds of a forward."""
+        """Count the cost of a message that ended here, at most MOST_COST, or the seconds of a forward."""
         with self._lock:
-            self._cost += cost
+            self._cost += min(cost, MOST_COST)
             self._seconds += seconds
 
     def flush(self, redis: Any, *names: str) -> None:
@@ -101,4 +123,5 @@ class WorkCount:
         with self._lock:
             cost, seconds = self._cost, self._seconds
         record_done(redis, *names, cost=cost, seconds=seconds)
-        self.add(cost=-cost, seconds=-seconds)
+        with self._lock:
+            self._cost, self._seconds = self._cost - cost, self._seconds - seconds
