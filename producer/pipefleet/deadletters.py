@@ -171,6 +171,14 @@ def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
     for tag, value in owners.items():
         owner, _, since = value.decode(errors="replace").rpartition("@")
         job_id = message_id(messages.get(tag, b""))
-        ages = (now - float(since or now), now - scores.get(tag, now))
-        found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, int(deliveries.get(tag, 0))))
+        ages = (now - _number(since, now), now - scores.get(tag, now))
+        count = int(_number(deliveries.get(tag, 0), 0))
+        found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, count))
     return sorted(found, key=lambda one: -one.seconds)
+
+
+def _number(value: Any, otherwise: float) -> float:
+    try:
+        return number(value)
+    except ValueError:
+        return otherwise

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from pipefleet.foreign import number, whole
 from pipefleet.printable import printable
 
 PLAIN_SECONDS = 5.0
@@ -52,8 +53,16 @@ class RunProgress:
 
     @classmethod
     def from_json(cls, uri: str, totals: Mapping[str, Any]) -> RunProgress:
-        """The reverse of `to_json`; fields that this version does not know are passed over."""
-        return cls(uri=uri, **{name: totals[name] for name in cls.__slots__ if name in totals and name != "uri"})
+        """The reverse of `to_json`; fields that this version does not know are passed over.
+
+        Raises ValueError or LookupError for a field that is wrong or missing.
+        """
+        counts = {name: whole(totals[name]) for name in ("items", "succeeded", "failed", "shards", "parts")}
+        state, told = totals["state"], {name: totals.get(name) for name in ("reason", "refused_reason", "waiting")}
+        if not isinstance(state, str) or not all(one is None or isinstance(one, str) for one in told.values()):
+            raise ValueError("not a text")
+        seconds, refused = number(totals["seconds"]), whole(totals.get("refused", 0))
+        return cls(uri=uri, state=state, seconds=seconds, refused=refused, **counts, **told)
 
 
 Show = Callable[[RunProgress], None]

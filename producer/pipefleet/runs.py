@@ -6,7 +6,6 @@ progress cheap to read.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -38,6 +37,7 @@ from pipefleet.planner import (
 )
 from pipefleet.progress import RunProgress, show_progress
 from pipefleet.refusals import Refusals
+from pipefleet.runfiles import failed_rows, rows_of
 from pipefleet.sources import Source, open_source
 from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.tasks import task_spec
@@ -205,7 +205,7 @@ class Run:
         """The rows of a part: lines as they come, of another format from the whole part."""
         uri, store = self._layout.part(index), self._client.store
         if self._plan.format == JsonLines.name:
-            return map(json.loads, store.lines(uri))
+            return rows_of(store.lines(uri), uri)
         return part_format(self._plan.format).rows(store.get(uri))
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class Run:
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """The failed items so far, as manifest rows with an `error` of code, message and stage."""
-        return map(json.loads, failed_lines(self._client.store, self._layout))
+        return failed_rows(failed_lines(self._client.store, self._layout), self._layout.failed)
 
     @property
     def failures_uri(self) -> str:

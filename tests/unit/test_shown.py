@@ -161,3 +161,66 @@ def test_what_anybody_wrote_to_redis_is_shown_and_not_obeyed(
 ) -> None:
     plant(redis)
     run_command(*command.split())
+
+
+FLEET_READERS = ("queues", "top --once", "dead-letters", "scaler --json-once", "submit text-classification words --timeout 0.1")
+RUN_READERS = ("status {run}", "resume {run} --detach", "cancel {run}")
+FLEET_KEYS = (
+    POOLS_KEY, WORKERS_KEY, broker.REVISIONS_KEY, PARKED_KEY, QUEUE, KEYS["unacked_key"], KEYS["delayed_key"], KEYS["dead_key"],
+    work_key("texts"), state_key("texts"),
+)  # fmt: skip
+RUN_KEYS = (broker.run_key(RUN), *(broker.run_key(RUN, part) for part in ("items", "parts", "refused", "planner")))
+
+
+def put_run(store: ObjectStore, prefix: str, **files: bytes) -> None:
+    layout = RunLayout.at(prefix)
+    store.put(layout.plan, json.dumps(PLAN).encode())
+    store.put(layout.run, json.dumps(PLAN).encode())
+    for name, body in files.items():
+        store.put(getattr(layout, name), body)
+
+
+@pytest.mark.parametrize("key", [*FLEET_KEYS, *RUN_KEYS])
+def test_a_key_of_another_type_is_named_in_one_sentence(
+    key: str, client: Client, redis: Redis, store: ObjectStore, prefix: str, monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
+    put_run(store, prefix)
+    named = 0
+    for command in RUN_READERS if key in RUN_KEYS else FLEET_READERS:
+        redis.flushall()
+        if key == KEYS["delayed_key"]:
+            redis.set(key, "x")
+        else:
+            redis.zadd(key, {"x": 1})
+        code, out, err = run_command(*command.format(run=prefix).split())
+        assert "see its log" not in out + err
+        assert code != 3 or key in err
+        if "another type" in out + err:
+            named += 1
+            assert f"{key} holds another type" in out + err or f" or {key}" in out + err or f"{key} or " in out + err
+            assert "redis-cli DEL" in out + err
+    assert named, "else nobody reads this key"
+
+
+FILES = {
+    "plan": list(objects(**PLAN)), "run": list(objects(**PLAN)), "success": list(objects(**TOTALS)),
+    "moved": list(objects(model="/m", revision=None, queue=QUEUE, pools=[QUEUE])),
+    "stopped": list(objects(code="c", message="m", at=1.0)), "resumed": list(objects(word="w", shards=[0])),
+    "cancelled": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_a_run_that_are_none_are_named(
+    name: str, client: Client, redis: Redis, store: ObjectStore, prefix: str,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    put_run(store, prefix)
+    if name in ("plan", "stopped"):
+        store.delete(RunLayout.at(prefix).run)
+    redis.hset(broker.run_key(RUN), "since", 1)
+    for body in [*TEXTS[:-1], *FILES[name]]:
+        store.put(getattr(RunLayout.at(prefix), name), body)
+        run_command("status", prefix)
