@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from redis import Redis
 
 from pipefleet import broker, cli
-from pipefleet.announcements import POOLS_KEY, WORKERS_KEY
+from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
 from pipefleet.client import Client
-from pipefleet.layout import RunLayout
+from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.foreign import read_json
+from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.moving import Moved
 from pipefleet.objects import ObjectStore
-from pipefleet.records import request_digest
+from pipefleet.printable import printable_json
+from pipefleet.progress import RunProgress
+from pipefleet.records import read_record
+from pipefleet.refusals import Refusal
+from pipefleet.storage import StorageRef
 from pipefleet_workers.parked import PARKED_KEY
+from pipefleet_workers.scaling.decide import State
 from pipefleet_workers.scaling.ledger import state_key, work_key
+from pipefleet_workers.scaling.signal import Memory
 
 QUEUE = "pipefleet.text-classification"
 OLD_QUEUE = f"{QUEUE}@0123abcd"
@@ -163,6 +173,18 @@ def test_what_anybody_wrote_to_redis_is_shown_and_not_obeyed(
     run_command(*command.split())
 
 
+@pytest.mark.parametrize("command", ["queues", "top --once", "submit text-classification words --timeout 0.1", "doctor --json"])
+def test_what_anybody_announced_is_not_obeyed_by_a_client_without_a_fleet_file(
+    command: str, client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    monkeypatch.delenv("PIPEFLEET_FLEET")
+    monkeypatch.setattr("pipefleet_workers.doctor.RACERS", 1)
+    monkeypatch.setattr("pipefleet_workers.doctor._installed", lambda module: False)
+    plant(redis)
+    run_command(*command.split())
+
+
 FLEET_READERS = ("queues", "top --once", "dead-letters", "scaler --json-once", "submit text-classification words --timeout 0.1")
 RUN_READERS = ("status {run}", "resume {run} --detach", "cancel {run}")
 FLEET_KEYS = (
@@ -186,6 +208,8 @@ def test_a_key_of_another_type_is_named_in_one_sentence(
     run_command: Callable[..., tuple[int, str, str]],
 ) -> None:  # fmt: skip
     monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
+    if key == POOLS_KEY:
+        monkeypatch.delenv("PIPEFLEET_FLEET")
     put_run(store, prefix)
     named = 0
     for command in RUN_READERS if key in RUN_KEYS else FLEET_READERS:
@@ -204,12 +228,7 @@ def test_a_key_of_another_type_is_named_in_one_sentence(
     assert named, "else nobody reads this key"
 
 
-FILES = {
-    "plan": list(objects(**PLAN)), "run": list(objects(**PLAN)), "success": list(objects(**TOTALS)),
-    "moved": list(objects(model="/m", revision=None, queue=QUEUE, pools=[QUEUE])),
-    "stopped": list(objects(code="c", message="m", at=1.0)), "resumed": list(objects(word="w", shards=[0])),
-    "cancelled": [],
-}  # fmt: skip
+FILES = {"plan": PLAN, "run": PLAN, "success": TOTALS, "moved": {}, "stopped": {"message": "m"}, "resumed": {"word": "w"}}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -221,6 +240,79 @@ def test_files_of_a_run_that_are_none_are_named(
     if name in ("plan", "stopped"):
         store.delete(RunLayout.at(prefix).run)
     redis.hset(broker.run_key(RUN), "since", 1)
-    for body in [*TEXTS[:-1], *FILES[name]]:
+    for body in [b"", b"[" * 100_000]:
         store.put(getattr(RunLayout.at(prefix), name), body)
-        run_command("status", prefix)
+        code, _, err = run_command("status", prefix)
+        assert code != 2 or getattr(RunLayout.at(prefix), name) in err
+    shown = {**FILES[name], "message": NASTY, "state": NASTY, "refused": 1, "refused_reason": NASTY, "source": NASTY}
+    known = {field: shown[field] for field in shown if field in FILES[name] or name in ("success", "stopped")}
+    store.put(getattr(RunLayout.at(prefix), name), json.dumps(known).encode())
+    run_command("status", prefix)
+    if name == "success":
+        run_command("status", prefix, "--json")
+
+
+def test_failed_items_are_shown_escaped_and_lines_that_are_none_are_passed_over(
+    client: Client, store: ObjectStore, prefix: str, caplog: pytest.LogCaptureFixture,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    put_run(store, prefix)
+    row = {"id": NASTY, "inputs": NASTY, "error": {"code": NASTY, "message": NASTY, "stage": "decode"}}
+    lines = [b"", b"null", b"[" * 100_000, b'{"id": "x"}', b'{"id": "x", "error": 5}', b"\xff", json.dumps(row).encode()]
+    store.put(RunLayout.at(prefix).failed_shard(0), b"\n".join(lines))
+    _, out, _ = run_command("failures", prefix)
+    assert out.count("\n") == 1
+    assert "\\x1b[2J" in out
+    assert len(caplog.messages) == 6
+    assert "is no failed item of a run and is passed over" in caplog.text
+    assert json.loads(run_command("failures", prefix, "--json")[1]) == [row]
+
+
+def parsed(parse: Callable[[Any], object], value: Any) -> None:
+    with suppress(PipefleetError):
+        parse(value)
+
+
+@pytest.mark.parametrize(
+    ("right", "parse"),
+    [
+        (PLAN, lambda text: RunPlan.from_json(json.loads(text), "here")),
+        (TOTALS, lambda text: quietly(lambda: RunProgress.from_json("s3://b/o/", json.loads(text)))),
+        ({"model": "/m", "revision": None, "queue": QUEUE, "pools": [QUEUE]}, lambda text: Moved.from_json(json.loads(text), "here")),
+        ({"code": "c", "message": "m", "stage": "s", "first": 0, "count": 1}, lambda text: Refusal.from_json(0, text)),
+        (POOL, lambda text: read_pool(b"texts", b'{"until":4000000000,"pool":%b}' % text)),
+        (FACTS, lambda text: read_worker(b"texts@host", text)),
+        ({"code": "c", "message": "m", "stage": "s"}, lambda text: read_record({b"state": b"failed", b"error": text})),
+        ({"decode": 1.0}, lambda text: read_record({b"state": b"failed", b"timings": text})),
+        (StorageRef("s3://bucket/k", size=1).to_json(), lambda text: read_record({b"state": b"succeeded", b"output_ref": text})),
+        (State(1.0, 1.0, 1, 1.0, ((1.0, 1.0),)).to_json(), lambda text: quietly(lambda: State.from_json(read_json(text)))),
+        (Memory(1.0).to_json(), lambda text: quietly(lambda: Memory.from_json(read_json(text)))),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_any_field_is_refused_by_its_reader(right: dict[str, Any], parse: Callable[[Any], object]) -> None:
+    parse(json.dumps(right).encode())
+    for value in objects(**right):
+        parsed(parse, value)
+
+
+def quietly(read: Callable[[], object]) -> None:
+    """As those who call these readers do."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        read()
+
+
+def test_times_and_states_of_a_record_that_are_none_make_it_unreadable() -> None:
+    for field in (b"state", b"submitted", b"started", b"finished", b"worker", b"queue", b"output"):
+        for value in (b"\xff", b"nan", b"inf", b"1e400", HUGE.encode()):
+            with suppress(ContractError):
+                record = read_record({b"state": b"queued", field: value})
+                assert record is not None
+                assert field in (b"worker", b"queue", b"output")
+
+
+def test_a_result_is_the_same_json_and_holds_nothing_that_a_terminal_obeys() -> None:
+    value = [NASTY, {"\x7f\x9b": "é漢🎉 ok", "n": 1.5}]
+    shown_is_harmless(printable_json(value))
+    assert json.loads(printable_json(value)) == value
+    assert "é漢🎉 ok" in printable_json(value)
+    assert json.loads(printable_json({"a": [float("nan"), float("inf"), 1.0]})) == {"a": [None, None, 1.0]}

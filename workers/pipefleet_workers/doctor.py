@@ -17,6 +17,7 @@ from pipefleet.errors import PipefleetError
 from pipefleet.objects import ObjectStore, endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
+from pipefleet_workers.entries import check_entries
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -49,6 +50,7 @@ def run_checks() -> list[Check]:
         ("s3", _store),
         ("s3 conditional writes", _race),
         ("fleet", _fleet),
+        ("entries", check_entries),
         ("workers", lambda settings: _workers(settings, needed=not (pools and all(one.ok for one in pools)))),
     ]
     here: list[tuple[str, Callable[[Settings], str]]] = [("images", _images), ("audio", _audio), ("device", _device)]
