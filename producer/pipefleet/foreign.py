@@ -1,4 +1,4 @@
-"""Reading what others wrote to Redis or object storage: whatever is not as expected is a ValueError, and no value is beyond bounds."""
+"""Reading what others wrote to Redis or object storage: what is not as expected is a ValueError, and no value is beyond bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def read_json(raw: bytes | str | None, *, most: int = MOST_BYTES) -> Any:
-    """The JSON of an entry. Raises ValueError for everything that is not JSON, NaN and infinity among it, and above `most` bytes."""
+    """The JSON of an entry. Raises ValueError for what is not JSON, NaN and infinity among it, and above `most` bytes."""
     if raw is None or len(raw) > most:
         raise ValueError("missing, or too long")
     try:

@@ -130,11 +130,11 @@ def take_back(client: Client, moved: Moved, run_id: str) -> None:
 
 
 def _remove(redis: Any, queue: str, run_id: str) -> None:
-    for name in broker.waiting_lists(queue):
-        while found := [raw for raw in redis.lrange(name, 0, -1) if _of_run(raw, run_id)]:
+    for waiting in broker.waiting_lists(queue):
+        while found := [raw for raw in redis.lrange(waiting, 0, -1) if _of_run(raw, run_id)]:
             pipe = redis.pipeline(transaction=False)
             for raw in found:
-                pipe.lrem(name, -1, raw)
+                pipe.lrem(waiting, -1, raw)
             if not sum(pipe.execute()):
                 return  # workers took them meanwhile
 
@@ -151,7 +151,13 @@ def pool_of(client: Client, plan: RunPlan) -> Pool:
     except UnknownModelError:
         named = [one.name for one in fleet.pools.values() if queue_name(one, fleet) == base]
         return Pool(
-            named[0] if named else "", plan.task, plan.model, plan.revision, generation=UNNAMED, queue=base, revision_queue=plan.queue
+            named[0] if named else "",
+            plan.task,
+            plan.model,
+            plan.revision,
+            generation=UNNAMED,
+            queue=base,
+            revision_queue=plan.queue,
         )
 
 

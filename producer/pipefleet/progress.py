@@ -57,12 +57,14 @@ class RunProgress:
 
         Raises ValueError or LookupError for a field that is wrong or missing.
         """
-        counts = {name: whole(totals[name]) for name in ("items", "succeeded", "failed", "shards", "parts")}
-        state, told = totals["state"], {name: totals.get(name) for name in ("reason", "refused_reason", "waiting")}
-        if not isinstance(state, str) or not all(one is None or isinstance(one, str) for one in told.values()):
+        counts: dict[str, Any] = {
+            name: whole(totals[name]) for name in ("items", "succeeded", "failed", "shards", "parts")
+        }
+        numbers = {"seconds": number(totals["seconds"]), "refused": whole(totals.get("refused", 0))}
+        texts = {name: totals.get(name) for name in ("reason", "refused_reason", "waiting")}
+        if not isinstance(totals["state"], str) or not all(isinstance(one, str | None) for one in texts.values()):
             raise ValueError("not a text")
-        seconds, refused = number(totals["seconds"]), whole(totals.get("refused", 0))
-        return cls(uri=uri, state=state, seconds=seconds, refused=refused, **counts, **told)
+        return cls(uri=uri, state=totals["state"], **counts, **numbers, **texts)
 
 
 Show = Callable[[RunProgress], None]
@@ -130,8 +132,8 @@ def _bar(stream: TextIO) -> Iterator[Show]:
     )
 
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}", markup=False),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(file=stream)) as bar:
         line = bar.add_task("planning", total=None, detail="")

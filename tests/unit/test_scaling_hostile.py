@@ -1,4 +1,4 @@
-"""Costs and times that no message can have: the scaler goes on, its numbers stay finite, and no message claims a fleet for itself."""
+"""Costs and times that no message can have: the scaler goes on with finite numbers, and no message claims a fleet for itself."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def test_totals_that_are_none_count_as_nothing_and_begin_anew(
     assert read_done(redis, "texts").seconds == 1.0
 
 
-@pytest.mark.parametrize("content", ["[]", '{"memory": {}, "state": 5}', "[" * 100_000, '{"state": {"level": 1e300}}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["[]", '{"memory": {}, "state": 5}', "[" * 100_000, '{"state": {"level": 1e300}}', "\x00"]
+)
 def test_what_is_remembered_and_is_none_is_forgotten(content: str, scaler: Scaler, redis: Redis) -> None:
     redis.set(state_key("texts"), content)
     assert scaler.tick()["texts"].decision.desired == 0
@@ -135,7 +137,12 @@ def test_one_message_wants_one_worker_whatever_it_says_that_it_costs() -> None:
     limits, state, memory = Limits(0, 500, 600.0), State(), Memory()
     for tick in range(200):
         waiting = Content(4, (3 * 5.0 + MOST_COST) / 4)
-        reading = Reading(1e6 + 15.0 * tick, {"queued": {"q": waiting}, "leased": {}, "delayed": {}}, Done(tick * 10.0, tick * 20.0), 1)
+        reading = Reading(
+            1e6 + 15.0 * tick,
+            {"queued": {"q": waiting}, "leased": {}, "delayed": {}},
+            Done(tick * 10.0, tick * 20.0),
+            1,
+        )
         memory, measured = measure(memory, reading)
         state, decision = decide(state, measured.signal, limits=limits)
     assert measured.signal.messages == 4

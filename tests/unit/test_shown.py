@@ -55,7 +55,14 @@ def objects(**fields: Any) -> Iterator[bytes]:
             yield json.dumps({**fields, name: "%"}).replace('"%"', word).encode()
 
 
-POOL = {"task": "text-classification", "model": "/m", "revision": None, "default": True, "queue": QUEUE, "revision_queue": OLD_QUEUE}
+POOL = {
+    "task": "text-classification",
+    "model": "/m",
+    "revision": None,
+    "default": True,
+    "queue": QUEUE,
+    "revision_queue": OLD_QUEUE,
+}
 FACTS = {
     "pool": "texts", "queue": OLD_QUEUE, "at": 1.0, "until": 4e9, "items_per_second": 1.0, "busy": 0.5, "items": 1, "failed": 0,
     "max_cost": 64, "pads": True, "base": 0.1, "per_cost": 0.1, "batching": "measured",
@@ -86,7 +93,11 @@ def envelopes() -> Iterator[bytes]:
 
 
 def envelope(body: bytes, headers: Any, properties: Any = None) -> bytes:
-    content = {"body": f"[[{body.decode()}],{{}},{{}}]", "headers": headers, "properties": properties or {"priority": 0}}
+    content = {
+        "body": f"[[{body.decode()}],{{}},{{}}]",
+        "headers": headers,
+        "properties": properties or {"priority": 0},
+    }
     return json.dumps(content).encode()
 
 
@@ -121,7 +132,9 @@ def plant(redis: Redis) -> None:
         redis.hset(KEYS["unacked_key"], f"u{number}", message)
         redis.hset(KEYS["owners_key"], f"t{number}", message[:100])
         redis.hset(KEYS["deliveries_key"], f"t{number}", message[:100])
-    redis.zadd(KEYS["delayed_key"], {"t1": 4e9, "t2": float("inf"), "t3": float("-inf"), NASTY.encode(errors="replace"): 1.0})
+    redis.zadd(
+        KEYS["delayed_key"], {"t1": 4e9, "t2": float("inf"), "t3": float("-inf"), NASTY.encode(errors="replace"): 1.0}
+    )
     letters = [
         *TEXTS, *objects(reason="delivered 4 times", at=1.0, queue=QUEUE, deliveries=1, message=messages[20].decode()),
         *(json.dumps({"reason": NASTY, "at": 1, "queue": NASTY, "deliveries": 1, "message": one.decode(errors="replace")}).encode()
@@ -173,7 +186,9 @@ def test_what_anybody_wrote_to_redis_is_shown_and_not_obeyed(
     run_command(*command.split())
 
 
-@pytest.mark.parametrize("command", ["queues", "top --once", "submit text-classification words --timeout 0.1", "doctor --json"])
+@pytest.mark.parametrize(
+    "command", ["queues", "top --once", "submit text-classification words --timeout 0.1", "doctor --json"]
+)
 def test_what_anybody_announced_is_not_obeyed_by_a_client_without_a_fleet_file(
     command: str, client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch,
     run_command: Callable[..., tuple[int, str, str]],
@@ -185,7 +200,13 @@ def test_what_anybody_announced_is_not_obeyed_by_a_client_without_a_fleet_file(
     run_command(*command.split())
 
 
-FLEET_READERS = ("queues", "top --once", "dead-letters", "scaler --json-once", "submit text-classification words --timeout 0.1")
+FLEET_READERS = (
+    "queues",
+    "top --once",
+    "dead-letters",
+    "scaler --json-once",
+    "submit text-classification words --timeout 0.1",
+)
 RUN_READERS = ("status {run}", "resume {run} --detach", "cancel {run}")
 FLEET_KEYS = (
     POOLS_KEY, WORKERS_KEY, broker.REVISIONS_KEY, PARKED_KEY, QUEUE, KEYS["unacked_key"], KEYS["delayed_key"], KEYS["dead_key"],
@@ -228,7 +249,15 @@ def test_a_key_of_another_type_is_named_in_one_sentence(
     assert named, "else nobody reads this key"
 
 
-FILES = {"plan": PLAN, "run": PLAN, "success": TOTALS, "moved": {}, "stopped": {"message": "m"}, "resumed": {"word": "w"}}
+MOVED = {"model": "/m", "revision": None, "queue": QUEUE, "pools": [QUEUE]}
+FILES = {
+    "plan": PLAN,
+    "run": PLAN,
+    "success": TOTALS,
+    "moved": {},
+    "stopped": {"message": "m"},
+    "resumed": {"word": "w"},
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -258,7 +287,15 @@ def test_failed_items_are_shown_escaped_and_lines_that_are_none_are_passed_over(
 ) -> None:  # fmt: skip
     put_run(store, prefix)
     row = {"id": NASTY, "inputs": NASTY, "error": {"code": NASTY, "message": NASTY, "stage": "decode"}}
-    lines = [b"", b"null", b"[" * 100_000, b'{"id": "x"}', b'{"id": "x", "error": 5}', b"\xff", json.dumps(row).encode()]
+    lines = [
+        b"",
+        b"null",
+        b"[" * 100_000,
+        b'{"id": "x"}',
+        b'{"id": "x", "error": 5}',
+        b"\xff",
+        json.dumps(row).encode(),
+    ]
     store.put(RunLayout.at(prefix).failed_shard(0), b"\n".join(lines))
     _, out, _ = run_command("failures", prefix)
     assert out.count("\n") == 1
@@ -278,7 +315,7 @@ def parsed(parse: Callable[[Any], object], value: Any) -> None:
     [
         (PLAN, lambda text: RunPlan.from_json(json.loads(text), "here")),
         (TOTALS, lambda text: quietly(lambda: RunProgress.from_json("s3://b/o/", json.loads(text)))),
-        ({"model": "/m", "revision": None, "queue": QUEUE, "pools": [QUEUE]}, lambda text: Moved.from_json(json.loads(text), "here")),
+        (MOVED, lambda text: Moved.from_json(json.loads(text), "here")),
         ({"code": "c", "message": "m", "stage": "s", "first": 0, "count": 1}, lambda text: Refusal.from_json(0, text)),
         (POOL, lambda text: read_pool(b"texts", b'{"until":4000000000,"pool":%b}' % text)),
         (FACTS, lambda text: read_worker(b"texts@host", text)),
@@ -289,7 +326,9 @@ def parsed(parse: Callable[[Any], object], value: Any) -> None:
         (Memory(1.0).to_json(), lambda text: quietly(lambda: Memory.from_json(read_json(text)))),
     ],
 )  # fmt: skip
-def test_what_is_wrong_in_any_field_is_refused_by_its_reader(right: dict[str, Any], parse: Callable[[Any], object]) -> None:
+def test_what_is_wrong_in_any_field_is_refused_by_its_reader(
+    right: dict[str, Any], parse: Callable[[Any], object]
+) -> None:
     parse(json.dumps(right).encode())
     for value in objects(**right):
         parsed(parse, value)

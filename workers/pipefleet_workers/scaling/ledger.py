@@ -55,7 +55,10 @@ def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:
 
     A total that is none, or beyond numbers, begins anew: readers look at what was added.
     """
-    _add(redis, [(work_key(name), field, value) for name in names for field, value in (("cost", cost), ("seconds", seconds))])
+    _add(
+        redis,
+        [(work_key(name), field, value) for name in names for field, value in (("cost", cost), ("seconds", seconds))],
+    )
 
 
 def _add(redis: Any, additions: Sequence[tuple[str, str, float]]) -> None:

@@ -110,7 +110,9 @@ def screen(snapshot: Snapshot, *, width: int, trouble: str = "") -> Group:
 
     head = [Text(f"pipefleet  {time.strftime('%H:%M:%S', time.localtime(snapshot.read_at))}", style="bold")]
     if trouble:
-        head.append(Text(f"STALE, {duration(time.time() - snapshot.read_at)} old: {printable(trouble, 1000)}", style="bold red"))
+        head.append(
+            Text(f"STALE, {duration(time.time() - snapshot.read_at)} old: {printable(trouble, 1000)}", style="bold red")
+        )
     pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools], width)
     workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers], width)
     dim = "dim" if trouble else ""
