@@ -1,12 +1,12 @@
 """What workers tell the fleet of themselves, in two hashes of Redis: what can be had, by pool and revision, and who is alive.
 
 Every entry ends by itself, `until` then, in the time of the Redis server: no worker's clock and no reader's counts. Entries that
-cannot be read are passed over. Whoever announces needs no memory of Redis for it: the first write takes none (see `records`).
+cannot be read are passed over, which the logger `pipefleet` says once of each. Whoever announces needs no memory of Redis for it:
+the first write takes none (see `records`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from pipefleet.broker import KEY, reading
 from pipefleet.contract import encode_json
 from pipefleet.fleet import Fleet, Pool
+from pipefleet.foreign import mapping, name, names, number, passed, read_object
 from pipefleet.routing import revision_queue
 
 POOLS_KEY = f"{KEY}pools"
@@ -87,7 +88,7 @@ def announcements(redis: Any) -> list[Announcement]:
     pipe.time()
     pipe.hgetall(POOLS_KEY)
     (seconds, micros), entries = pipe.execute()
-    found = (_read_pool(name, value) for name, value in entries.items())
+    found = (read_pool(name, value) for name, value in entries.items())
     now = seconds + micros / 1e6
     return sorted((one for one in found if one is not None and one.until > now), key=lambda one: -one.since)
 
@@ -99,12 +100,18 @@ def takes_new_work(redis: Any, pool: Pool) -> bool:
     return any((one.name, one.model, one.revision, one.generation) == wanted for one in found)
 
 
-def _read_pool(name: bytes, value: bytes) -> Announcement | None:
+def read_pool(field: bytes, value: bytes) -> Announcement | None:
+    """An entry of POOLS_KEY; None of one that cannot be read, which is said once."""
     try:
-        entry = json.loads(value)
-        pool = Pool.announced(name.decode().partition("@")[0], entry["pool"])
-        return Announcement(pool, float(entry.get("since") or 0.0), float(entry["until"]))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        entry = read_object(value)
+        content = mapping(entry["pool"])
+        known = names(content, "task", "model", "revision", "queue", "revision_queue")
+        known |= {"task": name(content["task"]), "model": name(content["model"])}
+        flags = {flag: content[flag] is True for flag in ("default", "retired") if flag in content}
+        pool = Pool.announced(name(field.decode()).partition("@")[0], {**known, **flags})
+        return Announcement(pool, number(entry.get("since") or 0.0), number(entry["until"]))
+    except (ValueError, LookupError):
+        passed.say(POOLS_KEY, field)
         return None
 
 
@@ -130,35 +137,59 @@ def announce_worker(redis: Any, name: str, facts: Mapping[str, Any], *, seconds:
 
 
 def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:
-    """What every worker that is alive tells of itself, by name, and its `age`: how many seconds ago it did. Changes nothing."""
-    return {name: facts for name, facts in _workers(redis).items() if facts is not None}
+    """What every worker that is alive tells of itself, by name, and its `age`: how many seconds ago it did. Changes nothing.
+
+    Entries that cannot be read are said once and stay, for `pipefleet doctor` to list.
+    """
+    found, now = _workers(redis)
+    return {
+        field.decode(): {**facts, "age": max(0.0, now - (facts.get("at") or now))}
+        for field, facts in found.items()
+        if facts is not None and facts["until"] >= now
+    }
 
 
 def forget_dead_workers(redis: Any) -> None:
-    """Remove the entries of workers that are gone, and those that cannot be read: for who has the right to it."""
-    gone = [name for name, facts in _workers(redis).items() if facts is None]
+    """Remove the entries of workers that are gone: for who has the right to it."""
+    found, now = _workers(redis)
+    gone = [field for field, facts in found.items() if facts is not None and facts["until"] < now]
     if gone:
         redis.hdel(WORKERS_KEY, *gone)
 
 
-def _workers(redis: Any) -> dict[str, dict[str, Any] | None]:
-    """The facts of every entry by name; None for one of a dead worker."""
+def _workers(redis: Any) -> tuple[dict[bytes, dict[str, Any] | None], float]:
+    """The facts of every entry, None for one that cannot be read; and the server's time."""
     pipe = reading(redis)
     pipe.time()
     pipe.hgetall(WORKERS_KEY)
     (seconds, micros), entries = pipe.execute()
-    now = seconds + micros / 1e6
-    return {name.decode(errors="replace"): _read_worker(value, now) for name, value in entries.items()}
+    return {field: read_worker(field, value) for field, value in entries.items()}, seconds + micros / 1e6
 
 
-def _read_worker(value: bytes, now: float) -> dict[str, Any] | None:
-    """The facts of a live worker; None of a dead one, and of an entry that cannot be read."""
+_NUMBERS = ("items_per_second", "busy", "items", "failed", "max_cost", "at", "until")
+_OPTIONAL_NUMBERS = ("base", "per_cost")
+
+
+def read_worker(field: bytes, value: bytes) -> dict[str, Any] | None:
+    """An entry of WORKERS_KEY, of a live worker or a dead one; None of one that cannot be read, which is said once."""
     try:
-        facts: dict[str, Any] = json.loads(value)
-        at, until = float(facts.get("at") or now), float(facts["until"])
-        return None if until < now or not isinstance(facts["pool"], str) else {**facts, "age": max(0.0, now - at)}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        facts = dict(read_object(value))
+        name(field.decode()), name(facts["pool"]), number(facts["until"])
+        names(facts, "queue")
+        for one in (*_NUMBERS, *_OPTIONAL_NUMBERS):
+            if one in facts and not (facts[one] is None and one in _OPTIONAL_NUMBERS):
+                facts[one] = _number(facts[one])
+        return facts
+    except (ValueError, LookupError):
+        passed.say(WORKERS_KEY, field)
         return None
+
+
+def _number(value: Any) -> float:
+    number(value)
+    if not isinstance(value, int | float):
+        raise ValueError("a text")
+    return value
 
 
 def workers_of(workers: Mapping[str, Mapping[str, Any]], pool: Pool, queue: str) -> list[str]:

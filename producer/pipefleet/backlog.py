@@ -28,6 +28,7 @@ from pipefleet.parts import part_format
 from pipefleet.patience import Patience
 from pipefleet.refusals import Refusals
 from pipefleet.rights import may
+from pipefleet.runfiles import readable
 from pipefleet.shards import decode_shard_line, shard_index, shard_message
 
 if TYPE_CHECKING:
@@ -299,17 +300,22 @@ class Backlog:
         """The position of the first item of a shard."""
         uri = self._layout.shard(index)
         found = _FIRST.match(self._client.store.start(uri, 64))
-        return int(found[1]) if found else decode_shard_line(next(self._client.store.lines(uri)))[0]
+        with readable(uri):
+            return int(found[1]) if found else decode_shard_line(next(self._client.store.lines(uri)))[0]
 
     def _end(self, index: int) -> int:
         """The position behind the last item of a shard."""
-        *_, last = self._client.store.lines(self._layout.shard(index))
-        return decode_shard_line(last)[0] + 1
+        uri = self._layout.shard(index)
+        with readable(uri):
+            *_, last = self._client.store.lines(uri)
+            return decode_shard_line(last)[0] + 1
 
     def _restore_part(self, index: int) -> None:
         layout, store = self._layout, self._client.store
-        rows = list(part_format(layout.format).rows(store.get(layout.part(index))))
-        write_failed_rows(store, layout, index, rows)
+        part = store.get(layout.part(index))
+        with readable(layout.part(index)):
+            rows = list(part_format(layout.format).rows(part))
+            write_failed_rows(store, layout, index, rows)
         pipe = self._client.redis.pipeline(transaction=False)
         for position, row in enumerate(rows, start=self._first(index)):
             pipe.setbit(broker.run_key(self._plan.id, "items"), position, 1)

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import answers
+from pipefleet import answers, foreign
 from pipefleet.contract import (
     MAX_MESSAGE_BYTES,
     TASK_NAME,
@@ -52,6 +52,7 @@ from pipefleet.redis_urls import celery_url
 from pipefleet.rights import ROLES, refused_command
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.tracecontext import trace_headers
+from pipefleet.wrongtype import wrong_type
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -140,15 +141,16 @@ def note_revision(redis: Any, queue: str, model: str | None, revision: str | Non
 
 
 def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
-    """Model and revision of every queue that is for one. Entries that cannot be read are passed over."""
+    """Model and revision of every queue that is for one. Entries that cannot be read are passed over, which is said once."""
     entries: Any = redis.hgetall(REVISIONS_KEY)
     found = {}
     for name, value in entries.items():
         try:
-            note = json.loads(value)
-            found[name.decode()] = (str(note["model"]), None if note["revision"] is None else str(note["revision"]))
-        except (ValueError, LookupError, TypeError, RecursionError):
-            continue
+            note = foreign.read_object(value)
+            known = foreign.names(note, "model", "revision")
+            found[foreign.name(name.decode())] = (known["model"] or "", known["revision"])
+        except (ValueError, LookupError):
+            foreign.passed.say(REVISIONS_KEY, name)
     return found
 
 
@@ -229,6 +231,8 @@ def _explained(error: Exception, word: str | None, url: str) -> str:
     from redis.exceptions import ConnectionError as NoConnectionError
     from redis.exceptions import TimeoutError as NoAnswerError
 
+    if trouble := wrong_type(error):
+        return f"Redis at {url} cannot be used: {trouble}"
     name = type(error).__name__
     command = refused_command(error)
     if command is not None:

@@ -19,6 +19,7 @@ from pipefleet.broker import (
 )
 from pipefleet.contract import MAX_WIRE_BYTES, encode_json
 from pipefleet.errors import ContractError, UsageError
+from pipefleet.foreign import number, read_object, whole
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -54,10 +55,10 @@ class DeadLetter:
     def parse(cls, entry: bytes) -> DeadLetter:
         """Read a letter; what is not one becomes a letter without a message, so that it can be seen and removed."""
         try:
-            value = json.loads(entry.decode(errors="replace"))
+            value = read_object(entry.decode(errors="replace"))
             texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
-            return cls(**texts, at=float(value["at"]), deliveries=int(value["deliveries"]), entry=entry)
-        except (ValueError, LookupError, TypeError, RecursionError, ArithmeticError):
+            return cls(**texts, at=number(value["at"]), deliveries=whole(value["deliveries"]), entry=entry)
+        except (ValueError, LookupError):
             return cls("this entry is no dead letter", 0.0, "", 0, "", entry)
 
     @property
@@ -231,6 +232,14 @@ def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
     for tag, value in owners.items():
         owner, _, since = value.decode(errors="replace").rpartition("@")
         job_id = message_id(messages.get(tag, b""))
-        ages = (now - float(since or now), now - scores.get(tag, now))
-        found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, int(deliveries.get(tag, 0))))
+        ages = (now - _number(since, now), now - scores.get(tag, now))
+        count = int(_number(deliveries.get(tag, 0), 0))
+        found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, count))
     return sorted(found, key=lambda one: -one.seconds)
+
+
+def _number(value: Any, otherwise: float) -> float:
+    try:
+        return number(value)
+    except ValueError:
+        return otherwise

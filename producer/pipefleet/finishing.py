@@ -5,7 +5,6 @@ Everything here is derived from parts that are in object storage, so that each s
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ from typing import Any
 
 from pipefleet.contract import encode_json
 from pipefleet.errors import ObjectMissingError
+from pipefleet.foreign import name, whole
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.objects import ObjectStore
 from pipefleet.progress import RunProgress
+from pipefleet.runfiles import read_file, readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +28,27 @@ class Resumed:
 
 
 def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
-    """The progress of a run that has ended, from `_SUCCESS`; None while it has not, or not since shards were taken up."""
+    """The progress of a run that has ended, from `_SUCCESS`; None while it has not, or not since shards were taken up.
+
+    Raises RunError for a file that is none of ours.
+    """
     try:
-        totals = json.loads(store.get(layout.success))
+        totals = read_file(store, layout.success)
     except ObjectMissingError:
         return None
-    if totals.get("resumed", "") != read_resumed(store, layout).word:
-        return None
-    return RunProgress.from_json(layout.uri, totals)
+    with readable(layout.success):
+        ended = RunProgress.from_json(layout.uri, totals)
+    return ended if totals.get("resumed", "") == read_resumed(store, layout).word else None
 
 
 def read_resumed(store: ObjectStore, layout: RunLayout) -> Resumed:
-    """What was noted when refused shards were taken up."""
+    """What was noted when refused shards were taken up. Raises RunError for a file that is none of ours."""
     try:
-        body = json.loads(store.get(layout.resumed))
+        body = read_file(store, layout.resumed)
     except ObjectMissingError:
         return Resumed()
-    return Resumed(body["word"], tuple(body["shards"]))
+    with readable(layout.resumed):
+        return Resumed(name(body["word"]), tuple(whole(index) for index in body["shards"]))
 
 
 def finalise(
@@ -76,7 +81,7 @@ def finalise(
         refused=refused,
         refused_reason=reason,
     )
-    body = {name: value for name, value in totals.to_json().items() if name != "uri"}
+    body = {field: value for field, value in totals.to_json().items() if field != "uri"}
     body |= {"resumed": resumed.word} if resumed.word else {}
     for _ in range(2):
         store.put_new(layout.success, encode_json(body).encode())

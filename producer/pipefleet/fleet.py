@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UnknownModelError, UsageError, nearest
+from pipefleet.foreign import MOST_NUMBER
 from pipefleet.tasks import implied_parameters, task_spec
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -337,7 +338,7 @@ def _workers(where: str, value: Any) -> WorkerRange:
 
 
 def _positive(where: str, key: str, value: Any) -> Any:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MOST_NUMBER
     ok = ok and (key == "wait_slo" or isinstance(value, int))
     _require(ok, where, key, "a number above 0" if key == "wait_slo" else "a whole number above 0")
     return value

@@ -141,5 +141,5 @@ def decode_output(text: str | bytes) -> Any:
     """The JSON of an output. Raises PipefleetError where it is not JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PipefleetError("the stored result is not JSON: was it written by another program?") from None

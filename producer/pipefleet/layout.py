@@ -25,6 +25,8 @@ from typing import Any
 
 from pipefleet.contract import CONTRACT_VERSION, MAX_RUN_ITEMS, RUN_ID_FORM
 from pipefleet.errors import RunError, UsageError
+from pipefleet.foreign import mapping, name, number, whole
+from pipefleet.runfiles import readable
 from pipefleet.storage import MAX_KEY_BYTES, directory_uri, split_uri
 
 BELOW_OUTPUT = 124
@@ -174,15 +176,14 @@ class RunPlan:
         """The JSON form; totals only where they are known, `strict` only where it is asked for."""
         unknown = {"shards", "items"} if self.shards is None else set()
         lenient = set() if self.strict else {"strict"}
-        return {name: value for name, value in asdict(self).items() if name not in unknown | lenient}
+        return {field: value for field, value in asdict(self).items() if field not in unknown | lenient}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> RunPlan:
         """The reverse of `to_json`. Raises RunError naming `where` for anything else, another contract version too."""
-        try:
+        with readable(where):
             plan = cls(**value)
-        except TypeError:
-            raise RunError(f"{where} was not written by this version of pipefleet") from None
+            plan._check()
         if plan.contract_version != CONTRACT_VERSION:
             raise RunError(
                 f"{where} follows contract version {str(plan.contract_version)[:20]}, this is version "
@@ -191,6 +192,18 @@ class RunPlan:
         if not _is_id(plan.id) or not all(map(_is_total, (plan.shards, plan.items))):
             raise RunError(f"{where} names no run of pipefleet: its id, shards or items are none")
         return plan
+
+    def _check(self) -> None:
+        """Raise ValueError for a field of the wrong type."""
+        for text in (self.id, self.task, self.model, self.queue, self.format):
+            name(text)
+        if self.revision is not None:
+            name(self.revision)
+        for count in (self.shards, self.items, self.shard_size):
+            whole(count or 0, most=MAX_RUN_ITEMS)
+        mapping(self.parameters), number(self.created)
+        if not isinstance(self.source, str | None):
+            raise ValueError("the source is no text")
 
 
 def _is_id(value: object) -> bool:

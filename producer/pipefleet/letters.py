@@ -48,7 +48,7 @@ def read_content(letter: DeadLetter) -> Content:
     """What the message of a letter asks for. Whatever is not as the contract says is left out."""
     try:
         payload = _payload(letter.message)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return Content()
     if not isinstance(payload, dict):
         return Content()

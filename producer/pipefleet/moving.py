@@ -6,20 +6,21 @@ still at work. Rows that are done keep what they are, and say which model they a
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.announcements import announced_workers
 from pipefleet.contract import encode_json
-from pipefleet.errors import ObjectMissingError, RunError, UnknownModelError
+from pipefleet.errors import ObjectMissingError, UnknownModelError
 from pipefleet.fleet import UNNAMED, Pool, model_label
+from pipefleet.foreign import name, read_object
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.objects import ObjectStore
 from pipefleet.revisions import worker_command
 from pipefleet.rights import may, require
 from pipefleet.routing import queue_name, work_queue
+from pipefleet.runfiles import read_file, readable
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -66,10 +67,9 @@ class Moved:
     @classmethod
     def from_json(cls, value: Any, where: str) -> Moved:
         """The reverse. Raises RunError naming `where` for anything else."""
-        try:
-            return cls(value["model"], value["revision"], value["queue"], tuple(value["pools"]))
-        except (LookupError, TypeError):
-            raise RunError(f"{where} was not written by this version of pipefleet") from None
+        with readable(where):
+            revision = None if value["revision"] is None else name(value["revision"])
+            return cls(name(value["model"]), revision, name(value["queue"]), tuple(map(name, value["pools"])))
 
     def applied(self, plan: RunPlan) -> RunPlan:
         """The plan with what the run was moved to."""
@@ -79,11 +79,9 @@ class Moved:
 def read_moved(store: ObjectStore, layout: RunLayout) -> Moved | None:
     """Where a run was moved to; None where it was not."""
     try:
-        return Moved.from_json(json.loads(store.get(layout.moved)), layout.moved)
+        return Moved.from_json(read_file(store, layout.moved), layout.moved)
     except ObjectMissingError:
         return None
-    except ValueError:
-        raise RunError(f"{layout.moved} is not JSON; move the run again with `pipefleet resume --model`") from None
 
 
 def moved_plan(client: Client, plan: RunPlan) -> RunPlan:
@@ -95,7 +93,12 @@ def moved_plan(client: Client, plan: RunPlan) -> RunPlan:
 
 def moved_by(content: bytes | None, plan: RunPlan) -> RunPlan:
     """The plan with what the field MOVED of its run says; None where there is none."""
-    return plan if content is None else Moved.from_json(json.loads(content), "the run's entry in Redis").applied(plan)
+    if content is None:
+        return plan
+    where = f"the field {MOVED} of {broker.run_key(plan.id)} in Redis"
+    with readable(where):
+        value = read_object(content)
+    return Moved.from_json(value, where).applied(plan)
 
 
 def move_run(client: Client, layout: RunLayout, plan: RunPlan, pool: Pool) -> RunPlan:
@@ -142,11 +145,11 @@ def _commands(queue: str) -> list[tuple[str, ...]]:
 
 
 def _remove(redis: Any, queue: str, run_id: str) -> None:
-    for name in broker.waiting_lists(queue):
-        while found := [raw for raw in redis.lrange(name, 0, -1) if _of_run(raw, run_id)]:
+    for waiting in broker.waiting_lists(queue):
+        while found := [raw for raw in redis.lrange(waiting, 0, -1) if _of_run(raw, run_id)]:
             pipe = redis.pipeline(transaction=False)
             for raw in found:
-                pipe.lrem(name, -1, raw)
+                pipe.lrem(waiting, -1, raw)
             if not sum(pipe.execute()):
                 return  # workers took them meanwhile
 
@@ -161,10 +164,15 @@ def pool_of(client: Client, plan: RunPlan) -> Pool:
     try:
         return fleet.find(plan.task, plan.model, plan.revision)
     except UnknownModelError:
-        names = [one.name for one in fleet.pools.values() if queue_name(one, fleet) == base]
-        name = names[0] if names else ""
+        named = [one.name for one in fleet.pools.values() if queue_name(one, fleet) == base]
         return Pool(
-            name, plan.task, plan.model, plan.revision, generation=UNNAMED, queue=base, revision_queue=plan.queue
+            named[0] if named else "",
+            plan.task,
+            plan.model,
+            plan.revision,
+            generation=UNNAMED,
+            queue=base,
+            revision_queue=plan.queue,
         )
 
 

@@ -9,7 +9,6 @@ looks after what it has queued (see `backlog`): it waits for the fleet, and queu
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import threading
 import time
@@ -23,6 +22,7 @@ from pipefleet import broker
 from pipefleet.backlog import Backlog
 from pipefleet.contract import MAX_RUN_ITEMS, JobItem, Priority, encode_json
 from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.foreign import whole
 from pipefleet.layout import RunLayout, RunPlan, index_of
 from pipefleet.moving import moved_plan, read_moved
 from pipefleet.objects import ObjectStore
@@ -30,6 +30,7 @@ from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.preparing import SourceItem
 from pipefleet.records import JobFailure
 from pipefleet.refusals import Refusals
+from pipefleet.runfiles import read_file, readable
 from pipefleet.shards import Limits, decode_shard_line, encode_shard_line, shard_limits, shard_message
 from pipefleet.sources import Source
 from pipefleet.storage import split_uri
@@ -201,8 +202,10 @@ class Planner:
             shards += 1
         if not shards:
             return None
-        *_, line = self._client.store.lines(self._layout.shard(shards - 1))
-        position, item, _ = decode_shard_line(line)
+        where = self._layout.shard(shards - 1)
+        with readable(where):
+            *_, line = self._client.store.lines(where)
+            position, item, _ = decode_shard_line(line)
         self.items, self.shards, self.continued = position + 1, shards, True
         return SourceItem(item.id, item.inputs, 0)
 
@@ -341,7 +344,7 @@ def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
     """
     for uri in (layout.run, layout.plan):
         if store.head(uri) is not None:
-            plan, moved = RunPlan.from_json(json.loads(store.get(uri)), uri), read_moved(store, layout)
+            plan, moved = RunPlan.from_json(read_file(store, uri), uri), read_moved(store, layout)
             return plan if moved is None else moved.applied(plan)
     raise RunError(f"there is no run at {layout.uri}; name the output that map was given")
 
@@ -371,7 +374,13 @@ def planner_alive(client: Client, plan: RunPlan) -> SignOfLife | None:
     """What a live planner of this run has queued; None when there is no live planner."""
     with broker.redis_errors(client.settings.redis_url):
         found: Any = client.redis.get(broker.run_key(plan.id, "planner"))
-    return None if found is None else SignOfLife(*map(int, found.split()))
+    if found is None:
+        return None
+    try:
+        items, shards = map(whole, found.split())
+    except ValueError:
+        return SignOfLife(0, 0)  # of another release: it lives, and nothing more is known
+    return SignOfLife(items, shards)
 
 
 def planner_gone(client: Client, plan: RunPlan) -> bool:
@@ -417,4 +426,7 @@ def left_unqueued(client: Client, plan: RunPlan) -> int:
     pipe.exists(broker.run_key(plan.id, "planner"))
     with broker.redis_errors(client.settings.redis_url):
         unqueued, alive = pipe.execute()
-    return 0 if alive else int(unqueued or 0)
+    try:
+        return 0 if alive else whole(unqueued or 0)
+    except ValueError:
+        return 0

@@ -1,9 +1,96 @@
-"""Text of others, made fit for a terminal."""
+"""Text of others, made fit for a terminal and for lines of a log: nothing of it is obeyed, and no line of it passes for ours."""
 
 from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MOST_MESSAGE = 8_000
+"""Characters of one message, or of one line of a traceback, in a log."""
+MOST_TRACE = 40_000
+"""Characters of a traceback in a log; of a longer one, the beginning and the end are kept."""
+INDENT = "    "
+"""What every further line of a message begins with, so that it cannot pass for the first line of another one."""
 
 
 def printable(text: str, most: int = 80) -> str:
     """`text` on one line of at most `most` characters; what a terminal would obey is escaped."""
-    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[: most + 1])
+    shown = _escaped(text[: most + 1])
     return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def printable_lines(text: str, most: int = MOST_MESSAGE, *, indent: str = INDENT) -> str:
+    """`text` with its line feeds, every further line indented; each line as of `printable`, all within about `most` characters."""
+    first, *others = text[: most + 1].split("\n")
+    kept = [one if one.startswith("  ") or not one else indent + one for one in others]
+    return "\n".join(printable(one, most) for one in (first, *kept))
+
+
+def printable_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON that says exactly the same and holds no character that a terminal obeys.
+
+    JSON has no word for NaN and infinity: they become null.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    return _DOUBTFUL.sub(_escaped_in_json, text)
+
+
+_DOUBTFUL = re.compile(r"[^ -~\n]")
+
+
+def _escaped_in_json(found: re.Match[str]) -> str:
+    one = found[0]
+    return one if one.isprintable() else "\\u007f" if one == "\x7f" else json.dumps(one)[1:-1]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+class LineFormatter(logging.Formatter):
+    """Records as text in which nothing is obeyed: the message on one line, the lines of a traceback indented below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line without its end, and below it the traceback where there is one."""
+        record.message = message_of(record)
+        if self.usesTime():
+            record.asctime = self.formatTime(record, self.datefmt)
+        head = printable(self.formatMessage(record), MOST_MESSAGE)
+        trace = trace_of(self, record)
+        return "\n".join([head, *(INDENT + line for line in trace.split("\n"))]) if trace else head
+
+
+def message_of(record: logging.LogRecord) -> str:
+    """The message of a record with its arguments; without them where they do not fit, which must not end the logging."""
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - whatever the arguments raise when they are made texts
+        return str(record.msg)
+
+
+def trace_of(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    """The traceback and the stack of a record, each line made fit to be shown; empty where it has none."""
+    has_error = record.exc_info and record.exc_info[0] is not None
+    parts = [formatter.formatException(record.exc_info) if has_error and record.exc_info else record.exc_text or ""]
+    parts.append(record.stack_info or "")
+    text = "\n".join(part for part in parts if part)
+    if len(text) > MOST_TRACE:
+        text = f"{text[: MOST_TRACE // 4]}\n…\n{text[-(MOST_TRACE * 3 // 4) :]}"
+    return "\n".join(printable(line, MOST_MESSAGE) for line in text.split("\n"))

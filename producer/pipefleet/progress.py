@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from pipefleet.foreign import number, whole
 from pipefleet.printable import printable
 
 PLAIN_SECONDS = 5.0
@@ -52,8 +53,18 @@ class RunProgress:
 
     @classmethod
     def from_json(cls, uri: str, totals: Mapping[str, Any]) -> RunProgress:
-        """The reverse of `to_json`; fields that this version does not know are passed over."""
-        return cls(uri=uri, **{name: totals[name] for name in cls.__slots__ if name in totals and name != "uri"})
+        """The reverse of `to_json`; fields that this version does not know are passed over.
+
+        Raises ValueError or LookupError for a field that is wrong or missing.
+        """
+        counts: dict[str, Any] = {
+            name: whole(totals[name]) for name in ("items", "succeeded", "failed", "shards", "parts")
+        }
+        numbers = {"seconds": number(totals["seconds"]), "refused": whole(totals.get("refused", 0))}
+        texts = {name: totals.get(name) for name in ("reason", "refused_reason", "waiting")}
+        if not isinstance(totals["state"], str) or not all(isinstance(one, str | None) for one in texts.values()):
+            raise ValueError("not a text")
+        return cls(uri=uri, state=totals["state"], **counts, **numbers, **texts)
 
 
 Show = Callable[[RunProgress], None]
@@ -79,7 +90,8 @@ def describe(progress: RunProgress) -> str:
     failed = f", {progress.failed} failed" if progress.failed else ""
     rate = done / progress.seconds if progress.seconds > 0 else 0.0
     shards = f", {progress.parts}/{progress.shards} shards" if progress.state == "planning" and progress.shards else ""
-    line = f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {progress.state}"
+    state = printable(progress.state)
+    line = f"{done}/{total} items{failed}{shards}, {rate:.1f} items/s, {progress.seconds:.0f} s, {state}"
     return "; ".join([line, *_hindrances(progress)])
 
 
@@ -87,7 +99,7 @@ def _hindrances(progress: RunProgress) -> list[str]:
     """Why items do not become results, in words."""
     shards = "1 shard was" if progress.refused == 1 else f"{progress.refused} shards were"
     refused = f"{shards} refused: {printable(progress.refused_reason or '', 300)}" if progress.refused else None
-    return [text for text in (refused, progress.waiting) if text]
+    return [text for text in (refused, printable(progress.waiting or "", 1000)) if text]
 
 
 class _PlainLines:
@@ -120,8 +132,8 @@ def _bar(stream: TextIO) -> Iterator[Show]:
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(file=stream)) as bar:
         line = bar.add_task("planning", total=None, detail="")
@@ -131,7 +143,7 @@ def _bar(stream: TextIO) -> Iterator[Show]:
             rate = done / progress.seconds if progress.seconds > 0 else 0.0
             failed = f" {progress.failed} failed" if progress.failed else ""
             bar.update(
-                line, description=progress.state, completed=done, total=progress.items or None,
+                line, description=printable(progress.state), completed=done, total=progress.items or None,
                 detail="; ".join([f"{rate:.1f}/s{failed}", *_hindrances(progress)]),
             )  # fmt: skip
 

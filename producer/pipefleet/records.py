@@ -15,6 +15,7 @@ from typing import Any
 
 from pipefleet.contract import JobState, encode_json, is_reply
 from pipefleet.errors import ContractError
+from pipefleet.foreign import number, read_object
 from pipefleet.storage import StorageRef
 
 _TIME = """
@@ -121,7 +122,7 @@ def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
         return None
     try:
         return _read({name.decode(): value.decode() for name, value in raw.items()})
-    except (ValueError, TypeError, ContractError):
+    except (ValueError, TypeError, LookupError, RecursionError, ContractError):
         raise ContractError(
             "the record of this job cannot be read: run producers and workers of the same release"
         ) from None
@@ -137,14 +138,20 @@ def _read(fields: Mapping[str, str]) -> JobRecord:
         worker=fields.get("worker"),
         queue=fields.get("queue"),
         output=fields.get("output"),
-        output_ref=StorageRef.from_json(json.loads(reference)) if reference else None,
-        failure=JobFailure(**json.loads(failure)) if failure else None,
-        timings=json.loads(fields.get("timings", "{}")),
+        output_ref=StorageRef.from_json(read_object(reference)) if reference else None,
+        failure=_failure(read_object(failure)) if failure else None,
+        timings={stage: number(seconds) for stage, seconds in read_object(fields.get("timings", "{}")).items()},
     )
 
 
+def _failure(content: Mapping[str, Any]) -> JobFailure:
+    if not all(isinstance(one, str) for one in content.values()):
+        raise ValueError("not a text")
+    return JobFailure(**content)
+
+
 def _seconds(fields: Mapping[str, str], name: str) -> float | None:
-    return float(fields[name]) if name in fields else None
+    return number(fields[name]) if name in fields else None
 
 
 def finish_arguments(

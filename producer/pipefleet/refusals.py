@@ -24,12 +24,14 @@ from pipefleet.clock import ServerClock
 from pipefleet.contract import MAX_RUN_ITEMS, MAX_SHARD_ITEMS, Shard, encode_json
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
+from pipefleet.foreign import read_object, whole
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.moving import read_moved
 from pipefleet.parts import part_format
 from pipefleet.progress import RunProgress
 from pipefleet.records import JobFailure
 from pipefleet.rights import may
+from pipefleet.runfiles import readable
 from pipefleet.storage import map_refs
 
 if TYPE_CHECKING:
@@ -95,13 +97,13 @@ class Refusal:
     def from_json(cls, index: int, text: bytes) -> Refusal | None:
         """The reverse of `to_json`; None for anything else."""
         try:
-            body = json.loads(text)
+            whole(index, most=MAX_RUN_ITEMS)
+            body = read_object(text)
             failure = JobFailure(*(str(body[name]) for name in ("code", "message", "stage")))
-            refusal = cls(index, int(body["first"]), int(body["count"]), failure)
-        except (ValueError, LookupError, TypeError, ArithmeticError):
+            first, count = whole(body["first"], most=MAX_RUN_ITEMS), whole(body["count"], most=MAX_SHARD_ITEMS)
+            return cls(index, first, count, failure)
+        except (ValueError, LookupError):
             return None
-        is_in_a_run = min(index, refusal.first, refusal.count) >= 0 and max(index, refusal.first) <= MAX_RUN_ITEMS
-        return refusal if is_in_a_run else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +172,10 @@ class Refusals:
         pipe.hrandfield(_key(self._id), 1, True)
         with self._errors():
             (mark, shards, cancelled), done, failed, parts, refused, one = pipe.execute()
-        refusal = Refusal.from_json(int(one[0]), one[1]) if one else None
+        refusal = Refusal.from_json(0, one[1]) if one else None
         reason = None if refusal is None else refusal.failure.message
-        planned = None if shards is None else int(shards)
+        with readable(f"the field shards of {broker.run_key(self._id)} in Redis"):
+            planned = None if shards is None else whole(shards)
         return Counts(mark is not None, planned, cancelled, done, failed, parts, refused, reason)
 
     def mark(self, index: int) -> None:
@@ -195,7 +198,7 @@ class Refusals:
         """Every refused shard by its index, those that are sealed among them."""
         with self._errors():
             raw: Any = self._redis.hgetall(_key(self._id))
-        noted = (Refusal.from_json(int(index), text) for index, text in raw.items())
+        noted = (Refusal.from_json(int(field), text) for field, text in raw.items() if field.isdigit())
         return {one.index: one for one in (*self._marked(), *noted) if one is not None and one.index >= 0}
 
     def recall(self, is_accounted: Callable[[int], bool]) -> list[int]:
@@ -327,7 +330,9 @@ class Refusals:
 
     def _list_failed(self, plan: RunPlan, index: int) -> None:
         """List the failed items of a shard as its part has them, whatever was listed before."""
-        rows = part_format(plan.format).failed(self._store.get(self._layout.part(index)))
+        part = self._store.get(self._layout.part(index))
+        with readable(self._layout.part(index)):
+            rows = part_format(plan.format).failed(part)
         write_failed_rows(self._store, self._layout, index, rows)
         if not rows:
             self._store.delete(self._layout.failed_shard(index))

@@ -6,7 +6,6 @@ a pool; each of them says which queue it came from.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.foreign import number, read_object
 from pipefleet.printable import printable
 from pipefleet.routing import PREFIX, queue_name, work_queue
 
@@ -235,8 +235,8 @@ def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
     before = broker.server_time(redis) - 86_400 * days if entries else 0.0
     for name, value in entries.items():
         try:
-            old = float(json.loads(value)["at"]) < before
-        except (ValueError, LookupError, TypeError, RecursionError):
+            old = number(read_object(value)["at"]) < before
+        except (ValueError, LookupError):
             old = True
         if old and not any(redis.llen(one) for one in broker.waiting_lists(name.decode(errors="replace"))):
             redis.hdel(broker.REVISIONS_KEY, name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -40,6 +39,7 @@ from pipefleet.planner import (
 )
 from pipefleet.progress import RunProgress
 from pipefleet.refusals import Refusals
+from pipefleet.runfiles import failed_rows, rows_of
 from pipefleet.sources import Source, open_source
 from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.tasks import task_spec
@@ -204,7 +204,7 @@ class Run:
         """The rows of a part: lines as they come, of another format from the whole part."""
         uri, store = self._layout.part(index), self._client.store
         if self._plan.format == JsonLines.name:
-            return map(json.loads, store.lines(uri))
+            return rows_of(store.lines(uri), uri)
         return part_format(self._plan.format).rows(store.get(uri))
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class Run:
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """The failed items so far, as manifest rows with an `error` of code, message and stage. Waits for S3 as `wait` does."""
-        return map(json.loads, self._waiter.patience().each(self._failed_lines))
+        return failed_rows(self._waiter.patience().each(self._failed_lines), self._layout.failed)
 
     def _failed_lines(self, read: int) -> Iterator[bytes]:
         return itertools.islice(failed_lines(self._client.store, self._layout), read, None)

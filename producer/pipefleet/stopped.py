@@ -5,13 +5,13 @@ A client that is killed notes nothing; its run is known as stopped because its p
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 
 from pipefleet.contract import encode_json
-from pipefleet.errors import ObjectMissingError, PipefleetError
+from pipefleet.errors import ObjectMissingError, PipefleetError, RunError
 from pipefleet.layout import RunLayout
 from pipefleet.objects import ObjectStore
+from pipefleet.runfiles import read_file
 
 UNKNOWN = "the client that planned it ended before its source did"
 """What is said of a planner that left no reason."""
@@ -30,11 +30,10 @@ def note_stopped(store: ObjectStore, layout: RunLayout, error: PipefleetError, *
 def read_stopped(store: ObjectStore, layout: RunLayout) -> str | None:
     """The sentence of the error that ended the planning; None where none is noted."""
     try:
-        found = json.loads(store.get(layout.stopped))
-        return str(found["message"])
+        return str(read_file(store, layout.stopped)["message"])
     except ObjectMissingError:
         return None
-    except (ValueError, LookupError, TypeError):
+    except (RunError, LookupError):
         return UNKNOWN
 
 

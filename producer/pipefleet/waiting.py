@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.announcements import POOLS_KEY, WORKERS_KEY
 from pipefleet.fleet import UNNAMED, Pool, model_label
+from pipefleet.foreign import mapping, number, read_object, whole
 from pipefleet.forking import renew_after_fork
 from pipefleet.printable import printable
 from pipefleet.revisions import worker_command
@@ -136,19 +137,21 @@ def _sentence(queue: str, pool: Pool | None, waiting: int, *, wanted: bool) -> s
     jobs = "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
     served = queue + (f" (model {model_label(pool.model, pool.revision)})" if pool is not None and pool.model else "")
     if wanted:
-        return f"no worker serves {served} yet; the scaler has asked for one; {jobs}"
+        return f"no worker serves {printable(served, 300)} yet; the scaler has asked for one; {jobs}"
     start = "pipefleet up" if pool is None else worker_command(pool)
-    return f"no worker serves {served} now; start one with `{start}`; {jobs}"
+    served = printable(served, 300)
+    return f"no worker serves {served} now; start one with `{printable(start, 300)}`; {jobs}"
 
 
 def _announced(queue: str, pools: Mapping[str, Any]) -> Pool | None:
     """The pool behind a queue, from what was announced last, however old."""
     for name, entry in pools.items():
-        fields = entry.get("pool", {}) if isinstance(entry, Mapping) else {}
+        fields = entry.get("pool")
         if isinstance(fields, Mapping) and queue in (fields.get("queue"), fields.get("revision_queue")):
             task, model = str(fields.get("task") or ""), str(fields.get("model") or "")
             generation = UNNAMED if fields.get("retired") else 0
-            return Pool(name.partition("@")[0], task, model, fields.get("revision"), generation=generation)
+            revision = fields.get("revision") and str(fields["revision"])
+            return Pool(name.partition("@")[0], task, model, revision, generation=generation)
     return None
 
 
@@ -165,26 +168,25 @@ def _noted(redis: Redis, queue: str) -> Pool | None:
 def _is_wanted(redis: Redis, pool: str | None, now: float) -> bool:
     """Whether a scaler decided a moment ago that the pool should have workers: one is starting then."""
     try:
-        state = json.loads(redis.get(f"{SCALER_KEY}{pool}") or "")["state"]
-        return int(state["workers"]) > 0 and abs(now - float(state["at"])) < SCALER_SECONDS
-    except (ValueError, LookupError, TypeError):
+        content: Any = redis.get(f"{SCALER_KEY}{pool}")
+        state = mapping(read_object(content)["state"])
+        return whole(state["workers"]) > 0 and abs(now - number(state["at"])) < SCALER_SECONDS
+    except (ValueError, LookupError):
         return False
 
 
 def _read(entries: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in entries.items():
-        try:
-            found[name.decode()] = json.loads(value)
-        except ValueError:
-            continue  # not written by a worker of ours
+        with suppress(ValueError):  # not written by a worker of ours
+            found[name.decode()] = read_object(value)
     return found
 
 
 def _until(facts: Any) -> float:
     try:
-        return float(facts["until"])
-    except (LookupError, TypeError, ValueError):
+        return number(facts["until"])
+    except (LookupError, ValueError):
         return 0.0
 
 

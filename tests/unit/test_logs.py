@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipefleet.errors import UsageError
+from pipefleet.printable import LineFormatter
 from pipefleet_workers import logs
 from pipefleet_workers.logs import JsonFormatter, log_context, say
 from tests.checkpoints import cached
@@ -113,3 +116,99 @@ def test_every_line_of_a_worker_is_json(client: Any, tmp_path: Path) -> None:
     assert {one["pool"] for one in found} == {"texts"}
     assert any(one["message"].startswith("ready: queue pipefleet.text-classification") for one in found)
     assert all(one["worker"].startswith("texts@") for one in found)
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\n2026-01-01 00:00:00,000 INFO pipefleet: all is well\n\u2028\u0085\u202eevil\x9b31m\ud800\x7f"
+
+
+class Strange:
+    def __str__(self) -> str:
+        raise ValueError(HOSTILE)
+
+
+@pytest.fixture
+def text_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """What all loggers of a process write that was set up by `configure`; the set-up is undone afterwards."""
+    stream, root = StringIO(), logging.getLogger()
+    monkeypatch.delenv(logs.VARIABLE, raising=False)
+    for place, name in ((threading, "excepthook"), (sys, "excepthook"), (warnings, "showwarning")):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    monkeypatch.setattr(root, "handlers", [])
+    level = root.level
+    logs.configure(stream, pool="texts")
+    yield lambda: stream.getvalue().splitlines()
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def is_one_plain_line(line: str) -> bool:
+    return line.isprintable()
+
+
+@pytest.mark.parametrize("name", ["pipefleet_workers.x", "celery.worker.consumer", "kombu.pidbox", "somebody.elses"])
+def test_no_message_of_any_library_forges_a_line(text_lines: Callable[[], list[str]], name: str) -> None:
+    logger = logging.getLogger(name)
+    logger.error("Received unregistered task of type %s", HOSTILE)
+    logger.error(HOSTILE)
+    logger.error("x" * 100_000)
+    lines = text_lines()
+    assert len(lines) == 3
+    assert all(is_one_plain_line(line) and len(line) <= 8_000 for line in lines)
+    assert all(f"ERROR {name}: " in line for line in lines)
+    assert "\\x1b[2J\\x1b]0;owned\\x07\\r\\n2026-01-01" in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [("one is missing",), (Strange(), "x")])
+def test_arguments_that_make_no_message_end_no_logging(arguments: tuple[Any, ...]) -> None:
+    record = logging.LogRecord("x", logging.ERROR, __file__, 1, f"%s %s {HOSTILE}", arguments, None)
+    assert is_one_plain_line(LineFormatter("%(message)s").format(record))
+    json.loads(JsonFormatter({}).format(record))
+
+
+def test_a_traceback_is_indented_and_escaped(text_lines: Callable[[], list[str]]) -> None:
+    try:
+        raise ValueError(HOSTILE + "x" * 100_000)
+    except ValueError:
+        log.exception("failed")
+    first, *others = text_lines()
+    assert "ERROR pipefleet_workers.test: failed" in first
+    assert others[0] == "    Traceback (most recent call last):"
+    assert all(line.startswith("    ") and is_one_plain_line(line) for line in others)
+    assert sum(map(len, others)) < 60_000
+
+
+def test_warnings_and_errors_that_end_a_thread_are_lines_too(text_lines: Callable[[], list[str]]) -> None:
+    def broken() -> None:
+        raise ValueError(HOSTILE)
+
+    warnings.warn(HOSTILE, stacklevel=1)
+    thread = threading.Thread(target=broken, name=HOSTILE)
+    thread.start()
+    thread.join()
+    lines = text_lines()
+    assert all(is_one_plain_line(line) for line in lines)
+    assert not any(line.startswith("2026-01-01 00:00:00,000") for line in lines)
+    assert any("py.warnings" in line for line in lines)
+    assert any("ended" in line and "ERROR" in line for line in lines)
+
+
+def test_json_lines_stay_json_and_hold_nothing_that_a_terminal_obeys(lines: StringIO) -> None:
+    with log_context(job=HOSTILE):
+        log.error("%s", HOSTILE, extra={"run": HOSTILE})
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        log.exception(HOSTILE)
+    first, second = parsed(lines)
+    for text in (*map(str, first.values()), *map(str, second.values())):
+        assert all(part.isprintable() for part in text.split("\n"))
+    assert "\n" not in first["job"] + first["run"]
+    lines.getvalue().encode()
+
+
+def test_a_note_is_not_obeyed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(logs.VARIABLE, raising=False)
+    say(f"pool a ended:\n  {HOSTILE}")
+    shown = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in shown)
+    assert all(line.startswith("  ") or not line for line in shown[1:])

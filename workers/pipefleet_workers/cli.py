@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.cli.common import Commands, command, print_json
+from pipefleet.cli.common import Commands, command, print_json, print_line
 from pipefleet.errors import UsageError
 from pipefleet_workers import logs
 from pipefleet_workers.render import cli as render
@@ -172,7 +172,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         print_json({"ok": all(one.ok for one in checks), "checks": [one.to_json() for one in checks]})
     else:
         for one in checks:
-            print(f"{'ok  ' if one.ok else 'FAIL'}  {one.name}: {one.detail}")
+            print_line(f"{'ok  ' if one.ok else 'FAIL'}  {one.name}: {one.detail}")
     return int(not all(one.ok for one in checks))
 
 

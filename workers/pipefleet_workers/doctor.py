@@ -20,6 +20,7 @@ from pipefleet.s3errors import endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
 from pipefleet_workers.checks import access_of_workers, clocks
+from pipefleet_workers.entries import check_entries
 from pipefleet_workers.redis_memory import check_memory
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run_checks() -> list[Check]:
         ("clock", clocks),
         ("fleet", _fleet),
         ("fleet identity", _identity),
+        ("entries", check_entries),
         ("workers", lambda settings: _workers(settings, needed=not (pools and all(one.ok for one in pools)))),
         ("workers' access", access_of_workers),
     ]

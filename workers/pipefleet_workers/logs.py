@@ -3,7 +3,9 @@
     {"time": "2026-01-31T12:00:00.123Z", "level": "ERROR", "logger": …, "message": …, "pool": …, "worker": …, "job": …, "run": …,
      "exception": "Traceback …"}
 
-What is not known is left out. Payloads and credentials are never logged, in either form.
+What is not known is left out. Payloads and credentials are never logged, in either form. Every record of this process, of whichever
+library, goes through one formatter: what a terminal would obey is escaped, a message is one line, and the lines of a traceback are
+indented, so that no text of a message passes for a line of the log.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from pipefleet.errors import PipefleetError, UsageError
+from pipefleet.printable import LineFormatter, message_of, printable, printable_lines, trace_of
 
 log = logging.getLogger(__name__)
 VARIABLE = "PIPEFLEET_LOG"
@@ -28,6 +31,8 @@ FIELDS = ("pool", "worker", "job", "run")
 """What a record may say besides, as attributes (`extra=`) or from `log_context`."""
 NOISY = ("httpx", "celery", "kombu", "transformers")
 """Libraries whose lines below WARNING are nobody's concern."""
+MOST_FIELD = 300
+"""Characters of one of FIELDS in a line."""
 _context: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("pipefleet_log", default={})  # noqa: B039
 
 
@@ -44,8 +49,7 @@ def configure(stream: TextIO | None = None, **fields: str) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(fields) if as_json() else _text())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    if as_json():
-        _adopt_the_rest()
+    _adopt_the_rest()
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -62,8 +66,7 @@ def adopt_transformers() -> None:
 
 
 def _adopt_the_rest() -> None:
-    """What Python and Celery would print past the loggers: warnings, errors that end a thread, notes at the shutdown."""
-    from celery.apps import worker
+    """What Python would print past the loggers: warnings, errors that end a thread or the process; for JSON, Celery's notes too."""
 
     def thread_ended(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_type is not SystemExit:
@@ -77,7 +80,10 @@ def _adopt_the_rest() -> None:
     logging.captureWarnings(True)
     threading.excepthook = thread_ended
     sys.excepthook = process_ends
-    worker.safe_say = lambda text, *_: log.info(text)
+    if as_json():
+        from celery.apps import worker
+
+        worker.safe_say = lambda text, *_: log.info(text)
 
 
 @contextmanager
@@ -103,9 +109,9 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def say(text: str, *, trouble: bool = False, **fields: str) -> None:
-    """A note to who watches the process: as it is on stdout, on stderr for `trouble`; or as a line of JSON on stderr."""
+    """A note to who watches the process: as text on stdout, on stderr for `trouble`; or as a line of JSON on stderr."""
     if not as_json():
-        print(text, file=sys.stderr if trouble else sys.stdout, flush=True)
+        print(printable_lines(text), file=sys.stderr if trouble else sys.stdout, flush=True)
         return
     level = logging.WARNING if trouble else logging.INFO
     record = logging.LogRecord("pipefleet.up", level, __file__, 0, text, None, None)
@@ -128,15 +134,15 @@ class JsonFormatter(logging.Formatter):
             .replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
-            **self._fields,
-            **_context.get(),
+            "message": printable_lines(message_of(record), indent=""),
         }
-        line.update({name: str(getattr(record, name)) for name in FIELDS if getattr(record, name, None) is not None})
-        if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = self.formatException(record.exc_info)
+        fields = {**self._fields, **_context.get()}
+        fields |= {name: str(getattr(record, name)) for name in FIELDS if getattr(record, name, None) is not None}
+        line |= {name: printable(value, MOST_FIELD) for name, value in fields.items()}
+        if trace := trace_of(self, record):
+            line["exception"] = trace
         return json.dumps(line)
 
 
 def _text() -> logging.Formatter:
-    return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pipefleet.contract import JobState
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_WORD = re.compile(r"[a-z_]{0,40}")
+"""Codes and stages: an item that its producer could not prepare brings its own into its shard."""
 STATES = tuple(state for state in JobState if state.final)
 """What an item can end as."""
 
@@ -97,8 +100,8 @@ class Metrics:
             self._ended[state] += count
 
     def failure(self, *, code: str, stage: str, count: int = 1) -> None:
-        """Count why items failed that `ended` counts as failed."""
-        self._child(self._failures, code, stage).inc(count)
+        """Count why items failed that `ended` counts as failed. Words that are no code or stage of ours count as `other`."""
+        self._child(self._failures, *(one if _WORD.fullmatch(one) else "other" for one in (code, stage))).inc(count)
 
     def totals(self) -> Totals:
         """What was counted since the worker began."""

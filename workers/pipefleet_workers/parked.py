@@ -5,13 +5,14 @@ Kept in the Redis hash `pipefleet:parked`, by pool; it ends by the server's cloc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipefleet.broker import KEY
 from pipefleet.contract import encode_json
+from pipefleet.foreign import read_object, whole
+from pipefleet.printable import printable
 
 PARKED_KEY = f"{KEY}parked"
 TOLD_SECONDS = 30.0
@@ -46,8 +47,9 @@ def parked_pools(redis: Any) -> dict[str, Parked]:
     found = {}
     for name, raw in redis.hgetall(PARKED_KEY).items():
         try:
-            content = json.loads(raw)
-            found[name.decode()] = Parked(int(content["down"]), int(content["of"]), str(content["reason"]))
-        except (ValueError, LookupError, TypeError):
+            content = read_object(raw)
+            reason = printable(str(content["reason"]), 300)
+            found[name.decode()] = Parked(whole(content["down"]), whole(content["of"]), reason)
+        except (ValueError, LookupError):
             continue  # of another version: not worth an error in a view of the fleet
     return found

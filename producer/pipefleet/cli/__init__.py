@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 items failed; 2 usage or bad input; 3 a service is unreach
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from importlib.metadata import entry_points
 
 from pipefleet._version import __version__
 from pipefleet.cli import fleet, jobs, runs
-from pipefleet.cli.common import Commands
+from pipefleet.cli.common import Commands, print_error
 from pipefleet.errors import PipefleetError
+from pipefleet.printable import LineFormatter
 
 GROUP = "pipefleet.commands"
 INTERRUPTED = 130
@@ -24,10 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error of this package is one line on stderr."""
     parser = build_parser()
     chosen = parser.parse_args(arguments)
+    if logging.lastResort is not None:  # what shows warnings until a command sets up logs of its own
+        logging.lastResort.setFormatter(LineFormatter("pipefleet: %(message)s"))
     try:
         return int(chosen.run(chosen))
     except PipefleetError as error:
-        print(f"pipefleet: {error}", file=sys.stderr)
+        print_error(f"pipefleet: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("pipefleet: interrupted", file=sys.stderr)

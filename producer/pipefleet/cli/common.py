@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.errors import ParameterError
+from pipefleet.printable import MOST_MESSAGE, LineFormatter, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -61,7 +62,7 @@ def read_parameters(pairs: Sequence[str]) -> dict[str, Any]:
 def warnings_on_stderr() -> Iterator[None]:
     """Print what the package warns of inside, such as a queue that nobody serves, as lines on stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("pipefleet: %(message)s"))
+    handler.setFormatter(LineFormatter("pipefleet: %(message)s"))
     handler.setLevel(logging.WARNING)
     logger = logging.getLogger("pipefleet")
     logger.addHandler(handler)
@@ -72,6 +73,15 @@ def warnings_on_stderr() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
-    print()
+    """One JSON document on stdout, of characters that no terminal obeys."""
+    print(printable_json(value, indent=2))
+
+
+def print_error(text: object) -> None:
+    """An error, a warning or a remark of a command on stderr, fit to be shown."""
+    print(printable_lines(str(text)), file=sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """One line of what a command answers on stdout, fit to be shown."""
+    print(printable(text, MOST_MESSAGE))

@@ -7,7 +7,7 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.cli.common import Commands, command, print_json
+from pipefleet.cli.common import Commands, command, print_error, print_json, print_line
 from pipefleet.errors import UsageError
 from pipefleet.printable import printable
 from pipefleet.rights import require
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pipefleet.fleet import Pool
     from pipefleet.tasks import TaskSpec
 
+MOST_CELL = 400
+"""Characters of one cell of a table."""
 MOST_LETTERS = 10_000
 """Dead letters of one queue that are queued again or removed in one go."""
 
@@ -97,7 +99,7 @@ def queues(arguments: argparse.Namespace) -> int:
     _table(names, [tuple(str(row[name]) for name in names) for row in rows])
     for row in rows:
         if row["note"]:
-            print(f"{row['pool']}: {row['note']}")
+            print_line(f"{row['pool']}: {row['note']}")
     return 0
 
 
@@ -153,7 +155,7 @@ def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, st
             found += [(pool.name, queue, letter) for letter in letters if not ids or letter.job_id in ids]
         if count > most:
             verb = "dealt with; call again for the others" if changes else "shown; see --limit"
-            print(f"pool {pool.name}: {count} dead letters, the newest {most} are {verb}", file=sys.stderr)
+            print_error(f"pool {pool.name}: {count} dead letters, the newest {most} are {verb}")
     unknown = ids.difference(letter.job_id for *_, letter in found)
     if unknown:
         names = ", ".join(printable(one) for one in sorted(unknown))
@@ -219,7 +221,8 @@ def _queues(client: Client, *, only: str | None = None) -> list[tuple[Pool, str]
 
 
 def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Aligned columns: folded to the width of a terminal, whole lines where another program reads them."""
+    """Aligned columns, fit to be shown: folded to the width of a terminal, whole lines where another program reads them."""
+    rows = [tuple(printable(cell, MOST_CELL) for cell in row) for row in rows]
     if not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
         for row in (names, *rows):

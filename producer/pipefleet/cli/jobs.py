@@ -16,6 +16,7 @@ from pipefleet.cli.common import (
     warnings_on_stderr,
 )
 from pipefleet.errors import ResultTimeoutError
+from pipefleet.printable import printable_json
 from pipefleet.tasks import Media, TaskSpec, task_spec
 
 
@@ -65,7 +66,7 @@ def submit(arguments: argparse.Namespace) -> int:
         print_json(rows)
     else:
         for row in rows:
-            print(json.dumps(row.get("output", row.get("error")), ensure_ascii=False))
+            print(printable_json(row.get("output", row.get("error"))))
     return _exit_code({row["state"] for row in rows})
 
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.cli.common import Commands, add_model_options, command, print_json, read_parameters
+from pipefleet.cli.common import (
+    Commands,
+    add_model_options,
+    command,
+    print_error,
+    print_json,
+    print_line,
+    read_parameters,
+)
 from pipefleet.errors import UsageError
+from pipefleet.printable import MOST_MESSAGE, printable
 
 if TYPE_CHECKING:
     from pipefleet.progress import RunProgress
@@ -111,11 +119,11 @@ def resume(arguments: argparse.Namespace) -> int:
             raise UsageError("--revision belongs to --model; name both")
         stopped = run.progress().reason
         if stopped:
-            print(f"{run.uri}: it had stopped: {stopped}", file=sys.stderr)
+            print_error(f"{run.uri}: it had stopped: {stopped}")
         queued = run.resume(model=arguments.model, revision=arguments.revision)
-        print(f"{run.uri}: {queued} shards were missing or refused and are queued again", file=sys.stderr)
+        print_error(f"{run.uri}: {queued} shards were missing or refused and are queued again")
         if not run.progress().ended and (waits := run.unserved()):
-            print(f"pipefleet: {waits}", file=sys.stderr)
+            print_error(f"pipefleet: {waits}")
         if arguments.detach:
             run.join_planner()
             return _report(run, run.progress(), as_json=arguments.json)
@@ -143,7 +151,8 @@ def failures(arguments: argparse.Namespace) -> int:
             return 0
         for row in rows:
             error = row["error"]
-            print(f"{row['id']}\t{error['code']}\t{error['stage']}\t{error['message']}")
+            cells = (row["id"], error["code"], error["stage"], error["message"])
+            print("\t".join(printable(str(one), MOST_MESSAGE) for one in cells))
     return 0
 
 
@@ -154,7 +163,7 @@ def _wait(run: Run, arguments: argparse.Namespace) -> int:
     try:
         ended = run.wait(progress=True, timeout=arguments.timeout)
     except KeyboardInterrupt:
-        print(_how_to_go_on(run), file=sys.stderr)
+        print_error(_how_to_go_on(run))
         raise
     except ResultTimeoutError:
         text = f"the run at {run.uri} has not ended within {arguments.timeout:g} s; {_how_to_go_on(run)}"
@@ -177,9 +186,9 @@ def _report(run: Run, progress: RunProgress, *, as_json: bool) -> int:
     if as_json:
         print_json(document)
     else:
-        print(f"{run.uri}  {describe(progress)}")
+        print_line(f"{run.uri}  {describe(progress)}")
         for line in _advice(run, progress):
-            print(line)
+            print_line(line)
     return int(progress.ended and progress.failed > 0)
 
 

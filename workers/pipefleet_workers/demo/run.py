@@ -10,6 +10,7 @@ from pathlib import Path
 from pipefleet.client import Client
 from pipefleet.errors import UsageError
 from pipefleet.objects import ObjectStore
+from pipefleet.printable import printable
 from pipefleet.progress import RunProgress
 from pipefleet.runs import Run
 from pipefleet_workers.demo import assets, weights
@@ -93,7 +94,8 @@ def _run_jobs(client: Client) -> int:
 def _show_transcripts(run: Run, *, count: int = 4) -> None:
     print("\nSome transcripts:")
     for row in [row for row in run.results() if "output" in row][:count]:
-        print(f"  {row['id'].rsplit('/', 1)[-1]:>20}  {row['output']['text'].strip()[:90]}")
+        name, text = printable(row["id"].rsplit("/", 1)[-1]), printable(row["output"]["text"].strip(), 90)
+        print(f"  {name:>20}  {text}")
 
 
 def _show_totals(runs: list[tuple[Run, RunProgress]]) -> None:

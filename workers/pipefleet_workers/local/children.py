@@ -14,12 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipefleet.printable import printable
+
 from .errors import StackError
 from .files import private_folder
 
 _TETHER = Path(__file__).with_name("tether.py")
 _POLL_SECONDS = 0.02
 _TAIL_BYTES = 16384
+_LINE = 1000
+"""Characters that are shown of a line of a log."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Child:
         with contextlib.suppress(OSError), self.spec.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
-            return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
+            return "\n".join(f"  {printable(line, _LINE)}" for line in text.splitlines()[-lines:])
         return "  (no log)"
 
     def terminate(self) -> None:

@@ -13,6 +13,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pipefleet.foreign import mapping, number, whole
+
 LEVEL_SECONDS = 300.0
 """Memory of the average load."""
 SURGE = 2.0
@@ -29,6 +31,8 @@ LEAN = 0.15
 """By how much the pool goes below the load, as a share, where there is no backlog at all."""
 HOLD_SECONDS = 300.0
 """A pool shrinks only to the most that was wanted for this long; it goes to zero after being idle for as long."""
+MOST_LOAD = 1e6
+"""No pool keeps more devices busy; a remembered load above it was not written by a scaler."""
 GAP_SECONDS = 120.0
 """After a longer silence than this a reading starts afresh, for nobody knows how what arrived was spread over it."""
 
@@ -62,6 +66,8 @@ class Signal:
     """Seconds that the oldest waiting job has waited; 0 where nothing waits or messages do not tell."""
     ready: int = 0
     """Workers that take work."""
+    messages: float = math.inf
+    """How many messages that work lies in: one is done by one worker, so no more workers than that can help with a backlog."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +88,10 @@ class State:
     @classmethod
     def from_json(cls, value: Any) -> State:
         """The reverse of `to_json`. Raises ValueError, LookupError or TypeError for anything else."""
-        recent = tuple((float(time), float(wanted)) for time, wanted in value["recent"])
-        at, idle = (None if value[name] is None else float(value[name]) for name in ("at", "idle_since"))
-        return cls(at, float(value["level"]), int(value["workers"]), idle, recent)
+        value = mapping(value)
+        recent = tuple((number(time), number(wanted)) for time, wanted in value["recent"])
+        at, idle = (None if value[name] is None else number(value[name]) for name in ("at", "idle_since"))
+        return cls(at, number(value["level"], most=MOST_LOAD), whole(value["workers"]), idle, recent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ def _wanted(load: float, signal: Signal, limits: Limits) -> float:
     over = backlog - aim * (1 + QUIET)
     if over > 0:
         reach = REACH * limits.wait_slo - COLD_SHARE * limits.cold_start - signal.oldest_age / 2
-        return load + over / max(min(SHORTEST, 2 * limits.cold_start), reach)
+        return load + min(over / max(min(SHORTEST, 2 * limits.cold_start), reach), signal.messages)
     under = aim * (1 - QUIET) - backlog
     return load * (1 - LEAN * under / aim) if under > 0 else load
 

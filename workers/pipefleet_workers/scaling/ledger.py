@@ -7,19 +7,39 @@ Every worker adds what it did since it last told, so a worker that ends leaves t
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.broker import KEY
+from pipefleet.foreign import number
+from pipefleet_workers.scaling.messages import MOST_COST
 
+log = logging.getLogger(__name__)
 _ADD = """
-redis.call('HDEL', KEYS[1], '')
+redis.pcall('HDEL', KEYS[1], '')
+local anew = {}
 for _, key in ipairs(KEYS) do
-  for i = 2, #ARGV, 2 do redis.call(ARGV[1], key, ARGV[i], ARGV[i + 1]) end
+  for i = 2, #ARGV, 2 do
+    local answer = redis.pcall(ARGV[1], key, ARGV[i], ARGV[i + 1])
+    if type(answer) == 'table' and answer.err then
+      local known = false
+      for _, words in ipairs({'WRONGTYPE', 'not a float', 'not an integer', 'not a valid float', 'Infinity', 'would overflow'}) do
+        known = known or string.find(answer.err, words, 1, true) ~= nil
+      end
+      if not known then return answer end
+      if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
+      redis.call('HSET', key, ARGV[i], ARGV[i + 1])
+      table.insert(anew, ARGV[i] .. ' of ' .. key)
+    end
+  end
 end
+return anew
 """
-"""KEYS: totals. ARGV: the command that adds, then fields and numbers. The first write takes no memory: see `pipefleet.records`."""
+"""KEYS: totals. ARGV: the command that adds, then fields and numbers. What Redis cannot add to begins anew; its names are returned.
+The first write takes no memory: see `pipefleet.records`."""
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and those of them that ended otherwise than with a result."""
 
@@ -53,25 +73,41 @@ def state_key(pool: str) -> str:
 
 
 def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:
-    """Add what one worker did since it last called this to each of these totals. One round trip; raises redis-py's errors."""
-    redis.eval(_ADD, len(names), *map(work_key, names), "HINCRBYFLOAT", "cost", cost, "seconds", seconds)
+    """Add what one worker did since it last called this to each of these totals. One round trip; raises redis-py's errors.
+
+    A total that is none, or beyond numbers, begins anew: readers look at what was added.
+    """
+    _add(redis, list(map(work_key, names)), "HINCRBYFLOAT", cost=cost, seconds=seconds)
+
+
+def _add(redis: Any, keys: Sequence[str], command: str, **values: float) -> None:
+    for total in redis.eval(_ADD, len(keys), *keys, command, *(part for pair in values.items() for part in pair)):
+        log.warning("%s was no number; it begins anew", total.decode(errors="replace"))
 
 
 def record_items(redis: Any, pool: str, **counts: int) -> None:
     """Add the items that ended in one worker, by the names of ITEM_COUNTS. One round trip; raises redis-py's errors."""
     if any(counts.values()):
-        redis.eval(_ADD, 1, work_key(pool), "HINCRBY", *(part for pair in counts.items() for part in pair))
+        _add(redis, [work_key(pool)], "HINCRBY", **counts)
 
 
 def read_items(redis: Any, pool: str) -> Items:
     """The totals of a pool; zeros before the first worker told."""
-    return Items(*(int(count or 0) for count in redis.hmget(work_key(pool), ITEM_COUNTS)))
+    return Items(*(int(_total(count)) for count in redis.hmget(work_key(pool), ITEM_COUNTS)))
 
 
 def read_done(redis: Any, pool: str) -> Done:
     """The totals of a pool; zeros before the first worker told."""
     cost, seconds = redis.hmget(work_key(pool), ["cost", "seconds"])
-    return Done(float(cost or 0.0), float(seconds or 0.0))
+    return Done(_total(cost), _total(seconds))
+
+
+def _total(value: bytes | None) -> float:
+    """A total, within MOST_NUMBER; 0 for what is none."""
+    try:
+        return number(value or 0)
+    except ValueError:
+        return 0.0
 
 
 class WorkCount:
@@ -82,9 +118,9 @@ class WorkCount:
         self._cost = self._seconds = 0.0
 
     def add(self, *, cost: float = 0.0, seconds: float = 0.0) -> None:
-        """Count the cost of a message that ended here, or the seconds of a forward."""
+        """Count the cost of a message that ended here, at most MOST_COST, or the seconds of a forward."""
         with self._lock:
-            self._cost += cost
+            self._cost += min(cost, MOST_COST)
             self._seconds += seconds
 
     def flush(self, redis: Any, *names: str) -> None:
@@ -92,4 +128,5 @@ class WorkCount:
         with self._lock:
             cost, seconds = self._cost, self._seconds
         record_done(redis, *names, cost=cost, seconds=seconds)
-        self.add(cost=-cost, seconds=-seconds)
+        with self._lock:
+            self._cost, self._seconds = self._cost - cost, self._seconds - seconds

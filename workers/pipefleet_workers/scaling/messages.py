@@ -7,18 +7,23 @@ messages of each.
 from __future__ import annotations
 
 import base64
-import json
 import math
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefleet import broker
+from pipefleet.foreign import mapping, number, read_json
 from pipefleet.rights import may
 
 SAMPLE = 64
 """Messages that are read of each list or hash; a shorter one is read whole and its cost is exact."""
+MOST_COST = 1e9
+"""What one message can cost at most: 10,000 items of 100,000 tokens. Whatever names more counts as this much."""
+DUE_SECONDS = 300.0
+"""A delayed message that is due later than this is no work yet, however much it costs."""
 DEPTH = 50_000
 """No further than this from either end of a list: Redis walks there, and takes 10 ms for the middle of a million."""
 
@@ -45,6 +50,13 @@ class Content:
     error: float = 0.0
     queued_at: float | None = None
     """When the oldest message was queued; None where there is none or it does not say."""
+    due: int | None = None
+    """How many of them are due within DUE_SECONDS, where they are delayed; None for all."""
+
+    @property
+    def soon(self) -> int:
+        """How many of them are work by now."""
+        return self.count if self.due is None else min(self.count, self.due)
 
 
 def places(*queues: str) -> list[Place]:
@@ -54,12 +66,12 @@ def places(*queues: str) -> list[Place]:
     return [*waiting, Place(keys["unacked_key"], "leased", "hash"), Place(keys["delayed_key"], "delayed", "tags")]
 
 
-def read_contents(redis: Any, wanted: Sequence[Place], source: random.Random) -> list[Content]:
-    """What lies in each place, in three round trips. `source` chooses the sample.
+def read_contents(redis: Any, wanted: Sequence[Place], source: random.Random, *, now: float) -> list[Content]:
+    """What lies in each place, in three round trips. `source` chooses the sample, `now` is the server's time.
 
     Who may not read messages learns their number; each counts as one item then.
     """
-    counts = _counts(redis, wanted)
+    counts, soon = _counts(redis, wanted, now + DUE_SECONDS)
     sampled = counts if may(redis, *_reading(wanted)) else [0] * len(counts)
     pipe = redis.pipeline(transaction=False)
     for place, count in zip(wanted, sampled, strict=True):
@@ -74,7 +86,8 @@ def read_contents(redis: Any, wanted: Sequence[Place], source: random.Random) ->
             raw = list(next(replies))[1::2] if some else []
             contents.append(_content(raw, count, oldest=None))
         elif place.kind == "tags":
-            contents += _split(contents.pop(), count)
+            rest, delayed = _split(contents.pop(), count)
+            contents += (rest, replace(delayed, due=soon[place.key]))
         else:
             raw = [next(replies) for _ in _positions(place, some, None)]
             contents.append(_content(raw[1:], count, oldest=raw[0] if raw else None))
@@ -97,17 +110,29 @@ def _split(both: Content, tagged: int) -> tuple[Content, Content]:
 
 
 def message_cost(payload: Mapping[str, Any]) -> float:
-    """What a job costs, from its JSON form: as it says, else the number of its items. See `JobMessage.work`."""
-    cost = float(payload.get("cost") or 0.0)
+    """What a job costs, from its JSON form: as it says, else the number of its items. See `JobMessage.work`.
+
+    At most MOST_COST. Raises ValueError or LookupError for what is no message of ours.
+    """
+    cost = believed(payload.get("cost") or 0.0)
     shard = payload.get("shard")
-    return cost or float(shard["count"] if shard else len(payload.get("items") or (1,)))
+    return cost or believed(mapping(shard)["count"] if shard else len(payload.get("items") or (1,)))
 
 
-def _counts(redis: Any, wanted: Iterable[Place]) -> list[int]:
-    pipe = redis.pipeline(transaction=False)
+def believed(cost: Any) -> float:
+    """A cost that a message names, at most MOST_COST. Raises ValueError for what is no number, below 0 or not finite."""
+    return min(MOST_COST, number(cost, most=sys.float_info.max))
+
+
+def _counts(redis: Any, wanted: Sequence[Place], until: float) -> tuple[list[int], dict[str, int]]:
+    """How much lies in each place; and of each sorted set how much is due by then."""
+    pipe, tags = redis.pipeline(transaction=False), [place.key for place in wanted if place.kind == "tags"]
     for place in wanted:
         {"list": pipe.llen, "hash": pipe.hlen, "tags": pipe.zcard}[place.kind](place.key)
-    return [int(count) for count in pipe.execute()]
+    for key in tags:
+        pipe.zcount(key, "-inf", until)
+    counts = [int(count) for count in pipe.execute()]
+    return counts[: len(wanted)], dict(zip(tags, counts[len(wanted) :], strict=True))
 
 
 def _positions(place: Place, count: int, source: random.Random | None) -> list[int]:
@@ -137,19 +162,30 @@ def _content(raw: Sequence[bytes | None], count: int, *, oldest: bytes | None) -
 def _cost_and_time(raw: bytes) -> tuple[float, float | None]:
     """Cost of one message, and when it was queued. What is not one of ours counts as one item."""
     try:
-        message = json.loads(raw)
-        message = message[0] if isinstance(message, list) else message
-        headers = message["headers"]
-        time = headers.get(broker.TIME_HEADER)
-        cost = float(headers.get(broker.COST_HEADER) or message_cost(_payload(message)))
-        return (cost if math.isfinite(cost) and cost > 0 else 1.0), (None if time is None else float(time))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        content = read_json(raw)
+        message = mapping(content[0] if isinstance(content, list) else content)
+        headers = mapping(message["headers"])
+    except (ValueError, LookupError):
         return 1.0, None
+    return _cost(message, headers.get(broker.COST_HEADER)), _time(headers.get(broker.TIME_HEADER))
+
+
+def _cost(message: Mapping[str, Any], told: Any) -> float:
+    try:
+        return (believed(told) if told else message_cost(_payload(message))) or 1.0
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return 1.0
+
+
+def _time(told: Any) -> float | None:
+    try:
+        return None if told is None else number(told)
+    except ValueError:
+        return None
 
 
 def _payload(message: Mapping[str, Any]) -> Mapping[str, Any]:
     body = message["body"]
     if message["properties"].get("body_encoding") == "base64":
         body = base64.b64decode(body)
-    payload: Mapping[str, Any] = json.loads(body)[0][0]
-    return payload
+    return mapping(read_json(body)[0][0])

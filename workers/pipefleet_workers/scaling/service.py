@@ -25,14 +25,17 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+from redis.exceptions import ResponseError
 
 from pipefleet import broker, deadletters
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.contract import encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.foreign import read_object
 from pipefleet.revisions import Part, parts_of
 from pipefleet.settings import Settings
+from pipefleet.wrongtype import wrong_type
 from pipefleet_workers.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide
 from pipefleet_workers.scaling.ledger import state_key
 from pipefleet_workers.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
@@ -105,20 +108,32 @@ class Scaler:
         self._minds: dict[str, tuple[Memory, State]] = {}
         self._statuses: Mapping[str, PoolStatus] = {}
         self._read_at: float | None = None
+        self.troubles: Mapping[str, str] = {}
+        """Why a pool could not be read the last time, one sentence for each."""
 
     def follow(self, fleet: Fleet) -> None:
         """From the next `tick` on, read the pools of this fleet. Any thread may call it."""
         self._fleet = fleet
 
     def tick(self, *, remember: bool = True) -> Mapping[str, PoolStatus]:
-        """Look at every pool and decide; with `remember`, keep the averages in Redis. Raises ServiceUnavailableError."""
+        """Look at every pool and decide; with `remember`, keep the averages in Redis. Raises ServiceUnavailableError.
+
+        A pool whose keys hold something else is left out, see `troubles`; the others are read all the same.
+        """
         with broker.redis_errors(self._url):
             workers = announced_workers(self._redis)
             parts = parts_of(self._redis, self._fleet)
-            statuses = {
-                one.key: self._look(one, len(workers_of(workers, one.pool, one.queue)), remember) for one in parts
-            }
-        self._statuses, self._read_at = statuses, time.monotonic()
+            statuses, troubles = {}, {}
+            for one in parts:
+                try:
+                    serving = len(workers_of(workers, one.pool, one.queue))
+                    statuses[one.key] = self._look(one, serving, remember=remember)
+                except ResponseError as error:
+                    if not (trouble := wrong_type(error)):
+                        raise
+                    troubles[one.key] = f"the pool {one.key} cannot be read: {trouble}"
+                    log.warning("%s", troubles[one.key])
+        self._statuses, self.troubles, self._read_at = statuses, troubles, time.monotonic()
         return statuses
 
     def statuses(self, *, younger: float) -> Mapping[str, PoolStatus]:
@@ -129,7 +144,7 @@ class Scaler:
             )
         return self._statuses
 
-    def _look(self, part: Part, workers: int, remember: bool) -> PoolStatus:
+    def _look(self, part: Part, workers: int, *, remember: bool) -> PoolStatus:
         pool = part.pool
         memory, state = self._minds.get(part.key) or self._recall(part.key)
         reading = read_pool(self._redis, part, workers=workers, now=self._clock())
@@ -145,7 +160,7 @@ class Scaler:
     def _recall(self, pool: str) -> tuple[Memory, State]:
         """What an earlier scaler left in Redis; a fresh start where there is nothing that can be read."""
         try:
-            content = json.loads(self._redis.get(state_key(pool)) or "")
+            content = read_object(self._redis.get(state_key(pool)))
             state = State() if self._from_zero else State.from_json(content["state"])
             return Memory.from_json(content["memory"]), state
         except (ValueError, LookupError, TypeError):
@@ -165,7 +180,8 @@ class ScalerService:
         self._stopping = threading.Event()
         registry = CollectorRegistry()
         registry.register(_Metrics(self._fresh))
-        handler = type("Handler", (_Handler,), {"fresh": staticmethod(self._fresh), "registry": registry})
+        fields = {"fresh": staticmethod(self._fresh), "registry": registry, "scaler": scaler}
+        handler = type("Handler", (_Handler,), fields)
         self._server = ThreadingHTTPServer((address, port), handler)
         self.port: int = self._server.server_address[1]
 
@@ -203,6 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     fresh: Callable[[], Mapping[str, PoolStatus]]
     registry: CollectorRegistry
+    scaler: Scaler
     protocol_version = "HTTP/1.1"
     timeout = 30
 
@@ -231,6 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = path.removeprefix("/pools/")
         if name in statuses:
             return _json(200, statuses[name].to_json())
+        if name in self.scaler.troubles:
+            return _json(503, {"error": self.scaler.troubles[name]})
         return _json(404, {"error": "there are /pools, /pools/NAME, /metrics and /healthz", "pools": sorted(statuses)})
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipefleet.foreign import mapping, number, whole
 from pipefleet.revisions import Held, Part
 from pipefleet_workers.scaling.decide import GAP_SECONDS, Signal
 from pipefleet_workers.scaling.ledger import Done, read_done
@@ -27,6 +28,11 @@ MEAN_SECONDS = 90.0
 """Memory of the mean cost of waiting messages, where it is sampled."""
 TRACE_SECONDS = 1e-3
 """What a message counts as before anything was measured: enough for one worker, which then measures it."""
+OLDEST_SECONDS = 30 * 86_400.0
+"""No message is believed to wait for longer."""
+LONGEST_SECONDS = 6 * 3600.0
+"""Work that one worker can have done between two readings at most, a shard that lasted for many readings among it: what is above
+that was told by a message that lies about its cost, and would make a unit of cost look like nothing for hours."""
 STATES = ("queued", "leased", "delayed")
 
 
@@ -47,7 +53,7 @@ class Reading:
     def oldest_age(self) -> float:
         """Seconds that the oldest message has waited, as far as messages tell."""
         times = [one.queued_at for one in self.contents.get("queued", {}).values() if one.queued_at is not None]
-        return max(0.0, self.now - min(times)) if times else 0.0
+        return max(0.0, min(self.now - min(times), OLDEST_SECONDS)) if times else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +90,19 @@ class Memory:
 
     @classmethod
     def from_json(cls, value: Any) -> Memory:
-        """The reverse of `to_json`. Raises ValueError, LookupError or TypeError for anything else."""
-        totals = (Done(float(value[name]["cost"]), float(value[name]["seconds"])) for name in _TOTALS)
-        done, saturated, device, served = totals
-        means = {str(key): float(mean) for key, mean in value["means"].items()}
-        at = None if value["at"] is None else float(value["at"])
-        outstanding, waiting = float(value["outstanding"]), int(value["waiting"])
-        pending, workers = float(value.get("pending", 0.0)), int(value.get("workers", 0))
+        """The reverse of `to_json`. Raises ValueError or LookupError for anything else."""
+        value = mapping(value)
+        totals = (mapping(value[name]) for name in _TOTALS)
+        done, saturated, device, served = (Done(number(one["cost"]), number(one["seconds"])) for one in totals)
+        means = {str(key): number(mean) for key, mean in mapping(value["means"]).items()}
+        at = None if value["at"] is None else number(value["at"])
+        outstanding, waiting = number(value["outstanding"], most=OUTSTANDING), whole(value["waiting"])
+        pending, workers = number(value.get("pending", 0.0)), whole(value.get("workers", 0))
         return cls(at, outstanding, waiting, done, saturated, device, served, means, pending, workers)
 
 
+OUTSTANDING = 1e24
+"""Cost of all messages at most: as many as a server can hold, each of MOST_COST."""
 _TOTALS = ("done", "saturated", "device", "served")
 
 
@@ -114,7 +123,8 @@ def read_pool(redis: Any, part: Part, *, workers: int, now: float, source: rando
     """
     wanted = places(*part.queues)
     contents: dict[str, dict[str, Content]] = {state: {} for state in STATES}
-    for place, content in zip(wanted, read_contents(redis, wanted, source or random.Random()), strict=True):
+    read = read_contents(redis, wanted, source or random.Random(), now=now)
+    for place, content in zip(wanted, read, strict=True):
         contents[place.state][place.key] = _own(content, place.state, part.held)
     return Reading(now, contents, read_done(redis, part.work_key), workers)
 
@@ -134,13 +144,19 @@ def measure(memory: Memory, reading: Reading) -> tuple[Memory, Measured]:
     means = _means(memory.means, reading, elapsed)
     costs = {state: _cost(reading.contents.get(state, {}), means) for state in STATES}
     outstanding = sum(costs.values())
-    done = max(0.0, reading.done.cost - memory.done.cost) if elapsed else 0.0
+    done = _done(memory, reading) if elapsed else 0.0
     learnt = _learnt(memory, reading, done, elapsed) if elapsed else memory
     waiting = reading.count("queued")
     seen = replace(learnt, at=reading.now, done=reading.done, workers=reading.workers)
     now = replace(seen, outstanding=outstanding, waiting=waiting, means=means)
     arrived = done + outstanding - memory.outstanding if elapsed else 0.0
     return now, _measured(now, reading, costs, arrived)
+
+
+def _done(memory: Memory, reading: Reading) -> float:
+    """The cost that was done since the last reading, as far as that can be."""
+    done, scale = max(0.0, reading.done.cost - memory.done.cost), memory.seconds_per_cost
+    return done if scale is None else min(done, LONGEST_SECONDS * max(1, memory.workers, reading.workers) / scale)
 
 
 def _learnt(memory: Memory, reading: Reading, done: float, elapsed: float) -> Memory:
@@ -170,21 +186,29 @@ def _capped(learnt: Done, served: Done) -> Done:
 
 def _measured(memory: Memory, reading: Reading, costs: Mapping[str, float], arrived: float) -> Measured:
     scale = memory.seconds_per_cost
+    kinds = [one for contents in reading.contents.values() for one in contents.values()]
     signal = Signal(
         now=reading.now,
-        queued=_seconds(costs["queued"] + costs["delayed"], scale),
+        queued=_seconds(costs["queued"] + costs["delayed"] - _later(reading, memory.means), scale),
         leased=_seconds(costs["leased"], scale),
         arrived=arrived * scale if scale is not None else 0.0,
         oldest_age=reading.oldest_age,
         ready=reading.workers,
+        messages=sum(one.soon for one in kinds),
     )
-    variance = sum((one.count * one.error) ** 2 for kind in reading.contents.values() for one in kind.values())
+    variance = sum((one.count * one.error) ** 2 for one in kinds)
     error = math.sqrt(variance) / memory.outstanding if memory.outstanding else 0.0
     return Measured(signal, scale, error)
 
 
 def _seconds(cost: float, scale: float | None) -> float:
     return cost * scale if scale is not None else TRACE_SECONDS if cost else 0.0
+
+
+def _later(reading: Reading, means: Mapping[str, float]) -> float:
+    """What delayed messages cost that are no work yet."""
+    delayed = reading.contents.get("delayed", {}).items()
+    return sum((content.count - content.soon) * means.get(key, content.mean) for key, content in delayed)
 
 
 def _cost(contents: Mapping[str, Content], means: Mapping[str, float]) -> float:

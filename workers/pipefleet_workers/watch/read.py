@@ -5,7 +5,6 @@ queues (as the scaler reads them) + what workers announce + what the scaler reme
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from pipefleet import broker, deadletters
 from pipefleet.announcements import announced_workers, workers_of
 from pipefleet.client import Client
 from pipefleet.fleet import Fleet, model_label
+from pipefleet.foreign import read_object
 from pipefleet.revisions import Backlog, Held, Part, every_part, parts_of
 from pipefleet_workers.parked import parked_pools
 from pipefleet_workers.scaling.decide import State
@@ -127,9 +127,9 @@ def _workers(announced: Mapping[str, Mapping[str, Any]]) -> list[WorkerRow]:
             pool=facts["pool"],
             items_per_second=facts.get("items_per_second", 0.0),
             busy=facts.get("busy", 0.0),
-            items=facts.get("items", 0),
-            failed=facts.get("failed", 0),
-            max_cost=facts.get("max_cost", 0),
+            items=int(facts.get("items", 0)),
+            failed=int(facts.get("failed", 0)),
+            max_cost=int(facts.get("max_cost", 0)),
             pads=bool(facts.get("pads")),
             base=facts.get("base"),
             per_cost=facts.get("per_cost"),
@@ -168,11 +168,11 @@ def _pool(redis: Any, part: Part, workers: list[WorkerRow], now: float) -> PoolR
 def _scaler(redis: Any, pool: str, now: float) -> tuple[Memory, int | None]:
     """What a scaler measured of a pool, and how many workers it wants if it still looks."""
     try:
-        content = json.loads(redis.get(state_key(pool)) or "")
+        content = read_object(redis.get(state_key(pool)))
         memory, state = Memory.from_json(content["memory"]), State.from_json(content["state"])
     except (ValueError, LookupError, TypeError):
         return Memory(), None
-    fresh = state.at is not None and now - state.at < SCALER_SECONDS
+    fresh = state.at is not None and abs(now - state.at) < SCALER_SECONDS
     return memory, state.workers if fresh else None
 
 

@@ -17,6 +17,8 @@ WORKER_COLUMNS = ("worker", "items/s", "busy", "items", "failed", "batch budget"
 NOBODY = "no worker is alive"
 SHORTEST = 12
 """Characters that a name gets at least."""
+MOST_CELL = 200
+"""Characters of a cell."""
 Cells = tuple[str, ...]
 
 
@@ -75,12 +77,15 @@ def plain(snapshot: Snapshot) -> str:
 
 def notes(snapshot: Snapshot) -> list[str]:
     """A line for each pool, and each worker, that something is to be said of."""
-    barred = [f"{one.worker} takes no jobs: {printable(one.barred, 400)}" for one in snapshot.workers if one.barred]
-    return [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note] + barred
+    barred = [f"{one.worker} takes no jobs: {one.barred}" for one in snapshot.workers if one.barred]
+    return [
+        printable(line, 1000) for line in [*(f"{one.pool}: {one.note}" for one in snapshot.pools if one.note), *barred]
+    ]
 
 
 def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list[str]:
     """The head and the rows in aligned columns; the first column is shortened where `width` is too little for all."""
+    rows = [tuple(printable(cell, MOST_CELL) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     gap = 2 if width is None or sum(widths) + 2 * len(widths) <= width else 1
     if width is not None:
@@ -108,7 +113,7 @@ def screen(snapshot: Snapshot, *, width: int, trouble: str = "", age: float = 0.
 
     head = [Text(f"pipefleet  {time.strftime('%H:%M:%S', time.localtime(snapshot.read_at))}", style="bold")]
     if trouble:
-        head.append(Text(f"STALE, {duration(age)} old: {trouble}", style="bold red"))
+        head.append(Text(f"STALE, {duration(age)} old: {printable(trouble, 1000)}", style="bold red"))
     pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools], width)
     workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers], width)
     dim = "dim" if trouble else ""

@@ -1,0 +1,40 @@
+"""A key of ours that holds another type of value than ours: found from what Redis answered, and told in one sentence."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from typing import Any
+
+from pipefleet.printable import printable
+
+_PIPELINED = re.compile(r"^Command # \d+ \((\S+) (.*?)(?: [^)]*)?\) of pipeline caused error", re.DOTALL)
+_MOST_KEYS = 5
+
+
+def wrong_type(error: Exception) -> str | None:
+    """One sentence that names the key and the next step, where Redis said WRONGTYPE; None for another error."""
+    if "WRONGTYPE" not in str(error):
+        return None
+    keys = " or ".join(printable(key, 120) for key in _keys(error)) or "a key of pipefleet"
+    return (
+        f"{keys} holds another type of value than pipefleet keeps there, so something else wrote it; give that a Redis database "
+        f"of its own, and remove the key with `redis-cli DEL`"
+    )
+
+
+def _keys(error: Exception) -> list[str]:
+    """The keys of the command that failed. redis-py names a command only where it was one of a pipeline."""
+    if found := _PIPELINED.match(str(error)):
+        return [found[2]]
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "execute_command":
+            return _named(frame.f_locals.get("args") or ())
+    return []
+
+
+def _named(command: tuple[Any, ...]) -> list[str]:
+    words = [one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in command]
+    if words and words[0].upper() in ("EVAL", "EVALSHA") and len(words) > 3:
+        return words[3 : 3 + min(int(words[2]), _MOST_KEYS)]
+    return words[1:2]
