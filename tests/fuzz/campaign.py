@@ -87,7 +87,7 @@ class Campaign:
             lambda: checks.check_good_job(world),
             lambda: checks.check_settled(world),
             lambda: checks.check_alive(world),
-            lambda: checks.check_fates(world, [raw for _, raw in pushed]),
+            lambda: [] if report.wrong else checks.check_fates(world, [raw for _, raw in pushed]),
             lambda: checks.check_keys(world),
             lambda: checks.check_channels(world),
             lambda: checks.check_commands(world),
@@ -97,7 +97,7 @@ class Campaign:
             lambda: self._sizes(report),
         ]
         for step in steps:
-            report.wrong += checks.guarded(step)
+            report.wrong += first_of_each_kind(checks.guarded(step))
             if world.exit_code is not None:
                 report.wrong += [] if report.wrong and "ended with" in report.wrong[-1] else checks.check_alive(world)
                 break
@@ -129,6 +129,11 @@ class Campaign:
         if (data := report.redis_bytes - self._redis_at_first) > checks.MOST_DATA * (1 + self._number // BATCH):
             found.append(f"Redis holds {data >> 20} MiB more than before the first batch")
         return found
+
+
+def first_of_each_kind(wrong: Sequence[str]) -> list[str]:
+    """Findings without those that only repeat another one."""
+    return list({kind_of(one): one for one in reversed(wrong)}.values())[::-1]
 
 
 def minimise(batch: Batch, kinds: set[str], say: Callable[[str], Any]) -> Batch:

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from unicodedata import category
 
 from pipefleet import broker, deadletters
 from pipefleet.cli import main as command
@@ -104,13 +105,10 @@ def documented() -> list[tuple[re.Pattern[str], set[str]]]:
     lines += [("dead_unreported:<queue>", "list"), ("run:<id>:suspects:<index>", "hash"), *FURTHER]
     known = [(re.compile(broker.KEY + _pattern(name), re.DOTALL), types[kind]) for name, kind in lines]
     queues = rf"pipefleet\.{TASK}(@[0-9a-f]{{8}})?({broker.PRIORITY_SEPARATOR}[369])?(:arriving)?"
-    celery = r"_kombu\.binding\.(pipefleet\..*|celeryev|celery\.pidbox|reply\.celery\.pidbox)"
-    return [
-        *known,
-        (re.compile(queues), {"list"}),
-        (re.compile(celery), {"set"}),
-        (re.compile(r".*\.celery\.pidbox"), {"list"}),
-    ]
+    bindings = rf"_kombu\.binding(_permanent)?\.({queues}|celeryev|celery\.pidbox|reply\.celery\.pidbox)"
+    replies = r"[0-9a-f-]{36}\.reply\.celery\.pidbox"
+    celery = [(bindings, "set"), (r"_kombu\.binding_deadlines", "zset"), (replies, "list"), (queues, "list")]
+    return [*known, *((re.compile(pattern), {kind}) for pattern, kind in celery)]
 
 
 def _pattern(name: str) -> str:
@@ -157,9 +155,10 @@ def check_channels(world: World) -> list[str]:
     if heard.pop("/0.celery.pidbox", 0) > world.ear.expected:
         found.append("somebody else's message is on the control channel")
     fine = re.compile(r"/0\.celeryev/.*|pipefleet:done:[0-9a-f]{32}|pipefleet:cancelled")
-    return found + [
+    odd = [
         f"{count} messages on the channel {name[:120]!r}" for name, count in heard.items() if not fine.fullmatch(name)
     ]
+    return [*found, *odd[:5]]
 
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR|CRITICAL) [\w.]+: .*")
@@ -198,12 +197,16 @@ def _records_of(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _printable(text: str) -> bool:
-    return all(character.isprintable() or character == "\t" for character in text)
+    """Whether a terminal shows a text as it is: nothing that moves, hides or turns it."""
+    return (text.isascii() and text.isprintable()) or not any(category(one) in _UNSHOWN for one in text)
+
+
+_UNSHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def check_store(world: World, before: Mapping[str, str]) -> list[str]:
     """Nothing is written outside of the fuzzer's own prefixes, and no object that was there before has changed."""
-    own = tuple(uri.removeprefix("s3://pipefleet/") for uri in (HOST_URI, OUTPUTS, f"{BASE}map-"))
+    own = tuple(uri.removeprefix("s3://pipefleet/") for uri in (HOST_URI, OUTPUTS, f"{BASE}map-", f"{BASE}fuzz-"))
     now = world.objects()
     changed = [key for key, etag in before.items() if now.get(key) != etag and not key.startswith(own)]
     new = [key for key in now.keys() - before.keys() if not key.startswith((*own, "store/"))]
@@ -215,27 +218,27 @@ def check_store(world: World, before: Mapping[str, str]) -> list[str]:
 def check_commands(world: World) -> list[str]:
     """What an operator looks at ends well, and shows no control characters."""
     found = []
-    for arguments in (
-        ["queues"],
-        ["queues", "--json"],
-        ["dead-letters"],
-        ["dead-letters", "--json"],
-        ["top", "--once"],
-        ["top", "--json"],
-    ):
-        said, trouble = io.StringIO(), io.StringIO()
+    for line in ("queues", "queues --json", "dead-letters", "dead-letters --json", "top --once", "top --json"):
+        said, trouble = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(trouble):
-                code: Any = command(arguments)
+                code: Any = command(line.split())
+                said.flush()
         except Exception as error:  # noqa: BLE001 - a traceback is what is looked for
-            found.append(f"`pipefleet {' '.join(arguments)}` raises {type(error).__name__}: {str(error)[:200]}")
+            found.append(f"`pipefleet {line}` raises {type(error).__name__}: {str(error)[:200]}")
             continue
         if code != 0:
-            found.append(f"`pipefleet {' '.join(arguments)}` ends with {code}: {trouble.getvalue()[-200:]}")
-        odd = next((line for line in said.getvalue().splitlines() if not _printable(line)), None)
+            found.append(f"`pipefleet {line}` ends with {code}: {_written(trouble)[-200:]}")
+        odd = next((one for one in _written(said).split("\n") if not _printable(one)), None)
         if odd is not None:
-            found.append(f"`pipefleet {' '.join(arguments)}` prints control characters: {odd[:200]!r}")
+            found.append(f"`pipefleet {line}` prints control characters: {odd[:200]!r}")
     return found
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    stream.seek(0)
+    return stream.read()
 
 
 def check_run(world: World, number: int) -> list[str]:

@@ -65,7 +65,8 @@ def raw_bytes() -> Strategy:
         b"1e999", b'"' + b"\\ud800" * 9 + b'"', good.replace(b'"body"', b'"body":"x","body"'), good.decode().encode("utf-16"),
     ])  # fmt: skip
     scalar = anything().map(written)
-    return single(st.binary(max_size=200) | cut | flipped | deep | odd | scalar)
+    any_bytes = st.binary(max_size=200)
+    return single(weighted((1, any_bytes), (1, cut), (1, flipped), (1, deep), (2, odd), (1, scalar)))
 
 
 def envelopes() -> Strategy:
@@ -126,13 +127,13 @@ def times() -> Strategy:
     far = [in_seconds(days * 86_400) for days in (1, 400, 40_000)]
     ends = ["0001-01-01T00:00:00", "9999-12-31T23:59:59.999999", "9999-12-31T23:59:59-23:59", "1970-01-01T00:00:00Z"]
     odd = ["2026-02-30T00:00:00", "2026-01-01T25:00:00", "T", "+99999-01-01", "2026-01-01", "now", "inf", "2026-W01-1"]
-    one = st.sampled_from([*near, *far, *ends, *odd]) | anything()
+    one = weighted((3, st.sampled_from([*near, *near, *far, *far, *ends])), (1, st.sampled_from(odd)), (1, anything()))
 
     def timed(pair: tuple[Any, Any, int]) -> bytes:
         message = spoiled(envelope(), ("headers", "eta"), pair[0])
         return written(spoiled(spoiled(message, ("headers", "expires"), pair[1]), ("properties", "priority"), pair[2]))
 
-    return single(st.tuples(one, st.none() | one, st.sampled_from([0, 3, 9])).map(timed))
+    return single(st.tuples(one, weighted((3, st.none()), (1, one)), st.sampled_from([0, 3, 9])).map(timed))
 
 
 def codecs() -> Strategy:
@@ -213,9 +214,9 @@ def bodies() -> Strategy:
         [[payload()], {"x": 1}, {}], [[[payload()]], {}, {}], [[json.dumps(payload())], {}, {}], payload(), [payload()],
         "x", 1, None,
     ]  # fmt: skip
-    odd = st.sampled_from([*shapes, *([[payload()], {}, embed] for embed in embeds)]) | anything()
+    odd = st.sampled_from([*shapes, *([[payload()], {}, embed] for embed in embeds)])
     free = st.sampled_from(["", "[", "nul", "[[1]", "NaN", '"\\ud800"', "\x00", "[" * 3000, '{"__type__":"uuid"}'])
-    inner = odd.map(lambda value: json.dumps(value)) | free
+    inner = weighted((2, odd.map(json.dumps)), (1, anything().map(json.dumps)), (1, free))
     return single(inner.map(lambda body: written({**envelope(), "body": body})))
 
 
@@ -236,7 +237,7 @@ def contracts() -> Strategy:
     of_item = of_task.map(lambda pair: payload(items=[{**item, "parameters": dict([pair])}]))
     money = numbers().map(lambda cost: payload(cost=cost)) | numbers().map(lambda at: payload(deadline=at))
     job_ids = texts().map(lambda name: payload(id=name))
-    jobs = fields | items | many | parameters | of_item | money | job_ids
+    jobs = weighted((3, fields), (2, items), (1, many), (1, parameters), (1, of_item), (2, money), (1, job_ids))
     return single(st.tuples(jobs, st.booleans()).map(lambda pair: written(envelope(pair[0]), escaped=pair[1])))
 
 
@@ -244,7 +245,7 @@ def inputs() -> Strategy:
     """A good job whose text is odd: empty, of control characters, of lone surrogates, long."""
     long = st.sampled_from(["word " * 9000, "x" * 50_000, "\x00" * 9000, "\U0001f600" * 9000, "a\n" * 9000])
     pair = st.tuples(texts(), texts()).map(lambda two: {"text": two[0], "text_pair": two[1]})
-    one = texts() | long | pair | anything()
+    one = weighted((2, texts()), (1, long), (1, pair), (1, anything()))
     return single(one.map(lambda value: written(envelope(payload(items=[{"id": "0", "inputs": value}])))))
 
 
@@ -265,22 +266,23 @@ CONTROL = [
 
 def replies() -> Strategy:
     """Jobs that ask the worker to publish what is no reply: on the control channel, on others' channels."""
-    channels = st.sampled_from([
+    known = st.sampled_from([
         PIDBOX, "/1.celery.pidbox", "/0.celeryev/task.failed", "/0.reply.celery.pidbox", "pipefleet:cancelled",
         "__keyspace@0__:x", "pipefleet:done:", "pipefleet:done:x", f"pipefleet:done:{'0' * 31}", f"pipefleet:done:{'0' * 33}",
         f"pipefleet:done:{'g' * 32}", f"pipefleet:done:{'0' * 32}\n", f" pipefleet:done:{'0' * 32}",
         f"pipefleet:done:{'A' * 32}",
-    ]) | texts()  # fmt: skip
+    ])  # fmt: skip
+    channels = weighted((2, st.just(PIDBOX)), (2, known), (1, texts()))
     message = st.sampled_from(CONTROL).map(lambda control: json.dumps({
         "body": base64.b64encode(json.dumps(control).encode()).decode(), "content-type": "application/json",
         "content-encoding": "utf-8", "headers": {}, "properties": {"body_encoding": "base64", "delivery_tag": "x",
         "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""}, "priority": 0},
     }))  # fmt: skip
-    short = st.sampled_from(CONTROL).map(lambda control: json.dumps({
-        "body": json.dumps(control), "content-type": "application/json", "content-encoding": "utf-8", "headers": {},
-        "properties": {"delivery_tag": "x", "delivery_info": {}},
-    }))  # fmt: skip
-    names = st.just(ID) | st.just(VICTIM) | message | short | texts()
+    short = st.sampled_from(["shutdown", "pool_restart", "cancel_consumer", "ping"]).map(lambda method: json.dumps({
+        "body": json.dumps({"method": method}, separators=(",", ":")), "content-type": "application/json",
+        "content-encoding": "utf-8", "properties": {"delivery_tag": ""},
+    }, separators=(",", ":")))  # fmt: skip
+    names = weighted((1, st.sampled_from([ID, VICTIM])), (1, message), (3, short), (1, texts()))
     wrongs = st.sampled_from(
         [{}, {"deadline": 1.0}, {"parameters": {"evil": 1}}, {"task": "translation"}, {"model": "other"}]
     )
@@ -305,7 +307,7 @@ def uris() -> Strategy:
         "s3://user@pipefleet/fuzz/x", f"{OUTPUTS}{'k' * 1500}", f"{OUTPUTS}a\x00b", f"{OUTPUTS}\x1b[2J", f"{OUTPUTS}\n{FORGED}",
         f"{OUTPUTS}\ud800",        f"{OUTPUTS}?versionId=x", f"{OUTPUTS}%2e%2e/x", f"{BASE}", "",
     ]  # fmt: skip
-    uri = st.sampled_from(outside) | texts().map(lambda text: OUTPUTS + text)
+    uri = weighted((3, st.sampled_from(outside)), (1, texts().map(lambda text: OUTPUTS + text)))
     output = uri.map(lambda one: payload(output=one))
 
     def referring(one: str, etag: Any, size: Any, kind: Any) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def uris() -> Strategy:
         reference = {"$ref": one, **{name: value for name, value in fields.items() if value is not None}}
         return payload(items=[{"id": "0", "inputs": reference}])
 
-    odd = st.none() | st.none() | anything()
+    odd = weighted((3, st.none()), (1, anything()))
     return single((output | st.builds(referring, uri, odd, odd, odd)).map(lambda job: written(envelope(job))))
 
 
@@ -349,13 +351,14 @@ def shards() -> Strategy:
     fields = changes(
         shard_payload(3), [("shard", name) for name in shard_payload()["shard"]] + [("shard", "more"), ("shard",)]
     )
-    jobs = good | placed | lists | of_others | formats | fields
+    jobs = weighted((2, good), (3, placed), (3, lists), (3, of_others), (1, formats), (2, fields))
     spoofed = st.sampled_from([True, False, 1, "true", None, [], {}]).map(
         lambda mark: spoiled(envelope(), ("headers", SHARD_HEADER), mark)
     )
     unmarked = good.map(lambda job: without(envelope(job), ("headers", SHARD_HEADER)))
     named = st.tuples(good, texts()).map(lambda pair: envelope({**pair[0], "id": pair[1]}))
-    return single((jobs.map(envelope) | spoofed | unmarked | named).map(written))
+    whole = weighted((6, jobs.map(envelope)), (1, spoofed), (1, unmarked), (1, named))
+    return single(whole.map(written))
 
 
 def large() -> Strategy:
@@ -434,6 +437,13 @@ def single(raw: st.SearchStrategy[bytes]) -> Strategy:
 def bare(message: Any) -> bytes:
     """A message as UTF-8 rather than as escapes."""
     return written(message, escaped=False)
+
+
+def weighted(*choices: tuple[int, Strategy]) -> Strategy:
+    """One of several strategies, each with its weight; `|` would give every branch inside of them the same one."""
+    return st.sampled_from([place for place, (weight, _) in enumerate(choices) for _ in range(weight)]).flatmap(
+        lambda place: choices[place][1]
+    )
 
 
 def changes(good: Mapping[str, Any], paths: Sequence[tuple[str, ...]]) -> Strategy:
