@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check format bench chaos clean
+.PHONY: setup run test check format bench chaos fuzz clean
 
 setup: .venv/.ok
 
@@ -33,6 +33,9 @@ bench: .venv/.ok  ## throughput against transformers' own pipeline, printed as r
 
 chaos: .venv/.ok  ## every delivery guarantee with processes that are killed, paused and cut off; takes about half an hour
 	$(BIN)/python -m tests.chaos
+
+fuzz: .venv/.ok  ## 20,000 hostile messages against one worker process; `--help` tells of seeds and families
+	$(BIN)/python -m tests.fuzz --messages 20000
 
 clean:
 	rm -rf .venv .pipefleet .pytest_cache .mypy_cache .ruff_cache .hypothesis
