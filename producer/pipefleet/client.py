@@ -109,7 +109,7 @@ class Client:
         """Queue one input and return at once.
 
         `inputs` is what the pipeline call takes for one input; `expires` is in seconds from now; `output` is an `s3://` URI
-        (or prefix ending in a slash) where the result is written as JSON as well, outside of every run's own objects. With
+        (or prefix ending in a slash) where the result is written as JSON as well, and lies inside of no run. With
         `idempotency_key`, a second call within a day that asks for the same returns the first call's job, whatever its
         `priority` and `expires`; one that asks for something else (task, inputs, model, revision, parameters or output) raises
         ConflictError. Raises UsageError or ServiceUnavailableError; after the former nothing is queued, after the latter at

@@ -200,6 +200,7 @@ FORGED: dict[str, Callable[[RunLayout], dict[str, Any]]] = {
     "another position": lambda run: {"index": 1, "first": 1},
     "fewer items": lambda run: {"count": 1},
     "the run of another": lambda run: {"run_id": "0" * 32},
+    "parts of another format": lambda run: {"format": "parquet"},
     "a list that lies elsewhere": lambda run: {"uri": run.part(0)},
     "a place without a run": lambda run: {"run_uri": f"{run.uri}none/"},
     "a place inside a run": lambda run: {"run_uri": run.control},

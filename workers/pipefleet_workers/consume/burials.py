@@ -104,8 +104,8 @@ class Burials:
 
     def _end(self, shard: Shard) -> int:
         """Note the refusal beside the run, and end the run where nothing else of it is left. The number of its items in the run."""
-        layout = RunLayout(shard.run_uri, shard.format)
-        plan = read_plan(self._store, layout)
+        plan = read_plan(self._store, RunLayout(shard.run_uri))
+        layout = RunLayout(shard.run_uri, plan.format)
         if plan.id != shard.run_id:
             return 0
         refusals = Refusals(self._redis, self._settings, self._store, layout, plan.id)

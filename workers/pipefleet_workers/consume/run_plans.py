@@ -30,11 +30,14 @@ class _Plan:
     id: str
     shards: int | None
     items: int | None
+    format: str
     read_at: float
 
     def fault(self, shard: Shard) -> str | None:
         if self.id != shard.run_id:
             return f"there is another run at {shown(shard.run_uri)} now"
+        if self.format != shard.format:
+            return f"the run at {shown(shard.run_uri)} has parts of another format"
         if self.shards is not None and shard.index >= self.shards:
             return f"the run at {shown(shard.run_uri)} has {self.shards} shards, and none with the index {shard.index}"
         if self.items is not None and shard.first + shard.count > self.items:
@@ -88,8 +91,10 @@ def _parsed(text: bytes, uri: str, read_at: float) -> _Plan:
     try:
         body: Any = json.loads(text)
         shards, items = body.get("shards"), body.get("items")
-        if isinstance(body["id"], str) and all(one is None or type(one) is int for one in (shards, items)):
-            return _Plan(body["id"], shards, items, read_at)
+        if all(isinstance(body[name], str) for name in ("id", "format")) and all(
+            one is None or type(one) is int for one in (shards, items)
+        ):
+            return _Plan(body["id"], shards, items, body["format"], read_at)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ContractError(f"{shown(uri)} is not the plan of a run")
