@@ -102,8 +102,8 @@ def _is_call(payload: Any) -> bool:
 
 
 def _too_deep(text: bytes | str, value: Any) -> bool:
-    opens = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
-    if sum(text.count(one) for one in opens) <= MOST_DEPTH:  # type: ignore[arg-type]
+    text = text if isinstance(text, bytes) else text.encode(errors="replace")
+    if text.count(b"[") + text.count(b"{") <= MOST_DEPTH:
         return False  # as with nearly every message, without a look at its values
     level = [value]
     for _ in range(MOST_DEPTH):

@@ -51,7 +51,8 @@ def checked_headers(headers: Any) -> dict[str, Any]:
         if isinstance(value := headers.get(name), str):
             kept[name] = value[:_MOST_SHOWN].encode(errors="replace").decode()
     for name in _NUMBERS:
-        if type(value := headers.get(name)) in (int, float) and abs(value) < 1e300:
+        value = headers.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
             kept[name] = value
     if headers.get(SHARD_HEADER) is True:
         kept[SHARD_HEADER] = True
@@ -119,7 +120,7 @@ def _time(headers: Mapping[str, Any], name: str) -> float | None:
     try:
         if not isinstance(value, str) or len(value) > 64:
             raise TypeError
-        when = maybe_iso8601(value)
+        when: datetime = maybe_iso8601(value)
         return max(0.0, (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp())
     except (ValueError, TypeError, ArithmeticError):
         raise MalformedError(f"its {name} is no time in ISO 8601") from None
