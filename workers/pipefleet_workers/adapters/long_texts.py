@@ -18,10 +18,15 @@ from pipefleet_workers.items import ItemError
 
 LONG = 1 << 16
 """Characters up to which a text is tokenised as it is."""
+LONG_BOTH = 1 << 12
+"""Characters up to which both texts of a pair are."""
 FIRST_LOOK = 1 << 15
 """Characters that are looked at first; twice as many each time that they were too few."""
 _REACH = 1 << 12
 """Characters within which a place to cut must be found."""
+_CHARACTERS = 16
+"""Characters to begin with for each token that is looked for."""
+_TRIES = 16
 _ENDLESS = 1 << 30
 """A tokenizer without a bound of its own says 10^30."""
 _SPACES = "\u0120\u2581\u010a \n"
@@ -71,16 +76,18 @@ class LongTexts:
     def prefix(self, text: str, tokens: int) -> str | None:
         """A beginning with more than `tokens` tokens, which are the text's own first ones. None where none is found."""
         place = self._place()
-        size = FIRST_LOOK
+        size = min(FIRST_LOOK, _CHARACTERS * (tokens + _CHARACTERS))
         while place is not None and size < len(text):
             end = _last(place, text, size)
             if end is None:
                 return None
-            ids = self._tokenizer(text[:end], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-            if len(ids) > tokens + 1:  # an unknown word may be joined with the one behind it
+            if self._count(text[:end]) > tokens + 1:  # an unknown word may be joined with the one behind it
                 return text[:end]
             size *= 2
         return None
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
     def bounded(self, value: Any, keywords: Mapping[str, Any], longest: int, hint: str) -> Any:
         """A text, or a dict of a text and its pair, without what a call with these keywords would cut off it.
@@ -88,7 +95,7 @@ class LongTexts:
         Raises ItemError (too_long) as `require` does where the call cuts nothing.
         """
         texts = {"": value} if isinstance(value, str) else dict(value)
-        if not any(isinstance(one, str) and len(one) > LONG for one in texts.values()):
+        if not is_long(value):
             return value
         cutting = Cutting.of(self._tokenizer, keywords)
         if cutting is None:
@@ -97,8 +104,50 @@ class LongTexts:
             return value
         if not self._drops_the_end(keywords):
             return value
+        if len(texts) == 2 and cutting.strategy in (True, "longest_first"):
+            return dict(zip(texts, self._both(tuple(texts.values()), cutting.most), strict=True))
         shorter = {name: self._beside(texts, name, cutting) for name in texts}
         return shorter[""] if isinstance(value, str) else shorter
+
+    def _both(self, texts: tuple[str, ...], most: int) -> tuple[str, ...]:
+        """A pair of which the longer one is cut until both are: the longer one must stay that, and a short one whole.
+
+        The tokenizer pairs every piece that it cuts off one with every piece of the other, which takes the square of their lengths.
+        """
+        counts = [self._counted(one) for one in texts]
+        less = 0 if counts[0] <= counts[1] else 1
+        kept = list(texts)
+        above = most
+        if counts[less] > most:
+            kept[less] = self._beginning(texts[less], most)
+            above = self._count(kept[less])
+        kept[1 - less] = self._beginning(texts[1 - less], above)
+        return tuple(kept)
+
+    def _counted(self, text: str) -> int:
+        """Tokens of a text, piece by piece where it can be cut."""
+        place, begin, count = self._place(), 0, 0
+        while place is not None and len(text) - begin > FIRST_LOOK:
+            end = _last(place, text, begin + FIRST_LOOK)
+            if end is None or end <= begin:
+                break
+            count += self._count(text[begin:end])
+            begin = end
+        return count + self._count(text[begin:])
+
+    def _beginning(self, text: str, tokens: int) -> str:
+        """A beginning with more than `tokens` tokens, or the whole. Where no blank helps, ends of tokens are tried."""
+        found = self.prefix(text, tokens)
+        if found is not None or not getattr(self._tokenizer, "is_fast", False):
+            return text if found is None else found
+        quiet = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        encoded = self._tokenizer(text, return_offsets_mapping=True, **quiet)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        for count in range(tokens + 2, min(tokens + 2 + _TRIES, len(ids))):
+            start = text[: offsets[count - 1][1]]
+            if self._tokenizer(start, **quiet)["input_ids"] == ids[:count]:
+                return start
+        return text
 
     def _drops_the_end(self, keywords: Mapping[str, Any]) -> bool:
         """Whether what is cut off stands at the end and is not read in pieces of its own."""
@@ -106,19 +155,24 @@ class LongTexts:
         return not pieces and getattr(self._tokenizer, "truncation_side", "") == "right"
 
     def _beside(self, texts: Mapping[str, str], name: str, cutting: Cutting) -> str:
-        """A text of a pair may give up tokens by the other's length: so it keeps more than the other can have."""
+        """A text that is cut alone; as much of it is left as the other one leaves."""
         others = [one for other, one in texts.items() if other != name]
-        if any(len(one) > LONG for one in others):
+        if cutting.strategy not in (_ALONE if not others else ("only_first",) if name == "text" else ("only_second",)):
             return texts[name]
-        if cutting.strategy not in (_ALONE if not others or name == "text" else (True, "longest_first", "only_second")):
-            return texts[name]
-        return self.shortened(texts[name], cutting.most + sum(len(one.encode(errors="replace")) for one in others))
+        return self.shortened(texts[name], cutting.most)
 
     def _place(self) -> re.Pattern[str] | None:
         """What a text may be cut in, behind its first character; None where the tokenizer may see further than a word."""
         if isinstance(self._cut, bool):
             self._cut = _places(self._tokenizer)
         return self._cut
+
+
+def is_long(value: Any) -> bool:
+    """Whether a text, or a dict of texts, is worth a look before it is tokenised."""
+    texts = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, Mapping) else []
+    sizes = [len(one) for one in texts if isinstance(one, str)]
+    return bool(sizes) and (max(sizes) > LONG or (len(sizes) > 1 and min(sizes) > LONG_BOTH))
 
 
 def _places(tokenizer: Any) -> re.Pattern[str] | None:

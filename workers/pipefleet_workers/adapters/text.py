@@ -15,7 +15,7 @@ import torch
 
 from pipefleet.contract import encode_json
 from pipefleet_workers.adapters.base import Adapter, brief
-from pipefleet_workers.adapters.long_texts import LONG
+from pipefleet_workers.adapters.long_texts import is_long
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.buckets import rounded_length
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -61,7 +61,7 @@ class TextEncoder(Adapter):
                 continue
             parsed[index], group = known[shared]
             fields = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
-            alone = str(index) if longest_text(one.value) > LONG else ""  # one call holds the tokens of all its texts
+            alone = str(index) if is_long(one.value) else ""  # one call holds the tokens of all its texts
             groups[alone + fields + group].append(index)
         for indices in groups.values():
             for index, result in self._tokenise([decoded[i] for i in indices], [parsed[i] for i in indices], indices):
@@ -141,7 +141,7 @@ class TextEncoder(Adapter):
     ) -> list[tuple[int, list[Unit] | ItemError]]:
         try:
             values = [one.value for one in decoded]
-            if len(decoded) == 1 and longest_text(values[0]) > LONG:
+            if len(decoded) == 1 and is_long(values[0]):
                 working_on(decoded[0].work)
                 values = [self.bounded(values[0], parsed[0])]
             encoded = self.encode(values, parsed[0])
@@ -158,14 +158,6 @@ class TextEncoder(Adapter):
             return self.units(decoded, arguments, encoded)
         except ItemError as error:
             return error
-
-
-def longest_text(value: Any) -> int:
-    """Characters of a text, or of the longest of a dict of texts."""
-    if isinstance(value, str):
-        return len(value)
-    texts = value.values() if isinstance(value, Mapping) else ()
-    return max((len(one) for one in texts if isinstance(one, str)), default=0)
 
 
 def _refusal(error: Exception) -> ItemError:
