@@ -13,6 +13,7 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     run:<id>:refused        hash    shards without a part that no worker will run: why, by index
     pools                   hash    what workers announce, by pool and revision; each entry ends with its heartbeat
     workers                 hash    what each worker tells of itself; ends with its heartbeat
+    fleet                   string  the store that the fleet has, by its id; see `identity`
     revisions               hash    model and revision of each queue `<queue>@…` that messages were put into, or a worker consumes
 
 and of a pool's queue, shared by the queues of its revisions:

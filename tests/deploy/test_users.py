@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
 import uuid
 from base64 import b64encode
@@ -21,9 +23,14 @@ from redis.exceptions import ResponseError
 
 from pipefleet import broker, cli, deadletters
 from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, announced_fleet
+from pipefleet.backlog import STALLED_SECONDS, Backlog
 from pipefleet.client import Client
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
 from pipefleet.fleet import load_fleet
+from pipefleet.identity import Membership
+from pipefleet.layout import RunLayout
+from pipefleet.objects import ObjectStore
+from pipefleet.patience import Patience
 from pipefleet.settings import Settings
 from pipefleet_workers import doctor
 from pipefleet_workers.scaling.service import Scaler
@@ -99,14 +106,17 @@ def guarded(server: GuardedServer, tmp_path: Path) -> Guarded:
     return found
 
 
-def test_producer_worker_scaler_and_flower_have_the_rights_they_need(guarded: Guarded, tmp_path: Path) -> None:
+@pytest.mark.parametrize("server", [servers.valkey()], ids=["valkey"], indirect=True)
+def test_producer_worker_scaler_and_flower_have_the_rights_they_need(
+    guarded: Guarded, bucket: str, tmp_path: Path
+) -> None:
     model = cached("feature-extraction")
     guarded.fleet.write_text(f'[pools.one]\ntask = "feature-extraction"\nmodel = "{model}"\n')
     (port,) = free_ports(1)
     common = {"PIPEFLEET_FLEET": str(guarded.fleet), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     worker = common | {
         "PIPEFLEET_REDIS_URL": guarded.settings("worker").redis_url, "PIPEFLEET_WORKER_WARM_UP": "false",
-        "AWS_ACCESS_KEY_ID": "unused", "AWS_SECRET_ACCESS_KEY": "unused",
+        "PIPEFLEET_WORKER_ANNOUNCE_SECONDS": "0.5", **{name: os.environ[name] for name in os.environ if name.startswith("AWS_")},
     }  # fmt: skip
     flower = common | {
         "PIPEFLEET_REDIS_URL": guarded.settings("control").redis_url, "FLOWER_ADDRESS": "127.0.0.1",
@@ -129,12 +139,22 @@ def test_producer_worker_scaler_and_flower_have_the_rights_they_need(guarded: Gu
             job = client.submit("feature-extraction", "a text", idempotency_key="once")
             assert job.result(timeout=60)
             client.submit("feature-extraction", "another").cancel()
+            run = client.map("feature-extraction", ["a", "b"], output=bucket)
+            assert run.wait(timeout=60).state == "succeeded"
+            client.redis.lpush(QUEUE, "no message")
+            wait_for(
+                lambda: deadletters.count_dead_letters(client.redis, QUEUE) == 1, started[0], log=folders[0] / "log"
+            )
             assert announced_fleet(client.redis).pools.keys() == {"one"}
         reading = Scaler(load_fleet(guarded.fleet), guarded.settings("control"), cold_start=60.0).tick()
         assert reading["one"].measured.signal.ready == 1
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: status(f"{url}/healthcheck") == 200, started[1], log=folders[1] / "log")
         wait_for(lambda: bool(_seen(url)), started[1], log=folders[1] / "log")
+        moved = guarded.settings("operator").model_copy(update={"store": f"{bucket}moved/"})
+        Membership(guarded.redis("operator"), ObjectStore(), moved).adopt()
+        assert started[0].wait(60) == 2
+        assert f"belongs to a fleet whose store is {bucket}moved/" in (folders[0] / "log").read_text()
     assert guarded.refused() == []
 
 
@@ -260,6 +280,26 @@ def test_a_producer_can_do_all_that_is_a_producers(guarded: Guarded, bucket: str
         assert run.resume() == 4
         run.join_planner()
         assert broker.depth(client.redis, QUEUE)["low"] == 8
+    assert guarded.refused() == []
+
+
+def test_a_producer_sees_by_number_that_its_shards_are_lost(guarded: Guarded, bucket: str) -> None:
+    settings, now = guarded.settings("producer").model_copy(update={"outstanding_shards": 4}), [0.0]
+    with Client(guarded.settings("producer")) as client:
+        run = client.map("feature-extraction", ["a", "b", "c", "d"], output=bucket, shard_size=1)
+        run.join_planner()
+    with Client(settings) as client:
+        layout, patience = RunLayout.at(bucket), Patience(threading.Event())
+        backlog = Backlog(client, layout, run.plan, patience, clock=lambda: now[0])
+        backlog.begin()
+        waiting = []
+        for lost in (False, True):
+            if lost:
+                guarded.redis("admin").delete(broker.queue_list(run.plan.queue, 9))
+            now[0] += STALLED_SECONDS + 1
+            assert backlog.tend(4) == 0
+            waiting.append(broker.depth(client.redis, QUEUE)["low"])
+    assert waiting == [4, 4]
     assert guarded.refused() == []
 
 

@@ -28,5 +28,5 @@ and as a producer that only queues messages
 
     ~Q* ~_kombu.binding.* -@all +ping +client +select +lpush +llen +sadd +smembers +multi +exec
 
-Job records, runs and announcements need more: `~pipefleet:*` with `+@read +@write +@pubsub +eval` for either is the short form.
+Job records, runs and announcements need more: deploy/redis/users.acl has the roles of a fleet, with rights by key and command.
 """
