@@ -114,10 +114,13 @@ HEADERS = (
 def headers() -> Strategy:
     """A good job with a header that is missing, of another type, or beyond its bounds."""
     paths = [("headers", name) for name in HEADERS]
-    stamps = st.sampled_from([
+    odd: list[dict[str, Any]] = [
         {"stamped_headers": ["x"], "stamps": {"x": ["y"]}}, {"stamped_headers": ["x"]}, {"stamped_headers": "ab"},
         {"stamped_headers": [[]], "stamps": {}}, {"stamped_headers": ["x"], "stamps": []},
-    ]).map(lambda odd: written(spoiled(envelope(), ("headers",), {**envelope()["headers"], **odd})))  # fmt: skip
+    ]  # fmt: skip
+    stamps = st.sampled_from(odd).map(
+        lambda one: written(spoiled(envelope(), ("headers",), {**envelope()["headers"], **one}))
+    )
     return single(changes(envelope(), paths).map(written) | changes(envelope(), paths).map(bare) | stamps)
 
 
