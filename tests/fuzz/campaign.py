@@ -73,7 +73,7 @@ class Campaign:
         self._first: Report | None = None
         self._resting = world.memory("VmRSS")
         self._redis_at_first = checks.redis_bytes(world)
-        self.objects = world.objects()
+        self._objects = world.objects()
 
     def play(self, batch: Batch, *, last: bool = False) -> Report:
         """Push a batch, wait until it has settled, and check everything; with `last`, a run as well."""
@@ -93,7 +93,7 @@ class Campaign:
             lambda: checks.check_commands(world),
             lambda: checks.check_log(world, log_start),
             *([lambda: checks.check_run(world, self._number)] if last else []),
-            lambda: checks.check_store(world, self.objects),
+            self._store,
             lambda: self._sizes(report),
         ]
         for step in steps:
@@ -112,6 +112,10 @@ class Campaign:
             pushed += [(entry.step, messages.filled(entry.raw, {**self._world.names, **own})) for entry in burst]
         self._world.push(pushed)
         return pushed
+
+    def _store(self) -> list[str]:
+        before, self._objects = self._objects, self._world.objects()
+        return checks.check_store(before, self._objects)
 
     def _sizes(self, report: Report) -> list[str]:
         """What the worker and Redis hold, against the first batch."""
@@ -132,8 +136,11 @@ class Campaign:
 
 
 def first_of_each_kind(wrong: Sequence[str]) -> list[str]:
-    """Findings without those that only repeat another one."""
-    return list({kind_of(one): one for one in reversed(wrong)}.values())[::-1]
+    """Findings, three of each kind."""
+    found: dict[str, list[str]] = {}
+    for one in wrong:
+        found.setdefault(kind_of(one), []).append(one)
+    return [one for kind in found.values() for one in kind[:3]]
 
 
 def minimise(batch: Batch, kinds: set[str], say: Callable[[str], Any]) -> Batch:

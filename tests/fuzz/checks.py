@@ -205,7 +205,7 @@ def _printable(text: str) -> bool:
 _UNSHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
-def check_store(world: World, before: Mapping[str, str]) -> list[str]:
+def check_store(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Nothing is written outside of the fuzzer's own prefixes, and no object that was there before has changed.
 
     A job may put a result of its own name beside the parts of another's run, where no reader of the run looks.
@@ -214,12 +214,9 @@ def check_store(world: World, before: Mapping[str, str]) -> list[str]:
         uri.removeprefix("s3://pipefleet/")
         for uri in (HOST_URI, OUTPUTS, f"{BASE}map-", f"{BASE}fuzz-", f"{VICTIM_URI}fuzz-")
     )
-    now = world.objects()
     changed = [key for key, etag in before.items() if now.get(key) != etag and not key.startswith(own)]
     new = [key for key in now.keys() - before.keys() if not key.startswith((*own, "store/"))]
-    return [f"the object {key!r} was changed" for key in changed] + [f"the object {key!r} was written" for key in new][
-        :10
-    ]
+    return [f"the object {key!r} was changed" for key in changed] + [f"the object {key!r} was written" for key in new]
 
 
 def check_commands(world: World) -> list[str]:
@@ -282,10 +279,7 @@ def count_letters(world: World) -> int:
 
 def kind_of(wrong: str) -> str:
     """What a finding is, without its particulars: findings of one kind are taken for the same."""
-    words = re.split(r"['\"]", wrong)[0].split()
-    kind = " ".join(word for word in words if not any(character.isdigit() for character in word))[:60]
-    return (
-        f"{kind} … {wrong.rpartition('Error')[0].split()[-1]}Error"
-        if "traceback" in kind and "Error" in wrong
-        else kind
-    )
+    plain = re.sub(r"""'.*?'|".*?"|b'.*""", "", wrong)
+    error = re.search(r"(\w+Error|\w+Exception)\b", wrong) if wrong.startswith("a traceback") else None
+    kind = " ".join(word for word in plain.split() if not any(character.isdigit() for character in word))[:60]
+    return f"{kind} {error[1]}" if error else kind

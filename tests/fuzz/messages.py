@@ -28,6 +28,10 @@ HOST_URI, VICTIM_URI, OUTPUTS, SHARD_FILES = f"{BASE}host/", f"{BASE}victim/", f
 FORBIDDEN = "s3://pipefleet/forbidden/"
 """Lies under no prefix that the worker may use."""
 HOST_SHARDS, HOST_ITEMS = 16, 8
+ODD_ITEMS: list[tuple[str, Any]] = [
+    ("\x1b[2J", "x"), ("\ud800", "y"), ("a\nb", {"$ref": f"{FORBIDDEN}secret"}), ("", None),
+    ("x" * 3000, {"$ref": "file:///etc/passwd"}), ("c", {"text": "\ud800"}), ("d", [[]]), ("e", "good"),
+]  # fmt: skip
 GARBAGE: dict[str, bytes] = {
     "empty": b"",
     "binary": bytes(range(256)) * 8,
@@ -38,12 +42,7 @@ GARBAGE: dict[str, bytes] = {
     "wrong-fields": b'{"position":"x","id":7,"inputs":null,"parameters":3}\n' * HOST_ITEMS,
     "odd-items": "\n".join(
         json.dumps({"position": place, "id": name, "inputs": inputs})
-        for place, (name, inputs) in enumerate(
-            [
-                ("\x1b[2J", "x"), ("\ud800", "y"), ("a\nb", {"$ref": f"{FORBIDDEN}secret"}), ("", None),
-                ("x" * 3000, {"$ref": "file:///etc/passwd"}), ("c", {"text": "\ud800"}), ("d", [[]]), ("e", "good"),
-            ]
-        )
+        for place, (name, inputs) in enumerate(ODD_ITEMS)
     ).encode(),
 }  # fmt: skip
 """Files that shards are read from, under SHARD_FILES."""

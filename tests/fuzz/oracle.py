@@ -9,7 +9,6 @@ from typing import Any
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import Message
 
-from pipefleet.broker import SHARD_HEADER
 from pipefleet.contract import TASK_NAME, JobMessage, decode_message
 from pipefleet.errors import ContractError
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, read_envelope
@@ -64,12 +63,4 @@ def has_eta(record: bytes) -> bool:
         headers = json.loads(record)[0]["headers"]
         return bool(headers["eta"])
     except (ValueError, LookupError, TypeError):
-        return False
-
-
-def is_marked_shard(raw: bytes) -> bool:
-    """Whether a message calls itself a shard, in its headers."""
-    try:
-        return json.loads(raw)["headers"][SHARD_HEADER] is True
-    except (ValueError, LookupError, TypeError, RecursionError):
         return False

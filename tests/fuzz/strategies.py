@@ -114,10 +114,13 @@ HEADERS = (
 def headers() -> Strategy:
     """A good job with a header that is missing, of another type, or beyond its bounds."""
     paths = [("headers", name) for name in HEADERS]
-    stamps = st.sampled_from([
+    odd: list[dict[str, Any]] = [
         {"stamped_headers": ["x"], "stamps": {"x": ["y"]}}, {"stamped_headers": ["x"]}, {"stamped_headers": "ab"},
         {"stamped_headers": [[]], "stamps": {}}, {"stamped_headers": ["x"], "stamps": []},
-    ]).map(lambda odd: written(spoiled(envelope(), ("headers",), {**envelope()["headers"], **odd})))  # fmt: skip
+    ]  # fmt: skip
+    stamps = st.sampled_from(odd).map(
+        lambda one: written(spoiled(envelope(), ("headers",), {**envelope()["headers"], **one}))
+    )
     return single(changes(envelope(), paths).map(written) | changes(envelope(), paths).map(bare) | stamps)
 
 
@@ -300,7 +303,7 @@ def uris() -> Strategy:
     outside = [
         f"{VICTIM_URI}part-00000.jsonl", f"{VICTIM_URI}_SUCCESS", f"{VICTIM_URI}_run/run.json", f"{VICTIM_URI}_run/plan.json",
         f"{VICTIM_URI}_run/cancelled", f"{VICTIM_URI}part-00099.jsonl", f"{VICTIM_URI}_run/shards/00000.jsonl", VICTIM_URI,
-        f"{VICTIM_URI}artifacts/x.json", f"{OUTPUTS}../victim/_SUCCESS", f"{OUTPUTS}../../forbidden/x", f"{VICTIM_URI}./_SUCCESS",
+        f"{VICTIM_URI}artifacts/00000003/x.json", f"{OUTPUTS}../victim/_SUCCESS", f"{OUTPUTS}../../forbidden/x", f"{VICTIM_URI}./_SUCCESS",
         f"{VICTIM_URI}_run//run.json", f"{VICTIM_URI}_run/stopped.json", f"{VICTIM_URI}_run/resumed.json",
         FORBIDDEN, f"{FORBIDDEN}x", f"{BASE}../forbidden/x", "s3://", "s3:///x", "s3://pipefleet", "s3://pipefleet/", "s3://no-such-bucket/x",
         "S3://pipefleet/fuzz/x", "s3://PIPEFLEET/x", "file:///etc/passwd", "http://127.0.0.1:1/x", "s3://pipefleet:80/fuzz/x",

@@ -93,7 +93,7 @@ class World:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def push(self, raw: Sequence[tuple[int, bytes]]) -> None:
-        """Queue elements as they are, each in the list of its step; the next ones wait until Redis holds few of these."""
+        """Queue elements as they are, each in the list of its step, a hundred at once."""
         lists = broker.queue_lists(QUEUE)
         for start in range(0, len(raw), 100):
             pipe = self.redis.pipeline(transaction=False)
