@@ -238,7 +238,8 @@ class TestProgress:
         uri = RunLayout.at(prefix).shard(5)
         for change in (
             {"index": 1 << 40}, {"count": 1 << 60}, {"run_id": "\ud800"}, {"index": "x"}, {"run_id": f"{run.id}:refused"},
-            {"index": 5, "first": 5, "uri": uri}, {"uri": uri}, {"index": 1 << 27, "first": 1 << 27}, {"format": "parquet"}, {"format": "x/../../_run/plan"},
+            {"index": 5, "first": 5, "uri": uri}, {"uri": uri}, {"index": 1 << 27, "first": 1 << 27},
+            {"format": "parquet"}, {"format": "x/../../_run/plan"},
         ):  # fmt: skip
             body = json.loads(envelope["body"])
             body[0][0]["shard"].update(change)
