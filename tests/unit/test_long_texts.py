@@ -206,8 +206,8 @@ def test_a_pair_of_long_texts_is_cut_as_the_whole_pair_is(
     tokenizer = TOKENIZERS[name]()
     looked = LongTexts(tokenizer)
     keywords = {"truncation": True, "max_length": most}
-    for seed in range(3):
-        long, other = text_of(600 + 300 * seed, seed), text_of(700, seed + 9)
+    for seed in range(2):
+        long, other = text_of(500 + 300 * seed, seed), text_of(600, seed + 9)
         for texts in (
             (long, other),
             (other, long),
