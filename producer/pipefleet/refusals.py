@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
@@ -96,8 +97,9 @@ class Refusal:
             whole(index, most=MOST_SHARDS)
             body = read_object(text)
             failure = JobFailure(*(str(body[name]) for name in ("code", "message", "stage")))
-            first, count = whole(body["first"], most=MOST_SHARDS), whole(body["count"], most=MAX_SHARD_ITEMS)
-            return cls(index, first, count, failure)
+            # Messages may name any places; those beyond a shard's, or its run's, hold no item.
+            first, count = (whole(body[name], most=sys.maxsize) for name in ("first", "count"))
+            return cls(index, first, min(count, MAX_SHARD_ITEMS), failure)
         except (ValueError, LookupError):
             return None
 
