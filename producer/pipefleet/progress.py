@@ -60,11 +60,11 @@ class RunProgress:
         counts: dict[str, Any] = {
             name: whole(totals[name]) for name in ("items", "succeeded", "failed", "shards", "parts")
         }
-        numbers: dict[str, Any] = {"seconds": number(totals["seconds"]), "refused": whole(totals.get("refused", 0))}
+        seconds, refused = number(totals["seconds"]), whole(totals.get("refused", 0))
         texts: dict[str, Any] = {name: totals.get(name) for name in ("reason", "refused_reason", "waiting")}
         if not isinstance(totals["state"], str) or not all(isinstance(one, str | None) for one in texts.values()):
             raise ValueError("not a text")
-        return cls(uri=uri, state=totals["state"], **counts, **numbers, **texts)
+        return cls(uri=uri, state=totals["state"], seconds=seconds, refused=refused, **counts, **texts)
 
 
 Show = Callable[[RunProgress], None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
@@ -100,8 +101,9 @@ class Refusal:
             whole(index, most=MAX_RUN_ITEMS)
             body = read_object(text)
             failure = JobFailure(*(str(body[name]) for name in ("code", "message", "stage")))
-            first, count = whole(body["first"], most=MAX_RUN_ITEMS), whole(body["count"], most=MAX_SHARD_ITEMS)
-            return cls(index, first, count, failure)
+            # Messages may name any places; those beyond a shard's, or its run's, hold no item.
+            first, count = (whole(body[name], most=sys.maxsize) for name in ("first", "count"))
+            return cls(index, min(first, MAX_RUN_ITEMS), min(count, MAX_SHARD_ITEMS), failure)
         except (ValueError, LookupError):
             return None
 
