@@ -93,6 +93,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
+        self._reached = False
         self._away_since: float | None = None
         """Since when (monotonic seconds) Redis does not answer; None while it does."""
 
@@ -107,8 +108,8 @@ class Watcher:
     def watch(self, job_id: str, *, submitting: bool = False) -> JobFuture:
         """The future of a job's final record. With `submitting`, returns only when its end cannot be missed.
 
-        Raises JobError when the client is closed; with `submitting`, ServiceUnavailableError when Redis is away. The future of a
-        job fails with that error when Redis was away for PATIENCE_SECONDS.
+        Raises JobError when the client is closed; ServiceUnavailableError when Redis was never reached, with `submitting` also
+        when it is away. The future of a job fails with that error when Redis was away for PATIENCE_SECONDS.
         """
         future = self._future(job_id)
         if submitting:
@@ -201,7 +202,7 @@ class Watcher:
                     self._look_up(ended)
                 if time.monotonic() >= next_sweep:
                     self._sweep()
-                    self._away_since = None
+                    self._reached, self._away_since = True, None
                     next_sweep = time.monotonic() + SWEEP_SECONDS
 
     def _sweep(self) -> None:
