@@ -115,10 +115,11 @@ class Watcher:
         if submitting:
             self._wait_until_ready()
         elif not future.done():
-            with suppress(
-                ServiceUnavailableError
-            ):  # the thread goes on trying, and says when it has waited for too long
+            try:
                 self._look_up([job_id])
+            except ServiceUnavailableError:  # the thread goes on trying, and says when it has waited for too long
+                if not self._reached:
+                    raise  # a wrong address or password rather than an outage
         return future
 
     def forget(self, job_id: str) -> None:
