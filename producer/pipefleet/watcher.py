@@ -197,13 +197,14 @@ class Watcher:
                     if message["type"] == "message":
                         ended.append(message["data"].decode(errors="replace"))
                     else:
+                        self._reached = True
                         self._ready.set()
                     message = channel.get_message()
                 if ended:
                     self._look_up(ended)
                 if time.monotonic() >= next_sweep:
                     self._sweep()
-                    self._reached, self._away_since = True, None
+                    self._away_since = None
                     next_sweep = time.monotonic() + SWEEP_SECONDS
 
     def _sweep(self) -> None:
