@@ -322,10 +322,11 @@ class Client:
         self.check_fleet(uses_store=message.output is not None or REF_KEY in text)
         arguments: list[Any] = [int(self.settings.result_ttl), job.id, text, once.digest if once else ""]
         arguments += [str(part) for pair in fields.items() for part in pair]
-        job.watch(submitting=True)
+        future = job.watch(submitting=True)
         with broker.redis_errors(self.settings.redis_url):
             self._note_revision(message, queue)
             queued, same = cast("tuple[bytes, int]", self.redis.eval(SUBMIT, len(keys), *keys, *arguments))
+        future.unknown_since = None  # a sweep may have been quicker
         if once is not None and not same:
             raise _conflict(once.key, queued.decode())
         return job if queued == job.id.encode() else Job(self, queued.decode())

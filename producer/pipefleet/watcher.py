@@ -93,6 +93,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
+        self._reached = False
         self._away_since: float | None = None
         """Since when (monotonic seconds) Redis does not answer; None while it does."""
 
@@ -107,17 +108,18 @@ class Watcher:
     def watch(self, job_id: str, *, submitting: bool = False) -> JobFuture:
         """The future of a job's final record. With `submitting`, returns only when its end cannot be missed.
 
-        Raises JobError when the client is closed; with `submitting`, ServiceUnavailableError when Redis is away. The future of a
-        job fails with that error when Redis was away for PATIENCE_SECONDS.
+        Raises JobError when the client is closed; ServiceUnavailableError when Redis was never reached, with `submitting` also
+        when it is away. The future of a job fails with that error when Redis was away for PATIENCE_SECONDS.
         """
         future = self._future(job_id)
         if submitting:
             self._wait_until_ready()
         elif not future.done():
-            with suppress(
-                ServiceUnavailableError
-            ):  # the thread goes on trying, and says when it has waited for too long
+            try:
                 self._look_up([job_id])
+            except ServiceUnavailableError:  # the thread goes on trying, and says when it has waited for too long
+                if not self._reached:
+                    raise  # a wrong address or password rather than an outage
         return future
 
     def forget(self, job_id: str) -> None:
@@ -195,6 +197,7 @@ class Watcher:
                     if message["type"] == "message":
                         ended.append(message["data"].decode(errors="replace"))
                     else:
+                        self._reached = True
                         self._ready.set()
                     message = channel.get_message()
                 if ended:

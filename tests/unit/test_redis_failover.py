@@ -10,7 +10,7 @@ import pytest
 from pipefleet.client import Client
 from pipefleet.settings import load_settings
 from tests.nursery import TASK, Nursery
-from tests.servers import Server, redis_6, until, valkey
+from tests.servers import Server, redis_6, until
 
 ITEMS = 400
 
@@ -22,7 +22,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     one.close()
 
 
-@pytest.fixture(params=[valkey(), redis_6()], ids=["valkey", "6.2"])
+@pytest.fixture(params=[redis_6()], ids=["6.2"])
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Server, Server]]:
     servers = []
     for name in ("one", "other"):
