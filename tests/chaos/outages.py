@@ -214,7 +214,7 @@ def named(client: Client, worker: Worker) -> bool:
     try:
         access_of_workers(client.settings)
     except PipefleetError as error:
-        return f"-{worker.pid} takes no jobs: S3 at " in str(error)
+        return f"-{worker.pid} takes no jobs: s3://" in str(error)
     return False
 
 

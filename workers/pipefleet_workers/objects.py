@@ -253,13 +253,14 @@ def _check_size(reference: StorageRef, size: int, max_bytes: int | None) -> None
 def _mapped(error: Exception, uri: str) -> PipefleetError:
     answer = _answer(error, uri)
     if answer.status:
-        return error_of(answer, uri)
+        found = error_of(answer, uri)
+        return found if uri in str(found) else type(found)(f"{uri}: {found}")
     if isinstance(error, FileNotFoundError | NotFoundError):
         return ObjectMissingError(f"there is no object {uri}")
     if isinstance(error, PreconditionError):
         return ObjectChangedError(f"{uri} was changed after the run was planned")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
-        return error_of(Answer(403), uri)
+        return AccessDeniedError(f"{uri}: {error_of(Answer(403), uri)}")
     if "incorrectly configured region" in str(error):
         return error_of(Answer(301), uri)
     if isinstance(error, ValueError):
