@@ -81,7 +81,7 @@ def test_a_worker_outlives_the_server(tmp_path: Path, program: str, kept: bool) 
         server.kill()
         first.ack()  # while nobody is there to hear it
         if not kept:
-            for file in tmp_path.glob("appendonlydir/*"):
+            for file in (*tmp_path.glob("appendonlydir/*"), *tmp_path.glob("appendonly.aof")):  # the latter: Redis 6
                 file.unlink()
         server.start()
         with Redis(port=server.port) as client:
