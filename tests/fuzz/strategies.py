@@ -303,13 +303,13 @@ def uris() -> Strategy:
     outside = [
         f"{VICTIM_URI}part-00000.jsonl", f"{VICTIM_URI}_SUCCESS", f"{VICTIM_URI}_run/run.json", f"{VICTIM_URI}_run/plan.json",
         f"{VICTIM_URI}_run/cancelled", f"{VICTIM_URI}part-00099.jsonl", f"{VICTIM_URI}_run/shards/00000.jsonl", VICTIM_URI,
-        f"{VICTIM_URI}artifacts/00000003/x.json", f"{OUTPUTS}../victim/_SUCCESS", f"{OUTPUTS}../../forbidden/x",
-        f"{VICTIM_URI}./_SUCCESS",
+        f"{VICTIM_URI}artifacts/00000003/x.json",
+        f"{OUTPUTS}../victim/_SUCCESS", f"{OUTPUTS}../../forbidden/x", f"{VICTIM_URI}./_SUCCESS",
         f"{VICTIM_URI}_run//run.json", f"{VICTIM_URI}_run/stopped.json", f"{VICTIM_URI}_run/resumed.json",
         FORBIDDEN, f"{FORBIDDEN}x", f"{BASE}../forbidden/x", "s3://", "s3:///x", "s3://pipefleet", "s3://pipefleet/", "s3://no-such-bucket/x",
         "S3://pipefleet/fuzz/x", "s3://PIPEFLEET/x", "file:///etc/passwd", "http://127.0.0.1:1/x", "s3://pipefleet:80/fuzz/x",
         "s3://user@pipefleet/fuzz/x", f"{OUTPUTS}{'k' * 1500}", f"{OUTPUTS}a\x00b", f"{OUTPUTS}\x1b[2J", f"{OUTPUTS}\n{FORGED}",
-        f"{OUTPUTS}\ud800", f"{OUTPUTS}?versionId=x", f"{OUTPUTS}%2e%2e/x", f"{BASE}", "",
+        f"{OUTPUTS}\ud800",        f"{OUTPUTS}?versionId=x", f"{OUTPUTS}%2e%2e/x", f"{BASE}", "",
     ]  # fmt: skip
     uri = weighted((3, st.sampled_from(outside)), (1, texts().map(lambda text: OUTPUTS + text)))
     output = uri.map(lambda one: payload(output=one))
