@@ -29,10 +29,10 @@ MOST_OF_A_LINE = 4000
 """Characters of one line of the worker's log."""
 MOST_GROWTH = 96 << 20
 """Bytes that the worker may grow by between its first batch and a later one."""
-MOST_PEAK = 320 << 20
+MOST_PEAK = 224 << 20
 """Bytes that the worker may hold, at any moment of a batch, above what it held before the first one."""
-MOST_DATA = 24 << 20
-"""Bytes that Redis may hold for each 1,000 messages, dead letters aside: records, with results of up to 16 kB."""
+MOST_DATA = 4 << 20
+"""Bytes that Redis may hold for each 1,000 messages, dead letters aside: the records of jobs."""
 
 Pushed = Sequence[bytes]
 
