@@ -10,6 +10,7 @@ Whatever way an item leaves, the room it took comes back then (`_leave`), so a j
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import queue
@@ -169,7 +170,7 @@ class Engine:
         for piece in self._portions(weighed):
             works = [(one.work, size) for one, size in piece]
             with waiting():
-                self._budget.decode(works, lambda works=works: all(work.job.stopped("decode") for work, _ in works))
+                self._budget.decode(works, functools.partial(_all_stopped, works))
             try:
                 self._prepare_piece([one for one, _ in piece])
             except BaseException as error:  # noqa: BLE001 - logged there; those of other pieces may be on their way already
@@ -398,6 +399,10 @@ class _Stage:
                 self.fail(items, error)
             if slot is not None:
                 slot.rest()
+
+
+def _all_stopped(works: Sequence[tuple[Work, int]]) -> bool:
+    return all(work.job.stopped("decode") for work, _ in works)
 
 
 def _bytes_of(units: list[Unit] | ItemError) -> int:
