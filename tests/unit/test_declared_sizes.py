@@ -146,7 +146,11 @@ def test_who_waits_longest_for_room_to_decode_is_next() -> None:
     assert budget.decode([(first, 60)], lambda: False)
 
     def wait(name: str, one: Work, size: int) -> threading.Thread:
-        thread = threading.Thread(target=lambda: (budget.decode([(one, size)], lambda: False), order.append(name)))
+        def run() -> None:
+            budget.decode([(one, size)], lambda: False)
+            order.append(name)
+
+        thread = threading.Thread(target=run)
         thread.start()
         return thread
 

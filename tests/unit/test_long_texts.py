@@ -257,10 +257,15 @@ def test_a_text_that_is_too_long_is_never_tokenised_in_full(name: str, value: An
 
 def test_labels_that_need_a_long_text_each_do_not_meet_in_one_call() -> None:
     pipe = load("zero-shot-classification")
-    adapter = RUNTIME["zero-shot-classification"].adapter(pipe)
+    adapter: Any = RUNTIME["zero-shot-classification"].adapter(pipe)
     sizes: list[int] = []
     own = adapter._pairs
-    adapter._pairs = lambda pairs: sizes.append(sum(len(text) for text, _ in pairs)) or own(pairs)
+
+    def noted(pairs: list[tuple[str, str]]) -> Any:
+        sizes.append(sum(len(text) for text, _ in pairs))
+        return own(pairs)
+
+    adapter._pairs = noted
     text = "\u6d77" * 20_000  # nowhere to cut it
     units = prepared(adapter, text, {"candidate_labels": ["sea", "tree", "wide", "old"]})
     assert isinstance(units, list)

@@ -56,7 +56,7 @@ class Budget:
         """
         size = sum(one for _, one in works)
         with self._changed:
-            if not self._waited(self._decoding, lambda: self._fits_behind(self._behind_fetch(), size), stopped):
+            if not self._waited(self._decoding, lambda: self._fits_decoded(size), stopped):
                 return False
             self._reweigh(works)
         return True
@@ -141,8 +141,8 @@ class Budget:
             self._decoded += size - work.room.decoded
             work.room.decoded = size
 
-    def _behind_fetch(self) -> int:
-        return self._decoded + self._outputs + self._results
+    def _fits_decoded(self, size: int) -> bool:
+        return self._fits_behind(self._decoded + self._outputs + self._results, size)
 
     def _fits_behind(self, taken: int, size: int) -> bool:
         return taken == 0 or taken + size <= self._most_bytes or self._closed
