@@ -11,10 +11,15 @@ Keys, all under `pipefleet:` (queues are Celery's own lists, named in `routing`)
     run:<id>:failed         bitmap  those of them that failed
     run:<id>:parts          bitmap  shards whose part is written
     run:<id>:refused        hash    shards without a part that no worker will run: why, by index
+    run:<id>:planner        string  who plans or resumes the run now; ends with its heartbeat
+    run:<id>:suspects:<index> hash  what is known of a shard that killed workers: culprits, and the item that runs alone now
     pools                   hash    what workers announce, by pool and revision; each entry ends with its heartbeat
     workers                 hash    what each worker tells of itself; ends with its heartbeat
     fleet                   string  the store that the fleet has, by its id; see `identity`
     revisions               hash    model and revision of each queue `<queue>@…` that messages were put into, or a worker consumes
+    parked                  hash    pools whose workers `pipefleet up` starts no more, and why
+    work:<pool>             hash    what a pool's workers have done, as running totals
+    scaler:<pool>           string  what the scaler remembers of a pool
 
 and of a pool's queue, shared by the queues of its revisions:
 
@@ -24,7 +29,8 @@ and of a pool's queue, shared by the queues of its revisions:
     retries:<queue>         hash    how often each was given back with a delay
     owners:<queue>          hash    who holds each: host, process, fetch, and since when
     delayed:<queue>         zset    those that no worker holds and that go back to their list when they are due
-    dead:<queue>            list    dead letters, newest first; `dead_unreported:<queue>` those nobody was told of yet
+    dead:<queue>            list    dead letters, newest first
+    dead_unreported:<queue> list    dead letters that nobody was told of yet
 
 Beside each list of a queue lies `<list>:arriving`: messages that woke an idle worker, for the moment until it fetches them.
 """

@@ -21,8 +21,6 @@ KEYS = broker.unacked_keys(QUEUE)
 LEDGER = ("unacked", "unacked_index", "deliveries", "retries", "owners", "delayed")
 SETTLE_SECONDS = 60.0
 JOB_SECONDS = 60.0
-FURTHER = [("parked", "hash"), ("work:<pool>", "hash"), ("scaler:<pool>", "string")]
-"""Keys that modules of the workers document: `parked`, `scaling.ledger`."""
 MOST_OF_A_KEY = 400_000
 """Bytes of one key in Redis, dead letters aside."""
 MOST_OF_A_LINE = 4000
@@ -103,7 +101,6 @@ def documented() -> list[tuple[re.Pattern[str], set[str]]]:
     """The keys that the docstring of `pipefleet.broker` lists, with their types, and those that are Celery's own."""
     types = {"bitmap": {"string"}, "string": {"string"}, "hash": {"hash"}, "zset": {"zset"}, "list": {"list"}}
     lines = re.findall(r"^    (\S+) +(hash|string|bitmap|zset|list) ", broker.__doc__ or "", re.MULTILINE)
-    lines += [("dead_unreported:<queue>", "list"), ("run:<id>:suspects:<index>", "hash"), *FURTHER]
     known = [(re.compile(broker.KEY + _pattern(name), re.DOTALL), types[kind]) for name, kind in lines]
     queues = rf"pipefleet\.{TASK}(@[0-9a-f]{{8}})?({broker.PRIORITY_SEPARATOR}[369])?(:arriving)?"
     bindings = rf"_kombu\.binding(_permanent)?\.({queues}|celeryev|celery\.pidbox|reply\.celery\.pidbox)"
