@@ -154,6 +154,8 @@ class ServiceUnavailableError(PipefleetError):
 class ServiceFullError(ServiceUnavailableError):
     """Redis is at its `maxmemory`, and what was asked needs room."""
 
+    code = "full"
+
 
 class JobError(PipefleetError):
     """A job ended, or was waited for, without a result."""

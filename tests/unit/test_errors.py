@@ -15,6 +15,7 @@ from pipefleet.errors import (
     JobFailedError,
     PipefleetError,
     ResultTimeoutError,
+    ServiceFullError,
     ServiceUnavailableError,
     nearest,
 )
@@ -67,10 +68,14 @@ def test_no_two_errors_that_callers_tell_apart_share_a_word() -> None:
 
 def test_exit_codes_are_the_documented_ones() -> None:
     for kind in TREE:
-        special = {ServiceUnavailableError: 3, ResultTimeoutError: 4}
+        special = {ServiceUnavailableError: 3, ServiceFullError: 3, ResultTimeoutError: 4}
         expected = special.get(kind, 1 if issubclass(kind, JobError) else 2)
         assert kind.exit_code == expected, kind
-    assert [kind for kind in TREE if kind.retryable] == [ServiceUnavailableError, ResultTimeoutError]
+    assert [kind for kind in TREE if kind.retryable] == [
+        ServiceUnavailableError,
+        ServiceFullError,
+        ResultTimeoutError,
+    ]
 
 
 def test_a_timeout_is_also_pythons_own() -> None:
