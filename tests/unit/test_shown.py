@@ -6,6 +6,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.moving import Moved
 from pipefleet.objects import ObjectStore
 from pipefleet.printable import printable_json
-from pipefleet.progress import RunProgress
+from pipefleet.progress import RunProgress, show_progress
 from pipefleet.records import read_record
 from pipefleet.refusals import Refusal
 from pipefleet.storage import StorageRef
@@ -355,3 +356,24 @@ def test_a_result_is_the_same_json_and_holds_nothing_that_a_terminal_obeys() -> 
     assert json.loads(printable_json(value)) == value
     assert "é漢🎉 ok" in printable_json(value)
     assert json.loads(printable_json({"a": [float("nan"), float("inf"), 1.0]})) == {"a": [None, None, 1.0]}
+
+
+class Terminal(StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_takes_no_text_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    stream = Terminal()
+    with show_progress(enabled=True, stream=stream) as show:
+        show(
+            RunProgress(
+                "s3://b/o/", "running", 2, 1, 0, 1, 0, 1.0, refused=1, refused_reason=NASTY, waiting="[/] " + NASTY
+            )
+        )
+    assert "[bold red]x[/]" in stream.getvalue()
+    assert "\x1b]0;owned" not in stream.getvalue()
+    assert "\u202e" not in stream.getvalue()

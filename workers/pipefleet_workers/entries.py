@@ -23,7 +23,7 @@ def check_entries(settings: Settings) -> str:
     found = []
     with broker.redis_errors(settings.redis_url):
         for key, is_readable in _HASHES.items():
-            names = [field for field, value in redis.hscan_iter(key) if not is_readable(field, value)]
+            names = [field for field, value in redis.hgetall(key).items() if not is_readable(field, value)]
             found += [_told(key, names)] if names else []
     if found:
         raise PipefleetError(f"{'; '.join(found)}. They are passed over; remove each with `redis-cli HDEL KEY ENTRY`")
