@@ -132,7 +132,7 @@ def base_queue(queue: str) -> str:
     return queue.partition(REVISION_MARK)[0]
 
 
-_NOTE = "redis.call('HDEL', KEYS[1], '') return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
+_NOTE = "redis.call('PERSIST', KEYS[1]) return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
 """The first write takes no memory: see `records.NEEDS_NO_MEMORY`."""
 
 

@@ -12,6 +12,7 @@ from pipefleet_workers.consume.delivery import DrainedError, RevokedError
 from pipefleet_workers.consume.jobs import UNKNOWN_BYTES, Jobs, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext
+from pipefleet_workers.sizes import NUMBER
 from tests.unit.consume.fakes import TASK, FakeEngine, shard, single
 
 
@@ -84,9 +85,13 @@ def test_only_what_may_be_run_enters_the_engine(jobs: Jobs, engine: FakeEngine) 
     ("inputs", "weight", "fetches"),
     [
         ("four", 4, False),
-        ({"text": "x"}, 256, False),
-        ({"$ref": "s3://bucket/key", "size": 10}, 10, True),
-        ([{"$ref": "s3://bucket/a", "size": 10}, {"$ref": "s3://bucket/b"}], 10 + UNKNOWN_BYTES, True),
+        ({"text": "four"}, 4, False),
+        ({"$ref": "s3://bucket/key", "size": 10}, len("s3://bucket/key") + NUMBER + 10, True),
+        (
+            [{"$ref": "s3://bucket/a", "size": 10}, {"$ref": "s3://bucket/b"}],
+            13 + NUMBER + 10 + 13 + UNKNOWN_BYTES,
+            True,
+        ),
     ],
 )
 def test_an_item_weighs_what_it_brings_into_memory(jobs: Jobs, inputs: Any, weight: int, fetches: bool) -> None:
