@@ -26,8 +26,8 @@ local function time(given)
 end
 """
 
-NEEDS_NO_MEMORY = "redis.call('HDEL', KEYS[1], '')"
-"""The first write of a script that a server at `maxmemory` is to run: it takes no memory and changes nothing of the hash KEYS[1].
+NEEDS_NO_MEMORY = "redis.call('EXPIRE', KEYS[1], 86400)"
+"""The first write of a script that a server at `maxmemory` is to run: it takes no memory, and the script's last write sets its own.
 
 Such a server refuses a script whose first write may take memory, and lets one that has begun go on. So a worker ends the jobs that
 are there, each of which frees more than its end takes. (Redis 6.2 knows no `allow-oom`.)
