@@ -238,7 +238,7 @@ class Backlog:
     def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
         key = broker.run_key(self._plan.id)
         with broker.redis_errors(self._client.settings.redis_url):
-            known = {"uri": self._layout.uri, "since": self._client.now()}
+            known: dict[Any, Any] = {"uri": self._layout.uri, "since": self._client.now()}
             self._client.redis.hset(key, mapping={**(more or {}), **known})
             self._client.redis.expire(key, int(self._client.settings.run_ttl))
 

@@ -59,9 +59,9 @@ redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1 + new
 """
 """KEYS: refused and parts of the run, dead letters of the queue, those not reported, the run. ARGV: index, refusal, ttl, letter or
-'', URI of the run. Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there or that the run
-does not have, nor for a run that lies elsewhere. Returns a `Noted`. The first write, here and in
-SEAL, takes no memory: see `records.NEEDS_NO_MEMORY`."""
+'', URI of the run. Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there or
+that the run does not have, nor for a run that lies elsewhere. Returns a `Noted`. The first write, here and in SEAL, takes no
+memory: see `records.NEEDS_NO_MEMORY`."""
 
 
 SEAL = """

@@ -64,7 +64,7 @@ def lies_in_run(uri: str) -> bool:
 
 
 def _names(uri: str) -> list[str]:
-    """What lies between the slashes of a key, without the disguises that some servers fold: empty, capitals, percent signs, dots."""
+    """The names in a key without the disguises that some servers fold: empty ones, capitals, percent signs, dots at the end."""
     segments = split_uri(uri)[1].split("/")
     return [name for segment in segments if (name := unquote(segment).rstrip(". ").casefold())]
 
