@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
 from pipefleet.contract import MAX_RUN_ITEMS, MAX_SHARD_ITEMS, JobMessage, Priority, encode_json
+from pipefleet.errors import RunError
 from pipefleet.finishing import write_failed_rows
 from pipefleet.foreign import whole
 from pipefleet.layout import RunLayout, RunPlan
@@ -32,6 +33,7 @@ from pipefleet.refusals import Refusals
 from pipefleet.rights import may
 from pipefleet.runfiles import readable
 from pipefleet.shards import decode_shard_line, shard_index, shard_message
+from pipefleet.uris import shown, uri_fault
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -235,7 +237,18 @@ class Backlog:
         ledger = broker.unacked_keys(queue)["unacked_key"]
         return may(self._client.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
 
+    def _require_place(self) -> None:
+        """Raise RunError for a copy of a run that is still where Redis knows it: what is noted by its id is that one's."""
+        with broker.redis_errors(self._client.settings.redis_url):
+            found: Any = self._client.redis.hget(broker.run_key(self._plan.id), "uri")
+        known = (found or b"").decode(errors="replace")
+        if known in ("", self._layout.uri) or uri_fault(known) is not None:
+            return
+        if self._client.store.head(RunLayout(known).plan) is not None:
+            raise RunError(f"{shown(self._layout.uri)} is a copy of the run at {shown(known)}; go on with that one")
+
     def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
+        self._require_place()
         key = broker.run_key(self._plan.id)
         with broker.redis_errors(self._client.settings.redis_url):
             known: dict[Any, Any] = {"uri": self._layout.uri, "since": self._client.now()}

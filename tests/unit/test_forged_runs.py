@@ -90,6 +90,22 @@ def test_a_run_that_was_begun_by_an_earlier_release_is_known_by_its_id_alone(cli
     assert run.progress().state == "succeeded"
 
 
+def test_a_copy_of_a_run_takes_nothing_over_until_the_run_is_gone(client: Client, prefix: str) -> None:
+    run = planned(client, f"{prefix}run/")
+    copy = RunLayout(f"{prefix}copy/")
+    for name in ("_run/plan.json", "_run/run.json", "_run/shards/00000.jsonl", "_run/shards/00001.jsonl"):
+        client.store.put(copy.uri + name, client.store.get(run.uri + name))
+    with pytest.raises(RunError, match="is a copy of the run at"):
+        client.run(copy.uri).resume()
+    worker = ShardWorker(client, QUEUE)
+    worker.do(worker.take(0)[0])
+    client.store.delete(RunLayout(run.uri).plan)
+    again = client.run(copy.uri)
+    again.resume()
+    again.join_planner()
+    assert client.redis.hget(broker.run_key(run.id), "uri") == copy.uri.encode()
+
+
 def test_neighbours_of_parts_are_none(client: Client, prefix: str) -> None:
     run = planned(client, prefix)
     for name in (
