@@ -11,6 +11,7 @@ often changes nothing, since its part is written once.
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
@@ -20,16 +21,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import broker
-from pipefleet.contract import JobMessage, Priority, encode_json
+from pipefleet.contract import MAX_RUN_ITEMS, MAX_SHARD_ITEMS, JobMessage, Priority, encode_json
+from pipefleet.errors import RunError
 from pipefleet.finishing import write_failed_rows
-from pipefleet.layout import RunLayout, RunPlan, index_of
+from pipefleet.foreign import whole
+from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.moving import MOVED, moved_by, read_moved
-from pipefleet.parts import part_format
+from pipefleet.parts import MAX_PART_BYTES, part_format
 from pipefleet.patience import Patience
 from pipefleet.refusals import Refusals
 from pipefleet.rights import may
 from pipefleet.runfiles import readable
 from pipefleet.shards import decode_shard_line, shard_index, shard_message
+from pipefleet.uris import shown, uri_fault
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -233,10 +237,22 @@ class Backlog:
         ledger = broker.unacked_keys(queue)["unacked_key"]
         return may(self._client.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
 
+    def _require_place(self) -> None:
+        """Raise RunError for a copy of a run that is still where Redis knows it: what is noted by its id is that one's."""
+        with broker.redis_errors(self._client.settings.redis_url):
+            found: Any = self._client.redis.hget(broker.run_key(self._plan.id), "uri")
+        known = (found or b"").decode(errors="replace")
+        if known in ("", self._layout.uri) or uri_fault(known) is not None:
+            return
+        if self._client.store.head(RunLayout(known).plan) is not None:
+            raise RunError(f"{shown(self._layout.uri)} is a copy of the run at {shown(known)}; go on with that one")
+
     def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
+        self._require_place()
         key = broker.run_key(self._plan.id)
         with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.hset(key, mapping={**(more or {}), "since": self._client.now()})
+            known: dict[Any, Any] = {"uri": self._layout.uri, "since": self._client.now()}
+            self._client.redis.hset(key, mapping={**(more or {}), **known})
             self._client.redis.expire(key, int(self._client.settings.run_ttl))
 
     def _cancel(self) -> None:
@@ -266,7 +282,7 @@ class Backlog:
         return found or b""
 
     def _parts(self) -> Iterator[int]:
-        indexes = (index_of(entry.key) for entry in self._client.store.list(self._layout.parts))
+        indexes = (self._layout.part_of(entry.key) for entry in self._client.store.list(self._layout.parts))
         return (index for index in indexes if index is not None)
 
     def _queue(self, planned: int) -> None:
@@ -301,20 +317,21 @@ class Backlog:
         uri = self._layout.shard(index)
         found = _FIRST.match(self._client.store.start(uri, 64))
         with readable(uri):
-            return int(found[1]) if found else decode_shard_line(next(self._client.store.lines(uri)))[0]
+            first = int(found[1]) if found else decode_shard_line(next(self._client.store.lines(uri)))[0]
+            return whole(first, most=MAX_RUN_ITEMS)
 
     def _end(self, index: int) -> int:
         """The position behind the last item of a shard."""
         uri = self._layout.shard(index)
         with readable(uri):
             *_, last = self._client.store.lines(uri)
-            return decode_shard_line(last)[0] + 1
+            return whole(decode_shard_line(last)[0], most=MAX_RUN_ITEMS) + 1
 
     def _restore_part(self, index: int) -> None:
         layout, store = self._layout, self._client.store
-        part = store.get(layout.part(index))
+        part = store.get(layout.part(index), max_bytes=MAX_PART_BYTES)
         with readable(layout.part(index)):
-            rows = list(part_format(layout.format).rows(part))
+            rows = list(itertools.islice(part_format(layout.format).rows(part), MAX_SHARD_ITEMS))
             write_failed_rows(store, layout, index, rows)
         pipe = self._client.redis.pipeline(transaction=False)
         for position, row in enumerate(rows, start=self._first(index)):

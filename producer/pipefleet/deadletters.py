@@ -32,6 +32,8 @@ KILLED = "delivered {} times"
 """The reason of a message that was with a worker so often, and never ended."""
 TOO_LARGE = "too_large"
 """What the reason of a message that no worker reads begins with."""
+FOREIGN = "this message is none of its run's: "
+"""What the reason of a message begins with that names a run and does not agree with it: of that run nothing was refused."""
 
 
 def kills(reason: str) -> bool:

@@ -128,6 +128,11 @@ class RunLayout:
         """The results of one shard."""
         return f"{self.parts}{index:05d}.{self.format}"
 
+    def part_of(self, key: str) -> int | None:
+        """The number of the part with this key; None for a neighbour whose name begins as those of parts do."""
+        index = index_of(key)
+        return index if index is not None and split_uri(self.part(index))[1] == key else None
+
     def failed_shard(self, index: int) -> str:
         """The failed items of one shard."""
         return f"{self.failed}{index:05d}.jsonl"
@@ -189,7 +194,8 @@ class RunPlan:
                 f"{where} follows contract version {str(plan.contract_version)[:20]}, this is version "
                 f"{CONTRACT_VERSION}; use the release of pipefleet that began the run"
             )
-        if not _is_id(plan.id) or not all(map(_is_total, (plan.shards, plan.items))):
+        totals = (plan.shards, plan.items)
+        if not _is_id(plan.id) or not all(map(_is_total, totals)) or (None in totals and any(totals)):
             raise RunError(f"{where} names no run of pipefleet: its id, shards or items are none")
         return plan
 

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pipefleet.errors import (
     AccessDeniedError,
     ObjectRefusedError,
     PipefleetError,
+    RunError,
     ServiceUnavailableError,
     UsageError,
 )
@@ -102,6 +103,11 @@ def _behind(headers: Any, server: str = "") -> float | None:
 
 def _status(error: ClientError) -> int:
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _check_size(uri: str, size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise RunError(f"{uri} has {size} bytes, above the bound of {most}: it is no file of a run; remove it")
 
 
 _renewals = 0
@@ -217,11 +223,14 @@ class ObjectStore:
         with s3_errors(uri):
             self.client.upload_fileobj(file, bucket, key, ExtraArgs={"ContentType": content_type})
 
-    def get(self, uri: str) -> bytes:
-        """The whole object."""
+    def get(self, uri: str, *, max_bytes: int | None = None) -> bytes:
+        """The whole object. Raises RunError for one of more than `max_bytes`, before it is read."""
         bucket, key = split_uri(uri)
         with s3_errors(uri):
-            return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            found = self.client.get_object(Bucket=bucket, Key=key)
+            with closing(found["Body"]) as body:
+                _check_size(uri, found["ContentLength"], max_bytes)
+                return body.read()
 
     def start(self, uri: str, size: int) -> bytes:
         """The first `size` bytes of an object that is not empty, or all where it has fewer."""
@@ -298,15 +307,21 @@ class ObjectStore:
     def _page(self, request: dict[str, Any]) -> Any:
         return self.client.list_objects_v2(**request)
 
-    def lines(self, uri: str, *, etag: str | None = None) -> Iterator[bytes]:
+    def lines(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> Iterator[bytes]:
         """The lines of an object, streamed, without their line ends; of the version `etag` where it is given.
 
-        Raises ObjectChangedError when the object is of another version.
+        Raises ObjectChangedError when the object is of another version, RunError when it has more than `max_bytes`.
         """
         bucket, key = split_uri(uri)
         pinned: dict[str, Any] = {"IfMatch": etag} if etag else {}
         with s3_errors(uri):
-            body = self.client.get_object(Bucket=bucket, Key=key, **pinned)["Body"]
+            found = self.client.get_object(Bucket=bucket, Key=key, **pinned)
+        body = found["Body"]
+        try:
+            _check_size(uri, found["ContentLength"], max_bytes)
+        except RunError:
+            body.close()
+            raise
         lines = body.iter_lines(chunk_size=1 << 16)
         while True:
             with s3_errors(uri):

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Protocol
 from pipefleet.errors import ContractError, RunError
 
 INSTALL = "pip install 'pipefleet[parquet]'"
+MAX_PART_BYTES = 2 << 30
+"""Most bytes of a part that is read whole; a worker has the rows of one in memory before it writes it, in a single PUT."""
 FLOAT32 = 3.4028234e38
 """Largest number that a vector may hold."""
 _ERROR = ("code", "message", "stage")

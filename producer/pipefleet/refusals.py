@@ -10,6 +10,7 @@ was refused in one copy of its message and done in another counts once. A sealed
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -22,17 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import __version__, broker, deadletters
 from pipefleet.clock import ServerClock
-from pipefleet.contract import MAX_RUN_ITEMS, MAX_SHARD_ITEMS, Shard, encode_json
+from pipefleet.contract import MAX_RUN_ITEMS, MAX_SHARD_BYTES, MAX_SHARD_ITEMS, Shard, encode_json
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.foreign import read_object, whole
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.moving import read_moved
-from pipefleet.parts import part_format
+from pipefleet.parts import MAX_PART_BYTES, part_format
 from pipefleet.progress import RunProgress
 from pipefleet.records import JobFailure
 from pipefleet.rights import may
-from pipefleet.runfiles import readable
+from pipefleet.runfiles import MOST_BYTES, readable
 from pipefleet.storage import map_refs
 
 if TYPE_CHECKING:
@@ -50,15 +51,17 @@ if ARGV[4] ~= '' and not redis.call('LPOS', KEYS[3], ARGV[4]) and not redis.call
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
 local shards = tonumber(redis.call('HGET', KEYS[5], 'shards') or nil)
 if shards and tonumber(ARGV[1]) >= shards then return 0 end
+local uri = redis.call('HGET', KEYS[5], 'uri')
+if uri and uri ~= ARGV[5] then return 0 end
 redis.call('HDEL', KEYS[1], '')
 local new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1 + new
 """
 """KEYS: refused and parts of the run, dead letters of the queue, those not reported, the run. ARGV: index, refusal, ttl, letter or
-''. Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there or that the run
-does not have. Returns a `Noted`. The first write, here and in
-SEAL, takes no memory: see `records.NEEDS_NO_MEMORY`."""
+'', URI of the run. Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there or
+that the run does not have, nor for a run that lies elsewhere. Returns a `Noted`. The first write, here and in SEAL, takes no
+memory: see `records.NEEDS_NO_MEMORY`."""
 
 
 SEAL = """
@@ -147,7 +150,7 @@ def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: 
     run, ledger = shard.run_id, broker.unacked_keys(queue)
     keys = [_key(run), broker.run_key(run, "parts"), ledger["dead_key"], ledger["unreported_key"], broker.run_key(run)]
     text = encode_json(Refusal.of(shard, failure).to_json())
-    return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter)))
+    return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter, shard.run_uri)))
 
 
 def _key(run_id: str) -> str:
@@ -332,7 +335,7 @@ class Refusals:
 
     def _list_failed(self, plan: RunPlan, index: int) -> None:
         """List the failed items of a shard as its part has them, whatever was listed before."""
-        part = self._store.get(self._layout.part(index))
+        part = self._store.get(self._layout.part(index), max_bytes=MAX_PART_BYTES)
         with readable(self._layout.part(index)):
             rows = part_format(plan.format).failed(part)
         write_failed_rows(self._store, self._layout, index, rows)
@@ -357,7 +360,8 @@ class Refusals:
         """The beginning of the row of each item of a shard, by position; what its list does not tell is told by position alone."""
         listed: dict[int, dict[str, Any]] = {}
         try:
-            for line in self._store.lines(self._layout.shard(refusal.index)):
+            lines = self._store.lines(self._layout.shard(refusal.index), max_bytes=MAX_SHARD_BYTES)
+            for line in itertools.islice(lines, MAX_SHARD_ITEMS):
                 position, row = _listed(line)
                 listed[position] = row
         except ServiceUnavailableError:
@@ -399,7 +403,8 @@ class Refusals:
             found = _INDEX.search(entry.key)
             if found:
                 with suppress(ObjectMissingError):  # taken up since it was listed
-                    yield Refusal.from_json(int(found[1]), self._store.get(self._layout.refused_shard(int(found[1]))))
+                    uri = self._layout.refused_shard(int(found[1]))
+                    yield Refusal.from_json(int(found[1]), self._store.get(uri, max_bytes=MOST_BYTES))
 
     def _put_mark(self, refusal: Refusal) -> None:
         self._store.put(self._layout.refused_shard(refusal.index), encode_json(refusal.to_json()).encode())
@@ -413,4 +418,8 @@ def _listed(line: bytes) -> tuple[int, dict[str, Any]]:
     item = json.loads(line)
     more = {"parameters": item["parameters"]} if item.get("parameters") else {}
     more |= {"error": item["failure"]} if "failure" in item else {}  # it could not be prepared either way
-    return item["position"], {"id": item["id"], "input": map_refs(item["inputs"], lambda one: one.uri), **more}
+    return whole(item["position"], most=MAX_RUN_ITEMS), {
+        "id": item["id"],
+        "input": map_refs(item["inputs"], lambda one: one.uri),
+        **more,
+    }

@@ -22,6 +22,8 @@ from pipefleet.storage import join_uri, split_uri
 
 _PART = re.compile(r"part-\d{5,}\.(?:jsonl|parquet)")
 _POSITION = re.compile(r"\d{8,}")
+_DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
+_ARTIFACT = re.compile(r".*\.(?:png|wav|npy)")
 _OF_THE_STORE = ("uploads", "results")
 """Below the fleet's store: inputs by content hash, and results by job."""
 
@@ -48,14 +50,23 @@ def uri_fault(uri: str) -> str | None:
 def lies_in_run(uri: str) -> bool:
     """Whether a URI, which has no fault, has one of the names that make up a run: its parts, artifacts, `_SUCCESS` and `_run/`.
 
-    Empty segments, capitals, percent signs and dots at the end are seen through: some servers fold them. The results of items that
-    were queued again by themselves have a folder of their own in a run, `requeued/`, and none of these names.
+    The results of items that were queued again by themselves have a folder of their own in a run, `requeued/`, and none of these
+    names. A folder `artifacts/20261231/` is taken for one of a date, where no object lies that has the name of an artifact.
     """
-    _, key = split_uri(uri)
-    names = [unquote(segment).rstrip(". ").casefold() for segment in key.split("/") if segment]
+    names = _names(uri)
     if any(name in ("_run", "_success") or _PART.fullmatch(name) for name in names):
         return True
-    return any(name == "artifacts" and _POSITION.fullmatch(after) for name, after in itertools.pairwise(names))
+    may_be_artifact = bool(names) and _ARTIFACT.fullmatch(names[-1]) is not None
+    return any(
+        name == "artifacts" and _POSITION.fullmatch(after) and (may_be_artifact or not _DATE.fullmatch(after))
+        for name, after in itertools.pairwise(names)
+    )
+
+
+def _names(uri: str) -> list[str]:
+    """The names in a key without the disguises that some servers fold: empty ones, capitals, percent signs, dots at the end."""
+    segments = split_uri(uri)[1].split("/")
+    return [name for segment in segments if (name := unquote(segment).rstrip(". ").casefold())]
 
 
 def output_fault(output: str, job_id: str, store: str) -> str | None:
@@ -89,6 +100,14 @@ def shard_fault(shard: Shard, store: str) -> str | None:
 def _place_fault(uri: str, store: str) -> str | None:
     if lies_in_run(uri):
         return f"{shown(uri)} lies inside the output of a run, which only that run writes; choose another output"
-    if store and any(uri.startswith(join_uri(store, name) + "/") for name in _OF_THE_STORE):
+    if store and _in_store(uri, store):
         return f"{shown(uri)} lies among the uploads and results of the fleet's store; choose another output"
     return None
+
+
+def _in_store(uri: str, store: str) -> bool:
+    """Whether a URI lies where the fleet keeps uploads and results, under any of its disguises."""
+    above, names = _names(store), _names(uri)
+    rest = names[len(above) :]
+    same = split_uri(uri)[0] == split_uri(store)[0] and names[: len(above)] == above
+    return same and bool(rest) and rest[0] in _OF_THE_STORE

@@ -1,7 +1,7 @@
 """A good message of each kind, and ways to spoil one: the parts that `families` puts together.
 
 A message is made as Celery's Redis transport keeps it. Names that only a run of the fuzzer knows stand in it as marks (`ID`, `TAG`,
-`HOST`, `VICTIM`), so that a message can be drawn before there is a worker, and printed afterwards.
+`HOST`, `VICTIM`, `MODEL`), so that a message can be drawn before there is a worker, and printed afterwards.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ ID, TAG = "@fuzz-id@", "@fuzz-tag@"
 QUEUED_AT = 1_767_225_600.0
 HOST, VICTIM = "@fuzz-host-run@", "@fuzz-victim-run@"
 """Stand for the ids of two real runs: the shards of the first are the fuzzer's own, the second has ended and is another's."""
+MODEL = "@fuzz-model@"
+"""Stands for the model of these runs."""
 BASE = "s3://pipefleet/fuzz/"
 HOST_URI, VICTIM_URI, OUTPUTS, SHARD_FILES = f"{BASE}host/", f"{BASE}victim/", f"{BASE}outputs/", f"{BASE}shards/"
 FORBIDDEN = "s3://pipefleet/forbidden/"
@@ -61,7 +63,7 @@ def shard_payload(index: int = 0, **fields: Any) -> dict[str, Any]:
         "index": index, "first": index * HOST_ITEMS, "count": HOST_ITEMS,
     }  # fmt: skip
     shard.update({name.removeprefix("shard__"): value for name, value in fields.items() if name.startswith("shard__")})
-    others = {name: value for name, value in fields.items() if not name.startswith("shard__")}
+    others = {"model": MODEL, **{name: value for name, value in fields.items() if not name.startswith("shard__")}}
     return payload(items=None, id=f"{HOST}-{index:05d}", shard=shard, cost=float(HOST_ITEMS), **others)
 
 

@@ -152,7 +152,7 @@ class World:
         self.redis.delete(
             *(name for queue in broker.queues_of(self.redis, QUEUE) for name in broker.queue_lists(queue))
         )
-        self.names[messages.HOST] = run.id
+        self.names |= {messages.HOST: run.id, messages.MODEL: run.plan.model}
         for place, (kind, content) in enumerate(GARBAGE.items()):
             store.put(f"{SHARD_FILES}{kind}.jsonl", content)
             store.put(RunLayout(HOST_URI).shard(2 * place + 1), content)

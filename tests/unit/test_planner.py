@@ -62,7 +62,7 @@ class MemoryStore:
         self.objects[uri] = body if self.keep else b""
         return True
 
-    def get(self, uri: str) -> bytes:
+    def get(self, uri: str, *, max_bytes: int | None = None) -> bytes:
         if uri not in self.objects:
             raise ObjectMissingError(uri)
         return self.objects[uri]
@@ -74,7 +74,7 @@ class MemoryStore:
         for found in sorted(one for one in self.objects if one.startswith(uri)):
             yield ListedObject(split_uri(found)[1], 0, "")
 
-    def lines(self, uri: str) -> Iterator[bytes]:
+    def lines(self, uri: str, *, max_bytes: int | None = None) -> Iterator[bytes]:
         yield from self.objects[uri].splitlines()
 
 

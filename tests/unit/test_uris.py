@@ -29,10 +29,13 @@ DISGUISED = [
     "s3://bucket/out//_run/plan.json", "s3://bucket/out/_run//plan.json", "s3://bucket/out/%5Frun/plan.json",
     "s3://bucket/out/_RUN/plan.json", "s3://bucket/out/_run./plan.json", "s3://bucket/out/PART-00000.JSONL",
     "s3://bucket/out/part-00000.jsonl.", "s3://bucket/out//artifacts//00000012/x", "s3://bucket/out/_success",
+    "s3://bucket/out/. /_run/plan.json", "s3://bucket/out/artifacts/%20/00000012/x", "s3://bucket/out/artifacts/20261231/mask-0.npy",
+    "s3://bucket/out/artifacts/20261399/x.json",
 ]  # fmt: skip
 ELSEWHERE = [
     "s3://results/one.json", "s3://bucket/out/run/one.json", "s3://bucket/out/parts/part-1.json", "s3://bucket/artifacts/one.json",
     f"{RUN.requeued}run1-00000-audio%2Fa.wav-0.json", f"{RUN.requeued}run1-00000-..%2F..%2Fx-3.json", "s3://bucket/a//b.json",
+    "s3://bucket/artifacts/20261231/one.json", "s3://bucket/artifacts/20261231/", "s3://pipefleet/results/one.json",
 ]  # fmt: skip
 
 
@@ -55,7 +58,10 @@ def test_the_id_of_a_job_leads_into_no_run_either(folder: str, job_id: str) -> N
     assert output_fault(folder, job_id, STORE) is not None
 
 
-@pytest.mark.parametrize("below", ["uploads/ab/abcd.txt", "results/other.json", "results/"])
+@pytest.mark.parametrize(
+    "below",
+    ["uploads/ab/abcd.txt", "results/other.json", "results/", "/uploads/a", "%75ploads/a", "RESULTS/a", "results./a"],
+)
 def test_no_job_writes_over_what_others_uploaded_or_got(below: str) -> None:
     assert "fleet's store" in str(output_fault(STORE + below, "job", STORE))
     assert run_fault(f"{STORE}results/run/", STORE) is not None

@@ -8,8 +8,8 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.announcements import WORKERS_KEY
 from pipefleet.contract import JobMessage, JobState, Shard, encode_json, is_reply
-from pipefleet.deadletters import DeadLetter
-from pipefleet.errors import ServiceFullError, ServiceUnavailableError
+from pipefleet.deadletters import FOREIGN, DeadLetter
+from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.letters import BURY
 from pipefleet.objects import ObjectStore
@@ -221,13 +221,19 @@ class Reporter:
         return Refusals(self._redis, self._settings, objects, layout, run_id)
 
     def run_cancelled(self, shard: Shard) -> bool:
-        """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked."""
+        """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked.
+
+        Raises ContractError where Redis knows that the run with this id lies elsewhere: what is noted by the id is not this one's.
+        """
         key = broker.run_key(shard.run_id)
         pipe = self._redis.pipeline(transaction=False)
         pipe.hexists(key, "cancelled")
         pipe.exists(key)
+        pipe.hget(key, "uri")
         with broker.redis_errors(self._settings.redis_url):
-            cancelled, known = pipe.execute()
+            cancelled, known, uri = pipe.execute()
+        if uri is not None and uri != shard.run_uri.encode():
+            raise ContractError(f"{FOREIGN}the run {shard.run_id} lies elsewhere")
         return bool(cancelled) or (not known and self._store.exists(RunLayout(shard.run_uri).cancelled))
 
     def _finish(self, commands: Any, message: JobMessage, state: JobState, fields: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from pipefleet.contract import JobMessage, JobState
 from pipefleet.errors import ContractError
 from pipefleet.records import JobFailure
+from pipefleet_workers.consume.consumer import _job_of
 from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.ending import Ending
 from tests.unit.conftest import eventually
@@ -64,6 +65,12 @@ def test_a_contract_error_refuses_the_shard() -> None:
         raise ContractError("not this one")
 
     assert Bench(FakeShards(run)).take(shard()).wait() == "refused: not this one"
+
+
+def test_the_headers_of_a_shard_let_none_of_its_items_expire() -> None:
+    delivery = FakeDelivery(shard())
+    delivery.deadline = 1.0
+    assert _job_of(delivery).deadline is None
 
 
 @pytest.mark.parametrize(

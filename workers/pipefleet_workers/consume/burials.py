@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from pipefleet import broker
 from pipefleet.contract import Shard, is_id
-from pipefleet.deadletters import DeadLetter
+from pipefleet.deadletters import FOREIGN, DeadLetter
 from pipefleet.errors import PipefleetError
 from pipefleet.layout import RunLayout
 from pipefleet.letters import read_content
@@ -63,6 +63,8 @@ class Burials:
         content, reason = read_content(letter), letter.reason.encode(errors="replace").decode()
         try:
             if content.shard is not None:
+                if reason.startswith(FOREIGN):
+                    return  # the shard of the run waits elsewhere, or there is none
                 code = letter.code if letter.code == "killed_worker" else "refused"
                 self.shard(content.shard, JobFailure(code, reason, "consume"), letter.entry)
             elif letter.job_id is not None and is_id(letter.job_id):

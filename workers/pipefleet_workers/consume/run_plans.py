@@ -6,11 +6,12 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipefleet.contract import Shard
+from pipefleet.contract import JobMessage, Shard
+from pipefleet.deadletters import FOREIGN
 from pipefleet.errors import ContractError, InputError, ObjectMissingError
 from pipefleet.layout import RunLayout
 from pipefleet.storage import StorageRef
@@ -32,8 +33,12 @@ class _Plan:
     items: int | None
     format: str
     read_at: float
+    job: Mapping[str, str]
+    """What the messages of its shards ask for, each field as JSON."""
+    moved: bool
+    """Whether it was moved to another model since; messages that name any model of it may still be there."""
 
-    def fault(self, shard: Shard) -> str | None:
+    def fault(self, message: JobMessage, shard: Shard) -> str | None:
         if self.id != shard.run_id:
             return f"there is another run at {shown(shard.run_uri)} now"
         if self.format != shard.format:
@@ -42,6 +47,9 @@ class _Plan:
             return f"the run at {shown(shard.run_uri)} has {self.shards} shards, and none with the index {shard.index}"
         if self.items is not None and shard.first + shard.count > self.items:
             return f"the run at {shown(shard.run_uri)} has {self.items} items, and shard {shard.index} lies beyond them"
+        others = [name for name in self.job if _text(getattr(message, name)) != self.job[name]]
+        if others and not (self.moved and set(others) <= {"model", "revision"}):
+            return f"the run at {shown(shard.run_uri)} has another {others[0]}"
         return None
 
 
@@ -53,14 +61,16 @@ class RunPlans:
         self._known: OrderedDict[str, _Plan] = OrderedDict()
         self._lock = threading.Lock()
 
-    def require(self, shard: Shard, store: WorkerStore) -> None:
+    def require(self, message: JobMessage, shard: Shard, store: WorkerStore) -> None:
         """Raise ContractError for a shard that is outside of its run, ServiceUnavailableError when the store is away.
+
+        So does a message that asks for something else than its run does: its items would fail, or have other results.
 
         What is remembered refuses nothing: another run may have begun at the same place since.
         """
         with self._lock:
             known = self._known.get(shard.run_uri)
-        if known is not None and self._holds(known) and known.fault(shard) is None:
+        if known is not None and self._holds(known) and known.fault(message, shard) is None:
             return
         plan = self._read(RunLayout(shard.run_uri), store)
         with self._lock:
@@ -68,9 +78,9 @@ class RunPlans:
             self._known.move_to_end(shard.run_uri)
             while len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)
-        fault = plan.fault(shard)
+        fault = plan.fault(message, shard)
         if fault is not None:
-            raise ContractError(fault)
+            raise ContractError(FOREIGN + fault)
 
     def _holds(self, plan: _Plan) -> bool:
         return plan.shards is not None or self._clock() - plan.read_at < PLANNING_SECONDS
@@ -79,7 +89,8 @@ class RunPlans:
         begin = self._clock()
         for uri in (layout.run, layout.plan):
             try:
-                return _parsed(store.get(StorageRef(uri), max_bytes=MAX_PLAN_BYTES), uri, begin)
+                body = store.get(StorageRef(uri), max_bytes=MAX_PLAN_BYTES)
+                return _parsed(body, uri, begin, moved=store.exists(layout.moved))
             except ObjectMissingError:
                 continue
             except (ObjectTooLargeError, InputError) as error:
@@ -87,14 +98,24 @@ class RunPlans:
         raise ContractError(f"there is no run at {shown(layout.uri)}; was its output removed?")
 
 
-def _parsed(text: bytes, uri: str, read_at: float) -> _Plan:
+def _parsed(text: bytes, uri: str, read_at: float, *, moved: bool) -> _Plan:
     try:
         body: Any = json.loads(text)
         shards, items = body.get("shards"), body.get("items")
         if all(isinstance(body[name], str) for name in ("id", "format")) and all(
             one is None or type(one) is int for one in (shards, items)
         ):
-            return _Plan(body["id"], shards, items, body["format"], read_at)
+            job = {name: body[name] for name in ("task", "model", "revision", "parameters")}
+            wanted = {name: _text(value) for name, value in {**job, "output": None, "deadline": None}.items()}
+            return _Plan(body["id"], shards, items, body["format"], read_at, wanted, moved)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ContractError(f"{shown(uri)} is not the plan of a run")
+
+
+def _text(value: Any) -> str:
+    """A value of JSON as a text that tells `1` from `true`, which a worker may refuse."""
+    try:
+        return json.dumps(value, sort_keys=True)
+    except RecursionError:
+        return "nested too deep"

@@ -13,7 +13,7 @@ from pipefleet.contract import MAX_SHARD_BYTES, MAX_SHARD_ITEMS, JobItem, JobMes
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
 from pipefleet.finishing import write_failed_rows
 from pipefleet.layout import RunLayout
-from pipefleet.parts import part_format
+from pipefleet.parts import MAX_PART_BYTES, part_format
 from pipefleet.planner import read_plan
 from pipefleet.records import JobFailure
 from pipefleet.shards import decode_shard_line
@@ -83,13 +83,13 @@ class Shards:
         """
         outlets = self._outlets
         UriGate(outlets.allowed, outlets.reporter.store_uri).require_shard(shard)
-        self._plans.require(shard, outlets.store)
+        self._plans.require(message, shard, outlets.store)
         if self._outlets.reporter.run_cancelled(shard):
             return None
         layout = RunLayout(shard.run_uri, shard.format)
         self._require_format(message.id, shard)
         if self._outlets.store.exists(layout.part(shard.index)):
-            self._end(shard, self._outlets.store.get(StorageRef(layout.part(shard.index))))
+            self._end(shard, self._part(shard))
             return None
         return self.read(shard)
 
@@ -136,12 +136,20 @@ class Shards:
         ending = shard_ending(outcomes)
         written = self._outlets.parts.write(shard, outcomes)
         if written is None:  # another worker's part was there first: what it says holds
-            written = self._outlets.store.get(StorageRef(RunLayout(shard.run_uri, shard.format).part(shard.index)))
+            written = self._part(shard)
             ending = before(JobState.SUCCEEDED)
         else:
             self._tally.items(outcomes)
         self._end(shard, written)
         return ending
+
+    def _part(self, shard: Shard) -> bytes:
+        """The part that another worker wrote, if it was a worker. Raises ContractError for one of more than MAX_PART_BYTES."""
+        uri = RunLayout(shard.run_uri, shard.format).part(shard.index)
+        try:
+            return self._outlets.store.get(StorageRef(uri), max_bytes=MAX_PART_BYTES)
+        except ObjectTooLargeError as error:
+            raise ContractError(f"the part of the shard cannot be read: {error}") from None
 
     def _end(self, shard: Shard, part: bytes) -> None:
         """The part is there, ours or another's: list its failures, note it, and end the run if it was the last."""
