@@ -217,11 +217,12 @@ class ObjectStore:
         with s3_errors(uri):
             self.client.upload_fileobj(file, bucket, key, ExtraArgs={"ContentType": content_type})
 
-    def get(self, uri: str) -> bytes:
-        """The whole object."""
+    def get(self, uri: str, *, most: int | None = None) -> bytes:
+        """The whole object; of one that has more than `most` bytes, no more than the first `most + 1`."""
         bucket, key = split_uri(uri)
         with s3_errors(uri):
-            return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
+            return body.read() if most is None else _beginning(body, most + 1)
 
     def start(self, uri: str, size: int) -> bytes:
         """The first `size` bytes of an object that is not empty, or all where it has fewer."""
@@ -320,3 +321,11 @@ class ObjectStore:
         bucket, key = split_uri(uri)
         with s3_errors(uri):
             self.client.delete_object(Bucket=bucket, Key=key)
+
+
+def _beginning(body: Any, size: int) -> bytes:
+    """At most `size` bytes of an answer; the connection of a longer one is closed, so that its rest does not travel."""
+    content: bytes = body.read(size)
+    if len(content) == size:
+        body.close()
+    return content

@@ -34,7 +34,7 @@ def readable(where: str) -> Iterator[None]:
 
 def read_file(store: ObjectStore, uri: str) -> Mapping[str, Any]:
     """The JSON object in a file of a run. Raises ObjectMissingError, or RunError that names the file."""
-    body = store.get(uri)
+    body = store.get(uri, most=MOST_BYTES)
     with readable(uri):
         return mapping(read_json(body, most=MOST_BYTES))
 

@@ -74,7 +74,7 @@ def warnings_on_stderr() -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, of characters that no terminal obeys."""
-    print(printable_json(value, indent=2))
+    print(printable_json(value, indent=2, encoding=sys.stdout.encoding))
 
 
 def print_error(text: object) -> None:
