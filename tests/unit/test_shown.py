@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO, StringIO, TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -439,3 +441,39 @@ def test_of_a_huge_file_of_a_run_no_more_is_read_than_can_be_used(store: ObjectS
     store.put(f"{prefix}huge", b"x" * 100_000)
     assert len(store.get(f"{prefix}huge", most=1000)) == 1001
     assert len(store.get(f"{prefix}huge", most=100_000)) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "revised"),
+    [
+        *itertools.product(
+            ("queues", "queues --json", "top --once", "top --json"),
+            (QUEUE, KEYS["unacked_key"], KEYS["dead_key"]),
+            (0, 1),
+        ),
+        ("top --once", work_key("texts"), False),
+        ("doctor --json", QUEUE, False),
+    ],
+)
+def test_a_pool_that_cannot_be_read_does_not_hide_the_others(
+    command: str, key: str, revised: bool, client: Client, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    """Also where messages of another revision lie with those of the pool, and a script looks at them."""
+    fleet = tmp_path / "fleet.toml"
+    tables = (f'[pools.{name}]\ntask = "{task}"\nmodel = "/m"\n' for name, task in OTHERS.items())
+    fleet.write_text("\n".join(tables))
+    monkeypatch.setenv("PIPEFLEET_FLEET", str(fleet))
+    monkeypatch.setattr("pipefleet_workers.doctor.RACERS", 1)
+    monkeypatch.setattr("pipefleet_workers.doctor._installed", lambda module: False)
+    if revised:
+        redis.hset(broker.REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": "/old", "revision": None, "at": 1.0}))
+        redis.lpush(OLD_QUEUE, "{}")
+    redis.zadd(key, {"x": 1})
+    code, out, err = run_command(*command.split())
+    assert code == (1 if command.startswith("doctor") else 3)
+    assert f"{key} holds another type" in out + err or f"{key} or " in out + err
+    assert "tokens" in out
+
+
+OTHERS = {"texts": "text-classification", "tokens": "token-classification"}
