@@ -449,7 +449,7 @@ def test_of_a_huge_file_of_a_run_no_more_is_read_than_can_be_used(store: ObjectS
         *itertools.product(
             ("queues", "queues --json", "top --once", "top --json"),
             (QUEUE, KEYS["unacked_key"], KEYS["dead_key"]),
-            (0, 1),
+            (False, True),
         ),
         ("top --once", work_key("texts"), False),
         ("doctor --json", QUEUE, False),

@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with the commands of every installed package."""
-    parser = _Parser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="pipefleet",
         description="Hugging Face pipelines over buckets of media and text, on a fleet of workers.",
         epilog="Start a fleet on this machine with `pipefleet up`.",
