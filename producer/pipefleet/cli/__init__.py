@@ -1,6 +1,6 @@
 """The `pipefleet` command. Other packages add subcommands through the entry-point group `pipefleet.commands`.
 
-Exit codes: 0 done; 1 items failed; 2 usage or bad input; 3 a service is unreachable, or a pool; 4 not ended in time; 130 interrupted.
+Exit codes: 0 done; 1 items failed; 2 usage or bad input; 3 a service or a pool is away; 4 not ended in time; 130 interrupted.
 """
 
 from __future__ import annotations
