@@ -54,6 +54,11 @@ def is_id(value: object) -> bool:
     return isinstance(value, str) and ID_FORM.fullmatch(value) is not None
 
 
+def is_name(value: object) -> bool:
+    """Whether a value is a model or a revision that a message may name."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and not _NOT_IN_ID.search(value)
+
+
 def is_reply(value: object) -> bool:
     """Whether a value is a channel that the end of a job may be published on."""
     return isinstance(value, str) and REPLY_FORM.fullmatch(value) is not None

@@ -34,13 +34,21 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+from pipefleet.printable import printable_lines
+
 
 class PipefleetError(Exception):
-    """Base of all errors of this package. The message is one sentence that names cause and next step."""
+    """Base of all errors of this package. The message is one sentence that names cause and next step.
+
+    As a text it is fit to be shown, in a traceback too: what a terminal would obey is escaped, further lines are indented.
+    """
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 2
     retryable: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())
 
 
 class UsageError(PipefleetError):

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pipefleet.contract import MAX_NAME, is_name
 from pipefleet.errors import FleetFileError, UnknownModelError, UsageError, nearest
 from pipefleet.foreign import MOST_NUMBER
 from pipefleet.tasks import implied_parameters, task_spec
@@ -20,6 +21,9 @@ from pipefleet.tasks import implied_parameters, task_spec
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?")
 _MEMORY = re.compile(r"\d+(\.\d+)?[KMG]i?B")
+_NAME_RULE = (
+    f"a text of 1 to {MAX_NAME} characters without control characters and line breaks, since every job names it"
+)
 _OF_A_REVISION = {"model", "revision", "tokenizer", "processor", "parameters", "dtype"}
 _MOST_PREVIOUS = 3
 UNNAMED = _MOST_PREVIOUS + 1
@@ -162,6 +166,8 @@ def with_revision(pool: Pool, model: str, revision: str | None, *, allow_unpinne
     Raises FleetFileError for a hub model without a revision.
     """
     model = _resolve(model, Path.cwd())
+    for option, name in (("--model", model), ("--revision", revision)):
+        _require(name is None or is_name(name), option, "", _NAME_RULE)
     for one in (pool, *pool.previous):
         if one.serves(one.task, model, revision):
             return one
@@ -251,6 +257,7 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
     for key in ("model", "tokenizer", "processor", "offload_folder"):
         if key in values:
             values[key] = _resolve(values[key], base)
+    _require(is_name(values["model"]), where, "model", _NAME_RULE)
     for key in ("max_memory", "offload_folder"):
         _require(key not in values or "device_map" in values, where, key, 'left out, or beside device_map = "auto"')
     previous = values.pop("previous", ())
@@ -271,6 +278,7 @@ def _previous(where: str, pool: Pool, tables: Any, base: Path) -> tuple[Pool, ..
         for key in ("model", "tokenizer", "processor"):
             if values.get(key):
                 values[key] = _resolve(values[key], base)
+        _require(is_name(values["model"]), where, "model", _NAME_RULE)
         parameters = {**implied_parameters(pool.task), **values.pop("parameters", pool.parameters)}
         workers = WorkerRange(0, pool.workers.max)
         one = replace(pool, **values, parameters=parameters, workers=workers, generation=generation)
@@ -315,6 +323,8 @@ def _value(where: str, key: str, value: Any) -> Any:
             _require(value in _DTYPES, where, key, f"one of {', '.join(_DTYPES)}")
         case "device_map":
             _require(value == "auto", where, key, "auto (or absent)")
+        case "revision":
+            _require(is_name(value), where, key, _NAME_RULE)
         case _:
             _require(isinstance(value, str) and bool(value), where, key, "a text")
     return value

@@ -30,24 +30,30 @@ def printable_lines(text: str, most: int = MOST_MESSAGE, *, indent: str = INDENT
     return "\n".join(printable(one, most) for one in (first, *kept))
 
 
-def printable_json(value: Any, *, indent: int | None = None) -> str:
-    """`value` as JSON that says exactly the same and holds no character that a terminal obeys.
+def printable_json(value: Any, *, indent: int | None = None, encoding: str | None = None) -> str:
+    """`value` as JSON that says exactly the same and holds no character that a terminal obeys, or that `encoding` lacks.
 
     JSON has no word for NaN and infinity: they become null.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
-    return _DOUBTFUL.sub(_escaped_in_json, text)
+        value = _finite(value)
+        text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    text = _DOUBTFUL.sub(_escaped_in_json, text)
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
+    return text
 
 
 _DOUBTFUL = re.compile(r"[^ -~\n]")
 
 
 def _escaped_in_json(found: re.Match[str]) -> str:
-    one = found[0]
-    return one if one.isprintable() else "\\u007f" if one == "\x7f" else json.dumps(one)[1:-1]
+    one, before = found[0], found.string[found.start() - 1]
+    return one if _is_shown(one, before) else "\\u007f" if one == "\x7f" else json.dumps(one)[1:-1]
 
 
 def _finite(value: Any) -> Any:
@@ -61,7 +67,19 @@ def _finite(value: Any) -> Any:
 def _escaped(text: str) -> str:
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        one if _is_shown(one, before) else one.encode("unicode_escape").decode()
+        for before, one in zip(f" {text}", text, strict=False)
+    )
+
+
+_SPACES = frozenset("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000")
+_JOINERS = frozenset("\u200c\u200d")
+
+
+def _is_shown(one: str, before: str) -> bool:
+    """Whether a character is shown as it is: joiners where Persian, Indic scripts and emoji have them, and not inside of ASCII."""
+    return one.isprintable() or one in _SPACES or (one in _JOINERS and not before.isascii())
 
 
 class LineFormatter(logging.Formatter):

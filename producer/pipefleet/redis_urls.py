@@ -32,7 +32,17 @@ def redis_url(value: str) -> str:
     if not separator or scheme not in _SAME:
         known = nearest(scheme, _SAME) if separator else ""
         raise ValueError(f"must start with redis://, rediss:// or unix://{known}")
+    if scheme != "unix" and not _is_host(f"{scheme}://{rest}"):
+        raise ValueError("names no host that there can be; check its dots and its letters")
     return f"{_SAME[scheme]}://{rest}"
+
+
+def _is_host(url: str) -> bool:
+    """Whether the host of a URL can be looked up: Python raises UnicodeError for others, which is no error of a network."""
+    try:
+        return bool((urlsplit(url).hostname or "localhost").encode("idna"))
+    except ValueError:
+        return False
 
 
 def celery_url(url: str) -> str:

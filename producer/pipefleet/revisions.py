@@ -16,6 +16,7 @@ from pipefleet.fleet import Fleet, Pool, model_label
 from pipefleet.foreign import number, read_object
 from pipefleet.printable import printable
 from pipefleet.routing import PREFIX, queue_name, work_queue
+from pipefleet.wrongtype import passed_over
 
 _HELD = r"""
 if redis.acl_check_cmd and not redis.acl_check_cmd('HGETALL', ARGV[1]) then
@@ -84,14 +85,18 @@ def held_by_queue(redis: Any, queue: str) -> dict[str, Held]:
     return {name.decode(errors="replace"): Held(int(leased), int(delayed)) for name, leased, delayed in triples}
 
 
-def parts_of(redis: Any, fleet: Fleet, *, unnamed: bool = False) -> list[Part]:
-    """Every revision of every pool of a fleet; with `unnamed`, those too that messages wait for and nobody names."""
+def parts_of(redis: Any, fleet: Fleet, *, unnamed: bool = False, troubles: dict[str, str] | None = None) -> list[Part]:
+    """Every revision of every pool of a fleet; with `unnamed`, those too that messages wait for and nobody names.
+
+    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    """
     known = broker.known_revisions(redis)
     found: list[Part] = []
     for pool in fleet.pools.values():
         base = queue_name(pool, fleet)
         others = {name: one for name, one in known.items() if broker.base_queue(name) == base}
-        found += _parts(redis, pool, fleet, others)
+        with passed_over(troubles, pool.key):
+            found += _parts(redis, pool, fleet, others)
     return found if unnamed else [one for one in found if one.named]
 
 
@@ -171,16 +176,20 @@ def model_options(pool: Pool) -> str:
     return f"--model {pool.model}" + (f" --revision {pool.revision}" if pool.revision else "")
 
 
-def read_backlogs(redis: Any, fleet: Fleet) -> list[Backlog]:
-    """What waits for every revision: those of the fleet, and others that something waits for or somebody serves."""
+def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Backlog]:
+    """What waits for every revision: those of the fleet, and others that something waits for or somebody serves.
+
+    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    """
     workers = announced_workers(redis)
     found = []
-    for part in every_part(redis, fleet):
-        pipe = redis.pipeline(transaction=False)
-        for name in (name for queue in part.queues for name in broker.waiting_lists(queue)):
-            pipe.llen(name)
-        waiting = broker.by_priority(pipe.execute())
-        held = part.held or _all_held(redis, part.queue)
+    for part in every_part(redis, fleet, troubles=troubles):
+        waiting: Mapping[str, int] | None = None
+        with passed_over(troubles, part.key):
+            held = part.held or _all_held(redis, part.queue)
+            waiting = _waiting_of(redis, part)
+        if waiting is None:
+            continue
         names = workers_of(workers, part.pool, part.queue)
         serving = len(names)
         barred = tuple(str(workers[name]["barred"]) for name in names if workers[name].get("barred"))
@@ -189,9 +198,19 @@ def read_backlogs(redis: Any, fleet: Fleet) -> list[Backlog]:
     return found
 
 
-def every_part(redis: Any, fleet: Fleet) -> list[Part]:
-    """Every revision of the fleet, and every other that Redis knows of, whether or not something waits for it."""
-    return [*parts_of(redis, fleet, unnamed=True), *_forgotten(redis, fleet)]
+def _waiting_of(redis: Any, part: Part) -> Mapping[str, int]:
+    pipe = redis.pipeline(transaction=False)
+    for name in (name for queue in part.queues for name in broker.waiting_lists(queue)):
+        pipe.llen(name)
+    return broker.by_priority(pipe.execute())
+
+
+def every_part(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Part]:
+    """Every revision of the fleet, and every other that Redis knows of, whether or not something waits for it.
+
+    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    """
+    return [*parts_of(redis, fleet, unnamed=True, troubles=troubles), *_forgotten(redis, fleet, troubles)]
 
 
 def _all_held(redis: Any, queue: str) -> Held:
@@ -216,7 +235,7 @@ def waiting(redis: Any, queue: str) -> int:
     return int(sum(pipe.execute())) + own.leased + own.delayed
 
 
-def _forgotten(redis: Any, fleet: Fleet) -> list[Part]:
+def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> list[Part]:
     """What waits in queues of pools that no fleet file and no live worker tells of."""
     known = {queue_name(pool, fleet) for pool in fleet.pools.values()}
     found = []
@@ -225,7 +244,8 @@ def _forgotten(redis: Any, fleet: Fleet) -> list[Part]:
         if base not in known:
             task, _, pool = base.removeprefix(PREFIX).partition(".")
             of = Pool(pool or task, task, model, revision, generation=1, queue=base, revision_queue=name)
-            found.append(Part(of, name, (name,), held_by_queue(redis, name).get(name, Held()), named=False))
+            with passed_over(troubles, of.name):
+                found.append(Part(of, name, (name,), held_by_queue(redis, name).get(name, Held()), named=False))
     return found
 
 

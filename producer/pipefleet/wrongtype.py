@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipefleet.printable import printable
@@ -23,6 +25,20 @@ def wrong_type(error: Exception) -> str | None:
     )
 
 
+@contextmanager
+def passed_over(troubles: dict[str, str] | None, pool: str) -> Iterator[None]:
+    """Note in `troubles` why `pool` cannot be read, where a key of it holds another type; without `troubles` that is raised."""
+    from redis.exceptions import ResponseError
+
+    try:
+        yield
+    except ResponseError as error:
+        trouble = wrong_type(error)
+        if troubles is None or not trouble:
+            raise
+        troubles[pool] = f"the pool {pool} cannot be read: {trouble}"
+
+
 def _keys(error: Exception) -> list[str]:
     """The keys of the command that failed. redis-py names a command only where it was one of a pipeline."""
     if found := _PIPELINED.match(str(error)):
@@ -36,5 +52,7 @@ def _keys(error: Exception) -> list[str]:
 def _named(command: tuple[Any, ...]) -> list[str]:
     words = [one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in command]
     if words and words[0].upper() in ("EVAL", "EVALSHA") and len(words) > 3:
-        return words[3 : 3 + min(int(words[2]), _MOST_KEYS)]
+        return words[
+            3 : 3 + min(int(words[2]) or _MOST_KEYS, _MOST_KEYS)
+        ]  # without KEYS, a script that reads has them in ARGV
     return words[1:2]

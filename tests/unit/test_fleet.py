@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import FleetFileError, UnknownModelError
-from pipefleet.fleet import Fleet, Pool, WorkerRange, load_fleet, model_label, pinned
+from pipefleet.fleet import Fleet, Pool, WorkerRange, load_fleet, model_label, parse_fleet, pinned, with_revision
 
 POOL = '[pools.speech]\ntask = "automatic-speech-recognition"\nmodel = "/models/whisper"\n'
 OTHER = POOL.replace("speech]", "ctc]").replace("whisper", "ctc")
@@ -230,3 +230,16 @@ def test_a_pool_announces_what_is_needed_to_route_to_it() -> None:
     assert Pool(name="speech", **pool.to_json()) == pool
     assert model_label("org/name", "1") == "org/name@1"
     assert model_label("/models/x", None) == "/models/x"
+
+
+@pytest.mark.parametrize("wrong", ["a\nb", "/models/\x1b[2J", "/models/\u2028", "m" * 1025])
+@pytest.mark.parametrize("key", ["model", "revision"])
+def test_a_model_that_no_job_can_name_is_refused(key: str, wrong: str) -> None:
+    table = {"task": "text-classification", "model": "/m", "revision": "r", key: wrong}
+    with pytest.raises(FleetFileError, match=f"pools.a.{key} must be a text of 1 to 1024 characters without control"):
+        parse_fleet({"pools": {"a": table}}, base=Path("/"))
+    previous = {**table, "previous": {"model": "/o", key: wrong}, key: "/right"}
+    with pytest.raises(FleetFileError, match=f"pools.a.previous.{key} must be"):
+        parse_fleet({"pools": {"a": previous}}, base=Path("/"))
+    with pytest.raises(FleetFileError, match=f"--{key} must be"):
+        with_revision(Pool("a", "text-classification", "/m"), **{"model": "/m", "revision": "r", key: wrong})

@@ -45,6 +45,8 @@ def test_every_name_of_one_server_is_understood(given: str, taken: str) -> None:
         ("redi://host", "did you mean 'redis'"),
         ("host:6379", "must start with redis://"),
         ("amqp://host", "must start with redis://"),
+        ("redis://host..example/0", "names no host"),
+        ("redis://\udcff\x1b/0", "names no host"),
     ],
 )
 def test_a_url_that_cannot_work_is_refused_in_one_sentence(

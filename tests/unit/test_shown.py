@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +18,16 @@ from redis import Redis
 from pipefleet import broker, cli
 from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
 from pipefleet.client import Client
-from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.contract import JobState
+from pipefleet.errors import ContractError, JobFailedError, PipefleetError
 from pipefleet.foreign import read_json
+from pipefleet.jobs import raise_for
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.moving import Moved
 from pipefleet.objects import ObjectStore
-from pipefleet.printable import printable_json
+from pipefleet.printable import printable, printable_json
 from pipefleet.progress import RunProgress, show_progress
-from pipefleet.records import read_record
+from pipefleet.records import JobFailure, JobRecord, read_record
 from pipefleet.refusals import Refusal
 from pipefleet.storage import StorageRef
 from pipefleet_workers.parked import PARKED_KEY
@@ -377,3 +382,99 @@ def test_a_bar_takes_no_text_for_markup(monkeypatch: pytest.MonkeyPatch) -> None
     assert "[bold red]x[/]" in stream.getvalue()
     assert "\x1b]0;owned" not in stream.getvalue()
     assert "\u202e" not in stream.getvalue()
+
+
+ORDINARY = (
+    "grün 日本 👩\u200d💻",
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "東京\u3000大阪",
+    "Bonjour\u00a0!",
+    "10\u202f000",
+)
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_names_in_any_script_are_shown_as_they_are(text: str) -> None:
+    assert printable(text) == text
+    assert printable_json(text) == f'"{text}"'
+
+
+def test_joiners_do_not_hide_in_ascii() -> None:
+    assert printable("a\u200db") == "a\\u200db"
+    assert printable_json("a\u200db") == '"a\\u200db"'
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_terminal_without_unicode_is_shown_escapes(
+    encoding: str, options: tuple[str, ...], client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redis.hset(broker.REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": ORDINARY[0], "revision": None, "at": 1.0}))
+    redis.lpush(OLD_QUEUE, "{}")
+    raw = BytesIO()
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(raw, encoding=encoding, write_through=True))
+    assert cli.main(("queues", *options)) == 0
+    shown = raw.getvalue().decode(encoding)
+    if options:
+        assert ORDINARY[0] in {row["model"] for row in json.loads(shown)}
+    else:
+        assert "gr" in shown
+
+
+@pytest.mark.parametrize("arguments", [("queues", f"--{NASTY}"), (NASTY,), ("queues", NASTY)])
+def test_wrong_arguments_are_repeated_and_not_obeyed(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    shown_is_harmless(capsys.readouterr().err)
+
+
+def test_the_error_of_a_job_is_not_obeyed_in_a_traceback() -> None:
+    failure = JobFailure("code", NASTY, "decode")
+    with pytest.raises(JobFailedError) as caught:
+        raise_for("j", JobRecord(JobState.FAILED, failure=failure))
+    shown_is_harmless("".join(traceback.format_exception_only(caught.value)))
+
+
+def test_of_a_huge_file_of_a_run_no_more_is_read_than_can_be_used(store: ObjectStore, prefix: str) -> None:
+    store.put(f"{prefix}huge", b"x" * 100_000)
+    with pytest.raises(RunError, match="100000"):
+        store.get(f"{prefix}huge", max_bytes=1000)
+    assert len(store.get(f"{prefix}huge", max_bytes=100_000)) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "revised"),
+    [
+        *itertools.product(
+            ("queues", "queues --json", "top --once", "top --json"),
+            (QUEUE, KEYS["unacked_key"], KEYS["dead_key"]),
+            (False, True),
+        ),
+        ("top --once", work_key("texts"), False),
+        ("doctor --json", QUEUE, False),
+    ],
+)
+def test_a_pool_that_cannot_be_read_does_not_hide_the_others(
+    command: str, key: str, revised: bool, client: Client, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    """Also where messages of another revision lie with those of the pool, and a script looks at them."""
+    fleet = tmp_path / "fleet.toml"
+    tables = (f'[pools.{name}]\ntask = "{task}"\nmodel = "/m"\n' for name, task in OTHERS.items())
+    fleet.write_text("\n".join(tables))
+    monkeypatch.setenv("PIPEFLEET_FLEET", str(fleet))
+    monkeypatch.setattr("pipefleet_workers.doctor.RACERS", 1)
+    monkeypatch.setattr("pipefleet_workers.doctor._installed", lambda module: False)
+    if revised:
+        redis.hset(broker.REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": "/old", "revision": None, "at": 1.0}))
+        redis.lpush(OLD_QUEUE, "{}")
+    redis.zadd(key, {"x": 1})
+    code, out, err = run_command(*command.split())
+    assert code == (1 if command.startswith("doctor") else 3)
+    assert f"{key} holds another type" in out + err or f"{key} or " in out + err
+    assert "tokens" in out
+
+
+OTHERS = {"texts": "text-classification", "tokens": "token-classification"}

@@ -81,14 +81,16 @@ def pool_checks(settings: Settings) -> list[Check]:
 
     try:
         with Client(settings) as client:
-            return [_pool(row, pool) for row, pool in _pools(client)] + _unnamed(client)
+            troubles: dict[str, str] = {}
+            found = [_pool(row, pool) for row, pool in _pools(client, troubles)] + _unnamed(client, troubles)
+            return [*found, *(Check(f"pool {name}", False, trouble) for name, trouble in troubles.items())]
     except PipefleetError:
         return []  # what is wrong is told by the checks of Redis and of the fleet file
     except Exception as error:  # noqa: BLE001 - as in `_checked`
         return [Check("pools", False, f"{type(error).__name__}: {error}")]
 
 
-def _pools(client: Client) -> list[tuple[PoolRow, Pool]]:
+def _pools(client: Client, troubles: dict[str, str]) -> list[tuple[PoolRow, Pool]]:
     from pipefleet.fleet import Fleet, Pool
     from pipefleet_workers.watch.read import read_fleet
 
@@ -97,8 +99,10 @@ def _pools(client: Client) -> list[tuple[PoolRow, Pool]]:
         announced = announced_fleet(client.redis)
     others = Fleet({name: pool for name, pool in announced.pools.items() if name not in fleet.pools})
     named = fleet.revisions
-    rows = [(row, row.pool in named) for row in read_fleet(client, fleet, unnamed=False).pools]
-    rows += [(row, False) for row in read_fleet(client, others, unnamed=False).pools]
+    looks = read_fleet(client, fleet, unnamed=False), read_fleet(client, others, unnamed=False)
+    rows = [(row, look is looks[0] and row.pool in named) for look in looks for row in look.pools]
+    for look in looks:
+        troubles.update(look.troubles)
     return [
         (row, named.get(row.pool) or Pool(row.pool, row.task, row.model))
         for row, is_named in rows
@@ -106,12 +110,12 @@ def _pools(client: Client) -> list[tuple[PoolRow, Pool]]:
     ]
 
 
-def _unnamed(client: Client) -> list[Check]:
+def _unnamed(client: Client, troubles: dict[str, str]) -> list[Check]:
     """A check for each revision of the fleet's pools that messages wait for, and that nobody names nor serves."""
     from pipefleet.revisions import read_backlogs
 
     with broker.redis_errors(client.settings.redis_url):
-        backlogs = read_backlogs(client.redis, client.fleet)
+        backlogs = read_backlogs(client.redis, client.fleet, troubles=troubles)
     return [
         Check(f"pool {one.part.key}", False, f"{_waits(sum(one.waiting.values()) + one.held.delayed)}: {one.note}")
         for one in backlogs

@@ -1,22 +1,24 @@
 """The `pipefleet` command. Other packages add subcommands through the entry-point group `pipefleet.commands`.
 
-Exit codes: 0 done; 1 items failed; 2 usage or bad input; 3 a service is unreachable; 4 not ended in time; 130 interrupted.
+Exit codes: 0 done; 1 items failed; 2 usage or bad input; 3 a service or a pool is away; 4 not ended in time; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from typing import NoReturn
 
 from pipefleet._version import __version__
 from pipefleet.cli import fleet, jobs, runs
 from pipefleet.cli.common import Commands, print_error
 from pipefleet.errors import PipefleetError
-from pipefleet.printable import LineFormatter
+from pipefleet.printable import MOST_MESSAGE, LineFormatter, printable
 
 GROUP = "pipefleet.commands"
 INTERRUPTED = 130
@@ -24,6 +26,7 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error of this package is one line on stderr."""
+    _show_every_character()
     parser = build_parser()
     chosen = parser.parse_args(arguments)
     if logging.lastResort is not None:  # what shows warnings until a command sets up logs of its own
@@ -41,9 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _show_every_character() -> None:
+    """Escape what the encoding of the terminal lacks, as Python does on stderr: a name in it must not end a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Repeats arguments, which may be names of files that others chose, so that no terminal obeys them."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message, MOST_MESSAGE))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with the commands of every installed package."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="pipefleet",
         description="Hugging Face pipelines over buckets of media and text, on a fleet of workers.",
         epilog="Start a fleet on this machine with `pipefleet up`.",

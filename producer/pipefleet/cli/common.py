@@ -6,11 +6,11 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.errors import ParameterError
+from pipefleet.errors import ParameterError, ServiceUnavailableError
 from pipefleet.printable import MOST_MESSAGE, LineFormatter, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def warnings_on_stderr() -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, of characters that no terminal obeys."""
-    print(printable_json(value, indent=2))
+    print(printable_json(value, indent=2, encoding=sys.stdout.encoding))
 
 
 def print_error(text: object) -> None:
@@ -85,3 +85,11 @@ def print_error(text: object) -> None:
 def print_line(text: str) -> None:
     """One line of what a command answers on stdout, fit to be shown."""
     print(printable(text, MOST_MESSAGE))
+
+
+def print_troubles(troubles: Iterable[str]) -> int:
+    """Say on stderr which parts of an answer could not be read, and why. The exit code: 3 where there are any, else 0."""
+    found = list(troubles)
+    for trouble in found:
+        print_error(f"pipefleet: {trouble}")
+    return ServiceUnavailableError.exit_code if found else 0

@@ -7,10 +7,11 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.cli.common import Commands, command, print_error, print_json, print_line
+from pipefleet.cli.common import Commands, command, print_error, print_json, print_line, print_troubles
 from pipefleet.errors import UsageError
 from pipefleet.printable import printable
 from pipefleet.rights import require
+from pipefleet.wrongtype import passed_over
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -86,39 +87,44 @@ def _input(spec: TaskSpec) -> str:
 
 
 def queues(arguments: argparse.Namespace) -> int:
-    """Print what waits for every pool and revision, by priority, with workers, kept aside, and given up; and who serves it."""
+    """Print what waits for every pool and revision, by priority, with workers, kept aside, and given up; and who serves it.
+
+    3 where a pool cannot be read; the others are printed.
+    """
     from pipefleet import broker
     from pipefleet.client import Client
 
     with Client() as client, broker.redis_errors(client.settings.redis_url):
-        rows = _backlog_rows(client)
+        rows, troubles = _backlog_rows(client)
     if arguments.json:
         print_json(rows)
-        return 0
+        return print_troubles(troubles)
     names = ("pool", "queue", "high", "normal", "low", "unacked", "delayed", "dead", "workers", "model")
     _table(names, [tuple(str(row[name]) for name in names) for row in rows])
     for row in rows:
         if row["note"]:
             print_line(f"{row['pool']}: {row['note']}")
-    return 0
+    return print_troubles(troubles)
 
 
-def _backlog_rows(client: Client) -> list[dict[str, Any]]:
+def _backlog_rows(client: Client) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, and why pools that cannot be read have none."""
     from pipefleet import deadletters
     from pipefleet.fleet import model_label
     from pipefleet.revisions import read_backlogs
     from pipefleet.routing import queue_name
 
-    rows = []
-    for one in read_backlogs(client.redis, client.fleet):
+    rows, troubles = [], dict[str, str]()
+    for one in read_backlogs(client.redis, client.fleet, troubles=troubles):
         part, pool = one.part, one.part.pool
         own = pool.generation > 0
         row: dict[str, Any] = {"pool": part.key, "queue": part.queue if own else queue_name(pool, client.fleet)}
         row |= {"model": model_label(pool.model, pool.revision), **one.waiting}
         row |= {"unacked": one.held.leased, "delayed": one.held.delayed}
-        row |= {"dead": 0 if own else deadletters.count_dead_letters(client.redis, part.queue)}
-        rows.append({**row, "workers": one.workers, "note": one.note})
-    return rows
+        with passed_over(troubles, part.key):
+            row |= {"dead": 0 if own else deadletters.count_dead_letters(client.redis, part.queue)}
+            rows.append({**row, "workers": one.workers, "note": one.note})
+    return rows, list(troubles.values())
 
 
 def dead_letters(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def submit(arguments: argparse.Namespace) -> int:
         print_json(rows)
     else:
         for row in rows:
-            print(printable_json(row.get("output", row.get("error"))))
+            print(printable_json(row.get("output", row.get("error")), encoding=sys.stdout.encoding))
     return _exit_code({row["state"] for row in rows})
 
 

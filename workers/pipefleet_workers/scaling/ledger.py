@@ -31,6 +31,9 @@ for _, key in ipairs(KEYS) do
       end
       if not known then return answer end
       if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
+      answer = false
+    end
+    if not answer or not (tonumber(answer) >= 0 and tonumber(answer) <= 1e15) then
       redis.call('HSET', key, ARGV[i], ARGV[i + 1])
       table.insert(anew, ARGV[i] .. ' of ' .. key)
     end
@@ -38,7 +41,8 @@ for _, key in ipairs(KEYS) do
 end
 return anew
 """
-"""KEYS: totals. ARGV: the command that adds, then fields and numbers. What Redis cannot add to begins anew; its names are returned.
+"""KEYS: totals. ARGV: the command that adds, then fields and numbers. What Redis cannot add to, or nobody would
+believe (see `foreign.MOST_NUMBER`), begins anew; its names are returned.
 The first write takes no memory: see `pipefleet.records`."""
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and those of them that ended otherwise than with a result."""

@@ -25,7 +25,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from redis.exceptions import ResponseError
 
 from pipefleet import broker, deadletters
 from pipefleet.announcements import announced_workers, workers_of
@@ -35,7 +34,7 @@ from pipefleet.fleet import Fleet, Pool, model_label
 from pipefleet.foreign import read_object
 from pipefleet.revisions import Part, parts_of
 from pipefleet.settings import Settings
-from pipefleet.wrongtype import wrong_type
+from pipefleet.wrongtype import passed_over
 from pipefleet_workers.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide
 from pipefleet_workers.scaling.ledger import state_key
 from pipefleet_workers.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
@@ -122,17 +121,13 @@ class Scaler:
         """
         with broker.redis_errors(self._url):
             workers = announced_workers(self._redis)
-            parts = parts_of(self._redis, self._fleet)
-            statuses, troubles = {}, {}
-            for one in parts:
-                try:
+            statuses, troubles = {}, dict[str, str]()
+            for one in parts_of(self._redis, self._fleet, troubles=troubles):
+                with passed_over(troubles, one.key):
                     serving = len(workers_of(workers, one.pool, one.queue))
                     statuses[one.key] = self._look(one, serving, remember=remember)
-                except ResponseError as error:
-                    if not (trouble := wrong_type(error)):
-                        raise
-                    troubles[one.key] = f"the pool {one.key} cannot be read: {trouble}"
-                    log.warning("%s", troubles[one.key])
+        for trouble in troubles.values():
+            log.warning("%s", trouble)
         self._statuses, self.troubles, self._read_at = statuses, troubles, time.monotonic()
         return statuses
 

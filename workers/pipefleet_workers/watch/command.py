@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pipefleet.cli.common import Commands, command, print_json
+from pipefleet.cli.common import Commands, command, print_json, print_troubles
 from pipefleet.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ def register(commands: Commands) -> None:
 
 
 def top(arguments: argparse.Namespace) -> int:
-    """Show the fleet once, or again and again until Ctrl-C. Raises ServiceUnavailableError when Redis is away at the start."""
+    """Show the fleet once, or again and again until Ctrl-C. 3 where a pool cannot be read.
+
+    Raises ServiceUnavailableError when Redis is away at the start.
+    """
     from pipefleet.client import Client
     from pipefleet.settings import load_settings
     from pipefleet_workers.watch.read import read_fleet
@@ -40,13 +43,15 @@ def top(arguments: argparse.Namespace) -> int:
     settings = load_settings()
     quick = settings.model_copy(update={"redis_timeout": min(settings.redis_timeout, PATIENCE)})
     with Client(quick) as client:
-        if arguments.json:
-            print_json(read_fleet(client).to_json())
-        elif arguments.once or not sys.stdout.isatty():
-            print(plain(read_fleet(client)))
-        else:
+        if not (arguments.json or arguments.once) and sys.stdout.isatty():
             watch(client)
-    return 0
+            return 0
+        snapshot = read_fleet(client)
+    if arguments.json:
+        print_json(snapshot.to_json())
+    else:
+        print(plain(snapshot))
+    return print_troubles(snapshot.troubles.values())
 
 
 def watch(client: Client) -> None:

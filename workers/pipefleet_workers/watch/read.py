@@ -6,7 +6,7 @@ queues (as the scaler reads them) + what workers announce + what the scaler reme
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipefleet import broker, deadletters
@@ -15,6 +15,7 @@ from pipefleet.client import Client
 from pipefleet.fleet import Fleet, model_label
 from pipefleet.foreign import read_object
 from pipefleet.revisions import Backlog, Held, Part, every_part, parts_of
+from pipefleet.wrongtype import passed_over
 from pipefleet_workers.parked import parked_pools
 from pipefleet_workers.scaling.decide import State
 from pipefleet_workers.scaling.ledger import Done, Items, read_items, state_key
@@ -84,10 +85,12 @@ class Snapshot:
     read_at: float
     pools: tuple[PoolRow, ...]
     workers: tuple[WorkerRow, ...]
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    """Why a pool has no row: a key of it holds something else."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
+        """The JSON form; `troubles` only where there are any."""
+        return {name: one for name, one in asdict(self).items() if one or name != "troubles"}
 
 
 def read_fleet(client: Client, fleet: Fleet | None = None, *, unnamed: bool = True) -> Snapshot:
@@ -100,17 +103,23 @@ def read_fleet(client: Client, fleet: Fleet | None = None, *, unnamed: bool = Tr
         now = broker.server_time(client.redis)
         announced = announced_workers(client.redis)
         workers = {one.worker: one for one in _workers(announced)}
-        pools = []
-        for part in every_part(client.redis, fleet) if unnamed else parts_of(client.redis, fleet):
+        pools, troubles = [], dict[str, str]()
+        parts = every_part if unnamed else parts_of
+        for part in parts(client.redis, fleet, troubles=troubles):
             names = workers_of(announced, part.pool, part.queue)
             workers |= {name: replace(workers[name], pool=part.key) for name in names}
             serving = [workers[name] for name in names]
-            row = _pool(client.redis, part, serving, now)
+            row = None
+            with passed_over(troubles, part.key):
+                row = _pool(client.redis, part, serving, now)
+            if row is None:
+                continue
             if part.named or serving or any(row.messages.values()):
                 pools.append(row if part.named else replace(row, note=_unserved(part, row, fleet)))
         parked = parked_pools(client.redis)
     pools = [replace(one, note=str(parked[one.pool])) if one.pool in parked else one for one in pools]
-    return Snapshot(now, tuple(pools), tuple(sorted(workers.values(), key=lambda one: (one.pool, one.worker))))
+    rows = sorted(workers.values(), key=lambda one: (one.pool, one.worker))
+    return Snapshot(now, tuple(pools), tuple(rows), troubles)
 
 
 def _unserved(part: Part, row: PoolRow, fleet: Fleet) -> str:

@@ -120,6 +120,7 @@ def screen(snapshot: Snapshot, *, width: int, trouble: str = "", age: float = 0.
     body = [Text(pools[0], style="bold cyan")]
     body += [Text(line, style=_style(row) or dim) for line, row in zip(pools[1:], snapshot.pools, strict=True)]
     body += [Text(line, style=dim or "yellow") for line in notes(snapshot)]
+    body += [Text(printable(line, 1000), style=dim or "red") for line in snapshot.troubles.values()]
     body.append(Text(""))
     if snapshot.workers:
         body += [Text(workers[0], style="bold cyan"), *(Text(line, style=dim) for line in workers[1:])]
