@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.errors import UsageError
 from pipefleet.redis_urls import celery_url, redis_url
@@ -27,6 +28,11 @@ from tests.servers import Server, free_port, redis_6, valkey
         ("valkeys://host", "rediss://host"),
         ("redis+socket:///run/redis.sock?virtual_host=3", "unix:///run/redis.sock?db=3"),
         ("unix://:secret@/run/redis.sock?db=3", "unix://:secret@/run/redis.sock?db=3"),
+        ("unix:///run/redis.sock?password=a/b", "unix://:a%2Fb@/run/redis.sock"),
+        (" redis://host/0\n", "redis://host/0"),
+        ("redis://host?db=5", "redis://host/5"),
+        ("redis:///0", "redis:///0"),
+        ("redis://[::1]:6379/2/", "redis://[::1]:6379/2"),
     ],
 )
 def test_every_name_of_one_server_is_understood(given: str, taken: str) -> None:
@@ -45,6 +51,12 @@ def test_every_name_of_one_server_is_understood(given: str, taken: str) -> None:
         ("redi://host", "did you mean 'redis'"),
         ("host:6379", "must start with redis://"),
         ("amqp://host", "must start with redis://"),
+        ("redis://host/first", "must name its database by a number"),
+        ("redis://host/-1", "must name its database by a number"),
+        ("redis://host?database=1", "has an option that cannot be used; known are db, "),
+        ("rediss://host?ssl_cert_reqs=all", "has an ssl_cert_reqs that is none of none, "),
+        ("redis://:se/cret@host", "write '/', "),
+        ("unix://", "must name the path of a socket"),
     ],
 )
 def test_a_url_that_cannot_work_is_refused_in_one_sentence(
@@ -53,6 +65,21 @@ def test_a_url_that_cannot_work_is_refused_in_one_sentence(
     monkeypatch.setenv("PIPEFLEET_REDIS_URL", given)
     with pytest.raises(UsageError, match=f"wrong setting: PIPEFLEET_REDIS_URL: .*{words}"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host:1/3?socket_timeout=5&protocol=2",
+        "rediss://host?ssl_cert_reqs=none&client_name=we",
+        "redis://host?db=5",
+    ],
+)
+def test_celery_is_told_what_it_understands(url: str) -> None:
+    told = broker.celery_app(Settings(redis_url=url)).connection()
+    asked = broker.connect(Settings(redis_url=url)).connection_pool.connection_kwargs
+    assert (told.hostname, int(told.virtual_host.strip("/") or 0)) == (asked["host"], asked.get("db", 0))
+    assert bool(told.ssl) == ("ssl_cert_reqs" in asked)
 
 
 def _low_port() -> int:
