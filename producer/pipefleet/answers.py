@@ -20,6 +20,7 @@ _SENTENCES = {
     "MISCONF": "takes no writes because it cannot save its data; see its log and the room on its disk",
     "UNBLOCKED": "has changed its role; try again in a moment",
 }
+_OF_REPLICAS = (READ_ONLY, "MASTERDOWN", "UNBLOCKED")
 _OF_CLUSTERS = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN", "TRYAGAIN")
 CLUSTER = "is a node of a Redis Cluster, which pipefleet cannot use; name a single server, or the primary of replicas"
 _CLASSES = {
@@ -49,6 +50,11 @@ def word_of(error: BaseException) -> str | None:
 def sentence_of(word: str | None) -> str | None:
     """What a server is that answers so, as the end of a sentence about it; None for a word that is none of these."""
     return _SENTENCES.get(word or "")
+
+
+def is_of_replica(word: str | None) -> bool:
+    """Whether a replica answers so, or a server that has just become one."""
+    return word in _OF_REPLICAS
 
 
 def is_of_cluster(word: str | None) -> bool:

@@ -47,6 +47,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import answers, foreign
+from pipefleet.connections import leave_replicas
 from pipefleet.contract import (
     MAX_MESSAGE_BYTES,
     TASK_NAME,
@@ -263,15 +264,17 @@ def connect(settings: Settings) -> Redis:
     from redis.retry import Retry
 
     try:
-        return Redis.from_url(
+        redis = Redis.from_url(
             settings.redis_url,
             socket_timeout=settings.redis_timeout,
             socket_connect_timeout=min(5.0, settings.redis_timeout),
             health_check_interval=30,
             retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 2),
         )
+        leave_replicas(redis)
     except ValueError as error:
         raise UsageError(f"PIPEFLEET_REDIS_URL cannot be used: {error}") from None
+    return redis
 
 
 _left_to_parents: list[Any] = []

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import Empty
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 from kombu.transport import redis as stock
@@ -47,6 +47,8 @@ from pipefleet_workers.delivery.scripts import FETCH, GATHER
 from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
 log = logging.getLogger(__name__)
+REFUSED_SECONDS = 1.0
+"""How long a worker waits after an answer of a server that cannot serve now; Celery itself connects again at once."""
 FULL_SECONDS = 1.0
 """How often a worker looks for messages while the server is full."""
 
@@ -485,6 +487,7 @@ def _retried(error: ResponseError) -> Exception:
     """A server that is full, read-only or loading is waited for like one that is away; a refused right is an error."""
     if isinstance(error, NoPermissionError | AuthorizationError):
         return error
+    sleep(REFUSED_SECONDS)
     return NoConnectionError(f"Redis cannot serve messages now: {error}")
 
 
