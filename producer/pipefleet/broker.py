@@ -215,7 +215,8 @@ def reading(redis: Any) -> Any:
 def redis_errors(url: str) -> Iterator[None]:
     """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials.
 
-    That is ServiceFullError where the server is at `maxmemory`. Raises UsageError for a node of a Redis Cluster.
+    That is ServiceFullError where the server is at `maxmemory`. Raises UsageError for a node of a Redis Cluster, and for
+    a database that the server does not have.
     """
     from redis.exceptions import RedisError
 
@@ -225,6 +226,8 @@ def redis_errors(url: str) -> Iterator[None]:
         word, place = answers.word_of(error), without_credentials(url)
         if answers.is_of_cluster(word):
             raise UsageError(f"Redis at {place} {answers.CLUSTER}") from None
+        if word == answers.NO_DATABASE:
+            raise UsageError(f"Redis at {place} {answers.DATABASE}") from None
         kind = ServiceFullError if word == answers.FULL else ServiceUnavailableError
         raise kind(_explained(error, word, place)) from None
 

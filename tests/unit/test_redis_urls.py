@@ -10,10 +10,10 @@ from redis import Redis
 
 from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.errors import UsageError
+from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.redis_urls import celery_url, redis_url
 from pipefleet.settings import Settings, load_settings
-from pipefleet_workers.redis_start import connect_patiently
+from pipefleet_workers.redis_start import connect_patiently, refuse_unusable
 from pipefleet_workers.settings import WorkerSettings
 from tests.integration.lease_world import Taker, push
 from tests.servers import Server, free_port, redis_6, valkey
@@ -121,6 +121,8 @@ def test_a_node_of_a_cluster_is_refused_in_one_sentence(
     settings = Settings(redis_url=server.url)
     with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):
         connect_patiently(settings, WorkerSettings())
+    with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):
+        refuse_unusable(settings)
     with Client(settings) as client:
         for look in (client.job("x").status, lambda: client.fleet):
             with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):
@@ -129,3 +131,20 @@ def test_a_node_of_a_cluster_is_refused_in_one_sentence(
         redis.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
     with Client(settings) as client, pytest.raises(UsageError, match="is a node of a Redis Cluster"):
         client.submit("text-classification", "x", model="m")
+
+
+def test_a_database_that_the_server_lacks_is_named(started: Callable[..., Server]) -> None:
+    server = started(redis_6())
+    settings = Settings(redis_url=f"redis://127.0.0.1:{server.port}/999")
+    with Client(settings) as client, pytest.raises(UsageError, match="/999 has no database of this number"):
+        client.job("x").status()
+    with pytest.raises(UsageError, match="has no database of this number"):
+        connect_patiently(settings, WorkerSettings())
+
+
+def test_a_server_with_too_many_connections_is_waited_for(started: Callable[..., Server]) -> None:
+    server = started(redis_6())
+    with server.client() as redis, Client(Settings(redis_url=server.url)) as client:
+        redis.config_set("maxclients", 1)
+        with pytest.raises(ServiceUnavailableError, match="has no place for another connection"):
+            client.job("x").status()
