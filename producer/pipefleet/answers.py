@@ -10,6 +10,8 @@ import re
 FULL = "OOM"
 """The server is at `maxmemory`: whatever may need memory is refused."""
 READ_ONLY = "READONLY"
+NO_DATABASE = "DB"
+_CLIENTS = "CLIENTS"
 _SENTENCES = {
     FULL: "is out of memory; raise its maxmemory, or let the workers catch up",
     READ_ONLY: "is a replica that takes no writes; name the primary in PIPEFLEET_REDIS_URL",
@@ -18,10 +20,15 @@ _SENTENCES = {
     "BUSY": "is busy with a script; try again in a moment",
     "NOREPLICAS": "takes no writes because too few replicas follow it (min-replicas-to-write); start them",
     "MISCONF": "takes no writes because it cannot save its data; see its log and the room on its disk",
+    _CLIENTS: "has no place for another connection (maxclients); raise it, or close some",
     "UNBLOCKED": "has changed its role; try again in a moment",
 }
+_OF_REPLICAS = (READ_ONLY, "MASTERDOWN", "UNBLOCKED")
 _OF_CLUSTERS = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN", "TRYAGAIN")
 CLUSTER = "is a node of a Redis Cluster, which pipefleet cannot use; name a single server, or the primary of replicas"
+DATABASE = "has no database of this number; take a smaller one in PIPEFLEET_REDIS_URL, or raise its `databases`"
+_TEXTS = {"DB index is out of range": NO_DATABASE, "max number of clients reached": _CLIENTS}
+"""Answers that begin with no word of their own."""
 _CLASSES = {
     "OutOfMemoryError": FULL,
     "ReadOnlyError": READ_ONLY,
@@ -42,13 +49,19 @@ def word_of(error: BaseException) -> str | None:
     for kind in type(error).__mro__:
         if kind.__name__ in _CLASSES:
             return _CLASSES[kind.__name__]
-    found = _WORD.match(str(error).rpartition(_PIPELINE)[2])
-    return None if found is None else found[1]
+    text = str(error).rpartition(_PIPELINE)[2]
+    found = _WORD.match(text)
+    return _TEXTS.get(text.removeprefix("ERR ")) if found is None else found[1]
 
 
 def sentence_of(word: str | None) -> str | None:
     """What a server is that answers so, as the end of a sentence about it; None for a word that is none of these."""
     return _SENTENCES.get(word or "")
+
+
+def is_of_replica(word: str | None) -> bool:
+    """Whether a replica answers so, or a server that has just become one."""
+    return word in _OF_REPLICAS
 
 
 def is_of_cluster(word: str | None) -> bool:

@@ -47,6 +47,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipefleet import answers, foreign
+from pipefleet.connections import leave_replicas
 from pipefleet.contract import (
     MAX_MESSAGE_BYTES,
     TASK_NAME,
@@ -214,7 +215,8 @@ def reading(redis: Any) -> Any:
 def redis_errors(url: str) -> Iterator[None]:
     """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials.
 
-    That is ServiceFullError where the server is at `maxmemory`. Raises UsageError for a node of a Redis Cluster.
+    That is ServiceFullError where the server is at `maxmemory`. Raises UsageError for a node of a Redis Cluster, and for
+    a database that the server does not have.
     """
     from redis.exceptions import RedisError
 
@@ -224,6 +226,8 @@ def redis_errors(url: str) -> Iterator[None]:
         word, place = answers.word_of(error), without_credentials(url)
         if answers.is_of_cluster(word):
             raise UsageError(f"Redis at {place} {answers.CLUSTER}") from None
+        if word == answers.NO_DATABASE:
+            raise UsageError(f"Redis at {place} {answers.DATABASE}") from None
         kind = ServiceFullError if word == answers.FULL else ServiceUnavailableError
         raise kind(_explained(error, word, place)) from None
 
@@ -263,15 +267,17 @@ def connect(settings: Settings) -> Redis:
     from redis.retry import Retry
 
     try:
-        return Redis.from_url(
+        redis = Redis.from_url(
             settings.redis_url,
             socket_timeout=settings.redis_timeout,
             socket_connect_timeout=min(5.0, settings.redis_timeout),
             health_check_interval=30,
             retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 2),
         )
+        leave_replicas(redis)
     except ValueError as error:
         raise UsageError(f"PIPEFLEET_REDIS_URL cannot be used: {error}") from None
+    return redis
 
 
 _left_to_parents: list[Any] = []

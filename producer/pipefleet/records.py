@@ -176,3 +176,11 @@ def request_digest(**request: Any) -> str:
     """
     plain = json.loads(encode_json(request))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+CANCEL_RUN = f"""
+{NEEDS_NO_MEMORY}
+redis.call('HSET', KEYS[1], 'cancelled', 1)
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+"""
+"""KEYS: run. ARGV: ttl. Also where Redis is full: what is cancelled makes room."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from pipefleet.errors import nearest
 
@@ -17,8 +17,26 @@ _CLUSTER = "names a Redis Cluster, which pipefleet cannot use; name a single ser
 _SEVERAL = "names several servers; name one: the primary itself, or an address that follows it"
 
 
+_OPTIONS = (
+    *("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data", "ssl_certfile", "ssl_keyfile", "ssl_password", "ssl_cert_reqs"),
+    *(
+        "ssl_check_hostname",
+        "ssl_ciphers",
+        "client_name",
+        "health_check_interval",
+        "max_connections",
+    ),
+    *("protocol", "retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_timeout"),
+)
+"""Options of a URL that redis-py takes and that do not change how pipefleet reads answers, beside `db` and the credentials."""
+_SSL = "ssl_"
+"""Celery takes options with this prefix from a URL and fails at every other one."""
+_CERT_REQS = ("none", "optional", "required")
+
+
 def redis_url(value: str) -> str:
     """A URL as redis-py takes it. Raises ValueError, which never repeats the URL, for one that cannot be used."""
+    value = value.strip()
     scheme, separator, rest = value.partition("://")
     scheme = scheme.lower()
     if separator and "sentinel" in scheme:
@@ -28,13 +46,68 @@ def redis_url(value: str) -> str:
     if _ANOTHER.search(value) or "," in rest.partition("/")[0].rpartition("@")[2]:
         raise ValueError(_SEVERAL)
     if separator and scheme in _SOCKETS:
-        return _socket(rest)
+        return _plain(f"unix://{rest}")
     if not separator or scheme not in _SAME:
         known = nearest(scheme, _SAME) if separator else ""
         raise ValueError(f"must start with redis://, rediss:// or unix://{known}")
     if scheme != "unix" and not _is_host(f"{scheme}://{rest}"):
         raise ValueError("names no host that there can be; check its dots and its letters")
-    return f"{_SAME[scheme]}://{rest}"
+    return _plain(f"{_SAME[scheme]}://{rest}")
+
+
+def _plain(url: str) -> str:
+    """The one form of a URL that redis-py and Celery understand alike: a database in the path, or in `db` for a socket."""
+    parts = _parts(url)
+    if parts is None:
+        return url  # whoever looks for its host says what is wrong
+    options = dict(parse_qsl(parts.query))
+    path = parts.path
+    place = options.pop("virtual_host", None)
+    database = options.pop("db", place)
+    if parts.scheme != "unix":
+        database = unquote(path).strip("/") if database is None else database
+        path = f"/{_number(database)}" if database else path
+    elif path in ("", "/"):
+        raise ValueError("must name the path of a socket, as in unix:///run/redis.sock")
+    elif database:
+        options["db"] = _number(database)
+    netloc = _with_credentials(parts.netloc, options)
+    _check(options)
+    return _written(parts.scheme, netloc, path, options)
+
+
+def _parts(url: str) -> SplitResult | None:
+    """The parts of a URL; None where its host or its port cannot be read."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.scheme == "unix" or parts.port is None or parts.hostname else None
+    except ValueError:
+        return None
+
+
+def _written(scheme: str, netloc: str, path: str, options: dict[str, str]) -> str:
+    return f"{scheme}://{netloc}{path}" + (f"?{urlencode(options)}" if options else "")
+
+
+def _number(database: str) -> str:
+    if not (database.isascii() and database.isdigit()):
+        raise ValueError("must name its database by a number, as in redis://host:port/0")
+    return str(int(database))
+
+
+def _with_credentials(netloc: str, options: dict[str, str]) -> str:
+    """Credentials stand before the host, where both read them."""
+    user, password = options.pop("username", ""), options.pop("password", None)
+    if password is None or "@" in netloc:
+        return netloc
+    return f"{quote(user, safe='')}:{quote(password, safe='')}@{netloc}"
+
+
+def _check(options: dict[str, str]) -> None:
+    if not set(options) <= {*_OPTIONS, "db"}:
+        raise ValueError(f"has an option that cannot be used; known are {', '.join(['db', *_OPTIONS])}")
+    if options.get("ssl_cert_reqs", "none") not in _CERT_REQS:
+        raise ValueError(f"has an ssl_cert_reqs that is none of {', '.join(_CERT_REQS)}")
 
 
 def _is_host(url: str) -> bool:
@@ -46,17 +119,11 @@ def _is_host(url: str) -> bool:
 
 
 def celery_url(url: str) -> str:
-    """What Celery calls a URL that `redis_url` has returned."""
-    scheme, _, rest = url.partition("://")
-    if scheme != "unix":
-        return url
-    parts = urlsplit(f"unix://{rest}")
-    options = [("virtual_host" if name == "db" else name, value) for name, value in parse_qsl(parts.query)]
-    query = f"?{urlencode(options)}" if options else ""
-    return f"redis+socket://{parts.netloc}{parts.path}{query}"
-
-
-def _socket(rest: str) -> str:
-    place, _, query = rest.partition("?")
-    options = [("db" if name == "virtual_host" else name, value) for name, value in parse_qsl(query)]
-    return f"unix://{place}" + (f"?{urlencode(options)}" if options else "")
+    """What Celery calls a URL that `redis_url` has returned. Celery fails at options that it does not know: they are left out."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if parts.scheme == "unix":
+        place = {"virtual_host": options["db"]} if "db" in options else {}
+        return _written("redis+socket", parts.netloc, parts.path, place)
+    known = {name: value for name, value in options.items() if name.startswith(_SSL)}
+    return _written(parts.scheme, parts.netloc, parts.path, known)

@@ -38,6 +38,7 @@ from pipefleet.planner import (
     remember_totals,
 )
 from pipefleet.progress import RunProgress
+from pipefleet.records import CANCEL_RUN
 from pipefleet.refusals import Refusals
 from pipefleet.runfiles import failed_rows, rows_of
 from pipefleet.sources import Source, open_source
@@ -231,8 +232,7 @@ class Run:
         key = broker.run_key(self.id)
         self._client.store.put(self._layout.cancelled, b"{}")
         with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.hset(key, "cancelled", 1)
-            self._client.redis.expire(key, int(self._client.settings.run_ttl))
+            self._client.redis.eval(CANCEL_RUN, 1, key, int(self._client.settings.run_ttl))
             self._client.redis.publish(broker.CANCELLED_CHANNEL, self.id)
 
     def resume(self, *, model: str | None = None, revision: str | None = None) -> int:

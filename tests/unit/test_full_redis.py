@@ -118,6 +118,20 @@ def test_a_full_server_keeps_short_results_and_the_place_of_long_ones(
         assert client.job(name).result(timeout=20) == text
 
 
+def test_a_run_is_cancelled_on_a_full_server(
+    full: Server, environment: dict[str, str], prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPEFLEET_REDIS_URL", full.url)
+    with Client(load_settings()) as client, full.client() as redis:
+        redis.config_set("maxmemory", 0)
+        run = client.map("text-classification", ["one", "two"], output=f"{prefix}{uuid.uuid4().hex}/")
+        run.join_planner()
+        fill(redis)
+        run.cancel()
+        assert run.progress().state == "cancelled"
+        assert redis.hget(broker.run_key(run.id), "cancelled") == b"1"
+
+
 def test_scaler_and_views_of_a_full_server_go_on(
     full: Server, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

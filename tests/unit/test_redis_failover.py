@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipefleet.client import Client
+from pipefleet.errors import ServiceUnavailableError
 from pipefleet.settings import load_settings
 from tests.nursery import TASK, Nursery
 from tests.servers import Server, redis_6, until
@@ -41,6 +45,73 @@ def ours(
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(f'[pools.default]\ntask = "{TASK}"\nmodel = "{nursery.model}"\n')
     return {"PIPEFLEET_REDIS_URL": pair[0].url, "PIPEFLEET_FLEET": str(fleet)}
+
+
+class Address:
+    """A port that leads to one server and later to another, and that leaves connections to the first one open."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self.server.port))
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=_carry, args=ends, daemon=True).start()
+
+
+def _carry(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    for end in (source, sink):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_worker_and_its_clients_follow_an_address_to_the_new_primary(
+    pair: tuple[Server, Server],
+    nursery: Nursery,
+    environment: dict[str, str],
+    ours: dict[str, str],
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = pair
+    other.follow(one)
+    address = Address(one)
+    settings = {**environment, **ours, "PIPEFLEET_REDIS_URL": address.url}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    pid = nursery.start(settings)
+    with contextlib.closing(address), Client(load_settings()) as client:
+        run = client.map(TASK, (f"text {index}" for index in range(ITEMS)), output=f"{prefix}run/", shard_size=5)
+        until(lambda: run.progress().succeeded > 20, 60.0)
+        other.lead()
+        address.server = other
+        one.follow(other)  # and lets its connections be
+        assert run.wait(timeout=60).succeeded == ITEMS
+        assert until(lambda: _answered(client))
+    log = nursery.log(pid)
+    assert nursery.stop(pid) == 0
+    assert "Traceback" not in log, log
+
+
+def _answered(client: Client) -> object:
+    try:
+        return client.submit(TASK, "more").result(timeout=30)
+    except ServiceUnavailableError:  # of a connection that was not used since
+        return None
 
 
 def test_a_worker_and_its_clients_wait_while_the_server_is_a_replica(

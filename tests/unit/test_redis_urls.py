@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.errors import UsageError
+from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.redis_urls import celery_url, redis_url
 from pipefleet.settings import Settings, load_settings
-from pipefleet_workers.redis_start import connect_patiently
+from pipefleet_workers.redis_start import connect_patiently, refuse_unusable
 from pipefleet_workers.settings import WorkerSettings
 from tests.integration.lease_world import Taker, push
 from tests.servers import Server, free_port, redis_6, valkey
@@ -27,6 +28,11 @@ from tests.servers import Server, free_port, redis_6, valkey
         ("valkeys://host", "rediss://host"),
         ("redis+socket:///run/redis.sock?virtual_host=3", "unix:///run/redis.sock?db=3"),
         ("unix://:secret@/run/redis.sock?db=3", "unix://:secret@/run/redis.sock?db=3"),
+        ("unix:///run/redis.sock?password=a/b", "unix://:a%2Fb@/run/redis.sock"),
+        (" redis://host/0\n", "redis://host/0"),
+        ("redis://host?db=5", "redis://host/5"),
+        ("redis:///0", "redis:///0"),
+        ("redis://[::1]:6379/2/", "redis://[::1]:6379/2"),
     ],
 )
 def test_every_name_of_one_server_is_understood(given: str, taken: str) -> None:
@@ -47,6 +53,12 @@ def test_every_name_of_one_server_is_understood(given: str, taken: str) -> None:
         ("amqp://host", "must start with redis://"),
         ("redis://host..example/0", "names no host"),
         ("redis://\udcff\x1b/0", "names no host"),
+        ("redis://host/first", "must name its database by a number"),
+        ("redis://host/-1", "must name its database by a number"),
+        ("redis://host?database=1", "has an option that cannot be used; known are db, "),
+        ("rediss://host?ssl_cert_reqs=all", "has an ssl_cert_reqs that is none of none, "),
+        ("redis://:se/cret@host", "write '/', "),
+        ("unix://", "must name the path of a socket"),
     ],
 )
 def test_a_url_that_cannot_work_is_refused_in_one_sentence(
@@ -55,6 +67,21 @@ def test_a_url_that_cannot_work_is_refused_in_one_sentence(
     monkeypatch.setenv("PIPEFLEET_REDIS_URL", given)
     with pytest.raises(UsageError, match=f"wrong setting: PIPEFLEET_REDIS_URL: .*{words}"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host:1/3?socket_timeout=5&protocol=2",
+        "rediss://host?ssl_cert_reqs=none&client_name=we",
+        "redis://host?db=5",
+    ],
+)
+def test_celery_is_told_what_it_understands(url: str) -> None:
+    told = broker.celery_app(Settings(redis_url=url)).connection()
+    asked = broker.connect(Settings(redis_url=url)).connection_pool.connection_kwargs
+    assert (told.hostname, int(told.virtual_host.strip("/") or 0)) == (asked["host"], asked.get("db", 0))
+    assert bool(told.ssl) == ("ssl_cert_reqs" in asked)
 
 
 def _low_port() -> int:
@@ -96,6 +123,8 @@ def test_a_node_of_a_cluster_is_refused_in_one_sentence(
     settings = Settings(redis_url=server.url)
     with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):
         connect_patiently(settings, WorkerSettings())
+    with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):
+        refuse_unusable(settings)
     with Client(settings) as client:
         for look in (client.job("x").status, lambda: client.fleet):
             with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):
@@ -104,3 +133,20 @@ def test_a_node_of_a_cluster_is_refused_in_one_sentence(
         redis.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
     with Client(settings) as client, pytest.raises(UsageError, match="is a node of a Redis Cluster"):
         client.submit("text-classification", "x", model="m")
+
+
+def test_a_database_that_the_server_lacks_is_named(started: Callable[..., Server]) -> None:
+    server = started(redis_6())
+    settings = Settings(redis_url=f"redis://127.0.0.1:{server.port}/999")
+    with Client(settings) as client, pytest.raises(UsageError, match="/999 has no database of this number"):
+        client.job("x").status()
+    with pytest.raises(UsageError, match="has no database of this number"):
+        connect_patiently(settings, WorkerSettings())
+
+
+def test_a_server_with_too_many_connections_is_waited_for(started: Callable[..., Server]) -> None:
+    server = started(redis_6())
+    with server.client() as redis, Client(Settings(redis_url=server.url)) as client:
+        redis.config_set("maxclients", 1)
+        with pytest.raises(ServiceUnavailableError, match="has no place for another connection"):
+            client.job("x").status()

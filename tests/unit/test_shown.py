@@ -19,7 +19,7 @@ from pipefleet import broker, cli
 from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
 from pipefleet.client import Client
 from pipefleet.contract import JobState
-from pipefleet.errors import ContractError, JobFailedError, PipefleetError
+from pipefleet.errors import ContractError, JobFailedError, PipefleetError, RunError
 from pipefleet.foreign import read_json
 from pipefleet.jobs import raise_for
 from pipefleet.layout import RunLayout, RunPlan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
 from pipefleet import answers, broker
 from pipefleet.announcements import WORKERS_KEY
-from pipefleet.errors import PipefleetError, UsageError
+from pipefleet.errors import PipefleetError, ServiceUnavailableError, UsageError
 from pipefleet.patience import Patience
 from pipefleet.settings import Settings, without_credentials
 from pipefleet_workers.settings import WorkerSettings
@@ -31,6 +32,12 @@ def connect_patiently(settings: Settings, worker_settings: WorkerSettings) -> An
 
     patience.call(look)
     return redis
+
+
+def refuse_unusable(settings: Settings) -> None:
+    """Raise UsageError for a server that will never serve; whoever waits for one that is away looks no further."""
+    with contextlib.suppress(ServiceUnavailableError), broker.redis_errors(settings.redis_url):
+        refuse_cluster(broker.connect(settings), settings)
 
 
 def refuse_cluster(redis: Any, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from redis import ConnectionPool, Redis
 
+from pipefleet.connections import leave_replicas
 from pipefleet_workers.delivery.leases import LeaseKeys, Terms
 from pipefleet_workers.delivery.ledger import Ledger
 
@@ -68,4 +69,5 @@ def _ledger_client(parameters: dict[str, Any], terms: Terms) -> Redis:
     """The channel's own way to the server, with waits that leave time for another try before a lease runs out."""
     seconds = max(0.5, min(5.0, terms.lease_seconds / 5))
     bounded = {**parameters, "socket_timeout": seconds, "socket_connect_timeout": seconds, "max_connections": 4}
-    return Redis(connection_pool=ConnectionPool(**bounded))
+    redis: Redis = leave_replicas(Redis(connection_pool=ConnectionPool(**bounded)))
+    return redis

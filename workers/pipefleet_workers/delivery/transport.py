@@ -25,8 +25,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty
 from time import monotonic
 from typing import Any, NamedTuple
@@ -34,8 +33,7 @@ from typing import Any, NamedTuple
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 from redis import Redis
-from redis.exceptions import AuthorizationError, NoPermissionError, ResponseError
-from redis.exceptions import ConnectionError as NoConnectionError
+from redis.exceptions import ResponseError
 
 from pipefleet.answers import FULL, word_of
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
@@ -43,6 +41,7 @@ from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.delivery.ledger import Ledger
 from pipefleet_workers.delivery.ledgers import Callback, ledger_for
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
+from pipefleet_workers.delivery.retrying import retried, retrying
 from pipefleet_workers.delivery.scripts import FETCH, GATHER
 from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
@@ -115,7 +114,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._fetch: _Fetch | None = None
         self._ledger: Ledger | None = None
         self._cached: tuple[Any, Any] | None = None
-        with _retrying():
+        with retrying():
             super().__init__(*args, **kwargs)
         self._transport = self.connection
 
@@ -184,12 +183,12 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
         """Note a binding, unless the server is full: who sends to a queue by name, or to all workers, needs none."""
-        with _retrying(unless_full=True):
+        with retrying(unless_full=True):
             super()._queue_bind(*args, **kwargs)
 
     def maybe_refresh_binding_expiry(self) -> None:
         """Keep the bindings of queues that expire."""
-        with _retrying(unless_full=True):
+        with retrying(unless_full=True):
             super().maybe_refresh_binding_expiry()
 
     def check_bells(self) -> None:
@@ -267,7 +266,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             connection.disconnect()
             raise
         except ResponseError as error:
-            raise _retried(error) from error
+            raise retried(error) from error
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
@@ -380,7 +379,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             bell.read()
         except ResponseError as error:
             if word_of(error) != FULL:
-                raise _retried(error) from error
+                raise retried(error) from error
             self._look_again_soon()
             raise Empty from None
 
@@ -479,23 +478,6 @@ class Transport(stock.Transport):  # type: ignore[misc]
         """Be polled by a Celery worker's event loop."""
         self.loop = loop
         super().register_with_event_loop(connection, loop)
-
-
-def _retried(error: ResponseError) -> Exception:
-    """A server that is full, read-only or loading is waited for like one that is away; a refused right is an error."""
-    if isinstance(error, NoPermissionError | AuthorizationError):
-        return error
-    return NoConnectionError(f"Redis cannot serve messages now: {error}")
-
-
-@contextmanager
-def _retrying(*, unless_full: bool = False) -> Iterator[None]:
-    """Let Celery connect again after an answer of a server that cannot serve now; `unless_full`, pass over one that is full."""
-    try:
-        yield
-    except ResponseError as error:
-        if not (unless_full and word_of(error) == FULL):
-            raise _retried(error) from error
 
 
 def _nothing() -> None:

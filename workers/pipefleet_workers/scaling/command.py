@@ -42,10 +42,12 @@ def scaler(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; with --json-once, print one reading."""
     from pipefleet.settings import load_settings
     from pipefleet_workers.cli import interrupt_on_sigterm
+    from pipefleet_workers.redis_start import refuse_unusable
     from pipefleet_workers.scaling.service import Scaler, ScalerService
 
     check_interval(arguments.interval, "--interval")
     settings = load_settings()
+    refuse_unusable(settings)
     fleet, hold = _fleet(arguments, settings.fleet_path), arguments.scale_down_after
     reader = Scaler(fleet, settings, cold_start=arguments.cold_start, hold=hold)
     if arguments.json_once:
