@@ -132,8 +132,11 @@ def base_queue(queue: str) -> str:
     return queue.partition(REVISION_MARK)[0]
 
 
-_NOTE = "redis.call('HDEL', KEYS[1], '') return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
-"""The first write takes no memory: see `records.NEEDS_NO_MEMORY`."""
+_NOTE = """
+if not redis.acl_check_cmd or redis.acl_check_cmd('HDEL', KEYS[1], '') then redis.call('HDEL', KEYS[1], '') end
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+"""
+"""The first write takes no memory, see `records.NEEDS_NO_MEMORY`; producers, who queue nothing on a full server, may not run it."""
 
 
 def note_revision(redis: Any, queue: str, model: str | None, revision: str | None, *, now: float | None = None) -> None:
