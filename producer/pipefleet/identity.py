@@ -65,7 +65,13 @@ class Identity:
             return None
         try:
             body = json.loads(content)
-            return cls(str(body["id"]), str(body["store"]), str(body["endpoint"]), int(body["contract"]), str(body.get("by", WORKER)))
+            return cls(
+                str(body["id"]),
+                str(body["store"]),
+                str(body["endpoint"]),
+                int(body["contract"]),
+                str(body.get("by", WORKER)),
+            )
         except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
             return cls("", "(unreadable)", "(unreadable)", CONTRACT_VERSION)
 
@@ -200,7 +206,10 @@ class Membership:
         except (AccessDeniedError, ObjectRefusedError):
             return known
         if mine.id != known.id:
-            log.warning("a client alone has noted the store %s for this Redis; this worker's goes before", printable(known.store, 200))
+            log.warning(
+                "a client alone has noted the store %s for this Redis; this worker's goes before",
+                printable(known.store, 200),
+            )
         with self._errors():
             self._redis.eval(_REPLACE, 1, FLEET_KEY, self._seen, mine.write())
         return self._known()

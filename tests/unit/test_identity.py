@@ -235,7 +235,9 @@ class TestIdentity:
         redis.delete(FLEET_KEY)
         Membership(redis, store, settings).prove()
         store.delete(uri)
-        with pytest.raises(FleetMismatchError, match="its _fleet.json has another id, so it was emptied or another server"):
+        with pytest.raises(
+            FleetMismatchError, match="its _fleet.json has another id, so it was emptied or another server"
+        ):
             Membership(redis, store, settings).prove()
 
     @pytest.mark.parametrize("error", [AccessDeniedError, ObjectRefusedError])
