@@ -236,7 +236,7 @@ class TestIdentity:
         Membership(redis, store, settings).prove()
         store.delete(uri)
         with pytest.raises(
-            FleetMismatchError, match="its _fleet.json has another id, so it was emptied or another server"
+            FleetMismatchError, match=r"its _fleet\.json has another id, so it was emptied or another server"
         ):
             Membership(redis, store, settings).prove()
 
