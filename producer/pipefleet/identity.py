@@ -231,7 +231,8 @@ class Membership:
         if (known.store, known.endpoint) == (self._settings.store, endpoint()):
             return FleetMismatchError(
                 f"{known.store} at {known.endpoint} is not the store that Redis at {url} knows by this name: its {OBJECT} has "
-                "another id, so it was emptied or another server answers there; if that was meant, run `pipefleet doctor --adopt-store`"
+                "another id, so it was emptied or another server answers there; if that was meant, "
+                "run `pipefleet doctor --adopt-store`"
             )
         theirs = f"{printable(known.store, 200)} at {printable(known.endpoint, 200)}"
         return FleetMismatchError(
