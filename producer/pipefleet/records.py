@@ -82,7 +82,7 @@ FINISH_WITH_ROOM = _FINISH
 
 _CANCELLED = _FINISH.replace("-- the first write", "redis.call('EXPIRE', KEYS[1], ARGV[1])")
 CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{_CANCELLED}"
-"""As FINISH, but it makes no record of a job that nothing is known of. Its first write takes no memory, and is a producer's right."""
+"""As FINISH, but it makes no record of a job nothing is known of. Its first write takes no memory, and is a producer's right."""
 
 
 @dataclass(frozen=True, slots=True)
