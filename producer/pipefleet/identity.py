@@ -4,7 +4,8 @@
     pipefleet:fleet       that id, and the store's URI, its endpoint and the contract's version as of who wrote it
 
 The id decides, since an endpoint may have one name inside a cluster and another outside. Redis may be emptied: whoever comes
-next with the store writes the key again.
+next with the store writes the key again. A worker's store goes before one that a client alone has noted, or a client with a
+wrong setting, which came first after Redis was emptied, would end the whole fleet.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipefleet.errors import (
     ContractError,
     FleetMismatchError,
     ObjectMissingError,
+    ObjectRefusedError,
     ServiceUnavailableError,
     UsageError,
 )
@@ -38,6 +40,9 @@ from pipefleet.storage import join_uri
 log = logging.getLogger(__name__)
 FLEET_KEY = f"{broker.KEY}fleet"
 OBJECT = "_fleet.json"
+WORKER, CLIENT = "worker", "client"
+_REPLACE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end"
+"""KEYS: fleet. ARGV: what it holds, what it is to hold. Of workers that come at once the first decides."""
 AGAIN_SECONDS = 60.0
 """How long after a look that failed, since S3 was away, a client looks again."""
 
@@ -50,6 +55,8 @@ class Identity:
     store: str
     endpoint: str
     contract: int
+    by: str = WORKER
+    """Who has noted it: CLIENT as long as no worker has."""
 
     @classmethod
     def read(cls, content: bytes | None) -> Identity | None:
@@ -58,7 +65,13 @@ class Identity:
             return None
         try:
             body = json.loads(content)
-            return cls(str(body["id"]), str(body["store"]), str(body["endpoint"]), int(body["contract"]))
+            return cls(
+                str(body["id"]),
+                str(body["store"]),
+                str(body["endpoint"]),
+                int(body["contract"]),
+                str(body.get("by", WORKER)),
+            )
         except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
             return cls("", "(unreadable)", "(unreadable)", CONTRACT_VERSION)
 
@@ -107,16 +120,18 @@ class Membership:
         Raises ServiceUnavailableError where Redis or S3 is away, ObjectMissingError where there is no bucket.
         """
         known = self._known()
+        if works and known is not None and known.by == CLIENT:
+            known = self._outranked(known)
         self._compare(known, works=works)
         where = f"{self._settings.store} at {endpoint()}"
         try:
             own = self._own_id(known)
-        except AccessDeniedError as error:
+        except (AccessDeniedError, ObjectRefusedError) as error:
             self._proved = True
             log.info("the store is compared by its URI alone: %s", error)
             told = f"its {OBJECT} cannot be read or written ({error})"
             return f"{where} is compared with the fleet's by its URI alone: {told}" if known else f"not noted: {told}"
-        known = self._noted(known, own)
+        known = self._noted(known, own, works=works)
         if known is None:
             return f"Redis holds no identity, and its user may not write one; a worker's start with {where} does"
         if known.id != own:
@@ -136,7 +151,7 @@ class Membership:
         """Make this process's store the fleet's; what became of it, in one sentence. Workers with another one end soon."""
         with self._errors():
             require(self._redis, "--adopt-store", "operator", ("SET", FLEET_KEY, ""))
-        mine = self._mine(self._own_id(None))
+        mine = self._mine(self._own_id(None), WORKER)
         with self._errors():
             self._redis.set(FLEET_KEY, mine.write())
         return f"{mine.store} at {mine.endpoint} is the store of this Redis's fleet from now on"
@@ -184,20 +199,41 @@ class Membership:
         local = host == "localhost" or host.startswith("127.") or host == "::1"
         return known.endpoint == endpoint() and known.store == self._settings.store and not local
 
-    def _noted(self, known: Identity | None, own: str) -> Identity | None:
+    def _outranked(self, known: Identity) -> Identity | None:
+        """What Redis holds once this worker's store stands in the place of a client's."""
+        try:
+            mine = self._mine(self._own_id(known), WORKER)
+        except (AccessDeniedError, ObjectRefusedError):
+            return known
+        if mine.id != known.id:
+            log.warning(
+                "a client alone has noted the store %s for this Redis; this worker's goes before",
+                printable(known.store, 200),
+            )
+        with self._errors():
+            self._redis.eval(_REPLACE, 1, FLEET_KEY, self._seen, mine.write())
+        return self._known()
+
+    def _noted(self, known: Identity | None, own: str, *, works: bool) -> Identity | None:
         """What Redis holds, written first where that is nothing."""
         if known is not None:
             return known
         with self._errors():
             if may(self._redis, ("SETNX", FLEET_KEY, "")):
-                self._redis.setnx(FLEET_KEY, self._mine(own).write())
+                self._redis.setnx(FLEET_KEY, self._mine(own, WORKER if works else CLIENT).write())
         return self._known()
 
-    def _mine(self, own: str) -> Identity:
-        return Identity(own, self._settings.store, endpoint(), CONTRACT_VERSION)
+    def _mine(self, own: str, by: str) -> Identity:
+        return Identity(own, self._settings.store, endpoint(), CONTRACT_VERSION, by)
 
     def _mismatch(self, known: Identity) -> FleetMismatchError:
         url = without_credentials(self._settings.redis_url)
+        if (known.store, known.endpoint) == (self._settings.store, endpoint()):
+            return FleetMismatchError(
+                f"{known.store} at {known.endpoint} is not the store that Redis at {url} knows by this name: its {OBJECT} has "
+                "another id, so it was emptied or another server answers there; if that was meant, "
+                "run `pipefleet doctor --adopt-store`"
+            )
         theirs = f"{printable(known.store, 200)} at {printable(known.endpoint, 200)}"
         return FleetMismatchError(
             f"Redis at {url} belongs to a fleet whose store is {theirs}, and this process has {self._settings.store} at "

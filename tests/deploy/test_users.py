@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 from redis import Redis
 from redis.exceptions import ResponseError
 
@@ -25,6 +26,7 @@ from pipefleet import broker, cli, deadletters
 from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, announced_fleet
 from pipefleet.backlog import STALLED_SECONDS, Backlog
 from pipefleet.client import Client
+from pipefleet.contract import TASK_NAME, Priority
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
 from pipefleet.fleet import load_fleet
 from pipefleet.identity import Membership
@@ -177,7 +179,7 @@ CHANGE_LIST = """
 SERVER = """
     KEYS *; SCAN 0; RANDOMKEY; DBSIZE; FLUSHALL; FLUSHDB; SWAPDB 0 1; CONFIG GET *; CONFIG SET maxmemory 1; ACL LIST; ACL SETUSER x;
     MONITOR; CLIENT LIST; CLIENT KILL TYPE normal; CLIENT PAUSE 1; SHUTDOWN; REPLICAOF NO ONE; FUNCTION LOAD x; FUNCTION FLUSH;
-    SCRIPT FLUSH; BGSAVE; SLOWLOG GET; GET somebody-else; SET somebody-else x"""
+    SCRIPT FLUSH; BGSAVE; SLOWLOG GET; GET somebody-else; SET somebody-else x; CLIENT TRACKING OFF"""
 FORGE = f"""
     HSET {POOLS_KEY} x y; HDEL {POOLS_KEY} x; EXPIRE {POOLS_KEY} 0; HSET {WORKERS_KEY} x y; HDEL {WORKERS_KEY} x; DEL {WORKERS_KEY};
     HSET pipefleet:parked x y; HDEL pipefleet:revisions x; HINCRBY pipefleet:work:one items 1; HSET {LEDGER["unacked_key"]} x y;
@@ -280,6 +282,16 @@ def test_a_producer_can_do_all_that_is_a_producers(guarded: Guarded, bucket: str
         assert run.resume() == 4
         run.join_planner()
         assert broker.depth(client.redis, QUEUE)["low"] == 8
+    assert guarded.refused() == []
+
+
+def test_any_celery_client_may_queue_as_a_producer(guarded: Guarded) -> None:
+    app = Celery("another", broker=guarded.settings("producer").redis_url)
+    app.conf.update(broker_transport_options={"priority_steps": [0, 3, 6, 9]}, task_ignore_result=True)
+    app.send_task(TASK_NAME, kwargs={"a": 1}, queue=QUEUE, priority=int(Priority.LOW), retry=False)
+    app.close()
+    with closing(guarded.redis("admin")) as redis:
+        assert broker.depth(redis, QUEUE)["low"] == 1
     assert guarded.refused() == []
 
 

@@ -17,7 +17,13 @@ from redis import Redis
 from pipefleet import broker, cli, identity
 from pipefleet.client import Client
 from pipefleet.contract import CONTRACT_VERSION
-from pipefleet.errors import FleetMismatchError, ServiceUnavailableError, UsageError
+from pipefleet.errors import (
+    AccessDeniedError,
+    FleetMismatchError,
+    ObjectRefusedError,
+    ServiceUnavailableError,
+    UsageError,
+)
 from pipefleet.fleet import load_fleet
 from pipefleet.identity import FLEET_KEY, OBJECT, Identity, Membership
 from pipefleet.objects import ObjectStore
@@ -41,9 +47,9 @@ def settings(client: Client) -> Settings:
 
 @pytest.fixture
 def member(redis: Redis, store: ObjectStore, settings: Settings) -> Membership:
-    """A process of the fleet, which has noted its store in Redis."""
+    """A worker of the fleet, which has noted its store in Redis."""
     one = Membership(redis, store, settings)
-    one.prove()
+    one.prove(works=True)
     return one
 
 
@@ -199,7 +205,7 @@ class TestIdentity:
         before = noted(redis)
         redis.flushall()
         assert member.changed()
-        Membership(redis, store, settings).prove()
+        Membership(redis, store, settings).prove(works=True)
         assert noted(redis) == before
 
     def test_who_comes_at_the_same_time_agrees(self, redis: Redis, settings: Settings) -> None:
@@ -229,8 +235,22 @@ class TestIdentity:
         redis.delete(FLEET_KEY)
         Membership(redis, store, settings).prove()
         store.delete(uri)
-        with pytest.raises(FleetMismatchError):
+        with pytest.raises(
+            FleetMismatchError, match=r"its _fleet\.json has another id, so it was emptied or another server"
+        ):
             Membership(redis, store, settings).prove()
+
+    @pytest.mark.parametrize("error", [AccessDeniedError, ObjectRefusedError])
+    def test_where_the_object_cannot_be_read_the_uris_decide(
+        self, redis: Redis, store: ObjectStore, settings: Settings, member: Membership, error: type[Exception]
+    ) -> None:
+        def refuse(uri: str) -> bytes:
+            raise error(f"{uri} is archived")
+
+        store.get = refuse  # type: ignore[method-assign]
+        assert "by its URI alone" in Membership(redis, store, settings).prove()
+        with pytest.raises(FleetMismatchError, match=settings.store):
+            Membership(redis, store, other(settings)).prove()
 
     @pytest.mark.parametrize(
         "content", [b"", b"[]", b'{"id": 1}', b"\xff", b'{"id":"x","store":"s","endpoint":"e","contract":1e999}']
@@ -290,6 +310,24 @@ class TestWorkers:
         worker(settings)._join_fleet()
         with Client(other(settings)) as bad, pytest.raises(FleetMismatchError, match=settings.store):
             bad.submit(TASK, "a text")
+
+    def test_its_store_goes_before_one_that_a_client_alone_has_noted(
+        self, redis: Redis, store: ObjectStore, settings: Settings, worker: Callable[[Settings], Worker]
+    ) -> None:
+        one = worker(settings)
+        one._join_fleet()
+        redis.flushall()
+        with Client(other(settings)) as wrong:
+            wrong.check_fleet()
+        assert one._membership.changed()
+        one._join_fleet()
+        found = noted(redis)
+        assert found is not None
+        assert (found.store, one._membership.changed()) == (settings.store, False)
+        with Client(other(settings)) as late, pytest.raises(FleetMismatchError, match=settings.store):
+            late.submit(TASK, "a text")
+        with pytest.raises(FleetMismatchError, match=settings.store):
+            worker(other(settings))._join_fleet()
 
     def test_one_that_runs_drains_when_another_store_is_adopted(
         self, redis: Redis, store: ObjectStore, settings: Settings, worker: Callable[[Settings], Worker]

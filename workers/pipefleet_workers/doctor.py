@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pipefleet.fleet import Pool
     from pipefleet_workers.watch.read import PoolRow
 
+UNREAD = "pools"
+"""The check that stands for those of the pools where they cannot be read."""
 RACERS = 50
 ROUNDS = 3
 
@@ -65,15 +67,18 @@ def run_checks() -> list[Check]:
     here: list[tuple[str, Callable[[Settings], str]]] = [("images", _images), ("audio", _audio), ("device", _device)]
     if not _installed("torch"):
         here = [("this machine", _producer)]
+    found = [_checked(name, check, settings) for name, check in checks]
+    if [one.name for one in pools] == [UNREAD] and any(not one.ok for one in found if one.name in ("redis", "fleet")):
+        pools = []  # that has told why
     return [
-        *(_checked(name, check, settings) for name, check in checks),
+        *found,
         *pools,
         *(_checked(name, check, settings) for name, check in here),
     ]
 
 
 def pool_checks(settings: Settings) -> list[Check]:
-    """A check for each pool: does somebody serve it, or need nobody? None where Redis or the fleet file cannot be read.
+    """A check for each pool: does somebody serve it, or need nobody? One failed check where they cannot be read.
 
     Pools are those of the fleet file, and others that are announced and that messages wait for.
     """
@@ -84,10 +89,10 @@ def pool_checks(settings: Settings) -> list[Check]:
             troubles: dict[str, str] = {}
             found = [_pool(row, pool) for row, pool in _pools(client, troubles)] + _unnamed(client, troubles)
             return [*found, *(Check(f"pool {name}", False, trouble) for name, trouble in troubles.items())]
-    except PipefleetError:
-        return []  # what is wrong is told by the checks of Redis and of the fleet file
+    except PipefleetError as error:
+        return [Check(UNREAD, False, str(error))]
     except Exception as error:  # noqa: BLE001 - as in `_checked`
-        return [Check("pools", False, f"{type(error).__name__}: {error}")]
+        return [Check(UNREAD, False, f"{type(error).__name__}: {error}")]
 
 
 def _pools(client: Client, troubles: dict[str, str]) -> list[tuple[PoolRow, Pool]]:
