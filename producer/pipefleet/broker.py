@@ -254,13 +254,13 @@ def _explained(error: Exception, word: str | None, url: str) -> str:
 
 
 def connect(settings: Settings) -> Redis:
-    """A thread-safe Redis client with bounded waits. It connects at its first command, not here.
+    """A thread-safe Redis client; a command waits for at most twice `redis_timeout`, its connection included. It connects at its first command, not here.
 
     Raises UsageError for a URL with an option that redis-py does not take.
     """
     from redis import Redis
-    from redis.backoff import ExponentialBackoff
-    from redis.retry import Retry
+
+    from pipefleet.bounded_retry import BoundedRetry
 
     try:
         return Redis.from_url(
@@ -268,7 +268,7 @@ def connect(settings: Settings) -> Redis:
             socket_timeout=settings.redis_timeout,
             socket_connect_timeout=min(5.0, settings.redis_timeout),
             health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 2),
+            retry=BoundedRetry(settings.redis_timeout),
         )
     except ValueError as error:
         raise UsageError(f"PIPEFLEET_REDIS_URL cannot be used: {error}") from None
