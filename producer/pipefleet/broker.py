@@ -254,7 +254,9 @@ def _explained(error: Exception, word: str | None, url: str) -> str:
 
 
 def connect(settings: Settings) -> Redis:
-    """A thread-safe Redis client; a command waits for at most twice `redis_timeout`, its connection included. It connects at its first command, not here.
+    """A thread-safe Redis client that connects at its first command, not here.
+
+    A command waits for at most twice `redis_timeout`, its connection included.
 
     Raises UsageError for a URL with an option that redis-py does not take.
     """

@@ -120,6 +120,7 @@ class Consumer:
         self._leaving = 0
         self.health = health
         health.watchers.append(self._bar)
+        jobs.is_away = lambda: not health.check()
 
     @property
     def barred(self) -> str | None:
