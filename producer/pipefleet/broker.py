@@ -258,13 +258,15 @@ def _explained(error: Exception, word: str | None, url: str) -> str:
 
 
 def connect(settings: Settings) -> Redis:
-    """A thread-safe Redis client with bounded waits. It connects at its first command, not here.
+    """A thread-safe Redis client that connects at its first command, not here.
+
+    A command waits for at most twice `redis_timeout`, its connection included.
 
     Raises UsageError for a URL with an option that redis-py does not take.
     """
     from redis import Redis
-    from redis.backoff import ExponentialBackoff
-    from redis.retry import Retry
+
+    from pipefleet.bounded_retry import BoundedRetry
 
     try:
         redis = Redis.from_url(
@@ -272,7 +274,7 @@ def connect(settings: Settings) -> Redis:
             socket_timeout=settings.redis_timeout,
             socket_connect_timeout=min(5.0, settings.redis_timeout),
             health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 2),
+            retry=BoundedRetry(settings.redis_timeout),
         )
         leave_replicas(redis)
     except ValueError as error:

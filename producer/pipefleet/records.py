@@ -80,8 +80,7 @@ FINISH = _FINISH.replace("-- the first write", NEEDS_NO_MEMORY)
 FINISH_WITH_ROOM = _FINISH
 """As FINISH, for fields that are large: a server at `maxmemory` refuses it, and nothing is written."""
 
-_CANCELLED = _FINISH.replace("-- the first write", "redis.call('EXPIRE', KEYS[1], ARGV[1])")
-CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{_CANCELLED}"
+CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{FINISH}"
 """As FINISH, but it makes no record of a job nothing is known of. Its first write takes no memory, and is a producer's right."""
 
 

@@ -118,6 +118,23 @@ def test_a_time_out_holds_while_redis_is_away(client: Client, server: Server, pr
         os.kill(server._process.pid, signal.SIGCONT)
 
 
+def test_a_look_at_a_frozen_redis_fails_after_the_time_of_one_answer(
+    client: Client, server: Server, prefix: str
+) -> None:
+    run = client.map(TASK, ["a"], output=f"{prefix}run/")
+    run.join_planner()
+    os.kill(server._process.pid, signal.SIGSTOP)
+    try:
+        with Client(load_settings()) as fresh:
+            for look in (run.progress, fresh.ping, fresh.job("x").status):
+                begin = time.monotonic()
+                with pytest.raises(ServiceUnavailableError):
+                    look()
+                assert time.monotonic() - begin < 8, "retries inside of retries, each of two seconds"
+    finally:
+        os.kill(server._process.pid, signal.SIGCONT)
+
+
 def test_a_look_that_does_not_wait_fails_at_once(client: Client, server: Server, prefix: str) -> None:
     run = client.map(TASK, ["a"], output=f"{prefix}run/")
     run.join_planner()

@@ -20,8 +20,10 @@ from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet import Fleet, parse_fleet
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.scaling import command
+from pipefleet_workers.scaling.decide import State
 from pipefleet_workers.scaling.ledger import record_done
 from pipefleet_workers.scaling.service import Scaler, ScalerService, state_key
+from pipefleet_workers.scaling.signal import Memory
 from tests.unit.conftest import eventually
 
 QUEUE = "pipefleet.text-classification"
@@ -123,6 +125,25 @@ def test_it_measures_the_pool_and_goes_on_after_a_restart(client: Client, fleet:
     after = start().tick()["texts"]
     assert after.measured.seconds_per_cost == pytest.approx(4.0)
     assert after.decision.load == pytest.approx(before.decision.load, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("good", "barred", "waiting", "value"),
+    [(0, 1, 3, 2), (0, 3, 3, 2), (2, 1, 3, 3), (0, 2, 0, 0), (1, 6, 3, 3), (6, 4, 3, 7)],
+)
+def test_workers_that_s3_refuses_are_no_capacity(
+    scaler: Scaler, redis: Redis, good: int, barred: int, waiting: int, value: int
+) -> None:
+    facts = {"pool": "texts", "until": 4e9}
+    names = {f"good-{n}": facts for n in range(good)} | {
+        f"barred-{n}": {**facts, "barred": "S3"} for n in range(barred)
+    }
+    redis.hset(WORKERS_KEY, mapping={name: encode_json(one) for name, one in names.items()})
+    redis.set(state_key("texts"), encode_json({"memory": Memory().to_json(), "state": State(0.0).to_json()}))
+    put(redis, waiting)
+    status = scaler.tick()["texts"]
+    assert (status.reading.workers, status.barred) == (good, barred)
+    assert status.decision.desired == value
 
 
 def test_a_state_that_cannot_be_read_is_a_fresh_start(scaler: Scaler, redis: Redis) -> None:

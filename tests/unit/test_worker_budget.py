@@ -163,9 +163,12 @@ def test_a_shard_that_is_given_back_in_the_middle_leaves_no_trace(small: Any) ->
     assert codes(bulk.begin([f"text {index}" for index in range(50)])()) == [""] * 50
 
 
-@pytest.mark.parametrize("patient", [True, False])
-def test_an_outage_gives_the_room_back(small: Any, monkeypatch: pytest.MonkeyPatch, patient: bool) -> None:
+@pytest.mark.parametrize(("patient", "is_away"), [(True, False), (False, False), (False, True)])
+def test_an_outage_gives_the_room_back(
+    small: Any, monkeypatch: pytest.MonkeyPatch, patient: bool, is_away: bool
+) -> None:
     _, bulk = small()
+    bulk.jobs.is_away = lambda: is_away
 
     def away(_: Any) -> Any:
         raise ServiceUnavailableError("S3 is away")
@@ -176,8 +179,9 @@ def test_an_outage_gives_the_room_back(small: Any, monkeypatch: pytest.MonkeyPat
         outcomes = bulk._shards.process(JobMessage("job", TASK), items, patient=patient)
         assert codes(outcomes) == ["unavailable"] * 50
         assert not patient
+        assert not is_away
     except ServiceUnavailableError:
-        assert patient
+        assert patient or is_away, "no try is the last one while a service is away for everybody"
     wait_until(bulk.empty, "all room has come back")
 
 

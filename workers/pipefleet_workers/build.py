@@ -28,6 +28,7 @@ from pipefleet_workers.consume.consumer import Consumer, Limits
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
+from pipefleet_workers.consume.places import Others, Places
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.suspects import Journal, Suspects
 from pipefleet_workers.consume.tally import Tally
@@ -132,9 +133,12 @@ def build(
     jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
-    consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally)
+    places = Places(Others(settings, own_queue, name))
+    consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally, places=places)
     consumer.health.watchers.append(instruments.metrics.barred)
-    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health)
+    facts = Facts(
+        name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health, places
+    )
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
     return Built(consumer, outlets.reporter, facts, burials, clock, letters=worker_settings.transport != "stock")
 
@@ -188,7 +192,13 @@ class Undertaker:
 
 
 def _consumer(
-    jobs: Jobs, outlets: Outlets, worker_settings: WorkerSettings, *, undertaker: Undertaker, tally: Tally
+    jobs: Jobs,
+    outlets: Outlets,
+    worker_settings: WorkerSettings,
+    *,
+    undertaker: Undertaker,
+    tally: Tally,
+    places: Places,
 ) -> Consumer:
     shards = Shards(jobs, outlets, tally, elsewhere=undertaker.written_elsewhere)
     suspects = Suspects(jobs, shards, undertaker.journal, undertaker.bury)
@@ -197,7 +207,7 @@ def _consumer(
     )
     health = Health(_probe(outlets))
     outlets.store.on_denied = health.accuse
-    return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits)
+    return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits, places=places)
 
 
 def _clock(settings: Settings) -> ServerClock:

@@ -12,6 +12,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.printable import printable
 from pipefleet.s3errors import clock_sentence
 from pipefleet.settings import Settings
+from pipefleet_workers.consume.places import refused_places
 
 WARN_SECONDS = 5.0
 """A clock that is further off is told with what to do about it. The store's is known to the second only."""
@@ -24,9 +25,15 @@ def access_of_workers(settings: Settings) -> str:
     with broker.redis_errors(settings.redis_url):
         workers = announced_workers(broker.connect(settings))
     barred = {name: str(facts["barred"]) for name, facts in sorted(workers.items()) if facts.get("barred")}
-    if barred:
-        told = "; ".join(f"{printable(name)} takes no jobs: {printable(why, 400)}" for name, why in barred.items())
-        raise PipefleetError(told)
+    told = [f"{printable(name)} takes no jobs: {printable(why, 400)}" for name, why in barred.items()]
+    for name, facts in sorted(workers.items()):
+        if places := refused_places(facts):
+            buckets = printable(", ".join(f"s3://{one}/" for one in places), 400)
+            told.append(
+                f"{printable(name)} gives jobs back whose bucket S3 refuses to it: {buckets}; see what its policy allows"
+            )
+    if told:
+        raise PipefleetError("; ".join(told))
     return f"S3 refuses none of {len(workers)}"
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipefleet.errors import ServiceUnavailableError
+from pipefleet.errors import ServiceFullError, ServiceUnavailableError
 from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.admission import Budget
@@ -307,9 +307,8 @@ class Engine:
                     done.append(do(item))
                     continue
                 except ServiceUnavailableError as error:
-                    if work.job.patient or isinstance(
-                        error, BarredError
-                    ):  # an outage is nobody's failure: the whole job runs again later
+                    # an outage is nobody's failure: the whole job runs again later
+                    if work.job.patient or isinstance(error, BarredError | ServiceFullError) or work.job.is_away():
                         work.job.give_back(error)
                         self._budget.leave(work)
                         continue

@@ -18,6 +18,7 @@ from pipefleet_workers.scaling.ledger import ITEM_COUNTS, record_items
 
 if TYPE_CHECKING:
     from pipefleet_workers.consume.health import Health
+    from pipefleet_workers.consume.places import Places
     from pipefleet_workers.device import Instruments
     from pipefleet_workers.pulse import Beat, Pulse
     from pipefleet_workers.warmup import WarmUp
@@ -38,6 +39,7 @@ class Facts:
     queue: str
     """That of the revision that the worker serves."""
     health: Health | None = None
+    places: Places | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What is announced; `base` and `per_cost` are the fitted seconds of a batch."""
@@ -52,6 +54,7 @@ class Facts:
             **fitted,
             "batching": batching,
             **({"barred": self.health.barred} if self.health is not None and self.health.barred else {}),
+            **({"refused": refused} if self.places is not None and (refused := self.places.told()) else {}),
             "formats": writable_formats(),
         }
 

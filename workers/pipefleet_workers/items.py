@@ -50,6 +50,8 @@ class JobContext:
     cancelled: bool = False
     patient: bool = True
     """Whether the job goes back when a service fails one of its items; otherwise that item fails."""
+    is_away: Callable[[], bool] = lambda: False
+    """Whether a service is away for everybody: then the job goes back in any case, since no try is its last."""
     shard: Shard | None = None
     """What a bulk run calls this job."""
     given_back: bool = False

@@ -13,6 +13,7 @@ from pipefleet.records import JobFailure
 from pipefleet_workers.consume.consumer import Consumer, Limits
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.consume.places import Places
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.delivery.leases import Lease, Settlement
 from pipefleet_workers.ending import Ending, before, single_ending
@@ -46,6 +47,7 @@ class FakeDelivery:
         self.lease = Lease(self.id.encode(), "owner", "queue", "list", deliveries, 0, 1, self)
         self.begun = 0.0
         self.starts = 0
+        self.settlements: list[Settlement] = []
         self.ends: list[str] = []
         self.endings: list[Ending] = []
         self.ended = threading.Event()
@@ -56,6 +58,7 @@ class FakeDelivery:
 
     def settle(self, lease: Lease, settlement: Settlement) -> None:
         """As the holder of its lease; nothing is written."""
+        self.settlements.append(settlement)
 
     def due_now(self, lease: Lease) -> None:
         """As the holder of its lease."""
@@ -200,7 +203,7 @@ class FakeClock:
 class Bench:
     """A consumer with everything around it."""
 
-    def __init__(self, served: FakeShards | None = None, **limits: Any) -> None:
+    def __init__(self, served: FakeShards | None = None, *, places: Places | None = None, **limits: Any) -> None:
         self.engine, self.reporter, self.clock = FakeEngine(), FakeReporter(), FakeClock()
         self.metrics = Metrics("pool")
         self.tally = Tally(self.metrics, WorkCount())
@@ -210,7 +213,7 @@ class Bench:
         self.shards: Any = served or FakeShards(lambda message: Ending(JobState.SUCCEEDED))
         self.consumer = Consumer(
             self.jobs, self.shards, self.shards, self.reporter, self.health, tally=self.tally,  # type: ignore[arg-type]
-            limits=Limits(**{"shards": 1, **limits}), clock=self.clock,
+            limits=Limits(**{"shards": 1, **limits}), clock=self.clock, places=places,
         )  # fmt: skip
         self.consumer.start()
 

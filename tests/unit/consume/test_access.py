@@ -7,10 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
+from pipefleet.announcements import announce_worker
+from pipefleet.client import Client
 from pipefleet.contract import JobMessage, JobState
-from pipefleet.errors import AccessDeniedError, ObjectRefusedError, ServiceUnavailableError
+from pipefleet.errors import AccessDeniedError, ObjectRefusedError, PipefleetError, ServiceUnavailableError
 from pipefleet.objects import renewals
+from pipefleet_workers.checks import access_of_workers
 from pipefleet_workers.consume.health import Health
+from pipefleet_workers.consume.places import MOST_PLACES, NOTED_SECONDS, PASS_ON_SECONDS, Others, Places
+from pipefleet_workers.delivery.leases import GivenBack
 from pipefleet_workers.ending import Ending
 from pipefleet_workers.objects import BarredError
 from tests.unit.conftest import eventually
@@ -147,3 +152,47 @@ def test_a_job_whose_objects_are_refused_goes_to_other_workers_and_ends_in_the_d
 def test_what_s3_refuses_for_good_is_not_tried_again() -> None:
     error = ObjectRefusedError("S3 refuses the part (KeyTooLongError): rename it")
     assert Bench(raising(error)).take(shard()).wait() == f"refused: {error}"
+
+
+def test_a_job_whose_bucket_is_refused_here_alone_goes_to_others_uncounted() -> None:
+    asked: list[str] = []
+    allowed = [True]
+
+    def others(bucket: str) -> bool:
+        asked.append(bucket)
+        return allowed[0]
+
+    places = Places(others)
+    bench = Bench(raising(DENIED), places=places)
+    last = FakeDelivery(shard())
+    last.lease.retries = 4
+    bench.consumer.take(last)
+    assert (last.wait(), last.settlements) == ("given back", [GivenBack(PASS_ON_SECONDS, retry=False)])
+    assert (asked, places.told()) == (["bucket"], ["bucket"])
+    allowed[0] = False
+    assert bench.take(shard()).wait() == "given back, counted"
+
+
+def test_a_refused_bucket_is_told_for_a_while() -> None:
+    now = [0.0]
+    places = Places(clock=lambda: now[0])
+    for n in range(MOST_PLACES + 5):
+        places.refused(single(output=f"s3://b{n:02}/out.json"))
+    assert len(places.told()) == MOST_PLACES
+    now[0] = NOTED_SECONDS
+    assert places.told() == []
+
+
+def test_others_are_live_workers_of_the_queue_that_were_not_refused_there(client: Client) -> None:
+    others = Others(client.settings, "q", "me")
+    told = [
+        ("me", {"pool": "p", "queue": "q"}),
+        ("elsewhere", {"pool": "p", "queue": "r"}),
+        ("barred", {"pool": "p", "queue": "q", "barred": "keys"}),
+        ("alike", {"pool": "p", "queue": "q", "refused": ["bucket"]}),
+    ]
+    for name, facts in told:
+        announce_worker(client.redis, name, facts, seconds=60.0)
+    assert (others("bucket"), others("another")) == (False, True)
+    with pytest.raises(PipefleetError, match="alike gives jobs back whose bucket S3 refuses to it: s3://bucket/"):
+        access_of_workers(client.settings)

@@ -149,6 +149,10 @@ def test_a_failure_of_a_service_makes_a_job_begin_again_until_it_is_patient_no_m
             work.job.sink.deliver(Outcome(work, failure=JobFailure("unavailable", "away", "fetch")))
     assert delivery.wait() == "done"
     assert patience == [True, True, False]
+    assert not bench.jobs.is_away()
+    bench.goes_away()
+    assert bench.jobs.is_away()
+    bench.comes_back()
 
 
 class TestErrorsOfOurs:

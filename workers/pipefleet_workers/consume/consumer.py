@@ -48,6 +48,7 @@ from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.later import Later
+from pipefleet_workers.consume.places import PASS_ON_SECONDS, Places
 from pipefleet_workers.consume.revocations import Revocations
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.singles import TOGETHER, Singles
@@ -95,6 +96,7 @@ class Consumer:
         *,
         tally: Tally,
         limits: Limits | None = None,
+        places: Places | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = jobs
@@ -103,6 +105,7 @@ class Consumer:
         self._reporter = reporter
         self._tally = tally
         self._limits = limits or Limits()
+        self._places = places or Places()
         self._draining = threading.Event()
         self._gate = Gate()
         self._singles = Singles(jobs, reporter, self._gate, self, tally, budget=self._limits.retries)
@@ -117,6 +120,7 @@ class Consumer:
         self._leaving = 0
         self.health = health
         health.watchers.append(self._bar)
+        jobs.is_away = lambda: not health.check()
 
     @property
     def barred(self) -> str | None:
@@ -227,7 +231,9 @@ class Consumer:
             self._route(delivery)
 
     def _try_elsewhere(self, delivery: Delivery, lease: Lease, error: Exception) -> None:
-        """Give a job back that S3 refuses to this worker alone, or to all: counted in Redis, so that it ends in either case."""
+        """Give a job back whose objects S3 refuses: counted in Redis, so that it ends where every worker is refused."""
+        if self._passed_on(delivery, lease):
+            return
         if lease.retries >= self._limits.denials:
             return self.refuse(delivery, f"refused on {lease.retries + 1} tries, at last with: {error}")
         first, longest = self._limits.pause
@@ -239,6 +245,24 @@ class Consumer:
             delivery.give_back(seconds)
 
         self._leave(delivery, act)
+
+    def _passed_on(self, delivery: Delivery, lease: Lease) -> bool:
+        """Whether a job went back uncounted, since another worker may be allowed what S3 refuses to this one."""
+        try:
+            if not self._places.refused(_job_of(delivery)):
+                return False
+        except PipefleetError as error:
+            log.warning("cannot see whether other workers are refused: %s", error)
+            return False
+        log.warning("a job goes back: S3 refuses its bucket to this worker, and not to others")
+
+        def act() -> None:
+            self._tally.handed_back()
+            lease.put_off(PASS_ON_SECONDS)
+            delivery.give_back()
+
+        self._leave(delivery, act)
+        return True
 
     def _bar(self, barred: str | None) -> None:
         """S3 refuses this worker: give everything back. What is still on its way here goes back where it begins."""

@@ -72,6 +72,8 @@ class Jobs:
         self.turn = threading.Lock()
         """Held by the shard whose items enter: the one that came first gets its items in first."""
         self.clock = clock
+        self.is_away: Callable[[], bool] = lambda: False
+        """See `JobContext.is_away`."""
 
     def begin(self, message: JobMessage, sink: Sink, *, priority: int, patient: bool) -> JobContext:
         """The context of a job that begins here; `end` must follow. See `JobContext.patient`."""
@@ -83,6 +85,7 @@ class Jobs:
             deadline=self._local(message.deadline),
             sink=sink,
             patient=patient,
+            is_away=self.is_away,
             shard=message.shard,
         )
         with self._lock:

@@ -117,6 +117,15 @@ def decide(state: State, signal: Signal, *, limits: Limits) -> tuple[State, Deci
     return replace(state, workers=desired), Decision(desired, state.level, wanted)
 
 
+def replacing(decision: Decision, *, barred: int, ready: int, most: int) -> Decision:
+    """The decision with others in place of workers that are alive and take no jobs, since S3 refuses them; `most` in all.
+
+    One more than take jobs are replaced at most: where every worker is refused, one further shows whether it is their fault.
+    """
+    spare = min(barred, ready + 1) if decision.desired else 0
+    return replace(decision, desired=min(decision.desired + spare, max(most, decision.desired)))
+
+
 def _observe(state: State, signal: Signal) -> State:
     """The state with the average brought to this reading. After a silence what runs is taken for what is needed."""
     elapsed = None if state.at is None else signal.now - state.at

@@ -17,7 +17,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -35,7 +35,7 @@ from pipefleet.foreign import read_object
 from pipefleet.revisions import Part, parts_of
 from pipefleet.settings import Settings
 from pipefleet.wrongtype import passed_over
-from pipefleet_workers.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide
+from pipefleet_workers.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide, replacing
 from pipefleet_workers.scaling.ledger import state_key
 from pipefleet_workers.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
 
@@ -56,6 +56,8 @@ class PoolStatus:
     measured: Measured
     decision: Decision
     dead_letters: int = 0
+    barred: int = 0
+    """Workers that are alive and take no jobs, since S3 refuses them; `Reading.workers` are the others."""
 
     def to_json(self) -> dict[str, Any]:
         """What `/pools/<name>` answers. Work in device-seconds; messages are counted exactly."""
@@ -64,7 +66,12 @@ class PoolStatus:
             "pool": self.pool.key,
             "model": model_label(self.pool.model, self.pool.revision),
             "value": decision.desired,
-            "workers": {"ready": signal.ready, "min": self.pool.workers.min, "max": self.pool.workers.max},
+            "workers": {
+                "ready": signal.ready,
+                "barred": self.barred,
+                "min": self.pool.workers.min,
+                "max": self.pool.workers.max,
+            },
             "messages": {state: self.reading.count(state) for state in STATES},
             "dead_letters": self.dead_letters,
             "backlog_seconds": {"queued": signal.queued, "leased": signal.leased},
@@ -124,7 +131,7 @@ class Scaler:
             statuses, troubles = {}, dict[str, str]()
             for one in parts_of(self._redis, self._fleet, troubles=troubles):
                 with passed_over(troubles, one.key):
-                    serving = len(workers_of(workers, one.pool, one.queue))
+                    serving = [workers[name] for name in workers_of(workers, one.pool, one.queue)]
                     statuses[one.key] = self._look(one, serving, remember=remember)
         for trouble in troubles.values():
             log.warning("%s", trouble)
@@ -139,18 +146,20 @@ class Scaler:
             )
         return self._statuses
 
-    def _look(self, part: Part, workers: int, *, remember: bool) -> PoolStatus:
+    def _look(self, part: Part, workers: Sequence[Mapping[str, Any]], *, remember: bool) -> PoolStatus:
         pool = part.pool
         memory, state = self._minds.get(part.key) or self._recall(part.key)
-        reading = read_pool(self._redis, part, workers=workers, now=self._clock())
+        barred = sum(1 for facts in workers if facts.get("barred"))
+        reading = read_pool(self._redis, part, workers=len(workers) - barred, now=self._clock())
         memory, measured = measure(memory, reading)
         state, decision = decide(state, measured.signal, limits=self._limits(pool))
+        decision = replacing(decision, barred=barred, ready=reading.workers, most=pool.workers.max)
         self._minds[part.key] = memory, state
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
             self._redis.eval(KEEP, 1, state_key(part.key), content, int(60 * GAP_SECONDS))
         dead = 0 if pool.generation else deadletters.count_dead_letters(self._redis, part.queue)
-        return PoolStatus(pool, reading, measured, decision, dead)
+        return PoolStatus(pool, reading, measured, decision, dead, barred)
 
     def _recall(self, pool: str) -> tuple[Memory, State]:
         """What an earlier scaler left in Redis; a fresh start where there is nothing that can be read."""
@@ -278,7 +287,7 @@ class _Metrics(Collector):
 
 _GAUGES: dict[str, tuple[str, Callable[[PoolStatus], float]]] = {
     "desired_workers": ("workers that the pool should have", lambda one: one.decision.desired),
-    "ready_workers": ("workers that are alive", lambda one: one.measured.signal.ready),
+    "ready_workers": ("workers that are alive and take jobs", lambda one: one.measured.signal.ready),
     "max_workers": ("workers that the pool may have", lambda one: one.pool.workers.max),
     "load": ("work that arrives, in devices that it keeps busy", lambda one: one.decision.load),
     "queued_seconds": ("work that waits, in device-seconds", lambda one: one.measured.signal.queued),
