@@ -187,6 +187,16 @@ class Channel(stock.Channel):  # type: ignore[misc]
         with _retrying(unless_full=True):
             super()._queue_bind(*args, **kwargs)
 
+    def _size(self, queue: str) -> int:
+        """How many messages wait; 0 where the key of one of the lists holds something else, which Celery asks at its start."""
+        try:
+            return int(super()._size(queue))
+        except ResponseError as error:
+            if not _is_no_list(error):
+                raise
+            log.error("a list of the queue %s holds something else; its messages of that priority wait", queue)
+            return 0
+
     def maybe_refresh_binding_expiry(self) -> None:
         """Keep the bindings of queues that expire."""
         with _retrying(unless_full=True):
@@ -379,13 +389,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
         try:
             bell.read()
         except ResponseError as error:
-            if word_of(error) != FULL:
+            if word_of(error) != FULL and not _is_no_list(error):
                 raise _retried(error) from error
             self._look_again_soon()
             raise Empty from None
 
     def _look_again_soon(self) -> None:
-        """A server that is full lets nobody wait on a list: what waits there is looked for once in FULL_SECONDS."""
+        """Nobody may wait on a list of a full server, or on what is no list: it is looked at once in FULL_SECONDS."""
         self._look_at = monotonic() + FULL_SECONDS
         loop = self._transport.loop
         if loop is not None:
@@ -479,6 +489,11 @@ class Transport(stock.Transport):  # type: ignore[misc]
         """Be polled by a Celery worker's event loop."""
         self.loop = loop
         super().register_with_event_loop(connection, loop)
+
+
+def _is_no_list(error: ResponseError) -> bool:
+    """Whether a key holds something else than a list, so that the other lists are served without it."""
+    return "WRONGTYPE" in str(error)
 
 
 def _retried(error: ResponseError) -> Exception:
