@@ -22,11 +22,9 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty
 from time import monotonic
 from typing import Any, NamedTuple
@@ -34,16 +32,15 @@ from typing import Any, NamedTuple
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 from redis import Redis
-from redis.exceptions import AuthorizationError, NoPermissionError, ResponseError
-from redis.exceptions import ConnectionError as NoConnectionError
+from redis.exceptions import RedisError, ResponseError
 
-from pipefleet.answers import FULL, word_of
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
-from pipefleet_workers.delivery.leases import Lease
+from pipefleet_workers.delivery.leases import Lease, is_queue_name
 from pipefleet_workers.delivery.ledger import Ledger
 from pipefleet_workers.delivery.ledgers import Callback, ledger_for
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
 from pipefleet_workers.delivery.scripts import FETCH, GATHER
+from pipefleet_workers.delivery.server_errors import FULL, is_no_list, retried, retrying, word_of
 from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
 log = logging.getLogger(__name__)
@@ -115,7 +112,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._fetch: _Fetch | None = None
         self._ledger: Ledger | None = None
         self._cached: tuple[Any, Any] | None = None
-        with _retrying():
+        with retrying():
             super().__init__(*args, **kwargs)
         self._transport = self.connection
 
@@ -163,7 +160,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if no_ack:
             self._without_acks.add(queue)
         elif queue not in self._fanout_queues:
-            if json.dumps(queue, ensure_ascii=False) != f'"{queue}"':
+            if not is_queue_name(queue):
                 raise ValueError(f"the queue name {queue!r} has quotes, backslashes or control characters")
             self._receivers[queue] = callback
             self.ledger.attach(self, [one.name for one in self._lists([queue])])
@@ -184,7 +181,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
         """Note a binding, unless the server is full: who sends to a queue by name, or to all workers, needs none."""
-        with _retrying(unless_full=True):
+        with retrying(unless_full=True):
             super()._queue_bind(*args, **kwargs)
 
     def _size(self, queue: str) -> int:
@@ -192,15 +189,25 @@ class Channel(stock.Channel):  # type: ignore[misc]
         try:
             return int(super()._size(queue))
         except ResponseError as error:
-            if not _is_no_list(error):
+            if not is_no_list(error):
                 raise
             log.error("a list of the queue %s holds something else; its messages of that priority wait", queue)
             return 0
 
     def maybe_refresh_binding_expiry(self) -> None:
         """Keep the bindings of queues that expire."""
-        with _retrying(unless_full=True):
+        with retrying(unless_full=True):
             super().maybe_refresh_binding_expiry()
+
+    def _receive_one(self, c: Any) -> Any:
+        """Take one message of the control channel. One that cannot be read is dropped; kombu would end the worker."""
+        try:
+            return super()._receive_one(c)
+        except (Empty, OSError, RedisError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a hostile message makes kombu raise
+            log.error("a control message cannot be read: %s", type(error).__name__)
+            raise Empty from None
 
     def check_bells(self) -> None:
         """Drop waiting connections that a lost server left without an answer."""
@@ -277,7 +284,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             connection.disconnect()
             raise
         except ResponseError as error:
-            raise _retried(error) from error
+            raise retried(error) from error
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
@@ -389,8 +396,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         try:
             bell.read()
         except ResponseError as error:
-            if word_of(error) != FULL and not _is_no_list(error):
-                raise _retried(error) from error
+            if word_of(error) != FULL and not is_no_list(error):
+                raise retried(error) from error
             self._look_again_soon()
             raise Empty from None
 
@@ -489,28 +496,6 @@ class Transport(stock.Transport):  # type: ignore[misc]
         """Be polled by a Celery worker's event loop."""
         self.loop = loop
         super().register_with_event_loop(connection, loop)
-
-
-def _is_no_list(error: ResponseError) -> bool:
-    """Whether a key holds something else than a list, so that the other lists are served without it."""
-    return "WRONGTYPE" in str(error)
-
-
-def _retried(error: ResponseError) -> Exception:
-    """A server that is full, read-only or loading is waited for like one that is away; a refused right is an error."""
-    if isinstance(error, NoPermissionError | AuthorizationError):
-        return error
-    return NoConnectionError(f"Redis cannot serve messages now: {error}")
-
-
-@contextmanager
-def _retrying(*, unless_full: bool = False) -> Iterator[None]:
-    """Let Celery connect again after an answer of a server that cannot serve now; `unless_full`, pass over one that is full."""
-    try:
-        yield
-    except ResponseError as error:
-        if not (unless_full and word_of(error) == FULL):
-            raise _retried(error) from error
 
 
 def _nothing() -> None:
