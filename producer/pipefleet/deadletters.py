@@ -57,7 +57,7 @@ class DeadLetter:
     def parse(cls, entry: bytes) -> DeadLetter:
         """Read a letter; what is not one becomes a letter without a message, so that it can be seen and removed."""
         try:
-            value = read_object(entry.decode(errors="replace"))
+            value = read_object(entry.decode(errors="replace"), most=MOST_LETTER_BYTES)
             texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
             return cls(**texts, at=number(value["at"]), deliveries=whole(value["deliveries"]), entry=entry)
         except (ValueError, LookupError):

@@ -39,6 +39,11 @@ def passed_over(troubles: dict[str, str] | None, pool: str) -> Iterator[None]:
         troubles[pool] = f"the pool {pool} cannot be read: {trouble}"
 
 
+def is_wrong_type(error: BaseException) -> bool:
+    """Whether an error of ours came of such a key: trying again is of no use until somebody has removed it."""
+    return error.__context__ is not None and "WRONGTYPE" in str(error.__context__)
+
+
 def _keys(error: Exception) -> list[str]:
     """The keys of the command that failed. redis-py names a command only where it was one of a pipeline."""
     if found := _PIPELINED.match(str(error)):

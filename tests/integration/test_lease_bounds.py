@@ -15,7 +15,7 @@ from redis import Redis
 from pipefleet import broker, deadletters
 from pipefleet.contract import MAX_MESSAGE_BYTES, MAX_WIRE_BYTES, JobItem, JobMessage, Priority
 from pipefleet.errors import ContractError
-from tests.integration.lease_world import KEYS, NEVER, QUEUE, Taker, depth, envelope, list_name, names, push
+from tests.integration.lease_world import KEYS, NEVER, QUEUE, Taker, depth, envelope, list_name, names, push, waits
 from tests.servers import until
 
 
@@ -89,6 +89,48 @@ def test_a_huge_letter_that_nobody_was_told_of_keeps_no_other_back(redis: Redis,
     worker = taker()
     until(lambda: (worker.poll(), [letter.reason for letter in worker.dead] == ["it is not JSON"])[1])
     until(lambda: redis.llen(KEYS["dead_key"]) == 2)
+
+
+@pytest.mark.parametrize("filler", ["\x00", "\x7f"])
+def test_a_letter_whose_message_grows_when_it_is_quoted_is_still_read(
+    redis: Redis, taker: Callable[..., Taker], filler: str
+) -> None:
+    redis.lpush(list_name(3), filler * 300_000)
+    worker = taker()
+    until(lambda: (worker.poll(), worker.dead)[1])
+    assert (worker.dead[0].reason, worker.dead[0].message) == ("it is not JSON", filler * 300_000)
+
+
+# Keys that hold something else
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_list_whose_key_holds_something_else_keeps_no_other_back(
+    redis: Redis, taker: Callable[..., Taker], idle: bool
+) -> None:
+    worker = taker()
+    if idle:
+        until(lambda: (worker.poll(), waits(redis, len(broker.PRIORITY_STEPS)))[1])
+    redis.sadd(list_name(6), "x")
+    push(redis, "high", priority=0)
+    push(redis, "low", priority=9)
+    assert names(worker.take(2)) == ["high", "low"]
+    push(redis, "later")
+    assert names(worker.take(1)) == ["later"]
+    assert names(taker(prefetch=1).messages) == []  # a worker starts meanwhile
+    redis.delete(list_name(6))
+    push(redis, "mended", priority=6)
+    until(lambda: (worker.poll(), "mended" in names(worker.messages))[1])
+
+
+def test_a_count_that_is_none_keeps_no_message_back(redis: Redis, taker: Callable[..., Taker]) -> None:
+    texts = [json.dumps(envelope(name)) for name in ("first", "second")]
+    tags = [json.loads(text)["properties"]["delivery_tag"] for text in texts]
+    redis.hset(KEYS["deliveries_key"], tags[0], "many")
+    redis.hset(KEYS["retries_key"], tags[1], "few")
+    redis.lpush(list_name(3), *texts)
+    leases = taker().leases(2)
+    assert [(lease.deliveries, lease.retries) for lease in leases] == [(1, 0), (1, 0)]
 
 
 # Codecs

@@ -145,6 +145,23 @@ def test_a_job_that_succeeds(fleet: Callable[..., Fleet]) -> None:
     assert state.all_total_count[0] == before + 1
 
 
+@pytest.mark.parametrize("raw", ["[" * 500 + "]" * 500, "[" * 100_000, "[]", '"x"', '{"body": 5}'])
+def test_a_control_message_that_is_none_does_not_end_the_worker(fleet: Callable[..., Fleet], raw: str) -> None:
+    one = fleet()
+    assert one.redis.publish("/0.celery.pidbox", raw) == 1
+    assert one.app.control.ping(timeout=10, limit=1)
+
+
+def test_a_queue_that_cannot_be_consumed_is_refused_and_does_not_end_the_worker(fleet: Callable[..., Fleet]) -> None:
+    one = fleet()
+    (answer,) = one.app.control.add_consumer('a"b', reply=True, timeout=10, limit=1)
+    assert "quotes" in answer[NAME]["error"]
+    (answer,) = one.app.control.add_consumer("another", reply=True, timeout=10, limit=1)
+    assert answer[NAME] == {"ok": "add consumer another"}
+    one.app.control.cancel_consumer("another", reply=True, timeout=10, limit=1)
+    assert one.app.control.ping(timeout=10, limit=1)
+
+
 def test_a_job_that_fails_is_shown_as_failed_without_its_input(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     one.put(single("bad"))

@@ -201,3 +201,12 @@ def test_a_shard_whose_part_is_there_buries_its_culprits_and_forgets(case: Case)
     case.served.part = []
     assert case.runs() == before(JobState.SUCCEEDED)
     assert (case.buried, case.left, case.served.passes) == ([("run-0", "0")], [], [])
+
+
+@pytest.mark.parametrize("trying", ["x:1", "-1:1", "999:1", "1e3:1", "\xff\xfe:1", ":", "0" * 40])
+@pytest.mark.parametrize("culprits", ["[", "7", "[[]]", "[-1, 999, null, 1.5, true]", "[" * 5000])
+def test_a_journal_of_somebody_else_accuses_nobody(case: Case, trying: str, culprits: str) -> None:
+    key = case.journal(SHARD)._key  # type: ignore[arg-type]
+    case.client.redis.hset(key, mapping={"trying": trying, "culprits": culprits})
+    assert case.runs().state == "succeeded"
+    assert (case.failed(), case.buried) == ({}, [])

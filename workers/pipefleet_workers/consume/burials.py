@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pipefleet import broker
 from pipefleet.contract import Shard, is_id
 from pipefleet.deadletters import FOREIGN, DeadLetter
-from pipefleet.errors import PipefleetError
+from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.layout import RunLayout
 from pipefleet.letters import read_content
 from pipefleet.objects import ObjectStore
@@ -24,6 +24,7 @@ from pipefleet.records import JobFailure
 from pipefleet.refusals import Noted, Refusals, note
 from pipefleet.settings import Settings
 from pipefleet.uris import shard_fault
+from pipefleet.wrongtype import is_wrong_type
 from pipefleet_workers.reports import Reporter
 from pipefleet_workers.uri_gate import UriGate
 
@@ -59,7 +60,11 @@ class Burials:
         self._lock = threading.Lock()
 
     def letter(self, letter: DeadLetter) -> None:
-        """Tell who waits. Raises ServiceUnavailableError while Redis is away; then it is called again."""
+        """Tell who waits. Raises ServiceUnavailableError while Redis is away; then it is called again.
+
+        Where the record of the job or of the run is none, nobody can be told, and that is no reason to be called again: such
+        letters would keep those behind them back.
+        """
         content, reason = read_content(letter), letter.reason.encode(errors="replace").decode()
         try:
             if content.shard is not None:
@@ -72,6 +77,10 @@ class Burials:
                 self._reporter.bury(letter, failure, self._queue, content.reply)
         except UnicodeError:
             log.warning("nobody can wait for a job whose id has no UTF-8 form")
+        except ServiceUnavailableError as error:
+            if not is_wrong_type(error):
+                raise
+            log.error("nobody can be told of a dead letter: %s", error)
 
     def shard(self, shard: Shard, failure: JobFailure, letter: bytes = b"") -> None:
         """Note that no worker will run a shard; with `letter`, as long as that is there. Raises ServiceUnavailableError."""

@@ -4,7 +4,7 @@ revoke, terminate          end the job wherever it is, see `revocations`; both t
 revoke_by_stamped_headers  Celery's own: jobs with the stamp that come from now on; with terminate, those that have begun as well
 shutdown                   as SIGTERM: drains, where Celery's would drop what is held until the leases run out
 rate_limit, time_limit     are answered and change nothing; no job is kept back or ended
-add_consumer, cancel_consumer   another queue, or one less; what is held goes on
+add_consumer, cancel_consumer   another queue, or one less; what is held goes on. An error for a name that no queue here can have
 pool_grow, pool_shrink, pool_restart, autoscale   an error is answered, since there is no pool; what is held goes on
 objgraph, memsample, memdump, election   are not there: the first three load further modules or write files, the last asks others
 
@@ -21,7 +21,9 @@ from celery.utils.functional import maybe_list
 from celery.worker import control, state
 
 from pipefleet.contract import TASK_NAME
+from pipefleet_workers.delivery.leases import is_queue_name
 
+_add_consumer = control.add_consumer
 REMOVED = ("objgraph", "memsample", "memdump", "election")
 
 
@@ -29,7 +31,7 @@ def install() -> None:
     """Put these commands in the place of Celery's, for every worker of this process. May be repeated."""
     for name in REMOVED:
         control.Panel.data.pop(name, None)
-    for command in (revoke, terminate, shutdown):
+    for command in (revoke, terminate, shutdown, add_consumer):
         control.Panel.data[command.__name__] = command
 
 
@@ -49,3 +51,10 @@ def terminate(panel: Any, signal: str, task_id: str | Iterable[str], **_: Any) -
 def shutdown(panel: Any, msg: str = "", **_: Any) -> None:
     """End the worker as SIGTERM does."""
     signals.raise_signal(signals.SIGTERM)
+
+
+def add_consumer(panel: Any, queue: Any, *args: Any, **options: Any) -> Any:
+    """As Celery's, but for a name that could not be consumed, which would end the worker."""
+    if not is_queue_name(queue):
+        return {"error": "the name of a queue has no quotes, backslashes and control characters"}
+    return _add_consumer(panel, queue, *args, **options)

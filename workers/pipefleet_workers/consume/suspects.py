@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipefleet import broker
 from pipefleet.contract import JobItem, JobMessage, Shard
 from pipefleet.errors import ContractError
+from pipefleet.foreign import read_json
 from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.jobs import Jobs
@@ -61,15 +63,21 @@ class Journal:
     def __init__(self, redis: Any, settings: Settings, shard: Shard) -> None:
         self._redis = redis
         self._settings = settings
+        self._count = shard.count
         self._key = broker.run_key(shard.run_id, f"suspects:{shard.index}")
 
     def read(self, reader: str) -> Finding:
         """What is known, but for what `reader` itself noted of an item that it was trying."""
         with broker.redis_errors(self._settings.redis_url):
             raw = self._redis.hgetall(self._key)
-        position, _, process = raw.get(b"trying", b"").decode().partition(":")
-        trying = int(position) if position and process != reader else None
-        return Finding(trying, tuple(json.loads(raw.get(b"culprits", b"[]"))))
+        position, _, process = raw.get(b"trying", b"").decode(errors="replace").partition(":")
+        found = [] if process == reader else self._positions([position])
+        return Finding(found[0] if found else None, tuple(self._positions(_list(raw.get(b"culprits", b"[]")))))
+
+    def _positions(self, values: Sequence[Any]) -> list[int]:
+        """Those that an item of the shard has; others, which only another program notes, accuse nobody."""
+        found = [int(one) for one in values if re.fullmatch("[0-9]{1,9}", str(one), re.ASCII)]
+        return [one for one in found if one < self._count]
 
     def convict(self, finding: Finding) -> Finding:
         """The item that was running is a culprit from now on."""
@@ -167,6 +175,14 @@ class Suspects:
             finally:
                 journal.tried()
         return outcomes
+
+
+def _list(raw: bytes) -> Sequence[Any]:
+    try:
+        found = read_json(raw)
+    except ValueError:
+        return []
+    return found if isinstance(found, list) else []
 
 
 _FAILURE = JobFailure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
@@ -154,3 +155,8 @@ def lease_of(message: Any) -> Lease | None:
     """The lease of a kombu message that came from the lease transport, or None for any other."""
     found = getattr(message, "lease", None)
     return found if isinstance(found, Lease) else None
+
+
+def is_queue_name(name: object) -> bool:
+    """Whether the book-keeping can carry the name of a queue: a text without quotes, backslashes and control characters."""
+    return isinstance(name, str) and bool(name) and json.dumps(name, ensure_ascii=False) == f'"{name}"'

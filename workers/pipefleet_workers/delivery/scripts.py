@@ -48,6 +48,12 @@ local function push(list, text)
   return type(done) == 'number'
 end
 
+-- What is no count, which only another program writes, counts as none.
+local function count_of(key, tag)
+  local found = redis.call('HGET', key, tag)
+  return found and string.find(found, '^%d%d?%d?%d?%d?%d?$') and tonumber(found) or 0
+end
+
 local function forget(tag)
   redis.call('ZREM', index, tag)
   redis.call('ZREM', delayed, tag)
@@ -91,6 +97,13 @@ local function flaw(readable, m)
   if type(m.properties.delivery_info) ~= 'table' then return 'it has no delivery info' end
 end
 
+-- The next texts of a list; nothing where its key holds something else. Any other error ends the script.
+local function next_of(list, room)
+  local found = redis.pcall('LRANGE', list, -room, -1)
+  if found.err and string.find(found.err, 'WRONGTYPE', 1, true) then return {} end
+  return found.err and redis.call('LRANGE', list, -room, -1) or found
+end
+
 local function take(text, position, queue)
   bytes = bytes + #text
   if #text > MOST then
@@ -112,7 +125,8 @@ local function take(text, position, queue)
     end
     return
   end
-  local count = redis.call('HINCRBY', deliveries, tag, 1)
+  local count = count_of(deliveries, tag) + 1
+  redis.call('HSET', deliveries, tag, count)
   local shard = type(m.headers) == 'table' and m.headers['pipefleet-shard'] == true
   if count > most and not shard then
     buried = buried + 1
@@ -122,7 +136,7 @@ local function take(text, position, queue)
   redis.call('HSET', unacked, tag, record)
   redis.call('HSET', owners, tag, owner)
   redis.call('ZADD', index, seconds(us + #taken), tag)
-  taken[#taken + 1] = {position, tag, text, count, tonumber(redis.call('HGET', retries, tag) or 0)}
+  taken[#taken + 1] = {position, tag, text, count, count_of(retries, tag)}
   return true
 end
 
@@ -132,7 +146,7 @@ for k = 9, #KEYS do
   while buried < 100 and bytes < MOST_TAKEN do
     local room = math.min(AT_ONCE, left, low and low_left or left)
     if room <= 0 then break end
-    local texts = redis.call('LRANGE', KEYS[k], -room, -1)
+    local texts = next_of(KEYS[k], room)
     if #texts == 0 then break end
     for i = #texts, 1, -1 do
       if take(texts[i], k - 9, ARGV[k - 3]) then
@@ -190,7 +204,7 @@ for i = 1, #ARGV, 6 do
     local text = text_of(redis.call('HGET', unacked, tag))
     redis.call('HDEL', owners, tag)
     if delay > 0 then
-      if ARGV[i + 5] == '1' then redis.call('HINCRBY', retries, tag, 1) end
+      if ARGV[i + 5] == '1' then redis.call('HSET', retries, tag, count_of(retries, tag) + 1) end
       redis.call('ZADD', delayed, seconds(us + delay), tag)
       redis.call('ZADD', index, seconds(us + delay), tag)
     else
@@ -212,7 +226,7 @@ for i = 1, #ARGV, 4 do
   local tag = ARGV[i]
   if redis.call('HGET', owners, tag) == ARGV[i + 1] then
     local record = redis.call('HGET', unacked, tag)
-    local count = tonumber(redis.call('HGET', deliveries, tag) or 0)
+    local count = count_of(deliveries, tag)
     bury(ARGV[i + 3], ARGV[i + 2], count, text_of(record) or record or '')
     forget(tag)
   end

@@ -22,7 +22,6 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,16 +32,15 @@ from typing import Any, NamedTuple
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
-from pipefleet.answers import FULL, word_of
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
-from pipefleet_workers.delivery.leases import Lease
+from pipefleet_workers.delivery.leases import Lease, is_queue_name
 from pipefleet_workers.delivery.ledger import Ledger
 from pipefleet_workers.delivery.ledgers import Callback, ledger_for
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
-from pipefleet_workers.delivery.retrying import retried, retrying
 from pipefleet_workers.delivery.scripts import FETCH, GATHER
+from pipefleet_workers.delivery.server_errors import FULL, is_no_list, retried, retrying, word_of
 from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
 log = logging.getLogger(__name__)
@@ -162,7 +160,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if no_ack:
             self._without_acks.add(queue)
         elif queue not in self._fanout_queues:
-            if json.dumps(queue, ensure_ascii=False) != f'"{queue}"':
+            if not is_queue_name(queue):
                 raise ValueError(f"the queue name {queue!r} has quotes, backslashes or control characters")
             self._receivers[queue] = callback
             self.ledger.attach(self, [one.name for one in self._lists([queue])])
@@ -186,10 +184,30 @@ class Channel(stock.Channel):  # type: ignore[misc]
         with retrying(unless_full=True):
             super()._queue_bind(*args, **kwargs)
 
+    def _size(self, queue: str) -> int:
+        """How many messages wait; 0 where the key of one of the lists holds something else, which Celery asks at its start."""
+        try:
+            return int(super()._size(queue))
+        except ResponseError as error:
+            if not is_no_list(error):
+                raise
+            log.error("a list of the queue %s holds something else; its messages of that priority wait", queue)
+            return 0
+
     def maybe_refresh_binding_expiry(self) -> None:
         """Keep the bindings of queues that expire."""
         with retrying(unless_full=True):
             super().maybe_refresh_binding_expiry()
+
+    def _receive_one(self, c: Any) -> Any:
+        """Take one message of the control channel. One that cannot be read is dropped; kombu would end the worker."""
+        try:
+            return super()._receive_one(c)
+        except (Empty, OSError, RedisError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a hostile message makes kombu raise
+            log.error("a control message cannot be read: %s", type(error).__name__)
+            raise Empty from None
 
     def check_bells(self) -> None:
         """Drop waiting connections that a lost server left without an answer."""
@@ -378,13 +396,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
         try:
             bell.read()
         except ResponseError as error:
-            if word_of(error) != FULL:
+            if word_of(error) != FULL and not is_no_list(error):
                 raise retried(error) from error
             self._look_again_soon()
             raise Empty from None
 
     def _look_again_soon(self) -> None:
-        """A server that is full lets nobody wait on a list: what waits there is looked for once in FULL_SECONDS."""
+        """Nobody may wait on a list of a full server, or on what is no list: it is looked at once in FULL_SECONDS."""
         self._look_at = monotonic() + FULL_SECONDS
         loop = self._transport.loop
         if loop is not None:
