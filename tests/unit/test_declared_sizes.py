@@ -92,6 +92,15 @@ def test_inline_texts_are_no_longer_than_those_of_objects(task: str, value: Any)
     decoder(task, max_text_bytes=1000).decode(Fetched(work(), value))
 
 
+def test_the_parameters_of_an_item_are_no_longer_than_its_texts() -> None:
+    one = work()
+    one.item = JobItem("0", "sea", {"candidate_labels": ["x" * 60, "x" * 60]})
+    with pytest.raises(ItemError) as caught:
+        decoder("zero-shot-classification", max_text_bytes=100).decode(Fetched(one, "sea"))
+    assert caught.value.failure.code == "too_large"
+    decoder("zero-shot-classification", max_text_bytes=1000).decode(Fetched(one, "sea"))
+
+
 # What headers declare
 
 

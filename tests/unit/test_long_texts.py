@@ -133,19 +133,55 @@ def test_the_tokens_of_a_beginning_are_the_first_of_the_whole(name: str) -> None
     assert found > 20, "hardly a text was cut"
 
 
+ALPHABETS = {
+    "numbers": "0123456789,,,",
+    "json": '{}[]":,ab1',
+    "Chinese": "\u6d77\u4e16\u754c\u6728\u3002\uff0c",
+    "one word": "aaaabcdeeest",
+    "signs": ".-=",
+    "emoji": "\U0001f600\U0001f1e9\U0001f1ea\U0001f468\u200d\u2764\ufe0f",
+    "accents": "e\u0301\u0302a\u0308\u1100\u1161\u11a8\u0e01\u0e33",
+    "blanks": "  \n\t\r\na",
+}
+
+
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    "tokenizer",
-    [lambda: like_gemma(spanning=True), lambda: hf.CanineTokenizer(), lambda: vocabularies.bert_tokenizer()],
-    ids=["tokens over a space", "no fast tokenizer", "no blank within reach"],
-)
-def test_what_is_not_proved_is_not_cut(tokenizer: Callable[[], Any]) -> None:
-    text = "the sea " * 1000 if "reach" not in str(tokenizer) else ""
-    made = tokenizer()
-    text = "\u6d77" * 6000 if isinstance(made, hf.BertTokenizer) else text
-    assert LongTexts(made).prefix(text, 5) is None
-    assert LongTexts(made).shortened(text, 5) == text
-    LongTexts(made).require(text, 5)
+@pytest.mark.parametrize("name", [*TOKENIZERS, "tokens over a space"])
+def test_texts_without_words_are_cut_where_two_beginnings_agree(name: str) -> None:
+    tokenizer = TOKENIZERS[name]() if name in TOKENIZERS else like_gemma(spanning=True)
+    looked = LongTexts(tokenizer)
+    found = set()
+    for kind, letters in ALPHABETS.items():
+        source = random.Random(kind)
+        for text in ("".join(source.choices(letters, k=5_000)), letters * (5_000 // len(letters))):
+            whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            for most in (10, 100):
+                start = looked.prefix(text, most)
+                if start is None:
+                    continue
+                found.add(kind)
+                assert text.startswith(start)
+                assert tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"][:most] == whole[:most]
+                cut = {"truncation": True, "max_length": most, "verbose": False}
+                assert dict(tokenizer(looked.shortened(text, most), **cut)) == dict(tokenizer(text, **cut)), kind
+    assert len(found) > 1, "hardly a text was cut"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_text_is_not_cut_by_a_tokenizer_that_is_not_fast_but_refused() -> None:
+    looked, text = LongTexts(hf.CanineTokenizer()), "the sea " * 1000
+    assert looked.prefix(text, 5) is None
+    assert looked.shortened(text, 5) == text
+    with pytest.raises(ItemError):
+        looked.require(text, 5)
+    looked.require(text, len(text))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_text_of_one_unknown_word_is_not_refused() -> None:
+    looked = LongTexts(vocabularies.bert_tokenizer())
+    looked.require("x" * 6000, 5)
+    assert looked.prefix("x" * 6000, 5) is None
 
 
 def decoded(value: Any, parameters: Mapping[str, Any]) -> Decoded:
@@ -175,6 +211,9 @@ CUT: list[tuple[str, Any, dict[str, Any]]] = [
     ("text-classification", {"text": "the sea " * 9, "text_pair": WORDS}, {"truncation": "only_second"}),
     ("text-classification", {"text": WORDS, "text_pair": "the sea " * 70}, {"truncation": "longest_first"}),
     ("fill-mask", f"The [MASK] {WORDS}", {"tokenizer_kwargs": {"truncation": True}}),
+    ("feature-extraction", "1,2;3" * LONG, {"truncation": True}),
+    ("text-classification", "\u6d77\u4e16\u3002" * LONG, {"truncation": True}),
+    ("summarization", "ab,c" * LONG, {"truncation": True}),
     ("token-classification", WORDS, {}),
     ("token-classification", WORDS, {"aggregation_strategy": "simple", "stride": 8}),
     ("zero-shot-classification", WORDS, {"candidate_labels": ["sea", "a wide old tree"]}),
@@ -225,6 +264,9 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     ("feature-extraction", WORDS, {}),
     ("text-classification", {"text": "the sea", "text_pair": WORDS}, {}),
     ("fill-mask", f"[MASK] {WORDS}", {}),
+    ("feature-extraction", "1,2;3" * LONG, {}),
+    ("feature-extraction", "\u6d77" * 3 * LONG, {}),
+    ("text-generation", "1,2;3" * LONG, {}),
     ("text-generation", WORDS, {}),
     ("text-generation", [{"role": "user", "content": WORDS}], {}),
     ("translation", WORDS, {}),

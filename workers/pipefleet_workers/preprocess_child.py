@@ -162,7 +162,7 @@ class _Telling:
 
 def _work(request: Request, position: int) -> Work:
     context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, _Nowhere())
-    return Work(context, position, JobItem("", ""), request.parameters, 0)
+    return Work(context, position, JobItem("", "", request.parameters), request.parameters, 0)
 
 
 def _answer(units: Sequence[Unit], work: Work) -> Answer:

@@ -2,7 +2,8 @@
 
 A tokenizer takes up to 650 bytes of memory for a character, and it cuts only what it has tokenised. A text that is cut between a
 word and the space behind it gives the first tokens of the whole text, where no token of the vocabulary and no step of the
-tokenizer reaches across such a place. `LongTexts` looks whether that holds; where it does not, a text is never cut here.
+tokenizer reaches across such a place. `LongTexts` looks whether that holds. Texts without such a place, such as numbers with
+commas between or Chinese, are cut anywhere, far behind the tokens that are wanted, and only where two beginnings agree on these.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _REACH = 1 << 12
 _CHARACTERS = 16
 """Characters to begin with for each token that is looked for."""
 _TRIES = 16
+_BEHIND = 512
+"""Tokens at the end of a beginning that its end may have changed: of a word, a sign or a pair that was cut in two."""
 _ENDLESS = 1 << 30
 """A tokenizer without a bound of its own says 10^30."""
 _SPACES = "\u0120\u2581\u010a \n"
@@ -64,7 +67,7 @@ class LongTexts:
 
     def require(self, text: str, longest: int, hint: str = "") -> None:
         """Raise ItemError (too_long) for a text that has more than `longest` tokens; others may be too long as well."""
-        if len(text) > LONG and self.prefix(text, longest) is not None:
+        if len(text) > LONG and self._has_more(text, longest):
             found = f"the text has more than {longest} tokens, which the model takes at most"
             raise ItemError("too_long", f"{found}; {hint}" if hint else found, STAGE)
 
@@ -80,14 +83,41 @@ class LongTexts:
         while place is not None and size < len(text):
             end = _last(place, text, size)
             if end is None:
-                return None
+                break
             if self._count(text[:end]) > tokens + 1:  # an unknown word may be joined with the one behind it
                 return text[:end]
             size *= 2
+        return self._agreed(text, tokens, size)
+
+    def _agreed(self, text: str, tokens: int, size: int) -> str | None:
+        """A beginning that was cut anywhere, and whose first tokens one that is twice as long has too."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        while 2 * size < len(text):
+            found = self._ids(text[:size])
+            if len(found) > tokens + _BEHIND:
+                kept = len(found) - _BEHIND
+                return text[:size] if self._ids(text[: 2 * size])[:kept] == found[:kept] else None
+            size *= 2
         return None
 
+    def _has_more(self, text: str, tokens: int) -> bool:
+        """Whether a beginning has so many tokens that the whole text, however it goes on, has more than `tokens`."""
+        if self.prefix(text, tokens) is not None:
+            return True
+        size = FIRST_LOOK
+        while size < len(text):
+            if self._count(text[:size]) > 2 * tokens + _BEHIND:
+                return True
+            size *= 2
+        return False
+
     def _count(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+        return len(self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return found
 
     def bounded(self, value: Any, keywords: Mapping[str, Any], longest: int, hint: str) -> Any:
         """A text, or a dict of a text and its pair, without what a call with these keywords would cut off it.

@@ -53,6 +53,7 @@ class Decoder:
         """The decoded value. Raises ItemError: bad_input, bad_media, truncated_media or too_large."""
         begin = time.perf_counter()
         self._require_short(fetched.inputs)
+        self._require_short(fetched.work.item.parameters)
         value = self._value(fetched.inputs)
         fetched.work.seconds[STAGE] = time.perf_counter() - begin
         return Decoded(fetched.work, value)
@@ -82,10 +83,12 @@ class Decoder:
         return min(len(blob.content), settings.max_text_bytes) * CHARACTER
 
     def _require_short(self, inputs: Any) -> None:
-        """Raise ItemError (too_large) where the texts inside an input take more bytes together than one text may."""
+        """Raise ItemError (too_large) where the texts of an input, or of its parameters, take more bytes together than one may."""
         bound = self._settings.max_text_bytes
         if text_bytes(inputs, bound) > bound:
-            raise ItemError("too_large", f"the texts of the input are longer than {bound} bytes", STAGE)
+            raise ItemError(
+                "too_large", f"the texts of the input or of its parameters are longer than {bound} bytes", STAGE
+            )
 
     def _value(self, inputs: Any) -> Any:
         spec = self._spec
