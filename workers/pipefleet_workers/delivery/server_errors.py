@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import sleep
 
 from redis.exceptions import AuthorizationError, NoPermissionError, ResponseError
 from redis.exceptions import ConnectionError as NoConnectionError
@@ -11,6 +12,8 @@ from redis.exceptions import ConnectionError as NoConnectionError
 from pipefleet.answers import FULL, word_of
 
 __all__ = ["FULL", "is_no_list", "retried", "retrying", "word_of"]
+REFUSED_SECONDS = 1.0
+"""How long a worker waits after an answer of a server that cannot serve now; Celery itself connects again at once."""
 
 
 def is_no_list(error: ResponseError) -> bool:
@@ -22,6 +25,7 @@ def retried(error: ResponseError) -> Exception:
     """A server that is full, read-only or loading is waited for like one that is away; a refused right is an error."""
     if isinstance(error, NoPermissionError | AuthorizationError):
         return error
+    sleep(REFUSED_SECONDS)
     return NoConnectionError(f"Redis cannot serve messages now: {error}")
 
 

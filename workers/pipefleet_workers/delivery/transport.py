@@ -142,7 +142,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         loop = self._transport.loop
         if self.starved and loop is not None:
             self.starved = False
-            loop.call_soon(_nothing)
+            loop.call_soon(lambda: None)
 
     def finish_callbacks(self) -> None:
         """Run the acks that wait in an event loop which has ended; it runs only what was there when it closed."""
@@ -496,7 +496,3 @@ class Transport(stock.Transport):  # type: ignore[misc]
         """Be polled by a Celery worker's event loop."""
         self.loop = loop
         super().register_with_event_loop(connection, loop)
-
-
-def _nothing() -> None:
-    """What the event loop is woken with."""
