@@ -406,7 +406,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._look_at = monotonic() + FULL_SECONDS
         loop = self._transport.loop
         if loop is not None:
-            loop.call_later(FULL_SECONDS, _nothing)
+            loop.call_later(FULL_SECONDS, lambda: None)
 
     def _rung(self, bell: Bell) -> None:
         self._known_empty.discard(bell.name)
