@@ -24,6 +24,8 @@ SIGNATURES = [
     (stock.Channel, "_on_connection_disconnect", "(self, connection)"),
     (stock.Channel, "_q_for_pri", "(self, queue, pri)"),
     (stock.Channel, "close", "(self)"),
+    (stock.Channel, "_receive_one", "(self, c)"),
+    (stock.Channel, "_size", "(self, queue)"),
     (stock.Channel, "_queue_bind", "(self, exchange, routing_key, pattern, queue)"),
     (virtual.Channel, "basic_consume", "(self, queue, no_ack, callback, consumer_tag, **kwargs)"),
     (virtual.Channel, "basic_get", "(self, queue, no_ack=False, **kwargs)"),
