@@ -80,8 +80,11 @@ class Job:
         return Patience(seconds=PATIENCE_SECONDS).call(lambda: self._output(record, resolved=resolved), until=late)
 
     def _watched(self, timeout: float | None) -> JobFuture:
-        """As `watch`, but no server that does not answer holds up a caller with a time-out."""
-        if timeout is None:
+        """As `watch`, but no server that does not answer holds up a caller with a time-out for longer than that.
+
+        A look takes about `redis_timeout` then; only a caller who has less time needs a thread for it.
+        """
+        if timeout is None or timeout > 2 * self._client.settings.redis_timeout:
             return self.watch()
         try:
             return within(max(SHORTEST_LOOK, timeout), self.watch)
