@@ -305,7 +305,7 @@ class _Client:
         self.submitted: list[Any] = []
         self.settings = type("Settings", (), {"in_flight": 4})
 
-    def submit(self, task: str, inputs: Any, **_: Any) -> Any:
+    def submit_patiently(self, patience: Any, task: str, inputs: Any, **_: Any) -> Any:
         self.submitted.append(inputs)
         return type("Done", (), {"result": lambda *_: inputs, "cancel": lambda _: None})()
 
