@@ -20,6 +20,7 @@ from PIL import Image
 from pipefleet_workers.adapters.base import Adapter, brief, shape_key
 from pipefleet_workers.adapters.generate import learnt_positions
 from pipefleet_workers.adapters.text import position_limit
+from pipefleet_workers.adapters.whole_texts import require_labels
 from pipefleet_workers.arguments import STAGE
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.warmup import TOLERANCE
@@ -90,9 +91,14 @@ class ImageLabeller(Adapter):
 
     def _require_room(self, texts: Sequence[str]) -> None:
         """Raise ItemError (too_long): on a GPU an index beyond a table of positions breaks the device for every later input."""
-        if not texts or self._positions is None:
+        require_labels(texts, self.max_whole_characters)
+        if not texts or self._positions is None or "siglip" in self.pipe.model.config.model_type:
             return
-        longest = max(len(ids) for ids in self._tokens(texts)["input_ids"])
+        tokenizer, looked = self.copies.get().tokenizer, self.long_texts()
+        for text in texts:
+            looked.require(text, self._positions)
+        # Unpadded: one long label beside many short ones would take the product of their numbers.
+        longest = max(len(ids) for ids in tokenizer(list(texts))["input_ids"])
         if longest > self._positions:
             text = f"a label has {longest} tokens with its template, the model takes {self._positions}"
             raise ItemError("too_long", text, STAGE)

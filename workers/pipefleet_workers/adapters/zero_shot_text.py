@@ -10,6 +10,7 @@ import numpy as np
 
 from pipefleet_workers.adapters.long_texts import LONG
 from pipefleet_workers.adapters.text import TextEncoder
+from pipefleet_workers.adapters.whole_texts import require_labels
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -43,6 +44,7 @@ class ZeroShotTextClassifier(TextEncoder):
             raise ItemError("bad_parameter", "zero-shot-classification needs candidate_labels, at least one", STAGE)
         if not all(values):
             raise ItemError("bad_input", "the text is empty", STAGE)
+        require_labels(labels, self.max_whole_characters)
         template = arguments.preprocess.get("hypothesis_template", _TEMPLATE)
         hypotheses = [template.format(label) for label in labels]
         pairs = [(value, hypothesis) for value in values for hypothesis in hypotheses]
