@@ -167,7 +167,7 @@ class Engine:
 
     def _decode_and_prepare(self, fetched: Sequence[Fetched]) -> None:
         """Decode and prepare as many items at once as there is room for."""
-        weighed = [(one, self._stages.decoder.weigh(one.inputs)) for one in fetched]
+        weighed = list(zip(fetched, self._stages.decoder.weights(fetched), strict=True))
         for piece in self._portions(weighed):
             works = [(one.work, size) for one, size in piece]
             with waiting():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet.tasks import Media, TaskSpec
@@ -63,6 +63,18 @@ class Decoder:
     def weigh(self, inputs: Any) -> int:
         """Bytes that an input takes while it is decoded and prepared, as its headers declare. Decodes nothing, never raises."""
         return self._weigh(inputs, self._spec.media)
+
+    def weights(self, fetched: Sequence[Fetched]) -> list[int]:
+        """What each input weighs, with the texts of its parameters; those that items share are counted with the first of them."""
+        seen: set[int] = set()
+        found = []
+        for one in fetched:
+            size, parameters = self.weigh(one.inputs), one.work.parameters
+            if parameters and id(parameters) not in seen:
+                seen.add(id(parameters))
+                size += text_bytes(parameters, self._settings.max_text_bytes) * CHARACTER
+            found.append(size)
+        return found
 
     def _weigh(self, value: Any, media: Media | None) -> int:
         if isinstance(value, str):
