@@ -93,8 +93,9 @@ class ZeroShotAudio(Adapter):
         # Not str.format: it would read attributes that a template names.
         require_labels(labels, self.max_whole_characters)
         texts = [template.replace("{}", label) for label in labels]
-        for text in texts if self._positions is not None else ():
-            self.long_texts().require(text, self._positions)
+        if self._positions is not None:
+            for text in texts:
+                self.long_texts().require(text, self._positions)
         encoded = self.copies.get().tokenizer(texts)["input_ids"]
         longest = max(len(tokens) for tokens in encoded)
         if self._positions is not None and longest > self._positions:
