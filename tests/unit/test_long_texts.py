@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -196,10 +197,13 @@ def prepared(adapter: Any, value: Any, parameters: Mapping[str, Any]) -> list[Un
 
 def plain(units: list[Unit] | ItemError) -> Any:
     assert isinstance(units, list), units.failure
-    return [
-        (unit.index, unit.length, unit.features.tolist() if isinstance(unit.features, torch.Tensor) else unit.features)
-        for unit in units
-    ]
+    return [(unit.index, unit.length, listed(unit.features)) for unit in units]
+
+
+def listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: listed(one) for name, one in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
 WORDS = text_of(LONG + 20_000).replace("[MASK]", "mask").replace("<mask>", "mask")

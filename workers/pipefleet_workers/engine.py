@@ -167,7 +167,7 @@ class Engine:
 
     def _decode_and_prepare(self, fetched: Sequence[Fetched]) -> None:
         """Decode and prepare as many items at once as there is room for."""
-        weighed = [(one, self._stages.decoder.weigh(one.inputs)) for one in fetched]
+        weighed = list(zip(fetched, self._stages.decoder.weights(fetched), strict=True))
         for piece in self._portions(weighed):
             works = [(one.work, size) for one, size in piece]
             with waiting():
@@ -404,8 +404,11 @@ class _Stage:
 
 
 def _bytes_of(units: list[Unit] | ItemError) -> int:
-    """Bytes of what the model gets of an item."""
-    return 0 if isinstance(units, ItemError) else sum([bytes_of(unit.features) for unit in units])
+    """Bytes of what the model gets of an item, and of what is kept beside that until it is finished."""
+    if isinstance(units, ItemError) or not units:
+        return 0
+    kept = getattr(units[0].assembly.context, "nbytes", 0)
+    return sum([bytes_of(unit.features) for unit in units], kept)
 
 
 def _work_of(item: Work | Fetched | Decoded | Assembly | Finished) -> Work:

@@ -42,6 +42,11 @@ class WorkerSettings(BaseSettings):
         description="pixels of one video that are decoded at most, over all frames up to the last wanted",
     )
     max_text_bytes: int = Field(16 << 20, ge=1, description="longest text, and the texts inside one input together")
+    max_whole_characters: int = Field(
+        4 << 20,
+        ge=1,
+        description="characters of one input that are tokenised at once, at about 600 bytes of memory each",
+    )
     max_tokens: int = Field(8192, ge=1, description="tokens of one text, where its model has no table of positions")
     allowed_uris: str = Field("s3://", description="comma-separated prefixes that inputs and outputs may lie under")
     drain_seconds: float = Field(5.0, ge=0, description="seconds that started work may take after SIGTERM")

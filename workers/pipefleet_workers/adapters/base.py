@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipefleet_workers.adapters.long_texts import LongTexts
+from pipefleet_workers.adapters.whole_texts import guard
 from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.settings import WorkerSettings
@@ -38,6 +39,7 @@ class PipelineCopies:
         self._pipe = pipe
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._most = WorkerSettings().max_whole_characters
 
     def get(self) -> Any:
         """The calling thread's copy."""
@@ -48,6 +50,7 @@ class PipelineCopies:
                 for name in _PER_THREAD:
                     if getattr(found, name, None) is not None:
                         setattr(found, name, copy.deepcopy(getattr(found, name)))
+                self._guard(found)
             self._local.pipe = found
         return found
 
@@ -57,6 +60,12 @@ class PipelineCopies:
         if found is None:
             found = self._local.long_texts = LongTexts(self.get().tokenizer)
         return found
+
+    def _guard(self, pipe: Any) -> None:
+        processor = getattr(pipe, "processor", None)
+        for tokenizer in (getattr(pipe, "tokenizer", None), getattr(processor, "tokenizer", None)):
+            if callable(tokenizer):
+                guard(tokenizer, self._most)
 
 
 class Adapter:
@@ -75,6 +84,7 @@ class Adapter:
         """Called by an adapter that knows the output of a unit before its batch has ended; the engine hands it on at once."""
         settings = WorkerSettings()
         self.max_tokens, self.max_whole_seconds = settings.max_tokens, settings.max_whole_seconds
+        self.max_whole_characters = settings.max_whole_characters
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
 

@@ -19,6 +19,7 @@ from pipefleet_workers.adapters.chosen import Chosen
 from pipefleet_workers.adapters.equal_writer import EqualWriter, Writing
 from pipefleet_workers.adapters.text import position_limit
 from pipefleet_workers.adapters.vqa import padded
+from pipefleet_workers.adapters.whole_texts import characters, require_pieces, require_whole
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.media.ocr import read_words
@@ -88,6 +89,7 @@ class PageReader(Adapter):
             page["question"] = self._cut(self.long_texts().shortened(page["question"], most), most)
         self.long_texts().require(page["question"], self._longest, "shorten it or pass max_question_len")
         before = self._lengths(page["question"], arguments)
+        self._require_few(page, before)
         spans = list(self.copies.get().preprocess(page, **before))
         hosts = [{name: span.pop(name) for name in _HOST} for span in spans]
         for host, span in zip(hosts, spans, strict=True):
@@ -126,6 +128,16 @@ class PageReader(Adapter):
         if stride >= room and arguments.preprocess.get("doc_stride") is not None:
             raise ItemError("bad_parameter", f"doc_stride must be below {room}, what the question leaves", STAGE)
         return {**before, "max_seq_len": longest, "doc_stride": min(stride, room - 1)}
+
+    def _require_few(self, page: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Raise ItemError (too_long) for a page that would be read in too many pieces; a word has a token for each byte at most."""
+        longest, words = before["max_seq_len"], [word for word, _ in page["word_boxes"]]
+        require_whole(characters(words), self.max_whole_characters)
+        step = longest - self._tokens(page["question"]) - self.pipe.tokenizer.num_special_tokens_to_add(pair=True)
+        tokens = 4 * characters(words)
+        require_pieces(
+            tokens, room=step, stride=before["doc_stride"], longest=longest, most=4 * self.max_whole_characters
+        )
 
     def _tokens(self, question: str) -> int:
         return len(self.copies.get().tokenizer.tokenize(question)) if self._plain else self._worded(question)

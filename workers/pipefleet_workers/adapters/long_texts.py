@@ -124,9 +124,13 @@ class LongTexts:
 
         Raises ItemError (too_long) as `require` does where the call cuts nothing.
         """
-        texts = {"": value} if isinstance(value, str) else dict(value)
         if not is_long(value):
             return value
+        if isinstance(value, list):
+            if not keywords.get("is_split_into_words"):
+                return value
+            return self._words(value, keywords, longest, hint)
+        texts = {"": value} if isinstance(value, str) else dict(value)
         cutting = Cutting.of(self._tokenizer, keywords)
         if cutting is None:
             for one in texts.values():
@@ -138,6 +142,23 @@ class LongTexts:
             return dict(zip(texts, self._both(tuple(texts.values()), cutting.most), strict=True))
         shorter = {name: self._beside(texts, name, cutting) for name in texts}
         return shorter[""] if isinstance(value, str) else shorter
+
+    def _words(self, words: list[str], keywords: Mapping[str, Any], longest: int, hint: str) -> list[str]:
+        """The words that a call with these keywords reads. Each is tokenised for itself, so the first ones stand for all."""
+        cutting = Cutting.of(self._tokenizer, keywords)
+        if cutting is not None and not self._drops_the_end(keywords):
+            return words
+        most = longest if cutting is None else cutting.most
+        count = most + _CHARACTERS
+        quiet = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        while count < len(words):
+            if len(self._tokenizer(words[:count], is_split_into_words=True, **quiet)["input_ids"]) > most + 1:
+                break
+            count *= 2
+        if cutting is None and count < len(words):
+            text = f"the words have more than {longest} tokens, which the model takes at most"
+            raise ItemError("too_long", f"{text}; {hint}" if hint else text, STAGE)
+        return words[:count]
 
     def _both(self, texts: tuple[str, ...], most: int) -> tuple[str, ...]:
         """A pair of which the longer one is cut until both are: the longer one must stay that, and a short one whole.
@@ -199,7 +220,9 @@ class LongTexts:
 
 
 def is_long(value: Any) -> bool:
-    """Whether a text, or a dict of texts, is worth a look before it is tokenised."""
+    """Whether a text, a dict of texts or a list of words is worth a look before it is tokenised."""
+    if isinstance(value, list):
+        return sum([len(one) for one in value if isinstance(one, str)], len(value)) > LONG_BOTH
     texts = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, Mapping) else []
     sizes = [len(one) for one in texts if isinstance(one, str)]
     return bool(sizes) and (max(sizes) > LONG or (len(sizes) > 1 and min(sizes) > LONG_BOTH))

@@ -22,6 +22,11 @@ class Pair:
     chunks: list[Chunk]
     arguments: Arguments
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the chunks take beside the model's inputs."""
+        return sum([chunk.nbytes for chunk in self.chunks])
+
 
 class QuestionAnswerer(TextEncoder):
     """question-answering: the span of a context that answers a question."""
@@ -34,7 +39,7 @@ class QuestionAnswerer(TextEncoder):
 
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
         """The chunks of each pair."""
-        return encode(self.copies.get().tokenizer, values, **arguments.preprocess)
+        return encode(self.copies.get().tokenizer, values, **arguments.preprocess, most=self.max_whole_characters)
 
     def bounded(self, value: Any, arguments: Arguments) -> Any:
         """A value whose question ends soon behind the tokens that are read of it; a context is read to its end, in pieces."""

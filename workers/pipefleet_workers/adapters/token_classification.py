@@ -11,9 +11,11 @@ import torch
 from transformers.pipelines.token_classification import AggregationStrategy
 
 from pipefleet_workers.adapters.text import TextEncoder
+from pipefleet_workers.adapters.whole_texts import require_few_pieces
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
+_Array = np.ndarray[Any, Any]
 _OF_A_CHUNK = ("special_tokens_mask", "offset_mapping")
 
 
@@ -21,10 +23,16 @@ _OF_A_CHUNK = ("special_tokens_mask", "offset_mapping")
 class Chunk:
     """One piece of a text: model inputs, which tokens are special, where each stands in the text, and in which word."""
 
-    features: dict[str, Any]
-    special: list[int]
-    offsets: list[tuple[int, int]] | None
-    words: list[int | None] | None
+    features: dict[str, _Array]
+    special: _Array
+    offsets: _Array | None
+    words: _Array | None
+    """-1 for tokens without a word."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the model's inputs."""
+        return sum([0 if one is None else one.nbytes for one in (self.special, self.offsets, self.words)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,11 @@ class Request:
     sentence: Sentence
     arguments: Arguments
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the chunks take beside the model's inputs."""
+        return sum([chunk.nbytes for chunk in self.sentence.chunks])
+
 
 class TokenClassifier(TextEncoder):
     """token-classification: entities of a text."""
@@ -59,7 +72,10 @@ class TokenClassifier(TextEncoder):
             kind = "lists of words" if words else "texts; pass is_split_into_words=true with lists of words"
             raise ItemError("bad_input", f"token-classification takes {kind}", STAGE)
         tokenizer = self.copies.get().tokenizer
-        encoded = tokenizer(list(values), **self._keywords(tokenizer, pre))
+        keywords = self._keywords(tokenizer, pre)
+        for value in values if keywords.get("return_overflowing_tokens") else ():
+            self._require_few(tokenizer, value, keywords)
+        encoded = tokenizer(list(values), **keywords)
         chunks: list[list[Chunk]] = [[] for _ in values]
         owners = encoded.pop("overflow_to_sample_mapping", range(len(values)))
         for row, owner in enumerate(owners):
@@ -94,17 +110,17 @@ class TokenClassifier(TextEncoder):
 
     def _row(self, sentence: Sentence, chunk: Chunk, logits: torch.Tensor, post: Mapping[str, Any]) -> dict[str, Any]:
         """A chunk as the pipeline's postprocess takes it."""
-        special = np.asarray(chunk.special)
+        special = chunk.special
         if post.get("aggregation_strategy", AggregationStrategy.NONE) == AggregationStrategy.NONE:
             # What would be left out in the end need not be looked at, which is most of a text.
             special = special | self._ignored(logits.numpy(), post.get("ignore_labels"))
         return {
             "logits": logits[None],
-            "input_ids": [chunk.features["input_ids"]],
+            "input_ids": [chunk.features["input_ids"].tolist()],
             "special_tokens_mask": torch.from_numpy(special)[None],
-            "offset_mapping": None if chunk.offsets is None else [chunk.offsets],
+            "offset_mapping": None if chunk.offsets is None else [chunk.offsets.tolist()],
             "sentence": sentence.text,
-            "word_ids": chunk.words,
+            "word_ids": None if chunk.words is None else [None if one < 0 else one for one in chunk.words.tolist()],
             "word_to_chars_map": sentence.spans,
         }
 
@@ -114,6 +130,19 @@ class TokenClassifier(TextEncoder):
         ignored = [index for index, label in self.pipe.model.config.id2label.items() if label in wanted]
         scores = np.exp(logits - logits.max(-1, keepdims=True))
         return np.isin((scores / scores.sum(-1, keepdims=True)).argmax(-1), ignored)
+
+    def _require_few(self, tokenizer: Any, value: Any, keywords: Mapping[str, Any]) -> None:
+        """Raise ItemError (too_long) for a text that would be read in too many pieces."""
+        longest = keywords.get("max_length") or tokenizer.model_max_length
+        require_few_pieces(
+            tokenizer,
+            value,
+            room=longest - tokenizer.num_special_tokens_to_add(),
+            stride=keywords.get("stride", 0),
+            longest=longest,
+            most=self.max_whole_characters,
+            is_split_into_words=isinstance(value, list),
+        )
 
     def _keywords(self, tokenizer: Any, pre: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in pre.get("tokenizer_params", {}).items() if name != "padding"}
@@ -134,11 +163,14 @@ class TokenClassifier(TextEncoder):
 
 
 def _chunk(encoded: Any, row: int, *, words: bool) -> Chunk:
+    """Arrays instead of lists, which take a dozen times as much memory: a long text has thousands of chunks."""
+    offsets = np.asarray(encoded["offset_mapping"][row], np.int32) if "offset_mapping" in encoded else None
+    own = [-1 if one is None else one for one in encoded.word_ids(row)] if words else None
     return Chunk(
-        {name: encoded[name][row] for name in encoded if name not in _OF_A_CHUNK},
-        encoded["special_tokens_mask"][row],
-        encoded["offset_mapping"][row] if "offset_mapping" in encoded else None,
-        encoded.word_ids(row) if words else None,
+        {name: np.asarray(encoded[name][row], np.int32) for name in encoded if name not in _OF_A_CHUNK},
+        np.asarray(encoded["special_tokens_mask"][row], np.int64),
+        offsets,
+        None if own is None else np.asarray(own, np.int32),
     )
 
 

@@ -21,6 +21,7 @@ from pipefleet.errors import UsageError
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.text import position_limit
 from pipefleet_workers.adapters.waveforms import SAMPLES_PER_FRAME
+from pipefleet_workers.adapters.whole_texts import require_labels
 from pipefleet_workers.arguments import STAGE
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -90,7 +91,12 @@ class ZeroShotAudio(Adapter):
 
     def _tokens(self, labels: Sequence[str], template: str) -> list[Tokens]:
         # Not str.format: it would read attributes that a template names.
-        encoded = self.copies.get().tokenizer([template.replace("{}", label) for label in labels])["input_ids"]
+        require_labels(labels, self.max_whole_characters)
+        texts = [template.replace("{}", label) for label in labels]
+        if self._positions is not None:
+            for text in texts:
+                self.long_texts().require(text, self._positions)
+        encoded = self.copies.get().tokenizer(texts)["input_ids"]
         longest = max(len(tokens) for tokens in encoded)
         if self._positions is not None and longest > self._positions:
             text = f"a label has {longest} tokens with its template, the model takes {self._positions}"

@@ -18,6 +18,7 @@ from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.generate import learnt_positions
 from pipefleet_workers.adapters.text import position_limit
 from pipefleet_workers.adapters.vqa import padded
+from pipefleet_workers.adapters.whole_texts import require_labels
 from pipefleet_workers.arguments import STAGE
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -98,6 +99,7 @@ class ObjectFinder(Adapter):
         arguments = self.parse(parameters)
         fields = value if isinstance(value, Mapping) else {"image": value}
         names = _labels(fields.get("candidate_labels", given))
+        require_labels(names, self.max_whole_characters)
         image, pipe = fields["image"], self.copies.get()
         picture = dict(pipe.image_processor(image, return_tensors="pt").to(pipe.dtype))
         texts = [self._tokens(name) for name in names]
@@ -114,6 +116,8 @@ class ObjectFinder(Adapter):
         return Unit(assembly, index, key, features.picture["pixel_values"].numel(), features)
 
     def _tokens(self, name: str) -> Tokens:
+        if self._positions is not None:
+            self.long_texts().require(name, self._positions)
         found = dict(self.copies.get().tokenizer(name, return_tensors="pt"))
         tokens = found["input_ids"].shape[1]
         if self._positions is not None and tokens > self._positions:

@@ -20,6 +20,7 @@ from PIL import Image
 from pipefleet_workers.adapters.base import Adapter, brief, shape_key
 from pipefleet_workers.adapters.generate import learnt_positions
 from pipefleet_workers.adapters.text import position_limit
+from pipefleet_workers.adapters.whole_texts import require_labels
 from pipefleet_workers.arguments import STAGE
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.warmup import TOLERANCE
@@ -30,6 +31,7 @@ TEMPLATE = "This is a photo of {}."
 KEPT_TEXTS = 8192
 """Embeddings of texts that are kept."""
 TEXTS_AT_ONCE = 128
+SIGLIP_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +92,30 @@ class ImageLabeller(Adapter):
 
     def _require_room(self, texts: Sequence[str]) -> None:
         """Raise ItemError (too_long): on a GPU an index beyond a table of positions breaks the device for every later input."""
+        require_labels(texts, self.max_whole_characters)
         if not texts or self._positions is None:
             return
-        longest = max(len(ids) for ids in self._tokens(texts)["input_ids"])
+        longest = SIGLIP_TOKENS if self._siglip else self._counted(texts, self._positions)
         if longest > self._positions:
             text = f"a label has {longest} tokens with its template, the model takes {self._positions}"
             raise ItemError("too_long", text, STAGE)
 
+    def _counted(self, texts: Sequence[str], positions: int) -> int:
+        """Tokens of the longest text. Unpadded: one long label beside many short ones would take the product of their numbers."""
+        tokenizer, looked = self.copies.get().tokenizer, self.long_texts()
+        for text in texts:
+            looked.require(text, positions)
+        return max(len(ids) for ids in tokenizer(list(texts))["input_ids"])
+
+    @property
+    def _siglip(self) -> bool:
+        """Whether the model was trained with texts of one length, and so run by transformers."""
+        return "siglip" in self.pipe.model.config.model_type
+
     def _tokens(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor]:
         pipe = self.copies.get()
-        siglip = (
-            "siglip" in pipe.model.config.model_type
-        )  # trained with texts of one length, and so run by transformers
-        padding = {"padding": "max_length", "max_length": 64, "truncation": True} if siglip else {"padding": True}
+        one_length = {"padding": "max_length", "max_length": SIGLIP_TOKENS, "truncation": True}
+        padding = one_length if self._siglip else {"padding": True}
         found: Mapping[str, torch.Tensor] = pipe.tokenizer(list(texts), return_tensors="pt", **padding)
         return found
 

@@ -10,10 +10,13 @@ import numpy as np
 
 from pipefleet_workers.adapters.long_texts import LONG
 from pipefleet_workers.adapters.text import TextEncoder
+from pipefleet_workers.adapters.whole_texts import require_labels
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _TEMPLATE = "This example is {}."
+_KEPT = 4
+"""Tokens of all pairs of text and label that are kept, for each character that is tokenised at once."""
 _TOO_SHORT = "too short"
 """In the tokenizer's error for a text that is shorter than what would have to be cut off."""
 
@@ -43,8 +46,13 @@ class ZeroShotTextClassifier(TextEncoder):
             raise ItemError("bad_parameter", "zero-shot-classification needs candidate_labels, at least one", STAGE)
         if not all(values):
             raise ItemError("bad_input", "the text is empty", STAGE)
+        require_labels(labels, self.max_whole_characters)
         template = arguments.preprocess.get("hypothesis_template", _TEMPLATE)
         hypotheses = [template.format(label) for label in labels]
+        kept = max(1, min(max(len(value) for value in values), self.longest(self._positions)))
+        if len(values) == 1 and kept * len(labels) > _KEPT * self.max_whole_characters:
+            text = f"{len(labels)} labels with a text of {kept} tokens or more are too much for one input; ask in several inputs"
+            raise ItemError("too_long", text, STAGE)
         pairs = [(value, hypothesis) for value in values for hypothesis in hypotheses]
         size = max(1, LONG // max(len(value) for value in values))  # one call holds the tokens of all its texts
         encoded = [one for start in range(0, len(pairs), size) for one in self._pairs(pairs[start : start + size])]

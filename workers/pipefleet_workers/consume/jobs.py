@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipefleet.contract import JobItem, JobMessage
+from pipefleet.contract import MAX_MESSAGE_BYTES, JobItem, JobMessage
 from pipefleet.errors import ContractError, PipefleetError
 from pipefleet.fleet import Pool, model_label
 from pipefleet.objects import ObjectStore
@@ -23,7 +23,7 @@ from pipefleet_workers.engine import Engine
 from pipefleet_workers.items import JobContext, Outcome, Sink, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.reports import Reporter
-from pipefleet_workers.sizes import bytes_of
+from pipefleet_workers.sizes import bytes_of, text_bytes
 from pipefleet_workers.stages.write import PartWriter
 from pipefleet_workers.uri_gate import UriGate
 
@@ -197,11 +197,12 @@ class Jobs:
 def work_of(context: JobContext, position: int, item: JobItem) -> Work:
     """One item of a job as the engine takes it."""
     parameters = {**context.parameters, **item.parameters} if item.parameters else context.parameters
+    own = text_bytes(item.parameters, MAX_MESSAGE_BYTES) if item.parameters else 0
     if isinstance(item.inputs, str):
-        return Work(context, position, item, parameters, len(item.inputs), fetches=False)
+        return Work(context, position, item, parameters, len(item.inputs) + own, fetches=False)
     try:
         references = refs_in(item.inputs)
     except ContractError:
         references = []  # refused on admission
-    weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) + bytes_of(item.inputs)
+    weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) + bytes_of(item.inputs) + own
     return Work(context, position, item, parameters, weight, fetches=bool(references))

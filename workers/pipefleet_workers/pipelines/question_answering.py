@@ -16,6 +16,8 @@ from transformers import AutoModelForQuestionAnswering
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
+from pipefleet_workers.adapters.whole_texts import require_few_pieces
+
 NAME = "pipefleet/question-answering"
 LONGEST_CHUNK = 384
 """Tokens of question and context together, unless `max_seq_len` says otherwise."""
@@ -26,11 +28,35 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A question with a piece of its context: model inputs, where an answer may lie, and the tokenizer's own encoding."""
+    """A question with a piece of its context: model inputs, where an answer may lie, and what each token stands for.
 
-    features: dict[str, list[int]]
+    Arrays, since the tokenizer's own encoding takes a dozen times as much memory: a book has thousands of chunks.
+    """
+
+    features: dict[str, _Array]
     allowed: _Array
-    encoding: Any
+    context: slice
+    """The tokens of the context."""
+    offsets: _Array
+    """`[tokens, 2]`: first character of each token, and the one behind it."""
+    words: _Array
+    """The word of each token, counted from 0; -1 for tokens without one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the model's inputs."""
+        return self.allowed.nbytes + self.offsets.nbytes + self.words.nbytes
+
+    def characters(self, first: int, last: int, *, align_to_words: bool) -> tuple[int, int]:
+        """First character of token `first` and the one behind token `last`; those of their words where there are words."""
+        if not align_to_words or self.words[first] < 0 or self.words[last] < 0:
+            return int(self.offsets[first][0]), int(self.offsets[last][1])
+        return int(self._word(first)[0][0]), int(self._word(last)[-1][1])
+
+    def _word(self, token: int) -> _Array:
+        """The offsets of all tokens of a token's word, as far as they lie in this chunk."""
+        found: _Array = self.offsets[self.context][self.words[self.context] == self.words[token]]
+        return found if len(found) else self.offsets[token : token + 1]
 
 
 class QuestionAnsweringPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers has no types
@@ -69,7 +95,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):  # type: ignore[misc]  # transfo
         """The chunks of one example, as tensors."""
         (chunks,) = encode(self.tokenizer, [example], **bounds)
         for index, chunk in enumerate(chunks):
-            inputs = {name: torch.tensor([values]) for name, values in chunk.features.items()}
+            inputs = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in chunk.features.items()}
             yield {**inputs, "chunk": chunk, "context": example["context"], "is_last": index == len(chunks) - 1}
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
@@ -94,21 +120,12 @@ class QuestionAnsweringPipeline(ChunkPipeline):  # type: ignore[misc]  # transfo
             nothing = min(nothing, float(start[0] * end[0]))
             start[0] = end[0] = 0.0
             for first, last, score in _spans(start, end, chunk.allowed, longest=max_answer_len, count=top_k):
-                begin, stop = self._characters(chunk.encoding, first, last, align_to_words=align_to_words)
+                begin, stop = chunk.characters(first, last, align_to_words=align_to_words)
                 answers.append({"score": score, "start": begin, "end": stop, "answer": context[begin:stop]})
         if handle_impossible_answer:
             answers.append({"score": nothing, "start": 0, "end": 0, "answer": ""})
         answers = sorted(answers, key=lambda answer: answer["score"], reverse=True)[:top_k]
         return answers[0] if len(answers) == 1 else answers
-
-    def _characters(self, encoding: Any, first: int, last: int, *, align_to_words: bool) -> tuple[int, int]:
-        """First character of token `first` and the one behind token `last`; those of their words where there are words."""
-        sequence = 1 if self.tokenizer.padding_side == "right" else 0
-        words = [encoding.token_to_word(token) for token in (first, last)] if align_to_words else [None]
-        if None in words:  # a special token, or a tokenizer that knows no words
-            return encoding.offsets[first][0], encoding.offsets[last][1]
-        begin, stop = (encoding.word_to_chars(word, sequence) for word in words)
-        return begin[0], stop[1]
 
 
 def encode(
@@ -118,11 +135,13 @@ def encode(
     max_seq_len: int | None = None,
     doc_stride: int | None = None,
     max_question_len: int | None = None,
+    most: int | None = None,
 ) -> list[list[Chunk]]:
     """The chunks of each example, tokenised in as few calls as possible.
 
     A question that is longer than `max_question_len` tokens is cut; without it none is. Raises ValueError for an example that is
-    empty, or whose question leaves no room for a context.
+    empty, or whose question leaves no room for a context, and ItemError (too_long) for one whose chunks have more than `most`
+    tokens together.
     """
     if not all(example["question"] and example["context"] for example in examples):
         raise ValueError("neither the question nor the context may be empty")
@@ -135,6 +154,9 @@ def encode(
         raise ValueError(f"a question of {max(lengths)} tokens leaves no room for a context in {longest} tokens")
     # With an overlap as long as the room the tokenizer would not raise an exception, but panic.
     strides = [min(stride, room - 1) for room in rooms]
+    for example, room, own_stride in zip(examples, rooms, strides, strict=True):
+        if most is not None:
+            require_few_pieces(tokenizer, example["context"], room=room, stride=own_stride, longest=longest, most=most)
     chunks: list[list[Chunk]] = [[] for _ in examples]
     for common in sorted(set(strides)):
         own = [index for index, value in enumerate(strides) if value == common]
@@ -171,11 +193,19 @@ def _chunks(
     )
     names = [name for name in tokenizer.model_input_names if name in encoded]
     for row, owner in enumerate(encoded["overflow_to_sample_mapping"]):
-        features = {name: encoded[name][row] for name in names}
+        features = {name: np.asarray(encoded[name][row], np.int32) for name in names}
         own = np.asarray([sequence == int(right) for sequence in encoded.sequence_ids(row)])
         # Some models say with this token that there is no answer.
-        own |= np.asarray(features["input_ids"]) == tokenizer.cls_token_id
-        yield owner, Chunk(features, own, encoded[row])
+        own |= features["input_ids"] == tokenizer.cls_token_id
+        yield owner, Chunk(features, own, *_places(encoded[row], int(right)))
+
+
+def _places(encoding: Any, sequence: int) -> tuple[slice, _Array, _Array]:
+    """Where the context's tokens are in a chunk, the offsets of all tokens, and their words."""
+    own = [index for index, one in enumerate(encoding.sequence_ids) if one == sequence]
+    words = [-1 if word is None else word for word in encoding.word_ids]
+    offsets = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
+    return slice(own[0], own[-1] + 1) if own else slice(0), offsets, np.asarray(words, np.int32)
 
 
 def _probable(logits: _Array, allowed: _Array) -> _Array:

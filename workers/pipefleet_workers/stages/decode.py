@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet.tasks import Media, TaskSpec
@@ -23,6 +23,7 @@ from pipefleet_workers.sizes import text_bytes
 
 STAGE = "decode"
 _PICTURES = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR)
+_MEDIA = (*_PICTURES, Media.AUDIO, Media.VIDEO)
 FRAMES = 32
 """Frames that a model wants of a video at most, as far as is known before its adapter looks."""
 _PARTS = {"text": Media.TEXT, "image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
@@ -53,6 +54,7 @@ class Decoder:
         """The decoded value. Raises ItemError: bad_input, bad_media, truncated_media or too_large."""
         begin = time.perf_counter()
         self._require_short(fetched.inputs)
+        self._require_few_bytes(fetched.inputs)
         self._require_short(fetched.work.item.parameters)
         value = self._value(fetched.inputs)
         fetched.work.seconds[STAGE] = time.perf_counter() - begin
@@ -62,12 +64,23 @@ class Decoder:
         """Bytes that an input takes while it is decoded and prepared, as its headers declare. Decodes nothing, never raises."""
         return self._weigh(inputs, self._spec.media)
 
+    def weights(self, fetched: Sequence[Fetched]) -> list[int]:
+        """What each input weighs, with the texts of its parameters; those that items share are counted with the first of them."""
+        seen: set[int] = set()
+        found = []
+        for one in fetched:
+            size, parameters = self.weigh(one.inputs), one.work.parameters
+            if parameters and id(parameters) not in seen:
+                seen.add(id(parameters))
+                size += text_bytes(parameters, self._settings.max_text_bytes) * CHARACTER
+            found.append(size)
+        return found
+
     def _weigh(self, value: Any, media: Media | None) -> int:
         if isinstance(value, str):
             return len(value) * CHARACTER
         if isinstance(value, Mapping):
-            fields = self._spec.fields
-            return sum(self._weigh(one, fields.get(name) or _PARTS.get(name) or media) for name, one in value.items())
+            return sum(self._weigh(one, self._media_of(name, media)) for name, one in value.items())
         if isinstance(value, list):
             return sum(self._weigh(one, media) for one in value)
         return self._declared(value, media) if isinstance(value, Blob) else 0
@@ -89,6 +102,24 @@ class Decoder:
             raise ItemError(
                 "too_large", f"the texts of the input or of its parameters are longer than {bound} bytes", STAGE
             )
+
+    def _require_few_bytes(self, inputs: Any) -> None:
+        """Raise ItemError (too_large) where the texts of an input that came as objects are too long together."""
+        bound = self._settings.max_text_bytes
+        if self._text_objects(inputs, self._spec.media) > bound:
+            raise ItemError(
+                "too_large", f"the texts of the input, as objects, are longer than {bound} bytes together", STAGE
+            )
+
+    def _text_objects(self, value: Any, media: Media | None) -> int:
+        if isinstance(value, Blob):
+            return 0 if media in _MEDIA else len(value.content)
+        if isinstance(value, Mapping):
+            return sum([self._text_objects(one, self._media_of(name, media)) for name, one in value.items()])
+        return sum([self._text_objects(one, media) for one in value]) if isinstance(value, list) else 0
+
+    def _media_of(self, name: Any, media: Media | None) -> Media | None:
+        return self._spec.fields.get(name) or _PARTS.get(name) or media
 
     def _value(self, inputs: Any) -> Any:
         spec = self._spec
