@@ -180,7 +180,6 @@ def fetch(store: WorkerStore) -> None:
 
 def test_where_another_worker_may_be_allowed_no_item_fails_and_no_output(answers: Answers) -> None:
     store = WorkerStore(retries=0, retry_seconds=1.0)
-    store.on_denied = Health(lambda: None).accuse
     store.on_refused = Places(lambda bucket: bucket == "bucket").require
     with pytest.raises(RefusedHereError, match="'bucket'"):
         fetch(store)
