@@ -19,6 +19,8 @@ from pipefleet.routing import revision_queue
 
 POOLS_KEY = f"{KEY}pools"
 WORKERS_KEY = f"{KEY}workers"
+MOST_PLACES = 20
+"""Refused buckets that one worker tells at most."""
 
 _CLOCK = """
 local t = redis.call('TIME')
@@ -147,6 +149,12 @@ def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:
         for field, facts in found.items()
         if facts is not None and facts["until"] >= now
     }
+
+
+def refused_places(facts: Mapping[str, Any]) -> list[str]:
+    """The buckets that a worker tells of as refused to it alone: jobs there go back for others."""
+    told = facts.get("refused")
+    return [str(one) for one in told[:MOST_PLACES]] if isinstance(told, list) else []
 
 
 def forget_dead_workers(redis: Any) -> None:

@@ -69,6 +69,7 @@ class Planner:
         self._writer = uuid.uuid4().hex
         self.alone = True
         """False when another client was seen to plan the same run."""
+        self._wrote = False
         self._media = False
         self._stopped = threading.Event()
         self._patience = Patience(self._stopped)
@@ -150,8 +151,12 @@ class Planner:
                 self.backlog.forget()
 
     @contextmanager
-    def alive(self) -> Iterator[None]:
-        """Give signs of life inside the block, so that nobody else takes the planning over."""
+    def alive(self, *, claimed: bool = True) -> Iterator[None]:
+        """Give signs of life inside the block, so that nobody else takes the planning over.
+
+        They are taken back at its end, unless they may be those of another client, which goes on: one was there before
+        (not `claimed`) and this one has written nothing, or it has seen that it is not alone.
+        """
         ended = threading.Event()
         signs = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
         tending = threading.Thread(target=self._tend, args=(ended,), name="pipefleet-tend", daemon=True)
@@ -164,7 +169,8 @@ class Planner:
             ended.set()
             signs.join()
             tending.join(ALIVE_SECONDS)  # it may be waiting for a service that is away
-            release_planning(self._client, self.plan)
+            if self.alone and (claimed or self._wrote):
+                release_planning(self._client, self.plan)
 
     def _give_signs(self, ended: threading.Event) -> None:
         while not ended.wait(ALIVE_SECONDS / 3):
@@ -264,6 +270,7 @@ class Planner:
         if not self._patience.call(lambda: self._put(body)):
             self.alone = False
             raise RunError(f"another client plans the run at {self._layout.uri}; open it with `client.run(uri)`")
+        self._wrote = True
         self.plan = self._patience.call(lambda: moved_plan(self._client, self.plan))
         message = shard_message(self.plan, self._layout, self.shards, self.items, len(batch))
         self._patience.call(lambda: self._client.publish([message], self.plan.queue, Priority.LOW))

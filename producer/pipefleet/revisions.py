@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefleet import broker
-from pipefleet.announcements import announced_workers, workers_of
+from pipefleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.fleet import Fleet, Pool, model_label
 from pipefleet.foreign import number, read_object
 from pipefleet.printable import printable
@@ -136,6 +136,8 @@ class Backlog:
     """The revision of the pool that new work goes to; None where nothing is known of the pool but this."""
     barred: tuple[str, ...] = ()
     """Of these workers, why those that S3 refuses take no jobs."""
+    refused: tuple[tuple[str, ...], ...] = ()
+    """Of these workers, the buckets of each that S3 refuses only some."""
 
     @property
     def note(self) -> str | None:
@@ -147,6 +149,12 @@ class Backlog:
                 else f"{len(self.barred)} of {self.workers} workers take no"
             )
             return f"{count} jobs: {printable(self.barred[0], 400)}"
+        if self.refused:
+            buckets = ", ".join(sorted({f"s3://{one}/" for some in self.refused for one in some}))
+            return (
+                f"S3 refuses {printable(buckets, 400)} to {len(self.refused)} of {self.workers} workers; "
+                "see what their policies allow"
+            )
         if self.workers or not (sum(self.waiting.values()) or self.held.delayed):
             return None
         pool, label = self.part.pool, model_label(self.part.pool.model, self.part.pool.revision)
@@ -193,8 +201,9 @@ def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None =
         names = workers_of(workers, part.pool, part.queue)
         serving = len(names)
         barred = tuple(str(workers[name]["barred"]) for name in names if workers[name].get("barred"))
+        refused = tuple(places for name in names if (places := tuple(refused_places(workers[name]))))
         if part.named or serving or sum(waiting.values()) or held != Held():
-            found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name), barred))
+            found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name), barred, refused))
     return found
 
 

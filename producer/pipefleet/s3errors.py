@@ -32,6 +32,7 @@ NO_CREDENTIALS = (
 )
 SKEW_SECONDS = 300.0
 """A clock that is further off than this is named as the cause of a refusal: S3 refuses requests of 15 minutes off."""
+_UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"))
 _SKEW = {"RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture"}
 _CREDENTIALS = {
     "InvalidAccessKeyId": "nobody has this AWS_ACCESS_KEY_ID",
@@ -107,9 +108,13 @@ def error_of(answer: Answer, uri: str) -> PipefleetError:
 
 def clock_sentence(behind: float, whose: str) -> str:
     """How far this machine's clock is from another, and what to do."""
-    amount = abs(behind)
-    text = f"{amount:.0f} seconds" if amount < 120 else f"{amount / 60:.0f} minutes"
-    return f"the clock of this machine is {text} {'behind' if behind > 0 else 'ahead of'} {whose}; set it (NTP)"
+    return f"the clock of this machine is {_span(abs(behind))} {'behind' if behind > 0 else 'ahead of'} {whose}; set it (NTP)"
+
+
+def _span(seconds: float) -> str:
+    """A length of time in the largest unit of which there are two at least."""
+    size, name = next((one for one in _UNITS if seconds >= 2 * one[0]), (1, "seconds"))
+    return f"{seconds / size:.0f} {name}"
 
 
 def server_time(headers: Mapping[str, str], body: str = "") -> float | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.errors import PipefleetError
 from pipefleet.layout import RunLayout, RunPlan
-from pipefleet.planner import Planner, write_plan
+from pipefleet.planner import Planner, claim_planning, write_plan
 from pipefleet.runs import Run
 from pipefleet.sources import open_source
 from pipefleet.stopped import forget_stopped, note_stopped
@@ -33,7 +33,7 @@ def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> R
     planner = Planner(client, layout, plan, opened)
     with ExitStack() as alive:
         try:
-            alive.enter_context(planner.alive())
+            alive.enter_context(planner.alive(claimed=claim_planning(client, plan)))
             more = planner.step()
         except BaseException as error:
             if plan.id == asked.id:

@@ -24,6 +24,8 @@ class Answers:
     """Seconds that the server's clock is ahead of this machine's."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
+    allowed: set[str] = field(default_factory=set)
+    """Paths that are answered with an object."""
 
     def body(self) -> bytes:
         return f"<Error><Code>{self.code}</Code><Message>no</Message>{self.more}</Error>".encode()
@@ -38,8 +40,11 @@ def answering(status: int = 403, code: str = "AccessDenied", **fields: Any) -> I
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             answers.asked.append((self.command, self.path))
-            body = answers.body()
-            self.send_response_only(answers.status)
+            is_there = self.path in answers.allowed
+            body = b"content" if is_there else answers.body()
+            self.send_response_only(200 if is_there else answers.status)
+            self.send_header("Last-Modified", formatdate(usegmt=True))
+            self.send_header("ETag", '"1"')
             self.send_header("Date", formatdate(time.time() + answers.ahead, usegmt=True))
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -56,3 +56,18 @@ def test_where_no_worker_is_allowed_who_waits_is_told(
     (row,) = (one for one in json.loads(capsys.readouterr().out) if one["pool"] == "texts")
     assert row["note"].startswith(f"no worker takes jobs: {WHY}")
     job.cancel()
+
+
+def test_a_bucket_that_is_refused_to_one_worker_is_told_where_people_look(
+    client: Client, redis: Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    announce(redis, "texts@good-1")
+    facts = {"pool": "texts", "queue": QUEUE, "refused": ["inputs", "\x1b[2J"]}
+    announce_worker(redis, "texts@bad-1", facts, seconds=60.0)
+    assert main(["queues"]) == 0
+    told = capsys.readouterr().out
+    assert "texts: S3 refuses s3://" in told
+    assert "s3://inputs/ to 1 of 2 workers; see what their policies allow" in told
+    shown = plain(read_fleet(client))
+    assert "texts@bad-1 gives jobs back whose bucket S3 refuses to it: s3://inputs/" in shown
+    assert "\x1b" not in told + shown

@@ -6,6 +6,8 @@ import base64
 import bz2
 import copy
 import json
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from kombu import compression
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import Message
 
-from pipefleet.contract import MAX_WIRE_BYTES
+from pipefleet.contract import MAX_WIRE_BYTES, TASK_NAME
 from pipefleet_workers.delivery.envelope import (
     MalformedError,
     check_message,
@@ -63,6 +65,15 @@ def test_a_first_delivery_is_not_marked_as_repeated() -> None:
     raw = read_envelope(json.dumps(envelope("a")).encode())
     mark(raw, 1, 0)
     assert raw["headers"]["redelivered"] is False
+
+
+def test_a_worker_whose_clock_is_years_late_judges_an_eta_by_the_servers() -> None:
+    years = 3 * 365 * 86_400.0
+    eta = datetime.fromtimestamp(time.time() + years, UTC).isoformat()
+    raw = json.dumps(changed("headers", {"task": TASK_NAME, "id": "a", "eta": eta})).encode()
+    with pytest.raises(MalformedError, match="more than a year ahead"):
+        read_envelope(raw)
+    assert read_envelope(raw, lambda: time.time() + years - 10.0)["headers"]["eta"] == eta
 
 
 def test_a_message_without_headers_gets_some() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -291,6 +292,36 @@ class TestInterrupted:
         assert [position for shard in every for position, _ in shard] == list(range(40))
         assert sorted(queued(QUEUE)) == [shard_id(run.id, index) for index in range(6)]
         assert (run.plan.shards, run.plan.items) == (6, 40)
+
+    def test_a_client_that_came_second_and_gives_up_leaves_the_first_ones_sign_of_life(
+        self, client: Client, prefix: str
+    ) -> None:
+        layout = RunLayout.at(prefix)
+        looked, ended = threading.Event(), threading.Event()
+
+        def first() -> Iterator[str]:
+            yield "a"
+            assert looked.wait(20)
+            yield "b"
+            assert ended.wait(20)
+            yield "c"
+
+        def second() -> Iterator[str]:
+            yield "a"
+            looked.set()
+            assert eventually(lambda: client.store.head(layout.shard(1)) is not None)
+            yield "b"
+
+        run = client.map("text-classification", first(), output=prefix, shard_size=1)
+        try:
+            with Client() as other, pytest.raises(RunError, match="another client plans"):
+                other.map("text-classification", second(), output=prefix, shard_size=1)
+            assert client.run(prefix).progress().state == "planning"
+        finally:
+            ended.set()
+        run.join_planner()
+        assert run.plan.shards == 3
+        assert planner_alive(client, run.plan) is None
 
     def test_a_gap_among_the_shards_is_not_planned_over(self) -> None:
         client = Published(MemoryStore())

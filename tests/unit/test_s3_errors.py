@@ -21,8 +21,9 @@ from pipefleet.objects import ObjectStore, renew_credentials
 from pipefleet.storage import StorageRef
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.consume.places import Places
 from pipefleet_workers.items import ItemError, JobContext, Work
-from pipefleet_workers.objects import BarredError, WorkerStore
+from pipefleet_workers.objects import BarredError, RefusedHereError, WorkerStore
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.fetch import Fetcher
 from tests.unit.s3_answers import Answers, answering
@@ -112,7 +113,15 @@ def test_a_wrong_region_without_a_reason_is_named(answers: Answers) -> None:
 
 @pytest.mark.parametrize("client", ["boto3", "obstore"])
 @pytest.mark.parametrize("code", ["RequestTimeTooSkewed", "AccessDenied"])
-@pytest.mark.parametrize(("ahead", "words"), [(3660.0, "61 minutes behind"), (-3660.0, "61 minutes ahead of")])
+@pytest.mark.parametrize(
+    ("ahead", "words"),
+    [
+        (31_536_000.0, "365 days behind"),
+        (10_800.0, "3 hours behind"),
+        (3660.0, "61 minutes behind"),
+        (-3660.0, "61 minutes ahead of"),
+    ],
+)
 def test_a_clock_that_is_wrong_is_named_as_the_cause(
     answers: Answers, client: str, code: str, ahead: float, words: str
 ) -> None:
@@ -167,6 +176,33 @@ def fetch(store: WorkerStore) -> None:
     item = JobItem("0", StorageRef(URI).to_json())
     context = JobContext("job", None, {}, 3, None, Outcomes(()))
     Fetcher(store, WorkerSettings()).fetch(Work(context, 0, item, {}, 1))
+
+
+def test_where_another_worker_may_be_allowed_no_item_fails_and_no_output(answers: Answers) -> None:
+    store = WorkerStore(retries=0, retry_seconds=1.0)
+    store.on_refused = Places(lambda bucket: bucket == "bucket").require
+    with pytest.raises(RefusedHereError, match="'bucket'"):
+        fetch(store)
+    for key in ("key", "a//key"):
+        with pytest.raises(RefusedHereError):
+            store.put(f"s3://bucket/{key}", b"x", content_type="text/plain")
+        with pytest.raises(AccessDeniedError):
+            store.put(f"s3://foreign/{key}", b"x", content_type="text/plain")
+
+
+def test_an_object_that_is_refused_in_a_bucket_that_is_read_is_nobodys_else(answers: Answers) -> None:
+    asked: list[str] = []
+    store = WorkerStore(retries=0, retry_seconds=1.0)
+    store.on_refused = asked.append
+    answers.allowed = {"/bucket/good"}
+    assert store.get(StorageRef("s3://bucket/good"))
+    with pytest.raises(ItemError) as caught:
+        fetch(store)
+    assert (caught.value.failure.code, asked) == ("forbidden", [])
+    answers.allowed = set()
+    with pytest.raises(ItemError):
+        fetch(store)
+    assert asked == ["bucket"], "the bucket is read no more"
 
 
 def test_the_words_of_a_key_are_no_answer(answers: Answers) -> None:

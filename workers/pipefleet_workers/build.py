@@ -133,7 +133,8 @@ def build(
     jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
-    places = Places(Others(settings, own_queue, name))
+    lease = worker_settings.transport != "stock"  # where a message cannot be put off, it would come back at once
+    places = Places(Others(settings, own_queue, name)) if lease else Places()
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally, places=places)
     consumer.health.watchers.append(instruments.metrics.barred)
     facts = Facts(
@@ -207,6 +208,7 @@ def _consumer(
     )
     health = Health(_probe(outlets))
     outlets.store.on_denied = health.accuse
+    outlets.store.on_refused = places.require
     return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits, places=places)
 
 

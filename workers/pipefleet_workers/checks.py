@@ -6,13 +6,12 @@ import time
 from contextlib import suppress
 
 from pipefleet import broker
-from pipefleet.announcements import announced_workers
+from pipefleet.announcements import announced_workers, refused_places
 from pipefleet.errors import PipefleetError
 from pipefleet.objects import ObjectStore
 from pipefleet.printable import printable
 from pipefleet.s3errors import clock_sentence
 from pipefleet.settings import Settings
-from pipefleet_workers.consume.places import refused_places
 
 WARN_SECONDS = 5.0
 """A clock that is further off is told with what to do about it. The store's is known to the second only."""

@@ -28,7 +28,7 @@ from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.device import Device, Instruments
 from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, Unit, Work
-from pipefleet_workers.objects import BarredError
+from pipefleet_workers.objects import BarredError, RefusedHereError
 from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.sizes import bytes_of
@@ -308,7 +308,8 @@ class Engine:
                     continue
                 except ServiceUnavailableError as error:
                     # an outage is nobody's failure: the whole job runs again later
-                    if work.job.patient or isinstance(error, BarredError | ServiceFullError) or work.job.is_away():
+                    is_ours = isinstance(error, BarredError | RefusedHereError | ServiceFullError)
+                    if work.job.patient or is_ours or work.job.is_away():
                         work.job.give_back(error)
                         self._budget.leave(work)
                         continue

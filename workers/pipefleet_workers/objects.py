@@ -66,6 +66,10 @@ class BarredError(ServiceUnavailableError):
     """S3 refuses this worker whatever it asks for: its jobs go back to their queue, for workers that are not refused."""
 
 
+class RefusedHereError(ServiceUnavailableError):
+    """S3 refuses this worker something in a bucket where another worker may be allowed: the job goes back for that one."""
+
+
 class WorkerStore:
     """Reads and writes objects by `s3://` URI.
 
@@ -83,6 +87,11 @@ class WorkerStore:
         self.on_denied: Callable[[AccessDeniedError, int], None] = _nothing
         """Called with each refusal of access before it is raised, and with `objects.renewals()` as of the request's credentials;
         what it raises is raised instead."""
+        self.on_refused: Callable[[str], None] = _nowhere
+        """Called with the bucket, where that returned; what it raises is raised instead. Not for one object that is refused in a
+        bucket that goes on to be read."""
+        self._read: dict[str, str] = {}
+        """By bucket, the key that was read last."""
 
     def get(self, reference: StorageRef, *, max_bytes: int | None = None) -> bytes:
         """The bytes of an object, of the pinned version where the reference has an ETag.
@@ -97,15 +106,17 @@ class WorkerStore:
         try:
             found = obstore.get(self._bucket(bucket), key, options=options)
             _check_size(reference, found.meta["size"], max_bytes)
-            return bytes(found.bytes())
+            content = bytes(found.bytes())
         except (BaseError, OSError, ValueError, AccessDeniedError) as error:
-            raise self._mapped(error, reference.uri) from None
+            raise self._mapped(error, reference.uri, reads=True) from None
+        self._note_read(bucket, key)
+        return content
 
     def exists(self, uri: str) -> bool:
         """Whether there is an object at `uri`."""
         bucket, key = _split(uri)
         if _ODD_KEY.search(key):
-            with self._told():
+            with self._told(uri):
                 return self._plain.head(uri) is not None
         try:
             obstore.head(self._bucket(bucket), key)
@@ -130,7 +141,7 @@ class WorkerStore:
     def put(self, uri: str, body: bytes, *, content_type: str) -> None:
         """Write an object, replacing one that is there."""
         if _ODD_KEY.search(_split(uri)[1]):
-            with self._told():
+            with self._told(uri):
                 self._plain.put(uri, body, content_type=content_type)
         else:
             self._put(uri, body, content_type, mode="overwrite")
@@ -138,7 +149,7 @@ class WorkerStore:
     def put_new(self, uri: str, body: bytes, *, content_type: str) -> bool:
         """Write an object unless there is one already, atomically. True if this call wrote it."""
         if _ODD_KEY.search(_split(uri)[1]):
-            with self._told():
+            with self._told(uri):
                 return self._plain.put_new(uri, body, content_type=content_type)
         try:
             self._put(uri, body, content_type, mode="create")
@@ -148,7 +159,7 @@ class WorkerStore:
 
     def _get_plain(self, reference: StorageRef, max_bytes: int | None) -> bytes:
         pinned: Any = {"IfMatch": f'"{reference.etag}"'} if reference.etag else {}
-        with self._told(), s3_errors(reference.uri):
+        with self._told(reference.uri), s3_errors(reference.uri):
             found = self._plain.client.get_object(Bucket=reference.bucket, Key=reference.key, **pinned)
             with closing(found["Body"]) as body:
                 _check_size(reference, found["ContentLength"], max_bytes)
@@ -171,20 +182,42 @@ class WorkerStore:
         except (BaseError, OSError, ValueError, AccessDeniedError) as error:
             raise self._mapped(error, uri) from None
 
-    def _mapped(self, error: Exception, uri: str) -> Exception:
+    def _mapped(self, error: Exception, uri: str, *, reads: bool = False) -> Exception:
         found = error if isinstance(error, PipefleetError) else _mapped(error, uri)
         if isinstance(found, AccessDeniedError):
             self.on_denied(found, getattr(self._seen, "of", renewals()))
+            if not (reads and self._goes_on_reading(split_uri(uri)[0])):
+                self.on_refused(split_uri(uri)[0])
         return found
 
+    def _note_read(self, bucket: str, key: str) -> None:
+        if len(self._read) >= MOST_BUCKETS and bucket not in self._read:
+            self._read.clear()
+        self._read[bucket] = key
+
+    def _goes_on_reading(self, bucket: str) -> bool:
+        """Whether the object of a bucket that was read last can still be read: then the bucket is not refused."""
+        key = self._read.get(bucket)
+        if key is None:
+            return False
+        try:
+            obstore.head(self._bucket(bucket), key)
+        except (FileNotFoundError, NotFoundError):
+            return True
+        except (BaseError, OSError, ValueError, PipefleetError):
+            self._read.pop(bucket, None)
+            return False
+        return True
+
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, uri: str) -> Iterator[None]:
         """Tell of a refusal that the plain store meets inside."""
         seen = renewals()
         try:
             yield
         except AccessDeniedError as error:
             self.on_denied(error, seen)
+            self.on_refused(split_uri(uri)[0])
             raise
 
     def _bucket(self, name: str) -> S3Store:
@@ -233,6 +266,10 @@ class _Credentials:
 
 def _nothing(error: AccessDeniedError, seen: int) -> None:
     """What a store without a watcher does with a refusal."""
+
+
+def _nowhere(bucket: str) -> None:
+    """As `_nothing`, with the bucket."""
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import (
@@ -14,7 +15,8 @@ from pipefleet.cli.common import (
     print_line,
     read_parameters,
 )
-from pipefleet.errors import UsageError
+from pipefleet.errors import ServiceUnavailableError, UsageError
+from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.printable import MOST_MESSAGE, printable
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def _add_waiting(parser: argparse.ArgumentParser, detach: str) -> None:
         "--timeout",
         type=_seconds,
         metavar="SECONDS",
-        help="wait at most this long for the end, then leave with exit code 4",
+        help="once the run is queued, wait at most this long for its end, then leave with exit code 4",
     )
 
 
@@ -96,7 +98,7 @@ def map_(arguments: argparse.Namespace) -> int:
         )
         if arguments.detach:
             run.join_planner()
-            return _report(run, run.progress(), as_json=arguments.json)
+            return _report(run, _progress(run), as_json=arguments.json)
         return _wait(run, arguments)
 
 
@@ -122,11 +124,10 @@ def resume(arguments: argparse.Namespace) -> int:
             print_error(f"{run.uri}: it had stopped: {stopped}")
         queued = run.resume(model=arguments.model, revision=arguments.revision)
         print_error(f"{run.uri}: {queued} shards were missing or refused and are queued again")
-        if not run.progress().ended and (waits := run.unserved()):
-            print_error(f"pipefleet: {waits}")
+        _tell_unserved(run)
         if arguments.detach:
             run.join_planner()
-            return _report(run, run.progress(), as_json=arguments.json)
+            return _report(run, _progress(run), as_json=arguments.json)
         return _wait(run, arguments)
 
 
@@ -169,6 +170,18 @@ def _wait(run: Run, arguments: argparse.Namespace) -> int:
         text = f"the run at {run.uri} has not ended within {arguments.timeout:g} s; {_how_to_go_on(run)}"
         raise ResultTimeoutError(text) from None
     return max(_report(run, ended, as_json=arguments.json), int(ended.state == "cancelled"))
+
+
+def _progress(run: Run) -> RunProgress:
+    """How far a run is that was just queued or resumed: an outage after that is waited for, as `Run.wait` does."""
+    return Patience(seconds=PATIENCE_SECONDS).call(run.progress)
+
+
+def _tell_unserved(run: Run) -> None:
+    """Say where nobody serves a run. A courtesy: an outage meanwhile ends nothing."""
+    with suppress(ServiceUnavailableError):
+        if not run.progress().ended and (waits := run.unserved()):
+            print_error(f"pipefleet: {waits}")
 
 
 def _how_to_go_on(run: Run) -> str:

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 import pytest
 
-from pipefleet.announcements import announce_worker
+from pipefleet.announcements import MOST_PLACES, announce_worker
 from pipefleet.client import Client
 from pipefleet.contract import JobMessage, JobState
 from pipefleet.errors import AccessDeniedError, ObjectRefusedError, PipefleetError, ServiceUnavailableError
 from pipefleet.objects import renewals
 from pipefleet_workers.checks import access_of_workers
 from pipefleet_workers.consume.health import Health
-from pipefleet_workers.consume.places import MOST_PLACES, NOTED_SECONDS, PASS_ON_SECONDS, Others, Places
+from pipefleet_workers.consume.places import ASK_SECONDS, NOTED_SECONDS, PASS_ON_SECONDS, Others, Places
 from pipefleet_workers.delivery.leases import GivenBack
 from pipefleet_workers.ending import Ending
-from pipefleet_workers.objects import BarredError
+from pipefleet_workers.objects import BarredError, RefusedHereError
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import BARRED, Bench, FakeDelivery, FakeShards, shard, single
 
@@ -171,6 +171,30 @@ def test_a_job_whose_bucket_is_refused_here_alone_goes_to_others_uncounted() -> 
     assert (asked, places.told()) == (["bucket"], ["bucket"])
     allowed[0] = False
     assert bench.take(shard()).wait() == "given back, counted"
+
+
+@pytest.mark.parametrize("kind", ["single", "shard"])
+def test_a_job_that_may_not_read_an_input_here_alone_goes_to_others_uncounted(kind: str) -> None:
+    error = RefusedHereError("S3 refuses the bucket 'inputs' to this worker, and not to others")
+    bench = Bench(raising(error))
+    delivery = FakeDelivery(shard() if kind == "shard" else single())
+    delivery.retries = 100
+    bench.consumer.take(delivery)
+    if kind == "single":
+        bench.engine.work("job").job.give_back(error)
+    assert (delivery.wait(), delivery.settlements) == ("given back", [GivenBack(PASS_ON_SECONDS, retry=False)])
+
+
+def test_the_others_are_asked_once_for_many_items_of_a_bucket() -> None:
+    asked: list[str] = []
+    now = [0.0]
+    places = Places(lambda bucket: asked.append(bucket) is None and len(asked) == 1, clock=lambda: now[0])
+    for _ in range(100):
+        with pytest.raises(RefusedHereError):
+            places.require("inputs")
+    now[0] = ASK_SECONDS
+    places.require("inputs")
+    assert (asked, places.told()) == (["inputs", "inputs"], ["inputs"])
 
 
 def test_a_refused_bucket_is_told_for_a_while() -> None:

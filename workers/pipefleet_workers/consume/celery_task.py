@@ -91,7 +91,7 @@ class InferTask(Task):  # type: ignore[misc]
 
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
             if lease_of(message) is None:
-                _check(message)
+                _check(message, self.clock)
             if not is_id((message.headers or {}).get("id")):  # Celery before 4 wrote such
                 raise InvalidTaskError("the message names no id in its headers that a job may have")
             request = request_class(
@@ -327,10 +327,10 @@ def register_alone(app: Any, task: InferTask) -> None:
         app.tasks.unregister(name)
 
 
-def _check(message: Any) -> None:
+def _check(message: Any, clock: Callable[[], float]) -> None:
     """Check a message of Celery's own transport as ours checks each before Celery sees it. Raises InvalidTaskError."""
     try:
-        message.headers = checked_headers(message.headers)
+        message.headers = checked_headers(message.headers, clock)
         check_message(message)
     except MalformedError as error:
         raise InvalidTaskError(str(error)) from None

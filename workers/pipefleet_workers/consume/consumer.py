@@ -57,7 +57,7 @@ from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.ending import REVOKED, Ending
 from pipefleet_workers.logs import log_context
-from pipefleet_workers.objects import BarredError
+from pipefleet_workers.objects import BarredError, RefusedHereError
 from pipefleet_workers.reports import Reporter
 
 log = logging.getLogger(__name__)
@@ -210,6 +210,8 @@ class Consumer:
         """Begin a job again later. A failure while everything else works is counted, and bounded; an outage is waited for."""
         if self._draining.is_set() or delivery.lost or isinstance(error, BarredError):
             return self.give_back(delivery)
+        if isinstance(error, RefusedHereError) and delivery.lease is not None:
+            return self._pass_on(delivery, delivery.lease, error)
         is_well = self.health.check()
         if self.barred is not None:
             return self.give_back(delivery)
@@ -254,7 +256,12 @@ class Consumer:
         except PipefleetError as error:
             log.warning("cannot see whether other workers are refused: %s", error)
             return False
-        log.warning("a job goes back: S3 refuses its bucket to this worker, and not to others")
+        self._pass_on(delivery, lease, "S3 refuses its bucket to this worker, and not to others")
+        return True
+
+    def _pass_on(self, delivery: Delivery, lease: Lease, why: object) -> None:
+        """Give a job back for another worker, uncounted; this one would take it again at once, so nobody does for a moment."""
+        log.warning("a job goes back: %s", why)
 
         def act() -> None:
             self._tally.handed_back()
@@ -262,7 +269,6 @@ class Consumer:
             delivery.give_back()
 
         self._leave(delivery, act)
-        return True
 
     def _bar(self, barred: str | None) -> None:
         """S3 refuses this worker: give everything back. What is still on its way here goes back where it begins."""

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 from pipefleet import broker
-from pipefleet.announcements import announced_workers
+from pipefleet.announcements import MOST_PLACES, announced_workers, refused_places
 from pipefleet.contract import JobMessage
 from pipefleet.settings import Settings
 from pipefleet.storage import split_uri
+from pipefleet_workers.objects import RefusedHereError
 
 NOTED_SECONDS = 120.0
 """How long a refusal is told; longer than the longest pause before the next try."""
-MOST_PLACES = 20
-"""Buckets that are told at most."""
+ASK_SECONDS = 1.0
+"""How long the answer of the others holds: a shard may have thousands of items that are refused."""
 PASS_ON_SECONDS = 2.0
 """How long a job is kept aside before another worker may take it: else this worker would take it again at once."""
 
@@ -34,6 +35,7 @@ class Places:
         self._clock = clock
         self._lock = threading.Lock()
         self._until: dict[str, float] = {}
+        self._asked: dict[str, tuple[float, bool]] = {}
 
     def refused(self, message: JobMessage) -> bool:
         """Note that S3 refused a job's bucket; whether another live worker was not refused there. Raises PipefleetError."""
@@ -41,12 +43,31 @@ class Places:
         if uri is None:
             return False
         bucket = split_uri(uri)[0]
+        self._note(bucket)
+        return self._others(bucket)
+
+    def require(self, bucket: str) -> None:
+        """Note that S3 refused something in a bucket. Raises RefusedHereError where another live worker was not refused there.
+
+        The others' answer holds for ASK_SECONDS. Raises ServiceUnavailableError where it cannot be had.
+        """
+        self._note(bucket)
+        now = self._clock()
+        asked, allowed = self._asked.get(bucket, (float("-inf"), False))
+        if now - asked >= ASK_SECONDS:
+            allowed = self._others(bucket)
+            with self._lock:
+                self._asked = {name: self._asked[name] for name in self._until if name in self._asked}
+                self._asked[bucket] = now, allowed
+        if allowed:
+            raise RefusedHereError(f"S3 refuses the bucket {bucket!r} to this worker, and not to others")
+
+    def _note(self, bucket: str) -> None:
         with self._lock:
             self._until.pop(bucket, None)
             self._until[bucket] = self._clock() + NOTED_SECONDS
             if len(self._until) > MOST_PLACES:
                 del self._until[next(iter(self._until))]
-        return self._others(bucket)
 
     def told(self) -> list[str]:
         """The buckets that were refused lately."""
@@ -73,9 +94,3 @@ class Others:
             for name, facts in workers.items()
             if name != self._worker
         )
-
-
-def refused_places(facts: Any) -> list[str]:
-    """The buckets that a worker tells of as refused to it."""
-    told = facts.get("refused")
-    return [str(one) for one in told[:MOST_PLACES]] if isinstance(told, list) else []

@@ -7,6 +7,8 @@ compressed bodies without a bound: none is taken here, only JSON in UTF-8, as a 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 from kombu import compression
@@ -25,8 +27,11 @@ _CHARACTERS = ("utf-8", "utf8", "us-ascii", "ascii")
 _NO_JSON = (ValueError, RecursionError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
-def read_envelope(raw: bytes) -> dict[str, Any]:
-    """The message as a dictionary of the shape that kombu and Celery take for granted. Raises MalformedError."""
+def read_envelope(raw: bytes, clock: Callable[[], float] = time.time) -> dict[str, Any]:
+    """The message as a dictionary of the shape that kombu and Celery take for granted. Raises MalformedError.
+
+    `clock` tells seconds since 1970, for what its headers say of times.
+    """
     if len(raw) > MAX_WIRE_BYTES:
         raise MalformedError(f"too_large: its message has {len(raw)} bytes, and a worker takes {MAX_WIRE_BYTES}")
     try:
@@ -44,7 +49,7 @@ def read_envelope(raw: bytes) -> dict[str, Any]:
     return {
         "body": envelope["body"],
         "properties": properties,
-        "headers": checked_headers(envelope.get("headers")),
+        "headers": checked_headers(envelope.get("headers"), clock),
         **_checked_types(envelope.get("content-type"), envelope.get("content-encoding")),
     }
 

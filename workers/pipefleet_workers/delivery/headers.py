@@ -6,7 +6,7 @@ Everything else, what asks a worker to send further messages or to write results
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,7 +33,7 @@ class MalformedError(Exception):
     """The message cannot be delivered; says why in a few words that repeat nothing of it."""
 
 
-def checked_headers(headers: Any) -> dict[str, Any]:
+def checked_headers(headers: Any, clock: Callable[[], float] = time.time) -> dict[str, Any]:
     """The headers that count. Raises MalformedError where one of those that decide is not of its type."""
     if headers is None:
         return {}
@@ -56,7 +56,7 @@ def checked_headers(headers: Any) -> dict[str, Any]:
             kept[name] = value
     if headers.get(SHARD_HEADER) is True:
         kept[SHARD_HEADER] = True
-    return {**kept, **_times(headers), **_stamps(headers)}
+    return {**kept, **_times(headers, clock), **_stamps(headers)}
 
 
 def checked_properties(properties: Any) -> dict[str, Any]:
@@ -100,10 +100,13 @@ def _odd(one: str) -> bool:
     return 0x80 <= ord(one) < 0xA0 or 0xD800 <= ord(one) < 0xE000
 
 
-def _times(headers: Mapping[str, Any]) -> dict[str, str]:
+def _times(headers: Mapping[str, Any], clock: Callable[[], float]) -> dict[str, str]:
     """`eta` and `expires` in the one form that nothing behind this stumbles over."""
-    now, found = time.time(), {}
+    found: dict[str, str] = {}
     eta, expires = _time(headers, "eta"), _time(headers, "expires")
+    if eta is None and expires is None:
+        return found
+    now = clock()
     if eta is not None:
         if eta - now > MOST_WAIT:
             raise MalformedError("its eta is more than a year ahead")

@@ -345,7 +345,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
     def _opened(self, lease: Lease, raw: bytes) -> Any:
         """The message of a lease, or None when it is malformed and was buried."""
         try:
-            envelope = read_envelope(raw)
+            envelope = read_envelope(raw, lambda: lease.taken_at)
             self._check_task(envelope["headers"])
             mark(envelope, lease.deliveries, lease.retries)
             message = self._message(envelope)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipefleet import broker, deadletters
-from pipefleet.announcements import announced_workers, workers_of
+from pipefleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.client import Client
 from pipefleet.fleet import Fleet, model_label
 from pipefleet.foreign import read_object
@@ -76,6 +76,8 @@ class WorkerRow:
     age: float
     barred: str = ""
     """Why it takes no jobs: S3 refuses it. Empty where it does not."""
+    refused: tuple[str, ...] = ()
+    """Buckets that S3 refuses to it, and maybe not to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def _workers(announced: Mapping[str, Mapping[str, Any]]) -> list[WorkerRow]:
             per_cost=facts.get("per_cost"),
             age=facts["age"],
             barred=str(facts.get("barred") or ""),
+            refused=tuple(refused_places(facts)),
         )
         for name, facts in announced.items()
     ]

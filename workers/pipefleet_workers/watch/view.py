@@ -77,10 +77,14 @@ def plain(snapshot: Snapshot) -> str:
 
 def notes(snapshot: Snapshot) -> list[str]:
     """A line for each pool, and each worker, that something is to be said of."""
+    pools = [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note]
     barred = [f"{one.worker} takes no jobs: {one.barred}" for one in snapshot.workers if one.barred]
-    return [
-        printable(line, 1000) for line in [*(f"{one.pool}: {one.note}" for one in snapshot.pools if one.note), *barred]
+    refused = [
+        f"{one.worker} gives jobs back whose bucket S3 refuses to it: {', '.join(f's3://{name}/' for name in one.refused)}"
+        for one in snapshot.workers
+        if one.refused
     ]
+    return [printable(line, 1000) for line in [*pools, *barred, *refused]]
 
 
 def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list[str]:
