@@ -277,4 +277,5 @@ class Crew:
                 f"go on. It is tried again in {pause / 60:g} minutes, when the fleet file changes its pool, "
                 f"and after kill -HUP {os.getpid()}"
             )
-        say(f"{epitaph}\n{note}", trouble=True, pool=worker.pool)
+        say(epitaph, trouble=True, pool=worker.pool)
+        say(f"{worker.name}: {note}", trouble=True, pool=worker.pool)
