@@ -253,7 +253,7 @@ class TestResult:
             waiting = threads.submit(job.result, 60)
             assert eventually(lambda: not client.watcher.watch(job.id).done())
             client.close()
-            with pytest.raises(JobError, match="the client (was|is) closed"):
+            with pytest.raises(JobError, match=r"the client (was|is) closed"):
                 waiting.result(30)
 
 
