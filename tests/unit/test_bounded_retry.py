@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,10 @@ def _client(url: str) -> Redis:
     return redis
 
 
-def _each(redis: Redis) -> None:
+def _each(redis: Any) -> None:
     """A write of each kind, all at once through a connection of its own."""
     pool: Any = redis.connection_pool
-    kinds = [
+    kinds: list[Callable[[], object]] = [
         lambda: redis.rpush("plain", 1),
         lambda: redis.eval("return redis.call('RPUSH', KEYS[1], 1)", 1, "script"),
         lambda: redis.pipeline(transaction=True).rpush("transaction", 1).rpush("transaction", 1).execute(),
