@@ -10,6 +10,7 @@ import re
 FULL = "OOM"
 """The server is at `maxmemory`: whatever may need memory is refused."""
 READ_ONLY = "READONLY"
+UNSAVED = "MISCONF"
 NO_DATABASE = "DB"
 _CLIENTS = "CLIENTS"
 _SENTENCES = {
@@ -19,7 +20,7 @@ _SENTENCES = {
     "MASTERDOWN": "is a replica that has lost its primary; try again in a moment, or name the primary in PIPEFLEET_REDIS_URL",
     "BUSY": "is busy with a script; try again in a moment",
     "NOREPLICAS": "takes no writes because too few replicas follow it (min-replicas-to-write); start them",
-    "MISCONF": "takes no writes because it cannot save its data; see its log and the room on its disk",
+    UNSAVED: "takes no writes because it cannot save its data; see its log and the room on its disk",
     _CLIENTS: "has no place for another connection (maxclients); raise it, or close some",
     "UNBLOCKED": "has changed its role; try again in a moment",
 }

@@ -22,6 +22,7 @@ from pipefleet.storage import join_uri
 from pipefleet_workers.checks import access_of_workers, clocks
 from pipefleet_workers.entries import check_entries
 from pipefleet_workers.redis_memory import check_memory
+from pipefleet_workers.redis_writes import judge_writes
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -184,6 +185,7 @@ def _redis(settings: Settings) -> str:
     if information is None:
         return f"{without_credentials(settings.redis_url)}, {milliseconds:.1f} ms; its user may not run INFO, so no more is known"
     version = information.get("valkey_version") or information.get("redis_version")
+    judge_writes(information)
     policy = information.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         raise PipefleetError(f"maxmemory-policy is {policy}: Redis may drop jobs; set it to noeviction")

@@ -153,6 +153,7 @@ class Stack:
         site = self._open_site()
         try:
             self._start_servers(site)
+            self._forget_store()
             self._start_clients(site)
         except BaseException:
             self.stop()
@@ -258,6 +259,17 @@ class Stack:
                     raise
                 self._children.stop()
                 site.ports.forget()
+
+    def _forget_store(self) -> None:
+        """Let the first worker note the store anew: this Redis has no other, also where its folder was emptied."""
+        from pipefleet.identity import FLEET_KEY
+
+        try:
+            self._connection().delete(FLEET_KEY)
+        except RedisError as error:
+            raise StackError(
+                f"the stack's Redis takes no writes ({type(error).__name__}); see {self.data}/logs"
+            ) from error
 
     def _start_clients(self, site: Site) -> None:
         environment = _child_environment(self.environment())

@@ -1,0 +1,16 @@
+"""What `pipefleet doctor` says of a Redis that answers and takes no writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipefleet.answers import READ_ONLY, UNSAVED, sentence_of
+from pipefleet.errors import PipefleetError
+
+
+def judge_writes(information: Mapping[str, object]) -> None:
+    """Raises PipefleetError where `information`, the answer to INFO, is of a server that refuses writes, with what to do."""
+    if information.get("role") == "slave":
+        raise PipefleetError(f"Redis {sentence_of(READ_ONLY)}")
+    if "err" in (information.get("aof_last_write_status"), information.get("rdb_last_bgsave_status")):
+        raise PipefleetError(f"Redis {sentence_of(UNSAVED)}")
