@@ -12,6 +12,7 @@ from redis import Redis
 
 from pipefleet import broker
 from pipefleet.client import Client
+from pipefleet.clock import ServerClock
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.tracing import Tracer
 from pipefleet_workers.worker import Worker
@@ -50,7 +51,7 @@ def test_it_hears_of_cancelled_jobs_after_what_is_no_text_and_after_an_error(wor
     assert eventually(lambda: hears(b"job"))
 
 
-def test_it_announces_itself_after_an_error(worker: Worker) -> None:
+def test_it_announces_itself_after_an_error(worker: Worker, redis: Redis) -> None:
     class Facts:
         calls = 0
 
@@ -60,7 +61,7 @@ def test_it_announces_itself_after_an_error(worker: Worker) -> None:
                 raise RuntimeError("a bug")
 
     facts = Facts()
-    threading.Thread(target=worker._announce, args=(facts,), daemon=True).start()
+    threading.Thread(target=worker._announce, args=(facts, ServerClock(redis)), daemon=True).start()
     assert eventually(lambda: facts.calls >= 2)
 
 
