@@ -34,6 +34,7 @@ def decode_image(blob: Blob, *, max_pixels: int) -> Image.Image:
         raise _too_large(blob, f"{pixels} pixels", max_pixels)
     try:
         image.load()
+        vars(image).pop("_decoder", None)  # WebP's holds two more copies of all pixels
         ImageOps.exif_transpose(image, in_place=True)  # a copy of a hundred megapixels takes 400 MB
         return image if image.mode == "RGB" else image.convert("RGB")
     except Image.DecompressionBombError:
