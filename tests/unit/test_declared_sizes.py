@@ -318,6 +318,32 @@ def test_no_model_hears_more_in_one_piece_than_it_may(name: str, parameters: dic
     assert (found.failure.code if isinstance(found, ItemError) else None) == code
 
 
+@pytest.mark.parametrize(
+    ("name", "minutes", "parameters", "code"),
+    [
+        ("automatic-speech-recognition", 1, {"chunk_length_s": 10, "stride_length_s": 4.99}, "bad_parameter"),
+        ("automatic-speech-recognition", 1, {"chunk_length_s": 0.001}, "bad_parameter"),
+        ("automatic-speech-recognition", 1, {"chunk_length_s": 10, "stride_length_s": [5, 5]}, "bad_parameter"),
+        ("automatic-speech-recognition", 1, {"chunk_length_s": 10, "stride_length_s": [4, 2]}, None),
+        ("automatic-speech-recognition:whisper", 20, {"chunk_length_s": 0.1}, "bad_parameter"),
+        ("automatic-speech-recognition:whisper", 1, {"chunk_length_s": 10}, None),
+    ],
+)
+def test_a_recording_is_not_cut_into_far_more_than_it_is(
+    name: str, minutes: int, parameters: dict[str, Any], code: str | None
+) -> None:
+    """The first would be 187,000 pieces of 640 kB."""
+    adapter = RUNTIME["automatic-speech-recognition"].adapter(load(name))
+    sound = np.zeros(minutes * 60 * RATE, np.float32)
+    (found,) = adapter.prepare([Decoded(work(0, None, parameters), sound)])
+    assert (found.failure.code if isinstance(found, ItemError) else None) == code
+
+
+def test_a_decoded_picture_holds_no_decoder() -> None:
+    """That of WebP has two more copies of all pixels."""
+    assert not hasattr(decode_image(blob(picture("WEBP")), max_pixels=1 << 20), "_decoder")
+
+
 def test_a_recording_beyond_the_memory_of_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = RUNTIME["automatic-speech-recognition"].adapter(load("automatic-speech-recognition"))
     monkeypatch.setattr("pipefleet_workers.adapters.waveforms.available_bytes", lambda: 1 << 20)

@@ -183,22 +183,24 @@ class Engine:
             live = self._each(fetched, "decode", lambda one: one)
             with tracer.span("preprocess", len(live)), waiting():  # for a process, which is watched there
                 prepared = processes.prepare(live)
-            return self._enter(live, prepared)
+            return self._enter([one.work for one in live], prepared)
         with tracer.span("decode", len(fetched)):
             decoded = self._each(fetched, "decode", self._stages.decoder.decode)
         with tracer.span("preprocess", len(decoded)):
             prepared = self._prepare(decoded)
-        return self._enter(decoded, prepared)
+        works = [one.work for one in decoded]
+        del decoded  # pictures would lie here while their units wait for the device
+        return self._enter(works, prepared)
 
-    def _enter(self, items: Sequence[Fetched | Decoded], prepared: Sequence[list[Unit] | ItemError]) -> None:
+    def _enter(self, works: Sequence[Work], prepared: Sequence[list[Unit] | ItemError]) -> None:
         """Let the units into the room before the device, all in one go; end the items that have none."""
         entering: list[Unit] = []
-        self._budget.prepared([(one.work, _bytes_of(units)) for one, units in zip(items, prepared, strict=True)])
-        for one, units in zip(items, prepared, strict=True):
+        self._budget.prepared([(work, _bytes_of(units)) for work, units in zip(works, prepared, strict=True)])
+        for work, units in zip(works, prepared, strict=True):
             if isinstance(units, ItemError):
-                self._fail(one.work, units.failure)
+                self._fail(work, units.failure)
             elif not units:
-                self._fail(one.work, JobFailure("bad_input", "the input is empty for this model", "preprocess"))
+                self._fail(work, JobFailure("bad_input", "the input is empty for this model", "preprocess"))
             else:
                 entering += units
         if entering:

@@ -16,7 +16,14 @@ import torch
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.spectrograms import read_in_blocks
-from pipefleet_workers.adapters.waveforms import SAMPLES_PER_FRAME, hears_padding, padded, require_frames, require_piece
+from pipefleet_workers.adapters.waveforms import (
+    SAMPLES_PER_FRAME,
+    hears_padding,
+    padded,
+    require_few_pieces,
+    require_frames,
+    require_piece,
+)
 from pipefleet_workers.arguments import Arguments
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
@@ -104,9 +111,14 @@ class SpeechRecogniser(Adapter):
         return [self._unit(assembly, index, dict(chunk), arguments) for index, chunk in enumerate(chunks)]
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
-        """Whisper hears half a minute at a time; all others what they are given."""
+        """Whisper hears half a minute at a time, filled up with silence; all others what they are given."""
+        extractor, align = self.pipe.feature_extractor, getattr(self.pipe.model.config, "inputs_to_logits_ratio", 1)
+        padded_bytes = 0
+        if self.pipe.type == WHISPER:
+            padded_bytes = extractor.feature_size * extractor.nb_max_frames * 4
+        require_few_pieces(samples, extractor.sampling_rate, align, arguments.preprocess, padded_bytes)
         if self.pipe.type != WHISPER:
-            rate, asked = self.pipe.feature_extractor.sampling_rate, arguments.preprocess.get("chunk_length_s")
+            rate, asked = extractor.sampling_rate, arguments.preprocess.get("chunk_length_s")
             seconds = min(samples / rate, asked or samples / rate)
             hint = "pass a smaller chunk_length_s" if asked else "pass chunk_length_s"
             require_piece(self.pipe.model, seconds, rate, self.max_whole_seconds, hint)

@@ -14,7 +14,10 @@ from pipefleet_workers.items import ItemError
 SAMPLES_PER_FRAME = 160
 """Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all models that hear."""
 
-
+MOST_PIECES = 50_000
+"""Pieces of one recording."""
+MOST_PIECE_BYTES = 9 << 28
+"""Bytes of all pieces of one recording, which are made at once: six hours in pieces that overlap by a third take 2.1 GB."""
 _ALWAYS_SECONDS = 30.0
 """Up to here nobody looks at the memory."""
 _COPIES = 3
@@ -57,6 +60,31 @@ def require_piece(model: Any, seconds: float, rate: int, most: float, hint: str)
     if room is not None and needed > room:
         text = f"the recording lasts {seconds:.0f} s, for which the model needs {needed >> 20} MB in one piece"
         raise ItemError("too_long", f"{text} and {room >> 20} MB are free; {hint}", STAGE)
+
+
+def require_few_pieces(samples: int, rate: int, align: int, asked: Mapping[str, Any], padded_bytes: int) -> None:
+    """Raise ItemError (bad_parameter) where `chunk_length_s` and `stride_length_s` cut a recording into far too much.
+
+    Pieces that overlap almost wholly take thousands of times the memory of the recording. `padded_bytes` are those of a piece
+    that is filled up to one length, 0 where none is.
+    """
+    seconds = asked.get("chunk_length_s")
+    if not seconds:
+        return
+    stride = asked.get("stride_length_s")
+    stride = seconds / 6 if stride is None else stride
+    both = [stride, stride] if isinstance(stride, int | float) else stride
+    chunk, left, right = (int(round(one * rate / align) * align) for one in (seconds, both[0], both[1]))
+    step = chunk - left - right
+    if step <= 0:
+        raise ItemError("bad_parameter", "chunk_length_s is no longer than the strides at both its ends", STAGE)
+    pieces = -(-samples // step)
+    size = pieces * (padded_bytes or 4 * min(chunk, samples))
+    if pieces > MOST_PIECES or size > MOST_PIECE_BYTES:
+        text = f"the recording would be cut into {pieces} pieces of {size >> 20} MB together"
+        hint = "pass a larger chunk_length_s or a smaller stride_length_s"
+        bounds = f"{MOST_PIECES} pieces and {MOST_PIECE_BYTES >> 20} MB"
+        raise ItemError("bad_parameter", f"{text}, above the bounds of {bounds}; {hint}", STAGE)
 
 
 def hears_padding(model: Any) -> bool:
