@@ -415,8 +415,9 @@ class Run:
             return None
         if forgotten and is_forgotten(self._client, self._plan):
             return FORGOTTEN
-        left = left_unqueued(self._client, self._plan)
-        return f"{left} shards are not queued, and the client that queued them has ended" if left else None
+        if left := left_unqueued(self._client, self._plan):
+            return f"{left} shards are not queued, and the client that queued them has ended"
+        return self._client.losses.why(self._plan)
 
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:
