@@ -40,6 +40,7 @@ from pipefleet.planner import (
 from pipefleet.progress import RunProgress
 from pipefleet.records import CANCEL_RUN
 from pipefleet.refusals import Refusals
+from pipefleet.replicas import old_figures
 from pipefleet.runfiles import failed_rows, rows_of
 from pipefleet.sources import Source, open_source
 from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
@@ -49,7 +50,6 @@ from pipefleet.waiting import why_waiting
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
-    from pipefleet.fleet import Pool
 
 LOOK_AT_STORE_SECONDS = 5.0
 """How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
@@ -156,7 +156,9 @@ class Run:
         if time.monotonic() >= self._ask_why_at:
             self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
             with broker.redis_errors(self._client.settings.redis_url):
-                self._waiting = why_waiting(self._client.redis, self._plan.queue, pool=self._pool())
+                self._waiting = old_figures(self._client) or why_waiting(
+                    self._client.redis, self._plan.queue, pool=self._pool()
+                )
         return self._waiting
 
     def _pool(self) -> Pool | None:
