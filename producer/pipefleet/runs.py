@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import broker
 from pipefleet.artifacts import resolve
 from pipefleet.backlog import Backlog
-from pipefleet.errors import PipefleetError, RunError, UsageError
+from pipefleet.errors import PipefleetError, RunError
 from pipefleet.finishing import failed_lines, read_totals
 from pipefleet.fleet import Pool
 from pipefleet.forking import renew_after_fork
 from pipefleet.layout import RunLayout, RunPlan
-from pipefleet.moving import move_run, pool_of, read_moved, take_back, unserved
+from pipefleet.moving import known_pool, move_run, read_moved, take_back, unserved
 from pipefleet.parts import JsonLines, part_format
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.planner import (
@@ -157,16 +157,9 @@ class Run:
             self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
             with broker.redis_errors(self._client.settings.redis_url):
                 self._waiting = old_figures(self._client) or why_waiting(
-                    self._client.redis, self._plan.queue, pool=self._pool()
+                    self._client.redis, self._plan.queue, pool=known_pool(self._client, self._plan)
                 )
         return self._waiting
-
-    def _pool(self) -> Pool | None:
-        """The pool that the run is for; None where the fleet file cannot be read, which a run needs not."""
-        try:
-            return pool_of(self._client, self._plan)
-        except UsageError:
-            return None
 
     @property
     def _refusals(self) -> Refusals:
