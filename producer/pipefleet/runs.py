@@ -170,7 +170,7 @@ class Run:
 
         On a terminal that is a bar, elsewhere plain lines on stderr. While Redis or S3 is away it waits for up to
         PATIENCE_SECONDS, then raises ServiceUnavailableError. Raises ResultTimeoutError (the run goes on), RunError when nobody
-        is planning the rest of it, or whatever error ended the planning.
+        is planning the rest of it or its messages are lost, or whatever error ended the planning.
         """
         return self._waiter.wait(show=progress, timeout=timeout)
 
