@@ -1,7 +1,7 @@
 """Shards that Redis has lost while it kept the rest of their run: their messages were evicted, purged or trimmed.
 
 More shards of a run are missing than messages of its pool are left, whosever they are: some of the missing ones have no message.
-Counting needs no right to read messages, and costs one round trip now and then. While other jobs wait in the same pool, a loss is
+Counting needs no right to read messages, and costs two round trips now and then. While other jobs wait in the same pool, a loss is
 seen once they are fewer than the shards that are missing.
 """
 
@@ -88,18 +88,22 @@ class Losses:
         return seen
 
     def _count(self, plan: RunPlan) -> tuple[int, int]:
-        """How many shards of the run have ended, and how many of the others have no message, as of one moment."""
+        """How many shards of the run have ended, and how many of the others have no message, as of one moment.
+
+        Workers move messages between the queues of a pool's revisions, so those of all are counted.
+        """
         from redis.exceptions import ResponseError
 
         keys = broker.unacked_keys(plan.queue)
-        pipe = broker.reading(self._redis)
-        pipe.exists(broker.run_key(plan.id, "planner"))
-        pipe.bitcount(broker.run_key(plan.id, "parts"))
-        pipe.hlen(broker.run_key(plan.id, "refused"))
-        pipe.hlen(keys["unacked_key"])
-        for name in (*broker.waiting_lists(plan.queue), keys["unreported_key"]):
-            pipe.llen(name)
         with broker.redis_errors(self._url), suppress(ResponseError):  # no right to count, or a key of another type
+            lists = [name for one in broker.queues_of(self._redis, plan.queue) for name in broker.waiting_lists(one)]
+            pipe = broker.reading(self._redis)
+            pipe.exists(broker.run_key(plan.id, "planner"))
+            pipe.bitcount(broker.run_key(plan.id, "parts"))
+            pipe.hlen(broker.run_key(plan.id, "refused"))
+            pipe.hlen(keys["unacked_key"])
+            for name in (*lists, keys["unreported_key"]):
+                pipe.llen(name)
             alive, parts, refused, *messages = pipe.execute()
             ended = parts + refused
             return ended, 0 if alive else max(0, (plan.shards or 0) - ended - sum(messages))

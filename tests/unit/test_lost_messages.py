@@ -84,6 +84,7 @@ class TestLosses:
         redis.hset(keys["unacked_key"], "tag", redis.rpop(queue))  # type: ignore[arg-type]
         redis.lpush(keys["unreported_key"], redis.rpop(queue))  # type: ignore[arg-type]
         redis.lmove(queue, queue + broker.ARRIVING)
+        redis.lmove(queue, broker.base_queue(run.plan.queue))
         assert self.later(seen, run, clock) is None
         assert not seen.suspected(run.id)
         assert self.later(seen, run, clock) is None
