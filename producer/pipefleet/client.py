@@ -28,6 +28,7 @@ from pipefleet.identity import Membership
 from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
+from pipefleet.losses import Losses
 from pipefleet.objects import ObjectStore
 from pipefleet.parts import FORMATS, JsonLines
 from pipefleet.patience import Patience
@@ -63,6 +64,8 @@ class Client:
         """The clock that deadlines and records are told in."""
         self._membership = Membership(self.redis, self.store, self.settings)
         self._lookout = Lookout(self.redis)
+        self.losses = Losses(self.redis, self.settings.redis_url)
+        """Shards of runs that Redis has lost."""
         self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Run] = []
         self._fleet_file: FleetFile | None = None

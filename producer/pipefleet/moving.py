@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import broker
 from pipefleet.announcements import announced_workers
 from pipefleet.contract import encode_json
-from pipefleet.errors import ObjectMissingError, UnknownModelError
+from pipefleet.errors import ObjectMissingError, UnknownModelError, UsageError
 from pipefleet.fleet import UNNAMED, Pool, model_label
 from pipefleet.foreign import name, read_object
 from pipefleet.layout import RunLayout, RunPlan
@@ -174,6 +174,14 @@ def pool_of(client: Client, plan: RunPlan) -> Pool:
             queue=base,
             revision_queue=plan.queue,
         )
+
+
+def known_pool(client: Client, plan: RunPlan) -> Pool | None:
+    """As `pool_of`; None where the fleet file cannot be read, which a run needs not."""
+    try:
+        return pool_of(client, plan)
+    except UsageError:
+        return None
 
 
 def unserved(client: Client, plan: RunPlan, uri: str) -> str | None:

@@ -21,10 +21,11 @@ class RunProgress:
     """How far a run is.
 
     `state` is planning, stopped, running, succeeded, partial (some items failed), failed (all did) or cancelled. A run is stopped
-    when its planning ended before its source, or its queueing early, for the `reason` given; `resume` goes on.
+    when its planning ended before its source, or its queueing early, or Redis lost its messages, for the `reason` given; `resume`
+    goes on.
     `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
     `refused` counts the shards that no worker will run, `refused_reason` says why of one; their items are failed items once the
-    run has ended. `waiting` says why nothing goes on, where no worker serves the queue.
+    run has ended. `waiting` says why nothing goes on, where no worker serves the queue or Redis is a replica.
     """
 
     uri: str

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from pipefleet import broker
 from pipefleet.artifacts import resolve
 from pipefleet.backlog import Backlog
-from pipefleet.errors import PipefleetError, RunError, UsageError
+from pipefleet.errors import PipefleetError, RunError
 from pipefleet.finishing import failed_lines, read_totals
 from pipefleet.fleet import Pool
 from pipefleet.forking import renew_after_fork
 from pipefleet.layout import RunLayout, RunPlan
-from pipefleet.moving import move_run, pool_of, read_moved, take_back, unserved
+from pipefleet.moving import known_pool, move_run, read_moved, take_back, unserved
 from pipefleet.parts import JsonLines, part_format
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.planner import (
@@ -40,6 +40,7 @@ from pipefleet.planner import (
 from pipefleet.progress import RunProgress
 from pipefleet.records import CANCEL_RUN
 from pipefleet.refusals import Refusals
+from pipefleet.replicas import old_figures
 from pipefleet.runfiles import failed_rows, rows_of
 from pipefleet.sources import Source, open_source
 from pipefleet.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
@@ -49,7 +50,6 @@ from pipefleet.waiting import why_waiting
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
-    from pipefleet.fleet import Pool
 
 LOOK_AT_STORE_SECONDS = 5.0
 """How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
@@ -156,15 +156,10 @@ class Run:
         if time.monotonic() >= self._ask_why_at:
             self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
             with broker.redis_errors(self._client.settings.redis_url):
-                self._waiting = why_waiting(self._client.redis, self._plan.queue, pool=self._pool())
+                self._waiting = old_figures(self._client) or why_waiting(
+                    self._client.redis, self._plan.queue, pool=known_pool(self._client, self._plan)
+                )
         return self._waiting
-
-    def _pool(self) -> Pool | None:
-        """The pool that the run is for; None where the fleet file cannot be read, which a run needs not."""
-        try:
-            return pool_of(self._client, self._plan)
-        except UsageError:
-            return None
 
     @property
     def _refusals(self) -> Refusals:
@@ -175,7 +170,7 @@ class Run:
 
         On a terminal that is a bar, elsewhere plain lines on stderr. While Redis or S3 is away it waits for up to
         PATIENCE_SECONDS, then raises ServiceUnavailableError. Raises ResultTimeoutError (the run goes on), RunError when nobody
-        is planning the rest of it, or whatever error ended the planning.
+        is planning the rest of it or its messages are lost, or whatever error ended the planning.
         """
         return self._waiter.wait(show=progress, timeout=timeout)
 
@@ -415,8 +410,9 @@ class Run:
             return None
         if forgotten and is_forgotten(self._client, self._plan):
             return FORGOTTEN
-        left = left_unqueued(self._client, self._plan)
-        return f"{left} shards are not queued, and the client that queued them has ended" if left else None
+        if left := left_unqueued(self._client, self._plan):
+            return f"{left} shards are not queued, and the client that queued them has ended"
+        return self._client.losses.why(self._plan)
 
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:

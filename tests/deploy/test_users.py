@@ -27,7 +27,7 @@ from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, announced_fleet
 from pipefleet.backlog import STALLED_SECONDS, Backlog
 from pipefleet.client import Client
 from pipefleet.contract import TASK_NAME, Priority
-from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
+from pipefleet.errors import AccessDeniedError, RunError, ServiceUnavailableError
 from pipefleet.fleet import load_fleet
 from pipefleet.identity import Membership
 from pipefleet.layout import RunLayout
@@ -397,3 +397,17 @@ def test_a_right_that_is_missing_is_named(guarded: Guarded) -> None:
     for call in (lambda: redis.rpop(QUEUE), lambda: redis.eval(script, 1, QUEUE)):
         with pytest.raises(ServiceUnavailableError, match=lacks), broker.redis_errors(url):
             call()
+
+
+def test_a_producer_may_see_that_messages_of_its_run_are_lost(
+    guarded: Guarded, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipefleet.losses.GRACE_SECONDS", 0.5)
+    with Client(guarded.settings("producer")) as client:
+        run = client.map("feature-extraction", ["a", "b"], output=bucket)
+        run.join_planner()
+        assert run.progress().state == "running"
+        guarded.redis("admin").delete(*broker.queue_lists(run.plan.queue))
+        with pytest.raises(RunError, match="1 shard is neither done nor queued nor with a worker"):
+            run.wait(timeout=30)
+    assert guarded.refused() == []

@@ -14,6 +14,7 @@ from pipefleet import broker
 from pipefleet.announcements import announce_worker, announced_workers
 from pipefleet.client import Client
 from pipefleet.contract import JobState
+from pipefleet.deadletters import file_dead_letter
 from pipefleet.errors import PipefleetError, ServiceFullError
 from pipefleet.settings import load_settings
 from pipefleet_workers.items import Encoded
@@ -130,6 +131,14 @@ def test_a_run_is_cancelled_on_a_full_server(
         run.cancel()
         assert run.progress().state == "cancelled"
         assert redis.hget(broker.run_key(run.id), "cancelled") == b"1"
+
+
+def test_an_item_that_kills_workers_has_its_dead_letter_on_a_full_server(full: Server) -> None:
+    queue = f"pipefleet.{uuid.uuid4().hex}"
+    with full.client() as redis:
+        for count in (1, 2):
+            file_dead_letter(redis, queue, message="{}", reason="it kills")
+            assert redis.llen(broker.unacked_keys(queue)["dead_key"]) == count
 
 
 def test_scaler_and_views_of_a_full_server_go_on(

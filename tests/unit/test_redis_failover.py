@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.settings import load_settings
 from tests.nursery import TASK, Nursery
@@ -147,3 +148,21 @@ def test_a_worker_and_its_clients_wait_while_the_server_is_a_replica(
         until(lambda: not any(redis.llen(name) for name in redis.scan_iter("pipefleet:dead*")))
         assert nursery.codes.keys() & {first, second} == set(), nursery.log(first) + nursery.log(second)
         assert [nursery.stop(pid) for pid in (first, second)] == [0, 0]
+
+
+def test_who_asks_a_replica_is_told_that_its_figures_may_be_old(
+    pair: tuple[Server, Server],
+    environment: dict[str, str],
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, other = pair
+    monkeypatch.setenv("PIPEFLEET_REDIS_URL", one.url)
+    with Client(load_settings()) as client:
+        client.map(TASK, ["a", "b"], output=prefix).join_planner()
+        other.follow(one)
+    monkeypatch.setenv("PIPEFLEET_REDIS_URL", other.url)
+    assert main(["status", prefix]) == 0
+    told = capsys.readouterr().out
+    assert told.count(f"running; what is told may be old: Redis at {other.url} is a replica that takes no writes") == 1

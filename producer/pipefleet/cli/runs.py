@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pipefleet.cli.common import (
     read_parameters,
 )
 from pipefleet.errors import ServiceUnavailableError, UsageError
+from pipefleet.losses import LOOK_SECONDS
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.printable import MOST_MESSAGE, printable
 
@@ -103,12 +105,16 @@ def map_(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Print the progress of a run. 1 when it has ended with failed items."""
+    """Print the progress of a run, a few seconds later where shards seem to be lost. 1 when it has ended with failed items."""
     from pipefleet.client import Client
 
     with Client() as client:
         run = client.run(arguments.uri)
-        return _report(run, run.progress(), as_json=arguments.json)
+        progress = run.progress()
+        while not progress.ended and client.losses.suspected(run.id):
+            time.sleep(LOOK_SECONDS)
+            progress = run.progress()
+        return _report(run, progress, as_json=arguments.json)
 
 
 def resume(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,116 @@
+"""Runs of which Redis keeps everything but their messages: they have stopped, and every client says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from redis import Redis
+
+from pipefleet import broker, losses
+from pipefleet.cli import main
+from pipefleet.client import Client
+from pipefleet.errors import RunError
+from pipefleet.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
+from pipefleet.runs import Run
+
+TEXTS = "text-classification"
+Lose = Callable[[Client, Run], object]
+
+
+def evict(client: Client, run: Run) -> None:
+    client.redis.delete(*broker.queue_lists(run.plan.queue))
+
+
+def trim(client: Client, run: Run) -> None:
+    for name in broker.queue_lists(run.plan.queue):
+        client.redis.ltrim(name, 0, 0)
+
+
+def purge(client: Client, run: Run) -> None:
+    with broker.celery_app(client.settings).connection_for_write() as connection:
+        connection.default_channel.queue_purge(run.plan.queue)
+
+
+@pytest.fixture
+def run(client: Client, prefix: str) -> Run:
+    one = client.map(TEXTS, ["a", "b", "c", "d"], output=prefix, shard_size=1)
+    one.join_planner()
+    return one
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(losses, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("pipefleet.cli.runs.LOOK_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(("lose", "lost"), [(evict, 4), (trim, 3), (purge, 4)])
+def test_who_waits_or_asks_is_told_and_resume_goes_on(
+    client: Client, prefix: str, run: Run, capsys: pytest.CaptureFixture[str], lose: Lose, lost: int
+) -> None:
+    lose(client, run)
+    with pytest.raises(RunError, match=rf"has stopped: at least {lost} shards are neither done.*`pipefleet resume"):
+        run.wait(timeout=20)
+    assert main(["status", prefix, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "stopped"
+    assert run.resume() == lost
+    run.join_planner()
+    assert main(["status", prefix, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "running"
+
+
+class TestLosses:
+    @pytest.fixture
+    def clock(self) -> list[float]:
+        return [100.0]
+
+    @pytest.fixture
+    def seen(self, client: Client, clock: list[float]) -> Losses:
+        return Losses(client.redis, client.settings.redis_url, monotonic=lambda: clock[0])
+
+    def later(self, seen: Losses, run: Run, clock: list[float], seconds: float = GRACE_SECONDS) -> str | None:
+        clock[0] += seconds
+        return seen.why(run.plan)
+
+    def test_nothing_is_lost_while_messages_wait_or_are_with_workers(
+        self, redis: Redis, run: Run, seen: Losses, clock: list[float]
+    ) -> None:
+        queue = next(name for name in broker.queue_lists(run.plan.queue) if redis.llen(name))
+        keys = broker.unacked_keys(run.plan.queue)
+        redis.hset(keys["unacked_key"], "tag", redis.rpop(queue))  # type: ignore[arg-type]
+        redis.lpush(keys["unreported_key"], redis.rpop(queue))  # type: ignore[arg-type]
+        redis.lmove(queue, queue + broker.ARRIVING)
+        redis.lmove(queue, broker.base_queue(run.plan.queue))
+        assert self.later(seen, run, clock) is None
+        assert not seen.suspected(run.id)
+        assert self.later(seen, run, clock) is None
+        redis.hdel(keys["unacked_key"], "tag")
+        assert self.later(seen, run, clock) is None
+        assert seen.suspected(run.id)
+        assert str(self.later(seen, run, clock)).startswith("1 shard is neither done nor queued")
+
+    def test_it_is_certain_only_when_nothing_of_the_run_ends_meanwhile(
+        self, redis: Redis, run: Run, seen: Losses, clock: list[float]
+    ) -> None:
+        redis.delete(*broker.queue_lists(run.plan.queue))
+        for index in range(3):
+            assert self.later(seen, run, clock, GRACE_SECONDS - LOOK_SECONDS) is None
+            redis.setbit(broker.run_key(run.id, "parts"), index, 1)
+        assert self.later(seen, run, clock) is None
+        assert self.later(seen, run, clock) is not None
+
+    def test_a_client_that_queues_the_rest_of_the_run_has_not_lost_it(
+        self, redis: Redis, run: Run, seen: Losses, clock: list[float]
+    ) -> None:
+        redis.delete(*broker.queue_lists(run.plan.queue))
+        redis.set(broker.run_key(run.id, "planner"), "4 4")
+        assert [self.later(seen, run, clock) for _ in range(3)] == [None] * 3
+
+    def test_who_may_not_count_is_told_nothing(self, redis: Redis, run: Run, seen: Losses, clock: list[float]) -> None:
+        redis.delete(*broker.queue_lists(run.plan.queue))
+        redis.set(broker.unacked_keys(run.plan.queue)["unacked_key"], "of another type")
+        assert [self.later(seen, run, clock) for _ in range(3)] == [None] * 3
