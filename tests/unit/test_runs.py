@@ -75,6 +75,7 @@ class TestFailedCalls:
     def test_nothing_is_written_while_redis_is_away(
         self, client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        client.check_fleet()  # which writes the fleet's own object where there is none
         monkeypatch.setattr(client.redis, "ping", Outage(1).of(client.redis.ping))
         monkeypatch.setattr(client.store, "put_new", lambda *_, **__: pytest.fail("something is written"))
         with pytest.raises(ServiceUnavailableError):
