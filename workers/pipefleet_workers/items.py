@@ -24,6 +24,14 @@ class ItemError(Exception):
         self.failure = JobFailure(code, message, stage)
 
 
+class OutgrownError(ItemError):
+    """An input decodes to more than its header declared: it needs `size` bytes of the worker's budget, and is then decoded again."""
+
+    def __init__(self, message: str, stage: str, size: int) -> None:
+        super().__init__("too_large", message, stage)
+        self.size = size
+
+
 class Sink(Protocol):
     """Where the outcomes of one job go. Called by any thread."""
 

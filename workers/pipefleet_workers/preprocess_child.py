@@ -26,7 +26,7 @@ import torch
 from pipefleet.contract import JobItem, Priority
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter, brief
-from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, OutgrownError, Room, Unit, Work
 from pipefleet_workers.local.tether import tie
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
@@ -86,6 +86,8 @@ class Request:
 
     inputs: Any
     parameters: Mapping[str, Any]
+    room: int = 0
+    """Bytes that it may take once it is decoded; 0 for no bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class Answer:
     expected: int
     failure: tuple[str, str, str] | None
     seconds: Mapping[str, float]
+    outgrown: int = 0
+    """Bytes that it needs, where those are more than it was let in with."""
 
 
 def serve(connection: Connection, recipe: Recipe) -> None:
@@ -162,7 +166,8 @@ class _Telling:
 
 def _work(request: Request, position: int) -> Work:
     context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, _Nowhere())
-    return Work(context, position, JobItem("", "", request.parameters), request.parameters, 0)
+    item = JobItem("", "", request.parameters)
+    return Work(context, position, item, request.parameters, 0, room=Room(decoded=request.room))
 
 
 def _answer(units: Sequence[Unit], work: Work) -> Answer:
@@ -174,7 +179,8 @@ def _answer(units: Sequence[Unit], work: Work) -> Answer:
 def _failed(error: Exception, work: Work) -> Answer:
     if isinstance(error, ItemError):
         failure = error.failure
-        return Answer((), None, 0, (failure.code, failure.message, failure.stage), work.seconds)
+        outgrown = error.size if isinstance(error, OutgrownError) else 0
+        return Answer((), None, 0, (failure.code, failure.message, failure.stage), work.seconds, outgrown)
     return Answer((), None, 0, ("internal_error", brief(error), "decode"), work.seconds)
 
 

@@ -1,6 +1,7 @@
 """How large an object becomes when it is decoded, as its own header declares: looked up before anything is decoded.
 
-A header may lie. So the figure only decides when an object is decoded; what bounds the decoder itself stands in the settings.
+A header may lie. So the figure only decides when an object is decoded: a recording that turns out longer is decoded again when there
+is room for all of it, and what bounds the decoder itself stands in the settings.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def recording_bytes(blob: Blob, rate: int, max_seconds: float) -> int:
     seconds = _seconds(blob.content)
     if seconds is None:
         return min(len(blob.content) * _PACKED, int(max_seconds * rate * SAMPLE))
-    return int(min(seconds, max_seconds) * rate * SAMPLE)
+    return max(1, int(min(seconds, max_seconds) * rate * SAMPLE))
 
 
 def film_bytes(content: bytes, frames: int, max_pixels: int) -> int:
