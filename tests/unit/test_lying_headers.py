@@ -5,19 +5,23 @@ from __future__ import annotations
 import io
 import struct
 import time
+import types
 from typing import Any
 
 import av
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
-from pipefleet_workers.items import Blob, Decoded, Fetched, OutgrownError
+from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, OutgrownError
 from pipefleet_workers.media.declared import SAMPLE
+from pipefleet_workers.media.video import Clip
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
+from tests.checkpoints.media import frames, mp4_bytes
 from tests.parity.harness import SECONDS, Call, load, recording, running, wait_until
-from tests.unit.test_declared_sizes import RATE, blob, decoder, wav, work
+from tests.unit.test_declared_sizes import RATE, blob, decoder, picture, wav, work
 
 TASK = "automatic-speech-recognition"
 _DURATION = b"\x44\x89\x88"
@@ -111,3 +115,68 @@ def test_all_room_comes_back_whatever_becomes_of_recordings(end: str) -> None:
         wait_until(lambda: one.engine._budget.empty, "all room has come back")
         (after,) = one.run([Call(blob(wav(1)), {})])
         assert after.failure is None
+
+
+# What a model reads of an input
+
+
+def test_ast_hears_the_same_of_a_long_recording_as_of_all_of_it() -> None:
+    adapter = RUNTIME["audio-classification"].adapter(load("audio-classification:ast"))
+    sound = np.random.default_rng(3).standard_normal(20 * RATE).astype(np.float32)
+    ((unit,),) = adapter.prepare([Decoded(work(), sound)])
+    wanted = adapter.pipe.feature_extractor(sound, sampling_rate=RATE, return_tensors="np")["input_values"]
+    assert np.array_equal(unit.features["input_values"].numpy(), wanted)
+    assert len(adapter._heard(sound)) < 2 * RATE
+
+
+def test_a_recording_that_would_be_read_whole_for_a_part_of_it_is_refused() -> None:
+    adapter = RUNTIME["zero-shot-audio-classification"].adapter(load("zero-shot-audio-classification"))
+    adapter.pipe.feature_extractor.truncation = "fusion"
+    adapter.max_whole_seconds = 12.0
+    sound = np.zeros(13 * adapter.sampling_rate, np.float32)
+    (found,) = adapter.prepare([Decoded(work(0, None, {"candidate_labels": ["rain"]}), sound)])
+    assert isinstance(found, ItemError)
+    assert found.failure.code == "too_long"
+
+
+def test_a_picture_that_is_not_resized_has_few_enough_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = RUNTIME["image-to-image"].adapter(load("image-to-image"))
+    large, small = Image.new("RGB", (5000, 4000)), Image.new("RGB", (300, 300))
+    refused, taken = adapter.prepare([Decoded(work(), large), Decoded(work(), small)])
+    assert isinstance(refused, ItemError)
+    assert refused.failure.code == "too_large"
+    assert "MAX_WHOLE_PIXELS" in refused.failure.message
+    assert not isinstance(taken, ItemError)
+    monkeypatch.setattr("pipefleet_workers.adapters.whole_pictures.available_bytes", lambda: 1 << 20)
+    (found,) = adapter.prepare([Decoded(work(), small)])
+    assert isinstance(found, ItemError)
+    assert found.failure.code == "too_large"
+    resized = RUNTIME["image-classification"].adapter(load("image-classification"))
+    (units,) = resized.prepare([Decoded(work(), large)])
+    assert not isinstance(units, ItemError)
+
+
+def test_a_film_is_decoded_for_some_time_only() -> None:
+    clip = Clip(blob(mp4_bytes(frames(10, 64, 48))), 100, 1 << 20, max_seconds=-1)
+    with pytest.raises(ItemError) as caught:
+        clip.frames(range(10))
+    assert caught.value.failure.code == "too_large"
+
+
+def test_pictures_that_a_film_hides_count_too() -> None:
+    """Packets whose frames are never shown; two of them may be the halves of one frame."""
+    clip = Clip(blob(b""), 100, 1 << 20, max_film_pixels=4 * 64 * 48)
+    packet, context = types.SimpleNamespace(decode=list), types.SimpleNamespace(width=64, height=48)
+    assert list(clip._checked([packet] * 8, context)) == []
+    with pytest.raises(ItemError) as caught:
+        list(clip._checked([packet] * 9, context))
+    assert caught.value.failure.code == "too_large"
+
+
+def test_the_pictures_of_one_input_are_bounded_together() -> None:
+    part = {"type": "image", "image": blob(picture("PNG", 100, 100))}
+    one = [{"role": "user", "content": [part] * 9}]
+    with pytest.raises(ItemError) as caught:
+        decoder("image-text-to-text", max_pixels=10_000).decode(Fetched(work(), one))
+    assert caught.value.failure.code == "too_large"
+    decoder("image-text-to-text", max_pixels=12_000).decode(Fetched(work(), one))

@@ -189,12 +189,9 @@ class Engine:
         if processes is not None:
             live = self._each(fetched, "decode", lambda one: one)
             with tracer.span("preprocess", len(live)), waiting():  # for a process, which is watched there
-                found = list(zip(live, processes.prepare(live), strict=True))
-            outgrown = [(one, units.size) for one, units in found if isinstance(units, OutgrownError)]
-            found = [(one, units) for one, units in found if not isinstance(units, OutgrownError)]
-            self._budget.prepared([(one.work, 0) for one, _ in outgrown])
-            self._enter([one.work for one, _ in found], [units for _, units in found])
-            return outgrown
+                prepared = processes.prepare(live)
+            self._enter([one.work for one in live], prepared)
+            return []  # no task that hears is prepared in processes
         with tracer.span("decode", len(fetched)):
             tried = self._each(fetched, "decode", self._decode)
         outgrown = [one for one in tried if isinstance(one, tuple)]

@@ -26,7 +26,7 @@ import torch
 from pipefleet.contract import JobItem, Priority
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter, brief
-from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, OutgrownError, Room, Unit, Work
+from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.local.tether import tie
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
@@ -86,8 +86,6 @@ class Request:
 
     inputs: Any
     parameters: Mapping[str, Any]
-    room: int = 0
-    """Bytes that it may take once it is decoded; 0 for no bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +105,6 @@ class Answer:
     expected: int
     failure: tuple[str, str, str] | None
     seconds: Mapping[str, float]
-    outgrown: int = 0
-    """Bytes that it needs, where those are more than it was let in with."""
 
 
 def serve(connection: Connection, recipe: Recipe) -> None:
@@ -166,8 +162,7 @@ class _Telling:
 
 def _work(request: Request, position: int) -> Work:
     context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, _Nowhere())
-    item = JobItem("", "", request.parameters)
-    return Work(context, position, item, request.parameters, 0, room=Room(decoded=request.room))
+    return Work(context, position, JobItem("", "", request.parameters), request.parameters, 0)
 
 
 def _answer(units: Sequence[Unit], work: Work) -> Answer:
@@ -179,8 +174,7 @@ def _answer(units: Sequence[Unit], work: Work) -> Answer:
 def _failed(error: Exception, work: Work) -> Answer:
     if isinstance(error, ItemError):
         failure = error.failure
-        outgrown = error.size if isinstance(error, OutgrownError) else 0
-        return Answer((), None, 0, (failure.code, failure.message, failure.stage), work.seconds, outgrown)
+        return Answer((), None, 0, (failure.code, failure.message, failure.stage), work.seconds)
     return Answer((), None, 0, ("internal_error", brief(error), "decode"), work.seconds)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pipefleet.errors import UsageError
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.text import FeatureExtractor, TextClassifier
-from pipefleet_workers.items import Assembly, Fetched, ItemError, OutgrownError, Unit
+from pipefleet_workers.items import Assembly, Fetched, ItemError, Unit
 from pipefleet_workers.preprocess_child import Answer, Begun, Recipe, Request, discard, serve, unpacked
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.watchdog import LOOKS
@@ -162,7 +162,7 @@ class _Child:
             self.spawn()
             self.await_ready()
         name = f"pipefleet-{os.getpid()}-{next(self._numbers)}"
-        requests = [Request(one.inputs, dict(one.work.parameters), one.work.room.decoded) for one in fetched]
+        requests = [Request(one.inputs, dict(one.work.parameters)) for one in fetched]
         assert self._pipe is not None
         try:
             self._pipe.send((name, requests))
@@ -213,8 +213,6 @@ class _Child:
 
 def _units(fetched: Fetched, answer: Answer) -> list[Unit] | ItemError:
     fetched.work.seconds.update(answer.seconds)
-    if answer.failure is not None and answer.outgrown:
-        return OutgrownError(*answer.failure[1:], answer.outgrown)
     if answer.failure is not None:
         return ItemError(*answer.failure)
     assembly = Assembly(fetched.work, answer.expected, answer.context)

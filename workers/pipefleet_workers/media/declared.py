@@ -17,10 +17,10 @@ from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob
 from pipefleet_workers.media.formats import AUDIO_FORMATS, PICTURE_FORMATS, VIDEO_FORMATS
 
-PIXEL = 4
-"""Bytes of a pixel as Pillow holds it."""
-SAMPLE = 12
-"""Bytes of a sample in float32: decoded, while its blocks are joined, and as the feature extractor's copy."""
+PIXEL = 18
+"""Bytes of a pixel: 4 as Pillow holds it, 14 of the copies that an image processor makes before it is small."""
+SAMPLE = 16
+"""Bytes of a sample in float32: decoded, while its blocks are joined, as the feature extractor's copy, and in pieces that overlap."""
 CHARACTER = 600
 """Bytes that a tokenizer takes for a character of a text, at most."""
 _PACKED = 32

@@ -64,6 +64,7 @@ class Decoder:
         self._room.whole = self._room.left = room + SLACK if room else None
         self._require_short(fetched.inputs)
         self._require_few_bytes(fetched.inputs)
+        self._require_few_media(fetched.inputs)
         self._require_short(fetched.work.item.parameters)
         value = self._value(fetched.inputs)
         fetched.work.seconds[STAGE] = time.perf_counter() - begin
@@ -119,6 +120,28 @@ class Decoder:
             raise ItemError(
                 "too_large", f"the texts of the input, as objects, are longer than {bound} bytes together", STAGE
             )
+
+    def _require_few_media(self, inputs: Any) -> None:
+        """Raise ItemError (too_large) where the pictures, or the recordings, of one input decode to far too much together."""
+        if isinstance(inputs, Blob | str):
+            return  # one alone has a bound of its own
+        settings = self._settings
+        pictures = KEPT_PICTURES * settings.max_pixels * PIXEL
+        sounds = int(settings.max_audio_seconds * self._rate * SAMPLE)
+        for kinds, bound, name in ((_PICTURES, pictures, "pictures"), ((Media.AUDIO,), sounds, "recordings")):
+            found = self._media_bytes(inputs, self._spec.media, kinds)
+            if found > bound:
+                text = (
+                    f"the {name} of the input decode to {found >> 20} MB together, above the bound of {bound >> 20} MB"
+                )
+                raise ItemError("too_large", text, STAGE)
+
+    def _media_bytes(self, value: Any, media: Media | None, kinds: Sequence[Media]) -> int:
+        if isinstance(value, Blob):
+            return self._declared(value, media) if media in kinds else 0
+        if isinstance(value, Mapping):
+            return sum([self._media_bytes(one, self._media_of(name, media), kinds) for name, one in value.items()])
+        return sum([self._media_bytes(one, media, kinds) for one in value]) if isinstance(value, list) else 0
 
     def _text_objects(self, value: Any, media: Media | None) -> int:
         if isinstance(value, Blob):
@@ -189,7 +212,9 @@ class Decoder:
         room, blob, seconds = self._room, self._blob(value), self._settings.max_audio_seconds
         try:
             samples = decode_audio(blob, rate=self._rate, max_seconds=seconds, most_bytes=room.left)
-        except OutgrownError as error:  # twice as much at least, so that an input of many recordings is not begun again for each
+        except (
+            OutgrownError
+        ) as error:  # twice as much at least, so that an input of many recordings is not begun again for each
             error.size = max(2 * room.whole, room.whole - room.left + error.size)
             raise
         if room.left is not None:
@@ -199,7 +224,11 @@ class Decoder:
     def _video(self, value: Any) -> Clip:
         settings = self._settings
         return Clip(
-            self._blob(value), settings.max_video_frames, settings.max_pixels, max_film_pixels=settings.max_video_pixels
+            self._blob(value),
+            settings.max_video_frames,
+            settings.max_pixels,
+            max_film_pixels=settings.max_video_pixels,
+            max_seconds=settings.stage_timeout / 2,  # the watchdog would end the process
         )
 
     def _table(self, value: Any) -> Any:
