@@ -27,7 +27,7 @@ from pipefleet_workers.admission import Budget
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.device import Device, Instruments
-from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, OutgrownError, Outcome, Unit, Work
+from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, OutgrownError, Unit, Work
 from pipefleet_workers.objects import BarredError, RefusedHereError
 from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.settings import WorkerSettings

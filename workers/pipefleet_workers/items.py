@@ -25,7 +25,7 @@ class ItemError(Exception):
 
 
 class OutgrownError(ItemError):
-    """An input decodes to more than its header declared: it needs `size` bytes of the worker's budget, and is then decoded again."""
+    """An input decodes to more than its header declared: it is decoded again when the worker's budget has `size` bytes."""
 
     def __init__(self, message: str, stage: str, size: int) -> None:
         super().__init__("too_large", message, stage)

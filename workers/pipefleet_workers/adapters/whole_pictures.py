@@ -17,7 +17,7 @@ _ALWAYS_PIXELS = 1 << 16
 
 
 def require_pixels(pipe: Any, value: Any, most: int) -> None:
-    """Raise ItemError (too_large) for a picture that is not resized, and has more than `most` pixels or needs more memory than is free.
+    """Raise ItemError (too_large) for a picture that is not resized, of more than `most` pixels or of more memory than is free.
 
     On a GPU the memory is not looked at: one that has none says so and goes on, a worker is killed.
     """

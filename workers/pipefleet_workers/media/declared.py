@@ -1,7 +1,7 @@
 """How large an object becomes when it is decoded, as its own header declares: looked up before anything is decoded.
 
-A header may lie. So the figure only decides when an object is decoded: a recording that turns out longer is decoded again when there
-is room for all of it, and what bounds the decoder itself stands in the settings.
+A header may lie. So the figure only decides when an object is decoded: a recording that turns out longer is decoded again when
+there is room for all of it, and what bounds the decoder itself stands in the settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipefleet_workers.media.formats import AUDIO_FORMATS, PICTURE_FORMATS, VIDE
 PIXEL = 18
 """Bytes of a pixel: 4 as Pillow holds it, 14 of the copies that an image processor makes before it is small."""
 SAMPLE = 16
-"""Bytes of a sample in float32: decoded, while its blocks are joined, as the feature extractor's copy, and in pieces that overlap."""
+"""Bytes of a sample in float32: decoded, while blocks are joined, as the feature extractor's copy, and in pieces that overlap."""
 CHARACTER = 600
 """Bytes that a tokenizer takes for a character of a text, at most."""
 _PACKED = 32

@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
@@ -84,7 +85,7 @@ class Clip:
                 cause = getattr(error, "strerror", None) or type(error).__name__
                 raise ItemError("truncated_media", f"{self.blob.uri} is damaged or cut: {cause}", STAGE) from None
 
-    def _checked(self, packets: Iterable[av.Packet], context: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
+    def _checked(self, packets: Iterable[av.Packet[Any]], context: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
         """The frames of packets, of which those count too that show none: a codec may decode pictures and hide them."""
         pixels = hidden = 0
         end = time.monotonic() + self.max_seconds
