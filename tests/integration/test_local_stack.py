@@ -380,9 +380,7 @@ def test_at_the_start_one_pool_that_does_not_load_takes_no_other_down(
     with followed(tmp_path, code, "bad", "good") as stack:
         assert stack.silent_pools == ["bad"]
     said = capfd.readouterr().err
-    assert re.search(
-        r"worker-bad-1 exited with status 1(.|\n)*no such model\n.*worker-bad-1: starting it again in 1 s", said
-    )
+    assert re.search(r"worker-bad-1 exited with status 1(.|\n)*no such model\n.*worker-bad-1: starting it again in 1 s", said)
 
 
 def test_a_start_with_no_pool_that_loads_fails(tmp_path: Path) -> None:
