@@ -27,7 +27,7 @@ from pipefleet_workers.admission import Budget
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.device import Device, Instruments
-from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, Unit, Work
+from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, OutgrownError, Unit, Work
 from pipefleet_workers.objects import BarredError, RefusedHereError
 from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.settings import WorkerSettings
@@ -169,28 +169,48 @@ class Engine:
         """Decode and prepare as many items at once as there is room for."""
         weighed = list(zip(fetched, self._stages.decoder.weights(fetched), strict=True))
         for piece in self._portions(weighed):
-            works = [(one.work, size) for one, size in piece]
-            with waiting():
-                self._budget.decode(works, functools.partial(_all_stopped, works))
-            try:
-                self._prepare_piece([one for one, _ in piece])
-            except BaseException as error:  # noqa: BLE001 - logged there; those of other pieces may be on their way already
-                self._cpu.fail([one for one, _ in piece], error)
+            outgrown = self._let_in(piece)
+            while outgrown:
+                outgrown = [*self._let_in([outgrown[0]]), *outgrown[1:]]
 
-    def _prepare_piece(self, fetched: Sequence[Fetched]) -> None:
+    def _let_in(self, piece: Sequence[tuple[Fetched, int]]) -> list[tuple[Fetched, int]]:
+        """Decode and prepare items when there is room for them; those that need more than they declared, with what they need."""
+        works = [(one.work, size) for one, size in piece]
+        with waiting():
+            self._budget.decode(works, functools.partial(_all_stopped, works))
+        try:
+            return self._prepare_piece([one for one, _ in piece])
+        except BaseException as error:  # noqa: BLE001 - logged there; those of other pieces may be on their way already
+            self._cpu.fail([one for one, _ in piece], error)
+            return []
+
+    def _prepare_piece(self, fetched: Sequence[Fetched]) -> list[tuple[Fetched, int]]:
         tracer, processes = self._instruments.tracer, self._stages.processes
         if processes is not None:
             live = self._each(fetched, "decode", lambda one: one)
             with tracer.span("preprocess", len(live)), waiting():  # for a process, which is watched there
                 prepared = processes.prepare(live)
-            return self._enter([one.work for one in live], prepared)
+            self._enter([one.work for one in live], prepared)
+            return []  # no task that hears is prepared in processes
         with tracer.span("decode", len(fetched)):
-            decoded = self._each(fetched, "decode", self._stages.decoder.decode)
+            tried = self._each(fetched, "decode", self._decode)
+        outgrown = [one for one in tried if isinstance(one, tuple)]
+        decoded = [one for one in tried if isinstance(one, Decoded)]
+        del tried
+        self._budget.prepared([(one.work, 0) for one, _ in outgrown])
         with tracer.span("preprocess", len(decoded)):
             prepared = self._prepare(decoded)
         works = [one.work for one in decoded]
         del decoded  # pictures would lie here while their units wait for the device
-        return self._enter(works, prepared)
+        self._enter(works, prepared)
+        return outgrown
+
+    def _decode(self, fetched: Fetched) -> Decoded | tuple[Fetched, int]:
+        """The decoded item; with the bytes that it needs, where those are more than it was let in with."""
+        try:
+            return self._stages.decoder.decode(fetched)
+        except OutgrownError as error:
+            return fetched, error.size
 
     def _enter(self, works: Sequence[Work], prepared: Sequence[list[Unit] | ItemError]) -> None:
         """Let the units into the room before the device, all in one go; end the items that have none."""

@@ -24,6 +24,14 @@ class ItemError(Exception):
         self.failure = JobFailure(code, message, stage)
 
 
+class OutgrownError(ItemError):
+    """An input decodes to more than its header declared: it is decoded again when the worker's budget has `size` bytes."""
+
+    def __init__(self, message: str, stage: str, size: int) -> None:
+        super().__init__("too_large", message, stage)
+        self.size = size
+
+
 class Sink(Protocol):
     """Where the outcomes of one job go. Called by any thread."""
 

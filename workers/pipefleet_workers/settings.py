@@ -36,6 +36,9 @@ class WorkerSettings(BaseSettings):
     max_whole_seconds: float = Field(
         600.0, gt=0, description="longest recording that a model without a window of its own hears in one piece"
     )
+    max_whole_pixels: int = Field(
+        16_000_000, ge=1, description="largest picture that a model gets at its own size, without being resized"
+    )
     max_video_pixels: int = Field(
         100_000_000_000,
         ge=1,

@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from transformers import ASTFeatureExtractor, WhisperFeatureExtractor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.waveforms import frames, hears_padding, padded, require_frames, require_piece
 from pipefleet_workers.items import Assembly, Decoded, Unit
+
+AST_HOP, AST_FRAME = 160, 400
+"""Samples between two frames of AST's extractor, and in one, at 16 kHz; it has no settings for either."""
 
 
 class AudioClassifier(Adapter):
@@ -36,13 +41,19 @@ class AudioClassifier(Adapter):
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         arguments = self.parse(decoded.work.parameters)
-        features = dict(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
+        features = dict(self.copies.get().preprocess(self._heard(decoded.value), **arguments.fresh().preprocess))
         require_frames(self.pipe.model, features)
-        wave = features.get("input_values")
-        if wave is not None and wave.ndim == 2:  # all others bring a recording to one length
-            rate = self.pipe.feature_extractor.sampling_rate
-            require_piece(self.pipe.model, wave.shape[1] / rate, rate, self.max_whole_seconds, "send a part of it")
         masked = self.pads and "attention_mask" in features
         key = (arguments.forward_key, tuple(features) if masked else shape_key(features))
         assembly = Assembly(decoded.work, expected=1, context=arguments)
         return [Unit(assembly, 0, key, frames(next(iter(features.values()))), features)]
+
+    def _heard(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The samples that the model hears. Raises ItemError (too_long) where those are all of them, and too many."""
+        extractor = self.pipe.feature_extractor
+        if isinstance(extractor, ASTFeatureExtractor):  # it looks at each frame alone, and keeps the first ones
+            return samples[: (extractor.max_length + 1) * AST_HOP + AST_FRAME]
+        if not isinstance(extractor, WhisperFeatureExtractor):  # which cuts before it looks
+            rate = extractor.sampling_rate
+            require_piece(self.pipe.model, len(samples) / rate, rate, self.max_whole_seconds, "send a part of it")
+        return samples

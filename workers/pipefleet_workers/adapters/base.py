@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipefleet_workers.adapters.long_texts import LongTexts
+from pipefleet_workers.adapters.whole_pictures import require_pixels
 from pipefleet_workers.adapters.whole_texts import guard
 from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -84,6 +85,7 @@ class Adapter:
         """Called by an adapter that knows the output of a unit before its batch has ended; the engine hands it on at once."""
         settings = WorkerSettings()
         self.max_tokens, self.max_whole_seconds = settings.max_tokens, settings.max_whole_seconds
+        self.max_whole_pixels = settings.max_whole_pixels
         self.max_whole_characters = settings.max_whole_characters
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
@@ -122,6 +124,7 @@ class Adapter:
         for one in decoded:
             working_on(one.work)
             try:
+                require_pixels(self.pipe, one.value, self.max_whole_pixels)
                 prepared.append(self._prepare(one))
             except ItemError as error:
                 prepared.append(error)

@@ -107,6 +107,10 @@ class ZeroShotAudio(Adapter):
         pipe = self.copies.get()
         extractor = pipe.feature_extractor
         long = len(samples) > extractor.nb_max_samples
+        seconds = len(samples) / extractor.sampling_rate
+        if extractor.truncation == "fusion" and seconds > self.max_whole_seconds:  # it reads all to keep a part of it
+            text = f"the recording lasts {seconds:.0f} s, the model hears at most {self.max_whole_seconds:.0f} s of one"
+            raise ItemError("too_long", f"{text} (PIPEFLEET_WORKER_MAX_WHOLE_SECONDS); send a part of it", STAGE)
         with cropped_by_content(samples) if long else contextlib.nullcontext():
             found = extractor([samples], sampling_rate=extractor.sampling_rate, return_tensors="pt")
         return dict(found.to(pipe.dtype))

@@ -15,8 +15,9 @@ import soxr
 from numpy.typing import NDArray
 
 from pipefleet.uploads import RAW_AUDIO
-from pipefleet_workers.items import Blob, ItemError
+from pipefleet_workers.items import Blob, ItemError, OutgrownError
 from pipefleet_workers.media.containers import truncation
+from pipefleet_workers.media.declared import SAMPLE
 from pipefleet_workers.media.formats import AUDIO_FORMATS
 
 STAGE = "decode"
@@ -30,9 +31,13 @@ _UNKNOWN_FRAMES = (1 << 63) - 1
 Samples = NDArray[np.float32]
 
 
-def decode_audio(blob: Blob, *, rate: int, max_seconds: float) -> Samples:
-    """One-dimensional samples at `rate` Hz, the mean of the channels. Raises ItemError: bad_media, truncated_media, too_large."""
-    bounds = _Bounds(blob.uri, rate, max_seconds)
+def decode_audio(blob: Blob, *, rate: int, max_seconds: float, most_bytes: int | None = None) -> Samples:
+    """One-dimensional samples at `rate` Hz, the mean of the channels. Raises ItemError: bad_media, truncated_media, too_large.
+
+    A recording that needs more than `most_bytes` of the budget, whatever its header declares, is only counted to its end; then
+    OutgrownError says how many.
+    """
+    bounds = _Bounds(blob.uri, rate, max_seconds, most_bytes)
     samples = _raw(blob, bounds) if blob.type == RAW_AUDIO else _from_file(blob, bounds)
     if not np.isfinite(samples).all():  # models answer these too, with whatever NaN leads to
         raise ItemError("bad_media", f"{blob.uri} holds samples that are not finite numbers", STAGE)
@@ -60,6 +65,8 @@ class _Bounds:
     rate: int
     """Hz that the model wants."""
     max_seconds: float
+    most_bytes: int | None = None
+    """Bytes of the budget that it may take, where it may not take all."""
 
     def check(self, seconds: float) -> None:
         if seconds > self.max_seconds:
@@ -77,6 +84,7 @@ class _Track:
         self._rate = rate
         self._frames = 0
         self._pieces: list[Samples] = []
+        self._outgrown = False
         same = rate == bounds.rate
         self._stream = None if same else soxr.ResampleStream(rate, bounds.rate, 1, dtype="float32", quality="HQ")
 
@@ -84,12 +92,22 @@ class _Track:
         """Take a block of shape (frames, channels)."""
         self._frames += len(block)
         self._bounds.check(self._frames / self._rate)
-        self._append(block.mean(axis=1, dtype=np.float32), last=False)
+        if not self._outgrown and self._bounds.most_bytes is not None and self._bytes() > self._bounds.most_bytes:
+            self._outgrown = True
+            self._pieces.clear()
+        if not self._outgrown:
+            self._append(block.mean(axis=1, dtype=np.float32), last=False)
 
     def end(self) -> Samples:
-        """All samples at the model's rate."""
+        """All samples at the model's rate. Raises OutgrownError."""
+        if self._outgrown:
+            text = f"{self._bounds.uri} lasts {self._frames / self._rate:.0f} s, longer than it declares"
+            raise OutgrownError(text, STAGE, self._bytes())
         self._append(np.zeros(0, np.float32), last=True)
         return np.concatenate(self._pieces)
+
+    def _bytes(self) -> int:
+        return int(self._frames * self._bounds.rate / self._rate * SAMPLE)
 
     def _append(self, samples: Samples, *, last: bool) -> None:
         self._pieces.append(self._stream.resample_chunk(samples, last=last) if self._stream else samples)

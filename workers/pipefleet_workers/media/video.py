@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
@@ -33,6 +35,8 @@ class Clip:
     """Pixels that one frame may have; eight times as many for all frames that are kept."""
     max_film_pixels: int = 1 << 40
     """Pixels of all frames that are decoded, those that are skipped included: what decoding takes its time for."""
+    max_seconds: float = 900.0
+    """Seconds that decoding may take."""
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
         """The frames at `indices` (from 0, rising), each `[height, width, 3]` RGB. Fewer where the clip ends before.
@@ -73,18 +77,28 @@ class Clip:
             width, height = stream.codec_context.width, stream.codec_context.height
             self._check(width, height)
             self._check_film(width * height * min(wanted, stream.frames or wanted))
-            pixels = 0
             # The header's size binds nobody: a stream may change it, which the decoder notices before it allocates.
             stream.codec_context.options = {"max_pixels": str(2 * self.max_pixels + _ALIGNMENT)}
             try:
-                for frame in container.decode(stream):
-                    self._check(frame.width, frame.height)
-                    pixels += frame.width * frame.height
-                    self._check_film(pixels)
-                    yield frame
+                yield from self._checked(container.demux(stream), stream.codec_context)
             except (av.FFmpegError, ValueError) as error:
                 cause = getattr(error, "strerror", None) or type(error).__name__
                 raise ItemError("truncated_media", f"{self.blob.uri} is damaged or cut: {cause}", STAGE) from None
+
+    def _checked(self, packets: Iterable[av.Packet[Any]], context: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
+        """The frames of packets, of which those count too that show none: a codec may decode pictures and hide them."""
+        pixels = hidden = 0
+        end = time.monotonic() + self.max_seconds
+        for packet in packets:
+            hidden += context.width * context.height // 2  # two packets may be the halves of one frame
+            self._check_film(max(pixels, hidden))
+            for frame in packet.decode():
+                self._check(frame.width, frame.height)
+                pixels += frame.width * frame.height
+                self._check_film(pixels)
+                yield frame
+            if time.monotonic() > end:
+                raise self._too_large("its frames take long to decode", f"{self.max_seconds:.0f} s")
 
     def _open(self) -> av.container.InputContainer:
         missing = truncation(self.blob.content)

@@ -7,14 +7,15 @@ files. Codecs are told from the content, never from the name.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet.tasks import Media, TaskSpec
-from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError
+from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, OutgrownError
 from pipefleet_workers.media.audio import decode_audio
-from pipefleet_workers.media.declared import CHARACTER, PIXEL, film_bytes, picture_bytes, recording_bytes
+from pipefleet_workers.media.declared import CHARACTER, PIXEL, SAMPLE, film_bytes, picture_bytes, recording_bytes
 from pipefleet_workers.media.images import decode_image
 from pipefleet_workers.media.tables import decode_table
 from pipefleet_workers.media.video import KEPT_PICTURES, Clip
@@ -26,6 +27,8 @@ _PICTURES = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR)
 _MEDIA = (*_PICTURES, Media.AUDIO, Media.VIDEO)
 FRAMES = 32
 """Frames that a model wants of a video at most, as far as is known before its adapter looks."""
+SLACK = 1 << 20
+"""Bytes by which what an input declares may be wrong without being asked again: containers round their durations."""
 _PARTS = {"text": Media.TEXT, "image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
 
 
@@ -36,6 +39,7 @@ class Decoder:
         self._spec = spec
         self._settings = settings
         self._rate = sampling_rate or 16_000
+        self._room = threading.local()
         self._decoders: Mapping[Media, Callable[[Any], Any]] = {
             Media.TEXT: self._text,
             Media.TEXTS: self._texts,
@@ -51,10 +55,16 @@ class Decoder:
         }
 
     def decode(self, fetched: Fetched) -> Decoded:
-        """The decoded value. Raises ItemError: bad_input, bad_media, truncated_media or too_large."""
+        """The decoded value. Raises ItemError: bad_input, bad_media, truncated_media or too_large.
+
+        OutgrownError where its recordings take more than the budget has let it in with; 0 is no bound.
+        """
         begin = time.perf_counter()
+        room = fetched.work.room.decoded
+        self._room.whole = self._room.left = room + SLACK if room else None
         self._require_short(fetched.inputs)
         self._require_few_bytes(fetched.inputs)
+        self._require_few_media(fetched.inputs)
         self._require_short(fetched.work.item.parameters)
         value = self._value(fetched.inputs)
         fetched.work.seconds[STAGE] = time.perf_counter() - begin
@@ -110,6 +120,28 @@ class Decoder:
             raise ItemError(
                 "too_large", f"the texts of the input, as objects, are longer than {bound} bytes together", STAGE
             )
+
+    def _require_few_media(self, inputs: Any) -> None:
+        """Raise ItemError (too_large) where the pictures, or the recordings, of one input decode to far too much together."""
+        if isinstance(inputs, Blob | str):
+            return  # one alone has a bound of its own
+        settings = self._settings
+        pictures = KEPT_PICTURES * settings.max_pixels * PIXEL
+        sounds = int(settings.max_audio_seconds * self._rate * SAMPLE)
+        for kinds, bound, name in ((_PICTURES, pictures, "pictures"), ((Media.AUDIO,), sounds, "recordings")):
+            found = self._media_bytes(inputs, self._spec.media, kinds)
+            if found > bound:
+                text = (
+                    f"the {name} of the input decode to {found >> 20} MB together, above the bound of {bound >> 20} MB"
+                )
+                raise ItemError("too_large", text, STAGE)
+
+    def _media_bytes(self, value: Any, media: Media | None, kinds: Sequence[Media]) -> int:
+        if isinstance(value, Blob):
+            return self._declared(value, media) if media in kinds else 0
+        if isinstance(value, Mapping):
+            return sum([self._media_bytes(one, self._media_of(name, media), kinds) for name, one in value.items()])
+        return sum([self._media_bytes(one, media, kinds) for one in value]) if isinstance(value, list) else 0
 
     def _text_objects(self, value: Any, media: Media | None) -> int:
         if isinstance(value, Blob):
@@ -177,12 +209,26 @@ class Decoder:
         return [self._image(one) for one in value]
 
     def _audio(self, value: Any) -> Any:
-        return decode_audio(self._blob(value), rate=self._rate, max_seconds=self._settings.max_audio_seconds)
+        room, blob, seconds = self._room, self._blob(value), self._settings.max_audio_seconds
+        try:
+            samples = decode_audio(blob, rate=self._rate, max_seconds=seconds, most_bytes=room.left)
+        except (
+            OutgrownError
+        ) as error:  # twice as much at least, so that an input of many recordings is not begun again for each
+            error.size = max(2 * room.whole, room.whole - room.left + error.size)
+            raise
+        if room.left is not None:
+            room.left -= len(samples) * SAMPLE
+        return samples
 
     def _video(self, value: Any) -> Clip:
         settings = self._settings
         return Clip(
-            self._blob(value), settings.max_video_frames, settings.max_pixels, max_film_pixels=settings.max_video_pixels
+            self._blob(value),
+            settings.max_video_frames,
+            settings.max_pixels,
+            max_film_pixels=settings.max_video_pixels,
+            max_seconds=settings.stage_timeout / 2,  # the watchdog would end the process
         )
 
     def _table(self, value: Any) -> Any:
