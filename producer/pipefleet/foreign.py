@@ -81,7 +81,7 @@ def name(value: Any) -> str:
     return value
 
 
-def queue(value: Any) -> str:
+def own_queue(value: Any) -> str:
     """The name of a queue, which readers make keys of: those of our queues, and no others. Raises ValueError."""
     if not name(value).startswith(QUEUE_PREFIX):
         raise ValueError("not a queue")

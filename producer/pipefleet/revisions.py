@@ -13,7 +13,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.fleet import Fleet, Pool, model_label
-from pipefleet.foreign import number, queue, read_object
+from pipefleet.foreign import number, own_queue, read_object
 from pipefleet.printable import printable
 from pipefleet.routing import PREFIX, queue_name, work_queue
 from pipefleet.wrongtype import passed_over
@@ -273,7 +273,7 @@ def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
 
 def _forgettable(redis: Any, name: bytes, value: bytes, before: float) -> bool:
     try:
-        lists = broker.waiting_lists(queue(name.decode()))
+        lists = broker.waiting_lists(own_queue(name.decode()))
     except ValueError:
         return True  # as a key, it may be one that we have no right to
     try:

@@ -27,7 +27,7 @@ from pipefleet.announcements import (
 )
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority
-from pipefleet.errors import FleetFileError, UnknownModelError, UsageError
+from pipefleet.errors import FleetFileError, PipefleetError, UnknownModelError, UsageError
 from pipefleet.fleet import Fleet, Pool, load_fleet, with_revision
 from pipefleet.fleetfile import LOOK_SECONDS, FleetFile
 from pipefleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
@@ -35,6 +35,7 @@ from pipefleet.routing import announcement, queue_name, revision_queue, route, w
 from pipefleet.shards import shard_id
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.entries import check_entries
 from pipefleet_workers.scaling.ledger import record_done
 from pipefleet_workers.scaling.service import Scaler
 from pipefleet_workers.settings import WorkerSettings
@@ -433,6 +434,8 @@ def test_no_entry_of_anybody_makes_a_queue_of_another_key(
         redis.hset(POOLS_KEY, f"bad-{field}", json.dumps({"pool": {**entry, field: name}, "until": 9e9}))
     assert broker.known_revisions(redis) == {}
     assert announced_fleet(redis).pools == {}
+    with pytest.raises(PipefleetError, match=f"{POOLS_KEY} .*bad-queue.*{broker.REVISIONS_KEY} .*{name}"):
+        check_entries(client.settings)
     assert cli.main(["queues", "--json"]) == 0
     assert {one["queue"] for one in json.loads(capsys.readouterr().out)} == {
         queue_name(pool, client.fleet) for pool in client.fleet.pools.values()
