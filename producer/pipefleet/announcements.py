@@ -14,7 +14,7 @@ from typing import Any
 from pipefleet.broker import KEY, reading
 from pipefleet.contract import encode_json
 from pipefleet.fleet import Fleet, Pool
-from pipefleet.foreign import mapping, name, names, number, passed, read_object
+from pipefleet.foreign import mapping, name, names, number, own_queue, passed, read_object
 from pipefleet.routing import revision_queue
 
 POOLS_KEY = f"{KEY}pools"
@@ -109,6 +109,9 @@ def read_pool(field: bytes, value: bytes) -> Announcement | None:
         content = mapping(entry["pool"])
         known = names(content, "task", "model", "revision", "queue", "revision_queue")
         known |= {"task": name(content["task"]), "model": name(content["model"])}
+        known |= {
+            field: own_queue(content[field]) for field in ("queue", "revision_queue") if known.get(field) is not None
+        }
         flags = {flag: content[flag] is True for flag in ("default", "retired") if flag in content}
         pool = Pool.announced(name(field.decode()).partition("@")[0], {**known, **flags})
         return Announcement(pool, number(entry.get("since") or 0.0), number(entry["until"]))

@@ -156,7 +156,7 @@ def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
         try:
             note = foreign.read_object(value)
             known = foreign.names(note, "model", "revision")
-            found[foreign.name(name.decode())] = (known["model"] or "", known["revision"])
+            found[foreign.own_queue(name.decode())] = (known["model"] or "", known["revision"])
         except (ValueError, LookupError):
             foreign.passed.say(REVISIONS_KEY, name)
     return found

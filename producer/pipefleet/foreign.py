@@ -18,6 +18,8 @@ MOST_NUMBER = 1e15
 """Largest number that is believed: sums and products of such numbers stay finite."""
 MOST_TEXT = 2_000
 """Characters of a name: of a pool, a model or a queue."""
+QUEUE_PREFIX = "pipefleet."
+"""How the name of every queue begins."""
 _MOST_SAID = 1_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -77,6 +79,13 @@ def name(value: Any) -> str:
         raise ValueError("not a name")
     value.encode()
     return value
+
+
+def own_queue(value: Any) -> str:
+    """The name of a queue, which readers make keys of: those of our queues, and no others. Raises ValueError."""
+    if not name(value).startswith(QUEUE_PREFIX):
+        raise ValueError("not a queue")
+    return str(value)
 
 
 def names(content: Mapping[str, Any], *fields: str) -> dict[str, str | None]:

@@ -13,7 +13,7 @@ from typing import Any
 from pipefleet import broker
 from pipefleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.fleet import Fleet, Pool, model_label
-from pipefleet.foreign import number, read_object
+from pipefleet.foreign import number, own_queue, read_object
 from pipefleet.printable import printable
 from pipefleet.routing import PREFIX, queue_name, work_queue
 from pipefleet.wrongtype import passed_over
@@ -259,13 +259,25 @@ def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> lis
 
 
 def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
-    """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty."""
+    """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty.
+
+    Forgets what is no queue, too. A key of a queue that holds another type is left for others to tell of.
+    """
     entries: Any = redis.hgetall(broker.REVISIONS_KEY)
     before = broker.server_time(redis) - 86_400 * days if entries else 0.0
     for name, value in entries.items():
-        try:
-            old = number(read_object(value)["at"]) < before
-        except (ValueError, LookupError):
-            old = True
-        if old and not any(redis.llen(one) for one in broker.waiting_lists(name.decode(errors="replace"))):
-            redis.hdel(broker.REVISIONS_KEY, name)
+        with passed_over({}, ""):
+            if _forgettable(redis, name, value, before):
+                redis.hdel(broker.REVISIONS_KEY, name)
+
+
+def _forgettable(redis: Any, name: bytes, value: bytes, before: float) -> bool:
+    try:
+        lists = broker.waiting_lists(own_queue(name.decode()))
+    except ValueError:
+        return True  # as a key, it may be one that we have no right to
+    try:
+        old = number(read_object(value)["at"]) < before
+    except (ValueError, LookupError):
+        old = True
+    return old and not any(redis.llen(one) for one in lists)

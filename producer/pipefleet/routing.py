@@ -15,9 +15,10 @@ import json
 from typing import Any
 
 from pipefleet.fleet import Fleet, Pool
+from pipefleet.foreign import QUEUE_PREFIX
 from pipefleet.tasks import task_spec
 
-PREFIX = "pipefleet."
+PREFIX = QUEUE_PREFIX
 
 
 def route(task: str, model: str | None, revision: str | None, fleet: Fleet) -> Pool:

@@ -27,7 +27,7 @@ from pipefleet.announcements import (
 )
 from pipefleet.client import Client
 from pipefleet.contract import JobItem, JobMessage, Priority
-from pipefleet.errors import FleetFileError, UnknownModelError, UsageError
+from pipefleet.errors import FleetFileError, PipefleetError, UnknownModelError, UsageError
 from pipefleet.fleet import Fleet, Pool, load_fleet, with_revision
 from pipefleet.fleetfile import LOOK_SECONDS, FleetFile
 from pipefleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
@@ -35,6 +35,7 @@ from pipefleet.routing import announcement, queue_name, revision_queue, route, w
 from pipefleet.shards import shard_id
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.entries import check_entries
 from pipefleet_workers.scaling.ledger import record_done
 from pipefleet_workers.scaling.service import Scaler
 from pipefleet_workers.settings import WorkerSettings
@@ -407,3 +408,35 @@ def test_queues_that_nobody_used_for_long_are_forgotten_once_they_are_empty(redi
     assert len(broker.known_revisions(redis)) == 2
     forget_revisions(redis, days=-1.0)
     assert list(broker.known_revisions(redis)) == [own(NEW)]
+
+
+FOREIGN = ("elsewhere", "elsewhere@0123abcd", "pipefleet:workers", "pipefleet:workers@0123abcd", "")
+
+
+def test_worker_that_starts_asks_nothing_of_keys_that_are_no_queues(redis: Redis) -> None:
+    note = {"model": "/m", "revision": None, "at": 0}
+    for one, value in itertools.product((*FOREIGN, "pipefleet.other@0123abcd"), (b"x", json.dumps(note).encode())):
+        redis.hset("pipefleet:workers", "one", "{}")
+        redis.hset("pipefleet.other@0123abcd", "another", "type")
+        redis.hset(broker.REVISIONS_KEY, one, value)
+        forget_revisions(redis)
+        assert bool(redis.hlen(broker.REVISIONS_KEY)) == (one not in FOREIGN)
+
+
+@pytest.mark.parametrize("name", FOREIGN[:4])
+def test_no_entry_of_anybody_makes_a_queue_of_another_key(
+    name: str, client: Client, redis: Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    redis.hset("pipefleet:workers", "one", "{}")
+    redis.hset(broker.REVISIONS_KEY, name, json.dumps({"model": "/m", "revision": None, "at": 9e9}))
+    entry = {"task": TEXTS, "model": "/m", "queue": QUEUE, "revision_queue": own(OLD)}
+    for field in ("queue", "revision_queue"):
+        redis.hset(POOLS_KEY, f"bad-{field}", json.dumps({"pool": {**entry, field: name}, "until": 9e9}))
+    assert broker.known_revisions(redis) == {}
+    assert announced_fleet(redis).pools == {}
+    with pytest.raises(PipefleetError, match=f"{POOLS_KEY} .*bad-queue.*{broker.REVISIONS_KEY} .*{name}"):
+        check_entries(client.settings)
+    assert cli.main(["queues", "--json"]) == 0
+    assert {one["queue"] for one in json.loads(capsys.readouterr().out)} == {
+        queue_name(pool, client.fleet) for pool in client.fleet.pools.values()
+    }

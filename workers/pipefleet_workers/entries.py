@@ -38,7 +38,7 @@ def _told(key: str, names: list[bytes]) -> str:
 
 def _is_revision(field: bytes, value: bytes) -> bool:
     try:
-        foreign.name(field.decode())
+        foreign.own_queue(field.decode())
         return bool(foreign.names(foreign.read_object(value), "model", "revision"))
     except ValueError:
         return False
