@@ -196,7 +196,13 @@ def read_worker(field: bytes, value: bytes) -> dict[str, Any] | None:
         return None
 
 
+_ROUNDING = 1e-9
+"""A number this little below 0 is 0: workers of earlier releases tell such ones of their fits."""
+
+
 def _number(value: Any) -> float:
+    if isinstance(value, float) and -_ROUNDING < value < 0.0:
+        return 0.0
     number(value)
     if not isinstance(value, int | float):
         raise ValueError("a text")

@@ -100,7 +100,7 @@ def test_a_worker_and_its_clients_follow_an_address_to_the_new_primary(
         other.lead()
         address.server = other
         one.follow(other)  # and lets its connections be
-        assert run.wait(timeout=60).succeeded == ITEMS
+        assert run.wait(timeout=150).succeeded == ITEMS
         assert client.submit(TASK, "more").result(timeout=30)
     log = nursery.log(pid)
     assert nursery.stop(pid) == 0

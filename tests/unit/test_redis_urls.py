@@ -120,7 +120,7 @@ def test_a_node_of_a_cluster_is_refused_in_one_sentence(
 ) -> None:
     monkeypatch.setattr("tests.servers.free_port", _low_port)
     server = started(program, "--cluster-enabled", "yes")
-    settings = Settings(redis_url=server.url)
+    settings = Settings(redis_url=server.url, fleet=None)  # no file, whatever the environment says
     with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):
         connect_patiently(settings, WorkerSettings())
     with pytest.raises(UsageError, match="is a node of a Redis Cluster, which pipefleet cannot use"):

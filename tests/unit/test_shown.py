@@ -478,3 +478,8 @@ def test_a_pool_that_cannot_be_read_does_not_hide_the_others(
 
 
 OTHERS = {"texts": "text-classification", "tokens": "token-classification"}
+
+
+def test_a_fit_that_rounding_put_below_zero_hides_no_worker(redis: Redis) -> None:
+    announce_worker(redis, "one", {"pool": "texts", "base": -1e-18, "per_cost": 0.1}, seconds=60)
+    assert announced_workers(redis)["one"]["base"] == 0.0

@@ -69,3 +69,13 @@ def test_every_task_has_examples(task: str) -> None:
     assert units
     numbers = adapter.numbers(units) if adapter.pads else []
     assert all(np.isfinite(one).all() for one in numbers)
+
+
+def test_no_part_of_a_fit_is_negative() -> None:
+    for slope in (0.1, 1 / 3, 0.7, 1e-7):
+        fit = ServiceFit()
+        for cost in range(1, 400):
+            fit.add(cost, slope * cost)  # no base at all: rounding decides its sign
+            found = fit.current()
+            assert found is not None
+            assert min(found.base, found.per_cost) >= 0.0

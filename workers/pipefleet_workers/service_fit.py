@@ -40,4 +40,4 @@ class ServiceFit:
                 return ServiceTime(0.0, mean_y / mean_x)
             slope = (self._xy / self._weight - mean_x * mean_y) / variance
             slope = min(max(slope, 0.0), mean_y / mean_x)
-            return ServiceTime(mean_y - slope * mean_x, slope)
+            return ServiceTime(max(0.0, mean_y - slope * mean_x), slope)  # rounding may leave -1e-18
