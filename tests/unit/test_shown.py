@@ -16,7 +16,7 @@ import pytest
 from redis import Redis
 
 from pipefleet import broker, cli
-from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
+from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, announce_worker, announced_workers, read_pool, read_worker
 from pipefleet.client import Client
 from pipefleet.contract import JobState
 from pipefleet.errors import ContractError, JobFailedError, PipefleetError, RunError
