@@ -17,13 +17,15 @@ from pipefleet.cli.common import (
     read_parameters,
 )
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.losses import LOOK_SECONDS
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.printable import MOST_MESSAGE, printable
 
 if TYPE_CHECKING:
     from pipefleet.progress import RunProgress
     from pipefleet.runs import Run
+
+LOOK_AGAIN_SECONDS = 2.0
+"""Between two looks at a run whose shards seem to be lost, as in `pipefleet.losses`, whose imports `--help` can do without."""
 
 
 def register(commands: Commands) -> None:
@@ -112,7 +114,7 @@ def status(arguments: argparse.Namespace) -> int:
         run = client.run(arguments.uri)
         progress = run.progress()
         while not progress.ended and client.losses.suspected(run.id):
-            time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_AGAIN_SECONDS)
             progress = run.progress()
         return _report(run, progress, as_json=arguments.json)
 

@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import os
 import shutil
+import socket
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,10 +143,14 @@ class S3Server(ChildService):
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove the sockets that SeaweedFS puts in /tmp; call once the process has ended."""
-        for part in (*self._PARTS, "admin"):
-            if port := self._ports.get(f"{part}.grpc"):
-                Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)
+        """Remove the sockets that SeaweedFS puts in /tmp; call once the process has ended.
+
+        A server whose port is taken chooses another by itself, so the names are not known beforehand: those go that nobody
+        listens on any more.
+        """
+        for path in Path("/tmp").glob("seaweedfs-*-grpc-*.sock"):  # noqa: S108 - SeaweedFS's own choice
+            if _is_abandoned(path):
+                path.unlink(missing_ok=True)
 
     def client(self) -> S3Client:
         """Return a new boto3 client for this server with the generated keys, without retries; thread-safe."""
@@ -273,3 +278,18 @@ def _healthy(port: int) -> bool:
 def _create_bucket(client: S3Client) -> None:
     with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
         client.create_bucket(Bucket=BUCKET)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a socket is this user's, and its listener has ended."""
+    try:
+        if path.stat().st_uid != os.getuid():
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_PROBE_SECONDS)
+            probe.connect(str(path))
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
