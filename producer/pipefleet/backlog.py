@@ -137,14 +137,8 @@ class Backlog:
                 self._cancel()
             # The queue first: a shard that ends meanwhile is found by its part.
             accounted = self._queued(planned)
-            known = self._known_parts()
-            self._unrestored = array("Q")
-            for index in self._parts():
-                if index >= planned:
-                    continue  # no part of this run, whoever wrote it
+            for index in self._compare_parts(planned):
                 accounted[index] = 1
-                if not (index >> 3 < len(known) and known[index >> 3] & 0x80 >> (index & 7)):
-                    self._unrestored.append(index)
             for index in self._refusals.recall(lambda index: index >= planned or bool(accounted[index])):
                 accounted[index] = 1
             self._missing = array("Q", (index for index, one in enumerate(accounted) if not one))
@@ -157,6 +151,20 @@ class Backlog:
         self.find(planned)
         while self.unrestored:
             self.restore()
+
+    def restore_unknown(self, planned: int) -> int:
+        """Bring all parts that Redis does not know of up to date, and queue nothing; how many those were.
+
+        A failover loses the last writes of Redis: a part may be forgotten whose message was acknowledged by the new primary.
+        """
+        with self._lock:
+            if not may(self._client.redis, ("SETBIT", broker.run_key(self._plan.id, "parts"), "0", "1")):
+                return 0
+            self._compare_parts(planned)
+            found = self.unrestored
+            while self.unrestored:
+                self.restore()
+            return found
 
     def publish(self, indexes: Collection[int]) -> None:
         """Queue these shards now, whatever else is outstanding."""
@@ -274,6 +282,15 @@ class Backlog:
                 if index is not None and index < planned:
                     found[index] = 1
         return found
+
+    def _compare_parts(self, planned: int) -> array[int]:
+        """The shards whose parts are there; those that Redis does not know of are to be restored."""
+        known = self._known_parts()
+        there = array("Q", (index for index in self._parts() if index < planned))  # others are no parts of this run
+        self._unrestored = array(
+            "Q", (one for one in there if not (one >> 3 < len(known) and known[one >> 3] & 0x80 >> (one & 7)))
+        )
+        return there
 
     def _known_parts(self) -> bytes:
         """The bitmap of parts, the first one in the highest bit."""

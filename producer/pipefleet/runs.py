@@ -70,10 +70,10 @@ class Run:
         self._planner = planner
         self._thread: threading.Thread | None = None
         self._planning_error: PipefleetError | None = None
-        self._next_look = 0.0
+        self._next_look = self._ask_why_at = 0.0
         self._cancelled_in_store = False
         self._waiting: str | None = None
-        self._ask_why_at = 0.0
+        self._lost: str | None = None
         self._locks()
 
     @classmethod
@@ -412,7 +412,12 @@ class Run:
             return FORGOTTEN
         if left := left_unqueued(self._client, self._plan):
             return f"{left} shards are not queued, and the client that queued them has ended"
-        return self._client.losses.why(self._plan)
+        lost = self._client.losses.why(self._plan)
+        if lost is None or lost == self._lost:
+            return lost
+        backlog = Backlog(self._client, self._layout, self._plan, Patience(threading.Event()))
+        self._lost = None if backlog.restore_unknown(self._plan.shards) else lost
+        return self._lost
 
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:

@@ -14,6 +14,7 @@ from pipefleet.client import Client
 from pipefleet.errors import RunError
 from pipefleet.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
 from pipefleet.runs import Run
+from tests.unit.shard_worker import ShardWorker
 
 TEXTS = "text-classification"
 Lose = Callable[[Client, Run], object]
@@ -61,6 +62,22 @@ def test_who_waits_or_asks_is_told_and_resume_goes_on(
     run.join_planner()
     assert main(["status", prefix, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "running"
+
+
+@pytest.mark.usefixtures("soon")
+def test_parts_that_a_failover_forgot_are_noted_again(client: Client, prefix: str, run: Run) -> None:
+    worker = ShardWorker(client, run.plan.queue)
+    for text in worker.take().values():
+        worker.do(text, bad=[2])
+    for file in ("_SUCCESS", "_failed.jsonl"):
+        client.store.delete(f"{prefix}{file}")
+    key = broker.run_key(run.id)
+    client.redis.setbit(f"{key}:parts", 1, 0)
+    client.redis.setbit(f"{key}:items", 2, 0)
+    client.redis.setbit(f"{key}:failed", 2, 0)
+    assert run.progress().state == "running"
+    ended = run.wait(timeout=20)
+    assert (ended.state, ended.succeeded, ended.failed) == ("partial", 3, 1)
 
 
 class TestLosses:

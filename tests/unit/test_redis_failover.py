@@ -12,6 +12,7 @@ import pytest
 
 from pipefleet.cli import main
 from pipefleet.client import Client
+from pipefleet.runs import Run
 from pipefleet.settings import load_settings
 from tests.nursery import TASK, Nursery
 from tests.servers import Server, redis_6, until
@@ -45,6 +46,15 @@ def ours(
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(f'[pools.default]\ntask = "{TASK}"\nmodel = "{nursery.model}"\n')
     return {"PIPEFLEET_REDIS_URL": pair[0].url, "PIPEFLEET_FLEET": str(fleet)}
+
+
+def planned(run: Run, server: Server) -> None:
+    """Wait until all messages of a run are on both servers: nobody queues again those that a failover loses."""
+    run.join_planner()
+    with server.client() as redis:
+        until(lambda: redis.info("replication")["slave0"]["state"] == "online", 30.0)
+        redis.set("planned", 1)
+        assert redis.wait(1, 30_000) == 1
 
 
 class Address:
@@ -96,6 +106,7 @@ def test_a_worker_and_its_clients_follow_an_address_to_the_new_primary(
     pid = nursery.start(settings)
     with contextlib.closing(address), Client(load_settings()) as client:
         run = client.map(TASK, (f"text {index}" for index in range(ITEMS)), output=f"{prefix}run/", shard_size=5)
+        planned(run, one)
         until(lambda: run.progress().succeeded > 20, 60.0)
         other.lead()
         address.server = other
@@ -128,6 +139,7 @@ def test_a_worker_and_its_clients_wait_while_the_server_is_a_replica(
     first = nursery.start(settings)
     with Client(load_settings()) as client, one.client() as redis:
         run = client.map(TASK, (f"text {index}" for index in range(ITEMS)), output=f"{prefix}run/", shard_size=5)
+        planned(run, one)
         until(lambda: run.progress().succeeded > 20, 60.0)
         other.lead()
         one.follow(other)

@@ -148,7 +148,7 @@ class S3Server(ChildService):
         A server whose port is taken chooses another by itself, so the names are not known beforehand: those go that nobody
         listens on any more.
         """
-        for path in Path("/tmp").glob("seaweedfs-*-grpc-*.sock"):  # noqa: S108 - SeaweedFS's own choice
+        for path in Path("/tmp").glob("seaweedfs-*-grpc-*.sock"):
             if _is_abandoned(path):
                 path.unlink(missing_ok=True)
 
