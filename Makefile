@@ -16,7 +16,7 @@ run: .venv/.ok  ## start a fleet on this machine and run two real bulk jobs on i
 	$(BIN)/pipefleet demo
 
 test: .venv/.ok  ## every test, with real servers and tiny models
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/.ok  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
