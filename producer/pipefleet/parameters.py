@@ -7,7 +7,6 @@ names it and its check accepts the value; a check returns what is wrong, or None
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,29 +129,6 @@ def pair_of(first: Check, second: Check) -> Check:
         return f"holds a value that {wrong}" if wrong else None
 
     return check
-
-
-def json_objects(longest: int = 100) -> Check:
-    """A list of at most `longest` JSON objects, such as descriptions of tools. How large they are a message's own bound says."""
-
-    def check(value: Any) -> str | None:
-        ok = isinstance(value, list | tuple) and len(value) <= longest and all(map(_is_json_object, value))
-        return None if ok else f"must be a list of at most {longest} JSON objects"
-
-    return check
-
-
-def _is_json_object(value: Any) -> bool:
-    return isinstance(value, Mapping) and _is_json(value, 20)
-
-
-def _is_json(value: Any, depth: int) -> bool:
-    """Whether a value is JSON of at most `depth` levels."""
-    if isinstance(value, Mapping):
-        return depth > 0 and all(isinstance(name, str) and _is_json(one, depth - 1) for name, one in value.items())
-    if isinstance(value, list | tuple):
-        return depth > 0 and all(_is_json(one, depth - 1) for one in value)
-    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def mapping_of(allowed: Mapping[str, Check]) -> Check:

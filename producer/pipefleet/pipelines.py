@@ -92,7 +92,7 @@ class FleetPipeline:
         if wanted.get("is_split_into_words") and _is_words(given):
             given = [given]
         if self._is_one_input(given):
-            return self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
+            return self._restored(_result(self.submit(given, **wanted), wait), wanted)
         if isinstance(given, list | tuple):
             with closing(self._stream(given, wanted, wait, eager=True)) as stream_of_results:
                 results = [self._restored(one, wanted, bare=True) for one in stream_of_results]
@@ -101,7 +101,7 @@ class FleetPipeline:
             return results[0] if self._spec.answers_one_alone and len(results) == 1 else results
         if _is_dataset(given):
             return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted, wait))
-        result = self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
+        result = self._restored(_result(self.submit(given, **wanted), wait), wanted)
         return [result] if self._is_nested(given, called) else result
 
     def predict(self, inputs: Any) -> Any:

@@ -13,12 +13,15 @@ _INTERNALS = (
 )
 _OBJECT = "it is Python code, and a worker runs none of its callers'"
 _TIME = "what others ask for at the same time would change the result; let the job end with expires, or pass timeout to the call"
+_TEMPLATE = "it would reach the model's chat template unchecked; write what it says into a message of the chat"
 _KEYWORDS = "pass what it holds as parameters of the call"
 
 REASONS: Mapping[str, str] = {
     "custom_generate": _CODE,
     "trust_remote_code": _POOL,
     "chat_template": "the model's own template is used, since a template is a program",
+    "tools": _TEMPLATE,
+    "documents": _TEMPLATE,
     "assistant_model": _ASSISTANT,
     "assistant_tokenizer": _ASSISTANT,
     "is_assistant": _ASSISTANT,

@@ -250,7 +250,7 @@ def test_what_generate_refuses_is_the_items_failure(adapter: TextGenerator, para
 ACCEPTED = {"stop": ["\n", "###"], "seed": -3, "early_stopping": "never", "num_return_sequences": 4, "max_length": 10}
 REFUSED: list[dict[str, Any]] = [
     {"stop": "x"}, {"stop": ["x"] * 17}, {"seed": 2**63}, {"seed": True}, {"num_return_sequences": 0}, {"early_stopping": "soon"},
-    {"custom_generate": "/x"}, {"generate_kwargs": {}}, {"return_tensors": True}, {"stop_strings": ["x"]}, {"tools": []},
+    {"custom_generate": "/x"}, {"generate_kwargs": {}}, {"return_tensors": "pt"}, {"stop_strings": ["x"] * 17}, {"tools": []},
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, json_objects, list_of, null, text, word
+from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, text, word
 from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
 LABEL_COUNT = either(null, integer(1, 100_000))
@@ -25,6 +25,5 @@ SHOWN: dict[str, Check] = {
     "clean_up_tokenization_spaces": boolean,
     "skip_special_tokens": boolean,
     "continue_final_message": boolean,
-    "tools": json_objects(),
 }
 """How a written text is shown; `return_type` is a ReturnType of transformers."""
