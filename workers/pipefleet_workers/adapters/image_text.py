@@ -249,6 +249,7 @@ def _without_media(value: Any) -> Any:
     """The messages of a chat with their parts of media named but left out; a text as it is, tokens as a list."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
+    value = getattr(value, "messages", value)  # beside tokens the pipeline leaves the chat as it holds it
     if not isinstance(value, list):
         return value
     return [{**message, "content": _named(message["content"])} for message in value]
