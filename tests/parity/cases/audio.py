@@ -75,13 +75,24 @@ _WORDS = {"num_beams": 2, "max_new_tokens": 10}
 
 
 def as_given(pipe: Any, call: Call) -> Any:
-    """With `prompt_ids` as the tensor that transformers takes, and torch seeded where there is a seed."""
+    """With `prompt_ids` as the tensor that transformers takes, and torch seeded behind its data loader, which draws a number."""
     parameters = dict(call.parameters)
+    seed, generate = parameters.pop("seed", 0), pipe.model.generate
     if "prompt_ids" in parameters:
         parameters["prompt_ids"] = torch.tensor(parameters["prompt_ids"])
     if isinstance(parameters.get("temperature"), list):
         parameters["temperature"] = tuple(parameters["temperature"])
-    return (seeded if "seed" in parameters else direct)(pipe, Call(call.inputs, parameters))
+
+    def drawn(**arguments: Any) -> Any:
+        torch.manual_seed(seed)
+        return generate(**arguments)
+
+    pipe.model.generate = drawn
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return direct(pipe, Call(call.inputs, parameters))
+    finally:
+        del pipe.model.generate
 
 
 CASES = (
