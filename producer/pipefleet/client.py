@@ -18,6 +18,7 @@ from typing import Any, Self, cast
 from pipefleet import broker, jobs, tracecontext
 from pipefleet.announcements import announced_fleet
 from pipefleet.artifacts import resolve
+from pipefleet.called import called_parameters
 from pipefleet.clock import ServerClock
 from pipefleet.contract import CONTRACT_VERSION, MAX_DEADLINE, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import ConflictError, InputError, JobError, RunError, UnknownModelError
@@ -403,5 +404,4 @@ def _require(fault: str | None) -> None:
 
 def _checked(task: str, spec: TaskSpec, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """The parameters of a call with those that the task's name stands for. Raises ParameterError."""
-    spec.check({} if parameters is None else parameters)
-    return {**implied_parameters(task), **(parameters or {})}
+    return {**implied_parameters(task), **called_parameters(spec, parameters)}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipefleet.errors import ParameterError, nearest
+from pipefleet.refused_parameters import why_refused
 
 Check = Callable[[Any], "str | None"]
 
@@ -94,13 +95,44 @@ def either(*checks: Check) -> Check:
     return check
 
 
+def optional(check: Check) -> Check:
+    """None, which is handed on, or a value that passes `check`."""
+
+    def accepts(value: Any) -> str | None:
+        return None if value is None else check(value)
+
+    return accepts
+
+
 def null(value: Any) -> str | None:
     """None."""
     return None if value is None else "must be null"
 
 
+def word(*words: str) -> Check:
+    """One of `words`, in large or small letters."""
+    check = choice(*words)
+
+    def accepts(value: Any) -> str | None:
+        return check(value.lower() if isinstance(value, str) else value)
+
+    return accepts
+
+
+def pair_of(first: Check, second: Check) -> Check:
+    """A list of two values, one for each check."""
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            return "must be a list of two values"
+        wrong = next((problem for problem in (first(value[0]), second(value[1])) if problem), None)
+        return f"holds a value that {wrong}" if wrong else None
+
+    return check
+
+
 def mapping_of(allowed: Mapping[str, Check]) -> Check:
-    """A JSON object whose keys and values pass `allowed`."""
+    """A JSON object whose keys and values pass `allowed`; a value may be None."""
 
     def check(value: Any) -> str | None:
         if not isinstance(value, Mapping):
@@ -108,7 +140,7 @@ def mapping_of(allowed: Mapping[str, Check]) -> Check:
         for name, item in value.items():
             if name not in allowed:
                 return f"may not hold {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}"
-            problem = allowed[name](item)
+            problem = None if item is None else allowed[name](item)
             if problem:
                 return f"holds {name!r}, which {problem}"
         return None
@@ -117,15 +149,21 @@ def mapping_of(allowed: Mapping[str, Check]) -> Check:
 
 
 def check_parameters(task: str, allowed: Mapping[str, Check], given: Mapping[str, Any]) -> None:
-    """Raise ParameterError for the first parameter that `allowed` does not name or whose check fails."""
+    """Raise ParameterError for the first parameter that `allowed` does not name or whose check fails.
+
+    None passes: it stands for what holds without the parameter.
+    """
     if not isinstance(given, Mapping):
         raise ParameterError(f"parameters are names with values, not a {type(given).__name__}")
     for name, value in given.items():
         if name not in allowed:
+            reason = why_refused(task, str(name))
+            if reason:
+                raise ParameterError(f"{task} takes no parameter {str(name)[:40]!r}: {reason}")
             known = ", ".join(sorted(allowed)) or "none"
             raise ParameterError(
                 f"{task} takes no parameter {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}; it takes {known}"
             )
-        problem = allowed[name](value)
+        problem = None if value is None else allowed[name](value)
         if problem:
             raise ParameterError(f"parameter {name!r} of {task} {problem}")

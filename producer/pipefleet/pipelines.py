@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
+from pipefleet.called import called_parameters, layered
 from pipefleet.client import Client
 from pipefleet.errors import (
     InputError,
@@ -26,6 +27,7 @@ from pipefleet.jobs import Job
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
+from pipefleet.tensors import with_tensors
 
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
 """Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
@@ -34,6 +36,11 @@ _OF_THE_POOL = {
     "trust_remote_code", "use_fast",
 }  # fmt: skip
 """Arguments of transformers that say how the model is loaded, which the fleet file does."""
+_PARTS = {
+    "model", "tokenizer", "feature_extractor", "image_processor", "processor", "device", "dtype", "torch_dtype",
+    "generation_config", "save_pretrained", "call_count", "preprocess", "forward", "postprocess",
+}  # fmt: skip
+"""Attributes of a transformers pipeline that only its own process has."""
 _DEFAULT: Any = object()
 """A call without a time-out of its own; None is one without end."""
 _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
@@ -81,7 +88,7 @@ class FleetPipeline:
         """
         wait = self._timeout if timeout is _DEFAULT else _checked_timeout(timeout)
         given, called = arguments_of(self._spec, inputs, parameters)
-        wanted = {**self._defaults, **{name: value for name, value in called.items() if name not in _ACCEPTED}}
+        wanted = self._wanted({name: value for name, value in called.items() if name not in _ACCEPTED})
         if wanted.get("is_split_into_words") and _is_words(given):
             given = [given]
         if self._is_one_input(given):
@@ -97,9 +104,26 @@ class FleetPipeline:
         result = self._restored(_result(self.submit(given, **wanted), wait), wanted)
         return [result] if self._is_nested(given, called) else result
 
+    def predict(self, inputs: Any) -> Any:
+        """As a call without parameters, for code that is written for scikit-learn."""
+        return self(inputs)
+
+    def transform(self, inputs: Any) -> Any:
+        """As `predict`."""
+        return self(inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where the parts of a transformers pipeline are. Raises AttributeError for every name."""
+        where = "; the model is with the workers, load it with transformers to look at it" if name in _PARTS else ""
+        raise AttributeError(f"a pipeline of the fleet has no {name!r}{where}")
+
+    def _wanted(self, called: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of a call over those of the pipeline."""
+        return layered(self._spec, self._defaults, called)
+
     def submit(self, inputs: Any, *, priority: str = "normal", expires: float | None = None, **parameters: Any) -> Job:
         """Queue one input and return its Job at once."""
-        return self._submit(inputs, Patience(), priority=priority, expires=expires, **parameters)
+        return self._submit(inputs, Patience(), priority=priority, expires=expires, **self._wanted(parameters))
 
     def _submit(
         self,
@@ -110,7 +134,6 @@ class FleetPipeline:
         expires: float | None = None,
         **parameters: Any,
     ) -> Job:
-        parameters = {**self._defaults, **parameters}
         reserved = {"output", "idempotency_key"} & set(parameters)
         if reserved:
             raise ParameterError(f"{sorted(reserved)[0]} is an argument of Client.submit, not of a pipeline")
@@ -167,6 +190,8 @@ class FleetPipeline:
 
     def _restored(self, output: Any, parameters: Mapping[str, Any], *, bare: bool = False) -> Any:
         """A result in the very form of transformers: its tuples, and without the list around the only one of a batch."""
+        if parameters.get("return_tensors") and self._spec.tensors:
+            output = with_tensors(output, self._spec.tensors)
         if self._spec.tuples:
             output = _with_tuples(output, self._spec.tuples)
         alone = isinstance(output, list) and len(output) == 1
@@ -196,8 +221,7 @@ def pipeline(
     client = client or Client()
     name = _task_of(client, model, revision) if task is None else task
     spec, _ = client.route(name, model, revision)
-    defaults = {key: value for key, value in parameters.items() if key not in _ACCEPTED}
-    spec.check(defaults)
+    defaults = called_parameters(spec, {key: value for key, value in parameters.items() if key not in _ACCEPTED})
     defaults = {**implied_parameters(name), **defaults}
     return FleetPipeline(client, spec, model=model, revision=revision, defaults=defaults, timeout=timeout)
 

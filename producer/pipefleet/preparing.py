@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipefleet.called import called_parameters
 from pipefleet.contract import encode_json
 from pipefleet.errors import ContractError, InputError, ParameterError, PipefleetError
 from pipefleet.inputs import InputPreparer
@@ -36,8 +37,7 @@ def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
 
     Raises UsageError for inputs, parameters or an id that a shard cannot hold.
     """
-    parameters = row.get("parameters") or {}
-    preparer.spec.check(parameters)
+    parameters = called_parameters(preparer.spec, row.get("parameters") or None)
     prepared = preparer.prepare(row["inputs"])
     references = refs_in(prepared)
     identity = row.get("id")

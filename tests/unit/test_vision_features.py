@@ -88,6 +88,15 @@ def test_stages_that_are_not_there_are_refused(folder: Path, asked: list[int]) -
     assert outcomes[1].failure is None
 
 
+def test_stages_may_be_asked_for_by_their_names(folder: Path) -> None:
+    asked = [{"out_features": ["stem", "stage1"]}, {"out_indices": [0, 1]}, {"out_features": ["stage9"]}]
+    with running(recording(ImageFeatures, pipeline(folder)), TASK) as engine:
+        named, counted, unknown = engine.run([Call(image(32, 32), one) for one in asked])
+    assert_same(named.output, counted.output)
+    assert unknown.failure is not None
+    assert "the model has the stages stem, stage1" in unknown.failure.message
+
+
 def test_a_model_without_a_backbone_says_so() -> None:
     with running(recording(ImageFeatures, load(TASK)), TASK) as engine:
         (outcome,) = engine.run([Call(image(32, 32), {"out_indices": [1]})])

@@ -18,7 +18,7 @@ from pipefleet.storage import is_ref
 from pipefleet.tasks import TASKS, task_spec
 from pipefleet_workers.adapters.generate import TextGenerator
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.generation import Row, RowSampler, RowStops, Sampling, default_seed, gumbel, row_seed
+from pipefleet_workers.generation import Row, RowPenalty, RowSampler, RowStops, Sampling, default_seed, gumbel, row_seed
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContext, Unit, Work
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
@@ -232,6 +232,26 @@ def test_what_is_a_rows_own_shares_a_batch_and_the_rest_does_not(adapter: TextGe
     assert unequal[0] != unequal[1]
 
 
+def test_a_repetition_penalty_does_not_hear_padding() -> None:
+    """transformers' own lowers the score of the padding's token, in shorter rows of a batch alone."""
+    rows = [Row(job(), 5, padding=2), Row(job(), 5)]
+    ids, scores = torch.tensor([[3, 3, 1, 2], [4, 5, 1, 2]]), torch.ones(2, 6)
+    lowered = RowPenalty(2.0, rows)(ids, scores)
+    assert lowered.tolist() == [[1, 0.5, 0.5, 1, 1, 1], [1, 0.5, 0.5, 1, 0.5, 0.5]]
+    alone = RowPenalty(2.0, [Row(job(), 5)])(ids[:1, 2:], scores[:1])
+    assert torch.equal(lowered[:1], alone)
+    beams = RowPenalty(2.0, rows)(ids.repeat_interleave(3, 0), torch.ones(6, 6))
+    assert torch.equal(beams, lowered.repeat_interleave(3, 0))
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_before_it_reaches_a_device(adapter: TextGenerator) -> None:
+    size = adapter.pipe.model.config.vocab_size
+    for parameters in ({"pad_token_id": size}, {"bad_words_ids": [[1, size]]}, {"sequence_bias": [[[size], 1.0]]}):
+        with pytest.raises(ItemError, match="holds the token"):
+            unit(adapter, "Yes", **parameters)
+    assert unit(adapter, "Yes", eos_token_id=-1).assembly.context.plan.ends == {-1}
+
+
 def test_the_cost_counts_what_is_read_and_what_may_be_written(adapter: TextGenerator) -> None:
     tokens = len(adapter.pipe.tokenizer("The quick brown")["input_ids"])
     assert unit(adapter, "The quick brown", max_new_tokens=10).length == tokens + 10
@@ -250,7 +270,7 @@ def test_what_generate_refuses_is_the_items_failure(adapter: TextGenerator, para
 ACCEPTED = {"stop": ["\n", "###"], "seed": -3, "early_stopping": "never", "num_return_sequences": 4, "max_length": 10}
 REFUSED: list[dict[str, Any]] = [
     {"stop": "x"}, {"stop": ["x"] * 17}, {"seed": 2**63}, {"seed": True}, {"num_return_sequences": 0}, {"early_stopping": "soon"},
-    {"custom_generate": "/x"}, {"generate_kwargs": {}}, {"return_tensors": True}, {"stop_strings": ["x"]}, {"tools": []},
+    {"custom_generate": "/x"}, {"generate_kwargs": {}}, {"return_tensors": "pt"}, {"stop_strings": ["x"] * 17}, {"tools": []},
 ]  # fmt: skip
 
 

@@ -38,6 +38,18 @@ def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, _PLAIN) else copy.deepcopy(value) for name, value in arguments.items()}
 
 
+def with_forward(arguments: Arguments, more: Mapping[str, Any]) -> Arguments:
+    """The arguments with more of them for the forward."""
+    if not more:
+        return arguments
+    forward = {**arguments.forward, **more}
+    return Arguments(arguments.preprocess, forward, arguments.postprocess, _key(forward))
+
+
+def _key(forward: Mapping[str, Any]) -> str:
+    return encode_json(sorted((name, repr(value)) for name, value in forward.items()))
+
+
 class ArgumentParser:
     """Parses parameters with the pipeline's own `_sanitize_parameters`, once for each distinct set. Thread-safe."""
 
@@ -66,6 +78,4 @@ class ArgumentParser:
             ) from None
         defaults = (pipe._preprocess_params, pipe._forward_params, pipe._postprocess_params)
         pre, forward, post = ({**default, **own} for default, own in zip(defaults, sets, strict=True))
-        return Arguments(
-            pre, forward, post, encode_json(sorted((name, repr(value)) for name, value in forward.items()))
-        )
+        return Arguments(pre, forward, post, _key(forward))

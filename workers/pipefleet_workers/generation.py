@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from pipefleet.records import JobFailure
 from pipefleet_workers.items import JobContext, Work
@@ -121,6 +121,24 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
             if failure is not None:
                 self.stopped[index] = step, failure
         return bool(self.stopped)
+
+
+class RowPenalty(LogitsProcessor):  # type: ignore[misc]
+    """The repetition penalty of transformers, without hearing the padding in front of shorter prompts."""
+
+    def __init__(self, penalty: float, rows: Sequence[Row]) -> None:
+        self._inner = RepetitionPenaltyLogitsProcessor(penalty=penalty)
+        self._padding = torch.tensor([row.padding for row in rows])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores with those of each row's own tokens lowered; with beams, rows of the call are taken in equal groups."""
+        self._padding = self._padding.to(input_ids.device)
+        group = input_ids.shape[0] // len(self._padding)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        padded = positions < self._padding.repeat_interleave(group)[:, None]
+        # How often a token stands there does not count, so that the last one may stand for padding.
+        lowered: torch.Tensor = self._inner(torch.where(padded, input_ids[:, -1:], input_ids), scores)
+        return lowered
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]

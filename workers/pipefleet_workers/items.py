@@ -62,6 +62,8 @@ class JobContext:
     """Whether a service is away for everybody: then the job goes back in any case, since no try is its last."""
     shard: Shard | None = None
     """What a bulk run calls this job."""
+    settle: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda below, own: {**below, **own}
+    """Lays the parameters of an item over those of the job."""
     given_back: bool = False
     """Whether it runs again: then what is left of it here counts as nothing."""
 

@@ -12,26 +12,23 @@ from pipefleet.parameters import (
     mapping_of,
     null,
     number,
+    optional,
     template,
-    text,
 )
-from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, LABEL_COUNT
+from pipefleet.tasks.generation import SEED, WHISPER, generation_without
+from pipefleet.tasks.shared import CANDIDATE_LABELS, LABEL_COUNT
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
-_WHISPER: dict[str, Check] = {
-    **GENERATE,
-    "language": text(40),
-    "task": choice("transcribe", "translate"),
-    "condition_on_prev_tokens": boolean,
-    "compression_ratio_threshold": number(0.0, 100.0),
-    "logprob_threshold": number(-100.0, 0.0),
-    "no_speech_threshold": number(0.0, 1.0),
-}
 _TEMPERATURE = number(0.0, 100.0)
+_WRITE = {
+    **generation_without(
+        "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "decoder_start_token_id", "watermarking_config",
+        "stop_strings",
+    ),
+    "num_return_sequences": optional(integer(1, 16)),
+}  # fmt: skip
 _SOUND: dict[str, Check] = {
-    **{name: GENERATE[name] for name in ("max_new_tokens", "min_new_tokens", "do_sample", "top_k", "top_p")},
-    "temperature": _TEMPERATURE,
-    "guidance_scale": number(0.0, 100.0),
+    **_WRITE,
     "semantic_temperature": _TEMPERATURE,
     "coarse_temperature": _TEMPERATURE,
     "fine_temperature": _TEMPERATURE,
@@ -58,11 +55,14 @@ ROWS = (
             "return_language": boolean,
             "chunk_length_s": number(0.0, 3600.0),
             "stride_length_s": either(null, number(0.0, 1800.0), list_of(number(0.0, 1800.0), 2)),
-            "max_new_tokens": GENERATE["max_new_tokens"],
-            "generate_kwargs": mapping_of(_WHISPER),
+            "ignore_warning": boolean,
+            **WHISPER,
+            **SEED,
+            "generate_kwargs": mapping_of(WHISPER),
         },
         returns="{text, chunks?}",
         cost_unit=CostUnit.SECONDS,
+        merges_generation=True,
         tuples=("timestamp",),
     ),
     TaskSpec(
@@ -89,7 +89,8 @@ ROWS = (
         parameters={
             "forward_params": mapping_of(_VOICE),
             "generate_kwargs": mapping_of(_SOUND),
-            "seed": integer(-(2**63), 2**63 - 1),
+            **_WRITE,
+            **SEED,
         },
         returns="{audio, sampling_rate}",
         cost_unit=CostUnit.TOKENS,

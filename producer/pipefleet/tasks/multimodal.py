@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
-from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, WRITE
+from pipefleet.parameters import Check, boolean, choice, either, integer, mapping_of, null, number, template, text
+from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
+from pipefleet.tasks.shared import CANDIDATE_LABELS, SHOWN, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
-_ROW = {name: WRITE[name] for name in ("stop", "seed")}
-_GENERATE_KWARGS = {name: check for name, check in WRITE.items() if name not in _ROW}
+_GENERATE_KWARGS = mapping_of(GENERATION)
 _CHAT: dict[str, Check] = {
-    **_ROW,
-    "max_new_tokens": WRITE["max_new_tokens"],
-    "generate_kwargs": mapping_of(_GENERATE_KWARGS),
-    "return_full_text": boolean,
-    "continue_final_message": boolean,
-    "skip_special_tokens": boolean,
+    **WRITE,
+    **{name: check for name, check in SHOWN.items() if name != "return_text"},
+    "generate_kwargs": _GENERATE_KWARGS,
+    **{name: TOKENIZE[name] for name in ("truncation", "add_special_tokens")},
+    "padding": either(boolean, choice("longest", "do_not_pad")),
 }
 _CHAT_RETURNS = (
     "[{input_text, generated_text}], where the messages of a chat name their media ({type}) without holding them"
@@ -32,6 +31,7 @@ ROWS = (
         parameters=_CHAT,
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
+        tensors=("generated_token_ids",),
     ),
     TaskSpec(
         name="any-to-any",
@@ -43,16 +43,16 @@ ROWS = (
         parameters=_CHAT,
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
+        tensors=("generated_token_ids",),
     ),
     TaskSpec(
         name="image-to-text",
         media=Media.IMAGE,
         fields={"image": Media.IMAGE, "images": Media.IMAGE, "text": Media.TEXT},
         parameters={
-            **_ROW,
+            **WRITE,
             "prompt": text(10_000),
-            "max_new_tokens": WRITE["max_new_tokens"],
-            "generate_kwargs": mapping_of(_GENERATE_KWARGS),
+            "generate_kwargs": _GENERATE_KWARGS,
         },
         returns="[{generated_text}]",
         cost_unit=CostUnit.IMAGES,
@@ -65,7 +65,7 @@ ROWS = (
         required=("image", "question"),
         positional=("image", "question"),
         # top_k counts answers here, so a model that writes them samples without it.
-        parameters={**GENERATE, **_ROW, "top_k": _ANSWERS, "truncation": boolean},
+        parameters={**WRITE, "top_k": _ANSWERS, "truncation": boolean},
         returns="[{score, answer}], or [{answer}] from a model that writes",
         cost_unit=CostUnit.IMAGES,
     ),
@@ -76,6 +76,9 @@ ROWS = (
         required=("image", "question"),
         positional=("image", "question", "word_boxes"),
         parameters={
+            **generation_without("num_return_sequences"),
+            **STOP,
+            **SEED,
             "top_k": _ANSWERS,
             "doc_stride": integer(0, 100_000),
             "max_answer_len": integer(1, 100_000),

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, number, text
+from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, text, word
+from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
 LABEL_COUNT = either(null, integer(1, 100_000))
-ACTIVATION = either(null, choice("default", "sigmoid", "softmax", "none"))
-TOKENIZE: dict[str, Check] = {"truncation": boolean, "max_length": integer(1, 1_000_000)}
+ACTIVATION = either(null, word("default", "sigmoid", "softmax", "none"))
+TRUNCATION = either(boolean, choice("longest_first", "only_first", "only_second", "do_not_truncate"))
+TOKENIZE: dict[str, Check] = {
+    "truncation": TRUNCATION,
+    "max_length": integer(1, 1_000_000),
+    "add_special_tokens": boolean,
+}
 CANDIDATE_LABELS = either(list_of(text(1000), 1000), text(100_000))
 """Labels of zero-shot tasks: a list, or one text with commas."""
-GENERATE: dict[str, Check] = {
-    "max_new_tokens": integer(1, 32_768),
-    "min_new_tokens": integer(0, 32_768),
-    "do_sample": boolean,
-    "temperature": number(0.0, 100.0),
-    "top_k": integer(0, 1_000_000),
-    "top_p": number(0.0, 1.0),
-    "num_beams": integer(1, 32),
-    "length_penalty": number(-10.0, 10.0),
-    "repetition_penalty": number(0.01, 100.0),
-    "no_repeat_ngram_size": integer(0, 1000),
+WRITE: dict[str, Check] = {**GENERATION, **STOP, **SEED}
+"""Arguments of `generate()`, with what the worker's own generation takes for each row."""
+SHOWN: dict[str, Check] = {
+    "return_full_text": boolean,
+    "return_tensors": boolean,
+    "return_text": boolean,
+    "return_type": integer(0, 2),
+    "clean_up_tokenization_spaces": boolean,
+    "skip_special_tokens": boolean,
+    "continue_final_message": boolean,
 }
-"""Arguments of `generate()` that neither run code nor render templates."""
-WRITE: dict[str, Check] = {
-    **GENERATE,
-    "max_length": integer(1, 1_000_000),
-    "num_return_sequences": integer(1, 64),
-    "early_stopping": either(boolean, choice("never")),
-    "stop": list_of(text(200), 16),
-    "seed": integer(-(2**63), 2**63 - 1),
-}
-"""GENERATE, with what the worker's own generation adds or takes per row."""
+"""How a written text is shown; `return_type` is a ReturnType of transformers."""

@@ -59,9 +59,22 @@ class TaskSpec:
     """Whether a result that is a list of one is given without its list when the call was made with a list of inputs."""
     kept_with: tuple[str, ...] = ()
     """Parameters with which such a list stays."""
+    merges_generation: bool = False
+    """Whether `generate_kwargs` of a call are laid over those of its pipeline; else they take their place."""
+    tensors: tuple[str, ...] = ()
+    """Keys of a result whose values are tensors with `return_tensors`; an empty one stands for the result itself."""
     answers_one_alone: bool = False
     """Whether a list of one input is answered as that input alone, without a list around its result."""
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise ParameterError unless every parameter is allowed for this task and within its bounds."""
         check_parameters(self.name, self.parameters, parameters)
+
+    def settled(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters without those that are None and have no meaning of their own then."""
+        checks = self.parameters
+        return {
+            name: value
+            for name, value in parameters.items()
+            if value is not None or (name in checks and checks[name](None) is None)
+        }

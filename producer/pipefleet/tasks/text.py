@@ -15,19 +15,30 @@ from pipefleet.parameters import (
     null,
     template,
     text,
+    word,
 )
-from pipefleet.tasks.shared import ACTIVATION, CANDIDATE_LABELS, LABEL_COUNT, TOKENIZE, WRITE
+from pipefleet.tasks.generation import SEED, generation_without
+from pipefleet.tasks.shared import ACTIVATION, CANDIDATE_LABELS, LABEL_COUNT, SHOWN, TOKENIZE, TRUNCATION, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _LABEL = text(1000)
-_TOKENIZE: dict[str, Check] = {**TOKENIZE, "padding": either(boolean, choice("longest", "do_not_pad"))}
+_PADDING = either(boolean, choice("longest", "max_length", "do_not_pad"))
+_TOKENIZE: dict[str, Check] = {**TOKENIZE, "padding": _PADDING}
 """Padding is accepted because people pass it; texts are padded to their batches whatever it says."""
 _REWRITE: dict[str, Check] = {
-    **WRITE,
-    "min_length": integer(0, 32_768),
-    "truncation": boolean,
+    **{name: check for name, check in WRITE.items() if name not in ("guidance_scale", "watermarking_config")},
+    "truncation": TRUNCATION,
     "clean_up_tokenization_spaces": boolean,
+    "return_tensors": boolean,
+    "return_text": boolean,
 }
+_ENCODE: dict[str, Check] = {
+    **TOKENIZE,
+    "enable_thinking": boolean,
+    "thinking": boolean,
+    "reasoning_effort": choice("minimal", "low", "medium", "high", "none"),
+}
+"""Arguments of a tokenizer, and switches that chat templates know."""
 _TRANSLATE: dict[str, Check] = {**_REWRITE, "src_lang": text(40), "tgt_lang": text(40)}
 
 _TRANSLATION = TaskSpec(
@@ -54,13 +65,15 @@ ROWS = (
         name="feature-extraction",
         media=Media.TEXT,
         parameters={
-            "truncation": boolean,
-            "tokenize_kwargs": mapping_of(_TOKENIZE),
+            "truncation": TRUNCATION,
+            "tokenize_kwargs": mapping_of({**_TOKENIZE, "padding": either(boolean, choice("longest", "do_not_pad"))}),
+            "return_tensors": boolean,
             "pooling": either(null, choice("mean", "cls", "last")),
             "normalize": boolean,
         },
         returns="[[[number]]] tokens by width, or [number] with pooling",
         cost_unit=CostUnit.TOKENS,
+        tensors=("",),
     ),
     TaskSpec(
         name="fill-mask",
@@ -68,7 +81,7 @@ ROWS = (
         parameters={
             "top_k": integer(1, 100_000),
             "targets": either(text(100), list_of(text(100), 1000)),
-            "tokenizer_kwargs": mapping_of({**_TOKENIZE, "add_special_tokens": boolean}),
+            "tokenizer_kwargs": mapping_of(_TOKENIZE),
         },
         returns="[{score, token, token_str, sequence}], or a list of those for each of several masks",
         cost_unit=CostUnit.TOKENS,
@@ -88,7 +101,7 @@ ROWS = (
             "max_question_len": integer(1, 100_000),
             "handle_impossible_answer": boolean,
             "align_to_words": boolean,
-            "padding": either(boolean, choice("longest", "max_length", "do_not_pad")),
+            "padding": _PADDING,
         },
         returns="{score, start, end, answer}, or a list of those with top_k",
         cost_unit=CostUnit.TOKENS,
@@ -109,8 +122,10 @@ ROWS = (
         required=("table", "query"),
         positional=("table", "query"),
         parameters={
+            **generation_without("guidance_scale", "watermarking_config", "stop_strings"),
+            **SEED,
             "sequential": boolean,
-            "padding": either(boolean, choice("longest", "max_length", "do_not_pad")),
+            "padding": _PADDING,
             "truncation": either(boolean, choice("drop_rows_to_fit", "do_not_truncate")),
         },
         returns="{answer, coordinates, cells, aggregator?}, or a list of those for a list of queries",
@@ -134,11 +149,15 @@ ROWS = (
         media=Media.PROMPT,
         parameters={
             **WRITE,
-            "return_full_text": boolean,
-            "continue_final_message": boolean,
+            **SHOWN,
             "add_special_tokens": boolean,
+            "prefix": text(10_000),
+            "truncation": TRUNCATION,
+            "padding": either(boolean, choice("longest", "do_not_pad")),
+            "handle_long_generation": choice("hole"),
+            "tokenizer_encode_kwargs": mapping_of(_ENCODE),
         },
-        returns="[{generated_text}]",
+        returns="[{generated_text}], or [{generated_token_ids}]",
         cost_unit=CostUnit.TOKENS,
     ),
     TaskSpec(
@@ -154,7 +173,7 @@ ROWS = (
         aliases=("ner",),
         media=Media.TEXTS,
         parameters={
-            "aggregation_strategy": choice("none", "simple", "first", "average", "max"),
+            "aggregation_strategy": word("none", "simple", "first", "average", "max"),
             "ignore_labels": list_of(_LABEL),
             "stride": integer(0, 100_000),
             "is_split_into_words": boolean,

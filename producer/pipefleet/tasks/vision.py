@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, mapping_of, null, number
+from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
 from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -11,6 +11,7 @@ _EDGE = integer(1, 4096)
 _SIZE = either(
     _EDGE, mapping_of({name: _EDGE for name in ("height", "width", "shortest_edge", "longest_edge")}), list_of(_EDGE, 2)
 )
+_CHANNELS = either(number(-1e6, 1e6), list_of(number(-1e6, 1e6), 4))
 _IMAGE_PROCESSOR: dict[str, Check] = {
     "size": _SIZE,
     "crop_size": _SIZE,
@@ -19,6 +20,10 @@ _IMAGE_PROCESSOR: dict[str, Check] = {
     "do_center_crop": boolean,
     "do_rescale": boolean,
     "do_normalize": boolean,
+    "do_convert_rgb": boolean,
+    "rescale_factor": number(0.0, 1000.0),
+    "image_mean": _CHANNELS,
+    "image_std": _CHANNELS,
 }
 """Arguments of an image processor that change the picture within bounds."""
 
@@ -44,9 +49,12 @@ ROWS = (
             "pool": either(null, boolean),
             "image_processor_kwargs": mapping_of(_IMAGE_PROCESSOR),
             "out_indices": either(null, list_of(integer(-1000, 1000), 100)),
+            "out_features": either(null, list_of(text(100), 100)),
+            "return_tensors": boolean,
         },
         returns="[[[number]]] patches by width, [[number]] with pool, a list of feature maps (AutoBackbone's) with out_indices",
         cost_unit=CostUnit.IMAGES,
+        tensors=("",),
     ),
     TaskSpec(
         name="image-segmentation",

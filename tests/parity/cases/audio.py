@@ -36,6 +36,14 @@ def seeded(pipe: Any, call: Call) -> Any:
         return direct(pipe, Call(call.inputs, parameters))
 
 
+def sung(pipe: Any, call: Call) -> Any:
+    """transformers takes arguments of generate() inside `generate_kwargs` alone."""
+    parameters = dict(call.parameters)
+    outer = {"seed": parameters.pop("seed")}
+    nested = {**parameters.pop("generate_kwargs", {}), **parameters}
+    return seeded(pipe, Call(call.inputs, {**outer, "generate_kwargs": nested}))
+
+
 def cropped_by_content(pipe: Any, call: Call) -> Any:
     """CLAP chooses ten seconds of a longer recording with numpy's global numbers, which the caller seeds before the call."""
     state = np.random.get_state()
@@ -62,6 +70,30 @@ _ZERO_SHOT = "zero-shot-audio-classification"
 _SPEAK = "text-to-audio"
 _WHISPER = f"{_SPEECH}:whisper"
 _GREEDY = {"generate_kwargs": {"num_beams": 1, "max_new_tokens": 12}}
+
+_WORDS = {"num_beams": 2, "max_new_tokens": 10}
+
+
+def as_given(pipe: Any, call: Call) -> Any:
+    """With `prompt_ids` as the tensor that transformers takes, and torch seeded behind its data loader, which draws a number."""
+    parameters = dict(call.parameters)
+    seed, generate = parameters.pop("seed", 0), pipe.model.generate
+    if "prompt_ids" in parameters:
+        parameters["prompt_ids"] = torch.tensor(parameters["prompt_ids"])
+    if isinstance(parameters.get("temperature"), list):
+        parameters["temperature"] = tuple(parameters["temperature"])
+
+    def drawn(**arguments: Any) -> Any:
+        torch.manual_seed(seed)
+        return generate(**arguments)
+
+    pipe.model.generate = drawn
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return direct(pipe, Call(call.inputs, parameters))
+    finally:
+        del pipe.model.generate
+
 
 CASES = (
     Case(_WHISPER),
@@ -93,6 +125,27 @@ CASES = (
         [{**_GREEDY, "return_language": True, "return_timestamps": True}, _GREEDY],
         "language",
         partial(recordings, (3.0, 1.2, 9.0, 5.0)),
+    ),
+    Case(
+        _WHISPER,
+        [
+            _WORDS,
+            {**_WORDS, "generate_kwargs": {"num_beams": 4, "task": "translate"}, "language": "de"},
+            {"max_new_tokens": 10, "prompt_ids": [50, 60, 70]},
+            {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "top_k": 9, "seed": 4},
+            {
+                "max_new_tokens": 10,
+                "temperature": [0.0, 0.6],
+                "logprob_threshold": -0.1,
+                "seed": 5,
+                "return_timestamps": True,
+                "compression_ratio_threshold": 1.35,
+            },
+            {"max_new_tokens": None, "suppress_tokens": [5, 6], "repetition_penalty": 2.0},
+        ],
+        "keywords",
+        partial(recordings, (1.2, 3.0, 9.0)),
+        expected=as_given,
     ),
     Case(_SPEECH),
     Case(_SPEECH, [{}], "whole", shares=1),
@@ -173,5 +226,18 @@ CASES = (
         sentences,
         seeded,
         shares=8,
+    ),
+    Case(
+        f"{_SPEAK}:musicgen",
+        [
+            {"seed": 1, "max_new_tokens": 9, "num_return_sequences": 2},
+            {"seed": 2, "max_new_tokens": 9, "num_return_sequences": 2},
+            {"seed": 3, "max_new_tokens": 9, "do_sample": False},
+            {"seed": 4, "generate_kwargs": {"max_new_tokens": 30}, "max_new_tokens": 9},
+        ],
+        "keywords",
+        sentences,
+        sung,
+        shares=4,
     ),
 )

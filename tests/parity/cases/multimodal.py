@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from pipefleet.tasks.generation import GENERATION
+from pipefleet_workers.generation_parameters import generation_of
 from tests.checkpoints import CHECKPOINTS
 from tests.checkpoints.inputs import GREEDY
 from tests.checkpoints.media import image
@@ -37,6 +39,7 @@ def _rest(parameters: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_media(value: Any) -> Any:
+    value = getattr(value, "messages", value)
     if not isinstance(value, list):
         return value
     return [
@@ -118,6 +121,26 @@ def pages(folder: Path) -> list[Any]:
     return [*found, {**found[0], "word_boxes": found[0]["word_boxes"][:1], "question": "What?"}]
 
 
+def nested_keywords(pipe: Any, call: Call) -> Any:
+    """transformers takes arguments of generate() inside `generate_kwargs` alone, but for one."""
+    names = {name for name in GENERATION if name != "max_new_tokens"}
+    rest = {name: value for name, value in call.parameters.items() if name not in names}
+    moved = {name: value for name, value in call.parameters.items() if name in names}
+    if moved:
+        rest["generate_kwargs"] = {**rest.get("generate_kwargs", {}), **generation_of(moved, None)}
+    return told(pipe, Call(call.inputs, rest))
+
+
+def set_aside(pipe: Any, call: Call) -> Any:
+    """transformers takes arguments of generate() of this task in pipeline() alone."""
+    before = pipe._generate_kwargs
+    pipe._generate_kwargs = dict(call.parameters)
+    try:
+        return direct(pipe, Call(call.inputs))
+    finally:
+        pipe._generate_kwargs = before
+
+
 def equal_questions(folder: Path) -> list[Any]:
     """Donut's prompts share a batch where they have the same number of tokens."""
     found = CHECKPOINTS["document-question-answering:donut"].inputs(folder)
@@ -164,6 +187,20 @@ CASES = (
         ragged=True,
         shares=5,
     ),
+    Case(
+        _CHAT,
+        [
+            {"do_sample": False, "max_new_tokens": 6, "stop_sequence": "e"},
+            {"num_beams": 2, "max_new_tokens": 5, "return_tensors": True},
+            {"generate_kwargs": {"num_beams": 3, "max_new_tokens": 5}, "num_beams": 1, "repetition_penalty": 2},
+            {"max_new_tokens": 5, "clean_up_tokenization_spaces": True, "suppress_tokens": [70, 71]},
+        ],
+        "keywords",
+        mixed_prompts,
+        expected=nested_keywords,
+        ragged=True,
+        shares=5,
+    ),
     Case(_ANY, expected=told, ragged=True, shares=4),
     Case(
         _ANY,
@@ -203,6 +240,14 @@ CASES = (
         shares=16,
     ),
     Case(f"{_PAGES}:donut", shares=1),
+    Case(
+        f"{_PAGES}:donut",
+        [{"max_new_tokens": 3}, {"num_beams": 2, "max_new_tokens": 6}, {"max_new_tokens": 6, "suppress_tokens": [70]}],
+        "keywords",
+        equal_questions,
+        expected=set_aside,
+        shares=4,
+    ),
     Case(f"{_PAGES}:donut", [{}, {"top_k": 3}], "equal", equal_questions, shares=8),
     Case(
         _NAMED,

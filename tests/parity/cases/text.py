@@ -138,6 +138,8 @@ def translated_by_hand(pipe: Any, call: Call) -> Any:
 _WRITING = "text-generation"
 _BEAMS = {"do_sample": False, "num_beams": 3, "max_new_tokens": 7}
 
+_SHORT = {"do_sample": False, "max_new_tokens": 8}
+
 CASES = (
     Case("feature-extraction", ragged=True, shares=6),
     Case(
@@ -216,6 +218,37 @@ CASES = (
         expected=written,
         ragged=True,
         shares=6,
+    ),
+    Case(
+        _WRITING,
+        [
+            {**_SHORT, "stop_sequence": "e", "skip_special_tokens": False},
+            {**_SHORT, "return_tensors": True},
+            {**_SHORT, "prefix": "In May: "},
+            {**_SHORT, "temperature": 0.0},
+            {**_SHORT, "use_cache": False, "truncation": True, "tokenizer_encode_kwargs": {"max_length": 9}},
+            {"do_sample": False, "max_new_tokens": None},
+        ],
+        "arguments",
+        ragged=True,
+        shares=16,
+    ),
+    Case(
+        _WRITING,
+        [
+            {**_SHORT, "bad_words_ids": [[5], [260, 261]]},
+            {**_SHORT, "sequence_bias": [[[70], 4.0], [[70, 71], -9.0]], "repetition_penalty": 1.7},
+            {**_SHORT, "suppress_tokens": [70, 71, 72], "begin_suppress_tokens": [73]},
+            {**_SHORT, "exponential_decay_length_penalty": [2, 1.5]},
+            {**_SHORT, "eos_token_id": [70, 260], "pad_token_id": 5},
+            {**_SHORT, "forced_eos_token_id": 9, "renormalize_logits": True, "remove_invalid_values": True},
+            {**_SHORT, "encoder_repetition_penalty": 3.0, "encoder_no_repeat_ngram_size": 2},
+            {**_SHORT, "guidance_scale": 1.5},
+            {**_BEAMS, "num_return_sequences": 2, "return_tensors": True},
+        ],
+        "scores",
+        ragged=True,
+        shares=4,
     ),
     Case("fill-mask", ragged=True, shares=5),
     Case(
@@ -334,6 +367,18 @@ CASES = (
             {"num_beams": 3, "max_new_tokens": 6, "early_stopping": True, "min_new_tokens": 3},
         ],
         "penalties",
+        ragged=True,
+        shares=5,
+    ),
+    Case(
+        "text2text-generation",
+        [
+            {"num_beams": 1, "max_new_tokens": 9, "encoder_repetition_penalty": 4.0},
+            {"num_beams": 1, "max_new_tokens": 9, "encoder_no_repeat_ngram_size": 1},
+            {"num_beams": 1, "max_new_tokens": 9, "return_tensors": True},
+            {"num_beams": 3, "max_new_tokens": 9, "num_return_sequences": 3, "return_tensors": True},
+        ],
+        "encoder",
         ragged=True,
         shares=5,
     ),

@@ -20,7 +20,8 @@ from pipefleet_workers.adapters.equal_writer import EqualWriter, Writing
 from pipefleet_workers.adapters.text import position_limit
 from pipefleet_workers.adapters.vqa import padded
 from pipefleet_workers.adapters.whole_texts import characters, require_pieces, require_whole
-from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.arguments import STAGE, Arguments, with_forward
+from pipefleet_workers.generation_parameters import apart
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.media.ocr import read_words
 
@@ -164,6 +165,11 @@ class PageReader(Adapter):
 
 class PageWriter(EqualWriter):
     """Donut: continues a prompt that holds the question; equal prompts only, padding would change its answer."""
+
+    def parse(self, parameters: Mapping[str, Any]) -> Arguments:
+        """The pipeline's arguments, with those of generate(), which it takes from no call."""
+        rest, generation = apart(parameters, but=("top_k",))
+        return with_forward(super().parse(rest), generation)
 
     def read(self, value: Any, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Any]:
         """The page's pixels and the prompt's tokens."""

@@ -21,6 +21,7 @@ from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.generate import context_length, learnt_positions, on_device
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation import Row, RowStops, default_seed
+from pipefleet_workers.generation_parameters import without_stops
 from pipefleet_workers.generation_plan import Planner
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -59,7 +60,7 @@ class EqualWriter(Adapter):
         arguments: dict[str, Any] = copy.deepcopy(dict(request.generation))
         if request.stop:
             arguments |= {"stop_strings": list(request.stop), "tokenizer": self.pipe.tokenizer}
-        with torch.inference_mode(), _drawing(request.seed, device):
+        with torch.inference_mode(), drawing(request.seed, device):
             sequences = model.generate(
                 **on_device(inputs, device), stopping_criteria=StoppingCriteriaList([stops]), **arguments
             )
@@ -84,8 +85,8 @@ class EqualWriter(Adapter):
         return dict(self.copies.get().preprocess(value, **arguments.fresh().preprocess)), None
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
-        parameters = dict(decoded.work.parameters)
-        stop, seed = parameters.pop("stop", None), parameters.pop("seed", None)
+        parameters, stop = without_stops(decoded.work.parameters)
+        seed = parameters.pop("seed", None)
         arguments = self.parse(parameters)
         plan = self._planner.plan(arguments.forward_key, self.generation(arguments))
         self._require_room(decoded.value, arguments)
@@ -94,7 +95,7 @@ class EqualWriter(Adapter):
         generation = self._bounded(self._arguments(arguments), tokens)
         drawn = plan.sampling is not None or plan.alone
         chosen = (default_seed(decoded.work) if seed is None else seed) if drawn else None
-        request = Writing(arguments, generation, tuple(stop or ()), chosen, prompt)
+        request = Writing(arguments, generation, stop, chosen, prompt)
         assembly = Assembly(decoded.work, expected=1, context=request)
         shared = encode_json(sorted((name, repr(value)) for name, value in generation.items()))
         key = (shared, request.stop, shape_key(features), id(assembly) if drawn else None)
@@ -151,7 +152,7 @@ def _apart(sequences: torch.Tensor, stops: RowStops, units: Sequence[Unit]) -> l
 
 
 @contextlib.contextmanager
-def _drawing(seed: int | None, device: torch.device) -> Iterator[None]:
+def drawing(seed: int | None, device: torch.device) -> Iterator[None]:
     """Torch's own random numbers from a seed, and afterwards as they were."""
     if seed is None:
         yield

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.pipelines.text_generation import ReturnType
 from transformers.utils.chat_template_utils import Chat
 
 from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.long_texts import LONG, LongTexts
 from pipefleet_workers.arguments import STAGE, Arguments
-from pipefleet_workers.generation import Row, RowSampler, RowStops, default_seed, row_seed
+from pipefleet_workers.generation import Row, RowPenalty, RowSampler, RowStops, default_seed, row_seed
+from pipefleet_workers.generation_parameters import without_stops
 from pipefleet_workers.generation_plan import Plan, Planner
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -32,6 +34,8 @@ PROBED_TOKENS = 3
 """How many steps the proof of exactness goes: the first reads the prompts, the later ones go on from the cache."""
 KEPT_STOPS = 64
 """Lists of stop strings whose tables, of one row a token, are kept."""
+_CUTTING = ("truncation", "handle_long_generation", "tokenizer_encode_kwargs")
+"""Arguments that may cut a prompt, which then is tokenised whole."""
 _SENSES = ("vision", "visual", "image", "audio")
 """Parts of the names of encoders, whose positions are no tokens."""
 
@@ -74,14 +78,19 @@ class TextGenerator(Adapter):
         ended = _Ended(plan)
         stops = RowStops(rows, prompt, self.tick, look=lambda tokens: self._release_ended(tokens, ended, stops, units))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
-        if plan.sampling is not None:
-            sampler = RowSampler(rows, prompt, first=self._planner.first, last=self._planner.last)
-            arguments["logits_processor"] = LogitsProcessorList([sampler])
+        arguments["logits_processor"] = self._processors(plan, rows, prompt)
         if plan.min_length:  # it counts the prompt; a key with it holds prompts of one length only
             arguments["min_new_tokens"] = max(0, plan.min_length - prompt)
         with self._randomness(units):
             sequences = self._generate(inputs, stopping_criteria=StoppingCriteriaList([stops]), **arguments)
         return _outputs(sequences[:, prompt:].tolist(), stops, units)
+
+    def _processors(self, plan: Plan, rows: Sequence[Row], prompt: int) -> LogitsProcessorList:
+        """What is done to the scores of each row, in transformers' order."""
+        processors: list[LogitsProcessor] = [] if plan.penalty == 1.0 else [RowPenalty(plan.penalty, rows)]
+        if plan.sampling is not None:
+            processors.append(RowSampler(rows, prompt, first=plan.first, last=plan.last))
+        return LogitsProcessorList(processors)
 
     def _release_ended(self, tokens: torch.Tensor, ended: _Ended, stops: RowStops, units: Sequence[Unit]) -> None:
         """Hand on the sequences of units that have all come to their ends, while others of the batch are still written."""
@@ -127,7 +136,7 @@ class TextGenerator(Adapter):
         request: Request = assembly.context
         pipe, prompt = self.copies.get(), request.ids[None]
         records: list[Any] = []
-        for tokens in assembly.outputs[0]:
+        for tokens in filled(assembly.outputs[0], request):
             sequence = torch.cat([request.ids, torch.tensor(tokens, dtype=torch.long)])
             outputs = {"generated_sequence": sequence[None, None], "input_ids": prompt, "prompt_text": request.prompt}
             records += pipe.postprocess(outputs, **request.arguments.fresh().postprocess)
@@ -163,14 +172,18 @@ class TextGenerator(Adapter):
         return len(request.ids)
 
     def _request(self, decoded: Decoded) -> tuple[Request, Any]:
-        parameters = dict(decoded.work.parameters)
-        stop, seed = parameters.pop("stop", None), parameters.pop("seed", None)
-        arguments = self.parser.parse(parameters)
+        parameters, stop = without_stops(decoded.work.parameters)
+        seed = parameters.pop("seed", None)
+        arguments = self.parser.parse(self._nested(parameters))
         plan = self._planner.plan(arguments.forward_key, self._generation(arguments))
         prompt, ids, features = self._read(decoded.value, arguments)
         seed = default_seed(decoded.work) if seed is None else seed
         bound = self._bounded(plan.new_tokens(len(ids)), len(ids))
-        return Request(arguments, plan, prompt, ids, bound, self._stops.get(stop or ()), seed), features
+        return Request(arguments, plan, prompt, ids, bound, self._stops.get(stop), seed), features
+
+    def _nested(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters as the pipeline looks for them."""
+        return with_return_type(parameters)
 
     def _generation(self, arguments: Arguments) -> Mapping[str, Any]:
         """The arguments of generate() among those of the pipeline's forward."""
@@ -179,7 +192,8 @@ class TextGenerator(Adapter):
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
         """The prompt as the pipeline's postprocess takes it, its tokens, and what a unit holds of it: here, the tokens."""
         if isinstance(value, str):
-            self.long_texts().require(value, self._longest_prompt)
+            if not any(arguments.preprocess.get(name) for name in _CUTTING):
+                self.long_texts().require(value, self._longest_prompt)
             ids = self._ids(value, arguments)
             return value, ids, ids
         final = arguments.preprocess.get("continue_final_message")
@@ -357,6 +371,23 @@ def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
     while plan.beams > 1 and tokens and tokens[-1] in plan.fills:
         tokens = tokens[:-1]
     return tokens, end > 0
+
+
+def filled(sequences: Sequence[list[int]], request: Request, *, all_shown: bool = False) -> Sequence[list[int]]:
+    """Sequences of one request as generate() gives them, of one length, where somebody would see what they are filled with."""
+    post = request.arguments.postprocess
+    shown = all_shown or post.get("return_type") == ReturnType.TENSORS or post.get("skip_special_tokens") is False
+    if not shown or len(sequences) < 2:
+        return sequences
+    fill = min([one for one in request.plan.fills if one >= 0], default=min(request.plan.ends, default=0))
+    longest = max(len(one) for one in sequences)
+    return [[*one, *[fill] * (longest - len(one))] for one in sequences]
+
+
+def with_return_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with a number in the place of a ReturnType as that."""
+    kind = parameters.get("return_type")
+    return dict(parameters) if kind is None else {**parameters, "return_type": ReturnType(kind)}
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
+_OF_A_BACKBONE = ("out_indices", "out_features")
+
 
 class ImageFeatures(Adapter):
     """image-feature-extraction. With `out_indices` the result is a list of feature maps `[1, channels, height, width]`.
@@ -45,11 +47,11 @@ class ImageFeatures(Adapter):
         return assembly.outputs[0]
 
     def parse(self, parameters: Mapping[str, Any]) -> Arguments:
-        """The pipeline's arguments; `out_indices` is ours."""
-        return super().parse({name: value for name, value in parameters.items() if name != "out_indices"})
+        """The pipeline's arguments; `out_indices` and `out_features` are those of a backbone."""
+        return super().parse({name: value for name, value in parameters.items() if name not in _OF_A_BACKBONE})
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
-        maps = decoded.work.parameters.get("out_indices") is not None
+        maps = any(decoded.work.parameters.get(name) is not None for name in _OF_A_BACKBONE)
         if maps:
             self._wanted(decoded.work.parameters)
         (unit,) = super()._prepare(decoded)
@@ -70,16 +72,30 @@ class ImageFeatures(Adapter):
         return [[_row(maps[one], index) for one in indices] for index, indices in enumerate(wanted)]
 
     def _wanted(self, parameters: Mapping[str, Any]) -> list[int]:
-        """The stages that `out_indices` asks for, counted from 0. Raises ItemError (bad_parameter)."""
+        """The stages that `out_indices` or `out_features` asks for, counted from 0. Raises ItemError (bad_parameter)."""
         with self._lock:
             if self._backbone is None:
                 self._backbone = backbone_of(self.pipe.model)
-        count, asked = len(self._backbone.stage_names), parameters["out_indices"]
+        names: list[str] = list(self._backbone.stage_names)
+        if parameters.get("out_indices") is None:
+            return _named(names, parameters["out_features"])
+        if parameters.get("out_features") is not None:
+            raise ItemError("bad_parameter", "out_indices and out_features say the same; pass one of them", STAGE)
+        count, asked = len(names), parameters["out_indices"]
         wrong = [one for one in asked if not -count <= one < count]
         if wrong or not asked:
             text = f"out_indices holds {wrong[0]}" if wrong else "out_indices is empty"
             raise ItemError("bad_parameter", f"{text}; the model has the stages 0 to {count - 1}", STAGE)
         return [one % count for one in asked]
+
+
+def _named(stages: list[str], asked: Sequence[str]) -> list[int]:
+    """The stages of these names, counted from 0. Raises ItemError (bad_parameter)."""
+    unknown = [one for one in asked if one not in stages]
+    if unknown or not asked:
+        text = f"out_features holds {unknown[0]!r}" if unknown else "out_features is empty"
+        raise ItemError("bad_parameter", f"{text}; the model has the stages {', '.join(stages)}", STAGE)
+    return [stages.index(one) for one in asked]
 
 
 def backbone_of(model: Any) -> Any:

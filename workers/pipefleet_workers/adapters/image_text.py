@@ -20,8 +20,17 @@ from transformers.utils.chat_template_utils import Chat
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.chosen import Chosen
 from pipefleet_workers.adapters.equal_writer import EqualWriter, Writing
-from pipefleet_workers.adapters.generate import Request, TextGenerator, context_length, learnt_positions, require_chat
+from pipefleet_workers.adapters.generate import (
+    Request,
+    TextGenerator,
+    context_length,
+    filled,
+    learnt_positions,
+    require_chat,
+    with_return_type,
+)
 from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.generation_parameters import nested
 from pipefleet_workers.items import Assembly, ItemError, Unit
 from pipefleet_workers.media.video import Clip
 
@@ -62,10 +71,13 @@ class MultimodalGenerator(TextGenerator):
         """`[{"input_text": …, "generated_text": …}]`, one for each sequence; media are left out of what is repeated."""
         request: Request = assembly.context
         records: list[Any] = []
-        for tokens in assembly.outputs[0]:
+        for tokens in filled(assembly.outputs[0], request):
             sequence = torch.cat([request.ids, torch.tensor(tokens, dtype=torch.long)])
             records += _records(self.copies.get(), sequence[None], request.ids[None], request.prompt, request.arguments)
         return records
+
+    def _nested(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        return _as_called(parameters)
 
     def _generation(self, arguments: Arguments) -> Mapping[str, Any]:
         return _generate_kwargs(arguments)
@@ -91,6 +103,10 @@ class MultimodalGenerator(TextGenerator):
 
 class EqualMultimodal(EqualWriter):
     """Encoder-decoders and models with a generate() of their own, such as BLIP and Florence: equal shapes only."""
+
+    def parse(self, parameters: Mapping[str, Any]) -> Arguments:
+        """The pipeline's arguments."""
+        return super().parse(_as_called(parameters))
 
     def generation(self, arguments: Arguments) -> Mapping[str, Any]:
         """The arguments of generate() of a request."""
@@ -192,6 +208,11 @@ def _example_part(pipe: Any, seed: int) -> dict[str, Any] | None:
     return None
 
 
+def _as_called(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters as the pipeline looks for them: it knows one argument of generate() by its name."""
+    return with_return_type(nested(parameters, but=("max_new_tokens",)))
+
+
 def _generate_kwargs(arguments: Arguments) -> Mapping[str, Any]:
     found: Mapping[str, Any] = arguments.forward.get("generate_kwargs") or {}
     return found
@@ -225,7 +246,10 @@ def _records(pipe: Any, sequences: Any, ids: Any, prompt: Any, arguments: Argume
 
 
 def _without_media(value: Any) -> Any:
-    """The messages of a chat with their parts of media named but left out; a text as it is."""
+    """The messages of a chat with their parts of media named but left out; a text as it is, tokens as a list."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    value = getattr(value, "messages", value)  # beside tokens the pipeline leaves the chat as it holds it
     if not isinstance(value, list):
         return value
     return [{**message, "content": _named(message["content"])} for message in value]

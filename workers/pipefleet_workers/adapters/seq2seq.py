@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipefleet_workers.adapters.generate import Request, TextGenerator, learnt_positions
+from pipefleet_workers.adapters.generate import Request, TextGenerator, filled, learnt_positions
 from pipefleet_workers.adapters.text import position_limit
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation_plan import Plan
@@ -43,8 +43,14 @@ class TextRewriter(TextGenerator):
     def finish(self, assembly: Assembly) -> Any:
         """`[{"summary_text": …}]` or as the task calls it, one for each sequence."""
         request: Request = assembly.context
-        outputs = {"output_ids": [assembly.outputs[0]]}
+        sequences = assembly.outputs[0]
+        if request.arguments.postprocess.get("return_tensors"):
+            sequences = [[self._begin(request), *one] for one in filled(sequences, request, all_shown=True)]
+        outputs = {"output_ids": [sequences]}
         return self.copies.get().postprocess(outputs, **request.arguments.fresh().postprocess)
+
+    def _nested(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        return parameters
 
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
         """The text, the one token that its decoder begins with, and the tokens of the text."""
@@ -59,8 +65,15 @@ class TextRewriter(TextGenerator):
         return value, torch.zeros(1, dtype=torch.long), ids
 
     def _hears_padding(self, plan: Plan) -> bool:
-        """Never: padding lies in the encoder, away from what counts and compares the tokens that were written."""
-        return False
+        """Mostly not: padding lies in the encoder, away from what counts and compares the tokens that were written."""
+        return plan.reads_encoder
+
+    def _begin(self, request: Request) -> int:
+        """The token that a decoder begins with."""
+        asked = request.plan.shared.get("decoder_start_token_id")
+        config = self.pipe.model.generation_config
+        known = [asked, config.decoder_start_token_id, config.bos_token_id]
+        return int(next(one for one in known if one is not None))
 
     def _prompt_cost(self, request: Request, features: Any) -> int:
         return len(features)

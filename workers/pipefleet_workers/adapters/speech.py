@@ -7,14 +7,15 @@ would hear the padding, and gets equal lengths only, as all others do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.equal_writer import drawing
 from pipefleet_workers.adapters.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.waveforms import (
     SAMPLES_PER_FRAME,
@@ -25,10 +26,20 @@ from pipefleet_workers.adapters.waveforms import (
     require_piece,
 )
 from pipefleet_workers.arguments import Arguments
+from pipefleet_workers.generation import default_seed
+from pipefleet_workers.generation_parameters import generation_of, vocabulary_of
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 WHISPER = "seq2seq_whisper"
 CTC = "ctc"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for; `seed` is None where nothing is drawn at random."""
+
+    arguments: Arguments
+    seed: int | None
 
 
 class SpeechRecogniser(Adapter):
@@ -38,6 +49,7 @@ class SpeechRecogniser(Adapter):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
+        self._vocabulary = vocabulary_of(pipe.model)
         counts = hasattr(pipe.model, "_get_feat_extract_output_lengths")
         if pipe.type == WHISPER:
             read_in_blocks(pipe.feature_extractor)
@@ -53,11 +65,17 @@ class SpeechRecogniser(Adapter):
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
         """Tokens or logits, on the host."""
-        forward = dict(self.arguments(units[0]).fresh().forward)
+        request: Request = units[0].assembly.context
+        forward = generation_of(request.arguments.fresh().forward, None)
+        if forward.get("prompt_ids") is not None:
+            forward["prompt_ids"] = torch.tensor(forward["prompt_ids"], device=self.pipe.device)
+        if isinstance(forward.get("temperature"), list):
+            forward["temperature"] = tuple(forward["temperature"])
         if units[0].features["long"]:
             # Beyond 30 s Whisper finds its way by timestamps; postprocess still drops them unless they were asked for.
             forward["return_timestamps"] = forward.get("return_timestamps") or True
-        return self.pipe.forward(inputs, **forward)
+        with drawing(request.seed, self.pipe.device):
+            return self.pipe.forward(inputs, **forward)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
         """The outputs of each unit in the form that postprocess expects, with its own stride."""
@@ -74,7 +92,7 @@ class SpeechRecogniser(Adapter):
 
     def finish(self, assembly: Assembly) -> Any:
         """`{"text": …}`, with `chunks` where timestamps were asked for."""
-        arguments: Arguments = assembly.context.fresh()
+        arguments = assembly.context.arguments.fresh()
         rows = [dict(assembly.outputs[index]) for index in range(assembly.expected)]
         rows[-1]["is_last"] = True
         return self.copies.get().postprocess(rows, **arguments.postprocess)
@@ -104,10 +122,14 @@ class SpeechRecogniser(Adapter):
         return {**row, "is_last": False, **({} if stride is None else {"stride": stride})}
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
-        arguments = self.parse(decoded.work.parameters)
+        parameters = dict(decoded.work.parameters)
+        seed = parameters.pop("seed", None)
+        arguments = self.parse(parameters)
         self._require_pieces(len(decoded.value), arguments)
         chunks = list(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
-        assembly = Assembly(decoded.work, expected=len(chunks), context=arguments)
+        drawn = _draws(generation_of(arguments.forward, self._vocabulary))
+        request = Request(arguments, (default_seed(decoded.work) if seed is None else seed) if drawn else None)
+        assembly = Assembly(decoded.work, expected=len(chunks), context=request)
         return [self._unit(assembly, index, dict(chunk), arguments) for index, chunk in enumerate(chunks)]
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
@@ -129,7 +151,9 @@ class SpeechRecogniser(Adapter):
         stride = chunk.pop("stride", None)
         main = next(iter(chunk.values()))
         long = self.pipe.type == WHISPER and main.shape[-1] > self.pipe.feature_extractor.nb_max_frames
-        alone = id(assembly) if arguments.forward.get("return_language") else None  # only row 0 of a batch is read
+        drawn = assembly.context.seed is not None
+        # Of a batch's languages only that of row 0 is read; and what is drawn depends on who else draws.
+        alone = (id(assembly), index if drawn else None) if arguments.forward.get("return_language") or drawn else None
         # A CTC forward takes no arguments: what is asked for is done with its tokens later.
         forward_key = None if self.pipe.type == CTC else arguments.forward_key
         key = (forward_key, tuple(chunk) if self.pads else shape_key(chunk), stride is None, alone)
@@ -138,6 +162,13 @@ class SpeechRecogniser(Adapter):
             # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
             return Unit(assembly, index, key, _sounding(chunk, main), features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
+
+
+def _draws(forward: Mapping[str, Any]) -> bool:
+    """Whether tokens are drawn: asked for, or by Whisper with a temperature, at once or where a first try was poor."""
+    given = forward.get("temperature")
+    warm = any(given) if isinstance(given, list) else bool(given)
+    return bool(forward.get("do_sample") or warm)
 
 
 def _samples(unit: Unit) -> int:

@@ -6,6 +6,7 @@ where their inputs have one length.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,14 @@ import numpy as np
 import pandas
 import torch
 
+from pipefleet.contract import encode_json
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.equal_writer import drawing
 from pipefleet_workers.adapters.text import position_limit
-from pipefleet_workers.arguments import STAGE
+from pipefleet_workers.arguments import STAGE, Arguments, with_forward
+from pipefleet_workers.generation import default_seed
+from pipefleet_workers.generation_parameters import apart
+from pipefleet_workers.generation_plan import Planner
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 TAPAS = "tapas"
@@ -28,6 +34,10 @@ class TableQuestions:
 
     table: Any
     tensors: Mapping[str, torch.Tensor]
+    generation: Mapping[str, Any]
+    """Arguments of generate(), for a model that writes."""
+    seed: int | None
+    """None where nothing is drawn."""
 
 
 class TableReader(Adapter):
@@ -38,6 +48,7 @@ class TableReader(Adapter):
         self.pads = pipe.type == TAPAS and pipe.tokenizer.padding_side == "right"
         self.typical_size = 48 if pipe.type == TAPAS else 0
         self._positions = position_limit(pipe.model)
+        self._planner = None if pipe.type == TAPAS else Planner(pipe)
 
     def example(self, size: int) -> dict[str, Any]:
         """A table of `size` cells."""
@@ -57,7 +68,7 @@ class TableReader(Adapter):
         with torch.inference_mode():
             tensors = {name: tensor.to(pipe.device) for name, tensor in inputs.items()}
             if pipe.type != TAPAS:
-                return (pipe.model.generate(**tensors, **pipe._prepare_generate_kwargs({})),)
+                return (self._written(tensors, units),)
             if len(tensors["input_ids"]) > len(units):  # a sequence of questions, which has its batch for itself
                 return pipe.sequential_inference(**tensors)
             outputs = pipe.model(**tensors)
@@ -67,10 +78,12 @@ class TableReader(Adapter):
         """For each unit its own part of each output; the units of a sequence come in their order."""
         on_host = [output.float().cpu() if output.is_floating_point() else output.cpu() for output in outputs]
         rows = []
+        if self.pipe.type != TAPAS:
+            return [(part,) for part in on_host[0].chunk(len(units))]
         for row, unit in enumerate(units):
             count = len(unit.features["input_ids"])
             first, *others = [output[row : row + count] for output in on_host]
-            rows.append((first[:, : unit.length] if self.pipe.type == TAPAS else first, *others))
+            rows.append((first[:, : unit.length], *others))
         return rows
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
@@ -88,8 +101,28 @@ class TableReader(Adapter):
         rows = {"model_inputs": dict(questions.tensors), "table": questions.table, "outputs": outputs}
         return self.copies.get().postprocess(rows)
 
+    def _written(self, tensors: dict[str, torch.Tensor], units: Sequence[Unit]) -> torch.Tensor:
+        """The tokens of the answers, as many rows for each unit as it asks for."""
+        request: TableQuestions = units[0].assembly.context
+        with drawing(request.seed, self.pipe.device):
+            written: torch.Tensor = self.pipe.model.generate(**tensors, **copy.deepcopy(dict(request.generation)))
+        return written
+
+    def _generation(self, decoded: Decoded) -> tuple[Arguments, Mapping[str, Any], int | None, int]:
+        """The pipeline's arguments, those of generate() with the seed for what it draws, and the rows of one question."""
+        parameters, given = apart(decoded.work.parameters)
+        seed = parameters.pop("seed", None)
+        arguments = self.parse(parameters)
+        if self._planner is None:  # a model that points at cells reads none of them, also in transformers
+            return arguments, {}, None, 1
+        arguments = with_forward(arguments, given)
+        plan = self._planner.plan(f"generate {encode_json(sorted(given.items()))}", given)
+        drawn = plan.sampling is not None or plan.alone
+        chosen = (default_seed(decoded.work) if seed is None else seed) if drawn else None
+        return arguments, self._planner.merged(given)[0], chosen, plan.rows
+
     def _prepare(self, decoded: Decoded) -> list[Unit]:
-        arguments = self.parse(decoded.work.parameters)
+        arguments, generation, seed, answers = self._generation(decoded)
         encoded = dict(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
         table = encoded.pop("table")
         tensors = {name: value for name, value in encoded.items() if name in self.pipe.tokenizer.model_input_names}
@@ -99,11 +132,12 @@ class TableReader(Adapter):
             raise ItemError("too_long", text, STAGE)
         together = bool(arguments.forward.get("sequential")) and count > 1
         groups = [slice(0, count)] if together else [slice(row, row + 1) for row in range(count)]
-        assembly = Assembly(decoded.work, len(groups), TableQuestions(table, tensors))
-        alone = id(assembly) if together else None
-        key = (tuple(tensors), None if self.pads else length, alone)
+        assembly = Assembly(decoded.work, len(groups), TableQuestions(table, tensors, generation, seed))
+        alone = id(assembly) if together or seed is not None else None
+        asked = None if self._planner is None else repr(sorted(generation.items()))
+        key = (tuple(tensors), None if self.pads else length, alone, asked)
         parts = [{name: tensor[group] for name, tensor in tensors.items()} for group in groups]
-        return [Unit(assembly, index, key, length, part) for index, part in enumerate(parts)]
+        return [Unit(assembly, index, key, length * answers, part) for index, part in enumerate(parts)]
 
     def _padded(self, name: str, unit: Unit, longest: int) -> torch.Tensor:
         value: torch.Tensor = unit.features[name]

@@ -22,10 +22,13 @@ from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.waveforms import padded
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation import default_seed
+from pipefleet_workers.generation_parameters import generation_of, nested, vocabulary_of
 from pipefleet_workers.items import Assembly, Decoded, ItemError, JobContext, Unit
 from pipefleet_workers.stages.artifacts import Audio
 
 _BATCHED = "musicgen"
+MOST_STEPS = 65_536
+"""Steps that one request may take, those of all its rows."""
 _PROBED = 2
 """Steps of the decoder that the proof of exactness looks at."""
 
@@ -60,7 +63,7 @@ class TextToAudio(Adapter):
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
         """What the pipeline's forward gives; None when every job of the batch was stopped."""
         arguments = _request(units[0]).arguments.fresh().forward
-        voice, steps = dict(arguments["forward_params"]), dict(arguments["generate_kwargs"])
+        voice, steps = (generation_of(arguments[name], None) for name in ("forward_params", "generate_kwargs"))
         if "speaker_embeddings" in voice:
             voice["speaker_embeddings"] = torch.tensor(voice["speaker_embeddings"]).reshape(1, -1).to(self.pipe.dtype)
         if self._can_stop:
@@ -75,7 +78,7 @@ class TextToAudio(Adapter):
             return [unit.assembly.work.job.stopped("forward") for unit in units]
         if len(units) == 1:
             return [outputs]
-        return [{"sequences": outputs["sequences"][index : index + 1]} for index in range(len(units))]
+        return [{"sequences": part} for part in outputs["sequences"].chunk(len(units))]
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """Logits of the decoder's first steps, which read the text."""
@@ -91,12 +94,13 @@ class TextToAudio(Adapter):
         """`{"audio", "sampling_rate"}`."""
         made = self.copies.get().postprocess(assembly.outputs[0])
         rate = int(made["sampling_rate"])
-        return {"audio": Audio(np.asarray(made["audio"], np.float32), rate), "sampling_rate": made["sampling_rate"]}
+        return {"audio": _sound(made["audio"], rate), "sampling_rate": made["sampling_rate"]}
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         parameters = dict(decoded.work.parameters)
         seed = parameters.pop("seed", None)
-        arguments = self.parser.parse(parameters)
+        arguments = self.parser.parse(nested(parameters))
+        asked = self._asked(arguments)
         if arguments.forward["generate_kwargs"] and not self.pipe.model.can_generate():
             text = "this model does not write step by step; pass forward_params instead of generate_kwargs"
             raise ItemError("bad_parameter", text, STAGE)
@@ -111,12 +115,25 @@ class TextToAudio(Adapter):
         request = Request(arguments, default_seed(decoded.work) if seed is None else seed)
         assembly = Assembly(decoded.work, expected=1, context=request)
         key = (arguments.forward_key, tuple(features), None if self.pads else id(assembly))
-        return [Unit(assembly, 0, key, length, features, fixed=self._steps(arguments))]
+        return [Unit(assembly, 0, key, length, features, fixed=self._steps(asked))]
 
-    def _steps(self, arguments: Arguments) -> int:
-        """Steps of generate(), which cost as much as tokens of the text."""
-        asked: Mapping[str, Any] = {**arguments.forward["forward_params"], **arguments.forward["generate_kwargs"]}
-        return int(asked.get("max_new_tokens") or 256) if self.pipe.model.can_generate() else 0
+    def _asked(self, arguments: Arguments) -> Mapping[str, Any]:
+        """What generate() is asked for. Raises ItemError (bad_parameter) for tokens beyond the vocabulary, and for too much."""
+        asked = {**arguments.forward["forward_params"], **arguments.forward["generate_kwargs"]}
+        generation_of(asked, vocabulary_of(self.pipe.model))
+        if self._steps(asked) > MOST_STEPS:
+            text = (
+                f"num_return_sequences and num_beams times max_new_tokens are above {MOST_STEPS}; ask in several calls"
+            )
+            raise ItemError("bad_parameter", text, STAGE)
+        return asked
+
+    def _steps(self, asked: Mapping[str, Any]) -> int:
+        """Steps of generate() for all its rows, which cost as much as tokens of the text."""
+        if not self.pipe.model.can_generate():
+            return 0
+        rows = max(asked.get("num_return_sequences") or 1, asked.get("num_beams") or 1)
+        return int(asked.get("max_new_tokens") or asked.get("max_length") or 256) * rows
 
     @contextlib.contextmanager
     def _drawing(self, seeds: Sequence[int]) -> Iterator[None]:
@@ -163,6 +180,14 @@ class _EachStep(StoppingCriteria):  # type: ignore[misc]
         if all(job.stopped("forward") for job in self._jobs):
             raise _AllStoppedError
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _sound(samples: Any, rate: int) -> Any:
+    """Samples as a result holds them; several sequences of more than one channel are no recording."""
+    if isinstance(samples, list):
+        return [_sound(one, rate) for one in samples]
+    samples = np.asarray(samples, np.float32)
+    return Audio(samples, rate) if samples.ndim <= 2 else samples
 
 
 def _request(unit: Unit) -> Request:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from pipefleet.called import layered
 from pipefleet.contract import MAX_MESSAGE_BYTES, JobItem, JobMessage
 from pipefleet.errors import ContractError, PipefleetError
 from pipefleet.fleet import Pool, model_label
@@ -80,7 +82,8 @@ class Jobs:
         context = JobContext(
             id=message.id,
             run_id=message.shard.run_id if message.shard else None,
-            parameters={**self._pool.parameters, **message.parameters},
+            parameters=self._settled(self._pool.parameters, message.parameters),
+            settle=self._settled,
             priority=priority,
             deadline=self._local(message.deadline),
             sink=sink,
@@ -94,6 +97,9 @@ class Jobs:
         if revoked:
             context.give_back(RevokedError())
         return context
+
+    def _settled(self, below: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._spec.settled(layered(self._spec, below, own))
 
     def _local(self, deadline: float | None) -> float | None:
         """A deadline in seconds of the monotonic clock: what it is compared with must not jump while the job is here."""
@@ -196,7 +202,7 @@ class Jobs:
 
 def work_of(context: JobContext, position: int, item: JobItem) -> Work:
     """One item of a job as the engine takes it."""
-    parameters = {**context.parameters, **item.parameters} if item.parameters else context.parameters
+    parameters = context.settle(context.parameters, item.parameters) if item.parameters else context.parameters
     own = text_bytes(item.parameters, MAX_MESSAGE_BYTES) if item.parameters else 0
     if isinstance(item.inputs, str):
         return Work(context, position, item, parameters, len(item.inputs) + own, fetches=False)

@@ -30,8 +30,9 @@ class ImageToTextPipeline(Pipeline):  # type: ignore[misc]  # transformers has n
         max_new_tokens: int | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
         prompt: str | None = None,
+        **keywords: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        generation = dict(generate_kwargs or {})
+        generation = {**(generate_kwargs or {}), **keywords}
         if max_new_tokens is not None:
             if "max_new_tokens" in generation:
                 raise ValueError("max_new_tokens is given twice, once in generate_kwargs; pass it once")

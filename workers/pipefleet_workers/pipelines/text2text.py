@@ -15,6 +15,7 @@ from transformers.pipelines.base import Pipeline
 
 PREFIX = "pipefleet/"
 _GENERATION = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+_SHOWN = {"clean_up_tokenization_spaces", "return_tensors", "return_text"}
 _Sets = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 _OTHER_BOUND = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 
@@ -38,9 +39,11 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
         self._forward_params: dict[str, Any] = {}
 
     def _sanitize_parameters(self, **parameters: Any) -> _Sets:
-        given = {name: value for name, value in parameters.items() if value is not None}
+        given = {name: value for name, value in parameters.items() if value is not None or name in _GENERATION}
         pre = {name: given.pop(name) for name in {"truncation"} & given.keys()}
-        post = {name: given.pop(name) for name in {"clean_up_tokenization_spaces"} & given.keys()}
+        post = {name: given.pop(name) for name in _SHOWN & given.keys()}
+        if post.pop("return_text", True) is False:
+            post.setdefault("return_tensors", True)
         trained, forward = self._trained(self.trained_task, given)
         return {**pre, **trained}, forward, post
 
@@ -56,8 +59,16 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
         written = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generation))
         return {"output_ids": written.reshape(rows, -1, written.shape[-1])}
 
-    def postprocess(self, model_outputs: Mapping[str, Any], clean_up_tokenization_spaces: bool = False) -> Any:
-        """The texts of one input's sequences."""
+    def postprocess(
+        self,
+        model_outputs: Mapping[str, Any],
+        clean_up_tokenization_spaces: bool = False,
+        return_tensors: bool = False,
+    ) -> Any:
+        """The texts of one input's sequences, or their tokens."""
+        if return_tensors:
+            name = f"{self.result_key.removesuffix('_text')}_token_ids"
+            return [{name: list(ids)} for ids in model_outputs["output_ids"][0]]
         return [
             {
                 self.result_key: self.tokenizer.decode(

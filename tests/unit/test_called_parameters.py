@@ -1,0 +1,153 @@
+"""Parameters that people give to pipelines: every one of transformers' is taken or refused with a reason; values of any library."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import GenerationConfig
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.text_classification import ClassificationFunction
+from transformers.pipelines.text_generation import ReturnType
+from transformers.pipelines.token_classification import AggregationStrategy
+
+from pipefleet.called import called_parameters, layered
+from pipefleet.errors import ParameterError
+from pipefleet.refused_parameters import OF_A_TASK, REASONS, why_refused
+from pipefleet.tasks import TASKS, task_spec
+from pipefleet.tasks.generation import GENERATION
+from pipefleet.tensors import with_tensors
+
+PAGE = Path(__file__).parents[2] / "docs" / "same-as-transformers.md"
+_KEYWORD = re.compile(r'"(\w+)" in kwargs|(?<!_)kwargs\["(\w+)"\]|(?<!_)kwargs\.get\("(\w+)"')
+
+
+def names_of(task: str) -> set[str]:
+    """What the `_sanitize_parameters` of a task's pipeline looks for."""
+    found = PIPELINE_REGISTRY.check_task(task)[1]["impl"]
+    pipeline = getattr(transformers, found.rpartition(".")[2]) if isinstance(found, str) else found
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = inspect.signature(pipeline._sanitize_parameters).parameters.values()
+    names = {one.name for one in named if one.kind in plain and one.name != "self"}
+    for groups in _KEYWORD.findall(inspect.getsource(pipeline._sanitize_parameters)):
+        names |= {one for one in groups if one}
+    return names
+
+
+TASKS_OF_TRANSFORMERS = sorted(set(TASKS) & set(PIPELINE_REGISTRY.get_supported_tasks()))
+
+
+@pytest.mark.parametrize("task", TASKS_OF_TRANSFORMERS)
+def test_every_parameter_of_a_pipeline_is_taken_or_refused_with_a_reason(task: str) -> None:
+    spec = TASKS[task]
+    silent = [name for name in names_of(task) if name not in spec.parameters and not why_refused(task, name)]
+    assert silent == []
+    assert len(TASKS_OF_TRANSFORMERS) > 20
+
+
+WRITERS = sorted(name for name, spec in TASKS.items() if "max_new_tokens" in spec.parameters)
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_every_argument_of_generate_is_taken_or_refused_with_a_reason(task: str) -> None:
+    arguments = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    silent = [name for name in arguments if name not in TASKS[task].parameters and not why_refused(task, name)]
+    assert silent == []
+    assert set(GENERATION) <= arguments
+
+
+def test_the_page_names_every_refused_parameter() -> None:
+    page = PAGE.read_text().partition("## Parameters")[2].partition("\n## ")[0]
+    missing = sorted({name for name in (*REASONS, *(name for _, name in OF_A_TASK)) if f"`{name}`" not in page})
+    assert missing == []
+
+
+def test_a_refusal_says_why() -> None:
+    with pytest.raises(ParameterError, match=r"takes no parameter 'streamer': tokens come with the result"):
+        task_spec("text-generation").check({"streamer": 1})
+
+
+VALUES = [
+    ("text-generation", {"max_new_tokens": np.int64(5)}, {"max_new_tokens": 5}),
+    ("text-generation", {"temperature": torch.tensor(0.5)}, {"temperature": 0.5}),
+    ("text-generation", {"do_sample": np.bool_(True)}, {"do_sample": True}),
+    ("text-generation", {"eos_token_id": torch.tensor([1, 2])}, {"eos_token_id": [1, 2]}),
+    ("text-generation", {"sequence_bias": {(1, 2): -3.0}}, {"sequence_bias": [[[1, 2], -3.0]]}),
+    ("text-generation", {"return_type": ReturnType.NEW_TEXT}, {"return_type": 1}),
+    ("text-generation", {"max_new_tokens": None}, {"max_new_tokens": None}),
+    ("text-classification", {"function_to_apply": ClassificationFunction.SIGMOID}, {"function_to_apply": "sigmoid"}),
+    ("text-classification", {"function_to_apply": "SoftMax"}, {"function_to_apply": "SoftMax"}),
+    ("token-classification", {"aggregation_strategy": AggregationStrategy.MAX}, {"aggregation_strategy": "max"}),
+    ("automatic-speech-recognition", {"stride_length_s": (4, 2)}, {"stride_length_s": [4, 2]}),
+    ("automatic-speech-recognition", {"prompt_ids": np.array([5, 6])}, {"prompt_ids": [5, 6]}),
+    ("automatic-speech-recognition", {"temperature": (0.0, 0.4)}, {"temperature": [0.0, 0.4]}),
+    ("image-feature-extraction", {"out_features": ("stage1",)}, {"out_features": ["stage1"]}),
+    ("zero-shot-classification", {"candidate_labels": np.array(["a", "b"])}, {"candidate_labels": ["a", "b"]}),
+    ("text-generation", {"generation_config": GenerationConfig(num_beams=2), "num_beams": 3}, {"num_beams": 3}),
+    ("text-to-audio", {"generation_config": {"top_k": 2}, "generate_kwargs": {"top_k": 3}}, {"generate_kwargs": {"top_k": 3}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "given", "found"), VALUES, ids=lambda value: str(value)[:40])
+def test_values_of_numpy_torch_and_transformers_are_those_of_json(task: str, given: Any, found: Any) -> None:
+    assert called_parameters(task_spec(task), given) == found
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "message"),
+    [
+        ("text-generation", {"bad_words_ids": np.zeros((1000, 1000))}, "1000000 numbers"),
+        ("text-generation", {"generation_config": GenerationConfig(max_time=3.0)}, "'max_time', which text-generation takes"),
+        ("text-generation", {"tools": [{}]}, "chat template"),
+        ("text-classification", {"generation_config": GenerationConfig()}, "takes no parameter 'generation_config'"),
+        ("text-classification", {"top_k": object()}, "whole number"),
+    ],
+)  # fmt: skip
+def test_what_is_no_value_is_refused(task: str, given: Any, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        called_parameters(task_spec(task), given)
+
+
+SPEECH, CHAT = task_spec("automatic-speech-recognition"), task_spec("image-text-to-text")
+LAYERS = [
+    (SPEECH, {"num_beams": 2}, {"generate_kwargs": {"num_beams": 3}}, {"num_beams": 3}),
+    (SPEECH, {"generate_kwargs": {"num_beams": 2, "task": "translate"}}, {"num_beams": 3},
+     {"num_beams": 3, "task": "translate"}),
+    (CHAT, {"generate_kwargs": {"num_beams": 2}}, {"generate_kwargs": {"do_sample": True}}, {"do_sample": True}),
+    (CHAT, {"num_beams": 2}, {"generate_kwargs": {"do_sample": True}}, {"num_beams": 2, "do_sample": True}),
+    (CHAT, {"num_beams": 2}, {"num_beams": None}, {"num_beams": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "below", "called", "generation"), LAYERS)
+def test_a_call_goes_before_its_pipeline_however_both_say_it(
+    spec: Any, below: Any, called: Any, generation: Any
+) -> None:
+    found = layered(spec, below, called)
+    assert {**found.pop("generate_kwargs", {}), **found} == generation
+
+
+def test_a_generation_config_of_a_call_takes_the_place_of_its_pipelines_arguments() -> None:
+    found = layered(SPEECH, {"num_beams": 4, "chunk_length_s": 30}, {"generation_config": GenerationConfig(top_k=3)})
+    assert called_parameters(SPEECH, found) == {"chunk_length_s": 30, "top_k": 3}
+
+
+def test_none_stands_for_what_holds_without_the_parameter_unless_it_has_a_meaning() -> None:
+    assert task_spec("text-classification").settled({"top_k": None, "max_length": None}) == {"top_k": None}
+    assert task_spec("text-generation").settled({"max_new_tokens": None, "prefix": None}) == {"max_new_tokens": None}
+
+
+def test_a_result_that_transformers_gives_as_a_tensor_is_one() -> None:
+    features = with_tensors([[[0.5, 1.0]]], ("",))
+    assert torch.equal(features, torch.tensor([[[0.5, 1.0]]]))
+    tokens = with_tensors([{"input_text": "x", "generated_token_ids": [3, 4]}], ("generated_token_ids",))
+    assert tokens[0]["input_text"] == "x"
+    assert torch.equal(tokens[0]["generated_token_ids"], torch.tensor([3, 4]))
+    maps = with_tensors([np.zeros((1, 2, 4)), np.zeros((1, 4, 2))], ("",))
+    assert [one.shape for one in maps] == [(1, 2, 4), (1, 4, 2)]
