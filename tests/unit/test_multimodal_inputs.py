@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from pipefleet.calls import arguments_of
 from pipefleet.errors import InputError, ParameterError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import arguments_of
 from pipefleet.storage import is_ref
 from pipefleet.tasks import task_spec
 from tests.checkpoints.media import image
