@@ -55,6 +55,8 @@ class InputPreparer:
         """The JSON form of one input. Raises InputError for a kind that the task does not take."""
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
+        if "text_pair" in self.spec.fields and is_pair(value):
+            value = dict(zip(("text", "text_pair"), value if isinstance(value, tuple) else value[0], strict=True))
         if self.spec.fields and isinstance(value, Mapping):
             return self._prepare_fields(value)
         if self.spec.media is None:
@@ -93,14 +95,14 @@ class InputPreparer:
 
     def _prepare_fields(self, value: Mapping[str, Any]) -> dict[str, Any]:
         fields = self.spec.fields
+        value = {name: one for name, one in value.items() if one is not None or name not in self.spec.instead}
         for name in value:
             if name not in fields:
                 known = ", ".join(fields)
                 raise InputError(
                     f"{self.spec.name} takes no field {str(name)[:40]!r}{nearest(str(name), fields)}; it takes {known}"
                 )
-        missing = [name for name in self.spec.required if name not in value]
-        if missing:
+        if missing := self.spec.missing(value):
             raise InputError(f"{self.spec.name} takes {_shown(self.spec)}; {', '.join(missing)} is missing")
         return {name: self._kinds[fields[name]](item) for name, item in value.items()}
 
@@ -222,6 +224,13 @@ class InputPreparer:
 def is_message(value: object) -> bool:
     """True for a message of a chat, as transformers tells it: a list that begins with one is a chat, not a batch."""
     return isinstance(value, Mapping) and "role" in value and "content" in value
+
+
+def is_pair(value: object) -> bool:
+    """True for a text with its pair as a tuple, or as transformers' `[[text, pair]]`; a flat list of two is neither."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = tuple(value[0])
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, str | Path) for one in value)
 
 
 def is_table(value: object) -> bool:

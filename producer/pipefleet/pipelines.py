@@ -13,16 +13,16 @@ from contextlib import closing, suppress
 from typing import Any
 
 from pipefleet.called import called_parameters, layered
+from pipefleet.calls import Beside, Joined, arguments_of, each_of, is_dataset
 from pipefleet.client import Client
 from pipefleet.errors import (
-    InputError,
     ParameterError,
     PipefleetError,
     ResultTimeoutError,
     ServiceUnavailableError,
     UnknownModelError,
 )
-from pipefleet.inputs import is_message, is_table
+from pipefleet.inputs import is_message, is_pair
 from pipefleet.jobs import Job
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.streaming import stream
@@ -43,10 +43,6 @@ _PARTS = {
 """Attributes of a transformers pipeline that only its own process has."""
 _DEFAULT: Any = object()
 """A call without a time-out of its own; None is one without end."""
-_MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
-"""Names that transformers' pipelines have for their first argument."""
-_SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
-"""Fields that hold one value, so that a list of them means several inputs."""
 
 
 class FleetPipeline:
@@ -80,7 +76,8 @@ class FleetPipeline:
     def __call__(self, *inputs: Any, timeout: float | None = _DEFAULT, **parameters: Any) -> Any:
         """Run one input, a list, or a lazy iterable; parameters are those of the transformers call.
 
-        Fields of an input may come as keywords or in their order (`pipe(image, question)`), each of them one value or a list.
+        Fields of an input may come as keywords or in order (`pipe(image, question)`), each of them one value, a list, or a lazy
+        iterable. Where a chat may come, the first item of a generator is taken at once, to see whether its items are messages.
         `timeout` is in seconds for each result, from when it is the next one due (default: that of the pipeline; None: without
         end). Inputs of an iterable are taken by a thread of its own, so a result is there when its job has ended, however long the
         next input takes. Raises UsageError for what cannot work, JobFailedError for the first input that fails, and
@@ -95,12 +92,13 @@ class FleetPipeline:
             return self._restored(_result(self.submit(given, **wanted), wait), wanted)
         if isinstance(given, list | tuple):
             with closing(self._stream(given, wanted, wait, eager=True)) as stream_of_results:
-                results = [self._restored(one, wanted, bare=True) for one in stream_of_results]
-            if self._are_joined(given, inputs):
-                return [record for records in results for record in records]
-            return results[0] if self._spec.answers_one_alone and len(results) == 1 else results
-        if _is_dataset(given):
-            return (self._restored(one, wanted, bare=True) for one in self._stream(given, wanted, wait))
+                answers = [self._restored(one, wanted, listed=True) for one in stream_of_results]
+            if isinstance(given, Joined):
+                return [record for records in answers for record in records]
+            return answers[0] if self._spec.answers_one_alone and len(answers) == 1 else answers
+        if is_dataset(given):
+            results = (self._restored(one, wanted, streamed=True) for one in self._stream(given, wanted, wait))
+            return Results(results, len(given)) if hasattr(given, "__len__") else results
         result = self._restored(_result(self.submit(given, **wanted), wait), wanted)
         return [result] if self._is_nested(given, called) else result
 
@@ -167,36 +165,59 @@ class FleetPipeline:
 
         bound = self._client.settings.in_flight
         try:
-            yield from stream(_each_of(inputs), submit, lambda job: _result(job, timeout), bound=bound, eager=eager)
+            yield from stream(each_of(inputs), submit, lambda job: _result(job, timeout), bound=bound, eager=eager)
         finally:
             stopped.set()
 
     def _is_one_input(self, inputs: Any) -> bool:
-        """Whether a list is one input by itself: the messages of a chat, or a pair of images."""
+        """Whether a list is one input by itself: the messages of a chat, a pair of images, a tuple of a text and its pair."""
         if not isinstance(inputs, list | tuple):
             return False
         if self._spec.media is Media.IMAGE_PAIR:
             return not any(isinstance(one, list | tuple) for one in inputs)
+        if "text_pair" in self._spec.fields and isinstance(inputs, tuple):
+            return is_pair(inputs)
         return self._spec.media is Media.PROMPT and bool(inputs) and is_message(inputs[0])
 
-    def _are_joined(self, given: Iterable[Any], inputs: tuple[Any, ...]) -> bool:
-        """Whether results make one list: transformers takes texts beside pictures (`images=[…], text=[…]`) for a single input."""
-        pairs = all(isinstance(one, Mapping) and "text" in one and len(one) > 1 for one in given)
-        return self._spec.media is Media.PROMPT and pairs and not (inputs and isinstance(inputs[0], list | tuple))
-
     def _is_nested(self, given: Any, called: Mapping[str, Any]) -> bool:
-        """Whether a text's list stands in another: with top_k in pipeline(), transformers looks for it in the call alone."""
-        return isinstance(given, str) and any(name in self._defaults.keys() - called for name in self._spec.kept_with)
+        """Whether the result of a text stands in a list: transformers looks for top_k in the call alone, not in pipeline()."""
+        kept_with = self._spec.kept_with
+        if not kept_with or any(name in called for name in kept_with):
+            return False
+        return isinstance(given, Beside) or (
+            isinstance(given, str) and any(name in self._defaults for name in kept_with)
+        )
 
-    def _restored(self, output: Any, parameters: Mapping[str, Any], *, bare: bool = False) -> Any:
-        """A result in the very form of transformers: its tuples, and without the list around the only one of a batch."""
+    def _restored(
+        self, output: Any, parameters: Mapping[str, Any], *, listed: bool = False, streamed: bool = False
+    ) -> Any:
+        """A result in the very form of transformers: its tuples, and without the list around the only one of a list or stream."""
         if parameters.get("return_tensors") and self._spec.tensors:
             output = with_tensors(output, self._spec.tensors)
         if self._spec.tuples:
             output = _with_tuples(output, self._spec.tuples)
         alone = isinstance(output, list) and len(output) == 1
         kept = any(name in parameters for name in self._spec.kept_with)
-        return output[0] if bare and self._spec.bare_in_lists and alone and not kept else output
+        bare = (listed and self._spec.bare_in_lists) or (streamed and self._spec.bare_in_streams)
+        return output[0] if bare and alone and not kept else output
+
+
+class Results(Iterator[Any]):
+    """The results of a data set: an iterator that knows how many it yields in all, for progress bars. For one thread."""
+
+    def __init__(self, results: Generator[Any], count: int) -> None:
+        self._results = results
+        self._count = count
+
+    def __next__(self) -> Any:
+        return next(self._results)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def close(self) -> None:
+        """Cancel the jobs that are under way."""
+        self._results.close()
 
 
 def pipeline(
@@ -266,69 +287,6 @@ def _checked_timeout(value: Any) -> float | None:
     return value
 
 
-def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The inputs and the parameters of a call. Raises InputError for none, and for inputs that are given twice."""
-    wanted = dict(parameters)
-    if len(inputs) > max(1, len(spec.positional)):
-        raise InputError(f"{spec.name} takes {max(1, len(spec.positional))} positional arguments, not {len(inputs)}")
-    if len(inputs) > 1:
-        named = dict(zip(spec.positional, inputs, strict=False))
-        if twice := named.keys() & wanted.keys():
-            raise InputError(f"{spec.name} was given {sorted(twice)[0]} twice")
-        wanted.update(named)
-        inputs = (wanted.pop(spec.positional[0]),) if spec.positional[0] not in spec.fields else ()
-    fields = {
-        name: wanted.pop(name)
-        for name in spec.fields
-        if name in wanted and (name not in spec.parameters or _is_nested(wanted[name]))
-    }
-    first = spec.positional[0] if spec.positional else None
-    if inputs and fields and first in spec.fields.keys() - fields.keys() and not isinstance(inputs[0], Mapping):
-        fields, inputs = {str(first): inputs[0], **fields}, ()
-    if inputs and fields:
-        raise InputError(f"{spec.name} was given an input and {', '.join(fields)} beside it; put them into one dict")
-    if inputs:
-        given = inputs[0]
-        return (_each(spec, given) if spec.fields and isinstance(given, Mapping) else given), wanted
-    if fields:
-        return _each(spec, fields), wanted
-    main = [name for name in _MAIN if name in wanted and name not in spec.parameters]
-    if len(main) != 1:
-        raise InputError(f"{spec.name} needs an input as its first argument")
-    return wanted.pop(main[0]), wanted
-
-
-def _each(spec: TaskSpec, fields: Mapping[str, Any]) -> Any:
-    """One dict, or a list of them where a field that holds one value is given as a list; single values go with each."""
-    lists = {name: value for name, value in fields.items() if _is_several(spec.fields.get(name), value)}
-    if not lists:
-        return dict(fields)
-    # Beside several texts, a list of pictures holds one for each; beside one text they all belong to it.
-    lists |= {name: fields[name] for name in fields if _is_list_of_images(spec.fields.get(name), fields[name])}
-    if len({len(value) for value in lists.values()}) > 1:
-        raise InputError(f"{', '.join(lists)} are lists of different lengths")
-    count = len(next(iter(lists.values())))
-    return [{**fields, **{name: value[index] for name, value in lists.items()}} for index in range(count)]
-
-
-def _is_several(kind: Media | None, value: Any) -> bool:
-    """Whether the value of a field stands for several inputs."""
-    if not isinstance(value, list | tuple):
-        return False
-    if kind is Media.LABELS:
-        return _is_nested(value)
-    return bool(value) and not is_message(value[0]) if kind is Media.PROMPT else kind in _SINGLE
-
-
-def _is_nested(value: Any) -> bool:
-    """A list of lists: labels for each of several pictures."""
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], list | tuple)
-
-
-def _is_list_of_images(kind: Media | None, value: Any) -> bool:
-    return kind is Media.IMAGES and isinstance(value, list | tuple)
-
-
 def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
         return {
@@ -346,19 +304,3 @@ def _is_words(value: Any) -> bool:
 def _tuples(value: list[Any]) -> Any:
     """A list as a tuple, a list of lists as a list of tuples."""
     return [tuple(one) for one in value] if value and isinstance(value[0], list) else tuple(value)
-
-
-def _is_dataset(value: Any) -> bool:
-    """Whether `value` holds inputs to be taken one by one: an iterator, a column or set of `datasets`, a torch data set.
-
-    Not a text, bytes, a dict, a picture, an array, a tensor or a table: each of these is one input.
-    """
-    single = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
-    if single or is_table(value) or any(hasattr(value, name) for name in ("__array_interface__", "detach", "save")):
-        return False
-    return hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
-
-
-def _each_of(values: Any) -> Iterator[Any]:
-    """The values of an iterable, or of a torch data set, which has a length and may answer beyond its end."""
-    return iter(values) if hasattr(values, "__iter__") else (values[index] for index in range(len(values)))

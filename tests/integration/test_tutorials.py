@@ -418,7 +418,9 @@ class TestPictures:
         both = [{"image": picture, "question": each} for each in asked]
         wanted = [theirs(each, top_k=2) for each in both]
         assert_same(mine(both, top_k=2), wanted)
-        assert_same(mine(image=[picture, picture], question=asked, top_k=2), wanted)
+        other = image(48, 64, 2)
+        crossed = [theirs({"image": one, "question": each}, top_k=2) for each in asked for one in (picture, other)]
+        assert_same(mine(image=[picture, other], question=asked, top_k=2), crossed)
         assert_same(mine(image=picture, question=asked, top_k=2), wanted)
         assert_same(list(mine((each for each in both), top_k=2)), wanted)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from pipefleet.calls import arguments_of
 from pipefleet.errors import InputError, ParameterError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import arguments_of
 from pipefleet.storage import is_ref
 from pipefleet.tasks import task_spec
 from tests.checkpoints.media import image
@@ -135,3 +135,11 @@ def test_media_inside_a_chat_travel_as_references(store: ObjectStore, prefix: st
 def test_a_question_without_its_picture_is_refused(task: str, store: ObjectStore, prefix: str) -> None:
     with pytest.raises(InputError, match="image is missing"):
         InputPreparer(task_spec(task), store, prefix, inline_bytes=1000).prepare({"question": "Who?"})
+
+
+def test_words_with_their_boxes_may_stand_for_a_page(store: ObjectStore, prefix: str) -> None:
+    preparer = InputPreparer(task_spec("document-question-answering"), store, prefix, inline_bytes=1000)
+    page = {"question": "Who?", "word_boxes": [["a", [0, 0, 1, 1]]]}
+    assert preparer.prepare({"image": None, **page}) == preparer.prepare(page) == page
+    with pytest.raises(InputError, match="image is missing"):
+        preparer.prepare({"image": None, "question": "Who?"})

@@ -218,7 +218,6 @@ def test_a_question_is_cut_to_its_bound(layoutlm: Any) -> None:
         ({"word_boxes": [["a", [0, 0, 5, float("nan")]]]}, {}, "bad_input", "word_boxes are"),
         ({"word_boxes": [[3, [0, 0, 5, 5]]]}, {}, "bad_input", "word_boxes are"),
         ({"word_boxes": "words"}, {}, "bad_input", "word_boxes are"),
-        ({"word_boxes": []}, {}, "bad_input", "no words"),
         ({"question": "word " * 70}, {}, "too_long", "max_question_len"),
         ({}, {"max_seq_len": 12, "doc_stride": 9}, "bad_parameter", "doc_stride must be below"),
         ({}, {"max_seq_len": 4}, "too_long", "shorten it"),
@@ -230,6 +229,33 @@ def test_pages_that_cannot_be_served(
     found = failure(PAGES, recording(DocumentAnswerer, layoutlm), Call(page(**changes), parameters))
     assert (found.code, found.stage) == (code, "preprocess")
     assert words in found.message
+
+
+@pytest.mark.parametrize("parameters", [{}, {"top_k": 2}, {"handle_impossible_answer": True}])
+@pytest.mark.parametrize("read", [False, True], ids=["word_boxes", "read"])
+def test_a_page_without_words_is_answered_as_by_transformers(
+    layoutlm: Any, parameters: dict[str, Any], read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document_qa, "read_words", lambda seen: [])
+    empty = page(word_boxes=[])
+    wanted = layoutlm(**empty, **parameters)
+    if read:
+        empty.pop("word_boxes")
+    with running(recording(DocumentAnswerer, layoutlm), PAGES) as engine:
+        (found,) = outputs(engine.run([Call(empty, parameters)]))
+    assert_same(found, wanted)
+    assert bool(found) is bool(parameters.get("handle_impossible_answer"))
+
+
+def test_a_model_of_words_alone_needs_no_picture_of_the_page(layoutlm: Any) -> None:
+    asked = {name: one for name, one in page().items() if name != "image"}
+    wanted = layoutlm({**asked, "image": None})
+    adapter = recording(document_qa.PageReader, layoutlm)
+    with running(adapter, PAGES) as engine:
+        (found,) = outputs(engine.run([Call(asked)]))
+    assert_same(found, wanted)
+    adapter._looks = True
+    assert "pass its image" in failure(PAGES, adapter, Call(asked)).message
 
 
 def test_a_bound_above_the_models_own_is_lowered_to_it(layoutlm: Any) -> None:

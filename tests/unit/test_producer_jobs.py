@@ -12,6 +12,7 @@ import pytest
 
 from pipefleet import broker
 from pipefleet.announcements import announce_pool
+from pipefleet.calls import is_dataset
 from pipefleet.client import Client
 from pipefleet.contract import JobMessage, JobState, decode_message
 from pipefleet.errors import (
@@ -27,7 +28,7 @@ from pipefleet.errors import (
     UnknownModelError,
 )
 from pipefleet.jobs import Job
-from pipefleet.pipelines import _is_dataset, pipeline
+from pipefleet.pipelines import pipeline
 from pipefleet.records import FINISH, SUBMIT, JobFailure, finish_arguments
 from pipefleet.routing import revision_queue
 from tests.unit.conftest import eventually
@@ -436,4 +437,4 @@ def test_bytes_of_any_kind_are_one_input(client: Client, value: Any) -> None:
     pictures = pipeline("image-classification", client=client)
     with pytest.raises(ResultTimeoutError):
         pictures.submit(value).result(0)
-    assert not _is_dataset(value)
+    assert not is_dataset(value)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from pipefleet.calls import arguments_of
 from pipefleet.errors import InputError, ParameterError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import FleetPipeline, arguments_of
+from pipefleet.pipelines import FleetPipeline
 from pipefleet.tasks import TASKS, implied_parameters, task_spec
 from pipefleet_workers.items import ItemError
 from pipefleet_workers.settings import WorkerSettings

@@ -64,6 +64,7 @@ ROWS = (
         fields={"image": Media.IMAGE, "question": Media.TEXT},
         required=("image", "question"),
         positional=("image", "question"),
+        crosses=True,
         # top_k counts answers here, so a model that writes them samples without it.
         parameters={**WRITE, "top_k": _ANSWERS, "truncation": boolean},
         returns="[{score, answer}], or [{answer}] from a model that writes",
@@ -74,6 +75,7 @@ ROWS = (
         media=None,
         fields={"image": Media.IMAGE, "question": Media.TEXT, "word_boxes": Media.DATA},
         required=("image", "question"),
+        instead={"image": "word_boxes"},
         positional=("image", "question", "word_boxes"),
         parameters={
             **generation_without("num_return_sequences"),

@@ -49,14 +49,20 @@ class TaskSpec:
     """Fields of an input that is a dict, e.g. a text and its pair; empty when the task takes no dicts."""
     required: tuple[str, ...] = ()
     """Fields that a dict must have."""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    """Fields that may stand in for a required one, by its name."""
     positional: tuple[str, ...] = ()
-    """Names of the call's positional arguments where it has several, fields or parameters: `pipe(image, question)`."""
+    """Names of the call's positional arguments where it has several, or fields beside the first: `pipe(image, question)`."""
+    crosses: bool = False
+    """Whether fields that are lists are combined each with each, rather than one to one."""
     chat_media: tuple[Media, ...] = (Media.TEXT,)
     """What the parts of a chat's messages may hold."""
     tuples: tuple[str, ...] = ()
     """Keys of a result whose values transformers returns as tuples; JSON has none, so `pipeline()` makes them again."""
     bare_in_lists: bool = False
     """Whether a result that is a list of one is given without its list when the call was made with a list of inputs."""
+    bare_in_streams: bool = False
+    """The same for a call with a generator or a data set."""
     kept_with: tuple[str, ...] = ()
     """Parameters with which such a list stays."""
     merges_generation: bool = False
@@ -65,6 +71,10 @@ class TaskSpec:
     """Keys of a result whose values are tensors with `return_tensors`; an empty one stands for the result itself."""
     answers_one_alone: bool = False
     """Whether a list of one input is answered as that input alone, without a list around its result."""
+
+    def missing(self, value: Mapping[str, Any]) -> list[str]:
+        """The required fields that neither stand in `value` nor are replaced by another."""
+        return [name for name in self.required if name not in value and self.instead.get(name) not in value]
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise ParameterError unless every parameter is allowed for this task and within its bounds."""

@@ -138,10 +138,12 @@ ROWS = (
         aliases=("sentiment-analysis",),
         media=Media.TEXT,
         fields={"text": Media.TEXT, "text_pair": Media.TEXT},
+        positional=("text",),
         parameters={"top_k": LABEL_COUNT, "function_to_apply": ACTIVATION, **_TOKENIZE},
         returns="[{label, score}]",
         cost_unit=CostUnit.TOKENS,
         bare_in_lists=True,
+        bare_in_streams=True,
         kept_with=("top_k",),
     ),
     TaskSpec(

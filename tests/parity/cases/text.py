@@ -83,6 +83,31 @@ def spans_by_hand(pipe: Any, call: Call) -> Any:
     return {"score": found[0], "start": begin, "end": stop, "answer": context[begin:stop]}
 
 
+def words_by_hand(pipe: Any, call: Call) -> Any:
+    """The answers of a context in one chunk: of the best spans, those in the same words are one, with the sum of their scores."""
+    question, context = call.inputs["question"], call.inputs["context"]
+    encoded = pipe.tokenizer(question, context, return_tensors="pt")
+    with torch.no_grad():
+        output = pipe.model(**encoded)
+    own = [index for index, one in enumerate(encoded.sequence_ids(0)) if one == 1]
+    others = torch.ones(encoded["input_ids"].shape[1], dtype=torch.bool)
+    others[[0, *own]] = False
+    start, end = (
+        logits[0].masked_fill(others, -torch.inf).softmax(0) for logits in (output.start_logits, output.end_logits)
+    )
+    spans = [(float(start[first] * end[last]), first, last) for first in own for last in own if 0 <= last - first < 15]
+    wanted, answers = call.parameters.get("top_k", 1), dict[str, dict[str, Any]]()
+    for score, first, last in sorted(spans, reverse=True)[: 2 * wanted + 10]:
+        begin = encoded.word_to_chars(encoded.token_to_word(first), sequence_index=1).start
+        stop = encoded.word_to_chars(encoded.token_to_word(last), sequence_index=1).end
+        words = context[begin:stop]
+        answers.setdefault(words.lower(), {"score": 0.0, "start": begin, "end": stop, "answer": words})["score"] += (
+            score
+        )
+    best = sorted(answers.values(), key=lambda answer: -answer["score"])[:wanted]
+    return best[0] if len(best) == 1 else best
+
+
 def short_questions(folder: Path) -> list[Any]:
     return [one for one in CHECKPOINTS["question-answering"].inputs(folder) if len(one["context"]) < 250]
 
@@ -328,6 +353,15 @@ CASES = (
         "by hand",
         short_questions,
         expected=spans_by_hand,
+        ragged=True,
+        shares=4,
+    ),
+    Case(
+        "question-answering",
+        [{}, {"top_k": 3}],
+        "words by hand",
+        short_questions,
+        expected=words_by_hand,
         ragged=True,
         shares=4,
     ),

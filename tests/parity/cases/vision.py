@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,8 +36,9 @@ def overlap(one: list[float], other: list[float]) -> float:
     return shared / union if union else 0.0
 
 
-def masks(pipe: Any, call: Call) -> Any:
-    """The pipeline with a stand-in for the one function that it imports from torchvision."""
+@contextlib.contextmanager
+def stand_in_for_torchvision() -> Iterator[None]:
+    """The one function that mask-generation imports from torchvision."""
     stand_in = types.ModuleType("torchvision.ops.boxes")
 
     def batched_nms(*, boxes: Any, scores: Any, idxs: Any, iou_threshold: float) -> torch.Tensor:
@@ -45,6 +48,11 @@ def masks(pipe: Any, call: Call) -> Any:
     names = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops")}
     present = mock.patch.dict(BACKENDS_MAPPING, {"torchvision": (lambda: True, "")})
     with present, mock.patch.dict(sys.modules, {**names, "torchvision.ops.boxes": stand_in}):
+        yield
+
+
+def masks(pipe: Any, call: Call) -> Any:
+    with stand_in_for_torchvision():
         return direct(pipe, call)
 
 

@@ -42,6 +42,7 @@ class PageReader(Adapter):
         if getattr(pipe.image_processor, "apply_ocr", False):
             pipe.image_processor.apply_ocr = False  # it asks for tesseract; the words come from `read_words`
         taken = inspect.signature(pipe.model.forward).parameters
+        self._looks = bool({"pixel_values", "image"} & set(taken))
         self._picture = "pixel_values" if "pixel_values" in taken and "image" not in taken else "image"
 
     def example(self, size: int) -> Any:
@@ -85,6 +86,8 @@ class PageReader(Adapter):
         parameters = dict(decoded.work.parameters)
         most = parameters.pop("max_question_len", None)  # transformers names it, and its preprocess does not take it
         arguments = self.parse(parameters)
+        if "image" not in decoded.value and self._looks:
+            raise ItemError("bad_input", "this model looks at the page itself; pass its image beside word_boxes", STAGE)
         page = {**decoded.value, "word_boxes": self._words(decoded.value)}
         if most is not None:
             page["question"] = self._cut(self.long_texts().shortened(page["question"], most), most)
@@ -106,11 +109,9 @@ class PageReader(Adapter):
         return Unit(assembly, index, key, length, {"tensors": tensors})
 
     def _words(self, value: Mapping[str, Any]) -> list[Any]:
+        """The page's words with their boxes; none on an empty page, where the only answer can be that there is none."""
         given = value.get("word_boxes")
-        words = read_words(value["image"]) if given is None else checked(given)
-        if not words:
-            raise ItemError("bad_input", "there are no words on the page", STAGE)
-        return words
+        return read_words(value["image"]) if given is None else checked(given)
 
     def _lengths(self, question: str, arguments: Arguments) -> dict[str, Any]:
         """Arguments of preprocess whose lengths fit the model and the question.
@@ -172,7 +173,9 @@ class PageWriter(EqualWriter):
         return with_forward(super().parse(rest), generation)
 
     def read(self, value: Any, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Any]:
-        """The page's pixels and the prompt's tokens."""
+        """The page's pixels and the prompt's tokens. Raises ItemError (bad_input) for a page without its image."""
+        if "image" not in value:
+            raise ItemError("bad_input", "this model reads the page itself; pass its image", STAGE)
         page = {name: value[name] for name in ("image", "question")}
         before = {name: one for name, one in arguments.fresh().preprocess.items() if name != "max_question_len"}
         (span,) = self.copies.get().preprocess(page, **before)

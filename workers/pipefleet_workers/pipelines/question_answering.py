@@ -1,7 +1,8 @@
 """question-answering: the span of a context that answers a question. transformers 5 has the models, no longer the pipeline.
 
-Results are those of transformers 4.43, also in how they count: the scores of a chunk are a softmax over its context and its
-first special token, and an answer is widened to whole words.
+Results are those of transformers 4.57, the last that had it, also in how they count: the scores of a chunk are a softmax over
+its context and its first special token, an answer is widened to whole words, and spans of the same words are one answer, whose
+score is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -113,15 +114,19 @@ class QuestionAnsweringPipeline(ChunkPipeline):  # type: ignore[misc]  # transfo
         align_to_words: bool = True,
     ) -> Any:
         """The best answers of all chunks; a dict when there is one, a list when there are several or none."""
-        answers, nothing = [], 1_000_000.0
+        # Spans within the same words become one answer, so more are looked at than answers are wanted.
+        count, nothing = 2 * top_k + 10 if align_to_words else top_k, 1_000_000.0
+        found: dict[str, dict[str, Any]] = {}
         for output in model_outputs:
             chunk, context = output["chunk"], output["context"]
             start, end = (_probable(output[name][0].float().numpy(), chunk.allowed) for name in ("start", "end"))
             nothing = min(nothing, float(start[0] * end[0]))
             start[0] = end[0] = 0.0
-            for first, last, score in _spans(start, end, chunk.allowed, longest=max_answer_len, count=top_k):
+            for first, last, score in _spans(start, end, chunk.allowed, longest=max_answer_len, count=count):
                 begin, stop = chunk.characters(first, last, align_to_words=align_to_words)
-                answers.append({"score": score, "start": begin, "end": stop, "answer": context[begin:stop]})
+                answer = {"score": 0.0, "start": begin, "end": stop, "answer": context[begin:stop]}
+                found.setdefault(answer["answer"].lower(), answer)["score"] += score
+        answers = list(found.values())
         if handle_impossible_answer:
             answers.append({"score": nothing, "start": 0, "end": 0, "answer": ""})
         answers = sorted(answers, key=lambda answer: answer["score"], reverse=True)[:top_k]
@@ -223,8 +228,11 @@ def _spans(start: _Array, end: _Array, allowed: _Array, *, longest: int, count: 
     if count == 1:
         best = np.asarray([scores.argmax()])
     else:
-        best = np.argsort(-scores, kind="stable")[:count]
-        best = best[scores[best] > 0]
+        likely = np.flatnonzero(scores > 0)
+        if len(likely) > count:  # sorting all would take longer than the model
+            least = np.partition(scores[likely], -count)[-count]
+            likely = np.flatnonzero(scores >= least)
+        best = likely[np.argsort(-scores[likely], kind="stable")][:count]
     places = [(int(place) // width, int(place) // width + int(place) % width, float(scores[place])) for place in best]
     possible = allowed.copy()
     possible[0] = True

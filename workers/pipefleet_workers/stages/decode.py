@@ -156,8 +156,7 @@ class Decoder:
     def _value(self, inputs: Any) -> Any:
         spec = self._spec
         if spec.fields and isinstance(inputs, Mapping):
-            lacks = [name for name in spec.required if name not in inputs]
-            if not inputs or lacks or set(inputs) - set(spec.fields):
+            if not inputs or spec.missing(inputs) or set(inputs) - set(spec.fields):
                 raise self._bad(f"takes the fields {', '.join(spec.fields)}")
             return {name: self._decoders[spec.fields[name]](one) for name, one in inputs.items()}
         if spec.media is None:
