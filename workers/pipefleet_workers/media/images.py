@@ -7,7 +7,7 @@ import io
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media.declared import pixels
+from pipefleet_workers.media.declared import coded_pixels
 from pipefleet_workers.media.formats import PICTURE_FORMATS as FORMATS
 from pipefleet_workers.media.inner import inner
 from pipefleet_workers.media.pieces import excess
@@ -24,9 +24,10 @@ def decode_image(blob: Blob, *, max_pixels: int) -> Image.Image:
 
     The size is read from the headers before anything is decoded: ten kilobytes can hold a gigabyte of pixels.
     """
-    _require_few_pieces(blob, blob.content)
+    _require_headers(blob, max_pixels)
     image = _opened(blob, max_pixels)
-    _require_room(blob, image, max_pixels)
+    _require_few_pixels(blob, image.width * image.height, max_pixels)
+    _require_quick(blob, image)
     try:
         image.load()
         vars(image).pop("_decoder", None)  # those of WebP and AVIF hold two more copies of all pixels
@@ -55,25 +56,25 @@ def _opened(blob: Blob, max_pixels: int) -> Image.Image:
         raise ItemError("bad_media", f"{blob.uri} cannot be read as a picture: {_reason(error)}", STAGE) from None
 
 
-def _require_room(blob: Blob, image: Image.Image, max_pixels: int) -> None:
-    """Raise ItemError for too many pixels: of the picture, of one inside of it, or of a format that takes long for each."""
-    try:
-        held = inner(image, blob.content)
-        found = pixels(image, blob.content)
-    except Exception as error:  # noqa: BLE001 - the headers of an icon are the file's own
-        raise ItemError("bad_media", f"{blob.uri} is damaged: {_reason(error)}", STAGE) from None
-    if held:
-        _require_few_pieces(blob, held)
+def _require_headers(blob: Blob, max_pixels: int) -> None:
+    """Raise ItemError for what the headers of the file, or of the one inside of it, say before Pillow opens it."""
+    held = inner(blob.content)
+    for content in (blob.content, held) if held else (blob.content,):
+        found = excess(content)
+        if found:
+            raise ItemError("too_large", f"{blob.uri} has {found}", STAGE)
+    _require_few_pixels(blob, coded_pixels(blob.content, held), max_pixels)
+
+
+def _require_few_pixels(blob: Blob, found: int, max_pixels: int) -> None:
     if found > max_pixels:
         raise _too_large(blob, f"{found} pixels", max_pixels)
+
+
+def _require_quick(blob: Blob, image: Image.Image) -> None:
+    found = image.width * image.height
     if found > MOST_SLOW_PIXELS and any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ())):
         raise _too_large(blob, f"{found} pixels in a form of {image.format} that is slow to decode", MOST_SLOW_PIXELS)
-
-
-def _require_few_pieces(blob: Blob, content: bytes) -> None:
-    found = excess(content)
-    if found:
-        raise ItemError("too_large", f"{blob.uri} has {found}", STAGE)
 
 
 def _reason(error: Exception) -> str:

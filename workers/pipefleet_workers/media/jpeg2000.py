@@ -1,4 +1,4 @@
-"""What the header of a JPEG 2000 makes the decoder allocate before it reads any pixel: tiles, components, blocks of coefficients."""
+"""What the headers of a JPEG 2000 make a decoder allocate before any pixel: tiles, components, blocks of coefficients."""
 
 from __future__ import annotations
 
