@@ -161,6 +161,14 @@ def decode(content: bytes, *, max_pixels: int = 10_000_000) -> Image.Image:
     return decode_image(Blob("s3://bucket/key", content, None), max_pixels=max_pixels)
 
 
+def attempt(content: bytes) -> str:
+    """The mode of the picture, or the code of its refusal."""
+    try:
+        return decode(content).mode
+    except ItemError as error:
+        return error.failure.code
+
+
 def refusal(content: bytes, **options: int) -> str:
     with pytest.raises(ItemError) as caught:
         decode(content, **options)
@@ -198,10 +206,7 @@ def test_damage_never_raises_anything_but_a_refusal(name: str) -> None:
             damaged[rng.randrange(min(len(content), rng.choice((64, 512, len(content)))))] = rng.randrange(256)
         cut = bytes(damaged)[: rng.randrange(len(content))] if turn % 4 == 0 else bytes(damaged)
         assert picture_bytes(cut) >= 0
-        try:
-            assert decode(cut).mode == "RGB"
-        except ItemError as error:
-            assert error.failure.code in ("bad_media", "truncated_media", "too_large")
+        assert attempt(cut) in ("RGB", "bad_media", "truncated_media", "too_large")
 
 
 # Bounds
