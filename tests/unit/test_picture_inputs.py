@@ -24,7 +24,10 @@ from pipefleet.storage import StorageRef
 from pipefleet.tasks import task_spec
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.images import decode_image
-from tests.unit.test_picture_formats import CASES, WIDTH, deep, encoded, picture, with_alpha
+from pipefleet_workers.runtime import RUNTIME
+from tests.parity import harness
+from tests.parity.harness import Call, load, recording, running
+from tests.unit.test_picture_formats import CASES, FILES, WIDTH, deep, encoded, picture, with_alpha
 
 PICTURES, CHATS = "image-classification", "image-text-to-text"
 URI = "s3://bucket/a.png"
@@ -294,3 +297,17 @@ def test_every_form_of_a_picture_in_a_chat_travels(road: Road, tmp_path: Path, p
 def test_a_part_that_holds_more_or_less_is_refused(road: Road, part: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         road.preparer(CHATS).prepare([{"role": "user", "content": [part]}])
+
+
+def test_a_model_answers_as_transformers_does_for_every_format_and_mode() -> None:
+    pipe = load(PICTURES)
+    files = [FILES[name]() for name in FILES] + [
+        (CASES / name).read_bytes() for name in ("avif.avif", "exif_orient6.jpg")
+    ]
+    contents = files + [picture_file(OBJECTS[name]())[0] for name in OBJECTS]
+    wanted = [pipe(opened(one)) for one in files] + [pipe(OBJECTS[name]()) for name in OBJECTS]
+    adapter = recording(RUNTIME[PICTURES].adapter, pipe)
+    with running(adapter, PICTURES) as one:
+        found = one.run([Call(Blob("s3://bucket/key", content, None), {}) for content in contents])
+    for name, outcome, result in zip([*FILES, "avif.avif", "exif_orient6.jpg", *OBJECTS], found, wanted, strict=True):
+        harness.assert_same(outcome.output, result, name)
