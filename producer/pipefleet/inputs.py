@@ -9,12 +9,16 @@ from typing import Any
 from pipefleet.contract import encode_json
 from pipefleet.errors import InputError, nearest
 from pipefleet.objects import ObjectStore
+from pipefleet.pictures import cell_content, is_cell, is_picture
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
 
 _PARTS = {"image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
 """Types of the parts of a chat's message that hold media; a part holds it under its type's name, or under `url`."""
+_PICTURES = (Media.IMAGE, Media.IMAGES)
+_NAMES = {"image": ("image", "url", "path", "base64")}
+"""Under which names a part of a chat holds its medium, where they are others than its type, `url` and `path`."""
 _MOST_LABELS = 1000
 _MOST_TEXTS = 100_000
 """Words of one pre-tokenised text, or questions about one table."""
@@ -57,7 +61,7 @@ class InputPreparer:
             return StorageRef.from_json(value).to_json()
         if "text_pair" in self.spec.fields and is_pair(value):
             value = dict(zip(("text", "text_pair"), value if isinstance(value, tuple) else value[0], strict=True))
-        if self.spec.fields and isinstance(value, Mapping):
+        if self.spec.fields and isinstance(value, Mapping) and not (self.spec.media in _PICTURES and is_cell(value)):
             return self._prepare_fields(value)
         if self.spec.media is None:
             raise InputError(f"{self.spec.name} takes {_shown(self.spec)}, not {_kind(value)}")
@@ -147,6 +151,7 @@ class InputPreparer:
         return [self._chat_part(part) for part in content]
 
     def _chat_part(self, part: Any) -> dict[str, Any]:
+        part = plain_part(part)
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and set(part) == {"type", "text"}:
             return {"type": "text", "text": self._words(part["text"])}
@@ -155,14 +160,20 @@ class InputPreparer:
             known = ", ".join("text" if one is Media.TEXT else str(one) for one in self.spec.chat_media)
             raise InputError(f"{self.spec.name} takes {known} in the parts of a message, not {str(kind)[:40]!r}")
         names = set(part) - {"type"}
-        if len(names) != 1 or not names <= {kind, "url", "path"}:
+        if len(names) != 1 or not names <= set(_NAMES.get(str(kind), (kind, "url", "path"))):
             raise InputError(f"a part of type {kind} is {{type, {kind}}} and holds nothing else")
         return {"type": kind, str(kind): self._kinds[_PARTS[str(kind)]](part[names.pop()])}
 
     def _image(self, value: Any) -> Any:
-        if hasattr(value, "save") and hasattr(value, "mode"):
+        if is_picture(value):
             return self._upload.image(value)
-        return self._media(value)
+        if isinstance(value, str) and not is_uri(value):
+            return self._upload.picture(value)
+        if hasattr(value, "__array__"):
+            raise InputError(
+                f"{self.spec.name} takes no arrays as pictures, as transformers takes none: pass PIL.Image.fromarray(array)"
+            )
+        return self._media(cell_content(value) if is_cell(value) else value)
 
     def _images(self, value: Any) -> Any:
         return [self._image(one) for one in value] if isinstance(value, list | tuple) else self._image(value)
@@ -231,6 +242,23 @@ def is_pair(value: object) -> bool:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = tuple(value[0])
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, str | Path) for one in value)
+
+
+def plain_part(part: Any) -> Any:
+    """A part of a chat's message without names of nothing (None), and OpenAI's `image_url` as a part of type image."""
+    if not isinstance(part, Mapping):
+        return part
+    part = {name: one for name, one in part.items() if one is not None}
+    if part.get("type") != "image_url" or set(part) != {"type", "image_url"}:
+        return part
+    held = part["image_url"]
+    if not isinstance(held, Mapping):
+        return {"type": "image", "url": held}
+    if "url" not in held or set(held) - {"url", "detail"} or held.get("detail") not in (None, "auto"):
+        raise InputError(
+            "a part of type image_url is {type, image_url: {url}}; a `detail` other than auto is not known here"
+        )
+    return {"type": "image", "url": held["url"]}
 
 
 def is_table(value: object) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import mimetypes
 import struct
 from collections.abc import Mapping
@@ -12,13 +11,13 @@ from typing import Any
 
 from pipefleet.errors import InputError
 from pipefleet.objects import ObjectStore
+from pipefleet.pictures import LONGEST_PATH, inline, picture_file
 from pipefleet.storage import StorageRef, join_uri
 
 RAW_AUDIO = "audio/x-raw-float32"
 """Media type of bare samples: little-endian float32, mono, at the model's own rate (as transformers assumes)."""
 TEXT_TYPE = "text/plain; charset=utf-8"
 BYTES_TYPE = "application/octet-stream"
-_PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
 
 
 class Uploader:
@@ -50,11 +49,13 @@ class Uploader:
         return self.content(content, path.suffix.lstrip(".").lower() or "bin", mimetypes.guess_type(path.name)[0])
 
     def image(self, image: Any) -> dict[str, Any]:
-        """A PIL image, as PNG; of a mode that PNG lacks (CMYK, YCbCr, F …) as RGB, to which a pipeline converts it anyway."""
-        buffer = io.BytesIO()
-        image = image if image.mode in _PNG_MODES else image.convert("RGB")
-        image.save(buffer, format="PNG", compress_level=1)
-        return self.content(buffer.getvalue(), "png", "image/png")
+        """A PIL image, upright and without loss: see `picture_file`."""
+        return self.content(*picture_file(image))
+
+    def picture(self, value: str) -> dict[str, Any]:
+        """A text that names a local file, or holds a picture in base64 or as a `data:` URI. Raises as `file` does."""
+        held = None if _is_file(value) else inline(value)
+        return self.file(value) if held is None else self.content(*held)
 
     def samples(self, value: Any) -> dict[str, Any]:
         """Mono samples: an array or tensor, a decoder of torchcodec, or the dict `{"raw" or "array", "sampling_rate"}`."""
@@ -90,6 +91,13 @@ class DryUploader(Uploader):
     def _read(self, path: Path) -> bytes:
         with path.open("rb"):
             return b""
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return len(text) <= LONGEST_PATH and Path(text).is_file()
+    except (OSError, ValueError):  # a component that is too long, a NUL
+        return False
 
 
 def _float32(samples: Any) -> bytes:

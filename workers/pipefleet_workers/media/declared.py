@@ -15,7 +15,9 @@ from PIL import Image
 
 from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob
+from pipefleet_workers.media import jpeg2000
 from pipefleet_workers.media.formats import AUDIO_FORMATS, PICTURE_FORMATS, VIDEO_FORMATS
+from pipefleet_workers.media.inner import ICON, inner
 
 PIXEL = 18
 """Bytes of a pixel: 4 as Pillow holds it, 14 of the copies that an image processor makes before it is small."""
@@ -26,14 +28,21 @@ CHARACTER = 600
 _PACKED = 32
 """Bytes of sound that a byte of a file becomes, where it does not say how long it lasts."""
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_OLD_BITMAP = 12
+_BITMAPS = tuple(struct.pack("<I", size) for size in (_OLD_BITMAP, 40, 52, 56, 64, 108, 124))
 _FRAMES_OF_JPEG = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 
 
 def picture_bytes(content: bytes) -> int:
     """Bytes of a picture; 0 for what is no picture."""
-    size = _jpeg(content) if content.startswith(_JPEG) else _png(content) if content.startswith(_PNG) else None
-    width, height = size or _opened(content)
-    return width * height * PIXEL
+    return (coded_pixels(content) or _opened(content)) * PIXEL
+
+
+def coded_pixels(content: bytes, held: bytes | None = None) -> int:
+    """Pixels by the header of the coded stream, of `content` or of the file `held` in it; 0 where only Pillow knows its header."""
+    held = inner(content) if held is None else held
+    sizes = [_coded(one) for one in ((content, held) if held else (content,))]
+    return max(width * height for width, height in sizes)
 
 
 def recording_bytes(blob: Blob, rate: int, max_seconds: float) -> int:
@@ -89,8 +98,32 @@ def _png(content: bytes) -> tuple[int, int] | None:
     return struct.unpack_from(">II", content, 16) if content[12:16] == b"IHDR" and len(content) >= 24 else None
 
 
-def _opened(content: bytes) -> tuple[int, int]:
-    try:
-        return Image.open(io.BytesIO(content), formats=PICTURE_FORMATS).size
-    except Exception:  # noqa: BLE001 - decoding says what is wrong with it
+def _coded(content: bytes) -> tuple[int, int]:
+    """What a stream says of itself, where a container around it says it too; 0, 0 for any other."""
+    if jpeg2000.is_jpeg2000(content):
+        return jpeg2000.size(content)
+    if content.startswith(_PNG):
+        return _png(content) or (0, 0)
+    if content.startswith(_JPEG):
+        return _jpeg(content) or (0, 0)
+    return _bitmap(content)
+
+
+def _bitmap(content: bytes) -> tuple[int, int]:
+    """A bare bitmap, as icons hold it; twice as high as the picture, since its mask is below it."""
+    if len(content) < 16 or content[:4] not in _BITMAPS:
         return 0, 0
+    if content[0] == _OLD_BITMAP:
+        return struct.unpack_from("<HH", content, 4)
+    width, height = struct.unpack_from("<ii", content, 4)
+    return abs(width), abs(height)
+
+
+def _opened(content: bytes) -> int:
+    if content.startswith(ICON):  # opening decodes it
+        return 0
+    try:
+        width, height = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS).size
+    except Exception:  # noqa: BLE001 - decoding says what is wrong with it
+        return 0
+    return width * height

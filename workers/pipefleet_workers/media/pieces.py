@@ -9,12 +9,17 @@ from __future__ import annotations
 import re
 import struct
 
+from pipefleet_workers.media import jpeg2000
+
 MOST_SCANS = 200
 """Scans of a JPEG; encoders write twenty at most."""
 MOST_CHUNKS = 20_000
 """Chunks of a PNG that hold no pixels."""
 MOST_STRIPS = 1 << 18
 """Strips or tiles of a TIFF."""
+MOST_PARSED = 64 << 20
+"""Bytes of an XPM or a BLP, of which Pillow makes a dict or a list in Python while it opens or decodes it."""
+_PARSED = (b"/* XPM */", b"BLP1", b"BLP2")
 _JPEG, _PNG, _TIFF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"II", b"MM")
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """What ends the compressed bytes of a scan: any marker but those of a restart."""
@@ -25,10 +30,14 @@ _STRIPS = (273, 324)
 
 def excess(content: bytes) -> str | None:
     """What a picture's file has far too much of, or None. Looks at heads of pieces only."""
+    if len(content) > MOST_PARSED and content.startswith(_PARSED):
+        return f"more than {MOST_PARSED} bytes, for its format"
     if content.startswith(_JPEG):
         return _scans(content)
     if content.startswith(_PNG):
         return _chunks(content)
+    if jpeg2000.is_jpeg2000(content):
+        return jpeg2000.excess(content)
     return _strips(content) if content[:2] in _TIFF else None
 
 

@@ -1,0 +1,151 @@
+"""Pictures as people hold them: PIL objects, `data:` URIs, base64, cells of a `datasets` column. From each, the bytes that travel.
+
+The rules are those of `transformers.image_utils.load_image`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from pipefleet.errors import InputError
+
+MOST_INLINE = 256 << 20
+"""Characters of a picture that stands inside a text, as base64."""
+LONGEST_PATH = 4096
+"""Characters of a path on Linux; a longer text is no file's name."""
+_CELL = {"bytes", "path"}
+_DATA = re.compile(r"data:([^,;]{0,100})[^,]{0,200},", re.IGNORECASE)
+_SPACE = re.compile(rb"\s+")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"8BPS", b"DDS ", b"qoif",
+    b"\0\0\1\0", b"\0\0\2\0", b"icns", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"\x01\xda", b"BLP", b"\x59\xa6\x6a\x95", b"/* XPM",
+    b"P1\n", b"P2\n", b"P3\n", b"P4\n", b"P5\n", b"P6\n", b"#define ",
+)  # fmt: skip
+_SUFFIXES = {
+    "jpeg": "jpg",
+    "svg+xml": "svg",
+    "x-icon": "ico",
+    "vnd.microsoft.icon": "ico",
+    "vnd.adobe.photoshop": "psd",
+}
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+_TIFF_MODES = {"I", "F", "CMYK", "I;16", "I;16L", "I;16B", "I;16N"}
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is a PIL image; looks at what it has, so that nobody needs Pillow for anything else."""
+    return hasattr(value, "save") and hasattr(value, "mode")
+
+
+def is_cell(value: Any) -> bool:
+    """Whether it is a cell of an undecoded column of `datasets`: `{"bytes", "path"}`."""
+    return isinstance(value, Mapping) and bool(value) and set(value) <= _CELL
+
+
+def cell_content(value: Mapping[str, Any]) -> bytes | str | Path:
+    """What such a cell holds: its bytes, or where there are none the path."""
+    content, path = value.get("bytes"), value.get("path")
+    if isinstance(content, bytes | bytearray | memoryview):
+        return bytes(content)
+    if content is None and isinstance(path, str | Path) and str(path):
+        return path
+    raise InputError("a dict of `bytes` and `path` holds the bytes of a file, or the path of one")
+
+
+def inline(text: str) -> tuple[bytes, str, str | None] | None:
+    """Bytes, suffix and media type of a picture inside a text; None for a text that is anything else, such as a path.
+
+    Raises InputError for a `data:` URI that cannot be read.
+    """
+    found = _DATA.match(text)
+    if found:
+        return _from_data_uri(text, found)
+    if text[:5].lower() == "data:":
+        raise InputError(f"not a data: URI of a picture: {text[:80]!r}; it is data:image/png;base64,…")
+    return _from_base64(text)
+
+
+def picture_file(image: Any) -> tuple[bytes, str, str]:
+    """Bytes, suffix and media type of a file that holds a PIL image: its current frame, upright, and without loss.
+
+    PNG or TIFF where one of them holds its mode; else RGB, to which every pipeline converts it (YCbCr, HSV, LAB, La …). What the
+    object came with beside its pixels (profiles, EXIF) stays behind. Raises InputError for one that cannot be read.
+    """
+    from PIL import ImageOps  # whoever has such an object has Pillow
+
+    try:
+        image = ImageOps.exif_transpose(image)
+        image = image if image.mode in _PNG_MODES | _TIFF_MODES else image.convert("RGB")
+    except (
+        Exception
+    ) as error:  # a damaged file raises here, as it is lazily read, and a mode that Pillow does not convert (La)
+        raise InputError(f"the picture cannot be read: {type(error).__name__}: {error}") from error
+    if not all(image.size):
+        raise InputError(f"the picture has no pixels: its size is {image.width} x {image.height}")
+    bare = image.copy()
+    bare.info = _transparency(image)
+    buffer = io.BytesIO()
+    if image.mode in _PNG_MODES:
+        bare.save(buffer, format="PNG", compress_level=1)
+        return buffer.getvalue(), "png", "image/png"
+    bare.save(buffer, format="TIFF", compression="raw")
+    return buffer.getvalue(), "tiff", "image/tiff"
+
+
+def _transparency(image: Any) -> dict[str, Any]:
+    """Which colours of a palette are transparent."""
+    found = image.info.get("transparency")
+    return {"transparency": found} if image.mode == "P" and isinstance(found, int | bytes) else {}
+
+
+def _from_data_uri(text: str, head: re.Match[str]) -> tuple[bytes, str, str | None]:
+    _require_short(text)
+    content = _SPACE.sub(b"", unquote_to_bytes(text[head.end() :]))
+    try:
+        decoded = base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise InputError(f"the data: URI {text[:60]!r} is not base64: {error}") from None
+    if not decoded:
+        raise InputError(f"the data: URI {text[:60]!r} is empty")
+    kind = head[1].lower()
+    name = kind.removeprefix("image/") if kind.startswith("image/") else ""
+    suffix = _SUFFIXES.get(name, name)
+    return decoded, suffix if re.fullmatch("[a-z0-9]{1,8}", suffix) else "bin", kind if name else None
+
+
+def _from_base64(text: str) -> tuple[bytes, str, None] | None:
+    """A text that is a picture in base64: one that begins like a file of pictures, or that is too long for a path."""
+    if len(text) < 32 or not _BASE64.match(text[:64]):
+        return None
+    begin = _decoded("".join(text[:120].split())[:64])
+    if begin is None or not (len(text) > LONGEST_PATH or _is_signed(begin)):
+        return None
+    _require_short(text)
+    decoded = _decoded("".join(text.split())) if _BASE64.fullmatch(text) else None
+    return (decoded, "bin", None) if decoded else None
+
+
+def _is_signed(begin: bytes) -> bool:
+    return begin.startswith(_SIGNATURES) or begin[8:12] == b"WEBP" or begin[4:8] == b"ftyp"
+
+
+def _decoded(text: str) -> bytes | None:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _require_short(text: str) -> None:
+    if len(text) > MOST_INLINE:
+        raise InputError(
+            f"a picture inside a text has {MOST_INLINE} characters at most, not {len(text)}: put it into a file"
+        )
