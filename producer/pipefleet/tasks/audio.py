@@ -15,7 +15,7 @@ from pipefleet.parameters import (
     template,
     text,
 )
-from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, LABEL_COUNT
+from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, LABEL_COUNT, STRICT_MEDIA
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _WHISPER: dict[str, Check] = {
@@ -60,6 +60,7 @@ ROWS = (
             "stride_length_s": either(null, number(0.0, 1800.0), list_of(number(0.0, 1800.0), 2)),
             "max_new_tokens": GENERATE["max_new_tokens"],
             "generate_kwargs": mapping_of(_WHISPER),
+            **STRICT_MEDIA,
         },
         returns="{text, chunks?}",
         cost_unit=CostUnit.SECONDS,
@@ -71,6 +72,7 @@ ROWS = (
         parameters={
             "top_k": LABEL_COUNT,
             "function_to_apply": either(null, choice("sigmoid", "softmax", "none")),
+            **STRICT_MEDIA,
         },
         returns="[{label, score}]",
         cost_unit=CostUnit.SECONDS,
@@ -78,7 +80,7 @@ ROWS = (
     TaskSpec(
         name="zero-shot-audio-classification",
         media=Media.AUDIO,
-        parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000)},
+        parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000), **STRICT_MEDIA},
         returns="[{label, score}]",
         cost_unit=CostUnit.SECONDS,
     ),

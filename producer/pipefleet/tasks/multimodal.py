@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
-from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, WRITE
+from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, STRICT_MEDIA, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _ROW = {name: WRITE[name] for name in ("stop", "seed")}
@@ -40,7 +40,7 @@ ROWS = (
         required=("text",),
         positional=("text", "images", "videos", "audio"),
         chat_media=(Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO),
-        parameters=_CHAT,
+        parameters={**_CHAT, **STRICT_MEDIA},
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
     ),

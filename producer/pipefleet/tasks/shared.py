@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, number, text
 
+STRICT_MEDIA: dict[str, Check] = {"strict_media": boolean}
+"""Our own, of tasks that take recordings or films: those that are damaged or lack their end are refused."""
 LABEL_COUNT = either(null, integer(1, 100_000))
 ACTIVATION = either(null, choice("default", "sigmoid", "softmax", "none"))
 TOKENIZE: dict[str, Check] = {"truncation": boolean, "max_length": integer(1, 1_000_000)}

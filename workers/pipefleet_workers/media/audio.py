@@ -57,7 +57,7 @@ def _from_file(blob: Blob, bounds: Bounds, notes: list[str], *, strict: bool) ->
     track, losses = Track(bounds), Losses()
     samples = _decoded(blob, track, losses)
     if not samples.size:
-        raise ItemError("bad_media", f"{blob.uri} holds no audio", STAGE)
+        raise _truncated(blob, missing) if missing else ItemError("bad_media", f"{blob.uri} holds no audio", STAGE)
     missing = missing or _shortfall(blob.content, track.seconds)
     if missing and (strict or missing.share > MOST_MISSING):
         raise _truncated(blob, missing)
@@ -106,6 +106,6 @@ def _by_libsndfile(content: bytes, track: Track) -> Samples:
         known = file.channels < len(_LAYOUTS)
         layout = _LAYOUTS[file.channels] if known else "mono"
         while len(block := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
-            planes = block.T if known else block.mean(axis=1, dtype=np.float32)[None]
-            track.add(sound_frame(planes, file.samplerate, layout))
+            samples = block if known else block.mean(axis=1, dtype=np.float32)
+            track.add(sound_frame(samples, file.samplerate, layout))
         return track.end()

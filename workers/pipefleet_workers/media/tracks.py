@@ -99,7 +99,7 @@ class _Mixer:
 
     def __init__(self, rate: int) -> None:
         self._swresample = av.AudioResampler(format="flt", layout="mono", rate=rate, frame_size=_BLOCK)
-        self._planes = av.AudioResampler(format="fltp")
+        self._packed = av.AudioResampler(format="flt")
         self._to_mean = False
 
     def mix(self, frame: av.AudioFrame | None) -> list[Samples]:
@@ -123,14 +123,18 @@ class _Mixer:
 
     def _mean(self, frame: av.AudioFrame) -> list[av.AudioFrame]:
         found = []
-        for one in self._planes.resample(frame):
-            mean = one.to_ndarray().mean(axis=0, dtype=np.float32, keepdims=True)
-            found.append(sound_frame(mean, frame.sample_rate))
+        for one in self._packed.resample(frame):
+            samples = one.to_ndarray().reshape(-1, frame.layout.nb_channels)
+            found.append(sound_frame(samples.mean(axis=1, dtype=np.float32), frame.sample_rate))
         return found
 
 
-def sound_frame(planes: Samples, rate: int, layout: str = "mono") -> av.AudioFrame:
-    """A frame of float32 samples of shape `[channels, samples]`, at `rate` Hz."""
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(planes), format="fltp", layout=layout)
+def sound_frame(samples: Samples, rate: int, layout: str = "mono") -> av.AudioFrame:
+    """A frame of float32 samples of shape `[samples, channels]` or `[samples]`, at `rate` Hz.
+
+    Packed: of frames with a plane for each of eight channels or more, PyAV looks for one plane too many.
+    """
+    packed = np.ascontiguousarray(samples, np.float32).reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
     frame.sample_rate = rate
     return frame
