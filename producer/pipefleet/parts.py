@@ -65,7 +65,7 @@ class JsonLines:
 
 
 class Parquet:
-    """Columns id, input, parameters, output, error, provenance and warnings; error is a struct, warnings a list, the others are texts.
+    """Columns id, input, parameters, output, error, provenance and warnings; error is a struct, warnings a list, the rest texts.
 
     `output` is a list of float32 of fixed size where every output of the part is a vector of that size and within the range of
     float32, else JSON. `input` is the text or URI itself where every input of the part is one, else JSON. Which it is stands in the

@@ -22,8 +22,6 @@ from pipefleet_workers.media.tracks import STAGE, Bounds, Samples, Track, sound_
 __all__ = ["Samples", "decode_audio"]
 _BLOCK = 1 << 18
 """Numbers that libsndfile decodes at once; it allows 1024 channels."""
-_LAYOUTS = ("", "mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
-"""FFmpeg's layout for a number of channels, where a file says no other."""
 
 
 def decode_audio(
@@ -45,8 +43,9 @@ def decode_audio(
     samples = _raw(blob, bounds) if blob.type == RAW_AUDIO else _from_file(blob, bounds, notes, strict=strict)
     if not np.isfinite(samples).all():  # models answer these too, with whatever NaN leads to
         raise ItemError("bad_media", f"{blob.uri} holds samples that are not finite numbers", STAGE)
-    for text in notes if warnings is not None else ():
-        note(warnings, text)
+    if warnings is not None:
+        for text in notes:
+            note(warnings, text)
     return samples
 
 
@@ -103,9 +102,7 @@ def _decoded(blob: Blob, track: Track, losses: Losses) -> Samples:
 
 def _by_libsndfile(content: bytes, track: Track) -> Samples:
     with soundfile.SoundFile(io.BytesIO(content)) as file:
-        known = file.channels < len(_LAYOUTS)
-        layout = _LAYOUTS[file.channels] if known else "mono"
+        layout = f"{file.channels} channels"  # FFmpeg knows a layout for most numbers
         while len(block := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
-            samples = block if known else block.mean(axis=1, dtype=np.float32)
-            track.add(sound_frame(samples, file.samplerate, layout))
+            track.add(sound_frame(block, file.samplerate, layout))
         return track.end()

@@ -1,14 +1,15 @@
 """Containers of media: how much of a file is missing, by what it says of itself. Bytes in, a sentence out; nothing is decoded.
 
-The rule: where more than a tenth of what a file promises is missing, or its index, it was cut and is refused. Where less is missing,
-or the file does not say how long it is and only its last piece is broken off, the rest is taken, with a warning. MPEG-TS, MPEG-PS,
-ADTS, AMR, ASF, AVI, FLV, and MP3 without its encoder's tag are not looked at: most of them do not say how long they are.
+The rule: where more than a tenth of what a file promises is missing, or its index, it was cut and is refused. Where less is
+missing, or the file does not say how long it is and its last piece is broken off, the rest is taken, with a warning. MPEG-TS,
+MPEG-PS, ADTS, AMR, ASF, AVI, FLV, and MP3 without its encoder's tag are not looked at: most do not say how long they are.
 """
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST_MISSING = 0.1
@@ -19,7 +20,8 @@ _LARGEST = 1 << 30
 """Bytes above which a size stands for "not known" in any smaller file."""
 _ROUND = (100_000_000, 1_000_000)
 """From so many bytes on, a multiple of so many is a number that a person chose, such as 2,000,000,000."""
-_MOST_LINKS = 256
+FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+"""The mark of a FLAC and the head of its first block, which has one size."""
 _SEGMENT = b"\x18\x53\x80\x67"
 _EBML_PARENTS = (_SEGMENT, b"\x1f\x43\xb6\x75")
 """Segment and Cluster, the elements that recorders which stream leave without a size."""
@@ -48,48 +50,33 @@ def missing_of(content: bytes) -> Missing | None:
 
 
 def flac_seconds(content: bytes) -> float | None:
-    """How long a FLAC says that it is; None for other files, and where it does not say."""
-    if not content.startswith(b"fLaC") or len(content) < 26:
+    """How long a FLAC says that it is, all its parts if it was joined; None for other files, and where one part does not say."""
+    if not content.startswith(b"fLaC"):
         return None
-    packed = int.from_bytes(content[18:26], "big")
-    rate, samples = packed >> 44, packed & ((1 << 36) - 1)
-    return samples / rate if rate and samples else None
+    total = 0.0
+    for found in FLAC_START.finditer(content):
+        packed = int.from_bytes(content[found.start() + 18 : found.start() + 26], "big")
+        rate, samples = packed >> 44, packed & ((1 << 36) - 1)
+        if not rate or not samples:
+            return None
+        total += samples / rate
+    return total or None
 
 
-def ogg_links(content: bytes) -> list[bytes]:
-    """The parts of a joined Ogg that begin another codec, rate or number of channels; any other file is its own only part."""
-    if not content.startswith(b"OggS"):
-        return [content]
-    starts, before, headed = [0], b"", False
-    for at, is_first, head in _ogg_pages(content):
-        if is_first and not headed:
-            if before and head != before and len(starts) < _MOST_LINKS:
-                starts.append(at)
-            before = head
-        headed = is_first
-    return [content] if len(starts) == 1 else [content[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
-
-
-def _ogg_pages(content: bytes) -> Iterator[tuple[int, bool, bytes]]:
-    """Where each page begins, whether it begins a stream, and the packet of a page that does."""
-    at = 0
-    while (at := content.find(b"OggS", at)) >= 0 and at + 27 <= len(content):
-        segments = content[at + 26]
-        size = 27 + segments + sum(content[at + 27 : at + 27 + segments])
-        is_first = bool(content[at + 5] & 2)
-        yield at, is_first, content[at + 27 + segments : at + size] if is_first else b""
-        at += size
+def is_placeholder(size: int) -> bool:
+    """Whether a size stands for "not known"."""
+    return any(size in sizes for sizes in _STREAMED) or (size >= _ROUND[0] and size % _ROUND[1] == 0)
 
 
 def _samples(content: bytes, start: int, size: int) -> Missing | None:
     """`size` bytes of samples begin at `start`."""
     missing = start + size - len(content)
-    if missing <= 0 or any(size in sizes for sizes in _STREAMED) or (size >= _ROUND[0] and size % _ROUND[1] == 0):
+    if missing <= 0 or is_placeholder(size):
         return None
     return Missing(f"{missing} bytes of samples are missing", 0.0 if size > _LARGEST else missing / size)
 
 
-def _chunk(content: bytes, name: bytes, *, at: int, layout: str, align: int = 2) -> tuple[int, int] | None:
+def chunk_of(content: bytes, name: bytes, *, at: int, layout: str, align: int = 2) -> tuple[int, int] | None:
     """Start and size of the first chunk of a name; `layout` is the struct of a chunk's name and size."""
     head = struct.calcsize(layout)
     while at + head <= len(content):
@@ -103,11 +90,11 @@ def _chunk(content: bytes, name: bytes, *, at: int, layout: str, align: int = 2)
 def _riff(content: bytes) -> Missing | None:
     if content[8:12] != b"WAVE":
         return None
-    data = _chunk(content, b"data", at=12, layout="<4sI")
+    data = chunk_of(content, b"data", at=12, layout="<4sI")
     if data is None:
         return Missing("it has no samples")
     start, size = data
-    sizes = _chunk(content, b"ds64", at=12, layout="<4sI") if size == 0xFFFFFFFF else None
+    sizes = chunk_of(content, b"ds64", at=12, layout="<4sI") if size == 0xFFFFFFFF else None
     if sizes and sizes[0] + 16 <= len(content):
         (size,) = struct.unpack_from("<8xQ", content, sizes[0])
     return _samples(content, start, size)
@@ -116,12 +103,12 @@ def _riff(content: bytes) -> Missing | None:
 def _aiff(content: bytes) -> Missing | None:
     if content[8:12] not in (b"AIFF", b"AIFC"):
         return None
-    data = _chunk(content, b"SSND", at=12, layout=">4sI")
+    data = chunk_of(content, b"SSND", at=12, layout=">4sI")
     return _samples(content, *data) if data else Missing("it has no samples")
 
 
 def _caf(content: bytes) -> Missing | None:
-    data = _chunk(content, b"data", at=8, layout=">4sq", align=1)
+    data = chunk_of(content, b"data", at=8, layout=">4sq", align=1)
     return _samples(content, *data) if data else Missing("it has no samples")
 
 
@@ -130,7 +117,7 @@ def _w64(content: bytes) -> Missing | None:
     while at + 24 <= len(content):
         name, size = struct.unpack_from("<4s12xQ", content, at)  # the size counts name and size as well
         if name == b"data":
-            return _samples(content, at + 24, size - 24)
+            return None if is_placeholder(size) else _samples(content, at + 24, size - 24)
         at += max(24, size + -size % 8)
     return Missing("it has no samples")
 
@@ -176,7 +163,9 @@ def _matroska(content: bytes) -> Missing | None:
 def _bytes_missing(content: bytes, promised: int, share: float | None = None) -> Missing | None:
     """What is missing of a file of `promised` bytes."""
     missing = promised - len(content)
-    return Missing(f"{missing} bytes are missing", missing / promised if share is None else share) if missing > 0 else None
+    return (
+        Missing(f"{missing} bytes are missing", missing / promised if share is None else share) if missing > 0 else None
+    )
 
 
 def _vint_bytes(first: int) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import av
 
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media.containers import ogg_links
 from pipefleet_workers.media.formats import AUDIO_FORMATS
+from pipefleet_workers.media.joined import parts
 from pipefleet_workers.media.losses import Losses, cause, decoded, read_packets
 from pipefleet_workers.media.tracks import STAGE, Samples, Track
 
@@ -42,12 +42,12 @@ def read_sound(blob: Blob, track: Track, losses: Losses) -> Samples:
 
 
 def _read(blob: Blob, track: Track, losses: Losses) -> None:
-    """Add a file to the track. FFmpeg gives up where a joined Ogg goes on with another codec, rate or number of channels."""
-    first, *others = ogg_links(blob.content)
+    """Add a file to the track, part by part where it was joined."""
+    first, *others = parts(blob.content)
     _read_one(blob, first, track, losses)
-    for link in others:
+    for part in others:
         try:
-            _read_one(blob, link, track, losses)
+            _read_one(blob, part, track, losses)
         except CannotOpenError as error:
             losses.stopped = losses.stopped or str(error.refusal)
 
@@ -81,28 +81,11 @@ def _channels(stream: Any) -> int:
 
 def frames(container: Any, stream: Any, losses: Losses, decode: _Decode | None = None) -> Iterator[Any]:
     """The frames of a stream to the end of the data; what cannot be decoded or read is counted in `losses`."""
-    tag_end = 0
     for packet in read_packets(container, stream, losses):
         before = losses.lost
         yield from decoded(packet, losses, decode)
-        if losses.lost > before:
-            tag_end = max(tag_end, _tag_end(packet))
-            if packet.pos is not None and packet.pos < tag_end:
-                losses.lost, losses.packets = before, losses.packets - 1
-
-
-def _tag_end(packet: Any) -> int:
-    """Where the tag ends that a packet begins with; 0 for none."""
-    if not packet.size or packet.pos is None:
-        return 0
-    head = bytes(packet)[:16]
-    if not head.startswith(_TAGS):
-        return 0
-    size = 0
-    if head.startswith(b"ID3") and len(head) >= 10:
-        high, upper, lower, low = (byte & 0x7F for byte in head[6:10])
-        size = 10 + (high << 21 | upper << 14 | lower << 7 | low)
-    return int(packet.pos) + max(size, int(packet.size))
+        if losses.lost > before and bytes(packet)[:16].startswith(_TAGS):
+            losses.lost, losses.packets = before, losses.packets - 1
 
 
 def _second_choice(content: bytes, stream: Any, most_seconds: float) -> _Decode | None:
