@@ -39,6 +39,7 @@ class Job:
         self._client = client
         self._future: JobFuture | None = None
         """Held here alone: of a job whose handle is gone, the client keeps nothing."""
+        self._warnings: list[str] | None = None
         self.id = job_id
 
     def __repr__(self) -> str:
@@ -54,6 +55,14 @@ class Job:
         if found is None:
             raise nothing_known(self.id)
         return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on what is missing of the result, such as packets of a damaged recording; empty for most jobs.
+
+        Asks Redis where the result was not taken by this handle. Raises JobError when nothing is known of the job.
+        """
+        return list(self.record().warnings if self._warnings is None else self._warnings)
 
     def result(self, timeout: float | None = None, *, resolved: bool = True) -> Any:
         """The output, as the pipeline call returns it; waits up to `timeout` seconds (None: without end).
@@ -124,7 +133,7 @@ class Job:
         return await asyncio.to_thread(self._output, future.result())
 
     def _output(self, record: JobRecord, *, resolved: bool = True) -> Any:
-        self._future = None
+        self._future, self._warnings = None, list(record.warnings)
         return self._client.output_of(self.id, record, resolved=resolved)
 
 

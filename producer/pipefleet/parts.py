@@ -65,7 +65,7 @@ class JsonLines:
 
 
 class Parquet:
-    """Columns id, input, parameters, output, error and provenance; error is a struct, the others are texts.
+    """Columns id, input, parameters, output, error, provenance and warnings; error is a struct, warnings a list, the rest texts.
 
     `output` is a list of float32 of fixed size where every output of the part is a vector of that size and within the range of
     float32, else JSON. `input` is the text or URI itself where every input of the part is one, else JSON. Which it is stands in the
@@ -95,6 +95,7 @@ class Parquet:
             "output": _outputs(rows),
             "error": pyarrow.array([row.get("error") for row in rows], error),
             "provenance": _json([row.get("provenance") for row in rows]),
+            "warnings": pyarrow.array([row.get("warnings") for row in rows], pyarrow.list_(pyarrow.string())),
         }
         plain = all(isinstance(row["input"], str) for row in rows)
         fields = [pyarrow.field(name, column.type) for name, column in columns.items()]
@@ -182,6 +183,8 @@ def _row(row: dict[str, Any], *, plain: bool) -> dict[str, Any]:
         found["error"] = row["error"]
     else:
         found["output"] = json.loads(row["output"]) if isinstance(row["output"], str) else row["output"]
+    if row.get("warnings"):  # a part of an earlier release has no such column
+        found["warnings"] = row["warnings"]
     return {**found, "provenance": json.loads(row["provenance"])} if row["provenance"] is not None else found
 
 

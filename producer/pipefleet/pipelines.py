@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any
@@ -261,9 +262,15 @@ def _task_of(client: Client, model: str | None, revision: str | None) -> str:
 
 
 def _result(job: Job, timeout: float | None) -> Any:
-    """The result of a job that nobody else knows of: it is cancelled when it is not waited for any longer."""
+    """The result of a job that nobody else knows of: it is cancelled when it is not waited for any longer.
+
+    What is missing of the result becomes a warning of Python's.
+    """
     try:
-        return job.result(timeout)
+        result = job.result(timeout)
+        for text in job.warnings:
+            warnings.warn(text, stacklevel=3)
+        return result
     except ResultTimeoutError:
         why = job.why_waiting()
         try:

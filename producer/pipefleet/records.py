@@ -1,8 +1,8 @@
 """The record of a single job in Redis: one hash, changed only by the scripts here, so that a final state stays final.
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
-StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage). The times are the Redis server's: where a
-script is given an empty text as a time, it writes the server's own.
+StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), warnings (JSON: a list of sentences, where
+there are some). The times are the Redis server's: where a script is given an empty text as a time, it writes the server's own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from pipefleet.contract import JobState, encode_json, is_reply
 from pipefleet.errors import ContractError
 from pipefleet.foreign import number, read_object
 from pipefleet.storage import StorageRef
+
+MOST_WARNINGS = 10
+"""Sentences that go with one result at most, of 300 characters each as workers write them."""
 
 _TIME = """
 local function time(given)
@@ -111,6 +114,7 @@ class JobRecord:
     output_ref: StorageRef | None = None
     failure: JobFailure | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
@@ -141,6 +145,7 @@ def _read(fields: Mapping[str, str]) -> JobRecord:
         output_ref=StorageRef.from_json(read_object(reference)) if reference else None,
         failure=_failure(read_object(failure)) if failure else None,
         timings={stage: number(seconds) for stage, seconds in read_object(fields.get("timings", "{}")).items()},
+        warnings=_sentences(fields.get("warnings", "[]")),
     )
 
 
@@ -148,6 +153,13 @@ def _failure(content: Mapping[str, Any]) -> JobFailure:
     if not all(isinstance(one, str) for one in content.values()):
         raise ValueError("not a text")
     return JobFailure(**content)
+
+
+def _sentences(text: str) -> tuple[str, ...]:
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError("not a list of texts")
+    return tuple(found[:MOST_WARNINGS])
 
 
 def _seconds(fields: Mapping[str, str], name: str) -> float | None:

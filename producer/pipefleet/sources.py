@@ -22,7 +22,7 @@ from pipefleet.storage import StorageRef, is_uri, refs_in, split_uri
 from pipefleet.tasks import TaskSpec
 
 MANIFEST_KEYS = {"inputs", "id", "parameters"}
-_ANNOTATIONS = {"error", "input", "output", "provenance"}
+_ANNOTATIONS = {"error", "input", "output", "provenance", "warnings"}
 """Keys that a failures file has beside those of a manifest, and that are passed over when it is read as one."""
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, OutgrownError
 from pipefleet_workers.media.declared import SAMPLE
+from pipefleet_workers.media.losses import Losses
 from pipefleet_workers.media.video import Clip
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
@@ -167,9 +168,9 @@ def test_pictures_that_a_film_hides_count_too() -> None:
     """Packets whose frames are never shown; two of them may be the halves of one frame."""
     clip = Clip(blob(b""), 100, 1 << 20, max_film_pixels=4 * 64 * 48)
     packet, context = types.SimpleNamespace(decode=list), types.SimpleNamespace(width=64, height=48)
-    assert list(clip._checked([packet] * 8, context)) == []
+    assert list(clip._checked([packet] * 8, context, Losses())) == []
     with pytest.raises(ItemError) as caught:
-        list(clip._checked([packet] * 9, context))
+        list(clip._checked([packet] * 9, context, Losses()))
     assert caught.value.failure.code == "too_large"
 
 

@@ -118,10 +118,61 @@ def test_a_stream_whose_frames_grow_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["mp4", "mp4 for streaming", "mov", "mkv", "webm"])
-@pytest.mark.parametrize("kept", [0.2, 0.6, 0.95])
-def test_a_file_that_was_cut_is_refused(name: str, kept: float) -> None:
+@pytest.mark.parametrize("kept", [0.2, 0.6, 0.85])
+def test_a_file_of_which_much_is_missing_is_refused(name: str, kept: float) -> None:
     content = FILES[name]()
     assert refusal(content[: int(len(content) * kept)]) in ("truncated_media", "bad_media")
+
+
+@pytest.mark.parametrize("name", ["mp4 for streaming", "mkv", "webm"])
+def test_a_file_that_lacks_its_end_is_taken_with_a_warning(name: str) -> None:
+    content, warnings = FILES[name](), list[str]()
+    cut = Blob("s3://bucket/key", content[: int(len(content) * 0.97)], None)
+    assert len(Clip(cut, 1000, 1 << 20, warnings=warnings).frames(range(COUNT))) >= COUNT // 2
+    assert warnings[0].startswith("s3://bucket/key ends too early: ")
+    with pytest.raises(ItemError) as caught:
+        Clip(cut, 1000, 1 << 20, strict=True).frames(range(COUNT))
+    assert caught.value.failure.code == "truncated_media"
+
+
+def test_a_packet_that_cannot_be_decoded_is_left_out_of_a_film() -> None:
+    content = damaged(FILES["avi"]())
+    warnings = list[str]()
+    found = Clip(Blob("s3://bucket/key", content, None), 1000, 1 << 20, warnings=warnings).frames(range(COUNT))
+    assert COUNT // 2 <= len(found) < COUNT
+    assert "packets could not be decoded" in warnings[0]
+    with pytest.raises(ItemError) as caught:
+        Clip(Blob("s3://bucket/key", content, None), 1000, 1 << 20, strict=True).frames(range(COUNT))
+    assert caught.value.failure.code == "bad_media"
+
+
+def damaged(content: bytes) -> bytes:
+    """A film whose third packet of pictures holds zeros."""
+    with av.open(io.BytesIO(content)) as container:
+        packet = [bytes(one) for one in container.demux(container.streams.video[0])][2]
+    assert content.count(packet) == 1
+    return content.replace(packet, bytes(len(packet)))
+
+
+def test_a_cover_is_not_the_film() -> None:
+    found = clip(with_cover()).frames([0, 1])
+    assert [frame.shape for frame in found] == [(HEIGHT, WIDTH, 3)] * 2
+
+
+def with_cover() -> bytes:
+    """An MP4 whose first track is a picture that is attached."""
+    with tempfile.NamedTemporaryFile() as file:
+        with av.open(file.name, "w", format="mp4") as container:
+            cover, film = container.add_stream("mjpeg", rate=1), container.add_stream("mpeg4", rate=25)
+            cover.disposition = av.stream.Disposition.attached_pic
+            for stream, width in ((cover, 2 * WIDTH), (film, WIDTH)):
+                stream.width, stream.height = width, HEIGHT
+                stream.pix_fmt = "yuvj420p" if stream is cover else "yuv420p"
+            for stream, count, width in ((cover, 1, 2 * WIDTH), (film, 5, WIDTH)):
+                for picture in frames(count, width, HEIGHT):
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
+                container.mux(stream.encode(None))
+        return file.read()
 
 
 @pytest.mark.parametrize("name", FILES)

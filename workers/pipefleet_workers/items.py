@@ -110,6 +110,8 @@ class Work:
     """Whether its inputs hold references."""
     room: Room = field(default_factory=Room)
     """What it takes of the worker's budget. Changed by the budget alone."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences that go with its result, such as on damage to its recording; see `media.losses.note` for their bounds."""
 
 
 @dataclass(frozen=True, slots=True)

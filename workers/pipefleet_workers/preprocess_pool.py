@@ -213,6 +213,7 @@ class _Child:
 
 def _units(fetched: Fetched, answer: Answer) -> list[Unit] | ItemError:
     fetched.work.seconds.update(answer.seconds)
+    fetched.work.warnings[:] = answer.warnings
     if answer.failure is not None:
         return ItemError(*answer.failure)
     assembly = Assembly(fetched.work, answer.expected, answer.context)

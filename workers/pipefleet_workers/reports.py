@@ -28,7 +28,7 @@ from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.stages.records import RecordWriter, Said
-from pipefleet_workers.stages.write import utf8
+from pipefleet_workers.stages.write import utf8, utf8_all
 
 PROGRESS = """
 redis.call('EXPIRE', KEYS[1], ARGV[1])
@@ -148,7 +148,8 @@ class Reporter:
             failure = said if isinstance(said, JobFailure) else None
             state = Outcome(outcome.work, failure=failure).state
             fields = {} if isinstance(said, JobFailure) else said
-            self._finish(pipe, message, state, {**fields, **_told(failure, outcome.work.seconds)})
+            told_of = _told(failure, outcome.work.seconds, outcome.work.warnings)
+            self._finish(pipe, message, state, {**fields, **told_of})
             found.append(single_ending(state, failure))
         written = [place for place, one in enumerate(found) if isinstance(one, Ending)]
         try:
@@ -281,8 +282,11 @@ def _state(raw: bytes | None) -> JobState:
         return JobState.FAILED
 
 
-def _told(failure: JobFailure | None, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What a record says beside its result: why there is none, and the seconds of each stage."""
+def _told(
+    failure: JobFailure | None, seconds: Mapping[str, float] | None = None, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a record says beside its result: why there is none, the seconds of each stage, and the warnings, if any."""
     timings = encode_json({stage: round(value, 6) for stage, value in (seconds or {}).items()})
     error = {} if failure is None else {"error": encode_json(utf8(failure.to_json()))}
-    return {**error, "timings": timings}
+    told = {"warnings": encode_json(utf8_all(warnings))} if warnings else {}
+    return {**error, **told, "timings": timings}

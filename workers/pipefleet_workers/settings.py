@@ -32,6 +32,9 @@ class WorkerSettings(BaseSettings):
     max_object_bytes: int = Field(1 << 30, ge=1, description="largest object that is fetched")
     max_pixels: int = Field(100_000_000, ge=1, description="largest picture that is decoded")
     max_audio_seconds: float = Field(6 * 3600.0, gt=0, description="longest recording that is decoded")
+    strict_media: bool = Field(
+        False, description="refuse recordings and films that are damaged or lack their end, instead of warning of it"
+    )
     max_video_frames: int = Field(100_000, ge=1, description="frames of a video that are decoded at most")
     max_whole_seconds: float = Field(
         600.0, gt=0, description="longest recording that a model without a window of its own hears in one piece"

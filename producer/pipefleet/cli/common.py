@@ -35,13 +35,23 @@ def command(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--revision` and `--param`."""
+    """`--model`, `--revision`, `--param` and `--strict-media`."""
     parser.add_argument("--model", help="a model that a pool of the fleet serves (default: the task's default pool)")
     parser.add_argument("--revision", help="its revision")
     parser.add_argument(
         "--param", action="append", default=[], metavar="K=V",
         help="a parameter of the task, its value as JSON or as a plain word; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--strict-media", action="store_true",
+        help="refuse recordings and films that are damaged or lack their end, instead of warning of it",
+    )  # fmt: skip
+
+
+def read_call(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of a call, of `--param` and `--strict-media`. Raises ParameterError."""
+    parameters = read_parameters(arguments.param)
+    return {**parameters, "strict_media": True} if arguments.strict_media else parameters
 
 
 def read_parameters(pairs: Sequence[str]) -> dict[str, Any]:

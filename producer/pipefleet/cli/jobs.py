@@ -12,8 +12,9 @@ from pipefleet.cli.common import (
     Commands,
     add_model_options,
     command,
+    print_error,
     print_json,
-    read_parameters,
+    read_call,
     warnings_on_stderr,
 )
 from pipefleet.errors import ResultTimeoutError
@@ -48,7 +49,7 @@ def submit(arguments: argparse.Namespace) -> int:
     """Submit every input, wait for all, print in order. 1 when one of them failed, else 4 when one has not finished in time."""
     from pipefleet.client import Client
 
-    parameters, spec = read_parameters(arguments.param), task_spec(arguments.task)
+    parameters, spec = read_call(arguments), task_spec(arguments.task)
     with warnings_on_stderr(), Client() as client:
         jobs = [
             client.submit(
@@ -67,6 +68,8 @@ def submit(arguments: argparse.Namespace) -> int:
         print_json(rows)
     else:
         for row in rows:
+            for text in row.get("warnings", ()):
+                print_error(f"pipefleet: warning: {text}")
             print(printable_json(row.get("output", row.get("error")), encoding=sys.stdout.encoding))
     return _exit_code({row["state"] for row in rows})
 
@@ -91,7 +94,9 @@ def _outcome(job: Any, timeout: float | None) -> dict[str, Any]:
     from pipefleet.errors import JobError, JobFailedError
 
     try:
-        return {"id": job.id, "state": "succeeded", "output": job.result(timeout, resolved=False)}
+        output = job.result(timeout, resolved=False)
+        warnings = {"warnings": job.warnings} if job.warnings else {}
+        return {"id": job.id, "state": "succeeded", "output": output, **warnings}
     except JobFailedError as error:
         failure = {"code": error.failure_code, "message": str(error), "stage": error.stage}
         return {"id": job.id, "state": "failed", "error": failure}

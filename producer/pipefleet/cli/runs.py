@@ -14,7 +14,7 @@ from pipefleet.cli.common import (
     print_error,
     print_json,
     print_line,
-    read_parameters,
+    read_call,
 )
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.patience import PATIENCE_SECONDS, Patience
@@ -95,7 +95,7 @@ def map_(arguments: argparse.Namespace) -> int:
             output=arguments.output,
             model=arguments.model,
             revision=arguments.revision,
-            parameters=read_parameters(arguments.param),
+            parameters=read_call(arguments),
             shard_size=arguments.shard_size,
             format=arguments.format,
             strict=arguments.strict,

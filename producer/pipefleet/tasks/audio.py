@@ -16,7 +16,7 @@ from pipefleet.parameters import (
     template,
 )
 from pipefleet.tasks.generation import SEED, WHISPER, generation_without
-from pipefleet.tasks.shared import CANDIDATE_LABELS, LABEL_COUNT
+from pipefleet.tasks.shared import CANDIDATE_LABELS, LABEL_COUNT, STRICT_MEDIA
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _TEMPERATURE = number(0.0, 100.0)
@@ -59,6 +59,7 @@ ROWS = (
             **WHISPER,
             **SEED,
             "generate_kwargs": mapping_of(WHISPER),
+            **STRICT_MEDIA,
         },
         returns="{text, chunks?}",
         cost_unit=CostUnit.SECONDS,
@@ -71,6 +72,7 @@ ROWS = (
         parameters={
             "top_k": LABEL_COUNT,
             "function_to_apply": either(null, choice("sigmoid", "softmax", "none")),
+            **STRICT_MEDIA,
         },
         returns="[{label, score}]",
         cost_unit=CostUnit.SECONDS,
@@ -78,7 +80,7 @@ ROWS = (
     TaskSpec(
         name="zero-shot-audio-classification",
         media=Media.AUDIO,
-        parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000)},
+        parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000), **STRICT_MEDIA},
         returns="[{label, score}]",
         cost_unit=CostUnit.SECONDS,
     ),

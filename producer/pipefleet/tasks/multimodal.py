@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipefleet.parameters import Check, boolean, choice, either, integer, mapping_of, null, number, template, text
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
-from pipefleet.tasks.shared import CANDIDATE_LABELS, SHOWN, TOKENIZE, WRITE
+from pipefleet.tasks.shared import CANDIDATE_LABELS, SHOWN, STRICT_MEDIA, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _GENERATE_KWARGS = mapping_of(GENERATION)
@@ -40,7 +40,7 @@ ROWS = (
         required=("text",),
         positional=("text", "images", "videos", "audio"),
         chat_media=(Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO),
-        parameters=_CHAT,
+        parameters={**_CHAT, **STRICT_MEDIA},
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, text, word
 from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
+STRICT_MEDIA: dict[str, Check] = {"strict_media": boolean}
+"""Our own, of tasks that take recordings or films: those that are damaged or lack their end are refused."""
 LABEL_COUNT = either(null, integer(1, 100_000))
 ACTIVATION = either(null, word("default", "sigmoid", "softmax", "none"))
 TRUNCATION = either(boolean, choice("longest_first", "only_first", "only_second", "do_not_truncate"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
-from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT
+from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT, STRICT_MEDIA
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _SHARE = number(0.0, 1.0)
@@ -118,6 +118,7 @@ ROWS = (
             "function_to_apply": either(null, choice("softmax", "sigmoid", "none")),
             "num_frames": either(null, integer(1, 1024)),
             "frame_sampling_rate": either(null, integer(1, 1000)),
+            **STRICT_MEDIA,
         },
         returns="[{score, label}]",
         cost_unit=CostUnit.IMAGES,

@@ -22,7 +22,7 @@ from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.watchdog import working_on
 
 _PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
-_OWN_PARAMETERS = ("pooling", "normalize")
+_OWN_PARAMETERS = ("pooling", "normalize", "strict_media")
 
 
 def _nothing() -> None:

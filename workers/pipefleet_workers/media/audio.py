@@ -1,153 +1,108 @@
-"""Recordings: bytes to mono float32 samples at the model's rate. libsndfile first, FFmpeg (PyAV) for what it cannot open.
+"""Recordings: bytes to mono float32 samples at the model's rate, as transformers' own decoding by FFmpeg gives them.
 
-Both decode a file that was cut short to a short clip without a word, so its container is looked at first (see `containers`).
+FFmpeg (PyAV) decodes to the end of the data, whatever a header says; libsndfile reads the few kinds that FFmpeg does not open.
+A packet that cannot be decoded is left out. What is missing of a recording is told in its warnings, or refuses it: see
+`containers` for an end that is missing, and `strict` for both.
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 
-import av
 import numpy as np
 import soundfile
-import soxr
-from numpy.typing import NDArray
 
 from pipefleet.uploads import RAW_AUDIO
-from pipefleet_workers.items import Blob, ItemError, OutgrownError
-from pipefleet_workers.media.containers import truncation
-from pipefleet_workers.media.declared import SAMPLE
-from pipefleet_workers.media.formats import AUDIO_FORMATS
+from pipefleet_workers.items import Blob, ItemError
+from pipefleet_workers.media.containers import MOST_MISSING, Missing, flac_seconds, missing_of
+from pipefleet_workers.media.losses import Losses, note
+from pipefleet_workers.media.sound import CannotOpenError, read_sound
+from pipefleet_workers.media.tracks import STAGE, Bounds, Samples, Track, sound_frame
 
-STAGE = "decode"
-_RATES = (1_000, 1_000_000)
-"""Sampling rates in Hz that are believed. Beyond them a small file becomes gigabytes, and soxr crashes."""
+__all__ = ["Samples", "decode_audio"]
 _BLOCK = 1 << 18
-"""Numbers that are decoded at once; libsndfile allows 1024 channels."""
-_UNKNOWN_FRAMES = (1 << 63) - 1
-"""libsndfile's length of a FLAC that was streamed; it cannot read it, FFmpeg can."""
-
-Samples = NDArray[np.float32]
+"""Numbers that libsndfile decodes at once; it allows 1024 channels."""
 
 
-def decode_audio(blob: Blob, *, rate: int, max_seconds: float, most_bytes: int | None = None) -> Samples:
-    """One-dimensional samples at `rate` Hz, the mean of the channels. Raises ItemError: bad_media, truncated_media, too_large.
+def decode_audio(
+    blob: Blob,
+    *,
+    rate: int,
+    max_seconds: float,
+    most_bytes: int | None = None,
+    strict: bool = False,
+    warnings: list[str] | None = None,
+) -> Samples:
+    """One-dimensional samples at `rate` Hz. Raises ItemError: bad_media, truncated_media, too_large.
 
     A recording that needs more than `most_bytes` of the budget, whatever its header declares, is only counted to its end; then
-    OutgrownError says how many.
+    OutgrownError says how many. Sentences on what is missing of it are added to `warnings`; `strict` refuses it for each of them.
     """
-    bounds = _Bounds(blob.uri, rate, max_seconds, most_bytes)
-    samples = _raw(blob, bounds) if blob.type == RAW_AUDIO else _from_file(blob, bounds)
+    bounds = Bounds(blob.uri, rate, max_seconds, most_bytes)
+    notes: list[str] = []
+    samples = _raw(blob, bounds) if blob.type == RAW_AUDIO else _from_file(blob, bounds, notes, strict=strict)
     if not np.isfinite(samples).all():  # models answer these too, with whatever NaN leads to
         raise ItemError("bad_media", f"{blob.uri} holds samples that are not finite numbers", STAGE)
+    if warnings is not None:
+        for text in notes:
+            note(warnings, text)
     return samples
 
 
-def _from_file(blob: Blob, bounds: _Bounds) -> Samples:
-    missing = truncation(blob.content)
-    if missing:
-        raise ItemError("truncated_media", f"{blob.uri} ends too early: {missing}", STAGE)
-    try:
-        samples = _soundfile(blob, bounds)
-    except soundfile.LibsndfileError:
-        samples = np.zeros(0, np.float32)
-    if not samples.size:  # libsndfile takes the size 0 of a streamed WAV at its word
-        samples = _ffmpeg(blob, bounds)
+def _from_file(blob: Blob, bounds: Bounds, notes: list[str], *, strict: bool) -> Samples:
+    missing = missing_of(blob.content)
+    if missing and (strict or missing.share > MOST_MISSING):
+        raise _truncated(blob, missing)
+    track, losses = Track(bounds), Losses()
+    samples = _decoded(blob, track, losses)
     if not samples.size:
-        raise ItemError("bad_media", f"{blob.uri} holds no audio", STAGE)
+        raise _truncated(blob, missing) if missing else ItemError("bad_media", f"{blob.uri} holds no audio", STAGE)
+    missing = missing or _shortfall(blob.content, track.seconds)
+    if missing and (strict or missing.share > MOST_MISSING):
+        raise _truncated(blob, missing)
+    if missing:
+        notes.append(f"{blob.uri} ends too early: {missing.text}")
+    if losses.text:
+        if strict:
+            raise ItemError("bad_media", f"{blob.uri} is damaged: {losses.text}", STAGE)
+        notes.append(f"{blob.uri} is damaged: {losses.text}; the result is of the rest")
     return samples
 
 
-@dataclass(frozen=True, slots=True)
-class _Bounds:
-    uri: str
-    rate: int
-    """Hz that the model wants."""
-    max_seconds: float
-    most_bytes: int | None = None
-    """Bytes of the budget that it may take, where it may not take all."""
-
-    def check(self, seconds: float) -> None:
-        if seconds > self.max_seconds:
-            text = f"{self.uri} lasts {seconds:.0f} s, above the bound of {self.max_seconds:.0f} s"
-            raise ItemError("too_large", text, STAGE)
+def _truncated(blob: Blob, missing: Missing) -> ItemError:
+    return ItemError("truncated_media", f"{blob.uri} ends too early: {missing.text}", STAGE)
 
 
-class _Track:
-    """Blocks as they are decoded: downmixed and resampled one by one, so that a long recording never lies here in full."""
-
-    def __init__(self, bounds: _Bounds, rate: int) -> None:
-        if not _RATES[0] <= rate <= _RATES[1]:
-            raise ItemError("bad_media", f"{bounds.uri} has a sampling rate of {rate} Hz", STAGE)
-        self._bounds = bounds
-        self._rate = rate
-        self._frames = 0
-        self._pieces: list[Samples] = []
-        self._outgrown = False
-        same = rate == bounds.rate
-        self._stream = None if same else soxr.ResampleStream(rate, bounds.rate, 1, dtype="float32", quality="HQ")
-
-    def add(self, block: Samples) -> None:
-        """Take a block of shape (frames, channels)."""
-        self._frames += len(block)
-        self._bounds.check(self._frames / self._rate)
-        if not self._outgrown and self._bounds.most_bytes is not None and self._bytes() > self._bounds.most_bytes:
-            self._outgrown = True
-            self._pieces.clear()
-        if not self._outgrown:
-            self._append(block.mean(axis=1, dtype=np.float32), last=False)
-
-    def end(self) -> Samples:
-        """All samples at the model's rate. Raises OutgrownError."""
-        if self._outgrown:
-            text = f"{self._bounds.uri} lasts {self._frames / self._rate:.0f} s, longer than it declares"
-            raise OutgrownError(text, STAGE, self._bytes())
-        self._append(np.zeros(0, np.float32), last=True)
-        return np.concatenate(self._pieces)
-
-    def _bytes(self) -> int:
-        return int(self._frames * self._bounds.rate / self._rate * SAMPLE)
-
-    def _append(self, samples: Samples, *, last: bool) -> None:
-        self._pieces.append(self._stream.resample_chunk(samples, last=last) if self._stream else samples)
+def _shortfall(content: bytes, seconds: float) -> Missing | None:
+    """What is missing of a FLAC, which says how many samples it has, but not in how many bytes."""
+    promised = flac_seconds(content)
+    if promised is None or seconds >= promised - 0.001:
+        return None
+    return Missing(f"{seconds:.1f} s of {promised:.1f} s are there", 1 - seconds / promised)
 
 
-def _raw(blob: Blob, bounds: _Bounds) -> Samples:
+def _raw(blob: Blob, bounds: Bounds) -> Samples:
     if len(blob.content) % 4:
         raise ItemError("bad_media", f"{blob.uri} is not a whole number of float32 samples", STAGE)
     bounds.check(len(blob.content) / 4 / bounds.rate)
     return np.frombuffer(blob.content, dtype="<f4").astype(np.float32)
 
 
-def _soundfile(blob: Blob, bounds: _Bounds) -> Samples:
-    with soundfile.SoundFile(io.BytesIO(blob.content)) as file:
-        track = _Track(bounds, file.samplerate)
-        if file.frames != _UNKNOWN_FRAMES:
-            bounds.check(file.frames / file.samplerate)
-        while len(block := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
-            track.add(block)
-        return track.end()
-
-
-def _ffmpeg(blob: Blob, bounds: _Bounds) -> Samples:
+def _decoded(blob: Blob, track: Track, losses: Losses) -> Samples:
     try:
-        with av.open(io.BytesIO(blob.content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
-            if not container.streams.audio:
-                raise ItemError("bad_media", f"{blob.uri} has no audio track", STAGE)
-            return _decoded(container, bounds)
-    except av.error.EOFError:
-        raise ItemError("truncated_media", f"{blob.uri} ends too early", STAGE) from None
-    except (av.error.FFmpegError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or str(error)
-        raise ItemError("bad_media", f"{blob.uri} cannot be read as audio: {cause}", STAGE) from None
+        return read_sound(blob, track, losses)
+    except CannotOpenError as error:
+        if track.seconds:
+            raise error.refusal from None
+        try:
+            return _by_libsndfile(blob.content, track)
+        except soundfile.LibsndfileError:
+            raise error.refusal from None
 
 
-def _decoded(container: av.container.InputContainer, bounds: _Bounds) -> Samples:
-    # Rate and channels stay: FFmpeg's own downmix is louder than the mean of the channels.
-    converter, track = av.AudioResampler(format="fltp"), None
-    for frame in container.decode(audio=0):
-        track = track or _Track(bounds, frame.sample_rate)
-        for piece in converter.resample(frame):
-            track.add(piece.to_ndarray().T.astype(np.float32, copy=False))
-    return track.end() if track else np.zeros(0, np.float32)
+def _by_libsndfile(content: bytes, track: Track) -> Samples:
+    with soundfile.SoundFile(io.BytesIO(content)) as file:
+        layout = f"{file.channels} channels"  # FFmpeg knows a layout for most numbers
+        while len(block := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
+            track.add(sound_frame(block, file.samplerate, layout))
+        return track.end()

@@ -1,42 +1,82 @@
-"""Containers of recordings: whether a file ends before its own header says. Bytes in, a reason out; nothing is decoded.
+"""Containers of media: how much of a file is missing, by what it says of itself. Bytes in, a sentence out; nothing is decoded.
 
-Decoders turn a file that was cut short into a short clip without a word. MPEG-TS, ADTS, AMR, ASF, AVI, and MP3 without its
-encoder's tag are not checked: most of them do not say how long they are.
+The rule: where more than a tenth of what a file promises is missing, or its index, it was cut and is refused. Where less is
+missing, or the file does not say how long it is and its last piece is broken off, the rest is taken, with a warning. MPEG-TS,
+MPEG-PS, ADTS, AMR, ASF, AVI, FLV, and MP3 without its encoder's tag are not looked at: most do not say how long they are.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 
+MOST_MISSING = 0.1
+"""The part of a file that may be missing, of what it promises."""
 _STREAMED = (range(-1, 1), range(0x7FFF_0000, 0x8000_0001), range(0xFFFF_0000, 1 << 32), range(1 << 62, 1 << 64))
 """Sizes that mean "not known": recorders that stream write 0, or about the largest number that fits, signed or not."""
+_LARGEST = 1 << 30
+"""Bytes above which a size stands for "not known" in any smaller file."""
+_ROUND = (100_000_000, 1_000_000)
+"""From so many bytes on, a multiple of so many is a number that a person chose, such as 2,000,000,000."""
+FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+"""The mark of a FLAC and the head of its first block, which has one size."""
 _SEGMENT = b"\x18\x53\x80\x67"
 _EBML_PARENTS = (_SEGMENT, b"\x1f\x43\xb6\x75")
 """Segment and Cluster, the elements that recorders which stream leave without a size."""
 _MP4_MEDIA = (b"moov", b"moof", b"mdat")
+_MP4_INDEX = (b"moov", b"moof")
 _MP4_FIRST = (*_MP4_MEDIA, b"ftyp", b"styp", b"free", b"skip", b"wide")
 _ID3_BYTES = 10
 _FIRST_FRAME = 64
 """Bytes of a frame within which the encoder's tag begins, whatever the layout of its channels."""
 
 
-def truncation(content: bytes) -> str | None:
-    """Why a file is shorter than it says, or None where it is whole or does not say."""
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What is missing of a file: a clause, and how much that is of what the file promises (0 where it promises nothing)."""
+
+    text: str
+    share: float = 1.0
+
+
+def missing_of(content: bytes) -> Missing | None:
+    """What is missing at the end of a file; None where it is whole or does not say."""
     for magic, check in _CHECKS.items():
         if content.startswith(magic):
             return check(content)
     return _mp4(content) if content[4:8] in _MP4_FIRST else _mp3(content)
 
 
-def _samples(content: bytes, start: int, size: int) -> str | None:
+def flac_seconds(content: bytes) -> float | None:
+    """How long a FLAC says that it is, all its parts if it was joined; None for other files, and where one part does not say."""
+    if not content.startswith(b"fLaC"):
+        return None
+    total = 0.0
+    for found in FLAC_START.finditer(content):
+        packed = int.from_bytes(content[found.start() + 18 : found.start() + 26], "big")
+        rate, samples = packed >> 44, packed & ((1 << 36) - 1)
+        if not rate or not samples:
+            return None
+        total += samples / rate
+    return total or None
+
+
+def is_placeholder(size: int) -> bool:
+    """Whether a size stands for "not known"."""
+    return any(size in sizes for sizes in _STREAMED) or (size >= _ROUND[0] and size % _ROUND[1] == 0)
+
+
+def _samples(content: bytes, start: int, size: int) -> Missing | None:
     """`size` bytes of samples begin at `start`."""
     missing = start + size - len(content)
-    known = not any(size in sizes for sizes in _STREAMED)
-    return f"{missing} bytes of samples are missing" if known and missing > 0 else None
+    if missing <= 0 or is_placeholder(size):
+        return None
+    return Missing(f"{missing} bytes of samples are missing", 0.0 if size > _LARGEST else missing / size)
 
 
-def _chunk(content: bytes, name: bytes, *, at: int, layout: str, align: int = 2) -> tuple[int, int] | None:
+def chunk_of(content: bytes, name: bytes, *, at: int, layout: str, align: int = 2) -> tuple[int, int] | None:
     """Start and size of the first chunk of a name; `layout` is the struct of a chunk's name and size."""
     head = struct.calcsize(layout)
     while at + head <= len(content):
@@ -47,76 +87,85 @@ def _chunk(content: bytes, name: bytes, *, at: int, layout: str, align: int = 2)
     return None
 
 
-def _riff(content: bytes) -> str | None:
+def _riff(content: bytes) -> Missing | None:
     if content[8:12] != b"WAVE":
         return None
-    data = _chunk(content, b"data", at=12, layout="<4sI")
+    data = chunk_of(content, b"data", at=12, layout="<4sI")
     if data is None:
-        return "it has no samples"
+        return Missing("it has no samples")
     start, size = data
-    sizes = _chunk(content, b"ds64", at=12, layout="<4sI") if size == 0xFFFFFFFF else None
+    sizes = chunk_of(content, b"ds64", at=12, layout="<4sI") if size == 0xFFFFFFFF else None
     if sizes and sizes[0] + 16 <= len(content):
         (size,) = struct.unpack_from("<8xQ", content, sizes[0])
     return _samples(content, start, size)
 
 
-def _aiff(content: bytes) -> str | None:
+def _aiff(content: bytes) -> Missing | None:
     if content[8:12] not in (b"AIFF", b"AIFC"):
         return None
-    data = _chunk(content, b"SSND", at=12, layout=">4sI")
-    return _samples(content, *data) if data else "it has no samples"
+    data = chunk_of(content, b"SSND", at=12, layout=">4sI")
+    return _samples(content, *data) if data else Missing("it has no samples")
 
 
-def _caf(content: bytes) -> str | None:
-    data = _chunk(content, b"data", at=8, layout=">4sq", align=1)
-    return _samples(content, *data) if data else "it has no samples"
+def _caf(content: bytes) -> Missing | None:
+    data = chunk_of(content, b"data", at=8, layout=">4sq", align=1)
+    return _samples(content, *data) if data else Missing("it has no samples")
 
 
-def _w64(content: bytes) -> str | None:
+def _w64(content: bytes) -> Missing | None:
     at = 40
     while at + 24 <= len(content):
         name, size = struct.unpack_from("<4s12xQ", content, at)  # the size counts name and size as well
         if name == b"data":
-            return _samples(content, at + 24, size - 24)
+            return None if is_placeholder(size) else _samples(content, at + 24, size - 24)
         at += max(24, size + -size % 8)
-    return "it has no samples"
+    return Missing("it has no samples")
 
 
-def _au(content: bytes) -> str | None:
+def _au(content: bytes) -> Missing | None:
     if len(content) < 12:
-        return "the header is cut"
+        return Missing("the header is cut")
     return _samples(content, *struct.unpack_from(">II" if content[:1] == b"." else "<II", content, 4))
 
 
-def _ogg(content: bytes) -> str | None:
+def _ogg(content: bytes) -> Missing | None:
     """The last page of an Ogg stream carries the end-of-stream flag (RFC 3533, section 6)."""
     at = content.rfind(b"OggS")
     if at + 27 > len(content):
-        return "the last page is cut"
+        return Missing("the last page is cut", 0.0)
     segments = content[at + 26]
     table = content[at + 27 : at + 27 + segments]
     if len(table) < segments or at + 27 + segments + sum(table) > len(content):
-        return "the last page is cut"
-    return None if content[at + 5] & 4 else "the end of the stream is missing"
+        return Missing("the last page is cut", 0.0)
+    return None if content[at + 5] & 4 else Missing("the mark of its end is missing", 0.0)
 
 
-def _matroska(content: bytes) -> str | None:
+def _matroska(content: bytes) -> Missing | None:
     """Elements of Segment and Cluster are walked only where these say no size of their own (RFC 8794, section 6)."""
-    at = 0
+    at, streamed = 0, False
     while at < len(content):
         size_at = at + _vint_bytes(content[at])
         start = size_at + _vint_bytes(content[size_at]) if size_at < len(content) else len(content) + 1
         if start > len(content):
-            return "the last element is cut"
+            return Missing("the last element is cut", 0.0)
         bits = 7 * (start - size_at)
         name, size = content[at:size_at], int.from_bytes(content[size_at:start], "big") & ((1 << bits) - 1)
         unknown = size == (1 << bits) - 1
         if unknown and name not in _EBML_PARENTS:
             return None
+        streamed = streamed or unknown
         at = start if unknown else start + size
         if name == _SEGMENT and not unknown:
             break
-    return f"{at - len(content)} bytes are missing" if at > len(content) else None
+    return _bytes_missing(content, at, share=0.0 if streamed else None)
+
+
+def _bytes_missing(content: bytes, promised: int, share: float | None = None) -> Missing | None:
+    """What is missing of a file of `promised` bytes."""
+    missing = promised - len(content)
+    return (
+        Missing(f"{missing} bytes are missing", missing / promised if share is None else share) if missing > 0 else None
+    )
 
 
 def _vint_bytes(first: int) -> int:
@@ -124,20 +173,22 @@ def _vint_bytes(first: int) -> int:
     return 9 - first.bit_length()
 
 
-def _mp4(content: bytes) -> str | None:
-    at = 0
+def _mp4(content: bytes) -> Missing | None:
+    at, indexed, has_media = 0, False, False
     while at + 16 <= len(content):
         size, name, long = struct.unpack_from(">I4sQ", content, at)
         size = long if size == 1 else size
         if size < 8:  # 0 is "to the end of the file"; the rest is for the decoder to judge
             return None
         at += size
+        indexed = indexed or (name in _MP4_INDEX and at <= len(content))
         if name in _MP4_MEDIA and at > len(content):
-            return f"{at - len(content)} bytes are missing"
-    return None
+            return _bytes_missing(content, at) if indexed else _NO_INDEX
+        has_media = has_media or name == b"mdat"
+    return _NO_INDEX if has_media and not indexed else None
 
 
-def _mp3(content: bytes) -> str | None:
+def _mp3(content: bytes) -> Missing | None:
     """Encoders write the number of bytes into the first frame (the Xing or Info tag), which ID3 tags may precede."""
     at = 0
     while content[at : at + 3] == b"ID3" and len(content) >= at + _ID3_BYTES:
@@ -145,23 +196,24 @@ def _mp3(content: bytes) -> str | None:
         high, upper, lower, low = (byte & 0x7F for byte in content[at + 6 : at + 10])
         at += _ID3_BYTES + (high << 21 | upper << 14 | lower << 7 | low) + footer
     if at > len(content):
-        return "its tag is cut"
+        return Missing("its tag is cut")
     frame = content[at : at + _FIRST_FRAME]
     if len(frame) < 4 or frame[0] != 0xFF or frame[1] & 0xE6 != 0xE2:  # the mark of a frame, layer III
         return None
     return _xing(content, at, max(frame.find(b"Xing"), frame.find(b"Info")))
 
 
-def _xing(content: bytes, at: int, tag: int) -> str | None:
+def _xing(content: bytes, at: int, tag: int) -> Missing | None:
     """`at` is where the first frame begins, `tag` how far into it the tag does, -1 for none."""
     if tag < 0 or at + tag + 16 > len(content):
         return None
     flags, first, second = struct.unpack_from(">III", content, at + tag + 4)
     missing = at + (second if flags & 1 else first) - len(content)
-    return f"{missing} bytes are missing" if flags & 2 and missing > 0 else None
+    return _bytes_missing(content, len(content) + missing) if flags & 2 else None
 
 
-_CHECKS: dict[bytes, Callable[[bytes], str | None]] = {
+_NO_INDEX = Missing("its index (moov) is missing")
+_CHECKS: dict[bytes, Callable[[bytes], Missing | None]] = {
     b"RIFF": _riff,
     b"RF64": _riff,
     b"BW64": _riff,

@@ -45,7 +45,12 @@ Image.init()
 PICTURE_FORMATS = tuple(name for name in (*_COMMON, *_RARE, *_WITHOUT_SIGNATURE) if name in Image.OPEN)
 """All that this Pillow opens but EPS, which runs Ghostscript; IPTC, which holds pictures of any format, EPS too; WMF, which is
 drawn on Windows only; and those for which Pillow has no decoder of its own (BUFR, GRIB, HDF5, MPEG)."""
-AUDIO_FORMATS = "mov,matroska,webm,avi,mpegts,wav,mp3,flac,ogg,aac,aiff,amr,caf,asf"
-"""Demuxers that FFmpeg may choose for a recording."""
-VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,gif,asf,ogg"
+AUDIO_FORMATS = (
+    "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,wtv,rm,dv,"
+    "wav,w64,aiff,caf,au,voc,ircam,nistsphere,iff,"
+    "mp3,flac,aac,loas,ac3,eac3,dts,dtshd,truehd,mlp,amr,gsm,qcp,"
+    "wv,tta,ape,tak,shn,mpc,mpc8,dsf"
+)
+"""Demuxers that FFmpeg may choose for a recording. libsndfile opens a few kinds beside them."""
+VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,gif,asf,ogg,mxf,nut,wtv,rm,dv"
 """Demuxers that FFmpeg may choose for a film."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import av
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media.containers import truncation
+from pipefleet_workers.media.containers import MOST_MISSING, missing_of
 from pipefleet_workers.media.formats import VIDEO_FORMATS
+from pipefleet_workers.media.losses import Losses, decoded, note, read_packets
 
 STAGE = "decode"
 KEPT_PICTURES = 8
@@ -37,6 +38,10 @@ class Clip:
     """Pixels of all frames that are decoded, those that are skipped included: what decoding takes its time for."""
     max_seconds: float = 900.0
     """Seconds that decoding may take."""
+    strict: bool = False
+    """Whether a film that is damaged, or lacks its end, is refused."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences on what is missing of the frames are added here."""
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
         """The frames at `indices` (from 0, rising), each `[height, width, 3]` RGB. Fewer where the clip ends before.
@@ -48,7 +53,8 @@ class Clip:
             raise self._too_large(f"frame {last} is wanted", f"{self.max_frames} frames")
         found: list[Frame] = []
         pixels = 0
-        for index, frame in enumerate(self._decoded(last + 1)):
+        losses = Losses()
+        for index, frame in enumerate(self._decoded(last + 1, losses)):
             if index in wanted:
                 pixels += frame.width * frame.height
                 if pixels > KEPT_PICTURES * self.max_pixels:
@@ -57,42 +63,51 @@ class Clip:
             if index >= last:
                 break
         if not found and wanted:
-            raise ItemError("bad_media", f"{self.blob.uri} holds no frames", STAGE)
+            raise ItemError("bad_media", f"{self.blob.uri} holds no frames that can be decoded", STAGE)
+        self._tell(losses)
         return found
+
+    def _tell(self, losses: Losses) -> None:
+        """Warn of what is missing of the film, or raise ItemError (bad_media) for it where that is strict."""
+        missing = missing_of(self.blob.content)
+        if missing:
+            note(self.warnings, f"{self.blob.uri} ends too early: {missing.text}")
+        if losses.text:
+            if self.strict:
+                raise ItemError("bad_media", f"{self.blob.uri} is damaged: {losses.text}", STAGE)
+            note(self.warnings, f"{self.blob.uri} is damaged: {losses.text}; the result is of the rest")
 
     def count(self) -> int:
         """Frames in the clip: as its container says, else counted by decoding. Raises ItemError as `frames` does."""
         with self._open() as container:
-            found = int(container.streams.video[0].frames)
+            found = int(_film(container).frames)
         if found <= 0:
-            found = sum(1 for _, _ in zip(range(self.max_frames + 1), self._decoded(1), strict=False))
+            found = sum(1 for _, _ in zip(range(self.max_frames + 1), self._decoded(1, Losses()), strict=False))
         if found > self.max_frames:
             raise self._too_large("it has more frames", str(self.max_frames))
         return found
 
-    def _decoded(self, wanted: int) -> Iterator[av.VideoFrame]:
+    def _decoded(self, wanted: int, losses: Losses) -> Iterator[av.VideoFrame]:
         """The frames. Refused before the first, where `wanted` of them have too many pixels."""
         with self._open() as container:
-            stream = container.streams.video[0]
+            stream = _film(container)
             width, height = stream.codec_context.width, stream.codec_context.height
             self._check(width, height)
             self._check_film(width * height * min(wanted, stream.frames or wanted))
             # The header's size binds nobody: a stream may change it, which the decoder notices before it allocates.
             stream.codec_context.options = {"max_pixels": str(2 * self.max_pixels + _ALIGNMENT)}
-            try:
-                yield from self._checked(container.demux(stream), stream.codec_context)
-            except (av.FFmpegError, ValueError) as error:
-                cause = getattr(error, "strerror", None) or type(error).__name__
-                raise ItemError("truncated_media", f"{self.blob.uri} is damaged or cut: {cause}", STAGE) from None
+            yield from self._checked(read_packets(container, stream, losses), stream.codec_context, losses)
 
-    def _checked(self, packets: Iterable[av.Packet[Any]], context: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
+    def _checked(
+        self, packets: Iterable[av.Packet[Any]], context: av.VideoCodecContext, losses: Losses
+    ) -> Iterator[av.VideoFrame]:
         """The frames of packets, of which those count too that show none: a codec may decode pictures and hide them."""
         pixels = hidden = 0
         end = time.monotonic() + self.max_seconds
         for packet in packets:
             hidden += context.width * context.height // 2  # two packets may be the halves of one frame
             self._check_film(max(pixels, hidden))
-            for frame in packet.decode():
+            for frame in decoded(packet, losses):
                 self._check(frame.width, frame.height)
                 pixels += frame.width * frame.height
                 self._check_film(pixels)
@@ -101,14 +116,14 @@ class Clip:
                 raise self._too_large("its frames take long to decode", f"{self.max_seconds:.0f} s")
 
     def _open(self) -> av.container.InputContainer:
-        missing = truncation(self.blob.content)
-        if missing:
-            raise ItemError("truncated_media", f"{self.blob.uri} ends too early: {missing}", STAGE)
+        missing = missing_of(self.blob.content)
+        if missing and (self.strict or missing.share > MOST_MISSING):
+            raise ItemError("truncated_media", f"{self.blob.uri} ends too early: {missing.text}", STAGE)
         try:
             container = av.open(io.BytesIO(self.blob.content), mode="r", options={"format_whitelist": VIDEO_FORMATS})
         except (av.FFmpegError, ValueError):
             raise ItemError("bad_media", f"{self.blob.uri} is not a video ({VIDEO_FORMATS})", STAGE) from None
-        if not container.streams.video or container.streams.video[0].codec_context is None:
+        if not container.streams.video or _film(container).codec_context is None:
             container.close()
             raise ItemError("bad_media", f"{self.blob.uri} holds no video that can be decoded", STAGE)
         return container
@@ -124,3 +139,10 @@ class Clip:
 
     def _too_large(self, found: str, bound: str) -> ItemError:
         return ItemError("too_large", f"{self.blob.uri}: {found}, above the bound of {bound}", STAGE)
+
+
+def _film(container: Any) -> Any:
+    """The first track of pictures, as transformers takes; a cover is none."""
+    tracks = container.streams.video
+    films = [one for one in tracks if not one.disposition & av.stream.Disposition.attached_pic]
+    return (films or tracks)[0]

@@ -62,6 +62,9 @@ class Decoder:
         begin = time.perf_counter()
         room = fetched.work.room.decoded
         self._room.whole = self._room.left = room + SLACK if room else None
+        fetched.work.warnings.clear()
+        self._room.warnings = fetched.work.warnings
+        self._room.strict = self._settings.strict_media or fetched.work.parameters.get("strict_media") is True
         self._require_short(fetched.inputs)
         self._require_few_bytes(fetched.inputs)
         self._require_few_media(fetched.inputs)
@@ -210,7 +213,14 @@ class Decoder:
     def _audio(self, value: Any) -> Any:
         room, blob, seconds = self._room, self._blob(value), self._settings.max_audio_seconds
         try:
-            samples = decode_audio(blob, rate=self._rate, max_seconds=seconds, most_bytes=room.left)
+            samples = decode_audio(
+                blob,
+                rate=self._rate,
+                max_seconds=seconds,
+                most_bytes=room.left,
+                strict=room.strict,
+                warnings=room.warnings,
+            )
         except (
             OutgrownError
         ) as error:  # twice as much at least, so that an input of many recordings is not begun again for each
@@ -228,6 +238,8 @@ class Decoder:
             settings.max_pixels,
             max_film_pixels=settings.max_video_pixels,
             max_seconds=settings.stage_timeout / 2,  # the watchdog would end the process
+            strict=self._room.strict,
+            warnings=self._room.warnings,
         )
 
     def _table(self, value: Any) -> Any:

@@ -187,7 +187,8 @@ class PartWriter:
         seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
         body = body_of(outcome)
         result = {"output": orjson.Fragment(body)} if isinstance(body, bytes) else {"error": utf8(body.to_json())}
-        tail = {**result, "provenance": {**self._provenance, "seconds": seconds}}
+        warnings = {"warnings": utf8_all(outcome.work.warnings)} if outcome.work.warnings else {}
+        tail = {**result, **warnings, "provenance": {**self._provenance, "seconds": seconds}}
         try:
             parameters = {"parameters": dict(item.parameters)} if item.parameters else {}
             return _encode({"id": item.id, "input": _with_uris(item.inputs), **parameters, **tail})
@@ -213,6 +214,11 @@ def _refusal(written_as: PartFormat, line: bytes) -> JobFailure | None:
 
 def _with_uris(inputs: Any) -> Any:
     return map_refs(inputs, lambda reference: reference.uri)
+
+
+def utf8_all(texts: Sequence[str]) -> list[str]:
+    """Each text as `utf8` gives it."""
+    return [str(utf8(text)) for text in texts]
 
 
 def utf8(value: Any) -> Any:

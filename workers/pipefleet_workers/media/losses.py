@@ -1,0 +1,67 @@
+"""What a decoder could not make of a file, and the sentences about it that go with its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import av
+
+MOST_WARNINGS = 10
+MOST_CHARACTERS = 300
+
+
+@dataclass(slots=True)
+class Losses:
+    """Counted while a file is decoded."""
+
+    lost: int = 0
+    """Packets that could not be decoded."""
+    packets: int = 0
+    """All packets."""
+    stopped: str = ""
+    """Why reading ended before the end of the data."""
+
+    @property
+    def text(self) -> str:
+        """One clause that says what is lost; empty where nothing is."""
+        told = []
+        if self.lost:
+            told.append(f"{self.lost} of {self.packets} packets could not be decoded")
+        if self.stopped:
+            told.append(f"its data cannot be read to the end ({self.stopped})")
+        return ", and ".join(told)
+
+
+def read_packets(container: Any, stream: Any, losses: Losses) -> Iterator[Any]:
+    """The packets of a stream to the end of the data, and an empty one; how many, and why reading ends early, is in `losses`."""
+    packets = container.demux(stream)
+    try:
+        for packet in packets:
+            losses.packets += bool(packet.size)
+            yield packet
+    except (av.FFmpegError, ValueError) as error:
+        losses.stopped = losses.stopped or cause(error)
+
+
+def decoded(packet: Any, losses: Losses, decode: Callable[[Any], Sequence[Any]] | None = None) -> Sequence[Any]:
+    """The frames of a packet, by its stream's decoder or another; none, and one more lost, where it cannot be decoded."""
+    try:
+        found: Sequence[Any] = packet.decode() if decode is None else decode(packet if packet.size else None)
+        return found
+    except (av.FFmpegError, ValueError):
+        losses.lost += 1
+        return ()
+
+
+def cause(error: Exception) -> str:
+    """A few words on why FFmpeg failed."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def note(warnings: list[str], text: str) -> None:
+    """Add a sentence to the warnings of a result, once, within their bounds."""
+    text = text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 2]} …"
+    if text not in warnings and len(warnings) < MOST_WARNINGS:
+        warnings.append(text)
