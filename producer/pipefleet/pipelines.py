@@ -7,6 +7,7 @@ generator that keeps a bounded number of inputs under way and yields in order.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
@@ -21,8 +22,9 @@ from pipefleet.errors import (
     ServiceUnavailableError,
     UnknownModelError,
 )
-from pipefleet.inputs import is_message, is_table
+from pipefleet.inputs import is_file, is_message, is_table
 from pipefleet.jobs import Job
+from pipefleet.modelnames import check_loading, model_name
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
@@ -34,6 +36,8 @@ _OF_THE_POOL = {
     "trust_remote_code", "use_fast",
 }  # fmt: skip
 """Arguments of transformers that say how the model is loaded, which the fleet file does."""
+_OF_ONE = ("__array_interface__", "detach", "save", "get_all_samples", "get_frame_at")
+"""Attributes of objects that are one input though they may be counted through: arrays, tensors, pictures, decoders of torchcodec."""
 _DEFAULT: Any = object()
 """A call without a time-out of its own; None is one without end."""
 _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
@@ -176,7 +180,7 @@ class FleetPipeline:
 
 def pipeline(
     task: str | None = None,
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     client: Client | None = None,
@@ -189,10 +193,9 @@ def pipeline(
     hold for every call that does not say otherwise; those that choose hardware (`device`, `dtype`, `batch_size` …) are accepted
     and left to the fleet. Raises UnknownModelError with a list of what is served, ParameterError for anything else.
     """
-    for foreign in sorted(_OF_THE_POOL & set(parameters)):
-        raise ParameterError(
-            f"{foreign} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()"
-        )
+    model = model_name(model)
+    check_loading(parameters, _OF_THE_POOL, model)
+    parameters = {key: value for key, value in parameters.items() if key not in _OF_THE_POOL}
     client = client or Client()
     name = _task_of(client, model, revision) if task is None else task
     spec, _ = client.route(name, model, revision)
@@ -327,10 +330,11 @@ def _tuples(value: list[Any]) -> Any:
 def _is_dataset(value: Any) -> bool:
     """Whether `value` holds inputs to be taken one by one: an iterator, a column or set of `datasets`, a torch data set.
 
-    Not a text, bytes, a dict, a picture, an array, a tensor or a table: each of these is one input.
+    Not a text, bytes, a dict, an open binary file, a picture, an array, a tensor, a decoder or a table: each is one input.
     """
     single = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
-    if single or is_table(value) or any(hasattr(value, name) for name in ("__array_interface__", "detach", "save")):
+    single = single or (is_file(value) and not hasattr(value, "encoding"))  # one open for text gives lines
+    if single or is_table(value) or any(hasattr(value, name) for name in _OF_ONE):
         return False
     return hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
 

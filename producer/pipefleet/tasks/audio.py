@@ -62,6 +62,7 @@ ROWS = (
             "generate_kwargs": mapping_of(_WHISPER),
         },
         returns="{text, chunks?}",
+        carried={"audio": Media.AUDIO, "stride": Media.DATA, "sampling_rate": Media.DATA, "extra": Media.DATA},
         cost_unit=CostUnit.SECONDS,
         tuples=("timestamp",),
     ),

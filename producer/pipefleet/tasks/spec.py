@@ -49,6 +49,8 @@ class TaskSpec:
     """Fields of an input that is a dict, e.g. a text and its pair; empty when the task takes no dicts."""
     required: tuple[str, ...] = ()
     """Fields that a dict must have."""
+    carried: Mapping[str, Media] = field(default_factory=dict)
+    """Fields of an input on the wire where something goes with its recording: `{audio, stride, …}`; empty where nothing can."""
     positional: tuple[str, ...] = ()
     """Names of the call's positional arguments where it has several, fields or parameters: `pipe(image, question)`."""
     chat_media: tuple[Media, ...] = (Media.TEXT,)
