@@ -180,10 +180,9 @@ class InputPreparer:
             return self._media(value)
         recording = recording_of(value, extras=bool(self.spec.carried))
         reference = self._upload.samples(recording)
-        beside = {"stride": recording.stride and list(recording.stride), "extra": recording.extra}
-        beside = {name: one for name, one in beside.items() if one is not None}
-        if "stride" in beside:
-            beside["sampling_rate"] = recording.rate
+        beside: dict[str, Any] = {} if recording.extra is None else {"extra": recording.extra}
+        if recording.stride is not None:
+            beside |= {"stride": list(recording.stride), "sampling_rate": recording.rate}
         return {"audio": reference, **beside} if beside else reference
 
     def _carried(self, value: Mapping[str, Any]) -> dict[str, Any]:

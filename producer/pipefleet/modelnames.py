@@ -46,7 +46,9 @@ def check_loading(parameters: Mapping[str, Any], names: set[str], model: str | N
         if is_default or (isinstance(value, str | os.PathLike) and model is not None and model_name(value) == model):
             continue
         if isinstance(value, str | os.PathLike | Mapping | bool):
-            raise ParameterError(f"{name} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()")
+            raise ParameterError(
+                f"{name} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()"
+            )
         kind = type(value).__name__
         raise ParameterError(
             f"{name} is loaded by the workers, so an object of type {kind} cannot be passed: save_pretrained() it into the "

@@ -37,7 +37,7 @@ _OF_THE_POOL = {
 }  # fmt: skip
 """Arguments of transformers that say how the model is loaded, which the fleet file does."""
 _OF_ONE = ("__array_interface__", "detach", "save", "get_all_samples", "get_frame_at")
-"""Attributes of objects that are one input though they may be counted through: arrays, tensors, pictures, decoders of torchcodec."""
+"""Attributes of objects that are one input though they have items: arrays, tensors, pictures, decoders of torchcodec."""
 _DEFAULT: Any = object()
 """A call without a time-out of its own; None is one without end."""
 _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")

@@ -68,7 +68,7 @@ def item_or_failure(row: Mapping[str, Any], preparer: InputPreparer) -> SourceIt
 
 
 def in_utf8(name: str) -> str:
-    """A name as it is, or one whose bytes are not UTF-8 with those as `\\xe9`: rows are JSON, which has no form for them."""
+    r"""A name as it is, or one whose bytes are not UTF-8 with those as `\xe9`: rows are JSON, which has no form for them."""
     try:
         return os.fsencode(name).decode(errors="backslashreplace")
     except UnicodeEncodeError:
@@ -92,7 +92,7 @@ def _shown(row: Mapping[str, Any], name: str) -> Any:
     try:
         value = row.get(name)
         shown = os.fspath(value) if isinstance(value, os.PathLike) else value
-        shown = in_utf8(shown) if isinstance(shown, str) else shown
+        shown = in_utf8(shown) if name == "id" and isinstance(shown, str) else shown
         refs_in(shown)
         return shown if len(encode_json(shown)) <= LARGEST_SHOWN else None
     except Exception:  # noqa: BLE001 - a row that is decoded as it is read may raise anything, and once more here

@@ -46,7 +46,7 @@ class Recording:
 
 
 def is_samples(value: object) -> bool:
-    """True for what holds samples as numbers rather than an encoded file. Open files have a `detach`, texts of numpy an `astype`."""
+    """True for what holds samples as numbers rather than a file. Open files have a `detach` too, texts of numpy an `astype`."""
     if isinstance(value, str | bytes) or hasattr(value, "read"):
         return False
     return isinstance(value, list | tuple) or any(hasattr(value, name) for name in _ARRAYS)

@@ -31,7 +31,9 @@ def test_a_path_names_the_folder_or_the_model_on_the_hub(tmp_path: Path, monkeyp
 def test_an_object_is_refused_with_what_to_do() -> None:
     loaded = torch.nn.Linear(1, 1)
     loaded.name_or_path = "org/name"
-    with pytest.raises(ParameterError, match=r"not an object of type Linear: .* pass model='org/name'; .*save_pretrained"):
+    with pytest.raises(
+        ParameterError, match=r"not an object of type Linear: .* pass model='org/name'; .*save_pretrained"
+    ):
         model_name(loaded)
     with pytest.raises(ParameterError, match="the name of a pool's model"):
         model_name(torch.nn.Linear(1, 1))

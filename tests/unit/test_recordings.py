@@ -17,12 +17,13 @@ import torch
 from pipefleet.errors import InputError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
+from pipefleet.pipelines import _is_dataset
 from pipefleet.recordings import recording_of
 from pipefleet.storage import StorageRef
 from pipefleet.tasks import TASKS
+from pipefleet_workers.adapters.speech import SpeechRecogniser
 from tests.checkpoints.media import audio
 from tests.parity.harness import Call, assert_same, load, recording, running
-from pipefleet_workers.adapters.speech import SpeechRecogniser
 
 SPEECH, CLASSIFY, PICTURES = "automatic-speech-recognition", "audio-classification", "image-classification"
 WAVE = np.sin(np.arange(800) / 10).astype("f4")
@@ -114,7 +115,10 @@ REFUSED: list[tuple[Any, str]] = [
     ({"raw": WAVE, "sampling_rate": 8000, "stride": [1, 1], "num_frames": 3}, "not both"),
     ({"raw": WAVE, "sampling_rate": 8000, "text": "a"}, "the key 'text' .* would replace"),
     ({"raw": WAVE, "sampling_rate": 8000, "input_features": 1}, "the key 'input_features' .* would replace"),
-    ({"raw": WAVE, "sampling_rate": 8000, "foo": object()}, "the key 'foo' .* must be JSON, not a value of type object"),
+    (
+        {"raw": WAVE, "sampling_rate": 8000, "foo": object()},
+        "the key 'foo' .* must be JSON, not a value of type object",
+    ),
     ({"raw": WAVE, "sampling_rate": 8000, "foo": {"$ref": "s3://bucket/key"}}, "the key 'foo' .* must be JSON"),
 ]
 
@@ -133,7 +137,13 @@ def test_a_task_that_makes_nothing_of_a_key_refuses_it_by_name() -> None:
 
 
 def test_stride_and_further_keys_travel_with_the_recording(prepare: Any, store: ObjectStore) -> None:
-    given = {"raw": WAVE, "sampling_rate": np.int64(8000), "stride": (np.int64(80), 40), "speaker": np.int64(7), "id": "a"}
+    given = {
+        "raw": WAVE,
+        "sampling_rate": np.int64(8000),
+        "stride": (np.int64(80), 40),
+        "speaker": np.int64(7),
+        "id": "a",
+    }
     kept = dict(given)
     prepared = prepare(SPEECH, given)
     assert given == kept
@@ -154,9 +164,9 @@ def test_open_files_are_uploaded_from_where_they_stand(
 ) -> None:
     path = tmp_path / "a.FLAC"
     path.write_bytes(b"headcontent")
-    memory, spooled = io.BytesIO(b"headcontent"), tempfile.SpooledTemporaryFile()
-    spooled.write(b"headcontent")
-    with path.open("rb") as opened, spooled:
+    memory = io.BytesIO(b"headcontent")
+    with path.open("rb") as opened, tempfile.SpooledTemporaryFile() as spooled:
+        spooled.write(b"headcontent")
         for file in (opened, memory, spooled):
             file.seek(4)
             for _ in range(2):  # an upload that failed is tried again
@@ -223,3 +233,13 @@ def test_strides_and_further_keys_give_what_transformers_gives(prepare: Any, che
     for call, outcome, one in zip(calls, outcomes, wanted, strict=True):
         assert outcome.failure is None, outcome.failure
         assert_same(outcome.output, one, str(call.parameters))
+
+
+def test_an_open_file_and_a_decoder_are_one_input_of_a_call_a_file_of_text_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"a\nb\n")
+    with path.open("rb") as opened, tempfile.SpooledTemporaryFile() as spooled, tempfile.NamedTemporaryFile() as named:
+        for file in (opened, spooled, named, io.BytesIO(b"a")):
+            assert not _is_dataset(file)
+    assert not _is_dataset(SimpleNamespace(get_all_samples=list))
+    assert _is_dataset(iter([1]))
