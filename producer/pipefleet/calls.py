@@ -11,13 +11,15 @@ from types import GeneratorType
 from typing import Any
 
 from pipefleet.errors import InputError
-from pipefleet.inputs import is_message, is_table
+from pipefleet.inputs import is_file, is_message, is_table
 from pipefleet.tasks import Media, TaskSpec
 
 _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
 """Names that transformers' pipelines have for their first argument."""
 _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
 """Fields that hold one value, so that a list of them means several inputs."""
+_OF_ONE = ("__array_interface__", "detach", "save", "get_all_samples", "get_frame_at")
+"""Attributes of objects that are one input though they have items: arrays, tensors, pictures, decoders of torchcodec."""
 
 
 class Joined(list[Any]):
@@ -50,10 +52,11 @@ def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[st
 def is_dataset(value: Any) -> bool:
     """Whether `value` holds inputs to be taken one by one: an iterator, a column or set of `datasets`, a torch data set.
 
-    Not a text, bytes, a dict, a picture, an array, a tensor or a table: each of these is one input.
+    Not a text, bytes, a dict, an open binary file, a picture, an array, a tensor, a decoder or a table: each is one input.
     """
     single = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
-    if single or is_table(value) or any(hasattr(value, name) for name in ("__array_interface__", "detach", "save")):
+    single = single or (is_file(value) and not hasattr(value, "encoding"))  # one open for text gives lines
+    if single or is_table(value) or any(hasattr(value, name) for name in _OF_ONE):
         return False
     return hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
 

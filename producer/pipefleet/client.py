@@ -7,6 +7,7 @@ map    → route → plan shards in object storage → queue them       → Run
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 import uuid
@@ -30,6 +31,7 @@ from pipefleet.inputs import InputPreparer
 from pipefleet.jobs import Job
 from pipefleet.layout import RunLayout, RunPlan
 from pipefleet.losses import Losses
+from pipefleet.modelnames import model_name
 from pipefleet.objects import ObjectStore
 from pipefleet.parts import FORMATS, JsonLines
 from pipefleet.patience import Patience
@@ -102,7 +104,7 @@ class Client:
         task: str,
         inputs: Any,
         *,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         output: str | None = None,
@@ -141,7 +143,7 @@ class Client:
         task: str,
         inputs: Any,
         *,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         output: str | None = None,
@@ -150,6 +152,7 @@ class Client:
         idempotency_key: str | None = None,
     ) -> Job:
         """As `submit`, where each step is repeated as `patience` has it. The job is queued once."""
+        model = model_name(model)
         spec, pool = patience.call(lambda: self.route(task, model, revision))
         parameters = _checked(task, spec, parameters)
         job_id = uuid.uuid4().hex
@@ -186,7 +189,7 @@ class Client:
         source: Any,
         *,
         output: str,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         shard_size: int | None = None,
@@ -205,6 +208,7 @@ class Client:
         UsageError for anything wrong with the arguments, the source or the output, and leaves nothing behind then;
         ServiceUnavailableError when Redis or S3 is away.
         """
+        model = model_name(model)
         spec, pool = self.route(task, model, revision)
         parameters = _checked(task, spec, parameters)
         if format not in FORMATS:

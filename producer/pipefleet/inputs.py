@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipefleet.contract import encode_json
 from pipefleet.errors import InputError, nearest
 from pipefleet.objects import ObjectStore
 from pipefleet.pictures import cell_content, is_cell, is_picture
+from pipefleet.recordings import extra_of, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
@@ -91,7 +92,7 @@ class InputPreparer:
 
     def _spill_field(self, name: str, item: Any) -> Any:
         """Long data and tables are spilled whole, as JSON; texts inside chats one by one."""
-        whole = self.spec.fields.get(name) in (Media.DATA, Media.TABLE, Media.LABELS)
+        whole = {**self.spec.fields, **self.spec.carried}.get(name) in (Media.DATA, Media.TABLE, Media.LABELS)
         text = encode_json(item)
         if whole and not is_ref(item) and len(text.encode()) > self._inline_bytes:
             return self._upload.content(text.encode(), "json", "application/json")
@@ -113,7 +114,7 @@ class InputPreparer:
     def _text(self, value: Any) -> Any:
         if is_text_uri(value):
             return StorageRef.of(value.rstrip("\r\n")).to_json()
-        if isinstance(value, Path):
+        if isinstance(value, os.PathLike):
             return self._upload.file(value)
         if isinstance(value, str):
             return value
@@ -184,9 +185,32 @@ class InputPreparer:
         return [self._image(one) for one in value]
 
     def _audio(self, value: Any) -> Any:
-        samples = isinstance(value, Mapping | list | tuple) and not is_ref(value)
-        samples = samples or any(hasattr(value, name) for name in ("astype", "detach", "get_all_samples"))
-        return self._upload.samples(value) if samples else self._media(value)
+        if is_ref(value) or is_encoded(value):
+            return self._media(value)
+        if isinstance(value, Mapping) and "audio" in value and self.spec.carried:
+            return self._carried(value)
+        if not isinstance(value, Mapping) and not is_samples(value):
+            return self._media(value)
+        recording = recording_of(value, extras=bool(self.spec.carried))
+        reference = self._upload.samples(recording)
+        beside: dict[str, Any] = {} if recording.extra is None else {"extra": recording.extra}
+        if recording.stride is not None:
+            beside |= {"stride": list(recording.stride), "sampling_rate": recording.rate}
+        return {"audio": reference, **beside} if beside else reference
+
+    def _carried(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """A recording with what goes with it, as it stands on the wire and in the list of a run's failures."""
+        for name in value:
+            if name not in self.spec.carried:
+                known = ", ".join(self.spec.carried)
+                raise InputError(f"a recording with {{audio}} has no field {str(name)[:40]!r}; it has {known}")
+        prepared = {**value, "audio": self._media(value["audio"])}
+        stride = stride_of(value.get("stride"))
+        if stride is not None:
+            prepared |= {"stride": list(stride), "sampling_rate": rate_of(value.get("sampling_rate"))}
+        if not isinstance(value.get("extra", {}), Mapping):
+            raise InputError("`extra` of a recording is an object of keys and values")
+        return prepared | ({"extra": extra_of(value["extra"])} if "extra" in value else {})
 
     def _media(self, value: Any) -> Any:
         """What every kind of media may be: a URI, a reference, a local file, bytes."""
@@ -194,18 +218,33 @@ class InputPreparer:
             return StorageRef.of(value.rstrip("\r\n")).to_json()
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
-        if isinstance(value, str | Path):
+        if is_encoded(value):
+            return self._encoded(value)
+        if isinstance(value, str | os.PathLike):
             return self._upload.file(value)
         if isinstance(value, bytes | bytearray | memoryview):
+            if not len(value) or getattr(value, "itemsize", 1) != 1:
+                raise InputError(f"{self.spec.name} takes the bytes of a file, of which there are none here")
             return self._upload.content(bytes(value))
+        if is_file(value):
+            return self._upload.opened(value)
         raise InputError(
             f"{self.spec.name} takes s3:// URIs, local paths, bytes or {self.spec.media or 'media'} objects, "
             f"not {_kind(value)}"
         )
 
+    def _encoded(self, value: Mapping[str, Any]) -> Any:
+        """`{"bytes", "path"}` of a column of `datasets` that is not decoded: its bytes, or where there are none, its file."""
+        content, path = value.get("bytes"), value.get("path")
+        if content is not None and not isinstance(content, bytes | bytearray | memoryview):
+            raise InputError(f"the key 'bytes' of an input holds bytes or None, not {_kind(content)}")
+        if content is None and path is None:
+            raise InputError("an input of `bytes` and `path` holds neither")
+        return self._media(path if content is None else content)
+
     def _table(self, value: Any) -> Any:
         """Columns of texts: a pandas table, a dict of columns, a list of rows, or a CSV or JSON file with those."""
-        if isinstance(value, str | Path) or is_ref(value):
+        if isinstance(value, str | os.PathLike) or is_ref(value):
             return self._media(value)
         if is_table(value):
             value = value.to_dict("list")
@@ -241,7 +280,7 @@ def is_pair(value: object) -> bool:
     """True for a text with its pair as a tuple, or as transformers' `[[text, pair]]`; a flat list of two is neither."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = tuple(value[0])
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, str | Path) for one in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, str | os.PathLike) for one in value)
 
 
 def plain_part(part: Any) -> Any:
@@ -259,6 +298,16 @@ def plain_part(part: Any) -> Any:
             "a part of type image_url is {type, image_url: {url}}; a `detail` other than auto is not known here"
         )
     return {"type": "image", "url": held["url"]}
+
+
+def is_encoded(value: object) -> bool:
+    """True for a picture or recording of `datasets` that is not decoded: a dict of `bytes` and `path`."""
+    return isinstance(value, Mapping) and "bytes" in value and set(value) <= {"bytes", "path"}
+
+
+def is_file(value: object) -> bool:
+    """True for an open file, which is one input though it gives lines: also one in memory, or a response of HTTP."""
+    return callable(getattr(value, "read", None))
 
 
 def is_table(value: object) -> bool:

@@ -7,6 +7,7 @@ generator that keeps a bounded number of inputs under way and yields in order.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from pipefleet.errors import (
 )
 from pipefleet.inputs import is_message, is_pair
 from pipefleet.jobs import Job
+from pipefleet.modelnames import check_loading, model_name
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
@@ -223,7 +225,7 @@ class Results(Iterator[Any]):
 
 def pipeline(
     task: str | None = None,
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     client: Client | None = None,
@@ -236,10 +238,9 @@ def pipeline(
     hold for every call that does not say otherwise; those that choose hardware (`device`, `dtype`, `batch_size` …) are accepted
     and left to the fleet. Raises UnknownModelError with a list of what is served, ParameterError for anything else.
     """
-    for foreign in sorted(_OF_THE_POOL & set(parameters)):
-        raise ParameterError(
-            f"{foreign} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()"
-        )
+    model = model_name(model)
+    check_loading(parameters, _OF_THE_POOL, model)
+    parameters = {key: value for key, value in parameters.items() if key not in _OF_THE_POOL}
     client = client or Client()
     name = _task_of(client, model, revision) if task is None else task
     spec, _ = client.route(name, model, revision)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipefleet.called import called_parameters
@@ -67,6 +67,14 @@ def item_or_failure(row: Mapping[str, Any], preparer: InputPreparer) -> SourceIt
         return failed_item(row, f"the input cannot be read: {type(error).__name__}: {error}")
 
 
+def in_utf8(name: str) -> str:
+    r"""A name as it is, or one whose bytes are not UTF-8 with those as `\xe9`: rows are JSON, which has no form for them."""
+    try:
+        return os.fsencode(name).decode(errors="backslashreplace")
+    except UnicodeEncodeError:
+        return name.encode(errors="backslashreplace").decode()
+
+
 def failed_item(row: Mapping[str, Any], reason: str) -> SourceItem:
     """The item of a row that cannot be used: its inputs, id and parameters as far as they are JSON."""
     inputs, identity, parameters = (_shown(row, name) for name in ("inputs", "id", "parameters"))
@@ -83,7 +91,8 @@ def _shown(row: Mapping[str, Any], name: str) -> Any:
     """A value of a row where it is JSON that a row can hold, a path as its text; else None."""
     try:
         value = row.get(name)
-        shown = str(value) if isinstance(value, Path) else value
+        shown = os.fspath(value) if isinstance(value, os.PathLike) else value
+        shown = in_utf8(shown) if name == "id" and isinstance(shown, str) else shown
         refs_in(shown)
         return shown if len(encode_json(shown)) <= LARGEST_SHOWN else None
     except Exception:  # noqa: BLE001 - a row that is decoded as it is read may raise anything, and once more here

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 from pipefleet.errors import InputError, ManifestError, RunError, SourceError, UsageError, nearest
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ListedObject, ObjectStore
-from pipefleet.preparing import SourceItem, failed_item, item_or_failure, row_item
+from pipefleet.preparing import SourceItem, failed_item, in_utf8, item_or_failure, row_item
 from pipefleet.storage import StorageRef, is_uri, refs_in, split_uri
 from pipefleet.tasks import TaskSpec
 
@@ -87,7 +88,7 @@ class ManifestSource:
 
     def describe(self) -> str:
         """The manifest's URI, or its absolute path."""
-        return self.location if is_uri(self.location) else str(Path(self.location).resolve())
+        return self.location if is_uri(self.location) else in_utf8(str(Path(self.location).resolve()))
 
     def check(self) -> None:
         """Read it through. Raise ManifestError for the first line that is malformed; nothing is uploaded."""
@@ -138,7 +139,7 @@ class FolderSource:
 
     def describe(self) -> str:
         """The folder's absolute path."""
-        return str(self.folder.resolve())
+        return in_utf8(str(self.folder.resolve()))
 
     def check(self) -> None:
         """Raise SourceError unless there is a file in the folder."""
@@ -148,7 +149,8 @@ class FolderSource:
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
         """Items after the first `skip` files."""
         for path in self._files()[skip:]:
-            yield item_or_failure({"inputs": path, "id": path.relative_to(self.folder).as_posix()}, self.preparer)
+            identity = in_utf8(path.relative_to(self.folder).as_posix())
+            yield item_or_failure({"inputs": path, "id": identity}, self.preparer)
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -202,8 +204,8 @@ def open_source(
 
     With `strict`, the `check` of a manifest also refuses items that cannot be prepared.
     """
-    if isinstance(source, str | Path):
-        found = _named_source(str(source), spec, store, preparer, output)
+    if isinstance(source, str | os.PathLike):
+        found = _named_source(os.fsdecode(source), spec, store, preparer, output)
         return replace(found, strict=strict) if isinstance(found, ManifestSource) else found
     if isinstance(source, Mapping | bytes | bytearray | memoryview) or not isinstance(source, Iterable):
         raise SourceError(f"a source is an s3:// URI or an iterable of inputs, not a {type(source).__name__}")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
-import struct
-from collections.abc import Mapping
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import InputError
 from pipefleet.objects import ObjectStore
 from pipefleet.pictures import LONGEST_PATH, inline, picture_file
+from pipefleet.recordings import Recording, wav
 from pipefleet.storage import StorageRef, join_uri
 
 RAW_AUDIO = "audio/x-raw-float32"
 """Media type of bare samples: little-endian float32, mono, at the model's own rate (as transformers assumes)."""
 TEXT_TYPE = "text/plain; charset=utf-8"
 BYTES_TYPE = "application/octet-stream"
+_SUFFIX = re.compile(r"[a-z0-9]{1,16}")
 
 
 class Uploader:
@@ -35,18 +37,18 @@ class Uploader:
             self._store.put_new(uri, content, content_type=media_type or BYTES_TYPE)
         return StorageRef(uri, size=len(content), type=media_type).to_json()
 
-    def file(self, value: str | Path) -> dict[str, Any]:
+    def file(self, value: str | os.PathLike[Any]) -> dict[str, Any]:
         """A local file. Raises InputError where it cannot be read, and for an address on the web."""
-        text = str(value)
+        text = os.fsdecode(value)
         if text.startswith(("http://", "https://")):
             raise InputError(f"workers fetch nothing from the web: copy {text[:80]!r} to a bucket, or pass its bytes")
-        path = Path(value)
+        path = Path(text)
         try:
             content = self._read(path)
         except (OSError, ValueError) as error:  # ValueError: a NUL, or what has no form on this file system
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read the input {text[:200]!r}: {reason}") from None
-        return self.content(content, path.suffix.lstrip(".").lower() or "bin", mimetypes.guess_type(path.name)[0])
+        return self.content(content, _suffix(path), mimetypes.guess_type(path.name)[0])
 
     def image(self, image: Any) -> dict[str, Any]:
         """A PIL image, upright and without loss: see `picture_file`."""
@@ -57,22 +59,25 @@ class Uploader:
         held = None if _is_file(value) else inline(value)
         return self.file(value) if held is None else self.content(*held)
 
-    def samples(self, value: Any) -> dict[str, Any]:
-        """Mono samples: an array or tensor, a decoder of torchcodec, or the dict `{"raw" or "array", "sampling_rate"}`."""
-        if hasattr(value, "get_all_samples"):  # what `datasets` gives for a recording
-            decoded = value.get_all_samples()
-            value = {"raw": decoded.data.mean(0), "sampling_rate": decoded.sample_rate}
-        rate: int | None = None
-        samples = value
-        if isinstance(value, Mapping):
-            samples = value.get("raw", value.get("array"))
-            rate = value.get("sampling_rate")
-            if samples is None or not isinstance(rate, int) or rate <= 0:
-                raise InputError("an audio dict needs `raw` (or `array`) with samples and a whole `sampling_rate`")
-        content = _float32(samples)
-        if rate is None:
-            return self.content(content, "f32", RAW_AUDIO)
-        return self.content(_wav_header(len(content), rate) + content, "wav", "audio/wav")
+    def samples(self, recording: Recording) -> dict[str, Any]:
+        """Mono samples: bare where they have no rate of their own, else as WAV."""
+        if recording.rate is None:
+            return self.content(recording.samples, "f32", RAW_AUDIO)
+        return self.content(wav(recording), "wav", "audio/wav")
+
+    def opened(self, file: Any) -> dict[str, Any]:
+        """What is left to read of an open binary file, which stands where it stood afterwards if it can.
+
+        Raises InputError for a file of text, for one that cannot be read, and for one with nothing left.
+        """
+        name = getattr(file, "name", None)
+        path = Path(os.fsdecode(name) if isinstance(name, str | bytes) else "")
+        content = _rest(file)
+        if not isinstance(content, bytes | bytearray | memoryview):
+            raise InputError("a file object must be open for bytes: open it with mode 'rb'")
+        if not content:
+            raise InputError("the file object has nothing left to read: seek(0) where it was just written or read")
+        return self.content(bytes(content), _suffix(path), mimetypes.guess_type(path.name)[0] or BYTES_TYPE)
 
     def _read(self, path: Path) -> bytes:
         return path.read_bytes()
@@ -100,18 +105,20 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _float32(samples: Any) -> bytes:
-    """One-dimensional samples as little-endian float32."""
-    array = samples.detach().cpu().numpy() if hasattr(samples, "detach") else samples
-    if not hasattr(array, "astype") or getattr(array, "ndim", 0) != 1:
-        raise InputError(f"audio samples must be a one-dimensional array, not a value of type {type(samples).__name__}")
-    return bytes(array.astype("<f4").tobytes())
+def _suffix(path: Path) -> str:
+    """The suffix of an upload: that of the file where it is an ordinary one, for a URI cannot hold any bytes."""
+    suffix = path.suffix.lstrip(".").lower()
+    return suffix if _SUFFIX.fullmatch(suffix) else "bin"
 
 
-def _wav_header(data_bytes: int, rate: int) -> bytes:
-    """RIFF header of mono IEEE-float samples (format 3), as the WAVE specification of 1991 and its 1994 update give it."""
-    fmt = struct.pack("<HHIIHH", 3, 1, rate, rate * 4, 4, 32)
-    return (
-        b"RIFF" + struct.pack("<I", 36 + data_bytes) + b"WAVEfmt " + struct.pack("<I", 16) + fmt
-        + b"data" + struct.pack("<I", data_bytes)
-    )  # fmt: skip
+def _rest(file: Any) -> Any:
+    """What is left of a file; it goes back to its place, so that an upload that is tried again finds the same."""
+    try:
+        place = file.tell() if getattr(file, "seekable", lambda: False)() else None
+        content = file.read()
+        if place is not None:
+            file.seek(place)
+    except (OSError, ValueError) as error:  # ValueError: a file that is closed
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the file object: {reason}") from None
+    return content

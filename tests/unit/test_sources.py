@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -451,6 +452,25 @@ class TestIterables:
         source = opener(str(folder), PICTURES)
         assert list(source.items(1, found[0])) == found[1:]
         assert source.describe() == str(folder)
+
+    def test_a_name_that_is_not_utf8_is_shown_by_its_bytes_and_its_file_is_an_item_like_any_other(
+        self, opener: Opener, tmp_path: Path, store: ObjectStore
+    ) -> None:
+        folder = os.fsencode(tmp_path) + b"/\xff"
+        try:
+            Path(os.fsdecode(folder)).mkdir()
+        except OSError:
+            pytest.skip("this file system has no such names")
+        for name in (b"caf\xe9.wav", b"other.w\xe4v"):
+            Path(os.fsdecode(folder + b"/" + name)).write_bytes(name)
+        source = opener(Path(os.fsdecode(folder)), PICTURES)
+        found = items(source)
+        assert [(item.id, item.failure) for item in found] == [("caf\\xe9.wav", None), ("other.w\\xe4v", None)]
+        assert [store.get(refs_in(item.inputs)[0].uri) for item in found] == [b"caf\xe9.wav", b"other.w\xe4v"]
+        assert source.describe() == str(tmp_path / "\\xff")
+        missing = items(opener([os.fsdecode(b"none\xe9.jpg")], PICTURES))[0]
+        assert missing.inputs is None  # another name would be another file
+        assert r"cannot read the input 'none\udce9.jpg'" in str(missing.failure)
 
     def test_a_folder_of_texts_and_an_empty_one(self, opener: Opener, tmp_path: Path, store: ObjectStore) -> None:
         (tmp_path / "texts").mkdir()

@@ -62,6 +62,7 @@ ROWS = (
             **STRICT_MEDIA,
         },
         returns="{text, chunks?}",
+        carried={"audio": Media.AUDIO, "stride": Media.DATA, "sampling_rate": Media.DATA, "extra": Media.DATA},
         cost_unit=CostUnit.SECONDS,
         merges_generation=True,
         tuples=("timestamp",),

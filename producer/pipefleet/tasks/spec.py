@@ -51,6 +51,8 @@ class TaskSpec:
     """Fields that a dict must have."""
     instead: Mapping[str, str] = field(default_factory=dict)
     """Fields that may stand in for a required one, by its name."""
+    carried: Mapping[str, Media] = field(default_factory=dict)
+    """Fields of an input on the wire where something goes with its recording: `{audio, stride, …}`; empty where nothing can."""
     positional: tuple[str, ...] = ()
     """Names of the call's positional arguments where it has several, or fields beside the first: `pipe(image, question)`."""
     crosses: bool = False

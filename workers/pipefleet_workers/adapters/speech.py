@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.carried import heard
 from pipefleet_workers.adapters.equal_writer import drawing
 from pipefleet_workers.adapters.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.waveforms import (
@@ -25,10 +26,10 @@ from pipefleet_workers.adapters.waveforms import (
     require_frames,
     require_piece,
 )
-from pipefleet_workers.arguments import Arguments
+from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation import default_seed
 from pipefleet_workers.generation_parameters import generation_of, vocabulary_of
-from pipefleet_workers.items import Assembly, Decoded, Unit
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 WHISPER = "seq2seq_whisper"
 CTC = "ctc"
@@ -119,18 +120,25 @@ class SpeechRecogniser(Adapter):
         if "lang_id" in outputs:
             row["lang_id"] = outputs["lang_id"]
         stride = outputs["stride"][index] if "stride" in outputs else unit.features["stride"]
+        row |= unit.features.get("extra", {})
         return {**row, "is_last": False, **({} if stride is None else {"stride": stride})}
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         parameters = dict(decoded.work.parameters)
         seed = parameters.pop("seed", None)
         arguments = self.parse(parameters)
-        self._require_pieces(len(decoded.value), arguments)
-        chunks = list(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
+        given = heard(decoded.value, self.pipe.feature_extractor.sampling_rate)
+        self._require_pieces(len(given.samples), arguments)
+        if given.stride is not None and self.pipe.type == "seq2seq" and not arguments.preprocess.get("chunk_length_s"):
+            raise ItemError("bad_input", "this model takes no stride, which is for CTC models; leave it out", STAGE)
+        chunks = list(self.copies.get().preprocess(given.given(), **arguments.fresh().preprocess))
         drawn = _draws(generation_of(arguments.forward, self._vocabulary))
         request = Request(arguments, (default_seed(decoded.work) if seed is None else seed) if drawn else None)
         assembly = Assembly(decoded.work, expected=len(chunks), context=request)
-        return [self._unit(assembly, index, dict(chunk), arguments) for index, chunk in enumerate(chunks)]
+        units = [self._unit(assembly, index, dict(chunk), arguments) for index, chunk in enumerate(chunks)]
+        for unit in units if given.extra else ():
+            unit.features["extra"] = given.extra
+        return units
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
         """Whisper hears half a minute at a time, filled up with silence; all others what they are given."""

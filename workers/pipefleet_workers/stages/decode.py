@@ -154,7 +154,7 @@ class Decoder:
         return sum([self._text_objects(one, media) for one in value]) if isinstance(value, list) else 0
 
     def _media_of(self, name: Any, media: Media | None) -> Media | None:
-        return self._spec.fields.get(name) or _PARTS.get(name) or media
+        return self._spec.fields.get(name) or self._spec.carried.get(name) or _PARTS.get(name) or media
 
     def _value(self, inputs: Any) -> Any:
         spec = self._spec
@@ -162,6 +162,10 @@ class Decoder:
             if not inputs or spec.missing(inputs) or set(inputs) - set(spec.fields):
                 raise self._bad(f"takes the fields {', '.join(spec.fields)}")
             return {name: self._decoders[spec.fields[name]](one) for name, one in inputs.items()}
+        if spec.carried and isinstance(inputs, Mapping):
+            if "audio" not in inputs or set(inputs) - set(spec.carried):
+                raise self._bad(f"takes a recording, or it with {', '.join(spec.carried)}")
+            return {name: self._decoders[spec.carried[name]](one) for name, one in inputs.items()}
         if spec.media is None:
             raise self._bad(f"takes a dict of {', '.join(spec.fields)}")
         return self._decoders[spec.media](inputs)
