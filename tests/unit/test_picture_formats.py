@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media import jpeg2000
+from pipefleet_workers.media import avif, jpeg2000
 from pipefleet_workers.media.declared import PIXEL, picture_bytes
 from pipefleet_workers.media.formats import PICTURE_FORMATS
 from pipefleet_workers.media.images import MOST_SLOW_PIXELS, decode_image
@@ -275,6 +276,25 @@ def test_tiles_components_and_blocks_of_a_jpeg_2000_are_bounded() -> None:
     for content in (many_tiles, many_parts, bytes(small_blocks), bytes(precincts)):
         assert jpeg2000.excess(content)
         assert refusal(content, max_pixels=100_000_000) == "too_large"
+
+
+@pytest.mark.parametrize("name", ["avif", "avif alpha", "avif animation"])
+def test_an_avif_is_as_large_as_its_stream_says(name: str) -> None:
+    content = FILES[name]()
+    assert avif.size(content) == (WIDTH, HEIGHT)
+    lying = content
+    for at in [found.start() for found in re.finditer(b"ispe", content)]:
+        lying = lying[: at + 8] + struct.pack(">II", 4, 4) + lying[at + 16 :]
+    assert refusal(lying, max_pixels=WIDTH * HEIGHT - 1) == "too_large"
+    assert picture_bytes(lying) == WIDTH * HEIGHT * PIXEL
+
+
+def test_the_tiles_of_an_avif_weigh_as_the_whole_picture() -> None:
+    content = (CASES / "avif.avif").read_bytes()
+    width, height = Image.open(CASES / "avif.avif").size
+    assert avif.size(content) == (width, height)
+    larger = content.replace(struct.pack(">II", width, height), struct.pack(">II", 3 * width, 3 * height))
+    assert picture_bytes(larger) == 9 * width * height * PIXEL
 
 
 def test_a_form_that_is_slow_to_decode_has_a_lower_bound() -> None:

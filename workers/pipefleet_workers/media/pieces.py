@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 
-from pipefleet_workers.media import jpeg2000
+from pipefleet_workers.media import avif, jpeg2000
 
 MOST_SCANS = 200
 """Scans of a JPEG; encoders write twenty at most."""
@@ -38,6 +38,8 @@ def excess(content: bytes) -> str | None:
         return _chunks(content)
     if jpeg2000.is_jpeg2000(content):
         return jpeg2000.excess(content)
+    if avif.is_avif(content):
+        return avif.excess(content)
     return _strips(content) if content[:2] in _TIFF else None
 
 
