@@ -142,7 +142,9 @@ class ConflictError(UsageError):
 
     def __init__(self, message: str, *, job_id: str = "") -> None:
         super().__init__(message)
-        self.job_id = job_id  # a copy, or what comes out of pickle, is made of the message alone and gets this afterwards
+        self.job_id = (
+            job_id  # a copy, or what comes out of pickle, is made of the message alone and gets this afterwards
+        )
 
 
 class ContractError(UsageError):

@@ -74,7 +74,7 @@ class Uploader:
         return self.content(_wav_header(len(content), rate) + content, "wav", "audio/wav")
 
     def _read(self, path: Path) -> bytes:
-        return path.read_bytes()
+        return _filled(path.read_bytes())
 
 
 class DryUploader(Uploader):
@@ -88,8 +88,16 @@ class DryUploader(Uploader):
         return StorageRef(join_uri(self._prefix, "uploads", f"any.{suffix}"), type=media_type).to_json()
 
     def _read(self, path: Path) -> bytes:
-        with path.open("rb"):
-            return b""
+        with path.open("rb") as file:
+            _filled(file.read(1))
+        return b""
+
+
+def _filled(content: bytes) -> bytes:
+    """`content` itself. Raises ValueError where there is none, for no worker takes an empty object."""
+    if not content:
+        raise ValueError("it is empty")
+    return content
 
 
 def _float32(samples: Any) -> bytes:
@@ -97,6 +105,8 @@ def _float32(samples: Any) -> bytes:
     array = samples.detach().cpu().numpy() if hasattr(samples, "detach") else samples
     if not hasattr(array, "astype") or getattr(array, "ndim", 0) != 1:
         raise InputError(f"audio samples must be a one-dimensional array, not a value of type {type(samples).__name__}")
+    if not array.size:
+        raise InputError("the recording is empty: it has no samples")
     return bytes(array.astype("<f4").tobytes())
 
 

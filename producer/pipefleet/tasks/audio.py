@@ -15,6 +15,7 @@ from pipefleet.parameters import (
     template,
     text,
 )
+from pipefleet.tasks.requirements import labels_given, pieces_longer_than_strides
 from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, LABEL_COUNT
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -63,6 +64,7 @@ ROWS = (
         },
         returns="{text, chunks?}",
         cost_unit=CostUnit.SECONDS,
+        requires=(pieces_longer_than_strides,),
         tuples=("timestamp",),
     ),
     TaskSpec(
@@ -81,6 +83,7 @@ ROWS = (
         parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000)},
         returns="[{label, score}]",
         cost_unit=CostUnit.SECONDS,
+        requires=(labels_given,),
     ),
     TaskSpec(
         name="text-to-audio",

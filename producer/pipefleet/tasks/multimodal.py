@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
+from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
 from pipefleet.tasks.shared import CANDIDATE_LABELS, GENERATE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -32,6 +33,7 @@ ROWS = (
         parameters=_CHAT,
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
+        requires=(prompt_filled,),
     ),
     TaskSpec(
         name="any-to-any",
@@ -43,6 +45,7 @@ ROWS = (
         parameters=_CHAT,
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
+        requires=(prompt_filled,),
     ),
     TaskSpec(
         name="image-to-text",
@@ -56,6 +59,7 @@ ROWS = (
         },
         returns="[{generated_text}]",
         cost_unit=CostUnit.IMAGES,
+        requires=(picture_given,),
     ),
     TaskSpec(
         name="visual-question-answering",
@@ -85,6 +89,7 @@ ROWS = (
         },
         returns="[{score, answer, start, end}], or [{answer}] from a model that reads the page itself",
         cost_unit=CostUnit.IMAGES,
+        requires=(boxes_on_page,),
     ),
     TaskSpec(
         name="zero-shot-image-classification",
@@ -93,6 +98,7 @@ ROWS = (
         parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000)},
         returns="[{score, label}]",
         cost_unit=CostUnit.IMAGES,
+        requires=(labels_given,),
     ),
     TaskSpec(
         name="zero-shot-object-detection",
@@ -107,5 +113,6 @@ ROWS = (
         },
         returns="[{score, label, box: {xmin, ymin, xmax, ymax}}]",
         cost_unit=CostUnit.IMAGES,
+        requires=(labels_given,),
     ),
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, number, text
+from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, number, some_text, text
 
 LABEL_COUNT = either(null, integer(1, 100_000))
 ACTIVATION = either(null, choice("default", "sigmoid", "softmax", "none"))
 TOKENIZE: dict[str, Check] = {"truncation": boolean, "max_length": integer(1, 1_000_000)}
-CANDIDATE_LABELS = either(list_of(text(1000), 1000), text(100_000))
+CANDIDATE_LABELS = either(list_of(text(1000), 1000, least=1), some_text(text(100_000), commas=True))
 """Labels of zero-shot tasks: a list, or one text with commas."""
 GENERATE: dict[str, Check] = {
     "max_new_tokens": integer(1, 32_768),

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from pipefleet.parameters import Check, check_parameters
+from pipefleet.tasks.requirements import Known, Requirement
 
 
 class Media(StrEnum):
@@ -61,6 +62,14 @@ class TaskSpec:
     """Parameters with which such a list stays."""
     answers_one_alone: bool = False
     """Whether a list of one input is answered as that input alone, without a list around its result."""
+
+    requires: tuple[Requirement, ...] = ()
+    """What an input and its parameters must have together, as far as it can be told without the model."""
+
+    def require(self, inputs: Any, known: Known) -> None:
+        """Raise InputError or ParameterError where an input, with what is `known` of its parameters, can only fail."""
+        for requirement in self.requires:
+            requirement(self.name, inputs, known)
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise ParameterError unless every parameter is allowed for this task and within its bounds."""
