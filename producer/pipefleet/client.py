@@ -42,6 +42,7 @@ from pipefleet.settings import Settings, load_settings
 from pipefleet.starting import plan_run
 from pipefleet.storage import REF_KEY
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
+from pipefleet.tasks.requirements import Known
 from pipefleet.uris import output_fault, run_fault
 from pipefleet.waiting import Lookout
 from pipefleet.watcher import Watcher
@@ -165,7 +166,7 @@ class Client:
         deadline = None if expires is None else patience.call(self.now) + expires
         if deadline is not None and deadline > MAX_DEADLINE:
             raise InputError("expires must end before the year 2100; leave it out for a job that never expires")
-        preparer = self.preparer(spec)
+        preparer = self.preparer(spec, pool, parameters)
         message = JobMessage(
             id=job_id,
             task=spec.name,
@@ -238,7 +239,7 @@ class Client:
             contract_version=CONTRACT_VERSION,
             strict=strict,
         )
-        return plan_run(self, layout, plan, source)
+        return plan_run(self, layout, plan, source, pool)
 
     def run(self, uri: str) -> Run:
         """Open the run whose output lies at `uri`. Raises RunError where there is none."""
@@ -279,9 +280,19 @@ class Client:
         with broker.redis_errors(self.settings.redis_url):
             self.redis.ping()
 
-    def preparer(self, spec: TaskSpec) -> InputPreparer:
-        """What turns a user's inputs for this task into JSON with references."""
-        return InputPreparer(spec, self.store, self.settings.store, inline_bytes=self.settings.inline_bytes)
+    def preparer(
+        self, spec: TaskSpec, pool: Pool | None = None, parameters: Mapping[str, Any] | None = None
+    ) -> InputPreparer:
+        """What turns a user's inputs for this task into JSON with references.
+
+        With the pool and the parameters of a call, it refuses what cannot go with them. Workers that announce a pool do not tell
+        its parameters, so only with a fleet file is it known that one is missing.
+        """
+        complete = pool is not None and self.settings.fleet_path is not None
+        known = Known({**(pool.parameters if pool else {}), **(parameters or {})}, complete)
+        return InputPreparer(
+            spec, self.store, self.settings.store, inline_bytes=self.settings.inline_bytes, known=known
+        )
 
     def read_records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
         """The records of jobs, in one round trip; None for those nothing is known of."""

@@ -1,8 +1,8 @@
 """Every error that pipefleet raises, as one tree; the command line turns each into one sentence and an exit code.
 
     PipefleetError
-    ├── UsageError                  exit 2: the caller can mend it
-    │   ├── UnknownTaskError        no such task
+    ├── UsageError                  exit 2: the caller can mend it; also a ValueError
+    │   ├── UnknownTaskError        no such task; also a KeyError, as in transformers
     │   ├── UnknownModelError       nobody in the fleet serves this model
     │   ├── ParameterError          a parameter that the task does not take, or a value out of bounds
     │   ├── InputError              an input of a kind that the task does not take
@@ -48,17 +48,17 @@ class PipefleetError(Exception):
     retryable: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        return printable_lines(super().__str__())
+        return printable_lines(Exception.__str__(self))  # that of a KeyError would be in quotes
 
 
-class UsageError(PipefleetError):
-    """The call cannot work as it was made; nothing was started."""
+class UsageError(PipefleetError, ValueError):
+    """The call cannot work as it was made; nothing was started. Also Python's own ValueError, for code that catches that."""
 
     code = "usage"
 
 
-class UnknownTaskError(UsageError):
-    """No task has this name or alias."""
+class UnknownTaskError(UsageError, KeyError):
+    """No task has this name or alias. Also a KeyError, which `transformers.pipeline` raises for it."""
 
     code = "unknown_task"
 
@@ -140,9 +140,11 @@ class ConflictError(UsageError):
 
     code = "conflict"
 
-    def __init__(self, message: str, *, job_id: str) -> None:
+    def __init__(self, message: str, *, job_id: str = "") -> None:
         super().__init__(message)
-        self.job_id = job_id
+        self.job_id = (
+            job_id  # a copy, or what comes out of pickle, is made of the message alone and gets this afterwards
+        )
 
 
 class ContractError(UsageError):

@@ -13,6 +13,7 @@ from pipefleet.pictures import cell_content, is_cell, is_picture
 from pipefleet.recordings import extra_of, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tasks import Media, TaskSpec
+from pipefleet.tasks.requirements import Known
 from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
 
 _PARTS = {"image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
@@ -36,8 +37,10 @@ class InputPreparer:
         *,
         inline_bytes: int,
         uploader: Uploader | None = None,
+        known: Known | None = None,
     ) -> None:
         self.spec = spec
+        self.known = known or Known()
         self._store = store
         self._prefix = prefix
         self._inline_bytes = inline_bytes
@@ -56,8 +59,12 @@ class InputPreparer:
             Media.DATA: self._data,
         }
 
-    def prepare(self, value: Any) -> Any:
-        """The JSON form of one input. Raises InputError for a kind that the task does not take."""
+    def prepare(self, value: Any, parameters: Mapping[str, Any] | None = None) -> Any:
+        """The JSON form of one input, which may have `parameters` of its own.
+
+        Raises InputError for a kind that the task does not take, and with ParameterError for what can only fail with the model.
+        """
+        self.spec.require(value, self.known.of_item(parameters))
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
         if "text_pair" in self.spec.fields and is_pair(value):
@@ -88,6 +95,7 @@ class InputPreparer:
             self._prefix,
             inline_bytes=self._inline_bytes,
             uploader=DryUploader(self._prefix),
+            known=self.known,
         )
 
     def _spill_field(self, name: str, item: Any) -> Any:
@@ -177,7 +185,11 @@ class InputPreparer:
         return self._media(cell_content(value) if is_cell(value) else value)
 
     def _images(self, value: Any) -> Any:
-        return [self._image(one) for one in value] if isinstance(value, list | tuple) else self._image(value)
+        if not isinstance(value, list | tuple):
+            return self._image(value)
+        if not value:
+            raise InputError(f"{self.spec.name} takes one image or more in a list, not none; leave the list out")
+        return [self._image(one) for one in value]
 
     def _image_pair(self, value: Any) -> list[Any]:
         if not isinstance(value, list | tuple) or len(value) != 2:

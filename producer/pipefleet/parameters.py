@@ -73,12 +73,25 @@ def template(longest: int = 1000) -> Check:
     return check
 
 
-def list_of(item: Check, longest: int = 1000) -> Check:
-    """A list of at most `longest` values that all pass `item`."""
+def some_text(check: Check, *, commas: bool = False) -> Check:
+    """A text, or a list of texts, that passes `check` and has more than spaces (with `commas`, than spaces and commas)."""
+    nothing = " \t\r\n\v\f," if commas else None
+
+    def filled(value: Any) -> str | None:
+        texts = [value] if isinstance(value, str) else value
+        return check(value) or (
+            None if any(one.strip(nothing) for one in texts) else "must hold a text that is not empty"
+        )
+
+    return filled
+
+
+def list_of(item: Check, longest: int = 1000, *, least: int = 0) -> Check:
+    """A list of at least `least` and at most `longest` values that all pass `item`."""
 
     def check(value: Any) -> str | None:
-        if not isinstance(value, list | tuple) or len(value) > longest:
-            return f"must be a list of at most {longest} values"
+        if not isinstance(value, list | tuple) or not least <= len(value) <= longest:
+            return f"must be a list of {f'{least} to' if least else 'at most'} {longest} values"
         wrong = next((problem for problem in map(item, value) if problem), None)
         return f"holds a value that {wrong}" if wrong else None
 

@@ -38,7 +38,7 @@ def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
     Raises UsageError for inputs, parameters or an id that a shard cannot hold.
     """
     parameters = called_parameters(preparer.spec, row.get("parameters") or None)
-    prepared = preparer.prepare(row["inputs"])
+    prepared = preparer.prepare(row["inputs"], parameters)
     references = refs_in(prepared)
     identity = row.get("id")
     if identity is None and isinstance(prepared, Mapping) and len(references) == 1:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.errors import RunError
+from pipefleet.errors import PipefleetError, RunError
 from pipefleet.foreign import mapping, read_json
 from pipefleet.printable import printable
 
@@ -25,6 +25,8 @@ def readable(where: str) -> Iterator[None]:
     """Turn what reading a wrong file raises inside into RunError that names `where`."""
     try:
         yield
+    except PipefleetError:
+        raise  # some are a ValueError too
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise RunError(
             f"{where} was not written by this version of pipefleet; use the release that began the run, or remove it where "

@@ -495,5 +495,5 @@ class Run:
                 f"{f' ({reason})' if reason else ''}; call map again with the same arguments to go on"
             )
         spec = task_spec(self._plan.task)
-        preparer = self._client.preparer(spec)
+        preparer = self._client.preparer(spec, parameters=self._plan.parameters)
         return open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)

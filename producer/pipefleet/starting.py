@@ -16,15 +16,16 @@ from pipefleet.tasks import task_spec
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
+    from pipefleet.fleet import Pool
 
 
-def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any) -> Run:
+def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any, pool: Pool | None = None) -> Run:
     """Start a run: check the source, write the plan, queue the first shard; the rest goes on in a thread.
 
     When the first shard fails, nothing stays behind.
     """
     spec = task_spec(plan.task)
-    preparer = client.preparer(spec)
+    preparer = client.preparer(spec, pool, plan.parameters)
     opened = open_source(source, spec, client.store, preparer, output=layout.uri, strict=plan.strict)
     opened.check()
     client.ping()

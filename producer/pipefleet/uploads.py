@@ -80,7 +80,7 @@ class Uploader:
         return self.content(bytes(content), _suffix(path), mimetypes.guess_type(path.name)[0] or BYTES_TYPE)
 
     def _read(self, path: Path) -> bytes:
-        return path.read_bytes()
+        return _filled(path.read_bytes())
 
 
 class DryUploader(Uploader):
@@ -94,8 +94,16 @@ class DryUploader(Uploader):
         return StorageRef(join_uri(self._prefix, "uploads", f"any.{suffix}"), type=media_type).to_json()
 
     def _read(self, path: Path) -> bytes:
-        with path.open("rb"):
-            return b""
+        with path.open("rb") as file:
+            _filled(file.read(1))
+        return b""
+
+
+def _filled(content: bytes) -> bytes:
+    """`content` itself. Raises ValueError where there is none, for no worker takes an empty object."""
+    if not content:
+        raise ValueError("it is empty")
+    return content
 
 
 def _is_file(text: str) -> bool:

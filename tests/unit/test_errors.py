@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import pkgutil
 import re
+from typing import Any
 
 import pytest
 
@@ -17,8 +20,11 @@ from pipefleet.errors import (
     ResultTimeoutError,
     ServiceFullError,
     ServiceUnavailableError,
+    UsageError,
     nearest,
 )
+from pipefleet.runfiles import readable
+from pipefleet.tasks import task_spec
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PipefleetError)]
 
@@ -93,3 +99,29 @@ def test_a_failed_job_carries_code_and_stage() -> None:
 )
 def test_the_nearest_word_is_suggested_and_a_far_one_not(word: str, hint: str) -> None:
     assert nearest(word, ["top_k", "top_p", "num_beams"]) == hint
+
+
+def test_what_the_caller_can_mend_is_a_value_error_and_nothing_else_is() -> None:
+    assert [kind for kind in TREE if issubclass(kind, ValueError)] == [
+        kind for kind in TREE if issubclass(kind, UsageError)
+    ]
+
+
+def test_an_unknown_task_is_a_key_error_as_in_transformers_and_its_message_has_no_quotes_around_it() -> None:
+    with pytest.raises(KeyError) as caught:
+        task_spec("text-clasification")
+    assert str(caught.value).startswith("there is no task 'text-clasification' (did you mean 'text-classification'?)")
+
+
+@pytest.mark.parametrize("kind", TREE)
+@pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_every_error_can_be_copied_and_pickled_with_all_that_it_tells(kind: type[PipefleetError], again: Any) -> None:
+    told = {errors.ConflictError: {"job_id": "j"}, JobFailedError: {"failure_code": "bad_input", "stage": "decode"}}
+    error = kind("no", **told.get(kind, {}))
+    found = again(error)
+    assert (type(found), str(found), vars(found)) == (kind, "no", vars(error))
+
+
+def test_an_error_of_ours_inside_a_file_that_is_read_stays_what_it_is() -> None:
+    with pytest.raises(errors.AccessDeniedError), readable("s3://b/run.json"):
+        raise errors.AccessDeniedError("no")

@@ -16,6 +16,7 @@ from pipefleet.parameters import (
     template,
 )
 from pipefleet.tasks.generation import SEED, WHISPER, generation_without
+from pipefleet.tasks.requirements import labels_given, pieces_longer_than_strides
 from pipefleet.tasks.shared import CANDIDATE_LABELS, LABEL_COUNT, STRICT_MEDIA
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -65,6 +66,7 @@ ROWS = (
         carried={"audio": Media.AUDIO, "stride": Media.DATA, "sampling_rate": Media.DATA, "extra": Media.DATA},
         cost_unit=CostUnit.SECONDS,
         merges_generation=True,
+        requires=(pieces_longer_than_strides,),
         tuples=("timestamp",),
     ),
     TaskSpec(
@@ -84,6 +86,7 @@ ROWS = (
         parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000), **STRICT_MEDIA},
         returns="[{label, score}]",
         cost_unit=CostUnit.SECONDS,
+        requires=(labels_given,),
     ),
     TaskSpec(
         name="text-to-audio",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipefleet.parameters import Check, boolean, choice, either, integer, mapping_of, null, number, template, text
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
+from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
 from pipefleet.tasks.shared import CANDIDATE_LABELS, SHOWN, STRICT_MEDIA, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -32,6 +33,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
+        requires=(prompt_filled,),
     ),
     TaskSpec(
         name="any-to-any",
@@ -44,6 +46,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
+        requires=(prompt_filled,),
     ),
     TaskSpec(
         name="image-to-text",
@@ -56,6 +59,7 @@ ROWS = (
         },
         returns="[{generated_text}]",
         cost_unit=CostUnit.IMAGES,
+        requires=(picture_given,),
     ),
     TaskSpec(
         name="visual-question-answering",
@@ -90,6 +94,7 @@ ROWS = (
         },
         returns="[{score, answer, start, end}], or [{answer}] from a model that reads the page itself",
         cost_unit=CostUnit.IMAGES,
+        requires=(boxes_on_page,),
     ),
     TaskSpec(
         name="zero-shot-image-classification",
@@ -98,6 +103,7 @@ ROWS = (
         parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000)},
         returns="[{score, label}]",
         cost_unit=CostUnit.IMAGES,
+        requires=(labels_given,),
     ),
     TaskSpec(
         name="zero-shot-object-detection",
@@ -112,5 +118,6 @@ ROWS = (
         },
         returns="[{score, label, box: {xmin, ymin, xmax, ymax}}]",
         cost_unit=CostUnit.IMAGES,
+        requires=(labels_given,),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, text, word
+from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, some_text, text, word
 from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
 STRICT_MEDIA: dict[str, Check] = {"strict_media": boolean}
@@ -15,7 +15,7 @@ TOKENIZE: dict[str, Check] = {
     "max_length": integer(1, 1_000_000),
     "add_special_tokens": boolean,
 }
-CANDIDATE_LABELS = either(list_of(text(1000), 1000), text(100_000))
+CANDIDATE_LABELS = either(list_of(text(1000), 1000, least=1), some_text(text(100_000), commas=True))
 """Labels of zero-shot tasks: a list, or one text with commas."""
 WRITE: dict[str, Check] = {**GENERATION, **STOP, **SEED}
 """Arguments of `generate()`, with what the worker's own generation takes for each row."""

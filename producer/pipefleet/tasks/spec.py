@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from pipefleet.parameters import Check, check_parameters
+from pipefleet.tasks.requirements import Known, Requirement
 
 
 class Media(StrEnum):
@@ -73,6 +74,14 @@ class TaskSpec:
     """Keys of a result whose values are tensors with `return_tensors`; an empty one stands for the result itself."""
     answers_one_alone: bool = False
     """Whether a list of one input is answered as that input alone, without a list around its result."""
+
+    requires: tuple[Requirement, ...] = ()
+    """What an input and its parameters must have together, as far as it can be told without the model."""
+
+    def require(self, inputs: Any, known: Known) -> None:
+        """Raise InputError or ParameterError where an input, with what is `known` of its parameters, can only fail."""
+        for requirement in self.requires:
+            requirement(self.name, inputs, known)
 
     def missing(self, value: Mapping[str, Any]) -> list[str]:
         """The required fields that neither stand in `value` nor are replaced by another."""

@@ -13,11 +13,20 @@ from pipefleet.parameters import (
     list_of,
     mapping_of,
     null,
+    some_text,
     template,
     text,
     word,
 )
 from pipefleet.tasks.generation import SEED, generation_without
+from pipefleet.tasks.requirements import (
+    fields_filled,
+    labels_given,
+    request_in_json,
+    text_filled,
+    text_not_blank,
+    words_or_text,
+)
 from pipefleet.tasks.shared import ACTIVATION, CANDIDATE_LABELS, LABEL_COUNT, SHOWN, TOKENIZE, TRUNCATION, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -60,6 +69,7 @@ ROWS = (
         parameters={},
         returns="{question: {type, …}}",
         cost_unit=CostUnit.TOKENS,
+        requires=(request_in_json,),
     ),
     TaskSpec(
         name="feature-extraction",
@@ -80,11 +90,12 @@ ROWS = (
         media=Media.TEXT,
         parameters={
             "top_k": integer(1, 100_000),
-            "targets": either(text(100), list_of(text(100), 1000)),
+            "targets": some_text(either(text(100), list_of(text(100), 1000))),
             "tokenizer_kwargs": mapping_of(_TOKENIZE),
         },
         returns="[{score, token, token_str, sequence}], or a list of those for each of several masks",
         cost_unit=CostUnit.TOKENS,
+        requires=(text_not_blank,),
         answers_one_alone=True,
     ),
     TaskSpec(
@@ -105,6 +116,7 @@ ROWS = (
         },
         returns="{score, start, end, answer}, or a list of those with top_k",
         cost_unit=CostUnit.TOKENS,
+        requires=(fields_filled("question", "context"),),
         answers_one_alone=True,
     ),
     TaskSpec(
@@ -130,6 +142,7 @@ ROWS = (
         },
         returns="{answer, coordinates, cells, aggregator?}, or a list of those for a list of queries",
         cost_unit=CostUnit.TOKENS,
+        requires=(fields_filled("query"),),
         tuples=("coordinates",),
         answers_one_alone=True,
     ),
@@ -139,6 +152,7 @@ ROWS = (
         media=Media.TEXT,
         fields={"text": Media.TEXT, "text_pair": Media.TEXT},
         positional=("text",),
+        required=("text",),
         parameters={"top_k": LABEL_COUNT, "function_to_apply": ACTIVATION, **_TOKENIZE},
         returns="[{label, score}]",
         cost_unit=CostUnit.TOKENS,
@@ -183,6 +197,7 @@ ROWS = (
         },
         returns="[{entity, score, index, word, start, end}], or [{entity_group, score, word, start, end}]",
         cost_unit=CostUnit.TOKENS,
+        requires=(words_or_text,),
     ),
     _TRANSLATION,
     replace(_TRANSLATION, name="translation_xx_to_yy"),
@@ -197,5 +212,6 @@ ROWS = (
         },
         returns="{sequence, labels, scores}",
         cost_unit=CostUnit.TOKENS,
+        requires=(text_filled, labels_given),
     ),
 )

@@ -1,0 +1,135 @@
+"""What a task requires of an input together with its parameters, as far as that can be told without the model.
+
+The producer asks before it queues; workers keep checks of their own, for messages of other programs. What transformers takes
+stays taken: an empty text is fine for most tasks. What lies in an object (a reference, a path) is for the worker to see.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipefleet.errors import InputError, ParameterError
+from pipefleet.storage import is_text_uri
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of the parameters of an input: `complete` where the pool has no more of its own."""
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    complete: bool = False
+
+    def of_item(self, own: Mapping[str, Any] | None) -> Known:
+        """With the parameters of one item, which come before those of the call."""
+        return Known({**self.parameters, **own}, self.complete) if own else self
+
+
+Requirement = Callable[[str, Any, Known], None]
+"""Called with the name of the task, an input and what is known. Raises InputError or ParameterError."""
+
+
+def text_filled(task: str, inputs: Any, known: Known) -> None:
+    """The text that is the input is not empty."""
+    if isinstance(inputs, str) and not inputs:
+        raise InputError(f"{task} takes a text that is not empty")
+
+
+def text_not_blank(task: str, inputs: Any, known: Known) -> None:
+    """The text has more than spaces: it must hold a mask."""
+    if isinstance(inputs, str) and not inputs.strip():
+        raise InputError(f"{task} takes a text with a mask in it, and the text is empty")
+
+
+def fields_filled(*names: str) -> Requirement:
+    """The texts in these fields are not empty."""
+
+    def check(task: str, inputs: Any, known: Known) -> None:
+        for name in names:
+            value = inputs.get(name) if isinstance(inputs, Mapping) else None
+            if isinstance(value, str) and not value:
+                raise InputError(f"{task} takes a {name} that is not empty")
+
+    return check
+
+
+def prompt_filled(task: str, inputs: Any, known: Known) -> None:
+    """There is a prompt, or media beside it."""
+    text = inputs.get("text") if isinstance(inputs, Mapping) and set(inputs) == {"text"} else inputs
+    if isinstance(text, str) and not text:
+        raise InputError(f"the prompt of {task} is empty")
+
+
+def picture_given(task: str, inputs: Any, known: Known) -> None:
+    """A dict holds a picture, under one of its two names."""
+    if isinstance(inputs, Mapping) and inputs.keys() <= {"text"}:
+        raise InputError(f"{task} takes a dict of image and, if wanted, text; image is missing")
+
+
+def labels_given(task: str, inputs: Any, known: Known) -> None:
+    """Candidate labels come with the call, with the input, or from the pool."""
+    own = isinstance(inputs, Mapping) and inputs.get("candidate_labels") is not None
+    if known.complete and not own and known.parameters.get("candidate_labels") is None:
+        raise ParameterError(f"{task} needs candidate_labels: a list of texts, or one text with commas")
+
+
+def words_or_text(task: str, inputs: Any, known: Known) -> None:
+    """A list of words comes with `is_split_into_words`, a text without it."""
+    split = known.parameters.get("is_split_into_words")
+    if isinstance(inputs, str) and split is True:
+        raise InputError(f"{task} takes lists of words with is_split_into_words, not a text")
+    if isinstance(inputs, list | tuple) and not split and (known.complete or split is False):
+        raise InputError(f"{task} takes texts; pass is_split_into_words=True with lists of words")
+
+
+def pieces_longer_than_strides(task: str, inputs: Any, known: Known) -> None:
+    """A recording that is cut into pieces goes on with each of them."""
+    length, stride = known.parameters.get("chunk_length_s"), known.parameters.get("stride_length_s")
+    if not length or stride is None:
+        return
+    both = [stride, stride] if isinstance(stride, int | float) else list(stride)
+    if len(both) != 2:
+        raise ParameterError(f"stride_length_s of {task} is a number, or a list of two: the left and the right one")
+    if sum(both) >= length:
+        raise ParameterError(
+            f"chunk_length_s of {task} is {length:g}, no longer than the strides at both its ends ({sum(both):g}); "
+            "pass a longer chunk_length_s or a shorter stride_length_s"
+        )
+
+
+def boxes_on_page(task: str, inputs: Any, known: Known) -> None:
+    """`word_boxes`, where they are given, are words with boxes in thousandths of the page."""
+    boxes = inputs.get("word_boxes") if isinstance(inputs, Mapping) else None
+    if isinstance(boxes, list | tuple) and not all(map(_is_boxed, boxes)):
+        raise InputError(
+            "word_boxes are a list of [word, [x0, y0, x1, y1]] with 0 <= x0 <= x1 <= 1000 and 0 <= y0 <= y1 <= 1000"
+        )
+
+
+def request_in_json(task: str, inputs: Any, known: Known) -> None:
+    """A request that comes as a text is the JSON of one."""
+    if not isinstance(inputs, str) or is_text_uri(inputs):
+        return
+    try:
+        request = json.loads(inputs)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"a text for {task} must be the JSON of a request: {error}") from None
+    if not isinstance(request, Mapping) or set(request) != {"state", "questions"}:
+        raise InputError(f"a request of {task} has a state and questions, and nothing else")
+
+
+def _is_boxed(one: Any) -> bool:
+    if not isinstance(one, list | tuple) or len(one) != 2 or not isinstance(one[0], str):
+        return False
+    box = one[1]
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_finite, box)):
+        return False
+    left, top, right, bottom = box
+    return bool(0 <= left <= right <= 1000 and 0 <= top <= bottom <= 1000)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
