@@ -12,6 +12,7 @@ from redis import Redis
 
 from pipefleet import broker
 from pipefleet.contract import JobState
+from pipefleet.errors import ContractError
 from pipefleet.records import FINISH, START, JobFailure, JobRecord, finish_arguments, read_record
 from pipefleet.storage import StorageRef
 
