@@ -12,6 +12,7 @@ from redis import Redis
 
 from pipefleet import broker
 from pipefleet.contract import JobState
+from pipefleet.errors import ContractError
 from pipefleet.records import FINISH, START, JobFailure, JobRecord, finish_arguments, read_record
 from pipefleet.storage import StorageRef
 
@@ -122,3 +123,12 @@ def test_references_and_failures_are_read_as_they_were_written(redis: Redis) -> 
     found = record(redis)
     assert found is not None
     assert (found.output_ref, found.failure) == (reference, failure)
+
+
+def test_warnings_of_a_record_are_a_bounded_list_of_texts() -> None:
+    found = read_record({b"state": b"succeeded", b"warnings": json.dumps([str(index) for index in range(99)]).encode()})
+    assert found is not None
+    assert found.warnings == tuple(str(index) for index in range(10))
+    for text in (b"{}", b"[1]", b"nothing"):
+        with pytest.raises(ContractError):
+            read_record({b"state": b"succeeded", b"warnings": text})

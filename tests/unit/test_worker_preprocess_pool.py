@@ -30,8 +30,8 @@ from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.items import Fetched, ItemError, JobContext, Work
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.preprocess_child import SHARED, discard, packed, unpacked
-from pipefleet_workers.preprocess_pool import PreprocessPool
+from pipefleet_workers.preprocess_child import SHARED, Answer, discard, packed, unpacked
+from pipefleet_workers.preprocess_pool import PreprocessPool, _units
 from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
@@ -271,3 +271,10 @@ def main():
 if __name__ == "__main__":
     main()
 """
+
+
+def test_warnings_come_back_with_the_units_or_the_failure() -> None:
+    for failure in (None, ("bad_media", "no picture", "decode")):
+        (one,) = fetched(Call("text"))
+        _units(one, Answer((), None, 0, failure, {}, ["it is damaged"]))
+        assert one.work.warnings == ["it is damaged"]

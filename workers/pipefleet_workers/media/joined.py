@@ -68,12 +68,14 @@ def _ogg_pages(content: bytes) -> Iterator[tuple[int, bool, bytes]]:
 
 def _without_tags(content: bytes) -> bytes:
     """The content without the tags behind its beginning: FFmpeg knows those at both ends of a file alone."""
-    kept, begin = [], 0
+    kept, begin, seen = [], 0, 0
     for start, end in sorted([*_id3_tags(content), *_ape_tags(content)]):
-        if start < max(begin, 1) or not _BEHIND_TAGS.match(content, end):
-            continue
-        kept.append(content[begin:start])
-        begin = end
+        if start < seen or not _BEHIND_TAGS.match(content, end):
+            continue  # what looks like a tag inside of another is a part of that
+        seen = end
+        if start:
+            kept.append(content[begin:start])
+            begin = end
     return b"".join([*kept, content[begin:]]) if kept else content
 
 
