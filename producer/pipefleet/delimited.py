@@ -38,7 +38,7 @@ def text_of(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def lines_of(texts: Iterable[str], *, most: int = LONGEST_LINE) -> Iterator[str]:
-    """The lines of a text that comes in pieces, with their ends (LF or CRLF). Raises ValueError for one of over `most` characters."""
+    """The lines of a text that comes in pieces, with their ends (LF or CRLF). Raises ValueError above `most` characters."""
     left: list[str] = []
     held = 0
     for text in texts:

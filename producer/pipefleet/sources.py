@@ -60,10 +60,10 @@ class PrefixSource:
                 f"the output {self.exclude} holds the source {self.uri}, and nothing below an output is read as input; "
                 "choose another output"
             )
-        first = next(self.items(0, None), None)
-        if first is None:
+        found = list(itertools.islice(self.items(0, None), 2))
+        if not found:
             raise SourceError(f"nothing lies under {self.uri}; check the prefix (it is case-sensitive)")
-        if self.texts and _key(first) == split_uri(self.uri)[1]:
+        if self.texts and [_key(one) for one in found] == [split_uri(self.uri)[1]]:
             raise SourceError(
                 f"{self.uri} is no manifest: give {FORMATS}, or the prefix above it to take each file as one text"
             )
@@ -116,7 +116,7 @@ class ManifestSource:
             raise SourceError(f"the manifest {self.location} is empty")
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Items after the first `skip` rows; a line that is no text is one that failed. Raises ManifestError for a malformed line."""
+        """Items after the first `skip` rows; a line that is no text has failed. Raises ManifestError for a malformed line."""
         for line, row in itertools.islice(self._rows(), skip, None):
             if isinstance(row, Unreadable):
                 yield failed_item({}, f"{row.reason}; the line is left out")

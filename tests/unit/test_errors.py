@@ -102,7 +102,9 @@ def test_the_nearest_word_is_suggested_and_a_far_one_not(word: str, hint: str) -
 
 
 def test_what_the_caller_can_mend_is_a_value_error_and_nothing_else_is() -> None:
-    assert [kind for kind in TREE if issubclass(kind, ValueError)] == [kind for kind in TREE if issubclass(kind, UsageError)]
+    assert [kind for kind in TREE if issubclass(kind, ValueError)] == [
+        kind for kind in TREE if issubclass(kind, UsageError)
+    ]
 
 
 def test_an_unknown_task_is_a_key_error_as_in_transformers_and_its_message_has_no_quotes_around_it() -> None:

@@ -7,8 +7,11 @@ from pipefleet.parameters import Check, boolean, choice, either, integer, list_o
 LABEL_COUNT = either(null, integer(1, 100_000))
 ACTIVATION = either(null, choice("default", "sigmoid", "softmax", "none"))
 TOKENIZE: dict[str, Check] = {"truncation": boolean, "max_length": integer(1, 1_000_000)}
-CANDIDATE_LABELS = either(list_of(text(1000), 1000, least=1), some_text(text(100_000), commas=True))
+_LABEL_LIST = list_of(text(1000), 1000, least=1)
+CANDIDATE_LABELS = either(_LABEL_LIST, some_text(text(100_000), commas=True))
 """Labels of zero-shot tasks: a list, or one text with commas."""
+ANY_LABELS = either(_LABEL_LIST, text(100_000))
+"""As those, where a text is cut at its commas and nothing else: an empty label is one too."""
 GENERATE: dict[str, Check] = {
     "max_new_tokens": integer(1, 32_768),
     "min_new_tokens": integer(0, 32_768),
