@@ -199,7 +199,8 @@ class Client:
     ) -> Run:
         """Run a task over a whole source, from object storage to object storage.
 
-        `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl` or `.csv`) there or here, a local folder, or any iterable of
+        `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.txt`, each also with
+        `.gz`) there or here, a local folder, or any iterable of
         inputs. Returns when the first shard is queued; planning goes on in a thread that `close` waits for. `shard_size`
         bounds the items of a shard, from 1 to 10,000 (default: growing from 16 to 512). `format` is that of the parts: `jsonl`,
         or `parquet`, where embeddings are vectors (it needs pyarrow here and on the workers).

@@ -12,6 +12,7 @@ from pipefleet.objects import ObjectStore
 from pipefleet.pictures import cell_content, is_cell, is_picture
 from pipefleet.recordings import extra_of, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
+from pipefleet.tables import columns_of
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet.tasks.requirements import Known
 from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
@@ -260,14 +261,12 @@ class InputPreparer:
             return self._media(value)
         if is_table(value):
             value = value.to_dict("list")
-        if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
-            value = {name: [row.get(name, "") for row in value] for name in value[0]}
-        columns = isinstance(value, Mapping) and all(isinstance(cells, list | tuple) for cells in value.values())
-        if not columns or not value or len({len(cells) for cells in value.values()}) != 1:
+        columns = columns_of(value)
+        if columns is None:
             raise InputError(
-                "a table is a pandas table, a dict of columns of one length, a list of rows, or a CSV or JSON file"
+                "a table is a pandas table, a dict of columns of one length, a list of rows, or a CSV or JSON file, and not empty"
             )
-        return {str(name): [str(cell) for cell in cells] for name, cells in value.items()}
+        return columns
 
     def _labels(self, value: Any) -> Any:
         if isinstance(value, str):

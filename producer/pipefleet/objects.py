@@ -330,6 +330,19 @@ class ObjectStore:
                 return
             yield line
 
+    def chunks(self, uri: str, size: int = 1 << 16) -> Iterator[bytes]:
+        """The bytes of an object, streamed, at most `size` at a time."""
+        bucket, key = split_uri(uri)
+        with s3_errors(uri):
+            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
+        with closing(body):
+            while True:
+                with s3_errors(uri):
+                    chunk = body.read(size)
+                if not chunk:
+                    return
+                yield chunk
+
     def delete(self, uri: str) -> None:
         """Remove an object; one that is not there is no error."""
         bucket, key = split_uri(uri)

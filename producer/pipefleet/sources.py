@@ -6,9 +6,7 @@ with its `failure`. A manifest is read through once before anything is written, 
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,14 +15,15 @@ from typing import Any, Protocol
 
 from pipefleet.errors import InputError, ManifestError, RunError, SourceError, UsageError, nearest
 from pipefleet.inputs import InputPreparer
+from pipefleet.manifests import ANNOTATIONS, FORMATS, KEYS, Row, Unreadable, rows, suffix_of
 from pipefleet.objects import ListedObject, ObjectStore
 from pipefleet.preparing import SourceItem, failed_item, in_utf8, item_or_failure, row_item
 from pipefleet.storage import StorageRef, is_uri, refs_in, split_uri
-from pipefleet.tasks import TaskSpec
+from pipefleet.tasks import Media, TaskSpec
 
-MANIFEST_KEYS = {"inputs", "id", "parameters"}
-_ANNOTATIONS = {"error", "input", "output", "provenance", "warnings"}
-"""Keys that a failures file has beside those of a manifest, and that are passed over when it is read as one."""
+_CHUNK = 1 << 16
+_TEXTS = (Media.TEXT, Media.TEXTS, Media.PROMPT, None)
+"""Tasks with such inputs take no single file as a source: it would be one text."""
 
 
 class Source(Protocol):
@@ -47,6 +46,8 @@ class PrefixSource:
     uri: str
     store: ObjectStore
     exclude: str
+    texts: bool = False
+    """Whether each object would be a text: then the URI of a single one is refused, for it is more likely a list of them."""
 
     def describe(self) -> str:
         """The prefix."""
@@ -60,8 +61,13 @@ class PrefixSource:
                 f"the output {self.exclude} holds the source {self.uri}, and nothing below an output is read as input; "
                 "choose another output"
             )
-        if next(self.items(0, None), None) is None:
+        found = list(itertools.islice(self.items(0, None), 2))
+        if not found:
             raise SourceError(f"nothing lies under {self.uri}; check the prefix (it is case-sensitive)")
+        if self.texts and [_key(one) for one in found] == [split_uri(self.uri)[1]]:
+            raise SourceError(
+                f"{self.uri} is no manifest: give {FORMATS}, or the prefix above it to take each file as one text"
+            )
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
         """Objects after `last`; keys ending in a slash are folder marks and are passed over."""
@@ -77,7 +83,7 @@ class PrefixSource:
 
 @dataclass(frozen=True, slots=True)
 class ManifestSource:
-    """The lines of a `.jsonl` or `.csv` manifest, in object storage or in a local file."""
+    """The rows of a manifest (see `pipefleet.manifests`), in object storage or in a local file."""
 
     location: str
     store: ObjectStore
@@ -96,38 +102,42 @@ class ManifestSource:
         for line, row in self._rows():
             count += 1
             try:
+                if isinstance(row, Unreadable):
+                    if self.strict or count == 1:  # a file that begins so is none of texts
+                        raise ManifestError(f"{self.location}, {row.reason}")
+                    continue
                 _check_keys(row)
                 if self.strict:
                     row_item(row, dry)
+            except ManifestError:
+                raise
             except UsageError as error:
                 raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
         if not count:
             raise SourceError(f"the manifest {self.location} is empty")
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Items after the first `skip` rows. Raises ManifestError for a malformed line."""
+        """Items after the first `skip` rows; a line that is no text has failed. Raises ManifestError for a malformed line."""
         for line, row in itertools.islice(self._rows(), skip, None):
+            if isinstance(row, Unreadable):
+                yield failed_item({}, f"{row.reason}; the line is left out")
+                continue
             try:
                 _check_keys(row)
             except SourceError as error:
                 raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
             yield item_or_failure(row, self.preparer)
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        lines = self._lines()
-        return _csv_rows(lines, self.location, self.spec) if self._is_csv else _json_rows(lines, self.location)
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        return rows(self._chunks(), self.location, self.spec)
 
-    @property
-    def _is_csv(self) -> bool:
-        return self.location.lower().endswith(".csv")
-
-    def _lines(self) -> Iterator[bytes]:
+    def _chunks(self) -> Iterator[bytes]:
         if is_uri(self.location):
-            yield from self.store.lines(self.location)
+            yield from self.store.chunks(self.location)
             return
         with open(self.location, "rb") as file:
-            for line in file:
-                yield line.rstrip(b"\r\n")
+            while chunk := file.read(_CHUNK):
+                yield chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,18 +223,19 @@ def open_source(
 
 
 def _named_source(name: str, spec: TaskSpec, store: ObjectStore, preparer: InputPreparer, output: str) -> Source:
-    is_manifest = name.lower().endswith((".jsonl", ".csv"))
+    is_manifest = suffix_of(name) is not None
     if name.startswith("s3://"):
         split_uri(name)
         if is_manifest:
             return ManifestSource(name, store, spec, preparer)
-        return PrefixSource(name, store, output)
+        return PrefixSource(name, store, output, texts=spec.media in _TEXTS)
     path = Path(name)
     if name and path.is_dir():
         return FolderSource(path, preparer)
     if path.is_file() and is_manifest:
         return ManifestSource(name, store, spec, preparer)
-    raise SourceError(f"no such source {name[:200]!r}: give an s3:// prefix, a .jsonl or .csv manifest, or a folder")
+    what = f"{name[:200]!r} is no manifest" if name and path.is_file() else f"no such source {name[:200]!r}"
+    raise SourceError(f"{what}: give an s3:// prefix, {FORMATS}, or a folder")
 
 
 def _object_item(bucket: str, entry: ListedObject) -> SourceItem:
@@ -246,77 +257,18 @@ def _key(item: SourceItem) -> str:
 def _row_of(value: Any) -> Mapping[str, Any]:
     """A value of an iterable as a row: itself where it has the keys of one, else the inputs of one."""
     try:
-        is_row = isinstance(value, Mapping) and "inputs" in value and set(value) <= MANIFEST_KEYS | _ANNOTATIONS
+        is_row = isinstance(value, Mapping) and "inputs" in value and set(value) <= KEYS | ANNOTATIONS
     except Exception:  # noqa: BLE001 - a mapping of the user's own may raise anything; preparing it says what
         is_row = False
     return value if is_row else {"inputs": value}
 
 
-def _json_rows(lines: Iterator[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(_text(line, number, where))
-        except json.JSONDecodeError as error:
-            raise ManifestError(f"{where}, line {number}, column {error.colno}: {error.msg}") from None
-        except RecursionError:
-            raise ManifestError(f"{where}, line {number}, column 1: nested too deeply") from None
-        if not isinstance(row, dict):
-            raise ManifestError(f"{where}, line {number}, column 1: a JSON object is expected")
-        yield number, {key: value for key, value in row.items() if key not in _ANNOTATIONS}
-
-
-def _text(line: bytes, number: int, where: str) -> str:
-    """A line as text, without the byte order mark that the first one may have."""
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{where}, line {number}, column {error.start + 1}: not UTF-8") from None
-
-
-def _csv_rows(lines: Iterator[bytes], where: str, spec: TaskSpec) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and row of each record. csv gets lines with their ends, which it has to see inside quoted fields."""
-    reader = csv.reader((_text(line, number, where) + "\n" for number, line in enumerate(lines, start=1)), strict=True)
-    try:
-        columns = next(reader, [])
-        _check_columns(columns, where, spec)
-        for record in reader:
-            if record and len(record) != len(columns):
-                raise ManifestError(f"{where}, line {reader.line_num}, column {len(columns)}: wrong number of columns")
-            if record:
-                yield reader.line_num, _csv_row(dict(zip(columns, record, strict=True)))
-    except csv.Error as error:
-        raise ManifestError(f"{where}, line {reader.line_num}, column 1: {error}") from None
-
-
-def _check_columns(columns: list[str], where: str, spec: TaskSpec) -> None:
-    known = {"id", "inputs", *spec.fields}
-    for column in columns:
-        if column not in known:
-            raise ManifestError(f"{where}, line 1, column 1: unknown column {column!r}{nearest(column, known)}")
-        if columns.count(column) > 1:
-            raise ManifestError(f"{where}, line 1, column 1: the column {column!r} is there twice")
-    fields = set(columns) - {"id"}
-    if not fields:
-        raise ManifestError(f"{where}, line 1, column 1: a column `inputs` is missing")
-    if "inputs" in fields and len(fields) > 1:
-        others = ", ".join(sorted(fields - {"inputs"}))
-        raise ManifestError(f"{where}, line 1, column 1: either a column `inputs` or its fields ({others}), not both")
-
-
-def _csv_row(row: Mapping[str, str]) -> dict[str, Any]:
-    fields = {name: value for name, value in row.items() if name not in ("id", "inputs")}
-    identity = {"id": row["id"]} if "id" in row else {}
-    return {"inputs": row.get("inputs", fields), **identity}
-
-
 def _check_keys(row: Mapping[str, Any]) -> None:
     """Raise SourceError for a row whose keys, or the types of their values, are not those of a manifest."""
-    unknown = set(row) - MANIFEST_KEYS
+    unknown = set(row) - KEYS
     if unknown:
         word = sorted(unknown)[0]
-        raise SourceError(f"unknown key {word!r}{nearest(word, MANIFEST_KEYS)}")
+        raise SourceError(f"unknown key {word!r}{nearest(word, KEYS)}")
     if "inputs" not in row:
         raise SourceError("the key 'inputs' is missing")
     if not isinstance(row.get("id", ""), str | int) or not isinstance(row.get("parameters", {}), Mapping):

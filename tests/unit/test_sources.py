@@ -251,7 +251,7 @@ class TestManifests:
         ("m.csv", b"id,inputs\n1,a,b", "line 2, column 2: wrong number of columns"),
         ("m.csv", b'id,inputs\n1,"a\n', "unexpected end of data"),
         ("m.csv", b'id,inputs\n1,"a"b\n', "line 2, column 1: ',' expected after"),
-        ("m.csv", b"id,inputs\n1,a\n2,\xff\n", "line 3, column 3: not UTF-8"),
+        ("m.csv", b"id,inputs\n1,\xff\n2,a\n", "line 2, column 3: not UTF-8"),
         ("m.csv", b"inputs,text\na,b\n", r"either a column `inputs` or its fields \(text\), not both"),
         ("m.csv", b"inputs,inputs\na,b\n", "the column 'inputs' is there twice"),
     ]
@@ -482,10 +482,10 @@ class TestIterables:
 
     @pytest.mark.parametrize("name", ["", "none", "none.jsonl", "none/", "http://example.org/list.jsonl"])
     def test_a_name_of_nothing_is_refused(self, opener: Opener, name: str, environment: dict[str, str]) -> None:
-        with pytest.raises(SourceError, match=r"no such source .*give an s3:// prefix, a \.jsonl or \.csv"):
+        with pytest.raises(SourceError, match=r"no such source .*give an s3:// prefix, a \.jsonl, \.ndjson"):
             opener(name)
 
     def test_a_local_file_that_is_no_manifest_is_refused(self, opener: Opener, tmp_path: Path) -> None:
         (tmp_path / "photo.jpg").write_bytes(b"x")
-        with pytest.raises(SourceError, match="no such source"):
+        with pytest.raises(SourceError, match=r"photo\.jpg' is no manifest: give an s3:// prefix, a \.jsonl"):
             opener(tmp_path / "photo.jpg", PICTURES)

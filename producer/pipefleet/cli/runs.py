@@ -36,7 +36,11 @@ def register(commands: Commands) -> None:
         example="pipefleet map automatic-speech-recognition s3://media/audio/ --output s3://media/transcripts/",
     )  # fmt: skip
     parser.add_argument("task", help="a task, see `pipefleet tasks`")
-    parser.add_argument("source", help="an s3:// prefix, a .jsonl or .csv manifest, or a local folder")
+    parser.add_argument(
+        "source",
+        help="an s3:// prefix, a local folder, or a manifest in the bucket or here: .jsonl or .ndjson, a JSON array as .json, "
+        ".csv or .tsv with a line of column names, .txt with a text a line; each also with .gz",
+    )
     parser.add_argument("--output", required=True, help="an s3:// prefix for the results")
     add_model_options(parser)
     parser.add_argument(

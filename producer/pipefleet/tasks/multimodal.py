@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipefleet.parameters import Check, boolean, choice, either, integer, mapping_of, null, number, template, text
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
 from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
-from pipefleet.tasks.shared import CANDIDATE_LABELS, SHOWN, STRICT_MEDIA, TOKENIZE, WRITE
+from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, SHOWN, STRICT_MEDIA, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _GENERATE_KWARGS = mapping_of(GENERATION)
@@ -112,7 +112,7 @@ ROWS = (
         required=("image",),
         positional=("image", "candidate_labels"),
         parameters={
-            "candidate_labels": CANDIDATE_LABELS,
+            "candidate_labels": ANY_LABELS,
             "threshold": number(0.0, 1.0),
             "top_k": either(null, integer(1, 100_000)),
         },

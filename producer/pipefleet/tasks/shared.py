@@ -15,8 +15,11 @@ TOKENIZE: dict[str, Check] = {
     "max_length": integer(1, 1_000_000),
     "add_special_tokens": boolean,
 }
-CANDIDATE_LABELS = either(list_of(text(1000), 1000, least=1), some_text(text(100_000), commas=True))
+_LABEL_LIST = list_of(text(1000), 1000, least=1)
+CANDIDATE_LABELS = either(_LABEL_LIST, some_text(text(100_000), commas=True))
 """Labels of zero-shot tasks: a list, or one text with commas."""
+ANY_LABELS = either(_LABEL_LIST, text(100_000))
+"""As those, where a text is cut at its commas and nothing else: an empty label is one too."""
 WRITE: dict[str, Check] = {**GENERATION, **STOP, **SEED}
 """Arguments of `generate()`, with what the worker's own generation takes for each row."""
 SHOWN: dict[str, Check] = {

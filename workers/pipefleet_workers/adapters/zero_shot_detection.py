@@ -135,7 +135,7 @@ def _filled(texts: list[Tokens], most: int) -> list[Tokens]:
 def _labels(given: Any) -> list[str]:
     """Labels as a list, in transformers' own way: one text is cut at its commas, and nothing else is changed."""
     found = given.split(",") if isinstance(given, str) else list(given or ())
-    if not found or not all(found):
-        text = "candidate_labels is missing or holds an empty label; pass a list of texts, or one text with commas"
+    if not found:
+        text = "candidate_labels is missing or empty; pass a list of texts, or one text with commas"
         raise ItemError("bad_parameter", text, STAGE)
     return found

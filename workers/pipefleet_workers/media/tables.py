@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import io
 import json
-from collections.abc import Mapping
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.delimited import allow_long_cells, delimiter_of
+from pipefleet.tables import columns_of, texts_of
 from pipefleet_workers.items import Blob, ItemError
 
 if TYPE_CHECKING:
@@ -19,32 +23,64 @@ def decode_table(value: Any, *, max_bytes: int) -> pandas.DataFrame:
     """The table. Raises ItemError: bad_input for what is no table, bad_media for a file that holds none, too_large."""
     import pandas
 
-    if isinstance(value, Blob):
-        return _from_file(value, max_bytes)
-    if not _is_columns(value):
+    columns = _from_file(value, max_bytes) if isinstance(value, Blob) else columns_of(value)
+    if columns is None:
         raise ItemError("bad_input", "a table is a dict of columns of one length, not empty", STAGE)
-    return pandas.DataFrame({str(name): [str(cell) for cell in cells] for name, cells in value.items()}, dtype=str)
+    return pandas.DataFrame(columns, dtype=str)
 
 
-def _from_file(blob: Blob, max_bytes: int) -> pandas.DataFrame:
-    import pandas
-
+def _from_file(blob: Blob, max_bytes: int) -> dict[str, list[str]]:
     if len(blob.content) > max_bytes:
         raise ItemError("too_large", f"{blob.uri} is longer than {max_bytes} bytes", STAGE)
     try:
-        text = blob.content.decode("utf-8-sig")
-        if text.lstrip()[:1] in ("{", "["):
-            found = json.loads(text)
-            table = pandas.DataFrame(found)
-        else:
-            table = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    except (ValueError, TypeError, RecursionError, pandas.errors.ParserError) as error:
+        text = blob.content.decode(_encoding(blob.content))
+        columns = _from_json(text) if text.lstrip()[:1] in ("{", "[") else _from_csv(text)
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise ItemError("bad_media", f"{blob.uri} is neither a CSV nor a JSON table: {error}", STAGE) from None
-    if table.empty:
+    if not columns or not any(columns.values()):
         raise ItemError("bad_media", f"{blob.uri} holds an empty table", STAGE)
-    return table.astype(str)
+    return columns
 
 
-def _is_columns(value: Any) -> bool:
-    columns = isinstance(value, Mapping) and bool(value) and all(isinstance(one, list) for one in value.values())
-    return columns and len({len(cells) for cells in value.values()}) == 1 and all(value.values())
+def _encoding(content: bytes) -> str:
+    """UTF-8, or the UTF-16 of Excel's "Unicode text", which its byte order mark tells."""
+    return "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _from_json(text: str) -> dict[str, list[str]]:
+    """As the same table is taken inline; and what else pandas makes a table of, such as a list of lists."""
+    import pandas
+
+    found = json.loads(text)
+    columns = columns_of(found)
+    if columns is not None or not found:
+        return columns or {}
+    table = pandas.DataFrame(found, dtype=object)
+    return {str(name): texts_of(table[name].tolist()) for name in table.columns}
+
+
+def _from_csv(text: str) -> dict[str, list[str]]:
+    """Columns by the names in the first line; a row with fewer cells ends with empty ones. Raises ValueError for one with more."""
+    allow_long_cells()
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter_of(text.partition("\n")[0]))
+    names = _distinct(next((row for row in reader if row), []))
+    columns: list[list[str]] = [[] for _ in names]
+    for row in filter(None, reader):
+        if any(row[len(names) :]):
+            raise ValueError(f"line {reader.line_num} has more cells than the table has columns")
+        for column, cell in zip_longest(columns, row[: len(names)], fillvalue=""):
+            column.append(cell)  # type: ignore[union-attr]  # there are as many columns as names
+    return dict(zip(names, columns, strict=True))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names of columns, a second one of the same name with a number behind it."""
+    found: list[str] = []
+    for name in names:
+        number, one = 0, name
+        while one in found:
+            number += 1
+            one = f"{name}.{number}"
+        found.append(one)
+    return found
