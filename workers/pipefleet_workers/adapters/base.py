@@ -89,6 +89,8 @@ class Adapter:
         self.max_whole_characters = settings.max_whole_characters
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
+        self.times_together = True
+        """Whether units that ask when words were spoken may share a batch; the warm-up takes it back likewise."""
 
     @property
     def sampling_rate(self) -> int | None:

@@ -1,13 +1,13 @@
 """The adapter of automatic-speech-recognition: recordings and their chunks, for Whisper, CTC and other models.
 
 Units are chunks where `chunk_length_s` asks for them, else whole recordings. Whisper pads every recording up to 30 s to one shape
-itself. CTC models are padded with a mask where the warm-up proves that exact (layer normalisation); one that normalises over time
+itself, and `WhisperRows` keeps the rows of a batch apart while they are written. CTC models are padded with a mask where the warm-up proves that exact (layer normalisation); one that normalises over time
 would hear the padding, and gets equal lengths only, as all others do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,9 @@ from pipefleet_workers.adapters.waveforms import (
     require_frames,
     require_piece,
 )
+from pipefleet_workers.adapters.whisper_rows import WhisperRows
 from pipefleet_workers.arguments import Arguments
+from pipefleet_workers.generation import default_seed
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 WHISPER = "seq2seq_whisper"
@@ -39,8 +41,10 @@ class SpeechRecogniser(Adapter):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         counts = hasattr(pipe.model, "_get_feat_extract_output_lengths")
+        self._rows: WhisperRows | None = None
         if pipe.type == WHISPER:
             read_in_blocks(pipe.feature_extractor)
+            self._rows = WhisperRows(pipe.model)
         self.pads = pipe.type == CTC and counts and not hears_padding(pipe.model)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
@@ -57,7 +61,12 @@ class SpeechRecogniser(Adapter):
         if units[0].features["long"]:
             # Beyond 30 s Whisper finds its way by timestamps; postprocess still drops them unless they were asked for.
             forward["return_timestamps"] = forward.get("return_timestamps") or True
-        return self.pipe.forward(inputs, **forward)
+        if self._rows is not None:
+            self._rows.seed([default_seed(unit.assembly.work, unit.index) for unit in units])
+        outputs = self.pipe.forward(inputs, **forward)
+        if self._rows is not None and forward.get("return_language"):
+            outputs["lang_id"] = self._rows.languages(len(units))
+        return outputs
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
         """The outputs of each unit in the form that postprocess expects, with its own stride."""
@@ -98,8 +107,8 @@ class SpeechRecogniser(Adapter):
             for name, value in outputs.items()
             if name in ("tokens", "logits", "token_timestamps")
         }
-        if "lang_id" in outputs:
-            row["lang_id"] = outputs["lang_id"]
+        if outputs.get("lang_id", [None] * (index + 1))[index] is not None:
+            row["lang_id"] = outputs["lang_id"][index]
         stride = outputs["stride"][index] if "stride" in outputs else unit.features["stride"]
         return {**row, "is_last": False, **({} if stride is None else {"stride": stride})}
 
@@ -108,7 +117,8 @@ class SpeechRecogniser(Adapter):
         self._require_pieces(len(decoded.value), arguments)
         chunks = list(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
         assembly = Assembly(decoded.work, expected=len(chunks), context=arguments)
-        return [self._unit(assembly, index, dict(chunk), arguments) for index, chunk in enumerate(chunks)]
+        alone = self._goes_alone(arguments.fresh().forward)
+        return [self._unit(assembly, index, dict(chunk), arguments, alone=alone) for index, chunk in enumerate(chunks)]
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
         """Whisper hears half a minute at a time, filled up with silence; all others what they are given."""
@@ -123,21 +133,41 @@ class SpeechRecogniser(Adapter):
             hint = "pass a smaller chunk_length_s" if asked else "pass chunk_length_s"
             require_piece(self.pipe.model, seconds, rate, self.max_whole_seconds, hint)
 
-    def _unit(self, assembly: Assembly, index: int, chunk: dict[str, Any], arguments: Arguments) -> Unit:
+    def _unit(
+        self, assembly: Assembly, index: int, chunk: dict[str, Any], arguments: Arguments, *, alone: bool
+    ) -> Unit:
         require_frames(self.pipe.model, chunk)
         chunk.pop("is_last")
         stride = chunk.pop("stride", None)
         main = next(iter(chunk.values()))
         long = self.pipe.type == WHISPER and main.shape[-1] > self.pipe.feature_extractor.nb_max_frames
-        alone = id(assembly) if arguments.forward.get("return_language") else None  # only row 0 of a batch is read
         # A CTC forward takes no arguments: what is asked for is done with its tokens later.
         forward_key = None if self.pipe.type == CTC else arguments.forward_key
-        key = (forward_key, tuple(chunk) if self.pads else shape_key(chunk), stride is None, alone)
+        key = (forward_key, tuple(chunk) if self.pads else shape_key(chunk), stride is None, (id(assembly), index) if alone else None)
         features = {"tensors": chunk, "stride": stride, "long": long}
         if self.pipe.type == WHISPER:
             # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
             return Unit(assembly, index, key, _sounding(chunk, main), features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
+
+
+    def _goes_alone(self, forward: Mapping[str, Any]) -> bool:
+        """Whether what is asked of Whisper mixes the rows of a batch."""
+        if self.pipe.type != WHISPER:
+            return False
+        if forward.get("return_timestamps") == "word" and not self.times_together:
+            return True
+        given = self.pipe._prepare_generate_kwargs(dict(forward))
+        config = given.get("generation_config") or self.pipe.model.generation_config
+
+        def asked(name: str) -> Any:
+            return getattr(config, name, None) if given.get(name) is None else given[name]
+
+        # Text so far is padded in front, and positions count the padding; it is left out where row 0 has none.
+        if asked("condition_on_prev_tokens"):
+            return True
+        # Once a row has been sampled, the beams are given up for all; the silence is looked for in the rows of beams.
+        return (asked("num_beams") or 1) > 1 and bool(given.get("temperature") or asked("no_speech_threshold"))
 
 
 def _samples(unit: Unit) -> int:
