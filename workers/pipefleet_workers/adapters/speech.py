@@ -24,10 +24,10 @@ from pipefleet_workers.adapters.waveforms import (
     require_frames,
     require_piece,
 )
-from pipefleet_workers.adapters.whisper_rows import WhisperRows
-from pipefleet_workers.arguments import Arguments
-from pipefleet_workers.generation import default_seed
-from pipefleet_workers.items import Assembly, Decoded, Unit
+from pipefleet_workers.adapters.whisper_rows import WhisperRows, timed
+from pipefleet_workers.arguments import STAGE, Arguments
+from pipefleet_workers.generation import default_seed, row_seed
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit, Work
 
 WHISPER = "seq2seq_whisper"
 CTC = "ctc"
@@ -45,6 +45,7 @@ class SpeechRecogniser(Adapter):
         if pipe.type == WHISPER:
             read_in_blocks(pipe.feature_extractor)
             self._rows = WhisperRows(pipe.model)
+            self.tells_moments = bool(getattr(pipe.model.generation_config, "alignment_heads", None))
         self.pads = pipe.type == CTC and counts and not hears_padding(pipe.model)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class SpeechRecogniser(Adapter):
             # Beyond 30 s Whisper finds its way by timestamps; postprocess still drops them unless they were asked for.
             forward["return_timestamps"] = forward.get("return_timestamps") or True
         if self._rows is not None:
-            self._rows.seed([default_seed(unit.assembly.work, unit.index) for unit in units])
+            self._rows.seed([unit.features["seed"] for unit in units])
         outputs = self.pipe.forward(inputs, **forward)
         if self._rows is not None and forward.get("return_language"):
             outputs["lang_id"] = self._rows.languages(len(units))
@@ -80,6 +81,12 @@ class SpeechRecogniser(Adapter):
             logits = self.pipe.model(**inputs).logits.float().cpu()
         longest = max(_samples(unit) for unit in units)
         return [logits[index, : self._own(unit, longest)].numpy() for index, unit in enumerate(units)]
+
+    def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """Each unit writes the more tokens the longer it is, so that rows of a batch are filled up."""
+        frames = [unit.length for unit in units]
+        with torch.inference_mode():
+            return timed(self.pipe.model, frames, [4 + count // 50 for count in frames])
 
     def finish(self, assembly: Assembly) -> Any:
         """`{"text": …}`, with `chunks` where timestamps were asked for."""
@@ -113,12 +120,23 @@ class SpeechRecogniser(Adapter):
         return {**row, "is_last": False, **({} if stride is None else {"stride": stride})}
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
-        arguments = self.parse(decoded.work.parameters)
+        parameters = dict(decoded.work.parameters)
+        seed = self._seed(parameters.pop("seed", None), decoded.work)
+        arguments = self.parse(parameters)
         self._require_pieces(len(decoded.value), arguments)
         chunks = list(self.copies.get().preprocess(decoded.value, **arguments.fresh().preprocess))
         assembly = Assembly(decoded.work, expected=len(chunks), context=arguments)
         alone = self._goes_alone(arguments.fresh().forward)
-        return [self._unit(assembly, index, dict(chunk), arguments, alone=alone) for index, chunk in enumerate(chunks)]
+        units = [self._unit(assembly, index, dict(chunk), arguments, alone=alone) for index, chunk in enumerate(chunks)]
+        for unit in units:
+            unit.features["seed"] = row_seed(seed, unit.index) if unit.index else seed
+        return units
+
+    def _seed(self, asked: int | None, work: Work) -> int:
+        """What the first chunk is drawn with; the others have seeds of their own."""
+        if asked is not None and self._rows is None:
+            raise ItemError("bad_parameter", "this model draws nothing at random; leave out seed", STAGE)
+        return default_seed(work) if asked is None else asked
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
         """Whisper hears half a minute at a time, filled up with silence; all others what they are given."""

@@ -12,8 +12,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import LogitsProcessor
+from transformers.modeling_outputs import BaseModelOutput
 
 
 class WhisperRows:
@@ -38,7 +41,7 @@ class WhisperRows:
         model._need_fallback = self._note_fallback
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """Let each row of the next generate() draw as if torch had been seeded for it alone; empty for torch's own numbers."""
+        """Let each row of the next generate() draw as if torch had been seeded before a pipeline is called with it alone."""
         self._draws = [_Draws(seed, self._model.device) for seed in seeds]
 
     def languages(self, rows: int) -> list[torch.Tensor | None]:
@@ -51,7 +54,7 @@ class WhisperRows:
         """generate(), which turns to eager attention for good once words are timed: the next call begins as the first did."""
         self.generated = None
         try:
-            self.generated = self._generate(*arguments, **named)
+            self.generated = _with_silent_rows(self._generate(*arguments, **named))
         finally:
             if self._model.config._attn_implementation != self._attention:
                 self._model.config._attn_implementation = self._attention
@@ -120,6 +123,48 @@ class WhisperRows:
         return torch.stack([F.pad(one, (0, longest - len(one)), value=float(one[-1])) for one in rows])
 
 
+def timed(model: Any, frames: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+    """The moments of `lengths[i]` tokens, all different, that row i writes of `frames[i]` frames.
+
+    The model reads made-up states of its encoder: what it hears in noise is the end of the recording, at every word.
+    """
+    states, mask = [], torch.zeros(len(frames), 2 * model.config.max_source_positions, dtype=torch.long)
+    for row, count in enumerate(frames):
+        mask[row, :count] = 1
+        source = np.random.default_rng(count)
+        states.append(source.standard_normal((model.config.max_source_positions, model.config.d_model)))
+    (end, *_) = _ids(model.generation_config.eos_token_id)
+    found = model.generate(
+        encoder_outputs=BaseModelOutput(torch.tensor(np.stack(states)).to(model.device, model.dtype)),
+        attention_mask=mask.to(model.device),
+        return_timestamps=True,
+        return_token_timestamps=True,
+        force_unique_generate_call=True,
+        num_beams=1,
+        logits_processor=[_EndsAt(lengths, end)],
+    )
+    rows = zip(found["token_timestamps"].float().cpu().numpy(), found["sequences"].tolist(), strict=True)
+    return [moments[: tokens.index(end)] for moments, tokens in rows]
+
+
+class _EndsAt(LogitsProcessor):  # type: ignore[misc]
+    """Ends each row after so many tokens and not before, and lets it write no token twice. For one call."""
+
+    def __init__(self, lengths: Sequence[int], end: int) -> None:
+        self._lengths = torch.tensor(lengths)
+        self._end = end
+        self._written = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of which only the end is possible, or all but the end."""
+        ended = self._lengths.to(scores.device) <= self._written
+        self._written += 1
+        scores = scores.scatter(1, input_ids, -torch.inf)
+        scores[ended] = -torch.inf
+        scores[:, self._end] = torch.where(ended, 0.0, -torch.inf)
+        return scores
+
+
 class _Draws:
     """The random numbers of one row, which go on from call to call."""
 
@@ -134,6 +179,7 @@ class _Draws:
         with torch.random.fork_rng(devices=self._devices):
             if self._state is None:
                 torch.manual_seed(self._seed)
+                torch.empty((), dtype=torch.int64).random_()  # a call of the pipeline begins with its DataLoader's own seed
             else:
                 torch.set_rng_state(self._state[0])
                 for device, state in zip(self._devices, self._state[1], strict=True):
@@ -167,10 +213,20 @@ def _row_of(outputs: Any, row: int, prompt: int, ends: Sequence[int]) -> _Output
     return found
 
 
+def _with_silent_rows(generated: Any) -> Any:
+    """Results of which some rows hold nothing, since nobody speaks: such a row makes the tokens of all rows fractions."""
+    if isinstance(generated, torch.Tensor):
+        return generated.long()
+    if "sequences" in generated:
+        generated["sequences"] = generated["sequences"].long()
+    if "segments" in generated:
+        nothing = {"token_timestamps": torch.zeros(0), "result": torch.zeros(0, dtype=torch.long)}
+        generated["segments"] = [one or [nothing] for one in generated["segments"]]
+    return generated
+
+
 def _language(segments: Sequence[Mapping[str, Any]], known: set[int]) -> torch.Tensor | None:
     """As the pipeline reads it from the first segment, whose result begins with the tokens that generate() cuts off."""
-    if not segments:
-        return None
     result = segments[0]["result"]
     tokens = result["sequences"] if isinstance(result, Mapping) else result
     found = next((token for token in tokens.tolist() if token in known), None)
