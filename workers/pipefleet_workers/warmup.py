@@ -1,6 +1,6 @@
 """Warm-up: before a worker takes jobs it proves that its batches are exact, and measures how large they should be.
 
-    examples → proof (padded against alone) → budget (throughput knee, memory) → fit of the service time
+    examples → proof (padded, and timed, against alone) → budget (throughput knee, memory) → fit of the service time
 
 Both decisions are kept in the worker's log and metrics, and `pipefleet doctor` shows them.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ class WarmUp:
     tolerance: float
     max_cost: int
     seconds: float
+    moments: float = 0.0
+    """By how much the moments at which words were spoken differ between a batch and alone, as `difference` does."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -53,6 +55,8 @@ class WarmUp:
             how += f" (padding differs by {self.difference:.1e}, above {self.tolerance:.0e})" if self.difference else ""
         else:
             how = f"padded (differs by {self.difference:.1e}, within {self.tolerance:.0e})"
+        if self.moments > self.tolerance:
+            how += f", word timestamps alone (a batch moves them by {self.moments:.1e})"
         return f"batches: {how}, up to a cost of {self.max_cost}; warm-up took {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
@@ -61,30 +65,50 @@ class WarmUp:
 
 
 def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
-    """Prove and measure. Changes `adapter.pads` where the proof fails; feeds `fit`. Never raises: it falls back instead."""
+    """Prove and measure. Changes `adapter.pads` and `adapter.times_together` where a proof fails; feeds `fit`.
+
+    Never raises: it falls back instead.
+    """
     begin = time.perf_counter()
     difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)
     if adapter.pads:
         difference = _difference(adapter, spec, parameters)
         adapter.pads = difference <= tolerance
+    moments = _difference_of_moments(adapter, spec, parameters)
+    adapter.times_together = moments <= tolerance
     try:
         cost = _budget(adapter, spec, parameters, fit, default_cost)
     except Exception:
         log.exception("the warm-up could not measure batches; taking %d as their largest cost", default_cost)
         cost = default_cost
-    found = WarmUp(adapter.pads, difference, tolerance, cost, time.perf_counter() - begin)
+    found = WarmUp(adapter.pads, difference, tolerance, cost, time.perf_counter() - begin, moments)
     log.info(found.describe())
     return found
 
 
 def _difference(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
     """The largest relative difference between units of unequal length in one batch and each alone; infinite on an error."""
+    return _apart(adapter.numbers, lambda: _examples(adapter, spec, parameters, (5, 23, 61)))
+
+
+def _difference_of_moments(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
+    """The same of the moments at which words were spoken; 0.0 for a model that tells none."""
+    if not adapter.tells_moments:
+        return 0.0
+    return _apart(adapter.moments, lambda: _examples(adapter, spec, parameters, (5, 61)))
+
+
+def _examples(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], sizes: Sequence[int]) -> list[Unit]:
+    return [unit for size in sizes for unit in example_units(adapter, spec, parameters, size)]
+
+
+def _apart(compute: Callable[[Sequence[Unit]], list[np.ndarray[Any, Any]]], make: Callable[[], list[Unit]]) -> float:
     try:
-        units = [unit for size in (5, 23, 61) for unit in example_units(adapter, spec, parameters, size)]
-        together = adapter.numbers(units)
-        alone = [adapter.numbers([unit])[0] for unit in units]
+        units = make()
+        together = compute(units)
+        alone = [compute([unit])[0] for unit in units]
     except Exception:
-        log.exception("the proof of padding failed to run")
+        log.exception("the proof of exactness failed to run")
         return float("inf")
     return max(_relative(mine, other) for mine, other in zip(together, alone, strict=True))
 

@@ -70,29 +70,27 @@ _ZERO_SHOT = "zero-shot-audio-classification"
 _SPEAK = "text-to-audio"
 _WHISPER = f"{_SPEECH}:whisper"
 _GREEDY = {"generate_kwargs": {"num_beams": 1, "max_new_tokens": 12}}
+_UNSURE = {
+    "num_beams": 1,
+    "max_new_tokens": 12,
+    "temperature": [0.0, 0.4, 1.0],
+    "logprob_threshold": -4.0,
+    "compression_ratio_threshold": 1.6,
+    "no_speech_threshold": 0.01,
+}
+"""Where some recordings are decoded again."""
 
 _WORDS = {"num_beams": 2, "max_new_tokens": 10}
 
 
 def as_given(pipe: Any, call: Call) -> Any:
-    """With `prompt_ids` as the tensor that transformers takes, and torch seeded behind its data loader, which draws a number."""
-    parameters = dict(call.parameters)
-    seed, generate = parameters.pop("seed", 0), pipe.model.generate
+    """With `prompt_ids` as the tensor and `temperature` as the tuple that transformers takes, and torch seeded before the call."""
+    parameters = {"seed": 0, **call.parameters}
     if "prompt_ids" in parameters:
         parameters["prompt_ids"] = torch.tensor(parameters["prompt_ids"])
     if isinstance(parameters.get("temperature"), list):
         parameters["temperature"] = tuple(parameters["temperature"])
-
-    def drawn(**arguments: Any) -> Any:
-        torch.manual_seed(seed)
-        return generate(**arguments)
-
-    pipe.model.generate = drawn
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return direct(pipe, Call(call.inputs, parameters))
-    finally:
-        del pipe.model.generate
+    return seeded(pipe, Call(call.inputs, parameters))
 
 
 CASES = (
@@ -125,6 +123,57 @@ CASES = (
         [{**_GREEDY, "return_language": True, "return_timestamps": True}, _GREEDY],
         "language",
         partial(recordings, (3.0, 1.2, 9.0, 5.0)),
+        shares=4,
+    ),
+    Case(
+        _WHISPER,
+        [{**_GREEDY, "return_language": True, "chunk_length_s": 5.0}],
+        "language-of-chunks",
+        partial(recordings, (3.0, 17.0, 9.0, 14.0)),
+        shares=9,
+    ),
+    Case(
+        _WHISPER,
+        [
+            {"generate_kwargs": {"num_beams": beams, "max_new_tokens": 12}, "return_timestamps": "word"}
+            for beams in (2, 3)
+        ],
+        "words-of-beams",
+        partial(recordings, (3.0, 1.2, 9.0, 5.0)),
+        shares=4,
+    ),
+    Case(
+        _WHISPER,
+        [
+            {"seed": 5, "generate_kwargs": _UNSURE, "return_timestamps": True},
+            {"seed": 6, "generate_kwargs": _UNSURE, "return_timestamps": "word"},
+            {"seed": 7, "generate_kwargs": _UNSURE},
+        ],
+        "fallback",
+        partial(recordings, (3.0, 1.2, 9.0, 5.0, 2.0)),
+        seeded,
+        shares=5,
+    ),
+    Case(
+        _WHISPER,
+        [{"seed": 5, "generate_kwargs": {"num_beams": 1, "max_new_tokens": 9, "temperature": 0.8}}],
+        "sampled",
+        partial(recordings, (3.0, 1.2, 9.0)),
+        seeded,
+        shares=3,
+    ),
+    Case(
+        _WHISPER,
+        [
+            {
+                "generate_kwargs": {**_GREEDY["generate_kwargs"], "condition_on_prev_tokens": True},
+                "return_timestamps": one,
+            }
+            for one in (True, "word")
+        ],
+        "conditioned",
+        partial(recordings, (33.0, 3.0, 33.0, 1.2)),
+        shares=1,
     ),
     Case(
         _WHISPER,

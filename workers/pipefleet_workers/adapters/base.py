@@ -89,6 +89,10 @@ class Adapter:
         self.max_whole_characters = settings.max_whole_characters
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
+        self.tells_moments = False
+        """Whether the model can say when a word was spoken: then `moments` is proved too."""
+        self.times_together = True
+        """Whether units that ask when words were spoken may share a batch; the warm-up takes it back likewise."""
 
     @property
     def sampling_rate(self) -> int | None:
@@ -151,6 +155,10 @@ class Adapter:
         """The model's raw outputs for each unit, its own part only: what the proof of exactness compares."""
         rows = self.split(self.run(self.collate(units), units), units)
         return [np.asarray(next(iter(row.values())) if isinstance(row, Mapping) else row) for row in rows]
+
+    def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """When each token that the model writes for a unit was spoken, in seconds, where `tells_moments`."""
+        raise NotImplementedError
 
     def finish(self, assembly: Assembly) -> Any:
         """The result of an item whose units all have their outputs: what a single pipeline call returns."""

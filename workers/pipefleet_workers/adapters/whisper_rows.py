@@ -1,0 +1,246 @@
+"""Whisper's generate() with each row of a batch as if it were alone.
+
+transformers fills shorter rows with padding and then reads the filled rows: the attention that times the words is normalised over
+padding too, a row that is decoded again at a higher temperature gets the bounds of another, and all draw from one generator.
+`WhisperRows` cuts each row to its own tokens, decodes it again by itself, and draws from the row's own seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LogitsProcessor
+from transformers.modeling_outputs import BaseModelOutput
+
+_Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
+"""Of each row its tokens, its outputs, whether it is silent and whether it is conditioned; and the kind of the outputs."""
+
+
+class WhisperRows:
+    """Stands in front of the generation of one Whisper model, and is in use from then on. For one thread at a time."""
+
+    def __init__(self, model: Any) -> None:
+        """Replaces three methods of `model`, this object alone, not its class."""
+        self.generated: Any = None
+        """What the last generate() returned."""
+        self._model = model
+        self._ends: Sequence[int] = ()
+        self._falls_back: dict[int, bool] = {}
+        self._draws: list[Draws] = []
+        self._attention = model.config._attn_implementation
+        self._generate: Callable[..., Any] = model.generate
+        self._decode: Callable[..., _Decoded] = model.generate_with_fallback
+        self._moments: Callable[..., torch.Tensor] = model._extract_token_timestamps
+        self._needs: Callable[..., tuple[bool, bool]] = model._need_fallback
+        model.generate = self._generate_once
+        model.generate_with_fallback = self._decode_rows
+        model._extract_token_timestamps = self._moments_of_rows
+        model._need_fallback = self._note_fallback
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Let each row of the next generate() draw as if torch had been seeded before a pipeline is called with it alone."""
+        self._draws = [Draws(seed, self._model.device) for seed in seeds]
+
+    def languages(self, rows: int) -> list[torch.Tensor | None]:
+        """The language token of each row of the last generate(), `[1]`, where its segments were returned and tell one."""
+        known = set((getattr(self._model.generation_config, "lang_to_id", None) or {}).values())
+        segments = self.generated.get("segments") if isinstance(self.generated, Mapping) else None
+        return [_language(segments[row], known) if segments else None for row in range(rows)]
+
+    def _generate_once(self, *arguments: Any, **named: Any) -> Any:
+        """generate(), which turns to eager attention for good once words are timed: the next call begins as the first did."""
+        self.generated = None
+        try:
+            self.generated = _with_silent_rows(self._generate(*arguments, **named))
+        finally:
+            if self._model.config._attn_implementation != self._attention:
+                self._model.config._attn_implementation = self._attention
+            self._draws = []
+        return self.generated
+
+    def _decode_rows(self, **call: Any) -> _Decoded:
+        """One step through the recordings: all rows at the first temperature, then by itself each row that needs another."""
+        rows, temperatures = call["cur_bsz"], call["temperatures"]
+        self._ends = _ids(call["generation_config"].eos_token_id)
+        if rows == 1:
+            return self._decode_alone(call, 0, temperatures)
+        if temperatures[0]:
+            again, left = list(range(rows)), temperatures
+            sequences, outputs, skipped, kind = [None] * rows, [None] * rows, [False] * rows, None
+        else:
+            self._falls_back = {}
+            sequences, outputs, skipped, _, kind = self._decode(**{**call, "temperatures": temperatures[:1]})
+            left = temperatures[1:]
+            again = [row for row in range(rows) if self._falls_back.get(row)] if left else []
+        for row in again:
+            (sequences[row],), (outputs[row],), (skipped[row],), _, kind = self._decode_alone(call, row, left)
+        return sequences, outputs, skipped, call["do_condition_on_prev_tokens"], kind
+
+    def _decode_alone(self, call: Mapping[str, Any], row: int, temperatures: Sequence[float | None]) -> _Decoded:
+        place = call["batch_idx_map"][row]
+        mine: dict[str, Any] = {**call, "temperatures": temperatures}
+        if call["cur_bsz"] > 1:
+            mask = call["attention_mask"]
+            mine |= {
+                "segment_input": call["segment_input"][row : row + 1],
+                "decoder_input_ids": call["decoder_input_ids"][row : row + 1],
+                "attention_mask": None if mask is None else mask[place : place + 1],
+                "generation_config": copy.deepcopy(call["generation_config"]),
+                "batch_idx_map": [place],
+                "do_condition_on_prev_tokens": [False],  # recordings that are conditioned so run alone
+                "cur_bsz": 1,
+                "batch_size": 1,
+            }
+        with self._draws[place].current() if self._draws and any(temperatures) else contextlib.nullcontext():
+            return self._decode(**mine)
+
+    def _note_fallback(self, sequence: Any, outputs: Any, index: int, *rest: Any) -> tuple[bool, bool]:
+        found = self._needs(sequence, outputs, index, *rest)
+        self._falls_back[index] = found[0]
+        return found
+
+    def _moments_of_rows(
+        self,
+        generate_outputs: Any,
+        alignment_heads: Any,
+        time_precision: float = 0.02,
+        num_frames: Any = None,
+        num_input_ids: int | None = None,
+    ) -> torch.Tensor:
+        """When each token was spoken, in seconds, for each row from its own tokens; shorter rows repeat their last moment."""
+        count = generate_outputs.sequences.shape[0]
+        if count == 1:
+            return self._moments(generate_outputs, alignment_heads, time_precision, num_frames, num_input_ids)
+        rows = []
+        for row in range(count):
+            own = num_frames if num_frames is None or isinstance(num_frames, int) else num_frames[row : row + 1]
+            output = _row_of(generate_outputs, row, num_input_ids or 0, self._ends)
+            rows.append(self._moments(output, alignment_heads, time_precision, own, num_input_ids)[0])
+        longest = max(len(one) for one in rows)
+        return torch.stack([F.pad(one, (0, longest - len(one)), value=float(one[-1])) for one in rows])
+
+
+def timed(model: Any, frames: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+    """The moments of `lengths[i]` tokens, all different, that row i writes of `frames[i]` frames.
+
+    The model reads made-up states of its encoder: what it hears in noise is the end of the recording, at every word.
+    """
+    states, mask = [], torch.zeros(len(frames), 2 * model.config.max_source_positions, dtype=torch.long)
+    for row, count in enumerate(frames):
+        mask[row, :count] = 1
+        source = np.random.default_rng(count)
+        states.append(source.standard_normal((model.config.max_source_positions, model.config.d_model)))
+    (end, *_) = _ids(model.generation_config.eos_token_id)
+    found = model.generate(
+        encoder_outputs=BaseModelOutput(torch.tensor(np.stack(states)).to(model.device, model.dtype)),
+        attention_mask=mask.to(model.device),
+        return_timestamps=True,
+        return_token_timestamps=True,
+        force_unique_generate_call=True,
+        num_beams=1,
+        logits_processor=[_EndsAt(lengths, end)],
+    )
+    rows = zip(found["token_timestamps"].float().cpu().numpy(), found["sequences"].tolist(), strict=True)
+    return [moments[: tokens.index(end)] for moments, tokens in rows]
+
+
+class _EndsAt(LogitsProcessor):  # type: ignore[misc]
+    """Ends each row after so many tokens and not before, and lets it write no token twice. For one call."""
+
+    def __init__(self, lengths: Sequence[int], end: int) -> None:
+        self._lengths = torch.tensor(lengths)
+        self._end = end
+        self._written = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of which only the end is possible, or all but the end."""
+        ended = self._lengths.to(scores.device) <= self._written
+        self._written += 1
+        scores = scores.scatter(1, input_ids, -torch.inf)
+        scores[ended] = -torch.inf
+        scores[:, self._end] = torch.where(ended, 0.0, -torch.inf)
+        return scores
+
+
+class Draws:
+    """The random numbers of one row, which go on from call to call: those of a pipeline called with torch seeded before."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._devices = [device] if device.type == "cuda" else []
+        self._state: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """What is drawn inside comes from this row's numbers."""
+        with torch.random.fork_rng(devices=self._devices):
+            if self._state is None:
+                torch.manual_seed(self._seed)
+                torch.empty(
+                    (), dtype=torch.int64
+                ).random_()  # a call of the pipeline begins with its DataLoader's own seed
+            else:
+                torch.set_rng_state(self._state[0])
+                for device, state in zip(self._devices, self._state[1], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            yield
+            self._state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
+
+
+class _Output(dict[str, Any]):
+    """One row's outputs, read as generate()'s are."""
+
+    __getattr__ = dict.__getitem__
+
+
+def _row_of(outputs: Any, row: int, prompt: int, ends: Sequence[int]) -> _Output:
+    """What generate() would have returned for `row` alone: no steps after its end, its own beams."""
+    sequence = outputs.sequences[row : row + 1]
+    beams = outputs.cross_attentions[0][0].shape[0] // outputs.sequences.shape[0]
+    mine = slice(row * beams, (row + 1) * beams)
+    steps = outputs.cross_attentions
+    found = _Output()
+    if "beam_indices" in outputs:  # they say themselves how long the row is
+        indices = outputs.beam_indices[row : row + 1]
+        found["beam_indices"] = torch.where(indices < 0, indices, indices - row * beams)
+    else:
+        written = sequence[0, prompt:].tolist()
+        end = next((place + 1 for place, token in enumerate(written) if token in ends), len(written))
+        sequence, steps = sequence[:, : prompt + end], steps[:end]
+    found["sequences"] = sequence
+    found["cross_attentions"] = tuple(tuple(layer[mine] for layer in step) for step in steps)
+    return found
+
+
+def _with_silent_rows(generated: Any) -> Any:
+    """Results of which some rows hold nothing, since nobody speaks: such a row makes the tokens of all rows fractions."""
+    if isinstance(generated, torch.Tensor):
+        return generated.long()
+    if "sequences" in generated:
+        generated["sequences"] = generated["sequences"].long()
+    if "segments" in generated:
+        nothing = {"token_timestamps": torch.zeros(0), "result": torch.zeros(0, dtype=torch.long)}
+        generated["segments"] = [one or [nothing] for one in generated["segments"]]
+    return generated
+
+
+def _language(segments: Sequence[Mapping[str, Any]], known: set[int]) -> torch.Tensor | None:
+    """As the pipeline reads it from the first segment, whose result begins with the tokens that generate() cuts off."""
+    result = segments[0]["result"]
+    tokens = result["sequences"] if isinstance(result, Mapping) else result
+    found = next((token for token in tokens.tolist() if token in known), None)
+    return None if found is None else torch.tensor([found])
+
+
+def _ids(value: int | Sequence[int] | torch.Tensor | None) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, torch.Tensor):
+        value = value.flatten().tolist()
+    return [value] if isinstance(value, int) else list(value)
