@@ -119,6 +119,14 @@ def test_labels_that_cannot_be_served(clip: Any, parameters: dict[str, Any], cod
     assert words in found.message
 
 
+@pytest.mark.parametrize("labels", [[""], ["a cat", ""], "", "a cat,,"])
+def test_an_empty_label_is_looked_for_as_transformers_does(owl: Any, labels: Any) -> None:
+    parameters = {"candidate_labels": labels, "threshold": 0.0}
+    with running(recording(ObjectFinder, owl), SOUGHT) as engine:
+        (found,) = outputs(engine.run([Call(PICTURES[0], parameters)]))
+    assert_same(found, owl(PICTURES[0], **parameters))
+
+
 def test_a_picture_is_processed_and_looked_at_once_for_all_its_labels(owl: Any) -> None:
     adapter = recording(ObjectFinder, owl)
     processed: list[Any] = []
@@ -159,7 +167,7 @@ class _Counting:
     ("inputs", "parameters", "code"),
     [
         (PICTURES[0], {}, "bad_parameter"),
-        ({"image": PICTURES[0], "candidate_labels": ["cat", ""]}, {}, "bad_parameter"),
+        ({"image": PICTURES[0], "candidate_labels": []}, {}, "bad_parameter"),
         (PICTURES[0], {"candidate_labels": ["word " * 30]}, "too_long"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError, UsageError
 from pipefleet.fleet import Pool
@@ -200,3 +201,20 @@ def test_a_missing_cell_is_an_empty_one(client: Client) -> None:
 )
 def test_a_csv_table_with_missing_cells(content: bytes, wanted: dict[str, list[str]]) -> None:
     assert decode_table(Blob("s3://media/t.csv", content, None), max_bytes=1 << 20).to_dict("list") == wanted
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["submit", "text-classification", '{"text_pair": "a"}'],
+        ["submit", "text-classification", "a", "--param", "top_k=0"],
+        ["map", "text-classification", "list.xlsx", "--output", "s3://pipefleet/out/"],
+    ],
+)
+def test_the_command_line_says_so_in_one_sentence_with_exit_code_2(
+    client: Client, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("list.xlsx").write_bytes(b"PK")
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
