@@ -65,6 +65,27 @@ def test_a_model_whose_frames_are_counted_wrongly_is_not_padded(monkeypatch: pyt
     assert not warm_up(adapter, TASKS[SPEECH], {}, ServiceFit(), 1000).pads
 
 
+def test_the_moments_of_words_are_proven_or_recordings_that_ask_for_them_run_alone() -> None:
+    adapter = recording(SpeechRecogniser, load(f"{SPEECH}:whisper"))
+    found = warm_up(adapter, TASKS[SPEECH], {}, ServiceFit(), 1000)
+    assert found.moments <= found.tolerance
+    assert adapter.times_together
+    del adapter.pipe.model._extract_token_timestamps  # that of transformers itself is in use again
+    found = warm_up(adapter, TASKS[SPEECH], {}, ServiceFit(), 1000)
+    assert found.moments > found.tolerance
+    assert "word timestamps alone" in found.describe()
+    words = {"return_timestamps": "word", "generate_kwargs": {"num_beams": 1, "max_new_tokens": 5}}
+    with running(adapter, SPEECH) as engine:
+        engine.run_together([Call(audio(1.0, seed=seed), words) for seed in (1, 2)])
+    assert {len(batch.units) for batch in adapter.batches} == {1}
+
+
+def test_a_seed_is_refused_by_a_model_that_draws_nothing() -> None:
+    with running(recording(SpeechRecogniser, load(SPEECH)), SPEECH) as engine:
+        (outcome,) = engine.run([Call(audio(1.0), {"seed": 1})])
+    assert failure(outcome) == ("bad_parameter", "this model draws nothing at random; leave out seed")
+
+
 @pytest.fixture
 def masked_classifier(tmp_path: Path) -> Any:
     """Like wav2vec2-large with a head: layer norm, and a mask from the extractor."""
