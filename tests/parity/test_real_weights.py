@@ -86,7 +86,9 @@ def test_words_are_timed_as_in_each_recording_alone(adapter: Any, alone: Any, he
     assert max(len(batch.units) for batch in adapter.batches) == len(calls)
     for result, call in zip(results, calls, strict=True):
         assert_same(result, called(alone, call))
-    assert attention == adapter.pipe.model.config._attn_implementation != "eager", "the next call begins as the first did"
+    assert attention == adapter.pipe.model.config._attn_implementation != "eager", (
+        "the next call begins as the first did"
+    )
 
 
 def test_words_of_chunks_are_timed_as_in_each_chunk_alone(adapter: Any, alone: Any, heard: dict[str, Any]) -> None:
@@ -108,8 +110,16 @@ def test_silence_and_decoding_again_leave_the_neighbours_alone(adapter: Any, alo
 
 def test_vectors_of_sentences_do_not_depend_on_their_neighbours() -> None:
     folder = weights.minilm()
-    alone, adapter = loaded("feature-extraction", folder), recording(FeatureExtractor, loaded("feature-extraction", folder))
-    texts = ["No.", "The night train to the coast leaves at nine.", "It was a bright cold day. " * 25, "Call me Ishmael."]
+    alone, adapter = (
+        loaded("feature-extraction", folder),
+        recording(FeatureExtractor, loaded("feature-extraction", folder)),
+    )
+    texts = [
+        "No.",
+        "The night train to the coast leaves at nine.",
+        "It was a bright cold day. " * 25,
+        "Call me Ishmael.",
+    ]
     results = together(adapter, "feature-extraction", [Call(text) for text in texts])
     assert max(len(batch.units) for batch in adapter.batches) == len(texts)
     for result, text in zip(results, texts, strict=True):

@@ -65,7 +65,10 @@ class WarmUp:
 
 
 def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
-    """Prove and measure. Changes `adapter.pads` and `adapter.times_together` where a proof fails; feeds `fit`. Never raises: it falls back instead."""
+    """Prove and measure. Feeds `fit`; never raises, but falls back.
+
+    Changes `adapter.pads` and `adapter.times_together` where a proof fails.
+    """
     begin = time.perf_counter()
     difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)
     if adapter.pads:

@@ -113,7 +113,10 @@ CASES = (
     ),
     Case(
         _WHISPER,
-        [{"generate_kwargs": {"num_beams": beams, "max_new_tokens": 12}, "return_timestamps": "word"} for beams in (2, 3)],
+        [
+            {"generate_kwargs": {"num_beams": beams, "max_new_tokens": 12}, "return_timestamps": "word"}
+            for beams in (2, 3)
+        ],
         "words-of-beams",
         partial(recordings, (3.0, 1.2, 9.0, 5.0)),
         shares=4,

@@ -1,8 +1,9 @@
 """The adapter of automatic-speech-recognition: recordings and their chunks, for Whisper, CTC and other models.
 
 Units are chunks where `chunk_length_s` asks for them, else whole recordings. Whisper pads every recording up to 30 s to one shape
-itself, and `WhisperRows` keeps the rows of a batch apart while they are written. CTC models are padded with a mask where the warm-up proves that exact (layer normalisation); one that normalises over time
-would hear the padding, and gets equal lengths only, as all others do.
+itself, and `WhisperRows` keeps the rows of a batch apart while they are written. CTC models are padded with a mask where the
+warm-up proves that exact (layer normalisation); one that normalises over time would hear the padding, and gets equal lengths
+only, as all others do.
 """
 
 from __future__ import annotations
@@ -161,13 +162,17 @@ class SpeechRecogniser(Adapter):
         long = self.pipe.type == WHISPER and main.shape[-1] > self.pipe.feature_extractor.nb_max_frames
         # A CTC forward takes no arguments: what is asked for is done with its tokens later.
         forward_key = None if self.pipe.type == CTC else arguments.forward_key
-        key = (forward_key, tuple(chunk) if self.pads else shape_key(chunk), stride is None, (id(assembly), index) if alone else None)
+        key = (
+            forward_key,
+            tuple(chunk) if self.pads else shape_key(chunk),
+            stride is None,
+            (id(assembly), index) if alone else None,
+        )
         features = {"tensors": chunk, "stride": stride, "long": long}
         if self.pipe.type == WHISPER:
             # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
             return Unit(assembly, index, key, _sounding(chunk, main), features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
-
 
     def _goes_alone(self, forward: Mapping[str, Any]) -> bool:
         """Whether what is asked of Whisper mixes the rows of a batch."""

@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
+_Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
+"""What generate_with_fallback() returns: tokens, outputs and whether nobody speaks, by row; then what is known of the batch."""
+
 
 class WhisperRows:
     """Stands in front of the generation of one Whisper model, and is in use from then on. For one thread at a time."""
@@ -61,7 +64,7 @@ class WhisperRows:
             self._draws = []
         return self.generated
 
-    def _decode_rows(self, **call: Any) -> tuple[list[Any], list[Any], list[bool], list[bool], Any]:
+    def _decode_rows(self, **call: Any) -> _Decoded:
         """One step through the recordings: all rows at the first temperature, then by itself each row that needs another."""
         rows, temperatures = call["cur_bsz"], call["temperatures"]
         self._ends = _ids(call["generation_config"].eos_token_id)
@@ -79,7 +82,7 @@ class WhisperRows:
             (sequences[row],), (outputs[row],), (skipped[row],), _, kind = self._decode_alone(call, row, left)
         return sequences, outputs, skipped, call["do_condition_on_prev_tokens"], kind
 
-    def _decode_alone(self, call: Mapping[str, Any], row: int, temperatures: Sequence[float | None]) -> Any:
+    def _decode_alone(self, call: Mapping[str, Any], row: int, temperatures: Sequence[float | None]) -> _Decoded:
         place = call["batch_idx_map"][row]
         mine: dict[str, Any] = {**call, "temperatures": temperatures}
         if call["cur_bsz"] > 1:
@@ -95,7 +98,8 @@ class WhisperRows:
                 "batch_size": 1,
             }
         with self._draws[place].current() if self._draws and any(temperatures) else contextlib.nullcontext():
-            return self._decode(**mine)
+            found: _Decoded = self._decode(**mine)
+        return found
 
     def _note_fallback(self, sequence: Any, outputs: Any, index: int, *rest: Any) -> tuple[bool, bool]:
         found = self._needs(sequence, outputs, index, *rest)
@@ -179,7 +183,9 @@ class _Draws:
         with torch.random.fork_rng(devices=self._devices):
             if self._state is None:
                 torch.manual_seed(self._seed)
-                torch.empty((), dtype=torch.int64).random_()  # a call of the pipeline begins with its DataLoader's own seed
+                torch.empty(
+                    (), dtype=torch.int64
+                ).random_()  # a call of the pipeline begins with its DataLoader's own seed
             else:
                 torch.set_rng_state(self._state[0])
                 for device, state in zip(self._devices, self._state[1], strict=True):
