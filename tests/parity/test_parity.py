@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipefleet.tasks import TASKS
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.runtime import RUNTIME
 from tests.parity.cases import CASES, Case
-from tests.parity.harness import Call, assert_same, load, recording, running
+from tests.parity.harness import Call, assert_same, load, plain, recording, running
+
+_BOX = ("score", "label", "box.xmin", "box.ymin", "box.xmax", "box.ymax")
+FIELDS = {
+    "automatic-speech-recognition": ("text", "chunks.text", "chunks.timestamp", "chunks.language"),
+    "token-classification": ("entity", "entity_group", "score", "index", "word", "start", "end"),
+    "question-answering": ("score", "start", "end", "answer"),
+    "table-question-answering": ("answer", "coordinates", "cells", "aggregator"),
+    "document-question-answering": ("score", "answer", "start", "end"),
+    "fill-mask": ("score", "token", "token_str", "sequence"),
+    "object-detection": _BOX,
+    "zero-shot-object-detection": _BOX,
+    "image-segmentation": ("score", "label", "mask"),
+    "mask-generation": ("masks", "scores", "rle_mask.size", "rle_mask.counts", "bounding_boxes"),
+    "depth-estimation": ("predicted_depth", "depth"),
+    "keypoint-matching": (
+        *(f"keypoint_image_{side}.{axis}" for side in (0, 1) for axis in "xy"),
+        "score",
+    ),
+    "text-to-audio": ("audio",),
+    "video-classification": ("score", "label"),
+}
+"""Fields beside a text or a label that lie somewhere in the input: each must be compared where it differs."""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +85,31 @@ def test_the_inputs_of_a_case_have_different_results(case: Case, wanted: dict[st
     """Else a result in the wrong place would go unseen."""
     _, results = expectations(case, wanted, tmp_path)
     assert len({repr(result) for result in results}) > 1
+
+
+@pytest.mark.parametrize("task", sorted(FIELDS))
+def test_every_field_of_a_result_tells_one_input_from_another(
+    task: str, wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    """Else a field that depends on the neighbours would be equal by accident."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for case in CASES:
+        if case.task == task:
+            for result in expectations(case, wanted, tmp_path)[1]:
+                note_fields(plain(result), "", seen)
+    assert {name: len(seen[name]) > 1 for name in FIELDS[task]} == dict.fromkeys(FIELDS[task], True)
+
+
+def note_fields(value: Any, name: str, seen: dict[str, set[str]]) -> None:
+    """Note the values of the fields of a result by their names, as `box.xmin`, whatever lists they lie in."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            note_fields(one, f"{name}.{key}" if name else key, seen)
+    elif isinstance(value, list) and value:
+        for one in value:
+            note_fields(one, name, seen)
+    else:
+        seen[name].add(value.tobytes().hex() if isinstance(value, np.ndarray) else repr(value))
 
 
 def test_both_halves_of_the_task_table_have_the_same_rows() -> None:

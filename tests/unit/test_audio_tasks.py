@@ -25,6 +25,7 @@ from pipefleet_workers.warmup import warm_up
 from tests.checkpoints import audio as checkpoints
 from tests.checkpoints.media import audio
 from tests.checkpoints.parts import amplify, labels, save
+from tests.checkpoints.vocabularies import from_vocab_file
 from tests.parity.harness import Call, assert_same, load, recording, running
 from tests.unit.test_worker_models import speech_t5
 
@@ -63,6 +64,61 @@ def test_a_model_whose_frames_are_counted_wrongly_is_not_padded(monkeypatch: pyt
     count = adapter.pipe.model._get_feat_extract_output_lengths
     monkeypatch.setattr(adapter.pipe.model, "_get_feat_extract_output_lengths", lambda samples: count(samples) - 1)
     assert not warm_up(adapter, TASKS[SPEECH], {}, ServiceFit(), 1000).pads
+
+
+def test_the_moments_of_words_are_proven_or_recordings_that_ask_for_them_run_alone() -> None:
+    adapter = recording(SpeechRecogniser, load(f"{SPEECH}:whisper"))
+    found = warm_up(adapter, TASKS[SPEECH], {}, ServiceFit(), 1000)
+    assert found.moments <= found.tolerance
+    assert adapter.times_together
+    del adapter.pipe.model._extract_token_timestamps  # that of transformers itself is in use again
+    found = warm_up(adapter, TASKS[SPEECH], {}, ServiceFit(), 1000)
+    assert found.moments > found.tolerance
+    assert "word timestamps alone" in found.describe()
+    words = {"return_timestamps": "word", "generate_kwargs": {"num_beams": 1, "max_new_tokens": 5}}
+    with running(adapter, SPEECH) as engine:
+        engine.run_together([Call(audio(1.0, seed=seed), words) for seed in (1, 2)])
+    assert {len(batch.units) for batch in adapter.batches} == {1}
+
+
+@pytest.fixture
+def moonshine(tmp_path: Path) -> Any:
+    """A model that is neither Whisper nor CTC: it writes with generate() itself."""
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
+    sizes = {
+        f"{half}_{name}": 1 for half in ("encoder", "decoder") for name in ("num_hidden_layers", "num_attention_heads")
+    }
+    config = transformers.MoonshineConfig(
+        vocab_size=len(letters), hidden_size=16, intermediate_size=32, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(1)
+    tokenizer = from_vocab_file(transformers.Wav2Vec2CTCTokenizer, {one: place for place, one in enumerate(letters)})
+    model = transformers.MoonshineForConditionalGeneration(config)
+    save(tmp_path, model, tokenizer, checkpoints._waveforms(masked=True))
+    return transformers.pipeline(SPEECH, model=str(tmp_path), device="cpu")
+
+
+def test_a_seed_is_what_torch_is_seeded_with_before_a_call_of_any_model_that_draws(moonshine: Any) -> None:
+    sound, how = audio(1.0, "speech"), {"do_sample": True, "num_beams": 1, "max_new_tokens": 12}
+    wanted = []
+    for seed in (3, 4):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wanted.append(moonshine(sound.copy(), **how))
+    assert wanted[0] != wanted[1]
+    adapter = recording(SpeechRecogniser, moonshine)
+    with running(adapter, SPEECH) as engine:
+        drawn = engine.run_together([Call(sound, {**how, "seed": seed}) for seed in (3, 4, 3)])
+        assert {len(batch.units) for batch in adapter.batches} == {1}
+        engine.run_together([Call(sound, {**how, "do_sample": False}) for _ in range(3)])
+    assert [one.output for one in drawn] == [wanted[0], wanted[1], wanted[0]]
+    assert len(adapter.batches[-1].units) == 3, "what draws nothing shares a batch"
+
+
+def test_a_seed_is_refused_by_a_model_that_draws_nothing() -> None:
+    with running(recording(SpeechRecogniser, load(SPEECH)), SPEECH) as engine:
+        (outcome,) = engine.run([Call(audio(1.0), {"seed": 1})])
+    assert failure(outcome) == ("bad_parameter", "this model draws nothing at random; leave out seed")
 
 
 @pytest.fixture

@@ -65,9 +65,9 @@ class WarmUp:
 
 
 def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
-    """Prove and measure. Changes `adapter.pads` and `adapter.times_together` where a proof fails; feeds `fit`.
+    """Prove and measure. Feeds `fit`; never raises, but falls back.
 
-    Never raises: it falls back instead.
+    Changes `adapter.pads` and `adapter.times_together` where a proof fails.
     """
     begin = time.perf_counter()
     difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 _Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
-"""Of each row its tokens, its outputs, whether it is silent and whether it is conditioned; and the kind of the outputs."""
+"""What generate_with_fallback() returns: tokens, outputs and whether nobody speaks, by row; then what is known of the batch."""
 
 
 class WhisperRows:
@@ -35,7 +35,7 @@ class WhisperRows:
         self._draws: list[Draws] = []
         self._attention = model.config._attn_implementation
         self._generate: Callable[..., Any] = model.generate
-        self._decode: Callable[..., _Decoded] = model.generate_with_fallback
+        self._decode: Callable[..., Any] = model.generate_with_fallback
         self._moments: Callable[..., torch.Tensor] = model._extract_token_timestamps
         self._needs: Callable[..., tuple[bool, bool]] = model._need_fallback
         model.generate = self._generate_once
@@ -98,7 +98,8 @@ class WhisperRows:
                 "batch_size": 1,
             }
         with self._draws[place].current() if self._draws and any(temperatures) else contextlib.nullcontext():
-            return self._decode(**mine)
+            found: _Decoded = self._decode(**mine)
+        return found
 
     def _note_fallback(self, sequence: Any, outputs: Any, index: int, *rest: Any) -> tuple[bool, bool]:
         found = self._needs(sequence, outputs, index, *rest)
@@ -182,9 +183,8 @@ class Draws:
         with torch.random.fork_rng(devices=self._devices):
             if self._state is None:
                 torch.manual_seed(self._seed)
-                torch.empty(
-                    (), dtype=torch.int64
-                ).random_()  # a call of the pipeline begins with its DataLoader's own seed
+                # A call of the pipeline begins with its DataLoader's own seed.
+                torch.empty((), dtype=torch.int64).random_()
             else:
                 torch.set_rng_state(self._state[0])
                 for device, state in zip(self._devices, self._state[1], strict=True):
