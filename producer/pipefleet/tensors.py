@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,5 @@ def _tensors(value: Any) -> Any:
     except ValueError:  # parts of unlike shapes
         return [_tensors(one) for one in value]
     array = array.astype(numpy.float32 if array.dtype.kind == "f" else numpy.int64)
-    try:
-        import torch
-    except ImportError:
-        return array
-    return torch.from_numpy(array)
+    # By name: the producer itself needs no torch, and imports it for nobody else.
+    return importlib.import_module("torch").from_numpy(array) if importlib.util.find_spec("torch") else array
