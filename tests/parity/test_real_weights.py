@@ -91,8 +91,11 @@ def test_words_are_timed_as_in_each_recording_alone(adapter: Any, alone: Any, he
     )
 
 
-def test_words_of_chunks_are_timed_as_in_each_chunk_alone(adapter: Any, alone: Any, heard: dict[str, Any]) -> None:
-    call = Call(np.concatenate([heard["carol-00"], heard["pride-10"]]), {**WORDS, "chunk_length_s": 3.0})
+def test_words_of_chunks_and_beams_are_timed_as_in_each_chunk_alone(
+    adapter: Any, alone: Any, heard: dict[str, Any]
+) -> None:
+    parameters = {"return_timestamps": "word", "generate_kwargs": {"num_beams": 2}, "chunk_length_s": 4.0}
+    call = Call(np.concatenate([heard["alice-03"], heard["pride-10"]]), parameters)
     adapter.batches.clear()
     with running(adapter, SPEECH) as engine:
         (outcome,) = engine.run([call])
