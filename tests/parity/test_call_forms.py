@@ -37,6 +37,8 @@ Form = Callable[[Pipe, Any, Any, dict[str, Any]], Any]
 class Answered:
     """A job whose answer transformers gives."""
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(self, answer: Callable[[], Any]) -> None:
         self._answer = answer
 

@@ -17,7 +17,7 @@ import torch
 from pipefleet.errors import InputError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import _is_dataset
+from pipefleet.calls import is_dataset
 from pipefleet.recordings import recording_of
 from pipefleet.storage import StorageRef
 from pipefleet.tasks import TASKS
@@ -240,6 +240,6 @@ def test_an_open_file_and_a_decoder_are_one_input_of_a_call_a_file_of_text_is_no
     path.write_bytes(b"a\nb\n")
     with path.open("rb") as opened, tempfile.SpooledTemporaryFile() as spooled, tempfile.NamedTemporaryFile() as named:
         for file in (opened, spooled, named, io.BytesIO(b"a")):
-            assert not _is_dataset(file)
-    assert not _is_dataset(SimpleNamespace(get_all_samples=list))
-    assert _is_dataset(iter([1]))
+            assert not is_dataset(file)
+    assert not is_dataset(SimpleNamespace(get_all_samples=list))
+    assert is_dataset(iter([1]))

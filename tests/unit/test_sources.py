@@ -387,6 +387,9 @@ class TestIterables:
             mode = "RGB"
 
             def save(self, *_: Any, **__: Any) -> None:
+                raise AssertionError
+
+            def load(self) -> None:
                 raise OSError("image file is truncated")
 
         values = [b"a", None, Truncated(), tmp_path / "none.jpg", {"inputs": 3, "id": "c"}, b"b"]
@@ -395,7 +398,7 @@ class TestIterables:
         assert [(one.id, one.inputs) for one in found[1:5]] == [
             (None, None), (None, None), (None, str(tmp_path / "none.jpg")), ("c", 3),
         ]  # fmt: skip
-        assert found[2].failure == "the input cannot be read: OSError: image file is truncated"
+        assert found[2].failure == "the picture cannot be read: OSError: image file is truncated"
 
     def test_a_row_that_is_decoded_as_it_is_read_fails_alone(self, opener: Opener) -> None:
         class Lazy(dict[str, Any]):

@@ -25,6 +25,7 @@ class Echo(FleetPipeline):
         super().__init__(None, task_spec(task), model=None, revision=None)  # type: ignore[arg-type]
         self.answer = answer
         self.given: list[tuple[Any, dict[str, Any]]] = []
+        self.warnings: list[str] = []
 
     def submit(self, inputs: Any, **parameters: Any) -> Any:
         self.given.append((inputs, parameters))

@@ -327,7 +327,7 @@ class _Client:
 
     def submit_patiently(self, patience: Any, task: str, inputs: Any, **_: Any) -> Any:
         self.submitted.append(inputs)
-        return type("Done", (), {"result": lambda *_: inputs, "cancel": lambda _: None})()
+        return type("Done", (), {"result": lambda *_: inputs, "cancel": lambda _: None, "warnings": []})()
 
 
 @pytest.mark.parametrize(
