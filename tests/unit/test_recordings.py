@@ -14,10 +14,10 @@ import pytest
 import soundfile
 import torch
 
+from pipefleet.calls import is_dataset
 from pipefleet.errors import InputError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.calls import is_dataset
 from pipefleet.recordings import recording_of
 from pipefleet.storage import StorageRef
 from pipefleet.tasks import TASKS
