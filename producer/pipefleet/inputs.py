@@ -179,7 +179,7 @@ class InputPreparer:
             return self._upload.image(value)
         if isinstance(value, str) and not is_uri(value):
             return self._upload.picture(value)
-        if hasattr(value, "__array__"):
+        if hasattr(value, "__array__") and not isinstance(value, str):  # a text of numpy is no array
             raise InputError(
                 f"{self.spec.name} takes no arrays as pictures, as transformers takes none: pass PIL.Image.fromarray(array)"
             )
