@@ -14,10 +14,10 @@ import pytest
 import soundfile
 import torch
 
+from pipefleet.calls import is_dataset
 from pipefleet.errors import InputError
 from pipefleet.inputs import InputPreparer
 from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import _is_dataset
 from pipefleet.recordings import recording_of
 from pipefleet.storage import StorageRef
 from pipefleet.tasks import TASKS
@@ -189,12 +189,15 @@ def test_columns_that_are_not_decoded_and_paths_of_any_kind_are_taken(
     like = SimpleNamespace()
     for value in (
         {"bytes": b"content", "path": "elsewhere.flac"}, {"bytes": None, "path": str(path)}, {"bytes": b"content"},
-        PurePosixPath(path), path, np.str_(path),
+        {"path": path}, {"path": np.str_(path)}, {"bytes": memoryview(b"content")}, PurePosixPath(path), path, np.str_(path),
     ):  # fmt: skip
         assert store.get(prepare(task, value)["$ref"]) == b"content"
     assert prepare(task, np.str_("s3://media/a.wav"))["$ref"] == "s3://media/a.wav"
     for value, message in (
         ({"bytes": None, "path": None}, "holds neither"),
+        ({"path": ""}, "holds neither"),
+        ({"path": io.BytesIO(b"content")}, "holds neither"),
+        ({"bytes": b"", "path": "elsewhere.flac"}, "bytes of a file"),
         ({"bytes": "text", "path": None}, "holds bytes or None"),
         (b"", "bytes of a file"),
         (memoryview(WAVE), "bytes of a file"),
@@ -240,6 +243,6 @@ def test_an_open_file_and_a_decoder_are_one_input_of_a_call_a_file_of_text_is_no
     path.write_bytes(b"a\nb\n")
     with path.open("rb") as opened, tempfile.SpooledTemporaryFile() as spooled, tempfile.NamedTemporaryFile() as named:
         for file in (opened, spooled, named, io.BytesIO(b"a")):
-            assert not _is_dataset(file)
-    assert not _is_dataset(SimpleNamespace(get_all_samples=list))
-    assert _is_dataset(iter([1]))
+            assert not is_dataset(file)
+    assert not is_dataset(SimpleNamespace(get_all_samples=list))
+    assert is_dataset(iter([1]))
