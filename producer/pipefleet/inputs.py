@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pipefleet.cells import cell_content, is_cell
 from pipefleet.contract import encode_json
 from pipefleet.errors import InputError, nearest
 from pipefleet.objects import ObjectStore
 from pipefleet.pictures import is_picture
-from pipefleet.cells import cell_content, is_cell
 from pipefleet.recordings import extra_of, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tables import columns_of
