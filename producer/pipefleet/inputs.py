@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pipefleet.cells import cell_content, is_cell
 from pipefleet.contract import encode_json
 from pipefleet.errors import InputError, nearest
 from pipefleet.objects import ObjectStore
-from pipefleet.pictures import cell_content, is_cell, is_picture
+from pipefleet.pictures import is_picture
 from pipefleet.recordings import extra_of, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tables import columns_of
@@ -179,11 +180,11 @@ class InputPreparer:
             return self._upload.image(value)
         if isinstance(value, str) and not is_uri(value):
             return self._upload.picture(value)
-        if hasattr(value, "__array__") and not isinstance(value, str):  # a text of numpy is no array
+        if hasattr(value, "__array__") and not isinstance(value, str):  # texts of numpy have it too
             raise InputError(
                 f"{self.spec.name} takes no arrays as pictures, as transformers takes none: pass PIL.Image.fromarray(array)"
             )
-        return self._media(cell_content(value) if is_cell(value) else value)
+        return self._media(value)
 
     def _images(self, value: Any) -> Any:
         if not isinstance(value, list | tuple):
@@ -198,7 +199,7 @@ class InputPreparer:
         return [self._image(one) for one in value]
 
     def _audio(self, value: Any) -> Any:
-        if is_ref(value) or is_encoded(value):
+        if is_ref(value) or is_cell(value):
             return self._media(value)
         if isinstance(value, Mapping) and "audio" in value and self.spec.carried:
             return self._carried(value)
@@ -231,8 +232,8 @@ class InputPreparer:
             return StorageRef.of(value.rstrip("\r\n")).to_json()
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
-        if is_encoded(value):
-            return self._encoded(value)
+        if is_cell(value):
+            value = cell_content(value)
         if isinstance(value, str | os.PathLike):
             return self._upload.file(value)
         if isinstance(value, bytes | bytearray | memoryview):
@@ -245,15 +246,6 @@ class InputPreparer:
             f"{self.spec.name} takes s3:// URIs, local paths, bytes or {self.spec.media or 'media'} objects, "
             f"not {_kind(value)}"
         )
-
-    def _encoded(self, value: Mapping[str, Any]) -> Any:
-        """`{"bytes", "path"}` of a column of `datasets` that is not decoded: its bytes, or where there are none, its file."""
-        content, path = value.get("bytes"), value.get("path")
-        if content is not None and not isinstance(content, bytes | bytearray | memoryview):
-            raise InputError(f"the key 'bytes' of an input holds bytes or None, not {_kind(content)}")
-        if content is None and path is None:
-            raise InputError("an input of `bytes` and `path` holds neither")
-        return self._media(path if content is None else content)
 
     def _table(self, value: Any) -> Any:
         """Columns of texts: a pandas table, a dict of columns, a list of rows, or a CSV or JSON file with those."""
@@ -309,11 +301,6 @@ def plain_part(part: Any) -> Any:
             "a part of type image_url is {type, image_url: {url}}; a `detail` other than auto is not known here"
         )
     return {"type": "image", "url": held["url"]}
-
-
-def is_encoded(value: object) -> bool:
-    """True for a picture or recording of `datasets` that is not decoded: a dict of `bytes` and `path`."""
-    return isinstance(value, Mapping) and "bytes" in value and set(value) <= {"bytes", "path"}
 
 
 def is_file(value: object) -> bool:

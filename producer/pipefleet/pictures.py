@@ -1,4 +1,4 @@
-"""Pictures as people hold them: PIL objects, `data:` URIs, base64, cells of a `datasets` column. From each, the bytes that travel.
+"""Pictures as people hold them: PIL objects, `data:` URIs, base64. From each, the bytes that travel.
 
 The rules are those of `transformers.image_utils.load_image`.
 """
@@ -9,8 +9,6 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -20,7 +18,6 @@ MOST_INLINE = 256 << 20
 """Characters of a picture that stands inside a text, as base64."""
 LONGEST_PATH = 4096
 """Characters of a path on Linux; a longer text is no file's name."""
-_CELL = {"bytes", "path"}
 _DATA = re.compile(r"data:([^,;]{0,100})[^,]{0,200},", re.IGNORECASE)
 _SPACE = re.compile(rb"\s+")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
@@ -43,21 +40,6 @@ _TIFF_MODES = {"I", "F", "CMYK", "I;16", "I;16L", "I;16B", "I;16N"}
 def is_picture(value: Any) -> bool:
     """Whether it is a PIL image; looks at what it has, so that nobody needs Pillow for anything else."""
     return hasattr(value, "save") and hasattr(value, "mode")
-
-
-def is_cell(value: Any) -> bool:
-    """Whether it is a cell of an undecoded column of `datasets`: `{"bytes", "path"}`."""
-    return isinstance(value, Mapping) and bool(value) and set(value) <= _CELL
-
-
-def cell_content(value: Mapping[str, Any]) -> bytes | str | Path:
-    """What such a cell holds: its bytes, or where there are none the path."""
-    content, path = value.get("bytes"), value.get("path")
-    if isinstance(content, bytes | bytearray | memoryview):
-        return bytes(content)
-    if content is None and isinstance(path, str | Path) and str(path):
-        return path
-    raise InputError("a dict of `bytes` and `path` holds the bytes of a file, or the path of one")
 
 
 def inline(text: str) -> tuple[bytes, str, str | None] | None:

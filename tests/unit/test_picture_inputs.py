@@ -254,8 +254,24 @@ def test_cells_of_an_undecoded_column_are_pictures(road: Road, tmp_path: Path) -
         assert road.sent({"bytes": None, "path": str(path)}, task) == encoded("PNG")
     reference = road.preparer("vqa").prepare({"image": {"bytes": encoded("GIF")}, "question": "Who?"})["image"]
     assert road.content(reference) == encoded("GIF")
-    with pytest.raises(InputError, match="the bytes of a file, or the path of one"):
+    with pytest.raises(InputError, match="neither the bytes of a file nor the path"):
         road.sent({"bytes": None, "path": None})
+
+
+def test_open_files_are_pictures_wherever_one_may_stand(road: Road, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded("PNG"))
+    with path.open("rb") as file:
+        for given in (file, io.BytesIO(encoded("PNG"))):
+            part = {"type": "image", "image": given}
+            chat = [{"role": "user", "content": [part, {"type": "image_url", "image_url": {"url": given}}]}]
+            parts = road.preparer(CHATS).prepare(chat)[0]["content"]
+            pair = road.preparer("keypoint-matching").prepare([given, given])
+            several = road.preparer(CHATS).prepare({"images": [given, given], "text": "What?"})["images"]
+            asked = road.preparer("vqa").prepare({"image": given, "question": "Who?"})["image"]
+            alone = road.preparer(PICTURES).prepare(given)
+            for reference in [alone, asked, *several, *pair, *(one["image"] for one in parts)]:
+                assert road.content(reference) == encoded("PNG")
 
 
 @pytest.mark.parametrize(

@@ -189,12 +189,15 @@ def test_columns_that_are_not_decoded_and_paths_of_any_kind_are_taken(
     like = SimpleNamespace()
     for value in (
         {"bytes": b"content", "path": "elsewhere.flac"}, {"bytes": None, "path": str(path)}, {"bytes": b"content"},
-        PurePosixPath(path), path, np.str_(path),
+        {"path": path}, {"path": np.str_(path)}, {"bytes": memoryview(b"content")}, PurePosixPath(path), path, np.str_(path),
     ):  # fmt: skip
         assert store.get(prepare(task, value)["$ref"]) == b"content"
     assert prepare(task, np.str_("s3://media/a.wav"))["$ref"] == "s3://media/a.wav"
     for value, message in (
         ({"bytes": None, "path": None}, "holds neither"),
+        ({"path": ""}, "holds neither"),
+        ({"path": io.BytesIO(b"content")}, "holds neither"),
+        ({"bytes": b"", "path": "elsewhere.flac"}, "bytes of a file"),
         ({"bytes": "text", "path": None}, "holds bytes or None"),
         (b"", "bytes of a file"),
         (memoryview(WAVE), "bytes of a file"),
