@@ -238,6 +238,11 @@ def test_strides_and_further_keys_give_what_transformers_gives(prepare: Any, che
         assert_same(outcome.output, one, str(call.parameters))
 
 
+def test_a_key_of_the_users_own_may_be_called_audio(prepare: Any) -> None:
+    sent = prepare(SPEECH, {"raw": WAVE, "sampling_rate": 16_000, "audio": "a.wav"})
+    assert sent["extra"] == {"audio": "a.wav"}
+
+
 def test_an_open_file_and_a_decoder_are_one_input_of_a_call_a_file_of_text_is_not(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(b"a\nb\n")
