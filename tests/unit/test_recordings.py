@@ -153,7 +153,7 @@ def test_stride_and_further_keys_travel_with_the_recording(prepare: Any, store: 
     assert prepare(SPEECH, again)["stride"] == [80, 40]
     long = prepare(SPEECH, {**given, "note": "n" * 500}, 200)
     assert json.loads(store.get(long["extra"]["$ref"]))["note"] == "n" * 500
-    for name in ("strid", "raw"):
+    for name in ("strid", "lang"):
         with pytest.raises(InputError, match=f"no field '{name}'"):
             prepare(SPEECH, {**again, name: 1})
 
