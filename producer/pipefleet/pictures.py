@@ -138,6 +138,10 @@ def _from_base64(text: str) -> tuple[bytes, str, None] | None:
         return None
     _require_short(text)
     decoded = _decoded("".join(text.split())) if _BASE64.fullmatch(text) else None
+    if not decoded and _is_signed(begin):
+        raise InputError(
+            f"the text {text[:40]!r} begins like a picture in base64 and is not base64 to its end, nor a file here"
+        )
     return (decoded, "bin", None) if decoded else None
 
 

@@ -232,6 +232,13 @@ def test_a_file_comes_before_base64(road: Road, tmp_path: Path, monkeypatch: pyt
     assert road.sent(name) == encoded("GIF")
 
 
+def test_a_picture_whose_base64_is_damaged_is_named_as_such(road: Road) -> None:
+    whole = base64_of(encoded("PNG"))
+    for text in (whole.rstrip("=")[:-1] + "!", whole[:101], whole[:100] + "= = =" + whole[100:]):
+        with pytest.raises(InputError, match="begins like a picture in base64"):
+            road.sent(text)
+
+
 def test_a_picture_inside_a_text_is_bounded(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipefleet.pictures.MOST_INLINE", 100)
     for text in (base64_of(encoded("PNG")), "data:image/png;base64," + base64_of(encoded("PNG"))):
