@@ -10,8 +10,8 @@ from pipefleet.cells import cell_content, is_cell
 from pipefleet.contract import encode_json
 from pipefleet.errors import InputError, nearest
 from pipefleet.objects import ObjectStore
-from pipefleet.pictures import is_picture
-from pipefleet.recordings import extra_of, is_samples, rate_of, recording_of, stride_of
+from pipefleet.pictures import is_picture, picture_of_array
+from pipefleet.recordings import extra_of, has_samples, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tables import columns_of
 from pipefleet.tasks import Media, TaskSpec
@@ -181,9 +181,7 @@ class InputPreparer:
         if isinstance(value, str) and not is_uri(value):
             return self._upload.picture(value)
         if hasattr(value, "__array__") and not isinstance(value, str):  # texts of numpy have it too
-            raise InputError(
-                f"{self.spec.name} takes no arrays as pictures, as transformers takes none: pass PIL.Image.fromarray(array)"
-            )
+            return self._upload.image(picture_of_array(value))
         return self._media(value)
 
     def _images(self, value: Any) -> Any:
@@ -201,7 +199,7 @@ class InputPreparer:
     def _audio(self, value: Any) -> Any:
         if is_ref(value) or is_cell(value):
             return self._media(value)
-        if isinstance(value, Mapping) and "audio" in value and self.spec.carried:
+        if isinstance(value, Mapping) and "audio" in value and self.spec.carried and not has_samples(value):
             return self._carried(value)
         if not isinstance(value, Mapping) and not is_samples(value):
             return self._media(value)

@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import re
+import sys
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -72,6 +73,10 @@ def picture_file(image: Any) -> tuple[bytes, str, str]:
         raise InputError(f"the picture cannot be read: {type(error).__name__}: {error}") from error
     if not all(image.size):
         raise InputError(f"the picture has no pixels: its size is {image.width} x {image.height}")
+    if image.mode == "I;16N":  # the byte order of this machine, for which TIFF has another name
+        from PIL import Image
+
+        image = Image.frombytes("I;16" if sys.byteorder == "little" else "I;16B", image.size, image.tobytes())
     bare = image.copy()
     bare.info = _transparency(image)
     buffer = io.BytesIO()
@@ -80,6 +85,27 @@ def picture_file(image: Any) -> tuple[bytes, str, str]:
         return buffer.getvalue(), "png", "image/png"
     bare.save(buffer, format="TIFF", compression="raw")
     return buffer.getvalue(), "tiff", "image/tiff"
+
+
+def picture_of_array(value: Any) -> Any:
+    """The PIL image in an array or tensor of bytes with three channels, which stand where transformers looks for them.
+
+    Raises InputError for any other, for it does not say how bright its numbers are.
+    """
+    shape, kind = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", "")).removeprefix("torch.")
+    first = len(shape) == 3 and shape[0] == 3
+    if kind != "uint8" or not (first or (len(shape) == 3 and shape[0] != 1 and shape[2] == 3)):
+        raise InputError(
+            "an array is a picture where it is uint8 of the shape (height, width, 3) or (3, height, width), not "
+            f"{kind[:40]} of {shape}: pass PIL.Image.fromarray(array)"
+        )
+    try:
+        import numpy
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(f"pictures in arrays need {error.name}: pip install numpy pillow") from None
+    content = numpy.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    return Image.fromarray(numpy.ascontiguousarray(content.transpose(1, 2, 0) if first else content))
 
 
 def _transparency(image: Any) -> dict[str, Any]:
@@ -112,6 +138,10 @@ def _from_base64(text: str) -> tuple[bytes, str, None] | None:
         return None
     _require_short(text)
     decoded = _decoded("".join(text.split())) if _BASE64.fullmatch(text) else None
+    if not decoded and _is_signed(begin):
+        raise InputError(
+            f"the text {text[:40]!r} begins like a picture in base64 and is not base64 to its end, nor a file here"
+        )
     return (decoded, "bin", None) if decoded else None
 
 

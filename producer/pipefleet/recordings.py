@@ -52,6 +52,11 @@ def is_samples(value: object) -> bool:
     return isinstance(value, list | tuple) or any(hasattr(value, name) for name in _ARRAYS)
 
 
+def has_samples(value: Mapping[Any, Any]) -> bool:
+    """True for a dict of samples and their rate, whatever other keys it has."""
+    return "sampling_rate" in value and ("raw" in value or "array" in value)
+
+
 def recording_of(value: Any, *, extras: bool = False) -> Recording:
     """The recording in an array, a tensor, a list, a decoder of torchcodec, or a dict `{"raw" or "array", "sampling_rate"}`.
 

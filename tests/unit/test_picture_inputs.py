@@ -100,6 +100,7 @@ OBJECTS: dict[str, Callable[[], Image.Image]] = {
     "PA": lambda: with_alpha().convert("PA"),
     "RGBa": lambda: with_alpha().convert("RGBa"),
     "I;16": deep,
+    "I;16N": lambda: Image.frombytes("I;16N", deep().size, deep().tobytes()),
     "I;16B": lambda: deep().convert("I").convert("I;16B"),
     "I beyond 16 bits": lambda: of_integers(-70_000, 90_000_000),
     "F beyond 8 bits": lambda: Image.fromarray(np.linspace(-3, 900, 1536, dtype=np.float32).reshape(32, 48)),
@@ -160,11 +161,20 @@ def test_an_object_that_cannot_be_read_is_refused_in_a_sentence(road: Road) -> N
         road.sent(Image.new("RGB", (0, 5)))
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4)])
-def test_arrays_are_no_pictures_as_in_transformers(road: Road, array: Any) -> None:
-    with pytest.raises(TypeError):
-        load_image(array)
-    with pytest.raises(InputError, match=r"PIL\.Image\.fromarray"):
+def test_arrays_of_bytes_are_pictures_as_in_image_classification(road: Road) -> None:
+    array = np.array(picture("RGB"))
+    pipe = load(PICTURES)
+    for given in (array, array.transpose(2, 0, 1), torch.tensor(array), torch.tensor(array).permute(2, 0, 1)):
+        assert_same(road.seen(given), picture("RGB"))
+        harness.assert_same(pipe(road.seen(given)), pipe(given), "array")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 4, 3), "f4"), torch.zeros(3, 4, 4), np.zeros((4, 4), "u1"), np.zeros((4, 4, 4), "u1"), np.float32(1)],
+)
+def test_other_arrays_are_refused_in_a_sentence(road: Road, array: Any) -> None:
+    with pytest.raises(InputError, match=r"uint8 of the shape .*PIL\.Image\.fromarray"):
         road.sent(array)
 
 
@@ -220,6 +230,13 @@ def test_a_file_comes_before_base64(road: Road, tmp_path: Path, monkeypatch: pyt
     name = base64_of(b"\x89PNG\r\n\x1a\n" + bytes(24)).replace("/", "a")
     Path(name).write_bytes(encoded("GIF"))
     assert road.sent(name) == encoded("GIF")
+
+
+def test_a_picture_whose_base64_is_damaged_is_named_as_such(road: Road) -> None:
+    whole = base64_of(encoded("PNG"))
+    for text in (whole.rstrip("=")[:-1] + "!", whole[:101], whole[:100] + "= = =" + whole[100:]):
+        with pytest.raises(InputError, match="begins like a picture in base64"):
+            road.sent(text)
 
 
 def test_a_picture_inside_a_text_is_bounded(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_stride_and_further_keys_travel_with_the_recording(prepare: Any, store: 
     assert prepare(SPEECH, again)["stride"] == [80, 40]
     long = prepare(SPEECH, {**given, "note": "n" * 500}, 200)
     assert json.loads(store.get(long["extra"]["$ref"]))["note"] == "n" * 500
-    for name in ("strid", "raw"):
+    for name in ("strid", "lang"):
         with pytest.raises(InputError, match=f"no field '{name}'"):
             prepare(SPEECH, {**again, name: 1})
 
@@ -236,6 +236,11 @@ def test_strides_and_further_keys_give_what_transformers_gives(prepare: Any, che
     for call, outcome, one in zip(calls, outcomes, wanted, strict=True):
         assert outcome.failure is None, outcome.failure
         assert_same(outcome.output, one, str(call.parameters))
+
+
+def test_a_key_of_the_users_own_may_be_called_audio(prepare: Any) -> None:
+    sent = prepare(SPEECH, {"raw": WAVE, "sampling_rate": 16_000, "audio": "a.wav"})
+    assert sent["extra"] == {"audio": "a.wav"}
 
 
 def test_an_open_file_and_a_decoder_are_one_input_of_a_call_a_file_of_text_is_not(tmp_path: Path) -> None:
