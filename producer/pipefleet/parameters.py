@@ -7,7 +7,7 @@ names it and its check accepts the value; a check returns what is wrong, or None
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pipefleet.errors import ParameterError, nearest
@@ -161,10 +161,12 @@ def mapping_of(allowed: Mapping[str, Check]) -> Check:
     return check
 
 
-def check_parameters(task: str, allowed: Mapping[str, Check], given: Mapping[str, Any]) -> None:
+def check_parameters(
+    task: str, allowed: Mapping[str, Check], given: Mapping[str, Any], *, common: Collection[str] = ()
+) -> None:
     """Raise ParameterError for the first parameter that `allowed` does not name or whose check fails.
 
-    None passes: it stands for what holds without the parameter.
+    None passes: it stands for what holds without the parameter. The error does not list the `common` ones, arguments of generate().
     """
     if not isinstance(given, Mapping):
         raise ParameterError(f"parameters are names with values, not a {type(given).__name__}")
@@ -173,10 +175,15 @@ def check_parameters(task: str, allowed: Mapping[str, Check], given: Mapping[str
             reason = why_refused(task, str(name))
             if reason:
                 raise ParameterError(f"{task} takes no parameter {str(name)[:40]!r}: {reason}")
-            known = ", ".join(sorted(allowed)) or "none"
             raise ParameterError(
-                f"{task} takes no parameter {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}; it takes {known}"
+                f"{task} takes no parameter {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}; it takes "
+                f"{_known(allowed, common)}"
             )
         problem = None if value is None else allowed[name](value)
         if problem:
             raise ParameterError(f"parameter {name!r} of {task} {problem}")
+
+
+def _known(allowed: Mapping[str, Check], common: Collection[str]) -> str:
+    own = ", ".join(sorted(name for name in allowed if name not in common)) or "none"
+    return own if not allowed.keys() & set(common) else f"{own}, and arguments of generate()"

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from pipefleet.parameters import Check, check_parameters
+from pipefleet.tasks.generation import GENERATION as WRITTEN
 from pipefleet.tasks.requirements import Known, Requirement
 
 
@@ -89,7 +90,7 @@ class TaskSpec:
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Raise ParameterError unless every parameter is allowed for this task and within its bounds."""
-        check_parameters(self.name, self.parameters, parameters)
+        check_parameters(self.name, self.parameters, parameters, common=WRITTEN)
 
     def settled(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters without those that are None and have no meaning of their own then."""
