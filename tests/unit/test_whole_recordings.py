@@ -337,6 +337,11 @@ def test_a_plain_wav_gives_the_samples_that_ffmpeg_gives(rate: int, tail: bytes)
     np.testing.assert_array_equal(decode(content), ffmpeg_read(content))
 
 
+def test_joined_wavs_are_heard_to_the_end_of_the_last() -> None:
+    whole = by_libsndfile("WAV", tone(RATE), RATE, "PCM_16") + by_libsndfile("WAV", tone(8000), 8000, "PCM_24")
+    assert len(decode(whole * 2)) == pytest.approx(8 * RATE, abs=100)
+
+
 def test_a_plain_wav_is_bounded_before_it_is_decoded() -> None:
     content = by_libsndfile("WAV", tone(RATE), RATE, "PCM_16")
     with pytest.raises(ItemError, match=r"above the bound of 1 s"):

@@ -32,6 +32,8 @@ def parts(content: bytes) -> list[bytes]:
     """The files that a file consists of, in their order; most files are their own only part."""
     if content.startswith(b"OggS"):
         return _split(content, list(islice(_ogg_starts(content), _MOST_PARTS)))
+    if content.startswith(b"RIFF"):
+        return _split(content, list(islice(_wav_starts(content), _MOST_PARTS)))
     if content.startswith((b"riff", b"RF64", b"BW64")):
         return [_with_size(content)]
     if content.startswith((b"ID3", b"fLaC")) or (content[:1] == b"\xff" and content[1:2] >= b"\xe0"):
@@ -45,6 +47,17 @@ def _split(content: bytes, starts: list[int]) -> list[bytes]:
     if len(starts) < 2:
         return [content]
     return [content[begin:end] for begin, end in zip([0, *starts[1:]], [*starts[1:], None], strict=True)]
+
+
+def _wav_starts(content: bytes) -> Iterator[int]:
+    """Where each WAV begins that follows another one at once, by the sizes that they say; FFmpeg ends with the first."""
+    at = 0
+    while at == 0 or (content[at : at + 4] == b"RIFF" and content[at + 8 : at + 12] == b"WAVE"):
+        yield at
+        if len(content) < at + 8:
+            return
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
 
 
 def _ogg_starts(content: bytes) -> Iterator[int]:
