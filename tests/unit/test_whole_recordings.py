@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import struct
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 
 import av
 import numpy as np
 import pytest
 
-from pipefleet_workers.items import ItemError
+from pipefleet_workers.items import ItemError, OutgrownError
 from pipefleet_workers.media.containers import missing_of
+from pipefleet_workers.media.declared import SAMPLE
 from pipefleet_workers.media.joined import parts
 from pipefleet_workers.media.losses import MOST_CHARACTERS, MOST_WARNINGS, note
 from tests.unit.sound_files import RATE, by_ffmpeg, by_libsndfile, case, decode, ffmpeg_read, fill, gain, tone
@@ -315,3 +317,35 @@ def test_warnings_are_bounded() -> None:
     assert len(warnings) == MOST_WARNINGS
     assert max(map(len, warnings)) <= MOST_CHARACTERS
     assert len(set(warnings)) == MOST_WARNINGS
+
+
+def test_a_file_of_a_million_tags_takes_little_memory() -> None:
+    content = (b"ID3\x04\0\0" + bytes(4)) * (1 << 20)
+    tracemalloc.start()
+    try:
+        assert missing_of(content) is None
+        assert len(parts(content)) == 1
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(content)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("tail", [b"", b"LIST\x04\0\0\0INFO"])
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+def test_a_plain_wav_gives_the_samples_that_ffmpeg_gives(rate: int, tail: bytes) -> None:
+    content = by_libsndfile("WAV", tone(rate), rate, "PCM_16") + tail
+    np.testing.assert_array_equal(decode(content), ffmpeg_read(content))
+
+
+def test_joined_wavs_are_heard_to_the_end_of_the_last() -> None:
+    whole = by_libsndfile("WAV", tone(RATE), RATE, "PCM_16") + by_libsndfile("WAV", tone(8000), 8000, "PCM_24")
+    assert len(decode(whole * 2)) == pytest.approx(8 * RATE, abs=100)
+
+
+def test_a_plain_wav_is_bounded_before_it_is_decoded() -> None:
+    content = by_libsndfile("WAV", tone(RATE), RATE, "PCM_16")
+    with pytest.raises(ItemError, match=r"above the bound of 1 s"):
+        decode(content, max_seconds=1.0)
+    with pytest.raises(OutgrownError) as caught:
+        decode(content, most_bytes=1000)
+    assert caught.value.size == 2 * RATE * SAMPLE

@@ -16,6 +16,7 @@ from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.containers import MOST_MISSING, Missing, flac_seconds, missing_of
 from pipefleet_workers.media.losses import Losses, note
+from pipefleet_workers.media.plain import plain_samples
 from pipefleet_workers.media.sound import CannotOpenError, read_sound
 from pipefleet_workers.media.tracks import STAGE, Bounds, Samples, Track, sound_frame
 
@@ -89,6 +90,10 @@ def _raw(blob: Blob, bounds: Bounds) -> Samples:
 
 
 def _decoded(blob: Blob, track: Track, losses: Losses) -> Samples:
+    plain = plain_samples(blob.content, track.rate)
+    if plain is not None:
+        track.add_plain(plain)
+        return track.end()
     try:
         return read_sound(blob, track, losses)
     except CannotOpenError as error:

@@ -29,6 +29,8 @@ _MP4_MEDIA = (b"moov", b"moof", b"mdat")
 _MP4_INDEX = (b"moov", b"moof")
 _MP4_FIRST = (*_MP4_MEDIA, b"ftyp", b"styp", b"free", b"skip", b"wide")
 _ID3_BYTES = 10
+_MOST_TAGS = 1024
+"""ID3 tags in front of the first frame; a file with more does not say how long it is."""
 _FIRST_FRAME = 64
 """Bytes of a frame within which the encoder's tag begins, whatever the layout of its channels."""
 
@@ -191,7 +193,9 @@ def _mp4(content: bytes) -> Missing | None:
 def _mp3(content: bytes) -> Missing | None:
     """Encoders write the number of bytes into the first frame (the Xing or Info tag), which ID3 tags may precede."""
     at = 0
-    while content[at : at + 3] == b"ID3" and len(content) >= at + _ID3_BYTES:
+    for _ in range(_MOST_TAGS):
+        if content[at : at + 3] != b"ID3" or len(content) < at + _ID3_BYTES:
+            break
         footer = _ID3_BYTES if content[at + 5] & 0x10 else 0
         high, upper, lower, low = (byte & 0x7F for byte in content[at + 6 : at + 10])
         at += _ID3_BYTES + (high << 21 | upper << 14 | lower << 7 | low) + footer

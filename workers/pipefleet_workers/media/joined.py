@@ -6,14 +6,20 @@ a picture in a tag that looks like sound; and of a joined FLAC it takes some fra
 
 from __future__ import annotations
 
+import heapq
 import re
 import struct
 from collections.abc import Iterator
+from itertools import islice
 
 from pipefleet_workers.media.containers import FLAC_START, chunk_of, is_placeholder
 
 _MOST_PARTS = 256
 """Parts that are opened one by one; what is behind them belongs to the last one."""
+_MOST_PAGES = 1 << 20
+"""Pages of an Ogg that are looked at; of those that encoders write, these hold hours."""
+_MOST_TAGS = 1 << 14
+"""Tags of each kind that are looked for; FFmpeg passes over those behind them as it does over any bytes that are no sound."""
 _ID3 = re.compile(rb"ID3[\x02-\x04][\x00-\x0f][\x00\x10\x20\x40\x50\x60\x80\x90\xa0\xc0\xd0\xe0][\x00-\x7f]{4}")
 _APE = re.compile(rb"APETAGEX[\xd0\xe8][\x03\x07]\x00\x00")
 _APE_HEAD = 32
@@ -25,34 +31,45 @@ _BEHIND_TAGS = re.compile(rb"\xff[\xe0-\xff]|fLaC|ID3|TAG|APETAGEX|LYRICSBEGIN|\
 def parts(content: bytes) -> list[bytes]:
     """The files that a file consists of, in their order; most files are their own only part."""
     if content.startswith(b"OggS"):
-        return _split(content, _ogg_starts(content))
+        return _split(content, list(islice(_ogg_starts(content), _MOST_PARTS)))
+    if content.startswith(b"RIFF"):
+        return _split(content, list(islice(_wav_starts(content), _MOST_PARTS)))
     if content.startswith((b"riff", b"RF64", b"BW64")):
         return [_with_size(content)]
     if content.startswith((b"ID3", b"fLaC")) or (content[:1] == b"\xff" and content[1:2] >= b"\xe0"):
         content = _without_tags(content)
-        return _split(
-            content, [found.start() for found in FLAC_START.finditer(content)] if b"fLaC" in content[:4] else [0]
-        )
+        heads = islice(FLAC_START.finditer(content), _MOST_PARTS) if content.startswith(b"fLaC") else ()
+        return _split(content, [found.start() for found in heads])
     return [content]
 
 
 def _split(content: bytes, starts: list[int]) -> list[bytes]:
-    starts = starts[:_MOST_PARTS]
     if len(starts) < 2:
         return [content]
     return [content[begin:end] for begin, end in zip([0, *starts[1:]], [*starts[1:], None], strict=True)]
 
 
-def _ogg_starts(content: bytes) -> list[int]:
-    """Where another codec, rate or number of channels begins, as the first packet of a stream says it."""
-    starts, before, headed = [0], b"", False
-    for at, is_first, head in _ogg_pages(content):
+def _wav_starts(content: bytes) -> Iterator[int]:
+    """Where each WAV begins that follows another one at once, by the sizes that they say; FFmpeg ends with the first."""
+    at = 0
+    while at == 0 or (content[at : at + 4] == b"RIFF" and content[at + 8 : at + 12] == b"WAVE"):
+        yield at
+        if len(content) < at + 8:
+            return
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+
+
+def _ogg_starts(content: bytes) -> Iterator[int]:
+    """Where another codec, rate or number of channels begins, as the first packet of a stream says it; 0 is the first."""
+    before, headed = b"", False
+    yield 0
+    for at, is_first, head in islice(_ogg_pages(content), _MOST_PAGES):
         if is_first and not headed:
             if before and head != before:
-                starts.append(at)
+                yield at
             before = head
         headed = is_first
-    return starts
 
 
 def _ogg_pages(content: bytes) -> Iterator[tuple[int, bool, bytes]]:
@@ -69,7 +86,8 @@ def _ogg_pages(content: bytes) -> Iterator[tuple[int, bool, bytes]]:
 def _without_tags(content: bytes) -> bytes:
     """The content without the tags behind its beginning: FFmpeg knows those at both ends of a file alone."""
     kept, begin, seen = [], 0, 0
-    for start, end in sorted([*_id3_tags(content), *_ape_tags(content)]):
+    tags = heapq.merge(islice(_id3_tags(content), _MOST_TAGS), islice(_ape_tags(content), _MOST_TAGS))
+    for start, end in tags:
         if start < seen or not _BEHIND_TAGS.match(content, end):
             continue  # what looks like a tag inside of another is a part of that
         seen = end

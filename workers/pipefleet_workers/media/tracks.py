@@ -21,6 +21,7 @@ _RATES = (1_000, 1_000_000)
 """Sampling rates in Hz that are believed. Beyond them a small file becomes gigabytes."""
 _BLOCK = 1 << 14
 """Samples that are handed on at once."""
+_SHORT = np.float32(2.0**-15)
 
 Samples = NDArray[np.float32]
 
@@ -56,6 +57,11 @@ class Track:
         """How long the frames last that were taken."""
 
     @property
+    def rate(self) -> int:
+        """Hz that the model wants."""
+        return self._bounds.rate
+
+    @property
     def most_seconds(self) -> float:
         """How long a recording may last."""
         return self._bounds.max_seconds
@@ -69,13 +75,22 @@ class Track:
                 text = f"{self._bounds.uri} has a sampling rate of {frame.sample_rate} Hz"
                 raise ItemError("bad_media", text, STAGE)
             self._kind, self._mixer = kind, _Mixer(self._bounds.rate)
-        self.seconds += frame.samples / frame.sample_rate
+        self._count(frame.samples / frame.sample_rate)
+        if not self._outgrown and self._mixer is not None:
+            self._pieces += self._mixer.mix(frame)
+
+    def add_plain(self, samples: NDArray[np.int16]) -> None:
+        """Take samples of one channel at the model's rate, which stay as they are. Raises ItemError: too_large."""
+        self._count(len(samples) / self._bounds.rate)
+        if not self._outgrown:
+            self._pieces.append(samples * _SHORT)
+
+    def _count(self, seconds: float) -> None:
+        self.seconds += seconds
         self._bounds.check(self.seconds)
         if not self._outgrown and self._bounds.most_bytes is not None and self._bytes() > self._bounds.most_bytes:
             self._outgrown = True
             self._pieces.clear()
-        if not self._outgrown and self._mixer is not None:
-            self._pieces += self._mixer.mix(frame)
 
     def end(self) -> Samples:
         """All samples at the model's rate. Raises OutgrownError."""
