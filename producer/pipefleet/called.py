@@ -12,6 +12,7 @@ from typing import Any
 
 from pipefleet.errors import ParameterError
 from pipefleet.plain import plain
+from pipefleet.return_forms import with_one_form
 from pipefleet.tasks import TaskSpec
 from pipefleet.tasks.generation import GENERATION
 
@@ -31,6 +32,7 @@ def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any])
     """The parameters of a call laid over those of its pipeline or pool."""
     if not below:
         return dict(called)
+    below, called = with_one_form(spec.parameters, below, called)
     names = _generation_names(spec)
     if called.get(_CONFIG) is not None and _takes_config(spec):
         below = {name: value for name, value in below.items() if name not in names and name != _NESTED}
