@@ -383,7 +383,6 @@ def filled(sequences: Sequence[list[int]], request: Request, *, all_shown: bool 
     return [[*one, *[fill] * (longest - len(one))] for one in sequences]
 
 
-
 def _is_tensors(kind: Any) -> bool:
     """Whether a ReturnType asks for tokens; each module of pipelines has its own, and they are unequal."""
     return getattr(kind, "name", None) == "TENSORS"
