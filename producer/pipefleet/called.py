@@ -12,6 +12,8 @@ from typing import Any
 
 from pipefleet.errors import ParameterError
 from pipefleet.plain import plain
+from pipefleet.refused_parameters import why_refused
+from pipefleet.return_forms import with_one_form
 from pipefleet.tasks import TaskSpec
 from pipefleet.tasks.generation import GENERATION
 
@@ -22,7 +24,11 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
     """The parameters of a call as JSON. Raises ParameterError for those that the task does not take."""
     if not isinstance(given, Mapping | None):
         spec.check(given)
-    found = _without_config(spec, {name: plain(value) for name, value in (given or {}).items()})
+    found = _without_nothing(spec, {name: plain(value) for name, value in (given or {}).items()})
+    for name in (_NESTED, _CONFIG):
+        if isinstance(found.get(name), Mapping):
+            found[name] = _without_nothing(spec, found[name])
+    found = _without_config(spec, found)
     spec.check(found)
     return found
 
@@ -31,6 +37,7 @@ def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any])
     """The parameters of a call laid over those of its pipeline or pool."""
     if not below:
         return dict(called)
+    below, called = with_one_form(spec.parameters, below, called)
     names = _generation_names(spec)
     if called.get(_CONFIG) is not None and _takes_config(spec):
         below = {name: value for name, value in below.items() if name not in names and name != _NESTED}
@@ -53,6 +60,16 @@ def _generation_names(spec: TaskSpec) -> set[str]:
 
 def _takes_config(spec: TaskSpec) -> bool:
     return "max_new_tokens" in spec.parameters
+
+
+def _without_nothing(spec: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters without those that are refused and None, which ask for nothing."""
+    taken = spec.parameters
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None or name in taken or not why_refused(spec.name, str(name))
+    }
 
 
 def _without_config(spec: TaskSpec, found: dict[str, Any]) -> dict[str, Any]:

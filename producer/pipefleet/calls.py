@@ -84,22 +84,24 @@ def _named(
     spec: TaskSpec, inputs: tuple[Any, ...], wanted: dict[str, Any]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """The first argument and the fields; the first argument is one of the fields where others stand beside it."""
-    fields = {
-        name: wanted.pop(name)
-        for name in spec.fields
-        if name in wanted and (name not in spec.parameters or _is_nested(wanted[name]))
-    }
+    fields = spec.given(
+        {
+            name: wanted.pop(name)
+            for name in spec.fields
+            if name in wanted and (name not in spec.parameters or _is_nested(wanted[name]))
+        }
+    )
     first = spec.positional[0] if spec.positional else None
     if not inputs or not fields or first not in spec.fields.keys() - fields.keys() or isinstance(inputs[0], Mapping):
         return inputs, fields
-    own = {str(first): inputs[0], **fields}
+    own = spec.given({str(first): inputs[0], **fields})
     return (), Beside(own) if isinstance(inputs[0], str) else own
 
 
 def _each(spec: TaskSpec, given: Mapping[str, Any]) -> Any:
     """One dict, or as many as the fields of one value hold where they come as lists or lazily; single values go with each."""
     kinds = spec.fields
-    fields = {name: _opened(spec, name, value) for name, value in given.items()}
+    fields = {name: _opened(spec, name, value) for name, value in spec.given(given).items()}
     if spec.crosses and any(isinstance(value, list | tuple) for value in fields.values()):
         return _crossed(spec, fields)
     lists = {name: value for name, value in fields.items() if _is_several(kinds.get(name), value)}

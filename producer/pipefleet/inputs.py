@@ -66,6 +66,8 @@ class InputPreparer:
 
         Raises InputError for a kind that the task does not take, and with ParameterError for what can only fail with the model.
         """
+        if self.spec.fields and isinstance(value, Mapping):
+            value = self.spec.given(value)
         self.spec.require(value, self.known.of_item(parameters))
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
@@ -110,7 +112,6 @@ class InputPreparer:
 
     def _prepare_fields(self, value: Mapping[str, Any]) -> dict[str, Any]:
         fields = self.spec.fields
-        value = {name: one for name, one in value.items() if one is not None or name not in self.spec.instead}
         for name in value:
             if name not in fields:
                 known = ", ".join(fields)

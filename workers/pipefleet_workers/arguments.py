@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class ArgumentParser:
     def _parse(self, parameters: Mapping[str, Any]) -> Arguments:
         pipe = self._pipe
         try:
-            sets = pipe._sanitize_parameters(**copy.deepcopy(dict(parameters)))
+            sets = pipe._sanitize_parameters(**_with_return_type(pipe, copy.deepcopy(dict(parameters))))
         except (TypeError, ValueError, KeyError) as error:
             raise ItemError(
                 "bad_parameter", f"the pipeline refuses the parameters: {str(error)[:300]}", STAGE
@@ -79,3 +80,11 @@ class ArgumentParser:
         defaults = (pipe._preprocess_params, pipe._forward_params, pipe._postprocess_params)
         pre, forward, post = ({**default, **own} for default, own in zip(defaults, sets, strict=True))
         return Arguments(pre, forward, post, _key(forward))
+
+
+def _with_return_type(pipe: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with a number in the place of a ReturnType as that of the pipeline: each module has its own."""
+    kind = parameters.get("return_type")
+    modules = (sys.modules[one.__module__] for one in type(pipe).__mro__)
+    own = next((module.ReturnType for module in modules if hasattr(module, "ReturnType")), None)
+    return parameters if kind is None or own is None else {**parameters, "return_type": own(kind)}

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.pipelines.text_generation import ReturnType
 from transformers.utils.chat_template_utils import Chat
 
 from pipefleet.records import JobFailure
@@ -183,7 +182,7 @@ class TextGenerator(Adapter):
 
     def _nested(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """The parameters as the pipeline looks for them."""
-        return with_return_type(parameters)
+        return parameters
 
     def _generation(self, arguments: Arguments) -> Mapping[str, Any]:
         """The arguments of generate() among those of the pipeline's forward."""
@@ -376,7 +375,7 @@ def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
 def filled(sequences: Sequence[list[int]], request: Request, *, all_shown: bool = False) -> Sequence[list[int]]:
     """Sequences of one request as generate() gives them, of one length, where somebody would see what they are filled with."""
     post = request.arguments.postprocess
-    shown = all_shown or post.get("return_type") == ReturnType.TENSORS or post.get("skip_special_tokens") is False
+    shown = all_shown or _is_tensors(post.get("return_type")) or post.get("skip_special_tokens") is False
     if not shown or len(sequences) < 2:
         return sequences
     fill = min([one for one in request.plan.fills if one >= 0], default=min(request.plan.ends, default=0))
@@ -384,10 +383,9 @@ def filled(sequences: Sequence[list[int]], request: Request, *, all_shown: bool 
     return [[*one, *[fill] * (longest - len(one))] for one in sequences]
 
 
-def with_return_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with a number in the place of a ReturnType as that."""
-    kind = parameters.get("return_type")
-    return dict(parameters) if kind is None else {**parameters, "return_type": ReturnType(kind)}
+def _is_tensors(kind: Any) -> bool:
+    """Whether a ReturnType asks for tokens; each module of pipelines has its own, and they are unequal."""
+    return getattr(kind, "name", None) == "TENSORS"
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

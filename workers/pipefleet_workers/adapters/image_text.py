@@ -27,7 +27,6 @@ from pipefleet_workers.adapters.generate import (
     filled,
     learnt_positions,
     require_chat,
-    with_return_type,
 )
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation_parameters import nested
@@ -210,7 +209,7 @@ def _example_part(pipe: Any, seed: int) -> dict[str, Any] | None:
 
 def _as_called(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters as the pipeline looks for them: it knows one argument of generate() by its name."""
-    return with_return_type(nested(parameters, but=("max_new_tokens",)))
+    return nested(parameters, but=("max_new_tokens",))
 
 
 def _generate_kwargs(arguments: Arguments) -> Mapping[str, Any]:

@@ -1,0 +1,87 @@
+"""How a written text is shown, as a number of transformers' ReturnType or by its own parameters, in each layer of a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.pipelines import any_to_any, image_text_to_text, text_generation
+
+from pipefleet.called import layered
+from pipefleet.pipelines import FleetPipeline
+from pipefleet.tasks import task_spec
+from pipefleet_workers.runtime import RUNTIME
+from tests.parity.harness import Call, load, recording, running
+
+KINDS = {"text-generation": text_generation, "image-text-to-text": image_text_to_text, "any-to-any": any_to_any}
+BEAMS = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_a_return_type_shows_what_it_shows_in_transformers(task: str) -> None:
+    pipe, chat = load(task), task != "text-generation"
+    given = {"generate_kwargs": BEAMS} if chat else BEAMS
+    with running(recording(RUNTIME[task].adapter, pipe), task) as engine:
+        outcomes = engine.run([Call("one", {**given, "return_type": kind}) for kind in range(3)])
+    for kind, outcome in zip(KINDS[task].ReturnType, outcomes, strict=True):
+        own = {"generate_kwargs": dict(BEAMS)} if chat else BEAMS
+        wanted = pipe(**{"text" if chat else "text_inputs": "one"}, **own, return_type=kind)
+        assert outcome.failure is None, outcome.failure
+        assert outcome.output == lists(wanted), kind
+
+
+def lists(records: Any) -> Any:
+    return [
+        {name: one.tolist() if isinstance(one, torch.Tensor) else one for name, one in record.items()}
+        for record in records
+    ]
+
+
+def test_tokens_that_a_return_type_asks_for_are_a_tensor() -> None:
+    pipe = FleetPipeline(None, task_spec("image-text-to-text"), model=None, revision=None)  # type: ignore[arg-type]
+    for kind in (image_text_to_text.ReturnType.TENSORS, 0):
+        (record,) = pipe._restored([{"input_text": "x", "generated_token_ids": [3]}], {"return_type": kind})
+        assert torch.equal(record["generated_token_ids"], torch.tensor([3]))
+
+
+SHOWN = [
+    ({"return_full_text": False}, {"return_text": True}, {"return_full_text": False}),
+    ({"return_text": True}, {"return_full_text": False}, {"return_full_text": False}),
+    ({"return_full_text": False}, {"return_tensors": True}, {"return_tensors": True}),
+    ({"return_tensors": True}, {"return_full_text": True}, {"return_full_text": True}),
+    ({"return_tensors": True}, {"return_text": True}, {"return_tensors": True}),
+    ({"return_type": 0}, {"return_full_text": False}, {"return_full_text": False}),
+    ({"return_full_text": False}, {"return_type": 2}, {"return_type": 2}),
+    ({"return_full_text": False, "prefix": "x"}, {"return_tensors": True}, {"return_tensors": True, "prefix": "x"}),
+]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Any:
+    return load("text-generation")
+
+
+@pytest.mark.parametrize(("below", "called", "found"), SHOWN)
+def test_what_a_call_shows_stands_in_for_what_its_pipeline_shows(
+    generator: Any, below: dict[str, Any], called: dict[str, Any], found: dict[str, Any]
+) -> None:
+    assert layered(task_spec("text-generation"), below, called) == found
+    wanted = {**form_of(generator, below), **form_of(generator, called)}  # each layer is read alone
+    assert form_of(generator, found) == wanted
+
+
+def test_what_excludes_itself_in_one_layer_is_left_for_the_worker_to_refuse(generator: Any) -> None:
+    spec, both = task_spec("text-generation"), {"return_full_text": False, "return_text": True}
+    for found in (layered(spec, {"return_tensors": True}, both), layered(spec, both, {"return_text": True})):
+        with pytest.raises(ValueError, match="mutually exclusive"):
+            form_of(generator, found)
+
+
+def test_forms_that_do_not_exclude_each_other_are_laid_over_each_other() -> None:
+    both = {"return_tensors": True, "return_text": True}
+    assert layered(task_spec("text2text-generation"), {"return_tensors": True}, {"return_text": True}) == both
+
+
+def form_of(pipe: Any, parameters: dict[str, Any]) -> Any:
+    return pipe._sanitize_parameters(**parameters)[2]
