@@ -23,6 +23,7 @@ from pipefleet.errors import (
 )
 from pipefleet.inputs import is_message, is_table
 from pipefleet.jobs import Job
+from pipefleet.loading import fleet_line
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
@@ -30,8 +31,8 @@ from pipefleet.tasks import Media, TaskSpec, implied_parameters
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
 """Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
 _OF_THE_POOL = {
-    "config", "feature_extractor", "image_processor", "model_kwargs", "pipeline_class", "processor", "token", "tokenizer",
-    "trust_remote_code", "use_fast",
+    "attn_implementation", "config", "feature_extractor", "image_processor", "model_kwargs", "pipeline_class", "processor",
+    "quantization_config", "token", "tokenizer", "trust_remote_code", "use_fast",
 }  # fmt: skip
 """Arguments of transformers that say how the model is loaded, which the fleet file does."""
 _DEFAULT: Any = object()
@@ -191,7 +192,8 @@ def pipeline(
     """
     for foreign in sorted(_OF_THE_POOL & set(parameters)):
         raise ParameterError(
-            f"{foreign} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()"
+            f"{foreign} belongs to how a pool loads its model: write `{fleet_line(foreign, parameters[foreign])}` under its "
+            "[pools.NAME] in fleet.toml, not in pipeline()"
         )
     client = client or Client()
     name = _task_of(client, model, revision) if task is None else task

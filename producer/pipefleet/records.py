@@ -1,7 +1,7 @@
 """The record of a single job in Redis: one hash, changed only by the scripts here, so that a final state stays final.
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
-StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage). The times are the Redis server's: where a
+StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), loaded (JSON: what the model ran with). The times are the Redis server's: where a
 script is given an empty text as a time, it writes the server's own.
 """
 
@@ -111,6 +111,8 @@ class JobRecord:
     output_ref: StorageRef | None = None
     failure: JobFailure | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    """What the model ran with: `dtype`, `device`, and where they are known `attention` and `quantization`."""
 
 
 def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
@@ -141,6 +143,7 @@ def _read(fields: Mapping[str, str]) -> JobRecord:
         output_ref=StorageRef.from_json(read_object(reference)) if reference else None,
         failure=_failure(read_object(failure)) if failure else None,
         timings={stage: number(seconds) for stage, seconds in read_object(fields.get("timings", "{}")).items()},
+        loaded={name: str(one) for name, one in read_object(fields.get("loaded", "{}")).items()},
     )
 
 
