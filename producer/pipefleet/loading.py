@@ -237,4 +237,8 @@ def _toml(value: Any) -> str:
         return str(value)
     text = str(value).removeprefix("torch.")  # a dtype of torch names itself so
     plain = isinstance(value, str) or text != str(value)
-    return f'"{text}"' if plain and len(text) <= 100 and '"' not in text and "\\" not in text and text.isprintable() else "…"
+    return (
+        f'"{text}"'
+        if plain and len(text) <= 100 and '"' not in text and "\\" not in text and text.isprintable()
+        else "…"
+    )

@@ -18,9 +18,7 @@ def in_dtype(key: str, dtype: str, folder: Path) -> Path:
     shutil.copytree(cached(key), folder)
     for file in folder.rglob("*.safetensors"):
         wanted = getattr(torch, dtype)
-        weights = {
-            name: one.to(wanted) if one.is_floating_point() else one for name, one in load_file(file).items()
-        }
+        weights = {name: one.to(wanted) if one.is_floating_point() else one for name, one in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
     for file in folder.rglob("config.json"):
         file.write_text(json.dumps(_renamed(json.loads(file.read_text()), dtype)))

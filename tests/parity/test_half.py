@@ -21,15 +21,14 @@ FIRST = list({case.task: case for case in reversed(CASES)}.values())
 """One case of each task."""
 LIMITS = {"float16": 1e-3, "bfloat16": 2e-2}
 """Sums in another order differ by this much; computed in float32, most results differ by more."""
-NO_NUMPY = "ScalarType BFloat16"
-"""What transformers' own postprocessing raises where it hands bfloat16 to NumPy: the fleet answers there."""
+FAILS = ("ScalarType BFloat16", "should be the same")
+"""What the expectation itself raises: transformers' postprocessing hands bfloat16 to NumPy, and that of image-to-image, which
+transformers 5 does not have, gives the model float32. The fleet answers there."""
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize("case", FIRST, ids=lambda case: case.task)
-def test_every_task_in_half_precision(
-    case: Case, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_task_in_half_precision(case: Case, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr("tests.parity.harness.TOLERANCE", LIMITS[dtype])
     folder = in_dtype(case.checkpoint, dtype, tmp_path / "model")
@@ -42,8 +41,8 @@ def test_every_task_in_half_precision(
     assert outcome.failure is None
     try:
         wanted = case.expected(theirs, call)
-    except TypeError as error:
-        assert NO_NUMPY in str(error)  # noqa: PT017 - other errors are the test's failure
+    except (TypeError, RuntimeError) as error:
+        assert any(words in str(error) for words in FAILS)  # noqa: PT017 - other errors are the test's failure
         assert _finite(plain(outcome.output))
     else:
         assert_same(outcome.output, wanted)

@@ -260,9 +260,7 @@ def _outlets(
     store = WorkerStore()
     pinned = {"revision": pool.revision} if pool.revision else {}
     provenance = {"model": pool.model, **pinned, "worker": name, "pipefleet": __version__, **loaded}
-    reporter = Reporter(
-        broker.connect(settings), store, settings, worker=name, on_failed=tally.failed, loaded=loaded
-    )
+    reporter = Reporter(broker.connect(settings), store, settings, worker=name, on_failed=tally.failed, loaded=loaded)
     return Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter, allowed_prefixes(worker_settings))
 
 

@@ -267,7 +267,9 @@ def _workers(settings: Settings, *, needed: bool) -> str:
         return "none is alive, and none is needed now"
     if not workers:
         raise PipefleetError("no worker is alive; start one with `pipefleet worker --pool NAME`, or `pipefleet up`")
-    return "; ".join(f"{name}: {_runs_with(facts)}{facts.get('batching', '')}" for name, facts in sorted(workers.items()))
+    return "; ".join(
+        f"{name}: {_runs_with(facts)}{facts.get('batching', '')}" for name, facts in sorted(workers.items())
+    )
 
 
 def _runs_with(facts: Mapping[str, Any]) -> str:

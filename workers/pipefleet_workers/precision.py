@@ -1,6 +1,6 @@
 """How a pool's weights are loaded (dtype, quantization, attention), and what came of it, which provenance tells.
 
-    fleet.toml ─▶ arguments of from_pretrained ─▶ model ─▶ {dtype, device, attention, quantization}
+fleet.toml ─▶ arguments of from_pretrained ─▶ model ─▶ {dtype, device, attention, quantization}
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ _PACKAGES = {
     "torchao": {"torchao": "'pipefleet[torchao]'"},
 }
 """By method the modules that it needs, and what pip installs for each."""
-_FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn"}
+_FLASH = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn",
+}
 _HALF = ("'Half'", "'BFloat16'", "c10::Half", "c10::BFloat16", "Half and Float", "BFloat16 and Float", "Float and Half")
 _HALF += ("Float and BFloat16", "but got Half", "but found Half", "but found BFloat16", "same dtype")
 """Words of torch where an operation has no kernel for half precision, or meets it beside float32."""
@@ -89,7 +93,7 @@ def quantization_config(pool: Pool) -> Any:
 
 
 def _of_torchao(fields: dict[str, Any]) -> dict[str, Any]:
-    """torchao's own object in the place of its name; `group_size` is that object's. The names come from an allow-list."""
+    """The object of torchao in the place of its name; `group_size` is that object's. The names come from an allow-list."""
     own = {"group_size": fields.pop("group_size")} if "group_size" in fields else {}
     kinds = importlib.import_module("torchao.quantization")
     return {**fields, "quant_type": getattr(kinds, fields["quant_type"])(**own)}
