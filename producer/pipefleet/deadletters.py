@@ -171,7 +171,8 @@ local state = KEYS[4] and redis.call('HGET', KEYS[4], 'state')
 if state == 'succeeded' or state == 'cancelled' then return state end
 redis.call('LPUSH', KEYS[3], ARGV[2])
 if KEYS[4] then
-  redis.call('HDEL', KEYS[4], 'error', 'output', 'output_ref', 'started', 'finished', 'worker', 'timings', 'warnings')
+  redis.call('HDEL', KEYS[4], 'error', 'output', 'output_ref', 'started', 'finished', 'worker', 'timings', 'warnings',
+    'loaded')
   redis.call('HSET', KEYS[4], 'state', 'queued', 'queue', ARGV[4])
   redis.call('EXPIRE', KEYS[4], ARGV[3])
 end

@@ -16,6 +16,7 @@ from typing import Any
 from pipefleet.contract import MAX_NAME, is_name
 from pipefleet.errors import FleetFileError, UnknownModelError, UsageError, nearest
 from pipefleet.foreign import MOST_NUMBER
+from pipefleet.loading import DTYPES, checked_attention, checked_model_kwargs, checked_quantization
 from pipefleet.tasks import implied_parameters, task_spec
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -24,11 +25,12 @@ _MEMORY = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 _NAME_RULE = (
     f"a text of 1 to {MAX_NAME} characters without control characters and line breaks, since every job names it"
 )
-_OF_A_REVISION = {"model", "revision", "tokenizer", "processor", "parameters", "dtype"}
+_OF_A_REVISION = {
+    "model", "revision", "tokenizer", "processor", "parameters", "dtype", "quantization", "attn_implementation", "model_kwargs",
+}  # fmt: skip
 _MOST_PREVIOUS = 3
 UNNAMED = _MOST_PREVIOUS + 1
 """`Pool.generation` of a revision that no fleet file names: behind all that one may name."""
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Pool:
     device: str = "auto"
     device_map: str | None = None
     dtype: str = "auto"
+    """`auto` is that of the checkpoint, on every device, as transformers.pipeline takes it."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     max_batch_cost: int | None = None
     """Padded cost of a batch; None measures it at warm-up."""
@@ -68,6 +71,12 @@ class Pool:
     """With `device_map`: where the rest of the weights lies; None for a folder in the cache."""
     compile: bool = False
     """Whether the model goes through torch.compile before the first job; for models that answer in one forward."""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """`method` and the fields of transformers' class for it (see `loading.METHODS`); empty leaves the weights as they are stored."""
+    attn_implementation: str | None = None
+    """One of `loading.ATTENTIONS`; None leaves the choice to transformers."""
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `from_pretrained`: those of `loading.OF_THE_CONFIG` and `loading.OF_THE_WEIGHTS`."""
     previous: tuple[Pool, ...] = ()
     """The revisions that are being retired, newest first: served where a job names them, never by default."""
     generation: int = 0
@@ -320,7 +329,13 @@ def _value(where: str, key: str, value: Any) -> Any:
         case "device":
             _require(isinstance(value, str) and bool(_DEVICE.fullmatch(value)), where, key, "auto, cpu or cuda:N")
         case "dtype":
-            _require(value in _DTYPES, where, key, f"one of {', '.join(_DTYPES)}")
+            _require(value in DTYPES, where, key, f"one of {', '.join(DTYPES)}")
+        case "quantization":
+            return checked_quantization(f"{where}.{key}", value)
+        case "attn_implementation":
+            return checked_attention(f"{where}.{key}", value)
+        case "model_kwargs":
+            return checked_model_kwargs(f"{where}.{key}", value)
         case "device_map":
             _require(value == "auto", where, key, "auto (or absent)")
         case "revision":

@@ -50,7 +50,7 @@ class Job:
         return self.record().state
 
     def record(self) -> JobRecord:
-        """State, times, worker and stage timings. Raises JobError when nothing is known of the job."""
+        """State, times, worker, stage timings and what the model ran with. Raises JobError when nothing is known of the job."""
         found = self._client.read_records([self.id])[0]
         if found is None:
             raise nothing_known(self.id)

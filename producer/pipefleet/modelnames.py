@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import ParameterError
+from pipefleet.loading import fleet_line
 
 _DEFAULTS = {"trust_remote_code": False, "use_fast": True}
 """Values with which transformers behaves as it does without the argument."""
@@ -45,9 +46,10 @@ def check_loading(parameters: Mapping[str, Any], names: set[str], model: str | N
         is_default = value is None or (name in _DEFAULTS and value is _DEFAULTS[name])
         if is_default or (isinstance(value, str | os.PathLike) and model is not None and model_name(value) == model):
             continue
-        if isinstance(value, str | os.PathLike | Mapping | bool):
+        if isinstance(value, str | os.PathLike | Mapping | bool) or name == "quantization_config":
             raise ParameterError(
-                f"{name} belongs to how a pool loads its model: say it in fleet.toml, not in pipeline()"
+                f"{name} belongs to how a pool loads its model: write `{fleet_line(name, value)}` under its [pools.NAME] in "
+                "fleet.toml, not in pipeline()"
             )
         kind = type(value).__name__
         raise ParameterError(

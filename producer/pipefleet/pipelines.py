@@ -36,8 +36,8 @@ from pipefleet.tensors import with_tensors
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
 """Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
 _OF_THE_POOL = {
-    "config", "feature_extractor", "image_processor", "model_kwargs", "pipeline_class", "processor", "token", "tokenizer",
-    "trust_remote_code", "use_fast",
+    "attn_implementation", "config", "feature_extractor", "image_processor", "model_kwargs", "pipeline_class", "processor",
+    "quantization_config", "token", "tokenizer", "trust_remote_code", "use_fast",
 }  # fmt: skip
 """Arguments of transformers that say how the model is loaded, which the fleet file does."""
 _PARTS = {

@@ -2,7 +2,8 @@
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
 StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), warnings (JSON: a list of sentences, where
-there are some). The times are the Redis server's: where a script is given an empty text as a time, it writes the server's own.
+there are some), loaded (JSON: what the model ran with). The times are the Redis server's: where a script is given an empty text as a
+time, it writes the server's own.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class JobRecord:
     failure: JobFailure | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    """What the model ran with: `dtype`, `device`, and where they are known `attention` and `quantization`."""
 
 
 def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
@@ -146,6 +149,7 @@ def _read(fields: Mapping[str, str]) -> JobRecord:
         failure=_failure(read_object(failure)) if failure else None,
         timings={stage: number(seconds) for stage, seconds in read_object(fields.get("timings", "{}")).items()},
         warnings=_sentences(fields.get("warnings", "[]")),
+        loaded={name: str(one) for name, one in read_object(fields.get("loaded", "{}")).items()},
     )
 
 

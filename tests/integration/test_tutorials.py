@@ -164,7 +164,8 @@ class TestText:
         with pytest.raises(ParameterError, match="did you mean 'top_k'"):
             fleet.pipe("classify", topk=2)
         with pytest.raises(
-            ParameterError, match=r"tokenizer belongs to how a pool loads its model: say it in fleet\.toml"
+            ParameterError,
+            match=r"tokenizer belongs to how a pool loads its model: write `tokenizer = .*` under its .* in fleet\.toml",
         ):
             fleet.pipe("classify", tokenizer="org/other")
 

@@ -50,6 +50,9 @@ processor = "org/processor@5b1d8f4"
 max_memory = { 0 = "20GiB", cpu = "1.5GB" }
 offload_folder = "../offload"
 compile = true
+quantization = { method = "bitsandbytes", load_in_4bit = true }
+attn_implementation = "sdpa"
+model_kwargs = { variant = "fp16" }
 previous = { model = "openai/whisper-tiny", revision = "169d4a4" }
 """,
     ).pool("speech")
@@ -58,6 +61,7 @@ previous = { model = "openai/whisper-tiny", revision = "169d4a4" }
         str(file.parent.resolve() / "tokenizer"), "cuda:1", "auto", "bfloat16", {"return_timestamps": True}, 4000, 8,
         WorkerRange(1, 20), 60.0, True, "org/processor@5b1d8f4", {"0": "20GiB", "cpu": "1.5GB"},
         str(file.parent.resolve().parent / "offload"), True,
+        {"method": "bitsandbytes", "load_in_4bit": True}, "sdpa", {"variant": "fp16"},
     )  # fmt: skip
     (retired,) = pool.previous
     told = {"model": "openai/whisper-tiny", "revision": "169d4a4", "workers": WorkerRange(0, 20), "generation": 1}

@@ -19,6 +19,7 @@ import torch
 
 from pipefleet.contract import JobItem
 from pipefleet.errors import UsageError
+from pipefleet.fleet import Pool
 from pipefleet.tasks import task_spec
 from pipefleet_workers import preprocess_child, preprocess_pool
 from pipefleet_workers.adapters.base import Adapter
@@ -29,6 +30,7 @@ from pipefleet_workers.device import Instruments
 from pipefleet_workers.engine import Engine, Stages
 from pipefleet_workers.items import Fetched, ItemError, JobContext, Work
 from pipefleet_workers.metrics import Metrics
+from pipefleet_workers.models import load_pipeline
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.preprocess_child import SHARED, Answer, discard, packed, unpacked
 from pipefleet_workers.preprocess_pool import PreprocessPool, _units
@@ -37,6 +39,7 @@ from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.stages.decode import Decoder
 from pipefleet_workers.stages.fetch import Fetcher
 from tests.checkpoints.media import image
+from tests.parity.half import in_dtype
 from tests.parity.harness import Call, assert_same, load, on_the_wire
 
 TEXTS, PICTURES = "text-classification", "image-classification"
@@ -278,3 +281,11 @@ def test_warnings_come_back_with_the_units_or_the_failure() -> None:
         (one,) = fetched(Call("text"))
         _units(one, Answer((), None, 0, failure, {}, ["it is damaged"]))
         assert one.work.warnings == ["it is damaged"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_child_makes_inputs_in_the_dtype_of_the_model(dtype: str, tmp_path: Path) -> None:
+    folder = in_dtype("image-classification", dtype, tmp_path / "model")
+    pipe = load_pipeline(Pool("pictures", "image-classification", str(folder), device="cpu"))
+    recipe = preprocess_child.Recipe.of("image-classification", Adapter(pipe), WorkerSettings())
+    assert recipe.adapter().pipe.dtype == getattr(torch, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -39,6 +40,7 @@ from pipefleet_workers.gpu_metrics import visible_gpus, watch_gpus
 from pipefleet_workers.metrics import Metrics
 from pipefleet_workers.models import load_pipeline
 from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.precision import how_loaded
 from pipefleet_workers.preprocess_pool import PreprocessPool
 from pipefleet_workers.pulse import Pulse
 from pipefleet_workers.reports import Reporter
@@ -121,13 +123,14 @@ def build(
         adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     tally = Tally(instruments.metrics, instruments.work)
-    outlets = _outlets(pool, settings, worker_settings, name, tally)
+    loaded = how_loaded(pipe)
+    outlets = _outlets(pool, settings, worker_settings, name, tally, loaded)
     decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
     results = ResultWriter(outlets.store, settings.store)
     stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter, processes, results)
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
-    log.info("pool %s serves %s with %s on %s", pool.name, pool.task, pool.model, pipe.device)
+    log.info("pool %s serves %s with %s: %s", pool.name, pool.task, pool.model, loaded)
     clock = _clock(settings)
     elsewhere = Elsewhere(settings, fleet_file)
     jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
@@ -138,7 +141,7 @@ def build(
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally, places=places)
     consumer.health.watchers.append(instruments.metrics.barred)
     facts = Facts(
-        name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health, places
+        name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health, places, loaded
     )
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
     return Built(consumer, outlets.reporter, facts, burials, clock, letters=worker_settings.transport != "stock")
@@ -246,11 +249,18 @@ def _warmed(
     return warm_up(adapter, task_spec(pool.task), parameters, instruments.fit, default)
 
 
-def _outlets(pool: Pool, settings: Settings, worker_settings: WorkerSettings, name: str, tally: Tally) -> Outlets:
+def _outlets(
+    pool: Pool,
+    settings: Settings,
+    worker_settings: WorkerSettings,
+    name: str,
+    tally: Tally,
+    loaded: Mapping[str, str],
+) -> Outlets:
     store = WorkerStore()
     pinned = {"revision": pool.revision} if pool.revision else {}
-    provenance = {"model": pool.model, **pinned, "worker": name, "pipefleet": __version__}
-    reporter = Reporter(broker.connect(settings), store, settings, worker=name, on_failed=tally.failed)
+    provenance = {"model": pool.model, **pinned, "worker": name, "pipefleet": __version__, **loaded}
+    reporter = Reporter(broker.connect(settings), store, settings, worker=name, on_failed=tally.failed, loaded=loaded)
     return Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter, allowed_prefixes(worker_settings))
 
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from pipefleet.announcements import announced_fleet, announced_workers
 from pipefleet.errors import PipefleetError
 from pipefleet.identity import Membership
 from pipefleet.objects import ObjectStore
+from pipefleet.printable import printable
 from pipefleet.s3errors import endpoint
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage import join_uri
@@ -266,7 +267,17 @@ def _workers(settings: Settings, *, needed: bool) -> str:
         return "none is alive, and none is needed now"
     if not workers:
         raise PipefleetError("no worker is alive; start one with `pipefleet worker --pool NAME`, or `pipefleet up`")
-    return "; ".join(f"{name}: {facts.get('batching', '')}" for name, facts in sorted(workers.items()))
+    return "; ".join(
+        f"{name}: {_runs_with(facts)}{facts.get('batching', '')}" for name, facts in sorted(workers.items())
+    )
+
+
+def _runs_with(facts: Mapping[str, Any]) -> str:
+    """Dtype, device, attention and quantization of a worker's model; earlier releases tell none, and others may tell anything."""
+    loaded = facts.get("loaded")
+    named = loaded if isinstance(loaded, Mapping) else {}
+    found = [printable(f"{name} {one}", 100) for name, one in named.items() if isinstance(one, str)]
+    return f"{', '.join(found[:6])}; " if found else ""
 
 
 def _images(settings: Settings) -> str:

@@ -6,7 +6,8 @@ signs off.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.announcements import WORKERS_KEY, announce_worker, announced_workers
@@ -40,6 +41,8 @@ class Facts:
     """That of the revision that the worker serves."""
     health: Health | None = None
     places: Places | None = None
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    """What the model runs with, see `precision.how_loaded`."""
 
     def to_json(self) -> dict[str, Any]:
         """What is announced; `base` and `per_cost` are the fitted seconds of a batch."""
@@ -53,6 +56,7 @@ class Facts:
             "pads": self.found.pads,
             **fitted,
             "batching": batching,
+            "loaded": dict(self.loaded),
             **({"barred": self.health.barred} if self.health is not None and self.health.barred else {}),
             **({"refused": refused} if self.places is not None and (refused := self.places.told()) else {}),
             "formats": writable_formats(),

@@ -18,6 +18,7 @@ from pipefleet.errors import PipefleetError, UsageError
 from pipefleet.fleet import Pool, pinned
 from pipefleet_workers.model_cache import ModelError, cache_folder, downloaded_model, require_safetensors
 from pipefleet_workers.model_errors import explained
+from pipefleet_workers.precision import config_arguments, in_dtype, loading
 
 __all__ = ["ModelError", "load_pipeline", "local_model", "require_folder"]
 
@@ -77,15 +78,14 @@ def _model(pool: Pool, source: str, task: str, device: str) -> Any:
     """The model with all its weights; with a device map, on the devices that it says."""
     hub = {"revision": pool.revision, "trust_remote_code": pool.trust_remote_code}
     config = _config(pool, source, hub)
-    model, report = _architecture(pool, task, config).from_pretrained(
-        source,
-        config=config,
-        dtype=_dtype(pool, device),
-        use_safetensors=True,
-        weights_only=True,
-        output_loading_info=True,
-        **hub,
-        **_placement(pool),
+    architecture = _architecture(pool, task, config)
+    safe = {"use_safetensors": True, "weights_only": True}
+    further = {**_placement(pool), **loading(pool, config, _concrete(architecture, config), device), **safe}
+    model, report = in_dtype(
+        pool,
+        lambda dtype: architecture.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **hub, **further
+        ),
     )
     _require_weights(pool, model, report)
     return model
@@ -105,7 +105,18 @@ def _config(pool: Pool, source: str, hub: Mapping[str, Any]) -> Any:
         )
     if kind not in CONFIG_MAPPING and not own:
         raise ModelError(f"{pool.model} is of the type {kind!r}, which transformers {__version__} does not know")
-    return AutoConfig.from_pretrained(source, **hub)
+    wanted = config_arguments(pool)
+    config, unused = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **wanted)
+    if unknown := sorted(unused.keys() & wanted.keys()):
+        raise ModelError(f"{pool.model} is a {kind}, whose config has no {unknown[0]}; take it out of model_kwargs")
+    return config
+
+
+def _concrete(architecture: Any, config: Any) -> Any:
+    """The model's own class behind an auto class."""
+    mapping = getattr(architecture, "_model_mapping", None)
+    found = architecture if mapping is None or type(config) not in mapping else mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _architecture(pool: Pool, task: str, config: Any) -> Any:
@@ -131,14 +142,6 @@ def _wrong_task(pool: Pool, model: str) -> ModelError:
     return ModelError(
         f"{pool.model} is a {model}, which cannot do {pool.task}; name its task in the pool, or another model"
     )
-
-
-def _dtype(pool: Pool, device: str) -> Any:
-    import torch
-
-    if pool.dtype == "auto":  # half precision is slow on CPUs
-        return torch.float32 if device == "cpu" else "auto"
-    return getattr(torch, pool.dtype)
 
 
 def _placement(pool: Pool) -> dict[str, Any]:

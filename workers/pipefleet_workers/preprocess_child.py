@@ -55,7 +55,7 @@ class Recipe:
         """The recipe of a worker's adapter. Raises whatever a model that cannot be made without weights raises."""
         pipe = adapter.pipe
         with torch.device("meta"):
-            model = type(pipe.model)(copy.deepcopy(pipe.model.config))
+            model = type(pipe.model)(copy.deepcopy(pipe.model.config)).to(pipe.model.dtype)  # inputs are made in it
         state = {name: value for name, value in vars(pipe).items() if name != "model"}
         return cls(
             task, adapter.pads, settings, _importable(type(pipe)), {**state, "device": torch.device("cpu")}, model

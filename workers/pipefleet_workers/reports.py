@@ -77,14 +77,16 @@ class Reporter:
         *,
         worker: str,
         on_failed: Callable[[JobFailure], None] = lambda failure: None,
+        loaded: Mapping[str, str] | None = None,
     ) -> None:
-        """`on_failed` is told of each job that `fail` brings to its end."""
+        """`on_failed` is told of each job that `fail` brings to its end. `loaded` stands in the records of jobs that have run."""
         self._redis = redis
         self._store = store
         self._results = RecordWriter(store, settings)
         self._settings = settings
         self._worker = worker
         self._on_failed = on_failed
+        self._loaded = {"loaded": encode_json(dict(loaded))} if loaded else {}
 
     @property
     def store_uri(self) -> str:
@@ -149,7 +151,7 @@ class Reporter:
             state = Outcome(outcome.work, failure=failure).state
             fields = {} if isinstance(said, JobFailure) else said
             told_of = _told(failure, outcome.work.seconds, outcome.work.warnings)
-            self._finish(pipe, message, state, {**fields, **told_of})
+            self._finish(pipe, message, state, {**fields, **self._loaded, **told_of})
             found.append(single_ending(state, failure))
         written = [place for place, one in enumerate(found) if isinstance(one, Ending)]
         try:

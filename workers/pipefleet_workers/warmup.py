@@ -19,9 +19,11 @@ import torch
 
 from pipefleet.contract import JobItem, Priority
 from pipefleet.tasks import Media, TaskSpec
-from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.media.video import Clip
+from pipefleet_workers.model_cache import ModelError
+from pipefleet_workers.precision import half_advice
 from pipefleet_workers.service_fit import ServiceFit
 
 log = logging.getLogger(__name__)
@@ -65,9 +67,10 @@ class WarmUp:
 
 
 def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
-    """Prove and measure. Feeds `fit`; never raises, but falls back.
+    """Prove and measure. Feeds `fit`. Falls back rather than to raise.
 
-    Changes `adapter.pads` and `adapter.times_together` where a proof fails.
+    Changes `adapter.pads` and `adapter.times_together` where a proof fails. Raises ModelError only where the model cannot run in its half precision
+    on this device, since every job would fail.
     """
     begin = time.perf_counter()
     difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)
@@ -78,7 +81,10 @@ def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: S
     adapter.times_together = moments <= tolerance
     try:
         cost = _budget(adapter, spec, parameters, fit, default_cost)
-    except Exception:
+    except Exception as error:
+        advice = half_advice(error, adapter.pipe.model)
+        if advice is not None:
+            raise ModelError(f"the example of the warm-up failed ({brief(error)}): {advice}") from None
         log.exception("the warm-up could not measure batches; taking %d as their largest cost", default_cost)
         cost = default_cost
     found = WarmUp(adapter.pads, difference, tolerance, cost, time.perf_counter() - begin, moments)

@@ -154,7 +154,7 @@ class Adapter:
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """The model's raw outputs for each unit, its own part only: what the proof of exactness compares."""
         rows = self.split(self.run(self.collate(units), units), units)
-        return [np.asarray(next(iter(row.values())) if isinstance(row, Mapping) else row) for row in rows]
+        return [_as_numbers(next(iter(row.values())) if isinstance(row, Mapping) else row) for row in rows]
 
     def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """When each token that the model writes for a unit was spoken, in seconds, where `tells_moments`."""
@@ -201,6 +201,11 @@ def brief(error: BaseException) -> str:
 def _size(features: Mapping[str, Any]) -> int:
     """Elements of the largest tensor: what the cost of a stacked batch grows with."""
     return max((value.numel() for value in features.values() if isinstance(value, torch.Tensor)), default=1)
+
+
+def _as_numbers(value: Any) -> np.ndarray[Any, Any]:
+    """NumPy knows no bfloat16."""
+    return np.asarray(value.float().cpu() if isinstance(value, torch.Tensor) else value)
 
 
 def _joined(values: list[Any]) -> Any:

@@ -73,7 +73,9 @@ class MaskFiller(TextEncoder):
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """The logits of each unit's masks."""
         rows = self._rows(self.run(self.collate(units), units), units)
-        return [own.cpu().numpy() for own in torch.split(rows, [len(_masked(unit).positions) for unit in units])]
+        return [
+            own.float().cpu().numpy() for own in torch.split(rows, [len(_masked(unit).positions) for unit in units])
+        ]
 
     def finish(self, assembly: Assembly) -> Any:
         """`[{score, token, token_str, sequence}]`, or a list of such lists where the text has several masks."""
@@ -110,7 +112,7 @@ class MaskFiller(TextEncoder):
         rows = [row for row, text in enumerate(texts) for _ in text.positions]
         places = [start + place for start, text in zip(starts, texts, strict=True) for place in text.positions]
         with torch.inference_mode():
-            gathered: torch.Tensor = logits[rows, places].float()
+            gathered: torch.Tensor = logits[rows, places]
         return gathered
 
     def _filled(self, ids: list[int], position: int, token: int) -> list[int]:

@@ -44,14 +44,14 @@ class SizedPictures(Adapter):
         return super().collate([replace(unit, features=unit.features.tensors) for unit in units])
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """What postprocessing needs of the model's outputs, on the host in float32."""
+        """What postprocessing needs of the model's outputs, on the host in the model's own dtype."""
         pipe = self.pipe
         with torch.no_grad():
             outputs = pipe.model(**pipe._ensure_tensor_on_device(inputs, device=pipe.device))
         kept = {name: value for name, value in outputs.items() if not any(part in name for part in _UNUSED)}
         if "bbox" in inputs:  # layout models: the boxes are part of the answer
             kept["bbox"] = inputs["bbox"]
-        return type(outputs)({name: on_tensors(value, _on_host) for name, value in kept.items()})
+        return type(outputs)({name: on_tensors(value, torch.Tensor.cpu) for name, value in kept.items()})
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
         """The outputs of each unit with the size of its own picture."""
@@ -59,6 +59,19 @@ class SizedPictures(Adapter):
         for row, unit in zip(rows, units, strict=True):
             row[self.size_name] = unit.features.size
         return rows
+
+    def finish(self, assembly: Assembly) -> Any:
+        """What the pipeline's postprocessing makes of the outputs, in their dtype: scores in half precision are transformers' own.
+
+        NumPy knows no bfloat16, so postprocessing that goes through it (depth maps) gets float32.
+        """
+        try:
+            return super().finish(assembly)
+        except TypeError as error:
+            if "BFloat16" not in str(error):
+                raise
+        assembly.outputs = {index: _floats(output) for index, output in assembly.outputs.items()}
+        return super().finish(assembly)
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         arguments = self.parse(decoded.work.parameters)
@@ -118,7 +131,11 @@ def on_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> An
     return value
 
 
-def _on_host(value: torch.Tensor) -> torch.Tensor:
-    """NumPy knows no bfloat16, and boxes in half precision are off by pixels."""
-    value = value.cpu()
+def _as_float(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
+
+
+def _floats(output: Mapping[str, Any]) -> Any:
+    """The outputs of one unit in float32, which are of the same class."""
+    kind: Any = type(output)
+    return kind({name: on_tensors(value, _as_float) for name, value in output.items()})

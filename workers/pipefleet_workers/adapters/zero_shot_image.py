@@ -122,7 +122,7 @@ class ImageLabeller(Adapter):
     def _whole(self, pictures: Mapping[str, torch.Tensor], texts: Sequence[str]) -> torch.Tensor:
         tokens = {name: one.to(self.pipe.device) for name, one in self._tokens(texts).items()}
         logits: torch.Tensor = self.pipe.model(**tokens, **pictures).logits_per_image
-        return logits.float().cpu()
+        return logits.cpu()
 
     def _compared(self, pictures: Mapping[str, torch.Tensor], texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
         model = self.pipe.model
@@ -130,7 +130,7 @@ class ImageLabeller(Adapter):
         known = self._embedded({text for own in texts for text in own})
         scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", 0.0)
         rows = [torch.stack([known[text] for text in own]) for own in texts]
-        return [(own @ one * scale + bias).float().cpu() for own, one in zip(rows, seen, strict=True)]
+        return [(own @ one * scale + bias).cpu() for own, one in zip(rows, seen, strict=True)]
 
     def _embedded(self, texts: set[str]) -> dict[str, torch.Tensor]:
         """The embedding of every text, computed for those that are not known."""

@@ -13,6 +13,7 @@ import torch
 from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Batch, Unit
+from pipefleet_workers.precision import half_advice
 from pipefleet_workers.transfer import Staged, Transfer
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Forward:
                 raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
             memory = _out_of_memory(error)
             if len(units) == 1:
-                return [_failure(units[0], error)]  # dropped where its output is handed on already
+                return [_failure(units[0], error, self._adapter)]  # dropped where its output is handed on already
             log.warning("a batch of %d failed (%s); running it again in pieces", len(units), brief(error))
         if memory:
             self._free_memory(units)
@@ -98,6 +99,8 @@ def _out_of_memory(error: BaseException) -> bool:
     return named or any(words in str(error).lower() for words in _NO_MEMORY)
 
 
-def _failure(unit: Unit, error: BaseException) -> JobFailure:
+def _failure(unit: Unit, error: BaseException, adapter: Adapter) -> JobFailure:
     code = "out_of_memory" if _out_of_memory(error) else "model_error"
-    return JobFailure(code, f"the model failed on an input of length {unit.length}: {brief(error)}", STAGE)
+    advice = half_advice(error, getattr(getattr(adapter, "pipe", None), "model", None))
+    further = f"; {advice}" if advice else ""
+    return JobFailure(code, f"the model failed on an input of length {unit.length}: {brief(error)}{further}", STAGE)
