@@ -2,7 +2,7 @@
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
 StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), warnings (JSON: a list of sentences, where
-there are some), loaded (JSON: what the model ran with). The times are the Redis server's: where a script is given an empty text as a
+there are some), loaded (JSON: what the model ran with). Times are of the Redis server: where a script is given an empty text as a
 time, it writes the server's own.
 """
 
