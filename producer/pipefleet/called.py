@@ -13,11 +13,15 @@ from typing import Any
 from pipefleet.errors import ParameterError
 from pipefleet.plain import plain
 from pipefleet.refused_parameters import why_refused
-from pipefleet.return_forms import with_one_form
 from pipefleet.tasks import TaskSpec
 from pipefleet.tasks.generation import GENERATION
 
 _NESTED, _CONFIG = "generate_kwargs", "generation_config"
+_NESTS = {_NESTED, "forward_params", "tokenize_kwargs"}
+"""Mappings that hold arguments which may also come as keywords."""
+_STOPS = {"stop", "stop_sequence", "stop_strings"}
+_SHOWN = {"return_full_text", "return_tensors", "return_type"}
+"""Names of one choice each: that of a call takes the place of whatever its pipeline says by another name."""
 
 
 def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -34,28 +38,45 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
 
 
 def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a call laid over those of its pipeline or pool."""
+    """The parameters of a call laid over those of its pipeline or pool.
+
+    A None of a call says nothing, unless None is a value of the parameter. An argument counts as said however it is said: as a
+    keyword or inside a mapping, and by any of the names that stand for the same thing.
+    """
     if not below:
         return dict(called)
-    below, called = with_one_form(spec.parameters, below, called)
-    names = _generation_names(spec)
+    called = {
+        name: value
+        for name, value in called.items()
+        if value is not None or name in spec.nones or name not in spec.parameters
+    }
+    said = _said(spec, called)
+    kept = {
+        name: _without(value, said) if name in _NESTS else value for name, value in below.items() if name not in said
+    }
+    if _SHOWN & kept.keys() and "return_text" in spec.parameters:
+        called.pop("return_text", None)  # beside them it would be refused, and in a call by itself it changes nothing
+    merged = {**kept, **called}
+    for name in spec.merges & kept.keys() & called.keys():
+        if isinstance(called[name], Mapping):
+            merged[name] = {**kept[name], **called[name]}
+    return merged
+
+
+def _said(spec: TaskSpec, called: Mapping[str, Any]) -> set[str]:
+    """The names of which a call leaves nothing of what its pipeline says."""
+    said = called.keys() - _NESTS - spec.merges
+    for name in _NESTS & called.keys():
+        said |= set(called[name]) if isinstance(called[name], Mapping) else set()
     if called.get(_CONFIG) is not None and _takes_config(spec):
-        below = {name: value for name, value in below.items() if name not in names and name != _NESTED}
-    merged = {**below, **called}
-    if _NESTED not in spec.parameters or not isinstance(merged.get(_NESTED), Mapping):
-        return merged
-    keywords = below.keys() & names
-    if not (keywords or (_NESTED in below and called.keys() & names)):
-        return merged  # nothing is asked for twice
-    replaced = _NESTED in called and not spec.merges_generation
-    nested: Mapping[str, Any] = {} if replaced else below.get(_NESTED) or {}
-    over = {name: value for name, value in called.items() if name in names}
-    own = {**{name: below[name] for name in keywords}, **nested, **(called.get(_NESTED) or {}), **over}
-    return {**{name: value for name, value in merged.items() if name not in names}, _NESTED: own}
+        said |= _NESTS | {name for name in GENERATION if name in spec.parameters}
+    if said & _STOPS:
+        said |= _STOPS
+    return said | _SHOWN | {"return_text"} if said & _SHOWN else said
 
 
-def _generation_names(spec: TaskSpec) -> set[str]:
-    return {name for name in GENERATION if name in spec.parameters}
+def _without(nest: Any, said: set[str]) -> Any:
+    return {name: value for name, value in nest.items() if name not in said} if isinstance(nest, Mapping) else nest
 
 
 def _takes_config(spec: TaskSpec) -> bool:

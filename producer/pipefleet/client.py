@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 from pipefleet import broker, jobs, tracecontext
 from pipefleet.announcements import announced_fleet
 from pipefleet.artifacts import resolve
-from pipefleet.called import called_parameters
+from pipefleet.called import called_parameters, layered
 from pipefleet.clock import ServerClock
 from pipefleet.contract import CONTRACT_VERSION, MAX_DEADLINE, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
 from pipefleet.errors import ConflictError, InputError, JobError, RunError, UnknownModelError
@@ -290,7 +290,7 @@ class Client:
         its parameters, so only with a fleet file is it known that one is missing.
         """
         complete = pool is not None and self.settings.fleet_path is not None
-        known = Known({**(pool.parameters if pool else {}), **(parameters or {})}, complete)
+        known = Known(layered(spec, pool.parameters if pool else {}, parameters or {}), complete)
         return InputPreparer(
             spec, self.store, self.settings.store, inline_bytes=self.settings.inline_bytes, known=known
         )
@@ -420,4 +420,4 @@ def _require(fault: str | None) -> None:
 
 def _checked(task: str, spec: TaskSpec, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """The parameters of a call with those that the task's name stands for. Raises ParameterError."""
-    return {**implied_parameters(task), **called_parameters(spec, parameters)}
+    return layered(spec, implied_parameters(task), called_parameters(spec, parameters))

@@ -28,7 +28,6 @@ from pipefleet.inputs import is_message, is_pair
 from pipefleet.jobs import Job
 from pipefleet.modelnames import check_loading, model_name
 from pipefleet.patience import PATIENCE_SECONDS, Patience
-from pipefleet.plain import plain
 from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
 from pipefleet.tensors import with_tensors
@@ -45,6 +44,7 @@ _PARTS = {
     "generation_config", "save_pretrained", "call_count", "preprocess", "forward", "postprocess",
 }  # fmt: skip
 """Attributes of a transformers pipeline that only its own process has."""
+_SPLIT = "is_split_into_words"
 _DEFAULT: Any = object()
 """A call without a time-out of its own; None is one without end."""
 
@@ -90,7 +90,7 @@ class FleetPipeline:
         wait = self._timeout if timeout is _DEFAULT else _checked_timeout(timeout)
         given, called = arguments_of(self._spec, inputs, parameters)
         wanted = self._wanted({name: value for name, value in called.items() if name not in _ACCEPTED})
-        if wanted.get("is_split_into_words") and _is_words(given):
+        if called.get(_SPLIT) and _is_words(given):
             given = [given]
         if self._is_one_input(given):
             return self._restored(_result(self.submit(given, **wanted), wait), wanted)
@@ -139,6 +139,8 @@ class FleetPipeline:
         reserved = {"output", "idempotency_key"} & set(parameters)
         if reserved:
             raise ParameterError(f"{sorted(reserved)[0]} is an argument of Client.submit, not of a pipeline")
+        if self._defaults.get(_SPLIT) and isinstance(inputs, str):
+            parameters.pop(_SPLIT, None)  # what a pipeline says of lists of words is nothing to its texts
         if "timeout" in parameters:
             raise ParameterError("submit() does not wait: say timeout to the result() of the job that it returns")
         return self._client.submit_patiently(
@@ -196,7 +198,7 @@ class FleetPipeline:
         self, output: Any, parameters: Mapping[str, Any], *, listed: bool = False, streamed: bool = False
     ) -> Any:
         """A result in the very form of transformers: its tuples, and without the list around the only one of a list or stream."""
-        if self._spec.tensors and (parameters.get("return_tensors") or plain(parameters.get("return_type")) == 0):
+        if self._spec.tensors and ("" not in self._spec.tensors or parameters.get("return_tensors")):
             output = with_tensors(output, self._spec.tensors)
         if self._spec.tuples:
             output = _with_tuples(output, self._spec.tuples)
@@ -246,7 +248,7 @@ def pipeline(
     name = _task_of(client, model, revision) if task is None else task
     spec, _ = client.route(name, model, revision)
     defaults = called_parameters(spec, {key: value for key, value in parameters.items() if key not in _ACCEPTED})
-    defaults = {**implied_parameters(name), **defaults}
+    defaults = layered(spec, implied_parameters(name), defaults)
     return FleetPipeline(client, spec, model=model, revision=revision, defaults=defaults, timeout=timeout)
 
 

@@ -18,10 +18,12 @@ from transformers.pipelines.text_generation import ReturnType
 from transformers.pipelines.token_classification import AggregationStrategy
 
 from pipefleet.called import called_parameters, layered
+from pipefleet.client import _checked
 from pipefleet.errors import ParameterError
 from pipefleet.refused_parameters import OF_A_TASK, REASONS, why_refused
 from pipefleet.tasks import TASKS, task_spec
 from pipefleet.tasks.generation import GENERATION
+from pipefleet.tasks.requirements import Known
 from pipefleet.tensors import with_tensors
 
 PAGE = Path(__file__).parents[2] / "docs" / "same-as-transformers.md"
@@ -131,6 +133,104 @@ def test_a_call_goes_before_its_pipeline_however_both_say_it(
 ) -> None:
     found = layered(spec, below, called)
     assert {**found.pop("generate_kwargs", {}), **found} == generation
+
+
+PIPELINE_AND_CALL = [
+    ("automatic-speech-recognition", {"generate_kwargs": {"max_new_tokens": 3}}, {"generate_kwargs": {"num_beams": 2}},
+     {"generate_kwargs": {"max_new_tokens": 3, "num_beams": 2}}),
+    ("automatic-speech-recognition", {"num_beams": 4}, {"generate_kwargs": {"num_beams": 2}},
+     {"generate_kwargs": {"num_beams": 2}}),
+    ("feature-extraction", {"tokenize_kwargs": {"truncation": True}}, {"tokenize_kwargs": {"max_length": 3}},
+     {"tokenize_kwargs": {"truncation": True, "max_length": 3}}),
+    ("feature-extraction", {"truncation": True}, {"tokenize_kwargs": {"truncation": False}},
+     {"tokenize_kwargs": {"truncation": False}}),
+    ("image-feature-extraction", {"image_processor_kwargs": {"size": 8}}, {"image_processor_kwargs": {"resample": 2}},
+     {"image_processor_kwargs": {"size": 8, "resample": 2}}),
+    ("fill-mask", {"tokenizer_kwargs": {"truncation": True}}, {"tokenizer_kwargs": {"max_length": 3}},
+     {"tokenizer_kwargs": {"max_length": 3}}),
+    ("text-to-audio", {"generate_kwargs": {"do_sample": True, "top_k": 2}}, {"forward_params": {"do_sample": False}},
+     {"generate_kwargs": {"top_k": 2}, "forward_params": {"do_sample": False}}),
+    ("text-generation", {"stop_sequence": "a"}, {"stop_strings": ["b"]}, {"stop_strings": ["b"]}),
+    ("text-generation", {"stop_sequence": "a"}, {"stop": ["b"]}, {"stop": ["b"]}),
+    ("text-generation", {"return_full_text": False}, {"return_text": True}, {"return_full_text": False}),
+    ("text-generation", {"return_full_text": False}, {"return_tensors": True}, {"return_tensors": True}),
+    ("text-generation", {"return_tensors": True}, {"return_full_text": True}, {"return_full_text": True}),
+    ("text-generation", {"return_text": True}, {"return_full_text": True}, {"return_full_text": True}),
+    ("text-generation", {"return_full_text": False}, {"return_type": 2}, {"return_type": 2}),
+    ("text-generation", {}, {"return_full_text": True, "return_text": True}, {"return_full_text": True, "return_text": True}),
+    ("image-text-to-text", {"return_full_text": True}, {"return_tensors": True}, {"return_tensors": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "below", "called", "found"), PIPELINE_AND_CALL)
+def test_what_a_call_does_not_say_stays_as_its_pipeline_says_it(task: str, below: Any, called: Any, found: Any) -> None:
+    spec = task_spec(task)
+    once = layered(spec, below, called)
+    assert once == found
+    assert layered(spec, below, once) == found
+
+
+KEPT = [
+    (
+        "text-generation",
+        {"return_full_text": False, "return_tensors": True, "prefix": "a", "stop_sequence": "b", "max_length": 9},
+    ),
+    ("text-classification", {"function_to_apply": "sigmoid"}),
+    ("image-classification", {"top_k": 2, "function_to_apply": "sigmoid"}),
+    ("video-classification", {"top_k": 2, "num_frames": 4}),
+    ("token-classification", {"aggregation_strategy": "max", "ignore_labels": [], "stride": 2, "delimiter": "_"}),
+    ("table-question-answering", {"sequential": True, "truncation": True}),
+    ("automatic-speech-recognition", {"return_timestamps": "word", "chunk_length_s": 3.0, "stride_length_s": 1.0}),
+    ("fill-mask", {"top_k": 2, "targets": ["a"], "tokenizer_kwargs": {"truncation": True}}),
+    ("question-answering", {"top_k": 2}),
+    ("document-question-answering", {"top_k": 2}),
+    ("visual-question-answering", {"top_k": 2}),
+    ("feature-extraction", {"return_tensors": True, "tokenize_kwargs": {"truncation": True}}),
+    ("image-feature-extraction", {"pool": True}),
+    ("translation", {"src_lang": "en", "tgt_lang": "fr"}),
+    ("image-text-to-text", {"max_new_tokens": 3, "generate_kwargs": {"num_beams": 2}, "continue_final_message": True}),
+    ("any-to-any", {"max_new_tokens": 3}),
+    ("zero-shot-classification", {"candidate_labels": ["a"], "hypothesis_template": "{}"}),
+]
+LIFTED = [
+    ("text-classification", {"top_k": 2, "truncation": True}),
+    ("audio-classification", {"top_k": 2}),
+    ("text-generation", {"max_new_tokens": 3, "temperature": 0.5, "padding": True}),
+    ("automatic-speech-recognition", {"max_new_tokens": 3, "language": "fr", "prompt_ids": [3]}),
+    ("summarization", {"max_new_tokens": 3}),
+    ("zero-shot-classification", {"multi_label": True}),
+    ("zero-shot-object-detection", {"top_k": 2}),
+    ("image-segmentation", {"subtask": "panoptic"}),
+]
+
+
+@pytest.mark.parametrize(("task", "below"), KEPT)
+def test_none_leaves_what_the_pipeline_says(task: str, below: Any) -> None:
+    assert layered(task_spec(task), below, dict.fromkeys(below)) == below
+
+
+@pytest.mark.parametrize(("task", "below"), LIFTED)
+def test_none_goes_before_the_pipeline_where_it_has_a_meaning(task: str, below: Any) -> None:
+    spec = task_spec(task)
+    assert layered(spec, below, dict.fromkeys(below)) == dict.fromkeys(below)
+    assert below.keys() <= spec.parameters.keys()
+
+
+def test_a_none_that_says_nothing_does_not_reach_the_model() -> None:
+    assert CHAT.settled({"max_new_tokens": None}) == {}
+    assert task_spec("image-classification").settled({"top_k": None}) == {}
+
+
+def test_the_languages_in_a_task_name_hold_beside_a_none() -> None:
+    assert _checked("translation_en_to_fr", TASKS["translation_xx_to_yy"], {"src_lang": None, "tgt_lang": "de"}) == {
+        "src_lang": "en",
+        "tgt_lang": "de",
+    }
+
+
+def test_labels_of_a_pool_are_known_beside_a_none() -> None:
+    known = Known({"candidate_labels": ["a"]}, complete=True).of_item({"candidate_labels": None})
+    task_spec("zero-shot-classification").require("a text", known)
 
 
 def test_a_generation_config_of_a_call_takes_the_place_of_its_pipelines_arguments() -> None:

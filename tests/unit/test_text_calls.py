@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pipefleet.calls import arguments_of
 from pipefleet.errors import InputError, ParameterError
@@ -87,6 +89,55 @@ def test_a_list_of_words_is_one_text_and_a_list_of_such_lists_is_several() -> No
     pipe([["Ada"], ["codes", "."]], is_split_into_words=True)
     pipe(["Ada", "codes"])
     assert [inputs for inputs, _ in pipe.given] == [["Ada", "codes"], ["Ada"], ["codes", "."], "Ada", "codes"]
+
+
+class Asked:
+    """A client that keeps what it was asked and answers nothing."""
+
+    settings = SimpleNamespace(in_flight=4)
+    warnings = ()
+
+    def __init__(self, answer: Any = None) -> None:
+        self.answer = answer
+        self.asked: list[tuple[Any, dict[str, Any]]] = []
+
+    def submit_patiently(self, _: Any, task: str, inputs: Any, *, parameters: Any, **how: Any) -> Asked:
+        self.asked.append((inputs, parameters))
+        return self
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self.answer
+
+
+def test_words_are_one_text_if_the_call_says_so_and_not_if_only_its_pipeline_does() -> None:
+    split, client = {"is_split_into_words": True}, Asked([])
+    pipe = FleetPipeline(client, task_spec("ner"), model=None, revision=None, defaults=split)  # type: ignore[arg-type]
+    assert pipe(["a", "b"]) == [[], []]
+    pipe("a")
+    assert client.asked == [("a", {}), ("b", {}), ("a", {})]
+    client.asked.clear()
+    pipe(["a", "b"], is_split_into_words=True)
+    pipe([["a", "b"]])
+    pipe.submit(["a", "b"])
+    assert client.asked == [(["a", "b"], split)] * 3
+
+
+WRITTEN = [
+    ("image-text-to-text", "generated_token_ids", {"return_tensors": False}),
+    ("image-text-to-text", "generated_token_ids", {"return_type": 0}),
+    ("any-to-any", "generated_token_ids", {"return_tensors": True}),
+    ("text2text-generation", "generated_token_ids", {"return_tensors": True}),
+    ("text2text-generation", "generated_token_ids", {"return_text": False}),
+    ("summarization", "summary_token_ids", {"return_tensors": True}),
+    ("translation_en_to_fr", "translation_token_ids", {"return_tensors": True}),
+]
+
+
+@pytest.mark.parametrize(("task", "key", "parameters"), WRITTEN)
+def test_tokens_are_a_tensor_however_they_are_asked_for(task: str, key: str, parameters: dict[str, Any]) -> None:
+    client = Asked([{key: [3, 4]}])
+    pipe = FleetPipeline(client, task_spec(task), model=None, revision=None)  # type: ignore[arg-type]
+    assert torch.equal(pipe("a", **parameters)[0][key], torch.tensor([3, 4]))
 
 
 def test_words_travel_as_they_are_and_never_become_references() -> None:

@@ -25,7 +25,8 @@ class Known:
 
     def of_item(self, own: Mapping[str, Any] | None) -> Known:
         """With the parameters of one item, which come before those of the call."""
-        return Known({**self.parameters, **own}, self.complete) if own else self
+        said = {name: value for name, value in (own or {}).items() if value is not None}
+        return Known({**self.parameters, **said}, self.complete) if said else self
 
 
 Requirement = Callable[[str, Any, Known], None]

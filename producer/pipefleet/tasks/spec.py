@@ -69,10 +69,12 @@ class TaskSpec:
     """The same for a call with a generator or a data set."""
     kept_with: tuple[str, ...] = ()
     """Parameters with which such a list stays."""
-    merges_generation: bool = False
-    """Whether `generate_kwargs` of a call are laid over those of its pipeline; else they take their place."""
+    nones: frozenset[str] = frozenset()
+    """Parameters of which None is a value: it goes before what the pipeline says. Any other None says nothing."""
+    merges: frozenset[str] = frozenset()
+    """Mappings of a call that are laid over those of its pipeline; any other takes the place of the pipeline's."""
     tensors: tuple[str, ...] = ()
-    """Keys of a result whose values are tensors with `return_tensors`; an empty one stands for the result itself."""
+    """Keys of a result whose values are tensors at the caller; an empty one is the result itself, if `return_tensors` is true."""
     answers_one_alone: bool = False
     """Whether a list of one input is answered as that input alone, without a list around its result."""
 
@@ -100,10 +102,10 @@ class TaskSpec:
         check_parameters(self.name, self.parameters, parameters, common=WRITTEN)
 
     def settled(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters without those that are None and have no meaning of their own then."""
+        """The parameters without each None that stands for what holds without the parameter."""
         checks = self.parameters
         return {
             name: value
             for name, value in parameters.items()
-            if value is not None or (name in checks and checks[name](None) is None)
+            if value is not None or (name in self.nones and name in checks and checks[name](None) is None)
         }

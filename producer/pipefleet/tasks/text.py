@@ -18,7 +18,7 @@ from pipefleet.parameters import (
     text,
     word,
 )
-from pipefleet.tasks.generation import SEED, generation_without
+from pipefleet.tasks.generation import GENERATION, SEED, generation_without
 from pipefleet.tasks.requirements import (
     fields_filled,
     labels_given,
@@ -54,8 +54,10 @@ _TRANSLATION = TaskSpec(
     name="translation",
     media=Media.TEXT,
     parameters=_TRANSLATE,
+    nones=frozenset(GENERATION),
     returns="[{translation_text}]",
     cost_unit=CostUnit.TOKENS,
+    tensors=("translation_token_ids",),
     bare_in_lists=True,
 )
 
@@ -81,6 +83,7 @@ ROWS = (
             "pooling": either(null, choice("mean", "cls", "last")),
             "normalize": boolean,
         },
+        merges=frozenset({"tokenize_kwargs"}),
         returns="[[[number]]] tokens by width, or [number] with pooling",
         cost_unit=CostUnit.TOKENS,
         tensors=("",),
@@ -123,8 +126,10 @@ ROWS = (
         name="summarization",
         media=Media.TEXT,
         parameters=_REWRITE,
+        nones=frozenset(GENERATION),
         returns="[{summary_text}]",
         cost_unit=CostUnit.TOKENS,
+        tensors=("summary_token_ids",),
         bare_in_lists=True,
     ),
     TaskSpec(
@@ -140,6 +145,7 @@ ROWS = (
             "padding": _PADDING,
             "truncation": either(boolean, choice("drop_rows_to_fit", "do_not_truncate")),
         },
+        nones=frozenset(GENERATION),
         returns="{answer, coordinates, cells, aggregator?}, or a list of those for a list of queries",
         cost_unit=CostUnit.TOKENS,
         requires=(fields_filled("query"),),
@@ -154,6 +160,7 @@ ROWS = (
         positional=("text",),
         required=("text",),
         parameters={"top_k": LABEL_COUNT, "function_to_apply": ACTIVATION, **_TOKENIZE},
+        nones=frozenset({"top_k", *_TOKENIZE}),
         returns="[{label, score}]",
         cost_unit=CostUnit.TOKENS,
         bare_in_lists=True,
@@ -173,6 +180,7 @@ ROWS = (
             "handle_long_generation": choice("hole"),
             "tokenizer_encode_kwargs": mapping_of(_ENCODE),
         },
+        nones=frozenset({*GENERATION, "add_special_tokens", "padding"}) - {"max_length"},
         returns="[{generated_text}], or [{generated_token_ids}]",
         cost_unit=CostUnit.TOKENS,
     ),
@@ -180,8 +188,10 @@ ROWS = (
         name="text2text-generation",
         media=Media.TEXT,
         parameters=_REWRITE,
+        nones=frozenset(GENERATION),
         returns="[{generated_text}]",
         cost_unit=CostUnit.TOKENS,
+        tensors=("generated_token_ids",),
         bare_in_lists=True,
     ),
     TaskSpec(
@@ -210,6 +220,7 @@ ROWS = (
             "hypothesis_template": template(),
             "multi_label": boolean,
         },
+        nones=frozenset({"multi_label"}),
         returns="{sequence, labels, scores}",
         cost_unit=CostUnit.TOKENS,
         requires=(text_filled, labels_given),
