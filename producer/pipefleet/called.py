@@ -13,7 +13,7 @@ from typing import Any
 from pipefleet.errors import ParameterError
 from pipefleet.plain import plain
 from pipefleet.refused_parameters import why_refused
-from pipefleet.return_forms import with_one_form
+from pipefleet.return_forms import LIBRARIES, with_one_form
 from pipefleet.tasks import TaskSpec
 from pipefleet.tasks.generation import GENERATION
 
@@ -29,6 +29,8 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
         if isinstance(found.get(name), Mapping):
             found[name] = _without_nothing(spec, found[name])
     found = _without_config(spec, found)
+    if found.get("return_tensors") in LIBRARIES and "return_tensors" in spec.parameters:
+        found["return_tensors"] = True
     spec.check(found)
     return found
 

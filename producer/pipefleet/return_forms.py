@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _FORMS = ("return_type", "return_full_text", "return_tensors")
+LIBRARIES = ("pt", "np")
+"""Names that a tokenizer takes for `return_tensors`. Pipelines read any of them as True."""
 _FORMLESS = "return_text"
 """Chooses no form of its own, and excludes two of the others."""
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.pipelines import any_to_any, image_text_to_text, text_generation
 
-from pipefleet.called import layered
+from pipefleet.called import called_parameters, layered
+from pipefleet.errors import ParameterError
 from pipefleet.pipelines import FleetPipeline
-from pipefleet.tasks import task_spec
+from pipefleet.tasks import TASKS, task_spec
 from pipefleet_workers.runtime import RUNTIME
 from tests.parity.harness import Call, load, recording, running
 
@@ -85,3 +86,22 @@ def test_forms_that_do_not_exclude_each_other_are_laid_over_each_other() -> None
 
 def form_of(pipe: Any, parameters: dict[str, Any]) -> Any:
     return pipe._sanitize_parameters(**parameters)[2]
+
+
+TENSORS = sorted(name for name, spec in TASKS.items() if "return_tensors" in spec.parameters)
+
+
+@pytest.mark.parametrize("task", TENSORS)
+def test_the_name_of_a_library_asks_for_tensors(task: str) -> None:
+    spec = task_spec(task)
+    for name in ("pt", "np"):
+        assert called_parameters(spec, {"return_tensors": name}) == {"return_tensors": True}
+    with pytest.raises(ParameterError, match="true or false"):
+        called_parameters(spec, {"return_tensors": "tp"})
+    with pytest.raises(ParameterError, match="takes no parameter"):
+        called_parameters(task_spec("fill-mask"), {"return_tensors": "pt"})
+
+
+def test_features_named_pt_are_a_tensor() -> None:
+    pipe = FleetPipeline(None, task_spec("feature-extraction"), model=None, revision=None)  # type: ignore[arg-type]
+    assert torch.equal(pipe._restored([[[0.5]]], {"return_tensors": "pt"}), torch.tensor([[[0.5]]]))
