@@ -13,10 +13,11 @@ from typing import Any
 from pipefleet.errors import ParameterError
 from pipefleet.plain import plain
 from pipefleet.refused_parameters import why_refused
-from pipefleet.return_forms import LIBRARIES, with_one_form
 from pipefleet.tasks import TaskSpec
 from pipefleet.tasks.generation import GENERATION
 
+_LIBRARIES = ("pt", "np")
+"""Names that a tokenizer takes for `return_tensors`. Pipelines read any of them as True."""
 _NESTED, _CONFIG = "generate_kwargs", "generation_config"
 
 
@@ -29,7 +30,7 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
         if isinstance(found.get(name), Mapping):
             found[name] = _without_nothing(spec, found[name])
     found = _without_config(spec, found)
-    if found.get("return_tensors") in LIBRARIES and "return_tensors" in spec.parameters:
+    if found.get("return_tensors") in _LIBRARIES and "return_tensors" in spec.parameters:
         found["return_tensors"] = True
     spec.check(found)
     return found
@@ -39,7 +40,6 @@ def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any])
     """The parameters of a call laid over those of its pipeline or pool."""
     if not below:
         return dict(called)
-    below, called = with_one_form(spec.parameters, below, called)
     names = _generation_names(spec)
     if called.get(_CONFIG) is not None and _takes_config(spec):
         below = {name: value for name, value in below.items() if name not in names and name != _NESTED}

@@ -28,7 +28,6 @@ from pipefleet.inputs import is_message, is_pair
 from pipefleet.jobs import Job
 from pipefleet.modelnames import check_loading, model_name
 from pipefleet.patience import PATIENCE_SECONDS, Patience
-from pipefleet.plain import plain
 from pipefleet.streaming import stream
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
 from pipefleet.tensors import with_tensors
@@ -196,7 +195,7 @@ class FleetPipeline:
         self, output: Any, parameters: Mapping[str, Any], *, listed: bool = False, streamed: bool = False
     ) -> Any:
         """A result in the very form of transformers: its tuples, and without the list around the only one of a list or stream."""
-        if self._spec.tensors and (parameters.get("return_tensors") or plain(parameters.get("return_type")) == 0):
+        if self._spec.tensors and ("" not in self._spec.tensors or parameters.get("return_tensors")):
             output = with_tensors(output, self._spec.tensors)
         if self._spec.tuples:
             output = _with_tuples(output, self._spec.tuples)

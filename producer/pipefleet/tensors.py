@@ -17,7 +17,7 @@ def with_tensors(output: Any, keys: Sequence[str]) -> Any:
 
 def _at(value: Any, keys: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
-        return {name: _tensors(one) if name in keys else _at(one, keys) for name, one in value.items()}
+        return {name: _tensors(one) if name in keys else one for name, one in value.items()}
     return [_at(one, keys) for one in value] if isinstance(value, list) else value
 
 

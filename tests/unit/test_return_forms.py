@@ -1,4 +1,4 @@
-"""How a written text is shown, as a number of transformers' ReturnType or by its own parameters, in each layer of a call."""
+"""How a written text is shown, as a number of transformers' ReturnType or by its own parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.pipelines import any_to_any, image_text_to_text, text_generation
 
-from pipefleet.called import called_parameters, layered
+from pipefleet.called import called_parameters
 from pipefleet.errors import ParameterError
 from pipefleet.pipelines import FleetPipeline
 from pipefleet.tasks import TASKS, task_spec
@@ -44,48 +44,6 @@ def test_tokens_that_a_return_type_asks_for_are_a_tensor() -> None:
     for kind in (image_text_to_text.ReturnType.TENSORS, 0):
         (record,) = pipe._restored([{"input_text": "x", "generated_token_ids": [3]}], {"return_type": kind})
         assert torch.equal(record["generated_token_ids"], torch.tensor([3]))
-
-
-SHOWN = [
-    ({"return_full_text": False}, {"return_text": True}, {"return_full_text": False}),
-    ({"return_text": True}, {"return_full_text": False}, {"return_full_text": False}),
-    ({"return_full_text": False}, {"return_tensors": True}, {"return_tensors": True}),
-    ({"return_tensors": True}, {"return_full_text": True}, {"return_full_text": True}),
-    ({"return_tensors": True}, {"return_text": True}, {"return_tensors": True}),
-    ({"return_type": 0}, {"return_full_text": False}, {"return_full_text": False}),
-    ({"return_full_text": False}, {"return_type": 2}, {"return_type": 2}),
-    ({"return_full_text": False, "prefix": "x"}, {"return_tensors": True}, {"return_tensors": True, "prefix": "x"}),
-]
-
-
-@pytest.fixture(scope="module")
-def generator() -> Any:
-    return load("text-generation")
-
-
-@pytest.mark.parametrize(("below", "called", "found"), SHOWN)
-def test_what_a_call_shows_stands_in_for_what_its_pipeline_shows(
-    generator: Any, below: dict[str, Any], called: dict[str, Any], found: dict[str, Any]
-) -> None:
-    assert layered(task_spec("text-generation"), below, called) == found
-    wanted = {**form_of(generator, below), **form_of(generator, called)}  # each layer is read alone
-    assert form_of(generator, found) == wanted
-
-
-def test_what_excludes_itself_in_one_layer_is_left_for_the_worker_to_refuse(generator: Any) -> None:
-    spec, both = task_spec("text-generation"), {"return_full_text": False, "return_text": True}
-    for found in (layered(spec, {"return_tensors": True}, both), layered(spec, both, {"return_text": True})):
-        with pytest.raises(ValueError, match="mutually exclusive"):
-            form_of(generator, found)
-
-
-def test_forms_that_do_not_exclude_each_other_are_laid_over_each_other() -> None:
-    both = {"return_tensors": True, "return_text": True}
-    assert layered(task_spec("text2text-generation"), {"return_tensors": True}, {"return_text": True}) == both
-
-
-def form_of(pipe: Any, parameters: dict[str, Any]) -> Any:
-    return pipe._sanitize_parameters(**parameters)[2]
 
 
 TENSORS = sorted(name for name, spec in TASKS.items() if "return_tensors" in spec.parameters)
