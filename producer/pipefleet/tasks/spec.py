@@ -86,7 +86,9 @@ class TaskSpec:
     def given(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of an input without those that are None and may be left out: None stands for them."""
         needed = [name for name in self.required if name not in self.instead]
-        return {name: one for name, one in value.items() if one is not None or name in needed or name not in self.fields}
+        return {
+            name: one for name, one in value.items() if one is not None or name in needed or name not in self.fields
+        }
 
     def missing(self, value: Mapping[str, Any]) -> list[str]:
         """The required fields that neither stand in `value` nor are replaced by another."""
