@@ -16,6 +16,8 @@ from pipefleet.refused_parameters import why_refused
 from pipefleet.tasks import TaskSpec
 from pipefleet.tasks.generation import GENERATION
 
+_LIBRARIES = ("pt", "np")
+"""Names that a tokenizer takes for `return_tensors`. Pipelines read any of them as True."""
 _NESTED, _CONFIG = "generate_kwargs", "generation_config"
 _NESTS = {_NESTED, "forward_params", "tokenize_kwargs"}
 """Mappings that hold arguments which may also come as keywords."""
@@ -33,6 +35,8 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
         if isinstance(found.get(name), Mapping):
             found[name] = _without_nothing(spec, found[name])
     found = _without_config(spec, found)
+    if found.get("return_tensors") in _LIBRARIES and "return_tensors" in spec.parameters:
+        found["return_tensors"] = True
     spec.check(found)
     return found
 

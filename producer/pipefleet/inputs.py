@@ -8,9 +8,10 @@ from typing import Any
 
 from pipefleet.cells import cell_content, is_cell
 from pipefleet.contract import encode_json
-from pipefleet.errors import InputError, nearest
+from pipefleet.errors import InputError, UsageError, nearest
 from pipefleet.objects import ObjectStore
 from pipefleet.pictures import is_picture, picture_of_array
+from pipefleet.plain import plain
 from pipefleet.recordings import extra_of, has_samples, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tables import columns_of
@@ -20,6 +21,7 @@ from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
 
 _PARTS = {"image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
 """Types of the parts of a chat's message that hold media; a part holds it under its type's name, or under `url`."""
+_VALUES = (Media.DATA, Media.LABELS)
 _PICTURES = (Media.IMAGE, Media.IMAGES)
 _NAMES = {"image": ("image", "url", "path", "base64")}
 """Under which names a part of a chat holds its medium, where they are others than its type, `url` and `path`."""
@@ -67,7 +69,7 @@ class InputPreparer:
         Raises InputError for a kind that the task does not take, and with ParameterError for what can only fail with the model.
         """
         if self.spec.fields and isinstance(value, Mapping):
-            value = self.spec.given(value)
+            value = self._in_json(self.spec.given(value))
         self.spec.require(value, self.known.of_item(parameters))
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
@@ -121,6 +123,11 @@ class InputPreparer:
         if missing := self.spec.missing(value):
             raise InputError(f"{self.spec.name} takes {_shown(self.spec)}; {', '.join(missing)} is missing")
         return {name: self._kinds[fields[name]](item) for name, item in value.items()}
+
+    def _in_json(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields with data and labels of numpy, torch and pandas as JSON has them."""
+        fields = self.spec.fields
+        return {name: in_json(name, one) if fields.get(name) in _VALUES else one for name, one in value.items()}
 
     def _text(self, value: Any) -> Any:
         if is_text_uri(value):
@@ -237,7 +244,9 @@ class InputPreparer:
             return self._upload.file(value)
         if isinstance(value, bytes | bytearray | memoryview):
             if not len(value) or getattr(value, "itemsize", 1) != 1:
-                raise InputError(f"{self.spec.name} takes the bytes of a file, of which there are none here")
+                raise InputError(
+                    f"{self.spec.name} takes the bytes of a file; those given are empty, or hold larger numbers than bytes"
+                )
             return self._upload.content(bytes(value))
         if is_file(value):
             return self._upload.opened(value)
@@ -252,6 +261,8 @@ class InputPreparer:
             return self._media(value)
         if is_table(value):
             value = value.to_dict("list")
+        if isinstance(value, Mapping):
+            value = {name: cells.tolist() if hasattr(cells, "tolist") else cells for name, cells in value.items()}
         columns = columns_of(value)
         if columns is None:
             raise InputError(
@@ -268,9 +279,20 @@ class InputPreparer:
         return list(value)
 
     def _data(self, value: Any) -> Any:
-        encode_json(value)
         refs_in(value)
         return value
+
+
+def in_json(name: str, value: Any) -> Any:
+    """A field's value as JSON has it. Raises InputError where it has no form for it."""
+    try:
+        found = plain(value)
+        encode_json(found)
+        return found
+    except RecursionError:
+        raise InputError(f"{name} is nested too deeply") from None
+    except UsageError as error:
+        raise InputError(f"{name} cannot be sent: {error}") from None
 
 
 def is_message(value: object) -> bool:

@@ -179,7 +179,7 @@ REFUSED = [
     (TEXTS, b"bytes", "not a value of type bytes"),
     (TEXTS, ["a", "b"], "not a value of type list"),
     (TEXTS, {"txt": "a"}, r"takes no field 'txt' \(did you mean 'text'\?\); it takes text, text_pair"),
-    (TEXTS, {"text": "a", "text_pair": None}, "not a value of type NoneType"),
+    (TEXTS, {"text": "a", "text_pair": 3}, "not a value of type int"),
     ("feature-extraction", {"text": "a"}, "not a value of type dict"),
 ]
 

@@ -1,4 +1,4 @@
-"""How a written text is shown, as a number of transformers' ReturnType or by its own parameters, in each layer of a call."""
+"""How a written text is shown, as a number of transformers' ReturnType or by its own parameters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.pipelines import any_to_any, image_text_to_text, text_generation
 
-from pipefleet.called import layered
+from pipefleet.called import called_parameters
+from pipefleet.errors import ParameterError
 from pipefleet.pipelines import FleetPipeline
-from pipefleet.tasks import task_spec
+from pipefleet.tasks import TASKS, task_spec
 from pipefleet_workers.runtime import RUNTIME
 from tests.parity.harness import Call, load, recording, running
 
@@ -45,43 +46,20 @@ def test_tokens_that_a_return_type_asks_for_are_a_tensor() -> None:
         assert torch.equal(record["generated_token_ids"], torch.tensor([3]))
 
 
-SHOWN = [
-    ({"return_full_text": False}, {"return_text": True}, {"return_full_text": False}),
-    ({"return_text": True}, {"return_full_text": False}, {"return_full_text": False}),
-    ({"return_full_text": False}, {"return_tensors": True}, {"return_tensors": True}),
-    ({"return_tensors": True}, {"return_full_text": True}, {"return_full_text": True}),
-    ({"return_tensors": True}, {"return_text": True}, {"return_tensors": True}),
-    ({"return_type": 0}, {"return_full_text": False}, {"return_full_text": False}),
-    ({"return_full_text": False}, {"return_type": 2}, {"return_type": 2}),
-    ({"return_full_text": False, "prefix": "x"}, {"return_tensors": True}, {"return_tensors": True, "prefix": "x"}),
-]
+TENSORS = sorted(name for name, spec in TASKS.items() if "return_tensors" in spec.parameters)
 
 
-@pytest.fixture(scope="module")
-def generator() -> Any:
-    return load("text-generation")
+@pytest.mark.parametrize("task", TENSORS)
+def test_the_name_of_a_library_asks_for_tensors(task: str) -> None:
+    spec = task_spec(task)
+    for name in ("pt", "np"):
+        assert called_parameters(spec, {"return_tensors": name}) == {"return_tensors": True}
+    with pytest.raises(ParameterError, match="true or false"):
+        called_parameters(spec, {"return_tensors": "tp"})
+    with pytest.raises(ParameterError, match="takes no parameter"):
+        called_parameters(task_spec("fill-mask"), {"return_tensors": "pt"})
 
 
-@pytest.mark.parametrize(("below", "called", "found"), SHOWN)
-def test_what_a_call_shows_stands_in_for_what_its_pipeline_shows(
-    generator: Any, below: dict[str, Any], called: dict[str, Any], found: dict[str, Any]
-) -> None:
-    assert layered(task_spec("text-generation"), below, called) == found
-    wanted = {**form_of(generator, below), **form_of(generator, called)}  # each layer is read alone
-    assert form_of(generator, found) == wanted
-
-
-def test_what_excludes_itself_in_one_layer_is_left_for_the_worker_to_refuse(generator: Any) -> None:
-    spec, both = task_spec("text-generation"), {"return_full_text": False, "return_text": True}
-    for found in (layered(spec, {"return_tensors": True}, both), layered(spec, both, {"return_text": True})):
-        with pytest.raises(ValueError, match="mutually exclusive"):
-            form_of(generator, found)
-
-
-def test_forms_that_do_not_exclude_each_other_are_laid_over_each_other() -> None:
-    both = {"return_tensors": True, "return_text": True}
-    assert layered(task_spec("text2text-generation"), {"return_tensors": True}, {"return_text": True}) == both
-
-
-def form_of(pipe: Any, parameters: dict[str, Any]) -> Any:
-    return pipe._sanitize_parameters(**parameters)[2]
+def test_features_named_pt_are_a_tensor() -> None:
+    pipe = FleetPipeline(None, task_spec("feature-extraction"), model=None, revision=None)  # type: ignore[arg-type]
+    assert torch.equal(pipe._restored([[[0.5]]], {"return_tensors": "pt"}), torch.tensor([[[0.5]]]))

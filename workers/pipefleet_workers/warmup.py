@@ -69,7 +69,8 @@ class WarmUp:
 def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
     """Prove and measure. Feeds `fit`. Falls back rather than to raise.
 
-    Changes `adapter.pads` and `adapter.times_together` where a proof fails. Raises ModelError only where the model cannot run in its half precision
+    Changes `adapter.pads` and `adapter.times_together` where a proof fails. Raises ModelError only where the model
+    cannot run in its half precision
     on this device, since every job would fail.
     """
     begin = time.perf_counter()
