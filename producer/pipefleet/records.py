@@ -1,8 +1,8 @@
 """The record of a single job in Redis: one hash, changed only by the scripts here, so that a final state stays final.
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
-StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), loaded (JSON: what the model ran with). The times are the Redis server's: where a
-script is given an empty text as a time, it writes the server's own.
+StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), loaded (JSON: what the model
+ran with). The times are the Redis server's: where a script is given an empty text as a time, it writes the server's own.
 """
 
 from __future__ import annotations

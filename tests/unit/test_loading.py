@@ -269,7 +269,7 @@ def test_a_worker_whose_model_cannot_run_in_half_precision_says_so_before_its_fi
         raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
 
     monkeypatch.setattr(pipe.model, "forward", lacks)
-    with pytest.raises(ModelError, match='addmm_impl_cpu_.*write dtype = "float32" in the pool'):
+    with pytest.raises(ModelError, match=r'addmm_impl_cpu_.*write dtype = "float32" in the pool'):
         warm_up(adapter, task_spec(TASK), {}, ServiceFit(), 100)
 
 
