@@ -72,7 +72,7 @@ class Pool:
     compile: bool = False
     """Whether the model goes through torch.compile before the first job; for models that answer in one forward."""
     quantization: Mapping[str, Any] = field(default_factory=dict)
-    """`method` and the fields of its class in transformers (see `loading.METHODS`); empty leaves weights as they are stored."""
+    """`method` and the fields of its class in transformers (see `loading.METHODS`); empty leaves the weights as they are."""
     attn_implementation: str | None = None
     """One of `loading.ATTENTIONS`; None leaves the choice to transformers."""
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from pipefleet.client import Client
 from pipefleet.errors import FleetFileError, ParameterError
 from pipefleet.fleet import Pool, parse_fleet
 from pipefleet.loading import METHODS
@@ -30,6 +31,7 @@ from pipefleet_workers.service_fit import ServiceFit
 from pipefleet_workers.warmup import TOLERANCE, warm_up
 from tests.checkpoints import build, cached
 from tests.parity.half import in_dtype
+from tests.parity.in_process_worker import working
 
 TASK = "text-classification"
 TEXT = "The food was very good."
@@ -306,3 +308,23 @@ def test_what_a_model_ran_with_is_read_from_a_record_and_shown() -> None:
     assert found.loaded == {"dtype": "float16", "device": "cpu"}
     assert _runs_with({"loaded": found.loaded}) == "dtype float16, device cpu; "
     assert _runs_with({}) == _runs_with({"loaded": [3]}) == ""
+
+
+def test_rows_and_records_tell_what_the_model_ran_with(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_dtype(TASK, "bfloat16", tmp_path / "model")
+    path = tmp_path / "fleet.toml"
+    path.write_text(f'[pools.texts]\ntask = "{TASK}"\nmodel = "{folder}"\nattn_implementation = "eager"\n')
+    monkeypatch.setenv("PIPEFLEET_FLEET", str(path))
+    used = {"dtype": "bfloat16", "device": "cpu", "attention": "eager"}
+    with Client() as own, working(own.fleet, own.fleet.pool("texts"), own.settings) as built:
+        job = own.submit(TASK, TEXT)
+        theirs = transformers.pipeline(TASK, str(folder), device="cpu", model_kwargs={"attn_implementation": "eager"})
+        assert job.result(60) == theirs(TEXT)
+        assert job.record().loaded == used
+        run = own.map(TASK, [TEXT], output="s3://pipefleet/half/")
+        run.wait(timeout=60)
+        (row,) = run.results()
+        assert {name: row["provenance"][name] for name in used} == used
+        assert built.facts.to_json()["loaded"] == used

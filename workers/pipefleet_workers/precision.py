@@ -47,9 +47,19 @@ _FLASH = {
     "flash_attention_4": "flash_attn",
 }
 _HALF = (
-    "'Half'", "'BFloat16'", "c10::Half", "c10::BFloat16", "Half and Float", "BFloat16 and Float", "Float and Half",
-    "Float and BFloat16", "but got Half", "but found Half", "but found BFloat16", "same dtype",
-)  # fmt: skip
+    "'Half'",
+    "'BFloat16'",
+    "c10::Half",
+    "c10::BFloat16",
+    "Half and Float",
+    "BFloat16 and Float",
+    "Float and Half",
+    "Float and BFloat16",
+    "but got Half",
+    "but found Half",
+    "but found BFloat16",
+    "same dtype",
+)
 """Words of torch where an operation has no kernel for half precision, or meets it beside float32."""
 
 

@@ -70,8 +70,7 @@ def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: S
     """Prove and measure. Feeds `fit`. Falls back rather than to raise.
 
     Changes `adapter.pads` and `adapter.times_together` where a proof fails. Raises ModelError only where the model
-    cannot run in its half precision
-    on this device, since every job would fail.
+    cannot run in its half precision on this device, since every job would fail.
     """
     begin = time.perf_counter()
     difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)
