@@ -158,11 +158,19 @@ class InputPreparer:
         return self._chat(value) if isinstance(value, list | tuple) else self._text(value)
 
     def _chat(self, messages: Sequence[Any]) -> list[dict[str, Any]]:
-        if not messages or not all(is_message(one) and len(one) == 2 for one in messages):
+        if not messages or not all(map(is_message, messages)):
+            raise InputError(f"{self.spec.name} takes chats as lists of messages {{role, content}}")
+        return [self._message(one) for one in messages]
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        role, content = self._words(message["role"]), self._chat_content(message["content"])
+        further = {name: one for name, one in message.items() if name not in ("role", "content")}
+        if not all(isinstance(name, str) and isinstance(one, str | None) for name, one in further.items()):
             raise InputError(
-                f"{self.spec.name} takes chats as lists of messages {{role, content}} that hold nothing else"
+                f"a message holds texts or None beside role and content in {self.spec.name}; write what else is there, "
+                "such as calls of tools, into its content"
             )
-        return [{"role": self._words(one["role"]), "content": self._chat_content(one["content"])} for one in messages]
+        return {"role": role, "content": content, **further}
 
     def _chat_content(self, content: Any) -> Any:
         if not isinstance(content, list | tuple):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, mapping_of, null, number, template, text
+from typing import Any
+
+from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
+from pipefleet.refused_parameters import REASONS
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
 from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
-from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, SHOWN, STRICT_MEDIA, TOKENIZE, WRITE
+from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _GENERATE_KWARGS = mapping_of(GENERATION)
@@ -14,12 +17,19 @@ _CHAT: dict[str, Check] = {
     **{name: check for name, check in SHOWN.items() if name != "return_text"},
     "generate_kwargs": _GENERATE_KWARGS,
     **{name: TOKENIZE[name] for name in ("truncation", "add_special_tokens")},
-    "padding": either(boolean, choice("longest", "do_not_pad")),
+    "padding": PADDING,
+    **SWITCHES,
 }
 _CHAT_RETURNS = (
     "[{input_text, generated_text}], where the messages of a chat name their media ({type}) without holding them"
 )
 _ANSWERS = integer(1, 10_000)
+
+
+def _text_mode(value: Any) -> str | None:
+    """The mode in which a model writes text."""
+    return None if value == "text" else f'must be "text": {REASONS["generation_mode"]}'
+
 
 ROWS = (
     TaskSpec(
@@ -43,8 +53,12 @@ ROWS = (
         required=("text",),
         positional=("text", "images", "videos", "audio"),
         chat_media=(Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO),
+<<<<<<< HEAD
         parameters={**_CHAT, **STRICT_MEDIA},
         nones=frozenset(GENERATION) - {"max_new_tokens"},
+=======
+        parameters={**_CHAT, **STRICT_MEDIA, "generation_mode": _text_mode},
+>>>>>>> c1
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
@@ -73,8 +87,12 @@ ROWS = (
         positional=("image", "question"),
         crosses=True,
         # top_k counts answers here, so a model that writes them samples without it.
+<<<<<<< HEAD
         parameters={**WRITE, "top_k": _ANSWERS, "truncation": boolean},
         nones=frozenset(GENERATION) - {"top_k"},
+=======
+        parameters={**WRITE, "top_k": _ANSWERS, "truncation": boolean, "padding": PADDING},
+>>>>>>> c1
         returns="[{score, answer}], or [{answer}] from a model that writes",
         cost_unit=CostUnit.IMAGES,
     ),

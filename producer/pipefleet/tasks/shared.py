@@ -20,6 +20,14 @@ CANDIDATE_LABELS = either(_LABEL_LIST, some_text(text(100_000), commas=True))
 """Labels of zero-shot tasks: a list, or one text with commas."""
 ANY_LABELS = either(_LABEL_LIST, text(100_000))
 """As those, where a text is cut at its commas and nothing else: an empty label is one too."""
+SWITCHES: dict[str, Check] = {
+    "enable_thinking": boolean,
+    "thinking": boolean,
+    "reasoning_effort": choice("minimal", "low", "medium", "high", "none"),
+}
+"""Switches that chat templates know."""
+PADDING = either(boolean, choice("longest", "do_not_pad"))
+"""Padding of one input alone, which changes nothing: inputs are padded to their batches whatever it says."""
 WRITE: dict[str, Check] = {**GENERATION, **STOP, **SEED}
 """Arguments of `generate()`, with what the worker's own generation takes for each row."""
 SHOWN: dict[str, Check] = {

@@ -27,7 +27,16 @@ from pipefleet.tasks.requirements import (
     text_not_blank,
     words_or_text,
 )
-from pipefleet.tasks.shared import ACTIVATION, CANDIDATE_LABELS, LABEL_COUNT, SHOWN, TOKENIZE, TRUNCATION, WRITE
+from pipefleet.tasks.shared import (
+    ACTIVATION,
+    CANDIDATE_LABELS,
+    LABEL_COUNT,
+    SHOWN,
+    SWITCHES,
+    TOKENIZE,
+    TRUNCATION,
+    WRITE,
+)
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
 _LABEL = text(1000)
@@ -41,13 +50,7 @@ _REWRITE: dict[str, Check] = {
     "return_tensors": boolean,
     "return_text": boolean,
 }
-_ENCODE: dict[str, Check] = {
-    **TOKENIZE,
-    "enable_thinking": boolean,
-    "thinking": boolean,
-    "reasoning_effort": choice("minimal", "low", "medium", "high", "none"),
-}
-"""Arguments of a tokenizer, and switches that chat templates know."""
+_ENCODE: dict[str, Check] = {**TOKENIZE, **SWITCHES}
 _TRANSLATE: dict[str, Check] = {**_REWRITE, "src_lang": text(40), "tgt_lang": text(40)}
 
 _TRANSLATION = TaskSpec(

@@ -30,8 +30,9 @@ class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]  # transf
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, truncation: bool | None = None, **generate_kwargs: Any
+        self, top_k: int | None = None, truncation: bool | None = None, padding: Any = None, **generate_kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        # A question is prepared alone, where padding adds nothing.
         before = {} if truncation is None else {"truncation": truncation}
         return before, generate_kwargs, {} if top_k is None else {"top_k": top_k}
 

@@ -189,9 +189,15 @@ class Decoder:
         """A text, or the messages of a chat; a content that was too long for the message has come as an object."""
         if not isinstance(value, list):
             return self._text(value)
-        if not value or not all(isinstance(one, Mapping) and set(one) == {"role", "content"} for one in value):
+        if not value or not all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in value):
             raise self._bad("takes a chat as a list of messages with role and content")
-        return [{"role": self._text(one["role"]), "content": self._chat_content(one["content"])} for one in value]
+        return [self._message(one) for one in value]
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message; whatever stands beside its role and content is a text or None."""
+        further = {name: one for name, one in message.items() if name not in ("role", "content")}
+        said = {"role": self._text(message["role"]), "content": self._chat_content(message["content"])}
+        return said | {name: None if one is None else self._text(one) for name, one in further.items()}
 
     def _chat_content(self, content: Any) -> Any:
         return [self._chat_part(part) for part in content] if isinstance(content, list) else self._text(content)
