@@ -53,12 +53,8 @@ ROWS = (
         required=("text",),
         positional=("text", "images", "videos", "audio"),
         chat_media=(Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO),
-<<<<<<< HEAD
-        parameters={**_CHAT, **STRICT_MEDIA},
-        nones=frozenset(GENERATION) - {"max_new_tokens"},
-=======
         parameters={**_CHAT, **STRICT_MEDIA, "generation_mode": _text_mode},
->>>>>>> c1
+        nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
@@ -87,12 +83,8 @@ ROWS = (
         positional=("image", "question"),
         crosses=True,
         # top_k counts answers here, so a model that writes them samples without it.
-<<<<<<< HEAD
-        parameters={**WRITE, "top_k": _ANSWERS, "truncation": boolean},
-        nones=frozenset(GENERATION) - {"top_k"},
-=======
         parameters={**WRITE, "top_k": _ANSWERS, "truncation": boolean, "padding": PADDING},
->>>>>>> c1
+        nones=frozenset(GENERATION) - {"top_k"},
         returns="[{score, answer}], or [{answer}] from a model that writes",
         cost_unit=CostUnit.IMAGES,
     ),
