@@ -1,4 +1,4 @@
-"""What people say beside their prompts: further keys of messages, switches of chat templates, modes and padding that change nothing."""
+"""What stands beside a prompt: further keys of messages, switches of chat templates, modes and padding that change nothing."""
 
 from __future__ import annotations
 
