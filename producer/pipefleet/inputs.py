@@ -17,6 +17,7 @@ from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
 from pipefleet.tables import columns_of
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet.tasks.requirements import Known
+from pipefleet.tasks.shared import may_stand_in_a_message
 from pipefleet.uploads import TEXT_TYPE, DryUploader, Uploader
 
 _PARTS = {"image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
@@ -165,9 +166,9 @@ class InputPreparer:
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         role, content = self._words(message["role"]), self._chat_content(message["content"])
         further = {name: one for name, one in message.items() if name not in ("role", "content")}
-        if not all(isinstance(name, str) and isinstance(one, str | None) for name, one in further.items()):
+        if not all(may_stand_in_a_message(name, one) for name, one in further.items()):
             raise InputError(
-                f"a message holds texts or None beside role and content in {self.spec.name}; write what else is there, "
+                f"a message holds texts such as a name, or None, beside role and content in {self.spec.name}; write others, "
                 "such as calls of tools, into its content"
             )
         return {"role": role, "content": content, **further}

@@ -1,4 +1,4 @@
-"""What people say beside their prompts: further keys of messages, switches of templates, modes and padding that change nothing."""
+"""What stands beside a prompt: further keys of messages, switches of chat templates, modes and padding that change nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_further_keys_of_a_message_reach_the_template_and_come_back(client: Clie
     assert "name" not in plain[0]["generated_text"][0]
 
 
-@pytest.mark.parametrize("further", [{"tool_calls": [{"id": "a"}]}, {"name": 3}, {"audio": {"id": "x"}}, {3: "a"}])
+@pytest.mark.parametrize(
+    "further", [{"tool_calls": [{"id": "a"}]}, {"name": 3}, {"audio": {"id": "x"}}, {"chat_template": "x"}]
+)
 def test_a_further_key_holds_a_text_or_nothing(client: Client, further: dict[Any, Any]) -> None:
     for task in (WRITE, CHAT, ANY):
         with pytest.raises(InputError, match="beside role and content"):

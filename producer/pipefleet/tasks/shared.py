@@ -28,6 +28,15 @@ SWITCHES: dict[str, Check] = {
 """Switches that chat templates know."""
 PADDING = either(boolean, choice("longest", "do_not_pad"))
 """Padding of one input alone, which changes nothing: inputs are padded to their batches whatever it says."""
+_SAID = frozenset({"name", "reasoning_content", "thinking", "refusal", "tool_call_id"})
+_UNSAID = _SAID | {"tool_calls", "function_call", "audio", "annotations"}
+
+
+def may_stand_in_a_message(name: object, value: object) -> bool:
+    """Whether a message of a chat may hold this beside role and content: a known text, or None as clients add it."""
+    return name in (_UNSAID if value is None else _SAID) and isinstance(value, str | None)
+
+
 WRITE: dict[str, Check] = {**GENERATION, **STOP, **SEED}
 """Arguments of `generate()`, with what the worker's own generation takes for each row."""
 SHOWN: dict[str, Check] = {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet.tasks import Media, TaskSpec
+from pipefleet.tasks.shared import may_stand_in_a_message
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, OutgrownError
 from pipefleet_workers.media.audio import decode_audio
 from pipefleet_workers.media.declared import CHARACTER, PIXEL, SAMPLE, film_bytes, picture_bytes, recording_bytes
@@ -194,10 +195,13 @@ class Decoder:
         return [self._message(one) for one in value]
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message; whatever stands beside its role and content is a text or None."""
+        """A message; whatever stands beside its role and content is a known text or None."""
         further = {name: one for name, one in message.items() if name not in ("role", "content")}
+        decoded = {name: None if one is None else self._text(one) for name, one in further.items()}
+        if not all(may_stand_in_a_message(name, one) for name, one in decoded.items()):
+            raise self._bad("takes messages of a chat with role and content, and nothing else but texts of known names")
         said = {"role": self._text(message["role"]), "content": self._chat_content(message["content"])}
-        return said | {name: None if one is None else self._text(one) for name, one in further.items()}
+        return said | decoded
 
     def _chat_content(self, content: Any) -> Any:
         return [self._chat_part(part) for part in content] if isinstance(content, list) else self._text(content)
