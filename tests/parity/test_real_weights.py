@@ -114,6 +114,13 @@ def test_the_attention_of_timed_words_is_let_go_after_each_batch(adapter: Any, h
     assert [one.shape for one in tensors if one.dim() >= 3 and one.shape[-1] == positions] == [], "hundreds of MB"
 
 
+def test_a_padding_token_that_is_text_is_not_read_as_text(adapter: Any, alone: Any, heard: dict[str, Any]) -> None:
+    parameters = {"generate_kwargs": {"num_beams": 1, "max_new_tokens": 12, "pad_token_id": 5}}
+    calls = [Call(heard[name], parameters) for name in ("pride-10", "carol-00")]
+    for result, call in zip(together(adapter, SPEECH, calls), calls, strict=True):
+        assert_same(result, called(alone, call))
+
+
 def test_silence_and_decoding_again_leave_the_neighbours_alone(adapter: Any, alone: Any, heard: dict[str, Any]) -> None:
     parameters = {"seed": 11, "return_timestamps": "word", "generate_kwargs": UNSURE}
     calls = [Call(heard[name], parameters) for name in ("carol-00", "silence")]
