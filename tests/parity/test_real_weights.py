@@ -6,6 +6,7 @@ Every result of a batch must be the one of its input alone, in every field.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,23 @@ def test_words_of_chunks_and_beams_are_timed_as_in_each_chunk_alone(
         (outcome,) = engine.run([call])
     assert [len(batch.units) for batch in adapter.batches] == [2]
     assert_same(outcome.output, called(alone, call))
+
+
+def test_the_attention_of_timed_words_is_let_go_after_each_batch(adapter: Any, heard: dict[str, Any]) -> None:
+    few = {**WORDS, "max_new_tokens": 3}
+    together(adapter, SPEECH, [Call(heard[name], few) for name in ("pride-10", "carol-00")])
+    adapter.batches.clear()
+    gc.collect()
+    positions = adapter.pipe.model.config.max_source_positions
+    tensors = (one for one in gc.get_objects() if type(one) is torch.Tensor)
+    assert [one.shape for one in tensors if one.dim() >= 3 and one.shape[-1] == positions] == [], "hundreds of MB"
+
+
+def test_a_padding_token_that_is_text_is_not_read_as_text(adapter: Any, alone: Any, heard: dict[str, Any]) -> None:
+    parameters = {"generate_kwargs": {"num_beams": 1, "max_new_tokens": 12, "pad_token_id": 5}}
+    calls = [Call(heard[name], parameters) for name in ("pride-10", "carol-00")]
+    for result, call in zip(together(adapter, SPEECH, calls), calls, strict=True):
+        assert_same(result, called(alone, call))
 
 
 def test_silence_and_decoding_again_leave_the_neighbours_alone(adapter: Any, alone: Any, heard: dict[str, Any]) -> None:

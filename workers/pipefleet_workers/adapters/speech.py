@@ -174,6 +174,10 @@ class SpeechRecogniser(Adapter):
         def asked(name: str) -> Any:
             return getattr(config, name, None) if given.get(name) is None else given[name]
 
+        # Shorter rows are filled up with it, and only special tokens are left out of the text.
+        pad = asked("pad_token_id")
+        if pad is not None and pad not in self.pipe.tokenizer.all_special_ids:
+            return True
         if self.pipe.type != WHISPER:
             return bool(asked("do_sample"))
         if forward.get("return_timestamps") == "word" and not self.times_together:

@@ -27,8 +27,8 @@ class WhisperRows:
 
     def __init__(self, model: Any) -> None:
         """Replaces three methods of `model`, this object alone, not its class."""
-        self.generated: Any = None
-        """What the last generate() returned."""
+        self._languages: list[torch.Tensor | None] | None = None
+        """Those of the last generate(), whose outputs are let go: with timed words they hold the attention of every step."""
         self._model = model
         self._ends: Sequence[int] = ()
         self._falls_back: dict[int, bool] = {}
@@ -49,20 +49,21 @@ class WhisperRows:
 
     def languages(self, rows: int) -> list[torch.Tensor | None]:
         """The language token of each row of the last generate(), `[1]`, where its segments were returned and tell one."""
-        known = set((getattr(self._model.generation_config, "lang_to_id", None) or {}).values())
-        segments = self.generated.get("segments") if isinstance(self.generated, Mapping) else None
-        return [_language(segments[row], known) if segments else None for row in range(rows)]
+        return self._languages or [None] * rows
 
     def _generate_once(self, *arguments: Any, **named: Any) -> Any:
         """generate(), which turns to eager attention for good once words are timed: the next call begins as the first did."""
-        self.generated = None
+        self._languages = None
         try:
-            self.generated = _with_silent_rows(self._generate(*arguments, **named))
+            generated = _with_silent_rows(self._generate(*arguments, **named))
         finally:
             if self._model.config._attn_implementation != self._attention:
                 self._model.config._attn_implementation = self._attention
             self._draws = []
-        return self.generated
+        if isinstance(generated, Mapping) and "segments" in generated:
+            known = set((getattr(self._model.generation_config, "lang_to_id", None) or {}).values())
+            self._languages = [_language(segments, known) for segments in generated["segments"]]
+        return generated
 
     def _decode_rows(self, **call: Any) -> _Decoded:
         """One step through the recordings: all rows at the first temperature, then by itself each row that needs another."""
