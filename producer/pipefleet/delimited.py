@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
+import itertools
 import zlib
 from collections.abc import Iterable, Iterator
 
@@ -30,11 +32,28 @@ def text_of(chunks: Iterable[bytes]) -> Iterator[str]:
     while len(head) < 3 and (more := next(chunks, None)) is not None:
         head += more
     mark, encoding = next((one for one in _MARKS if head.startswith(one[0])), (b"", "utf-8"))
-    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "replace")
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "surrogatepass")
     yield decoder.decode(head[len(mark) :])
     for chunk in chunks:
         yield decoder.decode(chunk)
-    yield decoder.decode(b"", True)
+    try:
+        yield decoder.decode(b"", True)
+    except UnicodeDecodeError:  # the first half of a character of UTF-16
+        yield "\udcff"
+
+
+def with_line_feeds(texts: Iterable[str]) -> Iterator[str]:
+    """A text in pieces as it is, or with LF where its lines end with CR alone, as Excel's "CSV (Macintosh)" and old programs write.
+
+    The first 65,536 characters tell: they hold a CR and no LF.
+    """
+    texts, head = iter(texts), ""
+    while len(head) < _PIECE and "\n" not in head and (more := next(texts, None)) is not None:
+        head += more
+    alone = "\n" not in head and "\r" in head[:-1]
+    decoder = io.IncrementalNewlineDecoder(None, translate=True)
+    for text in itertools.chain([head], texts):
+        yield decoder.decode(text) if alone else text
 
 
 def lines_of(texts: Iterable[str], *, most: int = LONGEST_LINE) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pipefleet.pictures import is_picture, picture_of_array
 from pipefleet.plain import plain
 from pipefleet.recordings import extra_of, has_samples, is_samples, rate_of, recording_of, stride_of
 from pipefleet.storage import StorageRef, is_ref, is_text_uri, is_uri, refs_in
-from pipefleet.tables import columns_of
+from pipefleet.tables import columns_of, distinct
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet.tasks.requirements import Known
 from pipefleet.tasks.shared import may_stand_in_a_message
@@ -269,7 +269,8 @@ class InputPreparer:
         if isinstance(value, str | os.PathLike) or is_ref(value):
             return self._media(value)
         if is_table(value):
-            value = value.to_dict("list")
+            names = distinct(list(map(str, value.columns)))
+            value = {name: value.iloc[:, place].tolist() for place, name in enumerate(names)}
         if isinstance(value, Mapping):
             value = {name: cells.tolist() if hasattr(cells, "tolist") else cells for name, cells in value.items()}
         columns = columns_of(value)

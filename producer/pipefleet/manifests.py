@@ -20,8 +20,9 @@ from pipefleet.delimited import (
     text_of,
     unreadable_at,
     unzipped,
+    with_line_feeds,
 )
-from pipefleet.errors import ManifestError, nearest
+from pipefleet.errors import ManifestError, PipefleetError, nearest
 from pipefleet.tasks import TaskSpec
 
 KEYS = {"inputs", "id", "parameters"}
@@ -53,12 +54,12 @@ def rows(chunks: Iterable[bytes], where: str, spec: TaskSpec) -> Iterator[tuple[
     """Line number and row of each item of the manifest at `where`. Raises ManifestError for what cannot be used."""
     if where.lower().endswith(".gz"):
         chunks = unzipped(chunks)
-    suffix, texts = suffix_of(where), text_of(chunks)
+    suffix, texts = suffix_of(where), with_line_feeds(text_of(chunks))
     line = 0
     try:
         for line, row in _READERS[suffix or ""](texts, where, spec):
             yield line, row
-    except ManifestError:
+    except PipefleetError:  # also what S3 said: that is not about a line
         raise
     except ValueError as error:
         raise ManifestError(f"{where}, behind line {line}: {error}") from None
@@ -105,7 +106,7 @@ def _json_file(texts: Iterator[str], where: str, spec: TaskSpec) -> Iterator[tup
     head = next((text for text in texts if text.strip()), "")
     texts = itertools.chain([head], texts)
     if head.lstrip().startswith("["):
-        yield from ((number, _row_of(value)) for number, value in Array(texts, where).values())
+        yield from ((number, _row_of(value, number)) for number, value in Array(texts, where).values())
         return
     try:
         yield from _json_lines(texts, where, spec)
@@ -113,11 +114,24 @@ def _json_file(texts: Iterator[str], where: str, spec: TaskSpec) -> Iterator[tup
         raise ManifestError(f"{error}; a .json manifest is one JSON array, or one JSON object a line") from None
 
 
-def _row_of(value: Any) -> Row:
+def _row_of(value: Any, line: int) -> Row:
     """An element of an array: a row where it has the key `inputs`, else the inputs of one."""
+    if not _is_text(value):
+        return Unreadable(f"the element that begins in line {line}: not UTF-8")
     if not isinstance(value, Mapping) or "inputs" not in value:
         return {"inputs": value}
     return {key: one for key, one in value.items() if key not in ANNOTATIONS}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all texts in a value of JSON are such, without bytes that `text_of` could not read."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except RecursionError:  # preparing it says so
+        return True
+    return True
 
 
 class Array:
@@ -171,9 +185,13 @@ class Array:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._place)
-                if end < len(self._text) or not self._more(_FIRST_PIECE):  # a number may go on in the next piece
-                    self._line += self._text.count("\n", self._place, end)
-                    self._place = end
+                cut = end + 3 > len(
+                    self._text
+                )  # a number may go on in the next piece: "12" of "12e+3", "12." of "12.5"
+                length = end - self._place
+                if not cut or not self._more(_FIRST_PIECE):
+                    self._line += self._text.count("\n", self._place, self._place + length)
+                    self._place += length
                     return line, value
             except json.JSONDecodeError as error:
                 held = len(self._text) - self._place  # as much again, so that a long value is not tried too often
@@ -263,7 +281,7 @@ def _check_columns(columns: list[str], where: str, spec: TaskSpec) -> None:
 
 def _csv_row(row: Mapping[str, str]) -> dict[str, Any]:
     fields = {name: value for name, value in row.items() if name not in ("id", "inputs")}
-    identity = {"id": row["id"]} if "id" in row else {}
+    identity = {"id": row["id"]} if row.get("id") else {}  # an empty cell is no id
     return {"inputs": row.get("inputs", fields), **identity}
 
 

@@ -126,7 +126,8 @@ class ManifestSource:
                 _check_keys(row)
             except SourceError as error:
                 raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
-            yield item_or_failure(row, self.preparer)
+            item = item_or_failure(row, self.preparer)
+            yield item if item.failure is None else replace(item, failure=f"line {line}: {item.failure}")
 
     def _rows(self) -> Iterator[tuple[int, Row]]:
         return rows(self._chunks(), self.location, self.spec)
@@ -271,5 +272,5 @@ def _check_keys(row: Mapping[str, Any]) -> None:
         raise SourceError(f"unknown key {word!r}{nearest(word, KEYS)}")
     if "inputs" not in row:
         raise SourceError("the key 'inputs' is missing")
-    if not isinstance(row.get("id", ""), str | int) or not isinstance(row.get("parameters", {}), Mapping):
+    if not isinstance(row.get("id"), str | int | None) or not isinstance(row.get("parameters"), Mapping | None):
         raise SourceError("id must be a text, parameters an object")

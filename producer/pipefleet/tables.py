@@ -30,5 +30,17 @@ def texts_of(cells: Iterable[Any]) -> list[str]:
     return ["" if _is_missing(cell) else str(cell) for cell in cells]
 
 
+def distinct(names: list[str]) -> list[str]:
+    """Names of columns, a second one of the same name with a number behind it."""
+    found: list[str] = []
+    for name in names:
+        number, one = 0, name
+        while one in found:
+            number += 1
+            one = f"{name}.{number}"
+        found.append(one)
+    return found
+
+
 def _is_missing(cell: Any) -> bool:
     return cell is None or type(cell).__name__ in _MISSING or (isinstance(cell, Real) and cell != cell)

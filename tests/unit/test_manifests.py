@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipefleet.errors import ManifestError, SourceError
+from pipefleet.errors import ManifestError, ObjectMissingError, SourceError
 from pipefleet.inputs import InputPreparer
 from pipefleet.manifests import rows
 from pipefleet.objects import ObjectStore
@@ -203,3 +203,47 @@ def test_memory_stays_flat_however_long_a_manifest_is(name: str, first: bytes, e
         tracemalloc.stop()
     assert count in (40_000, 40_001)
     assert most < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mac.csv", b'inputs,id\r"a",1\rb,\r'),
+        ("mac.txt", b"a\rb\r"),
+        ("mac.jsonl", b'{"inputs": "a", "id": null, "parameters": null}\r{"inputs": "b"}'),
+    ],
+)
+def test_lines_may_end_with_a_carriage_return_alone_and_an_empty_id_is_none(
+    manifest: Callable[..., Source], name: str, content: bytes
+) -> None:
+    assert [(item.inputs, item.id) for item in items(manifest(name, content))] == [
+        ("a", "1" if name == "mac.csv" else None),
+        ("b", None),
+    ]
+
+
+def test_an_array_with_bytes_that_are_no_text_names_the_line_of_that_element(manifest: Callable[..., Source]) -> None:
+    found = items(manifest("m.json", b'["a",\n"\xff",\n"b", [1]]'))
+    assert [item.inputs for item in found[:3:2]] == ["a", "b"]
+    assert "line 2: not UTF-8" in (found[1].failure or "")
+    assert (found[3].failure or "").startswith("line 3: text-classification takes texts")
+
+
+def test_half_a_character_of_utf_16_fails_its_line(manifest: Callable[..., Source]) -> None:
+    found = items(manifest("m.txt", "a\nb\nc".encode("utf-16")[:-1]))
+    assert [item.inputs for item in found] == ["a", "b", None]
+    assert "line 3, column 1: not UTF-8" in (found[2].failure or "")
+
+
+@pytest.mark.parametrize("number", ["12.25", "12e+3"])
+@pytest.mark.parametrize("cut", range(1, 5))
+def test_a_number_that_is_cut_by_a_piece_stays_one(number: str, cut: int) -> None:
+    first = "[" + " " * 70_000 + number[:cut]
+    found = list(rows(iter([first.encode(), number[cut:].encode() + b"]"]), "m.json", TASKS[TEXTS]))
+    assert found == [(1, {"inputs": float(number)})]
+
+
+def test_a_manifest_that_is_not_there_is_no_matter_of_its_lines(store: ObjectStore, prefix: str) -> None:
+    preparer = InputPreparer(TASKS[TEXTS], store, prefix + "store/", inline_bytes=1000)
+    with pytest.raises(ObjectMissingError, match=r"^there is no object"):
+        open_source(prefix + "m.jsonl", TASKS[TEXTS], store, preparer, output=prefix + "out/").check()

@@ -218,3 +218,10 @@ def test_the_command_line_says_so_in_one_sentence_with_exit_code_2(
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
+
+
+def test_columns_of_pandas_with_one_name_are_all_kept(client: Client) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame([[1, None]], columns=["a", "a"])
+    found = prepared(client, "table-question-answering", {"table": table, "query": "q"}, {})
+    assert found["table"] == {"a": ["1"], "a.1": [""]}

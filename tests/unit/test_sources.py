@@ -310,7 +310,7 @@ class TestManifests:
             manifest("m.jsonl", b"\n".join(rows), PICTURES, strict=True).check()
         _, missing = items(manifest("m.jsonl", b"\n".join(rows), PICTURES))
         assert missing.inputs == str(tmp_path / "none.jpg")
-        assert re.match(r"cannot read the input .*none\.jpg", missing.failure or "")
+        assert re.match(r"line 2: cannot read the input .*none\.jpg", missing.failure or "")
 
     def test_a_failures_file_is_a_manifest(self, manifest: Callable[..., Source]) -> None:
         row = {

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.delimited import allow_long_cells, delimiter_of
-from pipefleet.tables import columns_of, texts_of
+from pipefleet.tables import columns_of, distinct, texts_of
 from pipefleet_workers.items import Blob, ItemError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _from_csv(text: str) -> dict[str, list[str]]:
     allow_long_cells()
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter_of(text.partition("\n")[0]))
-    names = _distinct(next((row for row in reader if row), []))
+    names = distinct(next((row for row in reader if row), []))
     columns: list[list[str]] = [[] for _ in names]
     for row in filter(None, reader):
         if any(row[len(names) :]):
@@ -72,15 +72,3 @@ def _from_csv(text: str) -> dict[str, list[str]]:
         for column, cell in zip_longest(columns, row[: len(names)], fillvalue=""):
             column.append(cell)  # type: ignore[union-attr]  # there are as many columns as names
     return dict(zip(names, columns, strict=True))
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Names of columns, a second one of the same name with a number behind it."""
-    found: list[str] = []
-    for name in names:
-        number, one = 0, name
-        while one in found:
-            number += 1
-            one = f"{name}.{number}"
-        found.append(one)
-    return found
