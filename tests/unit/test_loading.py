@@ -77,7 +77,9 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(
 ) -> None:
     monkeypatch.setattr(precision, "_installed", lambda module: False)
     pool = Pool("texts", TASK, str(cached(TASK)), quantization={"method": method, **EXAMPLES[method]})
-    with pytest.raises(ModelError, match=f"pool texts: quantization by {method} .* is not installed; run pip install "):
+    with pytest.raises(
+        ModelError, match=f"pool texts: quantization by {method} .* (is|are) not installed; run pip install "
+    ):
         load_pipeline(pool)
     folder = build(TASK, tmp_path / "model")
     edit(folder, quantization_config={"quant_method": method})
@@ -207,12 +209,24 @@ def test_what_a_pool_says_reaches_the_model(tmp_path: Path) -> None:
         ),
         ({"model_kwargs": {"sliding_window": 8}}, "is a bert, whose config has no sliding_window"),
         ({"model_kwargs": {"variant": "fp16"}}, r"fp16"),
+        (
+            {"model_kwargs": {"max_position_embeddings": 4}},
+            "the sizes that its config names are not those of its weights",
+        ),
+        ({"quantization": {"method": "gptq", "bits": 4}}, "optimum and gptqmodel are not installed; run pip install"),
     ],
 )
 def test_what_the_model_cannot_do_is_one_sentence(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words) as caught:
         load_pipeline(Pool("texts", TASK, str(cached(TASK)), **fields))
     assert "\n" not in str(caught.value)
+    assert str(caught.value).count("pool texts: ") == 1
+
+
+def test_a_method_that_transformers_passes_over_is_not_said_to_be_used(tmp_path: Path) -> None:
+    folder = build(TASK, tmp_path / "model")
+    edit(folder, quantization_config={"quant_method": "of-tomorrow"})
+    assert "quantization" not in how_loaded(load_pipeline(Pool("texts", TASK, str(folder), device="cpu")))
 
 
 def test_a_config_that_names_a_kernel_of_the_hub_is_refused(tmp_path: Path) -> None:
@@ -247,7 +261,9 @@ def test_a_checkpoint_in_half_precision_on_a_cpu_is_said_to_be_slow(
 ) -> None:
     folder = in_dtype(TASK, stored, tmp_path / "model")
     load_pipeline(Pool("texts", TASK, str(folder), device="cpu", dtype=said))
-    assert ('pool texts: it runs in float16, as its checkpoint is stored; on a CPU dtype = "float32"' in caplog.text) is warned
+    assert (
+        'pool texts: it runs in float16, as its checkpoint is stored; on a CPU dtype = "float32"' in caplog.text
+    ) is warned
 
 
 def test_a_checkpoint_in_single_precision_needs_no_word(caplog: pytest.LogCaptureFixture) -> None:
