@@ -158,9 +158,9 @@ class Fleet:
 
     def find(self, task: str, model: str, revision: str | None) -> Pool:
         """The pool that serves `model` for `task`. Raises UnknownModelError that lists what is served."""
-        for pool in self.revisions.values():
-            if pool.serves(task, model, revision):
-                return pool
+        found = [pool for pool in self.revisions.values() if pool.serves(task, model, revision)]
+        if found:  # the first of the foremost: the default pool, as for a call that names no model
+            return max(found, key=lambda pool: pool.default and not pool.generation)
         wanted = model + (f"@{revision}" if revision else "")
         raise UnknownModelError(f"no pool of the fleet serves {wanted} for {task}; {self._served()}")
 

@@ -6,6 +6,7 @@ up, or has a key of its own in the pool.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,8 +21,12 @@ _KERNEL = re.compile(r"[^/:]+/[^/:]+(@[^/:]+)?(:[^/:]+)?")
 _Rule = tuple[Callable[[Any], bool], str]
 
 
+_MOST = 1 << 31
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A finite one: nan differs from itself, so that a file with one would always seem changed."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_names(value: Any) -> bool:
@@ -35,17 +40,18 @@ def _one_of(*choices: str) -> _Rule:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
-    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | bool | int | float)
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | bool) or _is_number(value)
 
 
 _BOOL: _Rule = (lambda value: isinstance(value, bool), "true or false")
-_WHOLE: _Rule = (lambda value: type(value) is int, "a whole number")
-_NUMBER: _Rule = (_is_number, "a number")
-_TEXT: _Rule = (lambda value: isinstance(value, str) and bool(value), "a text")
+_COUNT: _Rule = (lambda value: type(value) is int and 0 < value < _MOST, "a whole number above 0")
+_WHOLE: _Rule = (lambda value: type(value) is int and -1 <= value < _MOST, "a whole number, or -1")
+_NUMBER: _Rule = (_is_number, "a finite number")
+_TEXT: _Rule = (lambda value: isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable(), "a short text")
 _NAMES: _Rule = (_is_names, "a list of names of modules")
 _SIZES: _Rule = (
-    lambda value: isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value),
-    "a list of two whole numbers",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_COUNT[0], value)),
+    "a list of two whole numbers above 0",
 )
 _TABLE: _Rule = (lambda value: isinstance(value, Mapping) and _is_plain(value), "a table of plain values")
 _TRUE: _Rule = (lambda value: value is True, "true: other forms of weights can run code while they load")
@@ -81,9 +87,9 @@ METHODS: Mapping[str, Mapping[str, _Rule]] = {
         "activations": _one_of("int8", "float8"),
         "modules_to_not_convert": _NAMES,
     },
-    "hqq": {"nbits": _WHOLE, "group_size": _WHOLE, "view_as_float": _BOOL, "axis": _WHOLE, "skip_modules": _NAMES},
+    "hqq": {"nbits": _COUNT, "group_size": _WHOLE, "view_as_float": _BOOL, "axis": _WHOLE, "skip_modules": _NAMES},
     "gptq": {
-        "bits": _WHOLE,
+        "bits": _COUNT,
         "group_size": _WHOLE,
         "desc_act": _BOOL,
         "sym": _BOOL,
@@ -91,13 +97,13 @@ METHODS: Mapping[str, Mapping[str, _Rule]] = {
         "format": _one_of("gptq", "gptq_v2"),
     },
     "awq": {
-        "bits": _WHOLE,
+        "bits": _COUNT,
         "group_size": _WHOLE,
         "zero_point": _BOOL,
         "backend": _TEXT,
         "modules_to_not_convert": _NAMES,
     },
-    "auto-round": {"bits": _WHOLE, "group_size": _WHOLE, "sym": _BOOL, "backend": _TEXT},
+    "auto-round": {"bits": _COUNT, "group_size": _WHOLE, "sym": _BOOL, "backend": _TEXT},
     "compressed-tensors": {"run_compressed": _BOOL, "dequantize": _BOOL},
     "fp8": {
         "activation_scheme": _one_of("dynamic", "static"),
@@ -110,10 +116,10 @@ METHODS: Mapping[str, Mapping[str, _Rule]] = {
 """By method the fields of transformers' class for it that a pool may set."""
 
 OF_THE_CONFIG: Mapping[str, _Rule] = {
-    "max_position_embeddings": _WHOLE,
+    "max_position_embeddings": _COUNT,
     "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification"),
     "rope_parameters": _TABLE,
-    "sliding_window": _WHOLE,
+    "sliding_window": _COUNT,
 }
 """Arguments of `from_pretrained` that replace what the model's config.json says."""
 OF_THE_WEIGHTS: Mapping[str, _Rule] = {
@@ -127,9 +133,20 @@ OF_THE_WEIGHTS: Mapping[str, _Rule] = {
     ),
     "weights_only": _TRUE,
 }
-_ELSEWHERE = {
-    "attn_implementation": 'write attn_implementation = "…" beside model_kwargs',
+_OF_THE_WORKERS = {
     "cache_dir": "set HF_HOME where the workers run",
+    "config": "the workers read the config of the model's folder, so save_pretrained() a changed one there",
+    "local_files_only": "set HF_HUB_OFFLINE=1 where the workers run",
+    "pipeline_class": "the workers run the pipeline of the task, so name the task",
+    "proxies": "set HTTPS_PROXY where the workers run",
+    "token": "set HF_TOKEN where the workers run",
+    "use_auth_token": "set HF_TOKEN where the workers run",
+    "use_fast": "the workers take what the model's folder names, so leave it out",
+}
+"""Arguments of transformers that no pool has a key for, and what to do in their place."""
+_ELSEWHERE = {
+    **_OF_THE_WORKERS,
+    "attn_implementation": 'write attn_implementation = "…" beside model_kwargs',
     "device_map": 'write device_map = "auto" beside model_kwargs',
     "dtype": 'write dtype = "…" beside model_kwargs',
     "load_in_4bit": 'write quantization = { method = "bitsandbytes", load_in_4bit = true } beside model_kwargs',
@@ -138,7 +155,7 @@ _ELSEWHERE = {
     "offload_folder": 'write offload_folder = "…" beside model_kwargs',
     "quantization_config": 'write quantization = { method = "…", … } beside model_kwargs',
     "revision": 'write revision = "…" beside model_kwargs',
-    "token": "set HF_TOKEN where the workers run",
+    "rope_scaling": "write it as rope_parameters",
     "torch_dtype": 'write dtype = "…" beside model_kwargs',
     "trust_remote_code": "it runs code of the model's repository: write trust_remote_code = true beside model_kwargs if you have "
     "read that code",
@@ -209,25 +226,55 @@ def _check(where: str, table: Mapping[str, Any], rules: Mapping[str, _Rule]) -> 
             raise FleetFileError(f"{where}.{name} must be {what}")
 
 
-def fleet_line(name: str, value: Any) -> str:
-    """The line of a pool that says what a user gave to `pipeline()`, for the message that refuses it there."""
-    if name == "model_kwargs" and isinstance(value, Mapping) and value:
-        return ", ".join(_line(key, one) for key, one in value.items())
-    return _line(name, value)
+def instead(name: str, value: Any) -> str:
+    """What to do in the place of an argument of `pipeline()` that says how a model is loaded; a fleet file takes what is named."""
+    parts = {str(key): one for key, one in value.items()} if name == "model_kwargs" else {name: value}
+    for key, one in parts.items():
+        if why := _without_line(_KEYS.get(key, key), one):
+            return why
+    lines = ", ".join(_line(_KEYS.get(key, key), one) for key, one in parts.items())
+    return f"write `{lines}` under its [pools.NAME] in fleet.toml, not in pipeline()"
+
+
+def _without_line(name: str, value: Any) -> str | None:
+    """What to do where no line of a pool says this; None where one does."""
+    if name in _OF_THE_WORKERS:
+        return _OF_THE_WORKERS[name]
+    if name in _REFUSED:
+        return f"{name} is refused, since {_REFUSED[name]}; leave it out"
+    rules = {**OF_THE_CONFIG, **OF_THE_WEIGHTS}
+    try:
+        if name == "attn_implementation":
+            checked_attention(name, value)
+        elif name in rules:
+            _check("model_kwargs", {name: value}, rules)
+        elif name == "device_map" and value != "auto":
+            return 'a pool is spread over devices by device_map = "auto" alone, or bound to one by device = "…"'
+        elif name == "dtype" and str(value).removeprefix("torch.") not in DTYPES:
+            return f"dtype in a pool is one of {', '.join(DTYPES)}"
+    except FleetFileError as error:
+        return str(error)
+    if name in rules or name in _LINES:
+        return None
+    return f"no pool of fleet.toml takes {name!r}; leave it out"
 
 
 def _line(name: str, value: Any) -> str:
-    name = {"torch_dtype": "dtype", "feature_extractor": "processor", "image_processor": "processor"}.get(name, name)
     if name in ("load_in_4bit", "load_in_8bit"):
         return f'quantization = {{ method = "bitsandbytes", {name} = true }}'
     if name == "quantization_config":
         return 'quantization = { method = "…", … }'
     if name in OF_THE_WEIGHTS or name in OF_THE_CONFIG:
         return f"model_kwargs = {{ {name} = {_toml(value)} }}"
-    return f"{name} = {_toml(value)}" if name in _LINES else f"{name} = …"
+    return f"{name} = {_toml(value)}"
 
 
-_LINES = ("attn_implementation", "dtype", "revision", "tokenizer", "processor", "device_map", "trust_remote_code")
+_KEYS = {"torch_dtype": "dtype", "feature_extractor": "processor", "image_processor": "processor"}
+"""Arguments of transformers whose key in a pool has another name."""
+_LINES = (
+    "attn_implementation", "device_map", "dtype", "load_in_4bit", "load_in_8bit", "max_memory", "offload_folder", "processor",
+    "quantization_config", "revision", "tokenizer", "trust_remote_code",
+)  # fmt: skip
 
 
 def _toml(value: Any) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import ParameterError
-from pipefleet.loading import fleet_line
+from pipefleet.loading import instead
 
 _DEFAULTS = {"trust_remote_code": False, "use_fast": True}
 """Values with which transformers behaves as it does without the argument."""
+_NAMED = ("config", "pipeline_class", "quantization_config")
+"""Arguments whose objects are no part of a model's folder."""
 
 
 def model_name(model: Any) -> str | None:
@@ -44,13 +46,13 @@ def check_loading(parameters: Mapping[str, Any], names: set[str], model: str | N
     for name in sorted(names & parameters.keys()):
         value = parameters[name]
         is_default = value is None or (name in _DEFAULTS and value is _DEFAULTS[name])
+        is_default = is_default or (isinstance(value, Mapping) and not value)
         if is_default or (isinstance(value, str | os.PathLike) and model is not None and model_name(value) == model):
             continue
-        if isinstance(value, str | os.PathLike | Mapping | bool) or name == "quantization_config":
-            raise ParameterError(
-                f"{name} belongs to how a pool loads its model: write `{fleet_line(name, value)}` under its [pools.NAME] in "
-                "fleet.toml, not in pipeline()"
-            )
+        if name == "model_kwargs" and not isinstance(value, Mapping):
+            raise ParameterError(f"model_kwargs must be a dict, not an object of type {type(value).__name__}")
+        if isinstance(value, str | os.PathLike | Mapping | bool) or name in _NAMED:
+            raise ParameterError(f"{name} belongs to how a pool loads its model: {instead(name, value)}")
         kind = type(value).__name__
         raise ParameterError(
             f"{name} is loaded by the workers, so an object of type {kind} cannot be passed: save_pretrained() it into the "

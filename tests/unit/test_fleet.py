@@ -247,3 +247,12 @@ def test_a_model_that_no_job_can_name_is_refused(key: str, wrong: str) -> None:
         parse_fleet({"pools": {"a": previous}}, base=Path("/"))
     with pytest.raises(FleetFileError, match=f"--{key} must be"):
         with_revision(Pool("a", "text-classification", "/m"), **{"model": "/m", "revision": "r", key: wrong})
+
+
+def test_a_model_by_name_is_that_of_the_default_pool_where_two_pools_load_it_differently() -> None:
+    table = {"task": "text-classification", "model": "/models/x"}
+    pools = {"half": {**table, "dtype": "float16"}, "whole": {**table, "dtype": "float32", "default": True}}
+    fleet = parse_fleet({"pools": pools}, base=Path("/"))
+    assert fleet.find("text-classification", "/models/x", None).name == "whole"
+    pools["whole"] |= {"model": "/models/y", "previous": {"model": "/models/x"}}
+    assert parse_fleet({"pools": pools}, base=Path("/")).find("text-classification", "/models/x", None).name == "half"

@@ -16,6 +16,7 @@ from pipefleet.client import Client
 from pipefleet.errors import FleetFileError, ParameterError
 from pipefleet.fleet import Pool, parse_fleet
 from pipefleet.loading import METHODS
+from pipefleet.modelnames import check_loading
 from pipefleet.pipelines import pipeline
 from pipefleet.records import read_record
 from pipefleet.tasks import task_spec
@@ -76,7 +77,9 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(
 ) -> None:
     monkeypatch.setattr(precision, "_installed", lambda module: False)
     pool = Pool("texts", TASK, str(cached(TASK)), quantization={"method": method, **EXAMPLES[method]})
-    with pytest.raises(ModelError, match=f"pool texts: quantization by {method} .* is not installed; run pip install "):
+    with pytest.raises(
+        ModelError, match=f"pool texts: quantization by {method} .* (is|are) not installed; run pip install "
+    ):
         load_pipeline(pool)
     folder = build(TASK, tmp_path / "model")
     edit(folder, quantization_config={"quant_method": method})
@@ -124,6 +127,17 @@ WRONG = [
     ({"model_kwargs": {"use_safetensors": False}}, "use_safetensors must be true: other forms of weights can run code"),
     ({"model_kwargs": {"variant": "../x"}}, "variant must be a short name"),
     ({"model_kwargs": {"problem_typ": "regression"}}, "did you mean 'problem_type'"),
+    ({"model_kwargs": {"proxies": {"http": "x"}}}, "set HTTPS_PROXY where the workers run"),
+    ({"model_kwargs": {"rope_scaling": {"rope_type": "yarn"}}}, "write it as rope_parameters"),
+    ({"model_kwargs": {"max_position_embeddings": -5}}, "must be a whole number above 0"),
+    ({"model_kwargs": {"max_position_embeddings": 10**30}}, "must be a whole number above 0"),
+    ({"model_kwargs": {"rope_parameters": {"factor": float("nan")}}}, "must be a table of plain values"),
+    ({"quantization": {"method": "hqq", "nbits": -4}}, "nbits must be a whole number above 0"),
+    ({"quantization": {"method": "gptq", "bits": 4, "backend": "a\nb"}}, "backend must be a short text"),
+    (
+        {"quantization": {"method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": float("nan")}},
+        "llm_int8_threshold must be a finite number",
+    ),
     ({"atn_implementation": "sdpa"}, "did you mean 'attn_implementation'"),
 ]
 
@@ -195,12 +209,24 @@ def test_what_a_pool_says_reaches_the_model(tmp_path: Path) -> None:
         ),
         ({"model_kwargs": {"sliding_window": 8}}, "is a bert, whose config has no sliding_window"),
         ({"model_kwargs": {"variant": "fp16"}}, r"fp16"),
+        (
+            {"model_kwargs": {"max_position_embeddings": 4}},
+            "the sizes that its config names are not those of its weights",
+        ),
+        ({"quantization": {"method": "gptq", "bits": 4}}, "optimum and gptqmodel are not installed; run pip install"),
     ],
 )
 def test_what_the_model_cannot_do_is_one_sentence(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words) as caught:
         load_pipeline(Pool("texts", TASK, str(cached(TASK)), **fields))
     assert "\n" not in str(caught.value)
+    assert str(caught.value).count("pool texts: ") == 1
+
+
+def test_a_method_that_transformers_passes_over_is_not_said_to_be_used(tmp_path: Path) -> None:
+    folder = build(TASK, tmp_path / "model")
+    edit(folder, quantization_config={"quant_method": "of-tomorrow"})
+    assert "quantization" not in how_loaded(load_pipeline(Pool("texts", TASK, str(folder), device="cpu")))
 
 
 def test_a_config_that_names_a_kernel_of_the_hub_is_refused(tmp_path: Path) -> None:
@@ -227,6 +253,22 @@ def test_auto_is_the_dtype_of_the_checkpoint_and_what_is_named_is_that(tmp_path:
     folder = in_dtype(TASK, "float16", tmp_path / "model")
     assert how_loaded(load_pipeline(Pool("texts", TASK, str(folder), device="cpu")))["dtype"] == "float16"
     assert how_loaded(load_pipeline(Pool("texts", TASK, str(folder), dtype="float32")))["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("stored", "said", "warned"), [("float16", "auto", True), ("float16", "float16", False)])
+def test_a_checkpoint_in_half_precision_on_a_cpu_is_said_to_be_slow(
+    stored: str, said: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = in_dtype(TASK, stored, tmp_path / "model")
+    load_pipeline(Pool("texts", TASK, str(folder), device="cpu", dtype=said))
+    assert (
+        'pool texts: it runs in float16, as its checkpoint is stored; on a CPU dtype = "float32"' in caplog.text
+    ) is warned
+
+
+def test_a_checkpoint_in_single_precision_needs_no_word(caplog: pytest.LogCaptureFixture) -> None:
+    load_pipeline(Pool("texts", TASK, str(cached(TASK)), device="cpu"))
+    assert "on a CPU" not in caplog.text
 
 
 def test_auto_falls_back_to_float32_as_transformers_does() -> None:
@@ -290,9 +332,8 @@ def test_the_warm_up_proves_padding_in_half_precision(dtype: str, tmp_path: Path
         ({"model_kwargs": {"torch_dtype": torch.float16, "variant": "fp16"}}, 'dtype = "float16", model_kwargs = '),
         ({"model_kwargs": {"load_in_8bit": True}}, 'quantization = { method = "bitsandbytes", load_in_8bit = true }'),
         ({"model_kwargs": {"quantization_config": object()}}, 'quantization = { method = "…", … }'),
-        ({"model_kwargs": {}}, "model_kwargs = …"),
+        ({"model_kwargs": {"max_position_embeddings": 64}}, "model_kwargs = { max_position_embeddings = 64 }"),
         ({"tokenizer": "org/name"}, 'tokenizer = "org/name"'),
-        ({"tokenizer": object()}, "tokenizer = …"),
         ({"trust_remote_code": True}, "trust_remote_code = true"),
     ],
 )
@@ -300,6 +341,37 @@ def test_a_call_that_says_how_to_load_is_told_the_line(given: dict[str, Any], li
     with pytest.raises(ParameterError, match=re.escape(line)) as caught:
         pipeline(TASK, **given)
     assert "in fleet.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"token": "hf_secret"}, "set HF_TOKEN where the workers run"),
+        ({"model_kwargs": {"token": "hf_secret"}}, "set HF_TOKEN where the workers run"),
+        ({"model_kwargs": {"cache_dir": "/x"}}, "set HF_HOME"),
+        ({"model_kwargs": {"local_files_only": True}}, "set HF_HUB_OFFLINE=1"),
+        ({"use_fast": False}, "leave it out"),
+        ({"pipeline_class": object}, "name the task"),
+        ({"config": object()}, "save_pretrained"),
+        ({"model_kwargs": {"ignore_mismatched_sizes": True}}, "it makes weights up"),
+        ({"model_kwargs": {"torch_dtype": torch.float64}}, "dtype in a pool is one of auto, float32"),
+        ({"model_kwargs": {"use_safetensors": False}}, "use_safetensors must be true"),
+        ({"model_kwargs": {"attn_implementation": "org/kernel"}}, "names a kernel of the hub"),
+        ({"attn_implementation": "spda"}, "did you mean 'sdpa'"),
+        ({"model_kwargs": {"device_map": "cuda:0"}}, 'device_map = "auto" alone'),
+        ({"model_kwargs": {"subfolder": "x", 3: 4}}, "no pool of fleet.toml takes 'subfolder'; leave it out"),
+        ({"model_kwargs": [("a", 1)]}, "model_kwargs must be a dict"),
+    ],
+)
+def test_a_call_is_told_no_line_that_a_fleet_file_refuses(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(words)) as caught:
+        pipeline(TASK, **given)
+    assert "write `" not in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_empty_model_kwargs_say_nothing() -> None:
+    check_loading({"model_kwargs": {}}, {"model_kwargs"}, None)
 
 
 def test_what_a_model_ran_with_is_read_from_a_record_and_shown() -> None:

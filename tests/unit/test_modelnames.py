@@ -51,9 +51,9 @@ def test_what_changes_nothing_is_passed_over(given: dict[str, Any]) -> None:
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"tokenizer": "org/other"}, "say it in fleet.toml"),
-    ({"trust_remote_code": True}, "say it in fleet.toml"),
-    ({"model_kwargs": {"a": 1}}, "say it in fleet.toml"),
+    ({"tokenizer": "org/other"}, 'write `tokenizer = "org/other"` under its .* in fleet.toml'),
+    ({"trust_remote_code": True}, "write `trust_remote_code = true` under"),
+    ({"model_kwargs": {"a": 1}}, "no pool of fleet.toml takes 'a'"),
     ({"tokenizer": SimpleNamespace()}, "an object of type SimpleNamespace cannot be passed: save_pretrained"),
 ]
 

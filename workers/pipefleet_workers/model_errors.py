@@ -20,6 +20,8 @@ _WORDS = {
     "trust_remote_code = true for this pool if you have read that code",
     "model.safetensors": "it has no weights as safetensors, and other forms can run code while they load; convert them "
     "(load and save_pretrained them where you trust them)",
+    "ignore_mismatched_sizes": "the sizes that its config names are not those of its weights; take those that differ out of "
+    "model_kwargs, or copy the model again",
     "out of memory": 'its weights do not fit there; choose a smaller dtype, or device_map = "auto"',
     "couldn't connect to": _HUB["LocalEntryNotFoundError"],
     "offload": "it does not fit within max_memory and could not be offloaded; raise max_memory, or name an offload_folder",

@@ -18,7 +18,7 @@ from pipefleet.errors import PipefleetError, UsageError
 from pipefleet.fleet import Pool, pinned
 from pipefleet_workers.model_cache import ModelError, cache_folder, downloaded_model, require_safetensors
 from pipefleet_workers.model_errors import explained
-from pipefleet_workers.precision import config_arguments, in_dtype, loading
+from pipefleet_workers.precision import config_arguments, in_dtype, loading, warn_of_half
 
 __all__ = ["ModelError", "load_pipeline", "local_model", "require_folder"]
 
@@ -49,6 +49,7 @@ def load_pipeline(pool: Pool, *, device: str | None = None) -> Any:
     except Exception as error:
         raise ModelError(explained(pool, chosen, error)) from error
     pipe.model.eval()
+    warn_of_half(pool, pipe)
     return pipe
 
 

@@ -76,7 +76,7 @@ def loading(pool: Pool, config: Any, model: Any, device: str) -> dict[str, Any]:
     if pool.quantization:
         found["quantization_config"] = quantization_config(pool)
     elif stored in _PACKAGES:
-        _require_packages(f"pool {pool.name}: the weights of {pool.model} are quantized by {stored}", stored)
+        _require_packages(f"the weights of {pool.model} are quantized by {stored}", stored)
     if (pool.quantization or stored) and not pool.device_map:
         found["device_map"] = {"": device}  # else some methods take the first GPU, whatever the pool says
     return found
@@ -92,7 +92,7 @@ def quantization_config(pool: Pool) -> Any:
     import transformers
 
     method = str(pool.quantization["method"])
-    _require_packages(f"pool {pool.name}: quantization by {method} is not possible here", method)
+    _require_packages(f"quantization by {method} is not possible here", method)
     fields = {name: one for name, one in pool.quantization.items() if name != "method"}
     if method == "torchao":
         fields = _of_torchao(fields)
@@ -100,7 +100,7 @@ def quantization_config(pool: Pool) -> Any:
         return getattr(transformers, _CLASSES[method])(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise ModelError(
-            f"pool {pool.name}: quantization cannot be set up ({str(error).splitlines()[0][:300]}); change it in fleet.toml"
+            f"quantization cannot be set up ({str(error).splitlines()[0][:300]}); change it in fleet.toml"
         ) from None
 
 
@@ -115,9 +115,9 @@ def _require_packages(what: str, method: str) -> None:
     needed = _PACKAGES.get(method, {})
     missing = [name for name in needed if not _installed(name)]
     if missing:
-        packages = " ".join(needed[name] for name in missing)
+        packages, are = " ".join(needed[name] for name in missing), "are" if missing[1:] else "is"
         raise ModelError(
-            f"{what}: {' and '.join(missing)} is not installed; run pip install {packages} where the workers run, or choose "
+            f"{what}: {' and '.join(missing)} {are} not installed; run pip install {packages} where the workers run, or choose "
             "another quantization or checkpoint"
         )
 
@@ -179,6 +179,18 @@ def in_dtype(pool: Pool, load: Callable[[Any], Any]) -> Any:
     return found
 
 
+def warn_of_half(pool: Pool, pipe: Any) -> None:
+    """Log that a checkpoint runs in half precision on a CPU, where that is slow, unless the pool asks for it."""
+    dtype, device = getattr(pipe.model, "dtype", None), torch.device(pipe.device).type
+    if pool.dtype == "auto" and device == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        log.warning(
+            'pool %s: it runs in %s, as its checkpoint is stored; on a CPU dtype = "float32" in the pool is faster for most '
+            "models, and takes twice the memory",
+            pool.name, name,
+        )  # fmt: skip
+
+
 def how_loaded(pipe: Any) -> dict[str, str]:
     """What was used: `dtype` and `device`, `attention` where the model has one that can be chosen, `quantization` where it is."""
     model = pipe.model
@@ -190,7 +202,10 @@ def how_loaded(pipe: Any) -> dict[str, str]:
     config = getattr(model, "config", None)
     if attention := getattr(config, "_attn_implementation", None):
         found["attention"] = str(attention)
-    if method := quantized_by(getattr(config, "quantization_config", None)):
+    method = quantized_by(getattr(config, "quantization_config", None))
+    if (
+        method and getattr(model, "hf_quantizer", None) is not None
+    ):  # transformers passes over a method that it does not know
         found["quantization"] = method
     return found
 
