@@ -195,6 +195,8 @@ class Array:
                     return line, value
             except json.JSONDecodeError as error:
                 held = len(self._text) - self._place  # as much again, so that a long value is not tried too often
+                if held > LONGEST_LINE and error.msg.startswith("Unterminated"):
+                    raise self._error(f"a text has more than {LONGEST_LINE} characters") from None
                 if held > LONGEST_LINE or not self._more(max(held, _FIRST_PIECE)):
                     raise self._error(error.msg, error.pos) from None
             except RecursionError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -247,3 +248,9 @@ def test_a_manifest_that_is_not_there_is_no_matter_of_its_lines(store: ObjectSto
     preparer = InputPreparer(TASKS[TEXTS], store, prefix + "store/", inline_bytes=1000)
     with pytest.raises(ObjectMissingError, match=r"^there is no object"):
         open_source(prefix + "m.jsonl", TASKS[TEXTS], store, preparer, output=prefix + "out/").check()
+
+
+def test_an_element_beyond_measure_is_refused_as_such() -> None:
+    pieces = itertools.chain([b'["'], itertools.repeat(b"x" * (1 << 20), 200))
+    with pytest.raises(ManifestError, match="line 1: a text has more than 67108864 characters"):
+        list(rows(pieces, "m.json", TASKS[TEXTS]))
