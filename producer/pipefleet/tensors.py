@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 
@@ -31,7 +32,7 @@ def _tensors(value: Any) -> Any:
         return [_tensors(one) for one in value]
     array = array.astype(numpy.float32 if array.dtype.kind == "f" else numpy.int64)
     try:
-        import torch
+        torch = import_module("torch")  # the producer needs none of it, and takes it where the caller has it
     except ImportError:
         return array
     return torch.from_numpy(array)
