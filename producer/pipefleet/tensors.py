@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 
@@ -17,7 +17,7 @@ def with_tensors(output: Any, keys: Sequence[str]) -> Any:
 
 def _at(value: Any, keys: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
-        return {name: _tensors(one) if name in keys else one for name, one in value.items()}
+        return {name: _tensors(one) if name in keys else _at(one, keys) for name, one in value.items()}
     return [_at(one, keys) for one in value] if isinstance(value, list) else value
 
 
@@ -31,5 +31,8 @@ def _tensors(value: Any) -> Any:
     except ValueError:  # parts of unlike shapes
         return [_tensors(one) for one in value]
     array = array.astype(numpy.float32 if array.dtype.kind == "f" else numpy.int64)
-    # By name: the producer itself needs no torch, and imports it for nobody else.
-    return importlib.import_module("torch").from_numpy(array) if importlib.util.find_spec("torch") else array
+    try:
+        torch = import_module("torch")  # the producer needs none of it, and takes it where the caller has it
+    except ImportError:
+        return array
+    return torch.from_numpy(array)

@@ -197,3 +197,22 @@ def test_what_no_task_allows_is_refused(task: str, parameters: dict[str, Any]) -
 )
 def test_what_people_pass_is_allowed(task: str, parameters: dict[str, Any]) -> None:
     task_spec(task).check(parameters)
+
+
+def test_a_pipeline_predicts_and_transforms_as_it_is_called() -> None:
+    pipe = Echo("text-classification", [{"label": "a", "score": 1.0}])
+    assert pipe.predict("x") == pipe.transform("x") == pipe("x")
+    assert pipe.predict(["x", "y"]) == pipe(["x", "y"])
+
+
+def test_a_part_that_only_a_process_with_the_model_has_is_named() -> None:
+    pipe = Echo("text-generation", [])
+    assert not hasattr(pipe, "model")
+    with pytest.raises(AttributeError, match="has no 'tokenizer'; the model is with the workers"):
+        _ = pipe.tokenizer
+
+
+def test_features_are_tensors_where_they_are_asked_for() -> None:
+    pipe = Echo("feature-extraction", [[[0.5, 1.0]]])
+    assert pipe("x", return_tensors=True).shape == (1, 1, 2)
+    assert pipe("x") == [[[0.5, 1.0]]]
