@@ -14,6 +14,7 @@ from pipefleet.errors import ParameterError, nearest
 from pipefleet.refused_parameters import why_refused
 
 Check = Callable[[Any], "str | None"]
+_MOST_OF_THEM = 8
 
 
 def boolean(value: Any) -> str | None:
@@ -185,5 +186,8 @@ def check_parameters(
 
 
 def _known(allowed: Mapping[str, Check], common: Collection[str]) -> str:
-    own = ", ".join(sorted(name for name in allowed if name not in common)) or "none"
-    return own if not allowed.keys() & set(common) else f"{own}, and arguments of generate()"
+    """The names of a task, with one word for those of generate() where it takes most of them."""
+    shared = allowed.keys() & set(common)
+    if len(shared) < _MOST_OF_THEM:
+        return ", ".join(sorted(allowed)) or "none"
+    return f"{', '.join(sorted(allowed.keys() - shared)) or 'none'}, and arguments of generate()"
