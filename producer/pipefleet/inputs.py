@@ -168,7 +168,7 @@ class InputPreparer:
         further = {name: one for name, one in message.items() if name not in ("role", "content")}
         if not all(may_stand_in_a_message(name, one) for name, one in further.items()):
             raise InputError(
-                f"a message holds texts such as a name, or None, beside role and content in {self.spec.name}; write others, "
+                f"{self.spec.name} takes texts such as a name, or None, beside role and content of a message; write others, "
                 "such as calls of tools, into its content"
             )
         return {"role": role, "content": content, **further}
