@@ -218,7 +218,7 @@ def test_a_reader_goes_on_behind_what_it_has_read(monkeypatch: pytest.MonkeyPatc
     assert opened == [0, 3, 3]
 
 
-def test_ctrl_c_ends_the_patience_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_patience_at_once() -> None:
     def away() -> None:
         raise AWAY
 
@@ -226,6 +226,10 @@ def test_ctrl_c_ends_the_patience_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         signal.raise_signal(signal.SIGINT)
 
     begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        Patience(seconds=60.0, told=told).call(away)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Patience(seconds=60.0, told=told).call(away)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 20
