@@ -14,7 +14,8 @@ from pipefleet.errors import ParameterError, nearest
 from pipefleet.refused_parameters import why_refused
 
 Check = Callable[[Any], "str | None"]
-_MOST_OF_THEM = 8
+MOST_OF_THEM = 8
+"""From so many arguments of generate() on, a task's list has one word for all of them."""
 
 
 def boolean(value: Any) -> str | None:
@@ -188,6 +189,6 @@ def check_parameters(
 def _known(allowed: Mapping[str, Check], common: Collection[str]) -> str:
     """The names of a task, with one word for those of generate() where it takes most of them."""
     shared = allowed.keys() & set(common)
-    if len(shared) < _MOST_OF_THEM:
+    if len(shared) < MOST_OF_THEM:
         return ", ".join(sorted(allowed)) or "none"
     return f"{', '.join(sorted(allowed.keys() - shared)) or 'none'}, and arguments of generate()"

@@ -93,7 +93,7 @@ class FleetPipeline:
         if called.get(_SPLIT) and _is_words(given):
             given = [given]
         if self._is_one_input(given):
-            return self._restored(_result(self.submit(given, **wanted), wait), wanted)
+            return self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
         if isinstance(given, list | tuple):
             with closing(self._stream(given, wanted, wait, eager=True)) as stream_of_results:
                 answers = [self._restored(one, wanted, listed=True) for one in stream_of_results]
@@ -103,7 +103,7 @@ class FleetPipeline:
         if is_dataset(given):
             results = (self._restored(one, wanted, streamed=True) for one in self._stream(given, wanted, wait))
             return Results(results, len(given)) if hasattr(given, "__len__") else results
-        result = self._restored(_result(self.submit(given, **wanted), wait), wanted)
+        result = self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
         return [result] if self._is_nested(given, called) else result
 
     def predict(self, inputs: Any) -> Any:

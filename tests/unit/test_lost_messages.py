@@ -45,7 +45,6 @@ def run(client: Client, prefix: str) -> Run:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(losses, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr("pipefleet.cli.runs.LOOK_AGAIN_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("soon")

@@ -29,7 +29,9 @@ class Echo(FleetPipeline):
         self.given: list[tuple[Any, dict[str, Any]]] = []
         self.warnings: list[str] = []
 
-    def submit(self, inputs: Any, **parameters: Any) -> Any:
+    def _submit(
+        self, inputs: Any, patience: Any, *, priority: str = "normal", expires: Any = None, **parameters: Any
+    ) -> Any:
         self.given.append((inputs, parameters))
         return self
 
@@ -37,7 +39,7 @@ class Echo(FleetPipeline):
         return self.answer
 
     def _stream(self, inputs: Any, parameters: Any, *_: Any, **__: Any) -> Generator[Any]:
-        return (self.submit(one, **parameters).result() for one in inputs)
+        return (self._submit(one, None, **parameters).result() for one in inputs)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from pipefleet.progress import RunProgress
     from pipefleet.runs import Run
 
-LOOK_AGAIN_SECONDS = 2.0
-"""Between two looks at a run whose shards seem to be lost, as in `pipefleet.losses`, whose imports `--help` can do without."""
-
 
 def register(commands: Commands) -> None:
     """Add the commands of this module."""
@@ -113,12 +110,13 @@ def map_(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     """Print the progress of a run, a few seconds later where shards seem to be lost. 1 when it has ended with failed items."""
     from pipefleet.client import Client
+    from pipefleet.losses import LOOK_SECONDS
 
     with Client() as client:
         run = client.run(arguments.uri)
         progress = run.progress()
         while not progress.ended and client.losses.suspected(run.id):
-            time.sleep(LOOK_AGAIN_SECONDS)
+            time.sleep(LOOK_SECONDS)
             progress = run.progress()
         return _report(run, progress, as_json=arguments.json)
 
