@@ -25,10 +25,10 @@ class Events:
 
     def __enter__(self) -> Events:
         with Redis.from_url(self._url) as redis:
-            before = _listeners(redis)
+            before = listeners(redis)
             self._thread.start()
             deadline = time.monotonic() + 20
-            while not _listeners(redis) - before and time.monotonic() < deadline:
+            while not listeners(redis) - before and time.monotonic() < deadline:
                 time.sleep(0.01)
         return self
 
@@ -68,7 +68,8 @@ def _drain(connection: Any) -> None:
         return
 
 
-def _listeners(redis: Redis) -> set[str]:
+def listeners(redis: Redis) -> set[str]:
+    """The connections that listen to channels by pattern, as those of events and of control commands do."""
     try:
         return {client["id"] for client in redis.client_list() if client["psub"] != "0"}
     except RedisError:

@@ -108,7 +108,7 @@ class World:
     def ping(self) -> bool:
         """Whether the worker answers `celery inspect ping`."""
         self.ear.expected += 1
-        answers: Any = self.celery.control.inspect(timeout=3.0, limit=1).ping()
+        answers: Any = self.celery.control.inspect(timeout=20.0, limit=1).ping()
         return bool(answers) and all(value == {"ok": "pong"} for value in answers.values())
 
     def _start_servers(self, children: Children, stack: ExitStack) -> None:
