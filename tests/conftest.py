@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 
 from pipefleet.client import Client
-from pipefleet.objects import ObjectStore
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment
 from tests.checkpoints import cached

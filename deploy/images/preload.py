@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from pipefleet.errors import PipefleetError
-from pipefleet.fleet import Pool, load_fleet
+from pipefleet.fleet.pools import Pool, load_fleet
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 

@@ -16,7 +16,7 @@ from pipefleet._version import __version__
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
-    from pipefleet.contract import JobState
+    from pipefleet.contract.messages import JobState
     from pipefleet.errors import (
         JobCancelledError,
         JobError,
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
         ServiceUnavailableError,
         UsageError,
     )
-    from pipefleet.jobs import Job
-    from pipefleet.pipelines import FleetPipeline, pipeline
-    from pipefleet.progress import RunProgress
-    from pipefleet.runs import Run
+    from pipefleet.jobs.job import Job
+    from pipefleet.pipelines.fleet_pipeline import FleetPipeline, pipeline
+    from pipefleet.runs.progress import RunProgress
+    from pipefleet.runs.run import Run
     from pipefleet.settings import Settings
 
 _HOMES = {

@@ -16,37 +16,46 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
-from pipefleet import broker, jobs, tracecontext
-from pipefleet.announcements import announced_fleet
-from pipefleet.artifacts import resolve
-from pipefleet.called import called_parameters, layered
-from pipefleet.clock import ServerClock
-from pipefleet.contract import CONTRACT_VERSION, MAX_DEADLINE, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority
+from pipefleet.connection.clock import ServerClock
+from pipefleet.contract.artifacts import resolve
+from pipefleet.contract.layout import RunLayout, RunPlan
+from pipefleet.contract.messages import (
+    CONTRACT_VERSION,
+    MAX_DEADLINE,
+    MAX_SHARD_ITEMS,
+    JobItem,
+    JobMessage,
+    JobState,
+    Priority,
+)
+from pipefleet.contract.parts import FORMATS, JsonLines
+from pipefleet.contract.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record, request_digest
+from pipefleet.contract.references import REF_KEY
+from pipefleet.contract.uris import output_fault, run_fault
 from pipefleet.errors import ConflictError, InputError, JobError, RunError, UnknownModelError
-from pipefleet.fleet import Fleet, Pool
-from pipefleet.fleetfile import FleetFile
+from pipefleet.fleet.announcements import announced_fleet
+from pipefleet.fleet.followed_file import FleetFile
+from pipefleet.fleet.identity import Membership
+from pipefleet.fleet.model_names import model_name
+from pipefleet.fleet.pools import Fleet, Pool
+from pipefleet.fleet.routing import route, work_queue
+from pipefleet.fleet.waiting import Lookout
+from pipefleet.fleet.writers import require_writer
 from pipefleet.forking import renew_after_fork
-from pipefleet.identity import Membership
-from pipefleet.inputs import InputPreparer
-from pipefleet.jobs import Job
-from pipefleet.layout import RunLayout, RunPlan
-from pipefleet.losses import Losses
-from pipefleet.modelnames import model_name
-from pipefleet.objects import ObjectStore
-from pipefleet.parts import FORMATS, JsonLines
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.jobs import job as jobs
+from pipefleet.jobs.job import Job
+from pipefleet.jobs.watcher import Watcher
 from pipefleet.patience import Patience
-from pipefleet.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record, request_digest
-from pipefleet.routing import route, work_queue
-from pipefleet.runs import Run
+from pipefleet.queues import broker, trace_context
+from pipefleet.runs.losses import Losses
+from pipefleet.runs.run import Run
+from pipefleet.runs.start import plan_run
 from pipefleet.settings import Settings, load_settings
-from pipefleet.starting import plan_run
-from pipefleet.storage import REF_KEY
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
+from pipefleet.tasks.parameters import called_parameters, layered
 from pipefleet.tasks.requirements import Known
-from pipefleet.uris import output_fault, run_fault
-from pipefleet.waiting import Lookout
-from pipefleet.watcher import Watcher
-from pipefleet.writers import require_writer
 
 ANNOUNCED_SECONDS = 5.0
 """How long what the workers announce is taken as it was read."""
@@ -181,7 +190,7 @@ class Client:
         once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
         queue = work_queue(pool, patience.call(lambda: self.fleet))
         self._lookout.name(queue, pool)
-        with tracecontext.submitting(spec.name, job_id):
+        with trace_context.submitting(spec.name, job_id):
             return patience.call(lambda: self._enqueue(message, queue, Priority.named(priority), once))
 
     def map(

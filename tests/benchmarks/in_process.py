@@ -6,8 +6,8 @@ import functools
 import threading
 from typing import Any
 
-from pipefleet.contract import JobItem, Priority
-from pipefleet.fleet import Pool
+from pipefleet.contract.messages import JobItem, Priority
+from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.device_images import on_device
 from pipefleet_workers.batcher import BatchLimits

@@ -18,7 +18,7 @@ from typing import Any
 import boto3
 import psutil
 
-from pipefleet.storage import split_uri
+from pipefleet.contract.references import split_uri
 from tests.benchmarks.measurement import Machine
 from tests.benchmarks.workloads import Workload, decode
 

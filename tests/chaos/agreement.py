@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from celery import states
 
-from pipefleet import broker, deadletters
 from pipefleet.client import Client
-from pipefleet.contract import JobState
-from pipefleet.finishing import read_resumed
-from pipefleet.layout import RunLayout
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobState
+from pipefleet.queues import broker, dead_letters
+from pipefleet.runs.finishing import read_resumed
 from pipefleet_workers.ending import REVOKED
 from pipefleet_workers.scaling.ledger import read_items
 
@@ -77,7 +77,7 @@ def _events(world: World, client: Client) -> list[str]:
     lossy = bool(world.faults & {"redis", "death"})
     wrong = []
     records = _states(world, submitted=True)
-    for letter in deadletters.dead_letters(world.redis, QUEUE, count=1000):
+    for letter in dead_letters.dead_letters(world.redis, QUEUE, count=1000):
         if letter.reason == REVOKED and letter.job_id is not None:
             records.pop(letter.job_id, None)  # a shard, which has no record of its own to be compared
     for job_id, state in records.items():

@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipefleet import broker, deadletters
 from pipefleet.cli import main as command
 from pipefleet.client import Client
-from pipefleet.contract import JobState
-from pipefleet.layout import RunLayout, index_of
-from pipefleet.runs import Run
+from pipefleet.contract.layout import RunLayout, index_of
+from pipefleet.contract.messages import JobState
+from pipefleet.queues import broker, dead_letters
+from pipefleet.runs.run import Run
 from tests.chaos.saboteur import TASK
 from tests.chaos.world import QUEUE, World, until
 
@@ -64,7 +64,7 @@ def leftovers(world: World, *, dead: int = 0) -> list[str]:
         state = (value or b"").decode()
         if not state or not JobState(state).final:
             left.append(f"{key.decode()} is {state or 'without a state'}")
-    letters = deadletters.count_dead_letters(redis, QUEUE)
+    letters = dead_letters.count_dead_letters(redis, QUEUE)
     return left if letters == dead else [*left, f"{letters} dead letters instead of {dead}"]
 
 

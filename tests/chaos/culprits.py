@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipefleet import deadletters
 from pipefleet.errors import JobFailedError
-from pipefleet.jobs import Job
+from pipefleet.jobs.job import Job
+from pipefleet.queues import dead_letters
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import TASK
 from tests.chaos.scenario import Finding, Scale, scenario
@@ -44,7 +44,7 @@ def shard_with(world: World, bad: dict[int, str], *, workers: int = 2, **setting
 
 
 def check_letters(world: World, count: int) -> None:
-    letters = deadletters.dead_letters(world.redis, QUEUE)
+    letters = dead_letters.dead_letters(world.redis, QUEUE)
     assert len(letters) == count
     assert all(letter.reason and letter.job_id for letter in letters), f"letters without a reason: {letters}"
 

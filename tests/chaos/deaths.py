@@ -9,11 +9,11 @@ import sys
 import time
 from collections import Counter
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import Priority
-from pipefleet.layout import RunLayout
-from pipefleet.shards import shard_message
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import Priority
+from pipefleet.contract.shards import shard_message
+from pipefleet.queues import broker
 from pipefleet_workers.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import POINTS, TASK

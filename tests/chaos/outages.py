@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
-from pipefleet.jobs import Job
-from pipefleet.runs import Run
+from pipefleet.jobs.job import Job
+from pipefleet.queues import broker
+from pipefleet.runs.run import Run
 from pipefleet_workers.checks import access_of_workers
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.proxy import WELL, Mood, Proxy

@@ -7,7 +7,7 @@ import io
 import time
 
 from pipefleet.cli import main as command
-from pipefleet.layout import RunLayout
+from pipefleet.contract.layout import RunLayout
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import TASK
 from tests.chaos.scenario import Finding, Scale, scenario

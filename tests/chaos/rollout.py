@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipefleet import broker
 from pipefleet.cli import main as command
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority
-from pipefleet.revisions import waiting
-from pipefleet.routing import revision_queue
-from pipefleet.runs import Run
+from pipefleet.contract.messages import JobItem, JobMessage, Priority
+from pipefleet.fleet.revisions import waiting
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues import broker
+from pipefleet.runs.run import Run
 from pipefleet.settings import load_settings
 from tests.chaos.checks import check_quiet, check_run, start_run, texts
 from tests.chaos.saboteur import TASK

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from pipefleet.errors import ServiceUnavailableError
-from pipefleet.jobs import Job
-from pipefleet.runs import Run
+from pipefleet.jobs.job import Job
+from pipefleet.runs.run import Run
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.outages import submitted, wait_patiently
 from tests.chaos.proxy import WELL, Mood

@@ -10,10 +10,10 @@ import time
 import uuid
 from typing import Any
 
-from pipefleet import broker, deadletters
-from pipefleet.contract import JobItem, JobMessage, JobState, Priority
+from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority
+from pipefleet.contract.shards import shard_id
 from pipefleet.errors import JobCancelledError, JobExpiredError
-from pipefleet.shards import shard_id
+from pipefleet.queues import broker, dead_letters
 from pipefleet_workers.ending import REVOKED
 from pipefleet_workers.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
@@ -93,7 +93,7 @@ def hostile_messages(world: World, scale: Scale) -> Finding:
         until(lambda: not _unended(world), what="everything has ended")
         worker = world.workers[0]
         assert not worker.codes, f"the worker ended with {worker.codes}"
-        letters = deadletters.count_dead_letters(world.redis, QUEUE)
+        letters = dead_letters.count_dead_letters(world.redis, QUEUE)
         assert letters > scale.messages // 3
         check_quiet(world, dead=letters)
     return Finding(note=f"{scale.messages} messages in {seconds:.1f} s, {letters} of them dead letters")
@@ -197,7 +197,7 @@ def revoke(world: World, scale: Scale) -> Finding:
         assert {one.record().failure.message for one in jobs} == {REVOKED}
         check_singles([client.submit(TASK, text) for text in texts(10, "after")])
         check_quiet(world, dead=4)
-        assert {letter.reason for letter in deadletters.dead_letters(world.redis, QUEUE)} == {REVOKED}
+        assert {letter.reason for letter in dead_letters.dead_letters(world.redis, QUEUE)} == {REVOKED}
         assert not world.workers[0].codes, "the worker died of it"
     return Finding(seconds, "until 21 jobs had ended as cancelled; 4 shards are dead letters")
 

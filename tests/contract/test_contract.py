@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet.contract import (
+from pipefleet.contract.messages import (
     CONTRACT_VERSION,
     ID_FORM,
     MAX_COST,
@@ -30,10 +30,10 @@ from pipefleet.contract import (
     is_id,
     is_reply,
 )
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import StorageRef
+from pipefleet.contract.shards import decode_shard_line, encode_shard_line
 from pipefleet.errors import ContractError
-from pipefleet.records import JobFailure
-from pipefleet.shards import decode_shard_line, encode_shard_line
-from pipefleet.storage import StorageRef
 
 GOLDEN = Path(__file__).parent / "golden"
 SINGLE = JobMessage(

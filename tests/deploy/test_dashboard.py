@@ -18,8 +18,8 @@ import pytest
 from redis import Redis
 
 from pipefleet.client import Client
-from pipefleet.contract import JobState
-from pipefleet.fleet import load_fleet
+from pipefleet.contract.messages import JobState
+from pipefleet.fleet.pools import load_fleet
 from pipefleet.settings import Settings
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.metrics import Metrics

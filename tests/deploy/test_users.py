@@ -22,18 +22,19 @@ from celery import Celery
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from pipefleet import broker, cli, deadletters
-from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, announced_fleet
-from pipefleet.backlog import STALLED_SECONDS, Backlog
+from pipefleet import cli
 from pipefleet.client import Client
-from pipefleet.contract import TASK_NAME, Priority
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import TASK_NAME, Priority
 from pipefleet.errors import AccessDeniedError, RunError, ServiceUnavailableError
-from pipefleet.fleet import load_fleet
-from pipefleet.identity import Membership
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
+from pipefleet.fleet.announcements import POOLS_KEY, WORKERS_KEY, announced_fleet
+from pipefleet.fleet.identity import Membership
+from pipefleet.fleet.pools import load_fleet
 from pipefleet.patience import Patience
+from pipefleet.queues import broker, dead_letters
+from pipefleet.runs.backlog import STALLED_SECONDS, Backlog
 from pipefleet.settings import Settings
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers import doctor
 from pipefleet_workers.scaling.service import Scaler
 from tests import servers
@@ -145,7 +146,7 @@ def test_producer_worker_scaler_and_flower_have_the_rights_they_need(
             assert run.wait(timeout=60).state == "succeeded"
             client.redis.lpush(QUEUE, "no message")
             wait_for(
-                lambda: deadletters.count_dead_letters(client.redis, QUEUE) == 1, started[0], log=folders[0] / "log"
+                lambda: dead_letters.count_dead_letters(client.redis, QUEUE) == 1, started[0], log=folders[0] / "log"
             )
             assert announced_fleet(client.redis).pools.keys() == {"one"}
         reading = Scaler(load_fleet(guarded.fleet), guarded.settings("control"), cold_start=60.0).tick()
@@ -327,7 +328,7 @@ def file_letter(guarded: Guarded) -> str:
     with Client(guarded.settings("producer")) as client:
         job = client.submit("feature-extraction", "a secret")
     name = broker.queue_list(admin.hget(broker.job_key(job.id), "queue").decode(), 3)
-    deadletters.file_dead_letter(admin, QUEUE, message=admin.lpop(name).decode(), reason="tried")
+    dead_letters.file_dead_letter(admin, QUEUE, message=admin.lpop(name).decode(), reason="tried")
     return job.id
 
 
@@ -402,7 +403,7 @@ def test_a_right_that_is_missing_is_named(guarded: Guarded) -> None:
 def test_a_producer_may_see_that_messages_of_its_run_are_lost(
     guarded: Guarded, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipefleet.losses.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("pipefleet.runs.losses.GRACE_SECONDS", 0.5)
     with Client(guarded.settings("producer")) as client:
         run = client.map("feature-extraction", ["a", "b"], output=bucket)
         run.join_planner()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipefleet.cli.fleet import task_rows
-from pipefleet.parameters import MOST_OF_THEM
+from pipefleet.tasks.checks import MOST_OF_THEM
 from pipefleet.tasks.shared import WRITE
 
 README = Path(__file__).resolve().parents[2] / "README.md"

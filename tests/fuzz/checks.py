@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unicodedata import category
 
-from pipefleet import broker, deadletters
 from pipefleet.cli import main as command
-from pipefleet.contract import JobState
+from pipefleet.contract.messages import JobState
 from pipefleet.errors import PipefleetError
+from pipefleet.queues import broker, dead_letters
 from tests.fuzz.messages import BASE, HOST_URI, OUTPUTS, QUEUE, TASK, VICTIM_URI
 from tests.fuzz.oracle import Fate, fate, has_eta
 from tests.fuzz.world import World, soon
@@ -82,7 +82,7 @@ def _unsettled(world: World) -> list[str]:
 
 
 def check_keys(world: World) -> list[str]:
-    """Every key is one that `pipefleet.broker` documents, of the type it says, of a bounded size, and not kept for ever."""
+    """Every key is one that `pipefleet.queues.broker` documents, of the type it says, of a bounded size, and not kept for ever."""
     redis: Any = world.redis
     known = documented()
     found: list[str] = []
@@ -98,7 +98,7 @@ def check_keys(world: World) -> list[str]:
 
 
 def documented() -> list[tuple[re.Pattern[str], set[str]]]:
-    """The keys that the docstring of `pipefleet.broker` lists, with their types, and those that are Celery's own."""
+    """The keys that the docstring of `pipefleet.queues.broker` lists, with their types, and those that are Celery's own."""
     types = {"bitmap": {"string"}, "string": {"string"}, "hash": {"hash"}, "zset": {"zset"}, "list": {"list"}}
     lines = re.findall(r"^    (\S+) +(hash|string|bitmap|zset|list) ", broker.__doc__ or "", re.MULTILINE)
     known = [(re.compile(broker.KEY + _pattern(name), re.DOTALL), types[kind]) for name, kind in lines]
@@ -115,10 +115,10 @@ def _pattern(name: str) -> str:
 
 def check_fates(world: World, pushed: Pushed) -> list[str]:
     """Each message of a batch has become a dead letter or a job that has ended, or waits for its time; none of them both."""
-    letters = [letter.message for letter in deadletters.every_dead_letter(world.redis, QUEUE)]
+    letters = [letter.message for letter in dead_letters.every_dead_letter(world.redis, QUEUE)]
     told = set(letters)
     waiting = {record for record in _records(world)}
-    cut = sum("large" in letter.reason for letter in deadletters.every_dead_letter(world.redis, QUEUE))
+    cut = sum("large" in letter.reason for letter in dead_letters.every_dead_letter(world.redis, QUEUE))
     lost: list[str] = []
     for raw in dict.fromkeys(pushed):
         text = raw.decode(errors="replace")
@@ -271,7 +271,7 @@ def guarded(check: Callable[[], list[str]]) -> list[str]:
 
 def count_letters(world: World) -> int:
     """How many dead letters there are."""
-    return deadletters.count_dead_letters(world.redis, QUEUE)
+    return dead_letters.count_dead_letters(world.redis, QUEUE)
 
 
 def kind_of(wrong: str) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipefleet import broker
-from pipefleet.contract import TASK_NAME, JobItem, JobMessage, Priority
+from pipefleet.contract.messages import TASK_NAME, JobItem, JobMessage, Priority
+from pipefleet.queues import broker
 
 TASK = "text-classification"
 QUEUE = f"pipefleet.{TASK}"

@@ -9,7 +9,7 @@ from typing import Any
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import Message
 
-from pipefleet.contract import TASK_NAME, JobMessage, decode_message
+from pipefleet.contract.messages import TASK_NAME, JobMessage, decode_message
 from pipefleet.errors import ContractError
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, read_envelope
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.layout import RunLayout
+from pipefleet.contract.layout import RunLayout
+from pipefleet.queues import broker
 from pipefleet_workers.local.children import Children
 from pipefleet_workers.local.credentials import Credentials
 from pipefleet_workers.local.environment import in_environment

@@ -11,7 +11,7 @@ from typing import Any
 from kombu import Connection, Consumer, Queue
 from redis import Redis
 
-from pipefleet import broker, deadletters
+from pipefleet.queues import broker, dead_letters
 from pipefleet_workers.delivery.leases import Lease, lease_of
 from tests.servers import until
 
@@ -45,7 +45,7 @@ class Taker:
     def __post_init__(self) -> None:
         self.messages: list[Any] = []
         self.lost: list[Lease] = []
-        self.dead: list[deadletters.DeadLetter] = []
+        self.dead: list[dead_letters.DeadLetter] = []
         self.on_message: Callable[[Any], None] = self.messages.append
         callbacks = {"on_lost": self.lost.append, "on_dead": self.dead.append}
         # Bound to this taker, so that two takers in one process have a ledger each, as two workers would.

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
+from pipefleet.queues import broker
 from pipefleet_workers.local.environment import in_environment
 from tests.conftest import write_fleet
 from tests.servers import until

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
+from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
+from pipefleet.contract.references import StorageRef, is_ref, map_refs, refs_in
 from pipefleet.errors import JobError, JobFailedError, UsageError
-from pipefleet.fleet import Pool
-from pipefleet.jobs import Job
-from pipefleet.objects import ObjectStore
-from pipefleet.routing import queue_name
-from pipefleet.storage import StorageRef, is_ref, map_refs, refs_in
+from pipefleet.fleet.pools import Pool
+from pipefleet.fleet.routing import queue_name
+from pipefleet.inputs.uploads import RAW_AUDIO
+from pipefleet.jobs.job import Job
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, Media, TaskSpec, task_spec
-from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment
 from tests.checkpoints import cached

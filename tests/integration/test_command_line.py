@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 
-from pipefleet.objects import ObjectStore
+from pipefleet.storage.store import ObjectStore
 from tests.checkpoints.media import image, jpeg_bytes
 from tests.conftest import POOLS, Servers, write_fleet
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker, deadletters
-from pipefleet.contract import MAX_MESSAGE_BYTES, MAX_WIRE_BYTES, JobItem, JobMessage, Priority
+from pipefleet.contract.messages import MAX_MESSAGE_BYTES, MAX_WIRE_BYTES, JobItem, JobMessage, Priority
 from pipefleet.errors import ContractError
+from pipefleet.queues import broker, dead_letters
 from tests.integration.lease_world import KEYS, NEVER, QUEUE, Taker, depth, envelope, list_name, names, push, waits
 from tests.servers import until
 
 
-def letters(redis: Redis, count: int) -> list[deadletters.DeadLetter]:
-    until(lambda: deadletters.count_dead_letters(redis, QUEUE) == count)
-    return deadletters.dead_letters(redis, QUEUE)
+def letters(redis: Redis, count: int) -> list[dead_letters.DeadLetter]:
+    until(lambda: dead_letters.count_dead_letters(redis, QUEUE) == count)
+    return dead_letters.dead_letters(redis, QUEUE)
 
 
 # Sizes
@@ -72,19 +72,19 @@ def test_large_dead_letters_are_listed_a_few_at_a_time_and_a_huge_one_is_only_na
     letter = {"reason": "r", "at": 1.0, "queue": QUEUE, "deliveries": 1}
     huge = json.dumps({**letter, "message": "x" * 30_000_000})
     redis.rpush(KEYS["dead_key"], *(json.dumps({**letter, "message": "x" * 2_000_000}) for _ in range(20)), huge)
-    first = deadletters.dead_letters(redis, QUEUE, count=1000)
+    first = dead_letters.dead_letters(redis, QUEUE, count=1000)
     assert len(first) == 9
-    every = list(deadletters.every_dead_letter(redis, QUEUE))
+    every = list(dead_letters.every_dead_letter(redis, QUEUE))
     assert len(every) == 21
     assert (every[-1].code, every[-1].message) == ("too_large", "")
     assert str(len(huge)) in every[-1].reason
-    assert deadletters.remove_dead_letter(redis, every[-1], QUEUE)
-    assert not deadletters.remove_dead_letter(redis, every[-1], QUEUE)
-    assert deadletters.count_dead_letters(redis, QUEUE) == 20
+    assert dead_letters.remove_dead_letter(redis, every[-1], QUEUE)
+    assert not dead_letters.remove_dead_letter(redis, every[-1], QUEUE)
+    assert dead_letters.count_dead_letters(redis, QUEUE) == 20
 
 
 def test_a_huge_letter_that_nobody_was_told_of_keeps_no_other_back(redis: Redis, taker: Callable[..., Taker]) -> None:
-    redis.lpush(KEYS["unreported_key"], b"x" * (deadletters.MOST_LETTER_BYTES + 1))
+    redis.lpush(KEYS["unreported_key"], b"x" * (dead_letters.MOST_LETTER_BYTES + 1))
     redis.lpush(list_name(3), "no message")
     worker = taker()
     until(lambda: (worker.poll(), [letter.reason for letter in worker.dead] == ["it is not JSON"])[1])
@@ -223,7 +223,7 @@ def test_a_swept_message_whose_list_is_none_keeps_no_other_back(redis: Redis, ta
 def test_a_letter_that_nobody_can_be_told_of_is_filed_in_the_end(redis: Redis, taker: Callable[..., Taker]) -> None:
     told: list[str | None] = []
 
-    def note(letter: deadletters.DeadLetter) -> None:
+    def note(letter: dead_letters.DeadLetter) -> None:
         told.append(letter.job_id)
         if letter.job_id == "stuck":
             raise TypeError("its record is no record")

@@ -13,7 +13,7 @@ import pytest
 from kombu import Connection, Queue
 from redis import Redis
 
-from pipefleet import broker, deadletters
+from pipefleet.queues import broker, dead_letters
 from pipefleet_workers.delivery.leases import lease_of
 from tests.integration.lease_world import (
     EMPTY,
@@ -217,7 +217,7 @@ def test_the_documented_rights_are_enough_for_a_worker_and_a_producer(redis: Red
         f"redis://worker:secret@127.0.0.1:{server.port}/0", options={"renew_seconds": 0.05, "lease_seconds": 0.5}
     )
     (first,) = worker.take(1)
-    until(lambda: deadletters.leased_messages(redis, QUEUE)[0].seconds > 0.5)
+    until(lambda: dead_letters.leased_messages(redis, QUEUE)[0].seconds > 0.5)
     first.reject(requeue=True)
     (second,) = worker.take(1)
     lease = lease_of(second)

@@ -13,9 +13,9 @@ import pytest
 from kombu import Connection, Queue
 from redis import Redis
 
-from pipefleet import broker, deadletters
-from pipefleet.contract import JobItem, JobMessage, Priority, Shard
+from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard
 from pipefleet.errors import UsageError
+from pipefleet.queues import broker, dead_letters
 from pipefleet_workers.delivery.leases import Lease, lease_of
 from tests.integration.lease_world import (
     EMPTY,
@@ -163,7 +163,7 @@ def test_a_copy_of_a_held_message_is_not_run_beside_it(redis: Redis, taker: Call
     assert names(worker.take(1)) == ["b"]
     first.ack()
     until(lambda: depth(redis)["unacked"] == 1)
-    assert deadletters.count_dead_letters(redis, QUEUE) == 0
+    assert dead_letters.count_dead_letters(redis, QUEUE) == 0
 
 
 # Giving back
@@ -235,12 +235,12 @@ def test_a_message_that_is_worked_on_is_renewed_past_its_lease(redis: Redis, tak
 
     def held_for_three_leases() -> bool:
         other.poll()
-        (seen,) = deadletters.leased_messages(redis, QUEUE)
+        (seen,) = dead_letters.leased_messages(redis, QUEUE)
         return seen.seconds > 1.5
 
     until(held_for_three_leases)
     assert other.messages == []
-    (seen,) = deadletters.leased_messages(redis, QUEUE)
+    (seen,) = dead_letters.leased_messages(redis, QUEUE)
     assert (seen.job_id, seen.deliveries, lease.lost) == ("a", 1, False)
     assert seen.renewed_seconds < seen.seconds
 
@@ -289,7 +289,7 @@ def test_a_held_lease_keeps_its_message_alive_without_the_message(redis: Redis, 
     worker = taker(lease_seconds=0.3)
     (lease,) = worker.leases(1)
     worker.messages.clear()
-    until(lambda: deadletters.leased_messages(redis, QUEUE)[0].seconds > 1)
+    until(lambda: dead_letters.leased_messages(redis, QUEUE)[0].seconds > 1)
     lease.ack()
     until(lambda: ledger_is_empty(redis))
 
@@ -338,7 +338,7 @@ def test_hostile_entries_become_dead_letters_and_the_others_are_delivered(
     harmless = [name for name in seen if not name.startswith("good")]
     until(lambda: len(worker.dead) == len(entries) - len(harmless))
     assert len(harmless) < 20  # an odd value in a place that nobody reads
-    assert deadletters.count_dead_letters(redis, QUEUE) == len(worker.dead)
+    assert dead_letters.count_dead_letters(redis, QUEUE) == len(worker.dead)
     assert {letter.code for letter in worker.dead} == {"malformed"}
     assert all(letter.reason and letter.queue == QUEUE for letter in worker.dead)
 
@@ -385,13 +385,13 @@ def test_a_message_that_kills_its_workers_becomes_a_dead_letter_and_can_be_queue
     (letter,) = until(lambda: worker.dead)
     assert (letter.reason, letter.code, letter.job_id) == ("delivered 3 times", "killed_worker", "poison")
     assert (letter.queue, letter.deliveries) == (QUEUE, 3)
-    (listed,) = deadletters.dead_letters(redis, QUEUE)
+    (listed,) = dead_letters.dead_letters(redis, QUEUE)
     assert listed == letter
-    assert deadletters.requeue_dead_letter(redis, listed, QUEUE)
-    assert not deadletters.requeue_dead_letter(redis, listed, QUEUE)
+    assert dead_letters.requeue_dead_letter(redis, listed, QUEUE)
+    assert not dead_letters.requeue_dead_letter(redis, listed, QUEUE)
     (again,) = worker.take(1)
     assert (again.headers["id"], again.headers["x-delivery-count"]) == ("poison", 1)
-    assert deadletters.count_dead_letters(redis, QUEUE) == 0
+    assert dead_letters.count_dead_letters(redis, QUEUE) == 0
 
 
 def test_a_shard_is_delivered_however_often_it_was(server: Server, redis: Redis, taker: Callable[..., Taker]) -> None:
@@ -412,9 +412,9 @@ def test_only_shards_carry_the_header_of_shards() -> None:
 def test_a_dead_letter_is_reported_again_until_somebody_could_take_note(
     redis: Redis, taker: Callable[..., Taker]
 ) -> None:
-    calls: list[deadletters.DeadLetter] = []
+    calls: list[dead_letters.DeadLetter] = []
 
-    def note(letter: deadletters.DeadLetter) -> None:
+    def note(letter: dead_letters.DeadLetter) -> None:
         calls.append(letter)
         if len(calls) == 1:
             raise RuntimeError("the record could not be written")
@@ -425,9 +425,9 @@ def test_a_dead_letter_is_reported_again_until_somebody_could_take_note(
     until(lambda: redis.llen(KEYS["dead_key"]) == 1)
     assert calls[0] == calls[1]
     with pytest.raises(UsageError, match="not a message"):
-        deadletters.requeue_dead_letter(redis, calls[0], QUEUE)
-    assert deadletters.remove_dead_letter(redis, calls[0], QUEUE)
-    assert deadletters.dead_letters(redis, QUEUE) == []
+        dead_letters.requeue_dead_letter(redis, calls[0], QUEUE)
+    assert dead_letters.remove_dead_letter(redis, calls[0], QUEUE)
+    assert dead_letters.dead_letters(redis, QUEUE) == []
 
 
 def test_leases_are_renewed_while_somebody_is_told_of_a_dead_letter_at_length(
@@ -435,7 +435,7 @@ def test_leases_are_renewed_while_somebody_is_told_of_a_dead_letter_at_length(
 ) -> None:
     told, go = threading.Event(), threading.Event()
 
-    def note(letter: deadletters.DeadLetter) -> None:
+    def note(letter: dead_letters.DeadLetter) -> None:
         told.set()
         assert go.wait(60.0)
 
@@ -444,9 +444,9 @@ def test_leases_are_renewed_while_somebody_is_told_of_a_dead_letter_at_length(
     worker = taker(on_dead=note)
     (lease,) = worker.leases(1)
     until(told.is_set)
-    until(lambda: deadletters.leased_messages(redis, QUEUE)[0].seconds > 2.0)  # two leases
-    assert (lease.lost, deadletters.leased_messages(redis, QUEUE)[0].deliveries) == (False, 1)
-    assert deadletters.leased_messages(redis, QUEUE)[0].renewed_seconds < 1.0
+    until(lambda: dead_letters.leased_messages(redis, QUEUE)[0].seconds > 2.0)  # two leases
+    assert (lease.lost, dead_letters.leased_messages(redis, QUEUE)[0].deliveries) == (False, 1)
+    assert dead_letters.leased_messages(redis, QUEUE)[0].renewed_seconds < 1.0
     lease.ack()
     until(lambda: depth(redis)["unacked"] == 0)
     go.set()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
+from pipefleet.queues import broker
 from pipefleet_workers.scaling.messages import places
 from tests.integration.lease_world import (
     NEVER,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.cli import main
 from pipefleet.client import Client
-from pipefleet.contract import Shard
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import Shard
 from pipefleet.errors import ContractError, RunError
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
+from pipefleet.queues import broker
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.shards import require_format
 from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment

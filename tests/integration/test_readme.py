@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipefleet.fleet import parse_fleet
+from pipefleet.fleet.pools import parse_fleet
 from pipefleet_workers.demo.run import upload_samples
 from tests.conftest import Servers
 from tests.docs.tables import README, with_task_table
@@ -53,7 +53,7 @@ def test_links_lead_to_files() -> None:
 
 @pytest.fixture(scope="module")
 def samples(servers: Servers) -> None:
-    from pipefleet.objects import ObjectStore
+    from pipefleet.storage.store import ObjectStore
 
     upload_samples(ObjectStore())
 

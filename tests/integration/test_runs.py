@@ -15,11 +15,11 @@ from typing import Any
 import av
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
+from pipefleet.contract.layout import RunLayout
 from pipefleet.errors import ManifestError, PipefleetError, RunError, SourceError
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
+from pipefleet.queues import broker
+from pipefleet.storage.store import ObjectStore
 from tests.checkpoints.media import audio, image, jpeg_bytes, sound_bytes
 
 WAIT = 120
@@ -238,8 +238,8 @@ def test_a_run_is_finished_from_object_storage_alone(client: Client, prefix: str
 
 
 def test_a_shard_that_is_delivered_twice_leaves_one_part(client: Client, prefix: str) -> None:
-    from pipefleet.contract import Priority
-    from pipefleet.shards import shard_message
+    from pipefleet.contract.messages import Priority
+    from pipefleet.contract.shards import shard_message
 
     run = client.map("text-classification", ["a", "b", "c"], output=prefix)
     run.wait(timeout=WAIT)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import pipefleet
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage
-from pipefleet.objects import ObjectStore
+from pipefleet.contract.messages import JobItem, JobMessage
+from pipefleet.queues import broker
+from pipefleet.storage.store import ObjectStore
 from tests.checkpoints.media import audio, wav_bytes
 
 WAIT = 60

@@ -12,10 +12,10 @@ import pytest
 from transformers import pipeline as direct_pipeline
 
 import pipefleet
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, JobState, Priority
-from pipefleet.objects import ObjectStore
+from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority
+from pipefleet.queues import broker
+from pipefleet.storage.store import ObjectStore
 from tests.checkpoints import cached
 from tests.checkpoints.media import audio, image, jpeg_bytes, wav_bytes
 from tests.conftest import Servers

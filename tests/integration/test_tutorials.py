@@ -24,7 +24,7 @@ import pipefleet
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError, UnknownModelError
-from pipefleet.objects import ObjectStore
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment
 from tests.checkpoints import cached

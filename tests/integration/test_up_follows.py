@@ -18,7 +18,7 @@ import pytest
 
 from pipefleet.cli import main
 from pipefleet.client import Client
-from pipefleet.routing import revision_queue
+from pipefleet.fleet.routing import revision_queue
 from pipefleet.settings import load_settings
 from pipefleet_workers.doctor import pool_checks
 from pipefleet_workers.facts import announced_workers

@@ -12,7 +12,7 @@ import pytest
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import JobFailedError
-from pipefleet.pipelines import pipeline
+from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment
 from tests.conftest import write_fleet

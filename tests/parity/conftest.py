@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipefleet.objects import ObjectStore
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.local import Stack
 
 

@@ -20,9 +20,9 @@ import torch
 import transformers
 from PIL import Image
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
+from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet.tasks import task_spec
-from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.outcomes import Outcomes

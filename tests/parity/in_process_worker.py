@@ -9,9 +9,9 @@ from typing import Any
 
 from kombu import Connection, Consumer, Queue
 
-from pipefleet import broker
-from pipefleet.fleet import Fleet, Pool
-from pipefleet.routing import queue_name, work_queue
+from pipefleet.fleet.pools import Fleet, Pool
+from pipefleet.fleet.routing import queue_name, work_queue
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.build import Built, build
 from pipefleet_workers.consume.delivery import Delivery

@@ -18,11 +18,11 @@ import pytest
 import torch
 from transformers.pipelines.pt_utils import KeyDataset
 
+from pipefleet.contract.references import refs_in
 from pipefleet.errors import InputError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import FleetPipeline
-from pipefleet.storage import refs_in
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.pipelines.fleet_pipeline import FleetPipeline
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, Media, task_spec
 from tests.checkpoints import CHECKPOINTS
 from tests.checkpoints.media import audio, image

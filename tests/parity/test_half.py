@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from pipefleet.fleet import Pool
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.models import load_pipeline
 from pipefleet_workers.runtime import RUNTIME
 from tests.parity.cases import CASES, Case

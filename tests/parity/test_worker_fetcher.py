@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ServiceUnavailableError
-from pipefleet.objects import ObjectStore
-from pipefleet.storage import StorageRef
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.objects import WorkerStore

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.objects import ObjectStore
+from pipefleet.queues import broker
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.local import Stack
 
 FLEET = """

@@ -6,11 +6,11 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from pipefleet import broker, deadletters
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, decode_message
-from pipefleet.objects import ObjectStore
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobItem, JobMessage, decode_message
+from pipefleet.contract.records import JobFailure
+from pipefleet.queues import broker, dead_letters
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.burials import Burials
 from pipefleet_workers.consume.jobs import Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
@@ -64,23 +64,23 @@ class ShardWorker:
             return None
         return self.shards.close(message.shard, outcomes(message, contents.items, bad)).state
 
-    def bury(self, text: str, reason: str = "it is refused", deliveries: int = 1) -> deadletters.DeadLetter:
+    def bury(self, text: str, reason: str = "it is refused", deliveries: int = 1) -> dead_letters.DeadLetter:
         """Put a message to the dead letters that nobody was told of."""
         queue = json.loads(text)["properties"].get("delivery_info", {}).get("routing_key", self.queue)
         entry = {"reason": reason, "at": 1.0, "queue": queue, "deliveries": deliveries, "message": text}
         key = broker.unacked_keys(self.queue)["unreported_key"]
-        letter = deadletters.DeadLetter.parse(json.dumps(entry).encode())
+        letter = dead_letters.DeadLetter.parse(json.dumps(entry).encode())
         self.client.redis.lpush(key, letter.entry)
         return letter
 
-    def tell(self, letter: deadletters.DeadLetter) -> None:
+    def tell(self, letter: dead_letters.DeadLetter) -> None:
         """Tell of a dead letter as the lease transport does, and file it."""
         keys = broker.unacked_keys(self.queue)
         self.burials.letter(letter)
         if self.client.redis.lrem(keys["unreported_key"], 1, letter.entry):  # type: ignore[arg-type]
             self.client.redis.lpush(keys["dead_key"], letter.entry)
 
-    def refuse(self, text: str, reason: str = "it is refused") -> deadletters.DeadLetter:
+    def refuse(self, text: str, reason: str = "it is refused") -> dead_letters.DeadLetter:
         """Put a message to the dead letters, with all that follows at once."""
         letter = self.bury(text, reason)
         self.tell(letter)

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
-from pipefleet.backlog import Backlog
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, Priority
+from pipefleet.contract.layout import RunLayout, RunPlan
+from pipefleet.contract.messages import JobItem, Priority
+from pipefleet.contract.shards import encode_shard_line, shard_message
 from pipefleet.errors import RunError
-from pipefleet.layout import RunLayout, RunPlan
-from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
-from pipefleet.planner import Planner
-from pipefleet.runs import Run
-from pipefleet.shards import encode_shard_line, shard_message
+from pipefleet.queues import broker
+from pipefleet.runs.backlog import Backlog
+from pipefleet.runs.planner import Planner
+from pipefleet.runs.run import Run
+from pipefleet.storage.store import ObjectStore
 from tests.unit.conftest import eventually
 from tests.unit.test_planner import plan
 
@@ -40,8 +40,8 @@ def empty_queue(client: Client) -> None:
 
 def work(client: Client, run: Run, *, failing: bool = False) -> int:
     """Do what a worker does for the oldest shard of the queue; its index."""
-    from pipefleet.finishing import finalise
-    from pipefleet.planner import read_plan
+    from pipefleet.runs.finishing import finalise
+    from pipefleet.runs.planner import read_plan
 
     raw = client.redis.rpop(broker.queue_list(run.plan.queue, Priority.LOW))
     (job_id,) = broker._ids([raw])  # type: ignore[list-item]
@@ -60,9 +60,9 @@ def work(client: Client, run: Run, *, failing: bool = False) -> int:
 def bounded(client: Client, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """A client that has four shards outstanding at most, and looks often."""
     monkeypatch.setenv("PIPEFLEET_OUTSTANDING_SHARDS", "4")
-    monkeypatch.setattr("pipefleet.planner.HELD_BACK_SECONDS", 0.05)
-    monkeypatch.setattr("pipefleet.planner.TEND_SECONDS", 0.05)
-    monkeypatch.setattr("pipefleet.backlog.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("pipefleet.runs.planner.HELD_BACK_SECONDS", 0.05)
+    monkeypatch.setattr("pipefleet.runs.planner.TEND_SECONDS", 0.05)
+    monkeypatch.setattr("pipefleet.runs.backlog.LOOK_SECONDS", 0.0)
     with Client() as one:
         yield one
         for run in one._runs_in_planning():  # a test that failed half way would wait for the fleet
@@ -101,7 +101,7 @@ class TestPlannerAlone:
     def test_it_finds_that_the_queue_was_purged(
         self, bounded: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.backlog.STALLED_SECONDS", 0.2)
+        monkeypatch.setattr("pipefleet.runs.backlog.STALLED_SECONDS", 0.2)
         run = bounded.map(TEXTS, (str(number) for number in range(6)), output=prefix, shard_size=1)
         assert eventually(lambda: waiting(bounded) == [0, 1, 2, 3])
         empty_queue(bounded)

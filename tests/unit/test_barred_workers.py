@@ -7,12 +7,12 @@ import json
 import pytest
 from redis import Redis
 
-from pipefleet.announcements import announce_worker
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import PipefleetError
-from pipefleet.routing import revision_queue
-from pipefleet.waiting import why_waiting
+from pipefleet.fleet.announcements import announce_worker
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.fleet.waiting import why_waiting
 from pipefleet_workers.checks import access_of_workers
 from pipefleet_workers.watch.read import read_fleet
 from pipefleet_workers.watch.view import plain

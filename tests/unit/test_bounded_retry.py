@@ -11,8 +11,8 @@ import pytest
 from redis import Redis
 from redis.exceptions import RedisError
 
-from pipefleet import broker
-from pipefleet.answers import READ_ONLY, word_of
+from pipefleet.connection.answers import READ_ONLY, word_of
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from tests.servers import Server, programs, redis_6
 from tests.unit.test_redis_failover import Address

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from pipefleet.callbacks import Callbacks
 from pipefleet.client import Client
-from pipefleet.contract import JobState
-from pipefleet.jobs import Job
-from pipefleet.records import JobRecord
-from pipefleet.watcher import JobFuture, _resolve
+from pipefleet.contract.messages import JobState
+from pipefleet.contract.records import JobRecord
+from pipefleet.jobs.callbacks import Callbacks
+from pipefleet.jobs.job import Job
+from pipefleet.jobs.watcher import JobFuture, _resolve
 from tests.unit.test_producer_jobs import TEXTS, Worker
 
 

@@ -17,14 +17,14 @@ from transformers.pipelines.text_classification import ClassificationFunction
 from transformers.pipelines.text_generation import ReturnType
 from transformers.pipelines.token_classification import AggregationStrategy
 
-from pipefleet.called import called_parameters, layered
 from pipefleet.client import _checked
 from pipefleet.errors import ParameterError
-from pipefleet.refused_parameters import OF_A_TASK, REASONS, why_refused
+from pipefleet.pipelines.tensors import with_tensors
 from pipefleet.tasks import TASKS, task_spec
 from pipefleet.tasks.generation import GENERATION
+from pipefleet.tasks.parameters import called_parameters, layered
+from pipefleet.tasks.refused import OF_A_TASK, REASONS, why_refused
 from pipefleet.tasks.requirements import Known
-from pipefleet.tensors import with_tensors
 
 PAGE = Path(__file__).parents[2] / "docs" / "same-as-transformers.md"
 _KEYWORD = re.compile(r'"(\w+)" in kwargs|(?<!_)kwargs\["(\w+)"\]|(?<!_)kwargs\.get\("(\w+)"')

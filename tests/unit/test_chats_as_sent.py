@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipefleet.called import called_parameters
 from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError
 from pipefleet.tasks import task_spec
+from pipefleet.tasks.parameters import called_parameters
 from pipefleet_workers.runtime import RUNTIME
 from tests.checkpoints.media import image
 from tests.parity.harness import Call, assert_same, load, recording, running

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker, cli
+from pipefleet import cli
 from pipefleet.cli.common import read_parameters
 from pipefleet.cli.jobs import _exit_code
 from pipefleet.client import Client
-from pipefleet.contract import JobState, decode_message
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobState, decode_message
+from pipefleet.contract.records import FINISH, JobFailure, finish_arguments
 from pipefleet.errors import ParameterError
-from pipefleet.layout import RunLayout
-from pipefleet.records import FINISH, JobFailure, finish_arguments
-from pipefleet.routing import revision_queue
-from pipefleet.runs import RunProgress
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues import broker
+from pipefleet.runs.run import RunProgress
 from pipefleet.tasks import TASKS
 
 QUEUE = "pipefleet.text-classification"
@@ -331,8 +332,8 @@ class TestOutput:
     def test_what_is_waited_for_is_told_on_stderr(
         self, capsys: pytest.CaptureFixture[str], client: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
-        monkeypatch.setattr("pipefleet.watcher.LOOK_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.jobs.watcher.LOOK_AFTER_SECONDS", 0.0)
         code, _, told = run(capsys, "submit", "text-classification", "a", "--timeout", "1.5")
         assert code == 4
         served, start = f"{OWN} (model /models/texts)", "`pipefleet worker --pool texts`"

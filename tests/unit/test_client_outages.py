@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 import pipefleet
-from pipefleet import broker, patience, waiter
+from pipefleet import patience
 from pipefleet.client import Client
-from pipefleet.contract import JobState
+from pipefleet.contract.messages import JobState
+from pipefleet.contract.records import FINISH, finish_arguments
 from pipefleet.errors import ResultTimeoutError, ServiceUnavailableError
 from pipefleet.patience import Patience, within
-from pipefleet.records import FINISH, finish_arguments
+from pipefleet.queues import broker
+from pipefleet.runs import wait as waiter
 from pipefleet.settings import load_settings
 from tests.servers import Server, until, valkey
 from tests.unit.shard_worker import ShardWorker
@@ -181,7 +183,7 @@ def test_a_wait_gives_up_after_its_patience(
     client: Client, server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiter, "PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr("pipefleet.watcher.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("pipefleet.jobs.watcher.PATIENCE_SECONDS", 0.2)
     run = client.map(TASK, ["a"], output=f"{prefix}run/")
     run.join_planner()
     job = client.submit(TASK, "x")

@@ -9,12 +9,12 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as AwayError
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.clock import REFRESH_SECONDS, TRIES, ServerClock
-from pipefleet.contract import JobMessage, JobState
-from pipefleet.fleet import Pool
-from pipefleet.records import read_record
+from pipefleet.connection.clock import REFRESH_SECONDS, TRIES, ServerClock
+from pipefleet.contract.messages import JobMessage, JobState
+from pipefleet.contract.records import read_record
+from pipefleet.fleet.pools import Pool
+from pipefleet.queues import broker
 from pipefleet_workers.consume.jobs import Jobs
 from tests.unit.test_producer_jobs import TEXTS, Worker
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipefleet.contract import JobMessage, JobState
+from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.singles import Singles
 from pipefleet_workers.ending import Ending, before

@@ -17,9 +17,9 @@ import soundfile
 from PIL import Image
 from transformers import WhisperFeatureExtractor
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
+from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet.tasks import task_spec
-from pipefleet.uploads import RAW_AUDIO
 from pipefleet_workers.adapters.spectrograms import read_in_blocks
 from pipefleet_workers.admission import Budget
 from pipefleet_workers.consume.outcomes import Outcomes

@@ -17,7 +17,7 @@ from kombu import compression
 from kombu.transport.virtual import Channel as VirtualChannel
 from kombu.transport.virtual import Message
 
-from pipefleet.contract import MAX_WIRE_BYTES, TASK_NAME
+from pipefleet.contract.messages import MAX_WIRE_BYTES, TASK_NAME
 from pipefleet_workers.delivery.envelope import (
     MalformedError,
     check_message,

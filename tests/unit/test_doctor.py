@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
-from pipefleet.announcements import announce_pool
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
-from pipefleet.routing import revision_queue
+from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
+from pipefleet.fleet.announcements import announce_pool
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues import broker
 from pipefleet_workers.doctor import Check, pool_checks, run_checks
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.parked import Parked, tell_parked

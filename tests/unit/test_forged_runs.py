@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import Shard
+from pipefleet.contract.layout import RunLayout, RunPlan
+from pipefleet.contract.messages import Shard
 from pipefleet.errors import ContractError, RunError
-from pipefleet.layout import RunLayout, RunPlan
-from pipefleet.refusals import Refusals
-from pipefleet.runfiles import MOST_BYTES
-from pipefleet.runs import Run
+from pipefleet.queues import broker
+from pipefleet.runs.files import MOST_BYTES
+from pipefleet.runs.refusals import Refusals
+from pipefleet.runs.run import Run
 from tests.unit.shard_worker import ShardWorker
 
 TASK = "text-classification"

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobState, decode_message
+from pipefleet.contract.messages import JobState, decode_message
+from pipefleet.queues import broker
 from tests.unit.test_producer_jobs import OWN, Worker
 
 PREAMBLE = """

@@ -10,12 +10,12 @@ import orjson
 import pytest
 from redis import Redis
 
-from pipefleet import broker
-from pipefleet.announcements import announce_worker, announced_workers
 from pipefleet.client import Client
-from pipefleet.contract import JobState
-from pipefleet.deadletters import file_dead_letter
+from pipefleet.contract.messages import JobState
 from pipefleet.errors import PipefleetError, ServiceFullError
+from pipefleet.fleet.announcements import announce_worker, announced_workers
+from pipefleet.queues import broker
+from pipefleet.queues.dead_letters import file_dead_letter
 from pipefleet.settings import load_settings
 from pipefleet_workers.items import Encoded
 from pipefleet_workers.objects import WorkerStore

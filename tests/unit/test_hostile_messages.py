@@ -7,7 +7,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from pipefleet.contract import JobMessage, decode_message
+from pipefleet.contract.messages import JobMessage, decode_message
 from pipefleet.errors import ContractError
 from pipefleet_workers.delivery.envelope import MalformedError
 from tests.fuzz.messages import ID, TAG, filled

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobState
+from pipefleet.contract.messages import JobState
+from pipefleet.contract.records import request_digest
 from pipefleet.errors import ConflictError, ContractError
-from pipefleet.records import request_digest
+from pipefleet.queues import broker
 from tests.unit.conftest import eventually
 from tests.unit.test_producer_jobs import QUEUE, TEXTS, Worker
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker, cli, identity
+from pipefleet import cli
 from pipefleet.client import Client
-from pipefleet.contract import CONTRACT_VERSION
+from pipefleet.contract.messages import CONTRACT_VERSION
 from pipefleet.errors import (
     AccessDeniedError,
     FleetMismatchError,
@@ -24,10 +24,12 @@ from pipefleet.errors import (
     ServiceUnavailableError,
     UsageError,
 )
-from pipefleet.fleet import load_fleet
-from pipefleet.identity import FLEET_KEY, OBJECT, Identity, Membership
-from pipefleet.objects import ObjectStore
+from pipefleet.fleet import identity
+from pipefleet.fleet.identity import FLEET_KEY, OBJECT, Identity, Membership
+from pipefleet.fleet.pools import load_fleet
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers import doctor
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.worker import Worker

@@ -12,12 +12,12 @@ import pytest
 import soundfile
 from PIL import Image
 
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import InputError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.storage import StorageRef
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.uploads import RAW_AUDIO, TEXT_TYPE
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, Media
-from pipefleet.uploads import RAW_AUDIO, TEXT_TYPE
 
 SPEECH, PICTURES, TEXTS = "automatic-speech-recognition", "image-classification", "text-classification"
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker, deadletters
 from pipefleet.cli import main
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, JobState, Priority, Shard
+from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority, Shard
 from pipefleet.errors import JobFailedError
-from pipefleet.jobs import Job
-from pipefleet.letters import MOST_INPUT, read_content
+from pipefleet.jobs.job import Job
+from pipefleet.jobs.letters import MOST_INPUT, read_content
 from pipefleet.printable import printable
+from pipefleet.queues import broker, dead_letters
 from pipefleet_workers.build import Undertaker
 from pipefleet_workers.consume.jobs import work_of
 from pipefleet_workers.consume.outcomes import Outcomes
@@ -44,7 +44,7 @@ def taken(client: Client) -> str:
 
 def dead(
     client: Client, worker: ShardWorker, text: str = "a text", **options: Any
-) -> tuple[Job, deadletters.DeadLetter]:
+) -> tuple[Job, dead_letters.DeadLetter]:
     """A job that went to the dead letters, its record failed."""
     job = client.submit(TEXTS, text, **options)
     letter = worker.bury(taken(client), "delivered 3 times", 3)
@@ -77,14 +77,14 @@ class TestRequeue:
         assert run_again(client, worker)
         assert client.job(job.id).result(timeout=20) == "done"
         assert job.result(timeout=20) == "done"
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 0
 
     def test_it_is_not_failed_by_a_worker_that_tells_of_the_letter_late(
         self, client: Client, worker: ShardWorker
     ) -> None:
         job = client.submit(TEXTS, "a text")
         letter = worker.bury(taken(client), "delivered 3 times", 3)
-        assert deadletters.requeue_dead_letter(client.redis, letter, QUEUE) == "queued"
+        assert dead_letters.requeue_dead_letter(client.redis, letter, QUEUE) == "queued"
         worker.burials.letter(letter)
         assert job.status() is JobState.QUEUED
         assert run_again(client, worker)
@@ -104,7 +104,7 @@ class TestRequeue:
         assert became == {jobs[0].id: "has succeeded meanwhile", jobs[1].id: "was cancelled"}
         assert jobs[0].result(timeout=20) == "done"
         assert broker.depth(client.redis, QUEUE)["normal"] == 0
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 0
 
     def test_a_job_whose_record_has_expired_gets_a_new_one(self, client: Client, worker: ShardWorker) -> None:
         job, _ = dead(client, worker)
@@ -147,7 +147,7 @@ class TestChoice:
         ids = [dead(client, worker, f"text {number}")[0].id for number in range(4)]
         assert main(["dead-letters", "--requeue", "--id", ids[1]]) == 0
         assert main(["dead-letters", "--remove", "--id", ids[0], ids[2], "--json"]) == 0
-        assert [letter.job_id for letter in deadletters.dead_letters(client.redis, QUEUE)] == [ids[3]]
+        assert [letter.job_id for letter in dead_letters.dead_letters(client.redis, QUEUE)] == [ids[3]]
         assert read(taken(client)).id == ids[1]
 
     @pytest.mark.parametrize("what", ["--requeue", "--remove"])
@@ -159,7 +159,7 @@ class TestChoice:
         assert capsys.readouterr().err == (
             "pipefleet: no dead letter is of the job none\\x1b[31m; see `pipefleet dead-letters`\n"
         )
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 1
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 1
 
     def test_the_newest_are_listed_with_the_count_of_all(
         self, client: Client, worker: ShardWorker, capsys: pytest.CaptureFixture[str]
@@ -218,7 +218,7 @@ class TestContent:
 
     def test_a_letter_about_an_id_without_a_utf8_form_is_let_go(self, client: Client, worker: ShardWorker) -> None:
         worker.tell(worker.bury('{"headers":{"id":"\\ud800"},"properties":{},"body":"[]"}', "it is \ud800"))
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 1
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 1
 
 
 def test_a_letter_whose_job_has_no_record_that_can_be_written_is_let_go(client: Client, worker: ShardWorker) -> None:
@@ -235,5 +235,5 @@ def test_printable_text_is_bounded_and_on_one_line() -> None:
     assert len(printable("\n" * 80)) == 80
 
 
-def _letter(message: str) -> deadletters.DeadLetter:
-    return deadletters.DeadLetter("a reason", 1.0, QUEUE, 1, message, b"")
+def _letter(message: str) -> dead_letters.DeadLetter:
+    return dead_letters.DeadLetter("a reason", 1.0, QUEUE, 1, message, b"")

@@ -13,12 +13,12 @@ import torch
 import transformers
 
 from pipefleet.client import Client
+from pipefleet.contract.records import read_record
 from pipefleet.errors import FleetFileError, ParameterError
-from pipefleet.fleet import Pool, parse_fleet
-from pipefleet.loading import METHODS
-from pipefleet.modelnames import check_loading
-from pipefleet.pipelines import pipeline
-from pipefleet.records import read_record
+from pipefleet.fleet.loading import METHODS
+from pipefleet.fleet.model_names import check_loading
+from pipefleet.fleet.pools import Pool, parse_fleet
+from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.tasks import task_spec
 from pipefleet_workers import precision
 from pipefleet_workers.doctor import _runs_with

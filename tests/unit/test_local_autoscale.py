@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker, cli
-from pipefleet.announcements import announced_fleet
+from pipefleet import cli
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority
-from pipefleet.fleet import load_fleet
+from pipefleet.contract.messages import JobItem, JobMessage, Priority
+from pipefleet.fleet.announcements import announced_fleet
+from pipefleet.fleet.pools import load_fleet
+from pipefleet.queues import broker
 from pipefleet_workers.local.autoscale import Autoscaler, Pace, least_useful, pools_without_maximum, share
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from pipefleet import broker
-from pipefleet.contract import JobItem, JobMessage, Priority
-from pipefleet.routing import revision_queue
+from pipefleet.contract.messages import JobItem, JobMessage, Priority
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues import broker
 from pipefleet_workers.local.follow import QUIET_SECONDS, outstanding
 from pipefleet_workers.local.restarts import MOST_DEATHS
 from tests.unit.fake_crew import FakeCrew, copy_of, pid, table, until

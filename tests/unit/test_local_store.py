@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipefleet import broker
-from pipefleet.identity import Membership
-from pipefleet.objects import ObjectStore
+from pipefleet.fleet.identity import Membership
+from pipefleet.queues import broker
 from pipefleet.settings import load_settings
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.local import Stack
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet_workers.adapters import long_texts
 from pipefleet_workers.adapters.long_texts import LONG, LongTexts
 from pipefleet_workers.consume.outcomes import Outcomes

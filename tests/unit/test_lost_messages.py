@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 from redis import Redis
 
-from pipefleet import broker, losses
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import RunError
-from pipefleet.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
-from pipefleet.runs import Run
+from pipefleet.queues import broker
+from pipefleet.runs import losses
+from pipefleet.runs.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
+from pipefleet.runs.run import Run
 from tests.unit.shard_worker import ShardWorker
 
 TEXTS = "text-classification"

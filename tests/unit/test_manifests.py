@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from pipefleet.contract.references import refs_in
 from pipefleet.errors import ManifestError, ObjectMissingError, SourceError
-from pipefleet.inputs import InputPreparer
-from pipefleet.manifests import rows
-from pipefleet.objects import ObjectStore
-from pipefleet.preparing import SourceItem
-from pipefleet.sources import Source, open_source
-from pipefleet.storage import refs_in
+from pipefleet.inputs.manifests import rows
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.rows import SourceItem
+from pipefleet.inputs.sources import Source, open_source
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS
 
 CASES = Path(__file__).resolve().parents[1] / "cases"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipefleet.errors import ParameterError
-from pipefleet.modelnames import check_loading, model_name
+from pipefleet.fleet.model_names import check_loading, model_name
 
 LOADING = {"tokenizer", "feature_extractor", "trust_remote_code", "use_fast", "model_kwargs"}
 

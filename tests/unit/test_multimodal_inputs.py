@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipefleet.calls import arguments_of
+from pipefleet.contract.references import is_ref
 from pipefleet.errors import InputError, ParameterError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.storage import is_ref
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.pipelines.calls import arguments_of
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
 from tests.checkpoints.media import image
 

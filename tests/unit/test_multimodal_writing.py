@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.equal_writer import EqualWriter
 from pipefleet_workers.adapters.image_text import EqualMultimodal, ImageTextWriter, MultimodalGenerator

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipefleet.called import called_parameters, layered
-from pipefleet.calls import Beside, arguments_of
 from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError
+from pipefleet.pipelines.calls import Beside, arguments_of
 from pipefleet.tasks import TASKS, task_spec
+from pipefleet.tasks.parameters import called_parameters, layered
 
 URI = "s3://media/a.png"
 CHAT = [{"role": "user", "content": "Hello"}]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import ParameterError
-from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
 from pipefleet.tasks import TASKS, task_spec
+from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
 
 DANGEROUS = {
     "custom_generate": "org/code",

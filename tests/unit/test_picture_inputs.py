@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from transformers.image_utils import load_image
 
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import InputError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.pictures import inline, picture_file
-from pipefleet.sources import open_source
-from pipefleet.storage import StorageRef
+from pipefleet.inputs.pictures import inline, picture_file
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.sources import open_source
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.images import decode_image
@@ -240,7 +240,7 @@ def test_a_picture_whose_base64_is_damaged_is_named_as_such(road: Road) -> None:
 
 
 def test_a_picture_inside_a_text_is_bounded(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipefleet.pictures.MOST_INLINE", 100)
+    monkeypatch.setattr("pipefleet.inputs.pictures.MOST_INLINE", 100)
     for text in (base64_of(encoded("PNG")), "data:image/png;base64," + base64_of(encoded("PNG"))):
         with pytest.raises(InputError, match="100 characters at most"):
             road.sent(text)

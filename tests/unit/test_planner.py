@@ -14,15 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import CONTRACT_VERSION, JobItem, encode_json
-from pipefleet.errors import ObjectMissingError, PipefleetError, RunError
-from pipefleet.layout import RunLayout, RunPlan, index_of
-from pipefleet.objects import ListedObject
-from pipefleet.planner import Planner, SignOfLife, planner_alive, read_plan, write_plan
-from pipefleet.preparing import SourceItem
-from pipefleet.shards import (
+from pipefleet.contract.layout import RunLayout, RunPlan, index_of
+from pipefleet.contract.messages import CONTRACT_VERSION, JobItem, encode_json
+from pipefleet.contract.references import split_uri
+from pipefleet.contract.shards import (
     MEDIA_BYTES,
     TEXT_BYTES,
     Limits,
@@ -32,8 +28,12 @@ from pipefleet.shards import (
     shard_limits,
     shard_message,
 )
-from pipefleet.sources import Source, open_source
-from pipefleet.storage import split_uri
+from pipefleet.errors import ObjectMissingError, PipefleetError, RunError
+from pipefleet.inputs.rows import SourceItem
+from pipefleet.inputs.sources import Source, open_source
+from pipefleet.queues import broker
+from pipefleet.runs.planner import Planner, SignOfLife, planner_alive, read_plan, write_plan
+from pipefleet.storage.store import ListedObject
 from pipefleet.tasks import TASKS
 from tests.unit.conftest import eventually
 
@@ -270,7 +270,7 @@ class TestInterrupted:
     def test_a_run_of_a_prefix_goes_on_from_its_output_alone(
         self, client: Client, prefix: str, queued: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
+        monkeypatch.setattr("pipefleet.runs.planner.ALIVE_SECONDS", 1.0)
         for number in range(40):
             client.store.put(f"{prefix}in/{number:02d}.txt", b"x")
         layout = RunLayout.at(prefix + "out/")
@@ -379,7 +379,7 @@ def test_a_planner_waits_for_the_fleet_and_goes_on_when_it_has_caught_up(
     environment: dict[str, str], client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIPEFLEET_OUTSTANDING_SHARDS", "3")
-    monkeypatch.setattr("pipefleet.planner.HELD_BACK_SECONDS", 0.05)
+    monkeypatch.setattr("pipefleet.runs.planner.HELD_BACK_SECONDS", 0.05)
     with Client() as bounded:
         run = bounded.map("text-classification", (str(i) for i in range(10)), output=prefix, shard_size=1)
         queue = run.plan.queue

@@ -11,10 +11,10 @@ from celery import Celery
 from kombu import Queue
 from kombu.message import Message
 
-from pipefleet import broker, deadletters
 from pipefleet.client import Client
-from pipefleet.contract import MAX_MESSAGE_BYTES, TASK_NAME, JobItem, JobMessage, Priority, decode_message
+from pipefleet.contract.messages import MAX_MESSAGE_BYTES, TASK_NAME, JobItem, JobMessage, Priority, decode_message
 from pipefleet.errors import ContractError
+from pipefleet.queues import broker, dead_letters
 
 QUEUE = "pipefleet.text-classification"
 JOB = JobMessage(
@@ -156,5 +156,5 @@ def test_a_message_that_is_nested_beyond_measure_is_passed_over(client: Client) 
     client.redis.lpush(QUEUE, "[" * 100_000)
     client.redis.lpush(broker.unacked_keys(QUEUE)["dead_key"], "[" * 100_000)
     assert list(broker.queued_ids(client.redis, QUEUE)) == []
-    (letter,) = deadletters.dead_letters(client.redis, QUEUE)
+    (letter,) = dead_letters.dead_letters(client.redis, QUEUE)
     assert letter.job_id is None

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
-from pipefleet.announcements import announce_pool
-from pipefleet.calls import is_dataset
 from pipefleet.client import Client
-from pipefleet.contract import JobMessage, JobState, decode_message
+from pipefleet.contract.messages import JobMessage, JobState, decode_message
+from pipefleet.contract.records import FINISH, SUBMIT, JobFailure, finish_arguments
 from pipefleet.errors import (
     ContractError,
     InputError,
@@ -27,10 +25,12 @@ from pipefleet.errors import (
     ResultTimeoutError,
     UnknownModelError,
 )
-from pipefleet.jobs import Job
-from pipefleet.pipelines import pipeline
-from pipefleet.records import FINISH, SUBMIT, JobFailure, finish_arguments
-from pipefleet.routing import revision_queue
+from pipefleet.fleet.announcements import announce_pool
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.jobs.job import Job
+from pipefleet.pipelines.calls import is_dataset
+from pipefleet.pipelines.fleet_pipeline import pipeline
+from pipefleet.queues import broker
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"
@@ -175,7 +175,7 @@ class TestResult:
     def test_the_channel_alone_delivers_it(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 3600.0)
+        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 3600.0)
         job = client.submit(TEXTS, "good")
         future = client.watcher.watch(job.id)
         worker.answer("heard")
@@ -184,7 +184,7 @@ class TestResult:
     def test_a_missed_message_is_found_by_the_sweep(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.1)
         job = client.submit(TEXTS, "good")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result, 30)
@@ -194,7 +194,7 @@ class TestResult:
     def test_a_lost_connection_of_the_watcher_loses_no_result(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.1)
         job = client.submit(TEXTS, "good")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result, 30)

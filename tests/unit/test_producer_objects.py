@@ -15,9 +15,8 @@ import botocore.exceptions
 import pytest
 from redis import Redis, exceptions
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import Priority
+from pipefleet.contract.messages import Priority
 from pipefleet.errors import (
     AccessDeniedError,
     ObjectChangedError,
@@ -28,8 +27,9 @@ from pipefleet.errors import (
     SourceError,
     UsageError,
 )
-from pipefleet.objects import ObjectStore, map_s3_error
+from pipefleet.queues import broker
 from pipefleet.settings import Settings, load_settings, without_credentials
+from pipefleet.storage.store import ObjectStore, map_s3_error
 
 SECRET = "hunter2-secret"
 SCRIPT = "Error running script (call to f_a631): @user_script:1: @user_script:"

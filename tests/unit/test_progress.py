@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipefleet import progress as module
-from pipefleet.progress import describe, show_progress
-from pipefleet.runs import RunProgress
+from pipefleet.runs import progress as module
+from pipefleet.runs.progress import describe, show_progress
+from pipefleet.runs.run import RunProgress
 
 
 def at(done: int, *, failed: int = 0, state: str = "running", items: int = 100, seconds: float = 10.0) -> RunProgress:

@@ -14,12 +14,12 @@ import pytest
 import soundfile
 import torch
 
-from pipefleet.calls import is_dataset
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import InputError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.recordings import recording_of
-from pipefleet.storage import StorageRef
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.recordings import recording_of
+from pipefleet.pipelines.calls import is_dataset
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS
 from pipefleet_workers.adapters.speech import SpeechRecogniser
 from tests.checkpoints.media import audio

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
-from pipefleet.contract import JobState
+from pipefleet.contract.messages import JobState
+from pipefleet.contract.records import FINISH, START, JobFailure, JobRecord, finish_arguments, read_record
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ContractError
-from pipefleet.records import FINISH, START, JobFailure, JobRecord, finish_arguments, read_record
-from pipefleet.storage import StorageRef
+from pipefleet.queues import broker
 
 FINAL = [state for state in JobState if state.final]
 KEY = broker.job_key("job1")

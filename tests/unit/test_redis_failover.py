@@ -12,7 +12,7 @@ import pytest
 
 from pipefleet.cli import main
 from pipefleet.client import Client
-from pipefleet.runs import Run
+from pipefleet.runs.run import Run
 from pipefleet.settings import load_settings
 from tests.nursery import TASK, Nursery
 from tests.servers import Server, redis_6, until

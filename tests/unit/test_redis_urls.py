@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.redis_urls import celery_url, redis_url
+from pipefleet.queues import broker
 from pipefleet.settings import Settings, load_settings
+from pipefleet.settings.redis_urls import celery_url, redis_url
 from pipefleet_workers.redis_start import connect_patiently, refuse_unusable
 from pipefleet_workers.settings import WorkerSettings
 from tests.integration.lease_world import Taker, push

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipefleet import broker, deadletters
 from pipefleet.cli import main
 from pipefleet.client import Client
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
-from pipefleet.refusals import Refusals
-from pipefleet.runs import Run
+from pipefleet.contract.layout import RunLayout
+from pipefleet.queues import broker, dead_letters
+from pipefleet.runs.refusals import Refusals
+from pipefleet.runs.run import Run
+from pipefleet.storage.store import ObjectStore
 from tests.unit.conftest import eventually
 from tests.unit.shard_worker import ShardWorker
 
@@ -210,7 +210,7 @@ class TestProgress:
     def test_planning_goes_on_past_refused_shards(
         self, client: Client, prefix: str, worker: ShardWorker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.planner.HELD_BACK_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.runs.planner.HELD_BACK_SECONDS", 0.05)
         monkeypatch.setattr(client, "settings", client.settings.model_copy(update={"outstanding_shards": 2}))
         run = client.map(TEXTS, [f"text {number}" for number in range(8)], output=prefix, shard_size=2)
         stop = threading.Event()
@@ -264,7 +264,7 @@ class TestResume:
         layout = RunLayout.at(prefix)
         for uri in (layout.success, layout.failures, layout.part(1), layout.refused_shard(1), layout.failed_shard(1)):
             assert store.head(uri) is None, uri
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 0
         now = run.progress()
         assert (now.state, now.succeeded, now.failed, now.parts, now.refused) == ("running", 3, 1, 2, 0)
         assert resumed(run) == 0
@@ -310,7 +310,7 @@ class TestResume:
             worker.do(text)
         assert run.wait(timeout=20).state == "succeeded"
         check_ended(run, client)
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 0
 
 
 class _KilledError(Exception):
@@ -376,7 +376,7 @@ class TestLetters:
             client.store.delete(f"s3://pipefleet/{entry.key}")
         assert main(["dead-letters", "--requeue"]) == 1
         assert "there is no run at" in capsys.readouterr().out
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 1
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 1
 
     def test_a_letter_of_a_shard_that_is_done_is_dropped(
         self, client: Client, prefix: str, worker: ShardWorker, capsys: pytest.CaptureFixture[str]
@@ -387,7 +387,7 @@ class TestLetters:
         worker.refuse(text)
         assert main(["dead-letters", "--requeue"]) == 0
         assert "has ended meanwhile" in capsys.readouterr().out
-        assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
+        assert dead_letters.count_dead_letters(client.redis, QUEUE) == 0
         assert worker.take() == {}
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, JobState, Priority
-from pipefleet.letters import read_content
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority
+from pipefleet.contract.records import JobFailure
+from pipefleet.jobs.letters import read_content
+from pipefleet.queues import broker
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome, Work
 from tests.unit.shard_worker import ShardWorker

@@ -13,8 +13,8 @@ import pytest
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError, UsageError
-from pipefleet.fleet import Pool
-from pipefleet.preparing import item_or_failure
+from pipefleet.fleet.pools import Pool
+from pipefleet.inputs.rows import item_or_failure
 from pipefleet.tasks import task_spec
 from pipefleet_workers.items import Blob
 from pipefleet_workers.media.tables import decode_table

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers.pipelines import any_to_any, image_text_to_text, text_generation
 
-from pipefleet.called import called_parameters
 from pipefleet.errors import ParameterError
-from pipefleet.pipelines import FleetPipeline
+from pipefleet.pipelines.fleet_pipeline import FleetPipeline
 from pipefleet.tasks import TASKS, task_spec
+from pipefleet.tasks.parameters import called_parameters
 from pipefleet_workers.runtime import RUNTIME
 from tests.parity.harness import Call, load, recording, running
 

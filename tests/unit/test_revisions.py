@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker, cli
-from pipefleet.announcements import (
+from pipefleet import cli
+from pipefleet.client import Client
+from pipefleet.contract.messages import JobItem, JobMessage, Priority
+from pipefleet.contract.shards import shard_id
+from pipefleet.errors import FleetFileError, PipefleetError, UnknownModelError, UsageError
+from pipefleet.fleet.announcements import (
     POOLS_KEY,
     WORKERS_KEY,
     announce_pool,
@@ -25,14 +29,11 @@ from pipefleet.announcements import (
     forget_dead_workers,
     withdraw_pool,
 )
-from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority
-from pipefleet.errors import FleetFileError, PipefleetError, UnknownModelError, UsageError
-from pipefleet.fleet import Fleet, Pool, load_fleet, with_revision
-from pipefleet.fleetfile import LOOK_SECONDS, FleetFile
-from pipefleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
-from pipefleet.routing import announcement, queue_name, revision_queue, route, work_queue
-from pipefleet.shards import shard_id
+from pipefleet.fleet.followed_file import LOOK_SECONDS, FleetFile
+from pipefleet.fleet.pools import Fleet, Pool, load_fleet, with_revision
+from pipefleet.fleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
+from pipefleet.fleet.routing import announcement, queue_name, revision_queue, route, work_queue
+from pipefleet.queues import broker
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.entries import check_entries

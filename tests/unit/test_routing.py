@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import UnknownModelError, UnknownTaskError
-from pipefleet.fleet import Fleet, Pool, parse_fleet
-from pipefleet.routing import queue_name, route
+from pipefleet.fleet.pools import Fleet, Pool, parse_fleet
+from pipefleet.fleet.routing import queue_name, route
 from pipefleet.tasks import TASKS
 
 SPEECH = "automatic-speech-recognition"

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
-from pipefleet.announcements import WORKERS_KEY, announce_worker
 from pipefleet.cli import main
 from pipefleet.client import Client
-from pipefleet.contract import encode_json
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import encode_json
+from pipefleet.contract.parts import FORMATS, writable_formats
 from pipefleet.errors import ContractError, ResultTimeoutError, RunError, UsageError
-from pipefleet.layout import RunLayout
-from pipefleet.parts import FORMATS, writable_formats
-from pipefleet.routing import revision_queue
-from pipefleet.runs import Run
+from pipefleet.fleet.announcements import WORKERS_KEY, announce_worker
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues import broker
+from pipefleet.runs.run import Run
 from pipefleet_workers.build import Undertaker
 from pipefleet_workers.consume import shards as shards_module
 from pipefleet_workers.consume.shards import ElsewhereError

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobMessage, Priority
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobMessage, Priority
+from pipefleet.contract.shards import decode_shard_line, shard_id
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
 from pipefleet.patience import Patience
-from pipefleet.planner import Planner, planner_alive
-from pipefleet.runs import Run
-from pipefleet.shards import decode_shard_line, shard_id
+from pipefleet.queues import broker
+from pipefleet.runs.planner import Planner, planner_alive
+from pipefleet.runs.run import Run
+from pipefleet.storage.store import ObjectStore
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"
@@ -172,7 +172,7 @@ class TestPlanning:
         elif what == "source":
             monkeypatch.setattr(ObjectStore, "_page", outage.of(ObjectStore._page))
         else:
-            monkeypatch.setattr("pipefleet.planner.remember_totals", outage.of(broker_totals))
+            monkeypatch.setattr("pipefleet.runs.planner.remember_totals", outage.of(broker_totals))
         go.set()
         run.join_planner()
         assert outage.calls > 3
@@ -183,7 +183,7 @@ class TestPlanning:
     def test_an_outage_that_lasts_ends_it_with_its_error(
         self, client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.planner.PATIENCE_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.runs.planner.PATIENCE_SECONDS", 0.1)
         step = Planner.step
         outage = Outage(10**9)
 
@@ -309,7 +309,7 @@ class TestProgress:
     def test_the_end_is_found_in_the_store_when_redis_forgot(
         self, client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.runs.LOOK_AT_STORE_SECONDS", 0.2)
+        monkeypatch.setattr("pipefleet.runs.run.LOOK_AT_STORE_SECONDS", 0.2)
         run = client.map(TEXTS, ["a"], output=prefix)
         run.join_planner()
         assert run.progress().state == "running"
@@ -322,7 +322,7 @@ class TestProgress:
 def test_resume_does_not_wait_for_ever_for_another_planner(
     client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipefleet.runs.TAKE_OVER_SECONDS", 0.3)
+    monkeypatch.setattr("pipefleet.runs.run.TAKE_OVER_SECONDS", 0.3)
     source = Endless(free=5, total=10)
     run = client.map(TEXTS, source, output=prefix, shard_size=5)
     with Client() as other, pytest.raises(RunError, match="another client plans the run"):

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from pipefleet import deadletters
 from pipefleet.cli import main
 from pipefleet.client import Client
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.shards import shard_index
 from pipefleet.errors import RunError
-from pipefleet.layout import RunLayout
-from pipefleet.planner import Planner
-from pipefleet.runs import Run
-from pipefleet.shards import shard_index
+from pipefleet.queues import dead_letters
+from pipefleet.runs.planner import Planner
+from pipefleet.runs.run import Run
 from tests.unit.conftest import eventually
 from tests.unit.shard_worker import ShardWorker, read
 
@@ -41,10 +41,10 @@ def environment(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "fleet.toml"
     path.write_text(FLEET)
     monkeypatch.setenv("PIPEFLEET_FLEET", str(path))
-    monkeypatch.setattr("pipefleet.planner.TEND_SECONDS", 0.05)
-    monkeypatch.setattr("pipefleet.planner.HELD_BACK_SECONDS", 0.05)
-    monkeypatch.setattr("pipefleet.backlog.LOOK_SECONDS", 0.0)
-    monkeypatch.setattr("pipefleet.runs.TAKE_OVER_SECONDS", 1.0)
+    monkeypatch.setattr("pipefleet.runs.planner.TEND_SECONDS", 0.05)
+    monkeypatch.setattr("pipefleet.runs.planner.HELD_BACK_SECONDS", 0.05)
+    monkeypatch.setattr("pipefleet.runs.backlog.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("pipefleet.runs.run.TAKE_OVER_SECONDS", 1.0)
     return environment
 
 
@@ -113,7 +113,7 @@ class TestEmptied:
         self, client: Client, prefix: str, old: ShardWorker, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
+        monkeypatch.setattr("pipefleet.runs.planner.ALIVE_SECONDS", 1.0)
         run = planned(client, prefix)
         old.do(old.take(0)[0])
         client.redis.flushall()
@@ -171,7 +171,7 @@ class TestMoved:
         source.go_on(run)
         assert followed
         assert (waiting(old, run), waiting(new, run)) == ([], [0, 1, 2, 3])
-        assert deadletters.count_dead_letters(client.redis, OLD) == 0
+        assert dead_letters.count_dead_letters(client.redis, OLD) == 0
         work_to_the_end(run, new)
         assert run.progress().state == "succeeded"
 
@@ -200,7 +200,7 @@ class TestMoved:
         assert again.resume(model="/models/new") == 2
         again.join_planner()
         assert (waiting(old, run), waiting(new, run)) == ([], [1, 2])
-        assert deadletters.count_dead_letters(client.redis, OLD) == 0
+        assert dead_letters.count_dead_letters(client.redis, OLD) == 0
         texts = new.take()
         assert {read(text).model for text in texts.values()} == {"/models/new"}
         for text in texts.values():
@@ -222,7 +222,7 @@ class TestMoved:
             old.tell(letter)
         assert main(["dead-letters", "--requeue"]) == 0
         assert (waiting(old, run), waiting(new, run)) == ([], [0, 1, 2])
-        assert deadletters.count_dead_letters(client.redis, OLD) == 0
+        assert dead_letters.count_dead_letters(client.redis, OLD) == 0
 
     def test_a_client_that_waits_hears_where_the_run_went(self, client: Client, prefix: str) -> None:
         run = planned(client, prefix)
@@ -291,7 +291,7 @@ class TestResumedByMany:
             return planned
 
         monkeypatch.setattr(Planner, "run", pausing)
-        monkeypatch.setattr("pipefleet.planner.TEND_SECONDS", 60.0)  # or that thread finds the shard first
+        monkeypatch.setattr("pipefleet.runs.planner.TEND_SECONDS", 60.0)  # or that thread finds the shard first
         assert run.resume() == 3
         assert returned.wait(20)
         old.refuse(old.take(1)[1])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import (
     AccessDeniedError,
     ObjectMissingError,
@@ -17,8 +18,7 @@ from pipefleet.errors import (
     PipefleetError,
     ServiceUnavailableError,
 )
-from pipefleet.objects import ObjectStore, renew_credentials
-from pipefleet.storage import StorageRef
+from pipefleet.storage.store import ObjectStore, renew_credentials
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.places import Places

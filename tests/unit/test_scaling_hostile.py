@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority
+from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.errors import FleetFileError
-from pipefleet.fleet import Fleet, parse_fleet
+from pipefleet.fleet.pools import Fleet, parse_fleet
+from pipefleet.queues import broker
 from pipefleet_workers.scaling.decide import Limits, State, decide
 from pipefleet_workers.scaling.ledger import Done, WorkCount, read_done, record_items, state_key, work_key
 from pipefleet_workers.scaling.messages import MOST_COST, Content

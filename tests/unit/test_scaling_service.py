@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
+from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.fleet import Fleet, parse_fleet
+from pipefleet.fleet.pools import Fleet, parse_fleet
+from pipefleet.queues import broker
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.scaling import command
 from pipefleet_workers.scaling.decide import State

@@ -13,11 +13,11 @@ from kombu import Queue
 from redis import Redis
 from redis.exceptions import RedisError
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority, Shard
-from pipefleet.fleet import Pool
-from pipefleet.revisions import Part
+from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard
+from pipefleet.fleet.pools import Pool
+from pipefleet.fleet.revisions import Part
+from pipefleet.queues import broker
 from pipefleet_workers.scaling.decide import Limits, State, decide
 from pipefleet_workers.scaling.ledger import Done, WorkCount, read_done, record_done, work_key
 from pipefleet_workers.scaling.messages import SAMPLE, Content, message_cost

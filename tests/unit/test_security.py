@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipefleet import broker
-from pipefleet.contract import MAX_MESSAGE_BYTES, JobItem
+from pipefleet.contract.messages import MAX_MESSAGE_BYTES, JobItem
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import InputError, ParameterError, PipefleetError, ServiceUnavailableError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.parameters import Check
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.uploads import RAW_AUDIO
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
-from pipefleet.storage import StorageRef
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, Media, TaskSpec
-from pipefleet.uploads import RAW_AUDIO
+from pipefleet.tasks.checks import Check
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings
@@ -532,6 +532,6 @@ def test_objects_smuggled_as_json_stay_json() -> None:
 
 
 def test_the_loader_trusts_no_code_by_default() -> None:
-    from pipefleet.fleet import Pool
+    from pipefleet.fleet.pools import Pool
 
     assert Pool("p", "text-classification", "/m").trust_remote_code is False

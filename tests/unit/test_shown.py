@@ -15,21 +15,29 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker, cli
-from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, announce_worker, announced_workers, read_pool, read_worker
+from pipefleet import cli
 from pipefleet.client import Client
-from pipefleet.contract import JobState
+from pipefleet.contract.layout import RunLayout, RunPlan
+from pipefleet.contract.messages import JobState
+from pipefleet.contract.records import JobFailure, JobRecord, read_record
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ContractError, JobFailedError, PipefleetError, RunError
+from pipefleet.fleet.announcements import (
+    POOLS_KEY,
+    WORKERS_KEY,
+    announce_worker,
+    announced_workers,
+    read_pool,
+    read_worker,
+)
 from pipefleet.foreign import read_json
-from pipefleet.jobs import raise_for
-from pipefleet.layout import RunLayout, RunPlan
-from pipefleet.moving import Moved
-from pipefleet.objects import ObjectStore
+from pipefleet.jobs.job import raise_for
 from pipefleet.printable import printable, printable_json
-from pipefleet.progress import RunProgress, show_progress
-from pipefleet.records import JobFailure, JobRecord, read_record
-from pipefleet.refusals import Refusal
-from pipefleet.storage import StorageRef
+from pipefleet.queues import broker
+from pipefleet.runs.moving import Moved
+from pipefleet.runs.progress import RunProgress, show_progress
+from pipefleet.runs.refusals import Refusal
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.parked import PARKED_KEY
 from pipefleet_workers.scaling.decide import State
 from pipefleet_workers.scaling.ledger import state_key, work_key
@@ -234,7 +242,7 @@ def test_a_key_of_another_type_is_named_in_one_sentence(
     key: str, client: Client, redis: Redis, store: ObjectStore, prefix: str, monkeypatch: pytest.MonkeyPatch,
     run_command: Callable[..., tuple[int, str, str]],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
+    monkeypatch.setattr("pipefleet.runs.planner.ALIVE_SECONDS", 1.0)
     if key == POOLS_KEY:
         monkeypatch.delenv("PIPEFLEET_FLEET")
     put_run(store, prefix)

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker, deadletters
-from pipefleet.announcements import announce_pool, announce_worker
 from pipefleet.client import Client
-from pipefleet.clock import ServerClock
+from pipefleet.connection.clock import ServerClock
 from pipefleet.errors import PipefleetError
-from pipefleet.fleet import Fleet, Pool
-from pipefleet.revisions import forget_revisions
-from pipefleet.routing import announcement, queue_name, work_queue
+from pipefleet.fleet.announcements import announce_pool, announce_worker
+from pipefleet.fleet.pools import Fleet, Pool
+from pipefleet.fleet.revisions import forget_revisions
+from pipefleet.fleet.routing import announcement, queue_name, work_queue
+from pipefleet.queues import broker, dead_letters
 from pipefleet_workers.checks import clocks
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.items import Outcome, Work
@@ -133,8 +133,8 @@ def test_marks_and_notes_are_told_by_the_server(
     run = client.map(TEXTS, ["a"], output=prefix)
     run.join_planner()
     times.append(float(redis.hget(broker.run_key(run.plan.id), "since") or 0))  # type: ignore[arg-type]
-    deadletters.file_dead_letter(redis, QUEUE, message="{}", reason="bad")
-    times += [letter.at for letter in deadletters.every_dead_letter(redis, QUEUE)]
+    dead_letters.file_dead_letter(redis, QUEUE, message="{}", reason="bad")
+    times += [letter.at for letter in dead_letters.every_dead_letter(redis, QUEUE)]
     assert times == pytest.approx([now] * len(times), abs=60)
     assert client.clock.peek() == pytest.approx(now, abs=60)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipefleet.contract.references import refs_in, split_uri
 from pipefleet.errors import (
     AccessDeniedError,
     InputError,
@@ -20,13 +21,12 @@ from pipefleet.errors import (
     ServiceUnavailableError,
     SourceError,
 )
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.preparing import SourceItem
-from pipefleet.sources import Source, open_source
-from pipefleet.storage import refs_in, split_uri
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.rows import SourceItem
+from pipefleet.inputs.sources import Source, open_source
+from pipefleet.inputs.uploads import Uploader
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS
-from pipefleet.uploads import Uploader
 
 TEXTS, PICTURES = "text-classification", "image-classification"
 Opener = Callable[..., Source]

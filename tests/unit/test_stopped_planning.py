@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.cli import main
 from pipefleet.client import Client
-from pipefleet.contract import JobItem
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobItem
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.shards import decode_shard_line
 from pipefleet.errors import InputError, ManifestError, RunError, ServiceUnavailableError
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
-from pipefleet.records import JobFailure
-from pipefleet.runs import Run
-from pipefleet.shards import decode_shard_line
+from pipefleet.queues import broker
+from pipefleet.runs.run import Run
+from pipefleet.storage.store import ObjectStore
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"
@@ -37,7 +37,7 @@ def lines(client: Client, run: Run) -> list[tuple[int, JobItem, JobFailure | Non
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that sees no planner in a Redis that was emptied waits for less."""
-    monkeypatch.setattr("pipefleet.planner.ALIVE_SECONDS", 1.0)
+    monkeypatch.setattr("pipefleet.runs.planner.ALIVE_SECONDS", 1.0)
 
 
 class TestItems:
@@ -166,7 +166,7 @@ class TestStopped:
     ) -> None:
         for number in range(6):
             client.store.put(f"{prefix}in/{number}.txt", b"x")
-        monkeypatch.setattr("pipefleet.planner.PATIENCE_SECONDS", 0.0)
+        monkeypatch.setattr("pipefleet.runs.planner.PATIENCE_SECONDS", 0.0)
         page = ObjectStore._page
 
         def away(self: ObjectStore, request: dict[str, object]) -> object:

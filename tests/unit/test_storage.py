@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet.errors import ContractError, InputError
-from pipefleet.storage import (
+from pipefleet.contract.references import (
     MAX_KEY_BYTES,
     StorageRef,
     directory_uri,
@@ -22,6 +21,7 @@ from pipefleet.storage import (
     refs_in,
     split_uri,
 )
+from pipefleet.errors import ContractError, InputError
 
 BUCKETS = st.from_regex(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]", fullmatch=True)
 KEYS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=200)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobState, decode_message
+from pipefleet.contract.messages import JobState, decode_message
 from pipefleet.errors import InputError, JobError, ParameterError, ResultTimeoutError
-from pipefleet.pipelines import pipeline
-from pipefleet.streaming import stream
+from pipefleet.pipelines.fleet_pipeline import pipeline
+from pipefleet.pipelines.streaming import stream
+from pipefleet.queues import broker
 from pipefleet.tasks import TASKS
 from tests.unit.conftest import eventually
 from tests.unit.test_producer_jobs import OWN, QUEUE, TEXTS, Worker
@@ -331,7 +331,7 @@ class TestPipe:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("pipefleet.jobs.Job.result", interrupt)
+        monkeypatch.setattr("pipefleet.jobs.job.Job.result", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pipeline(TEXTS, client=client)("a")
         assert client.job(worker.take().id).status() is JobState.CANCELLED

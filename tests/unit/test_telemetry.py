@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker, tracecontext
 from pipefleet.client import Client
-from pipefleet.routing import revision_queue
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues import broker, trace_context
 from pipefleet_workers.telemetry import laid_out
 from tests.checkpoints import cached
 from tests.servers import until
@@ -48,7 +48,7 @@ def test_without_a_tracer_a_message_carries_no_trace(client: Client) -> None:
     code = "import pipefleet; pipefleet.Client().submit('text-classification', 'x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert not set(tracecontext.HEADERS) & set(header(client))
+    assert not set(trace_context.HEADERS) & set(header(client))
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipefleet.calls import arguments_of
 from pipefleet.errors import InputError, ParameterError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import FleetPipeline
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.pipelines.calls import arguments_of
+from pipefleet.pipelines.fleet_pipeline import FleetPipeline
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, implied_parameters, task_spec
 from pipefleet_workers.items import ItemError
 from pipefleet_workers.settings import WorkerSettings

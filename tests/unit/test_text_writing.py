@@ -159,7 +159,7 @@ def test_the_tokens_of_decisions_are_there_before_threads_take_their_copies() ->
 
 
 def _decoded(value: Any, parameters: dict[str, Any]) -> Any:
-    from pipefleet.contract import JobItem
+    from pipefleet.contract.messages import JobItem
     from pipefleet_workers.items import Decoded, JobContext, Work
 
     context = JobContext("test", None, parameters, 3, None, None)  # type: ignore[arg-type]

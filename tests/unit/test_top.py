@@ -17,11 +17,12 @@ import pytest
 from redis import Redis
 from rich.console import Console
 
-from pipefleet import broker, cli
+from pipefleet import cli
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, Priority, encode_json
-from pipefleet.revisions import read_backlogs
-from pipefleet.routing import revision_queue
+from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
+from pipefleet.fleet.revisions import read_backlogs
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues import broker
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.parked import Parked, tell_parked
 from pipefleet_workers.scaling.ledger import record_done, record_items

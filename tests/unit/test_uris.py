@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
+from pipefleet.contract.uris import lies_in_run, output_fault, run_fault, shard_fault, uri_fault
 from pipefleet.errors import AccessDeniedError, ContractError, InputError, PipefleetError, UsageError
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
-from pipefleet.uris import lies_in_run, output_fault, run_fault, shard_fault, uri_fault
+from pipefleet.queues import broker
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.uri_gate import UriGate
 
 TASK = "text-classification"

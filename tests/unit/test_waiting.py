@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import JobMessage, Priority
+from pipefleet.contract.messages import JobMessage, Priority
 from pipefleet.errors import JobCancelledError, ResultTimeoutError
-from pipefleet.fleet import Pool
-from pipefleet.jobs import Job
-from pipefleet.pipelines import pipeline
-from pipefleet.routing import revision_queue
-from pipefleet.waiting import LOOK_SECONDS, POOLS_KEY, SAY_SECONDS, SCALER_KEY, WORKERS_KEY, Lookout, why_waiting
+from pipefleet.fleet.pools import Pool
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.fleet.waiting import LOOK_SECONDS, POOLS_KEY, SAY_SECONDS, SCALER_KEY, WORKERS_KEY, Lookout, why_waiting
+from pipefleet.jobs.job import Job
+from pipefleet.pipelines.fleet_pipeline import pipeline
+from pipefleet.queues import broker
 from tests.unit.conftest import eventually
 
 TASK = "text-classification"
@@ -185,8 +185,8 @@ class TestWaiting:
 
     @pytest.fixture
     def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipefleet.watcher.SWEEP_SECONDS", 0.05)
-        monkeypatch.setattr("pipefleet.watcher.LOOK_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.jobs.watcher.LOOK_AFTER_SECONDS", 0.0)
 
     def told(self, client: Client, caplog: pytest.LogCaptureFixture, wait: Callable[[], object]) -> float:
         """Seconds until a waiting was told of; then it ends."""

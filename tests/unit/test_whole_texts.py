@@ -9,7 +9,7 @@ import pandas
 import pytest
 from PIL import Image
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters import long_texts
 from pipefleet_workers.adapters.base import Adapter

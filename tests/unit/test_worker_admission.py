@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from pipefleet.contract import JobItem
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobItem
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.admission import Budget
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome, Work

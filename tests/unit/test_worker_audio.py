@@ -17,7 +17,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from pipefleet.uploads import RAW_AUDIO
+from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.audio import Samples, decode_audio
 from pipefleet_workers.media.tracks import sound_frame

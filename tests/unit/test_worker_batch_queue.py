@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.consume.outcomes import Outcomes

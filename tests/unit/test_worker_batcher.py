@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work

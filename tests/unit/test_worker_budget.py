@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipefleet.contract import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
+from pipefleet.contract.messages import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
 from pipefleet.errors import ContractError, ServiceUnavailableError
-from pipefleet.fleet import Pool
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.consume import shards
 from pipefleet_workers.consume.delivery import DrainedError

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet import Pool, parse_fleet
+from pipefleet.fleet.pools import Pool, parse_fleet
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.buckets import SHORTEST, rounded_length

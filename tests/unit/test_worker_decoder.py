@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet_workers.adapters import device_images
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.device_images import LARGEST, DevicePictures, Pixels, Plan, on_device

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipefleet.records import JobFailure
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.text import FeatureExtractor, TextClassifier
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.outcomes import Outcomes

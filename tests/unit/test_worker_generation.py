@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
+from pipefleet.contract.references import is_ref
 from pipefleet.errors import InputError, ParameterError
-from pipefleet.inputs import InputPreparer
-from pipefleet.objects import ObjectStore
-from pipefleet.pipelines import FleetPipeline
-from pipefleet.storage import is_ref
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.pipelines.fleet_pipeline import FleetPipeline
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, task_spec
 from pipefleet_workers.adapters.generate import TextGenerator
 from pipefleet_workers.consume.outcomes import Outcomes

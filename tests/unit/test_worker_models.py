@@ -22,8 +22,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pipefleet.errors import ObjectChangedError, UsageError
-from pipefleet.fleet import Pool
-from pipefleet.objects import ListedObject, ObjectStore
+from pipefleet.fleet.pools import Pool
+from pipefleet.storage.store import ListedObject, ObjectStore
 from pipefleet_workers import model_cache
 from pipefleet_workers.model_cache import ModelError, downloaded_model
 from pipefleet_workers.models import load_pipeline, require_folder
@@ -308,7 +308,7 @@ def test_loading_takes_no_second_copy_and_offloading_stays_below_its_bound(large
 
 LOAD = """
 import json, os, sys
-from pipefleet.fleet import Pool
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.models import load_pipeline
 for line in sys.stdin:
     case = json.loads(line)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet.errors import UsageError
-from pipefleet.fleet import Pool
+from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
 from pipefleet_workers import preprocess_child, preprocess_pool
 from pipefleet_workers.adapters.base import Adapter

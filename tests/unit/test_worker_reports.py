@@ -11,10 +11,10 @@ import orjson
 import pytest
 from redis import Redis
 
-from pipefleet import broker
-from pipefleet.contract import JobItem, JobMessage, JobState
+from pipefleet.contract.messages import JobItem, JobMessage, JobState
+from pipefleet.contract.records import JobFailure, JobRecord, read_record
 from pipefleet.errors import ServiceUnavailableError
-from pipefleet.records import JobFailure, JobRecord, read_record
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.ending import Ending

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipefleet.contract import JobItem, JobMessage
-from pipefleet.fleet import Pool
+from pipefleet.contract.messages import JobItem, JobMessage
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.delivery import DrainedError

@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipefleet.artifacts import resolve
-from pipefleet.contract import Shard
+from pipefleet.contract.artifacts import resolve
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import Shard
+from pipefleet.contract.references import StorageRef
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
-from pipefleet.layout import RunLayout
-from pipefleet.storage import StorageRef
 from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.items import Assembly, Encoded, Outcome, Unit

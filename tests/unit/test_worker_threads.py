@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.clock import ServerClock
+from pipefleet.connection.clock import ServerClock
+from pipefleet.queues import broker
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.tracing import Tracer
 from pipefleet_workers.worker import Worker

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet_workers.adapters.text import TextClassifier
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.batcher import BatchLimits, MicroBatcher

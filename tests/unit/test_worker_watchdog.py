@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipefleet.contract import JobItem
+from pipefleet.contract.messages import JobItem
 from pipefleet.errors import UsageError
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.exits import HUNG_FORWARD, HUNG_STAGE

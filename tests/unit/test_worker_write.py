@@ -13,12 +13,12 @@ import numpy as np
 import orjson
 import pytest
 
-from pipefleet.contract import JobItem, Shard
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobItem, Shard
+from pipefleet.contract.parts import part_format
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ServiceUnavailableError
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
-from pipefleet.parts import part_format
-from pipefleet.records import JobFailure
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Encoded, ItemError, JobContext, Outcome, Work
 from pipefleet_workers.objects import WorkerStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipefleet.fleet import Pool
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.device_images import on_device
 from pipefleet_workers.compiled import compile_forward

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipefleet.contract import encode_json
+from pipefleet.contract.messages import encode_json
 from pipefleet_workers.items import ItemError
 
 STAGE = "preprocess"

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from pipefleet import __version__, broker, deadletters
-from pipefleet.clock import ServerClock
-from pipefleet.contract import JobItem, JobMessage, Priority, Shard, as_id, decode_message
+from pipefleet import __version__
+from pipefleet.connection.clock import ServerClock
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard, as_id, decode_message
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import StorageRef, join_uri
 from pipefleet.errors import ContractError, PipefleetError, UsageError
-from pipefleet.fleet import Pool
-from pipefleet.fleetfile import FleetFile
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
-from pipefleet.records import JobFailure
-from pipefleet.routing import revision_queue
+from pipefleet.fleet.followed_file import FleetFile
+from pipefleet.fleet.pools import Pool
+from pipefleet.fleet.routing import revision_queue
+from pipefleet.fleet.writers import writers
+from pipefleet.queues import broker, dead_letters
 from pipefleet.settings import Settings
-from pipefleet.storage import StorageRef, join_uri
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
-from pipefleet.writers import writers
 from pipefleet_workers.acceleration import accelerated
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.consume.burials import Burials
@@ -72,13 +73,13 @@ class Built:
     letters: bool
     """Whether the transport keeps dead letters: `bury` is told of refused shards then."""
 
-    def bury(self, letter: deadletters.DeadLetter) -> None:
+    def bury(self, letter: dead_letters.DeadLetter) -> None:
         """Tell who waits for the job of a dead letter that it has failed. Raises ServiceUnavailableError; then it is told again."""
         self.burials.letter(letter)
 
     def refused(self, payload: Any, reason: str) -> None:
         """Tell who waits for a job that it was refused, where its message says who that is."""
-        if self.letters and deadletters.kills(reason):
+        if self.letters and dead_letters.kills(reason):
             return  # its dead letter tells, as of any other that kills its workers
         try:
             message, failure = decode_message(payload), JobFailure("refused", reason, "consume")
@@ -192,7 +193,7 @@ class Undertaker:
             log.warning("item %d of shard %d has no dead letter: %s", position, message.shard.index, error)
             return
         with broker.redis_errors(self._settings.redis_url):
-            deadletters.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
+            dead_letters.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
 
 
 def _consumer(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from pipefleet import broker
-from pipefleet.announcements import announced_workers, refused_places
 from pipefleet.errors import PipefleetError
-from pipefleet.objects import ObjectStore
+from pipefleet.fleet.announcements import announced_workers, refused_places
 from pipefleet.printable import printable
-from pipefleet.s3errors import clock_sentence
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
+from pipefleet.storage.s3_errors import clock_sentence
+from pipefleet.storage.store import ObjectStore
 
 WARN_SECONDS = 5.0
 """A clock that is further off is told with what to do about it. The store's is known to the second only."""

@@ -21,7 +21,7 @@ from pipefleet_workers.simulation import command as simulation
 from pipefleet_workers.watch import command as watch
 
 if TYPE_CHECKING:
-    from pipefleet.fleet import Fleet, Pool
+    from pipefleet.fleet.pools import Fleet, Pool
     from pipefleet_workers.local import Stack
     from pipefleet_workers.local.fleet_file import WatchedFile
 
@@ -112,7 +112,7 @@ def _register_worker(commands: Commands) -> None:
 
 def worker(arguments: argparse.Namespace) -> int:
     """Run a worker until SIGTERM."""
-    from pipefleet.fleetfile import FleetFile
+    from pipefleet.fleet.followed_file import FleetFile
     from pipefleet.settings import load_settings
     from pipefleet_workers.settings import WorkerSettings
     from pipefleet_workers.worker import Worker, prepare_process
@@ -221,7 +221,7 @@ def reload_on_sighup(reload: Callable[[], None]) -> None:
 
 
 def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, Path | None]:
-    from pipefleet.fleet import load_fleet, parse_fleet
+    from pipefleet.fleet.pools import load_fleet, parse_fleet
 
     path = arguments.fleet or path
     if arguments.task or (arguments.model and path is None):
@@ -237,7 +237,7 @@ def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Flee
 
 def _chosen_revision(arguments: argparse.Namespace, pool: Pool) -> Pool:
     """The revision of a pool of the fleet file that was asked for; new work goes to none but the pool's own."""
-    from pipefleet.fleet import with_revision
+    from pipefleet.fleet.pools import with_revision
 
     if arguments.previous:
         if arguments.model or arguments.revision:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipefleet.errors import UsageError
-from pipefleet.fleet import Pool
+from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.text import TextEncoder

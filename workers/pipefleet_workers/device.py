@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipefleet.records import JobFailure
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.batch_queue import BatchQueue
 from pipefleet_workers.exits import BROKEN_DEVICE, HUNG_FORWARD, end_process
 from pipefleet_workers.items import Assembly, Batch, Unit

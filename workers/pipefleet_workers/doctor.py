@@ -11,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import broker, rights
-from pipefleet.announcements import announced_fleet, announced_workers
+from pipefleet.connection import rights
+from pipefleet.contract.references import join_uri
 from pipefleet.errors import PipefleetError
-from pipefleet.identity import Membership
-from pipefleet.objects import ObjectStore
+from pipefleet.fleet.announcements import announced_fleet, announced_workers
+from pipefleet.fleet.identity import Membership
 from pipefleet.printable import printable
-from pipefleet.s3errors import endpoint
+from pipefleet.queues import broker
 from pipefleet.settings import Settings, load_settings, without_credentials
-from pipefleet.storage import join_uri
+from pipefleet.storage.s3_errors import endpoint
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.checks import access_of_workers, clocks
 from pipefleet_workers.entries import check_entries
 from pipefleet_workers.redis_memory import check_memory
@@ -27,7 +28,7 @@ from pipefleet_workers.redis_writes import judge_writes
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
-    from pipefleet.fleet import Pool
+    from pipefleet.fleet.pools import Pool
     from pipefleet_workers.watch.read import PoolRow
 
 UNREAD = "pools"
@@ -98,7 +99,7 @@ def pool_checks(settings: Settings) -> list[Check]:
 
 
 def _pools(client: Client, troubles: dict[str, str]) -> list[tuple[PoolRow, Pool]]:
-    from pipefleet.fleet import Fleet, Pool
+    from pipefleet.fleet.pools import Fleet, Pool
     from pipefleet_workers.watch.read import read_fleet
 
     fleet = client.fleet
@@ -119,7 +120,7 @@ def _pools(client: Client, troubles: dict[str, str]) -> list[tuple[PoolRow, Pool
 
 def _unnamed(client: Client, troubles: dict[str, str]) -> list[Check]:
     """A check for each revision of the fleet's pools that messages wait for, and that nobody names nor serves."""
-    from pipefleet.revisions import read_backlogs
+    from pipefleet.fleet.revisions import read_backlogs
 
     with broker.redis_errors(client.settings.redis_url):
         backlogs = read_backlogs(client.redis, client.fleet, troubles=troubles)
@@ -247,7 +248,7 @@ def _race(settings: Settings) -> str:
 
 
 def _fleet(settings: Settings) -> str:
-    from pipefleet.fleet import load_fleet
+    from pipefleet.fleet.pools import load_fleet
 
     path = settings.fleet_path
     if path is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipefleet.contract import JobState
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobState
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.items import Outcome
 
 REVOKED = "revoked by an operator"

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ServiceFullError, ServiceUnavailableError
-from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.admission import Budget
 from pipefleet_workers.batch_queue import BatchQueue

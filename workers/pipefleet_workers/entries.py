@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipefleet import broker, foreign
-from pipefleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
+from pipefleet import foreign
 from pipefleet.errors import PipefleetError
+from pipefleet.fleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
 from pipefleet.printable import printable
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.parked import PARKED_KEY
 

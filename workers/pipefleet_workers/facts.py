@@ -1,6 +1,6 @@
 """What a worker knows of itself and tells the fleet: its pool, its budget, whether padding is exact, what a batch costs.
 
-Kept in the Redis hash `pipefleet:workers` (see `pipefleet.announcements`); an entry ends with its heartbeat, or when the worker
+Kept in the Redis hash `pipefleet:workers` (see `pipefleet.fleet.announcements`); an entry ends with its heartbeat, or when the worker
 signs off.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.announcements import WORKERS_KEY, announce_worker, announced_workers
-from pipefleet.fleet import Pool
-from pipefleet.parts import writable_formats
-from pipefleet.routing import revision_queue
+from pipefleet.contract.parts import writable_formats
+from pipefleet.fleet.announcements import WORKERS_KEY, announce_worker, announced_workers
+from pipefleet.fleet.pools import Pool
+from pipefleet.fleet.routing import revision_queue
 from pipefleet_workers.batcher import BatchLimits
 from pipefleet_workers.scaling.ledger import ITEM_COUNTS, record_items
 

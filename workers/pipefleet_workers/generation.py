@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
-from pipefleet.records import JobFailure
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.items import JobContext, Work
 
 STAGE = "forward"

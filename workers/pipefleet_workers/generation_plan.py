@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import generation
 
-from pipefleet.contract import encode_json
+from pipefleet.contract.messages import encode_json
 from pipefleet_workers.arguments import REMEMBERED, STAGE
 from pipefleet_workers.generation import Sampling
 from pipefleet_workers.generation_parameters import NO_END, generation_of, vocabulary_of

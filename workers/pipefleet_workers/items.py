@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.contract import JobItem, JobState, Shard
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobItem, JobState, Shard
+from pipefleet.contract.records import JobFailure
 
 
 class ItemError(Exception):

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from pipefleet.contract.references import directory_uri
 from pipefleet.errors import PipefleetError
-from pipefleet.objects import ListedObject, ObjectStore, s3_errors
-from pipefleet.storage import directory_uri
+from pipefleet.storage.store import ListedObject, ObjectStore, s3_errors
 
 log = logging.getLogger(__name__)
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".ot")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipefleet.fleet import Pool
+from pipefleet.fleet.pools import Pool
 
 _TOKEN = "set HF_TOKEN to a token that may read it"
 _HUB = {

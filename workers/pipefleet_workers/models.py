@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import PipefleetError, UsageError
-from pipefleet.fleet import Pool, pinned
+from pipefleet.fleet.pools import Pool, pinned
 from pipefleet_workers.model_cache import ModelError, cache_folder, downloaded_model, require_safetensors
 from pipefleet_workers.model_errors import explained
 from pipefleet_workers.precision import config_arguments, in_dtype, loading, warn_of_half

@@ -26,6 +26,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
+from pipefleet.contract.references import StorageRef, split_uri
 from pipefleet.errors import (
     AccessDeniedError,
     InputError,
@@ -35,9 +36,8 @@ from pipefleet.errors import (
     ServiceUnavailableError,
     SourceError,
 )
-from pipefleet.objects import ObjectStore, renewals, s3_errors
-from pipefleet.s3errors import NO_CREDENTIALS, Answer, endpoint, error_of, server_time
-from pipefleet.storage import StorageRef, split_uri
+from pipefleet.storage.s3_errors import NO_CREDENTIALS, Answer, endpoint, error_of, server_time
+from pipefleet.storage.store import ObjectStore, renewals, s3_errors
 
 _ODD_KEY = re.compile(r"^/|//|/$|[\x00-\x1f\x7f]")
 """Keys that obstore does not take as they are."""

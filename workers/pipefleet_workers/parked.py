@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipefleet.broker import KEY
-from pipefleet.contract import encode_json
+from pipefleet.contract.messages import encode_json
 from pipefleet.foreign import read_object, whole
 from pipefleet.printable import printable
+from pipefleet.queues.broker import KEY
 
 PARKED_KEY = f"{KEY}parked"
 TOLD_SECONDS = 30.0

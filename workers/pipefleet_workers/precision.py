@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pipefleet.fleet import Pool
-from pipefleet.loading import OF_THE_CONFIG
+from pipefleet.fleet.loading import OF_THE_CONFIG
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.model_cache import ModelError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _CLASSES = {
     "quanto": "QuantoConfig",
     "torchao": "TorchAoConfig",
 }
-"""transformers' class for each of `pipefleet.loading.METHODS`."""
+"""transformers' class for each of `pipefleet.fleet.loading.METHODS`."""
 _PACKAGES = {
     "auto-round": {"auto_round": "auto-round"},
     "awq": {"gptqmodel": "gptqmodel"},

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from pipefleet.contract import JobItem, Priority
+from pipefleet.contract.messages import JobItem, Priority
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, Unit, Work

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipefleet import broker
 from pipefleet.errors import PipefleetError
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.redis_start import refuse_cluster
 

@@ -6,10 +6,11 @@ import contextlib
 import logging
 from typing import Any
 
-from pipefleet import answers, broker
-from pipefleet.announcements import WORKERS_KEY
+from pipefleet.connection import answers
 from pipefleet.errors import PipefleetError, ServiceUnavailableError, UsageError
+from pipefleet.fleet.announcements import WORKERS_KEY
 from pipefleet.patience import Patience
+from pipefleet.queues import broker
 from pipefleet.settings import Settings, without_credentials
 from pipefleet_workers.settings import WorkerSettings
 

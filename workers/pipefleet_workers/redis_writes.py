@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipefleet.answers import READ_ONLY, UNSAVED, sentence_of
+from pipefleet.connection.answers import READ_ONLY, UNSAVED, sentence_of
 from pipefleet.errors import PipefleetError
 
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipefleet import broker
-from pipefleet.announcements import WORKERS_KEY
-from pipefleet.contract import JobMessage, JobState, Shard, encode_json, is_reply
-from pipefleet.deadletters import FOREIGN, DeadLetter
-from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError
-from pipefleet.layout import RunLayout
-from pipefleet.letters import BURY
-from pipefleet.objects import ObjectStore
-from pipefleet.records import (
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobMessage, JobState, Shard, encode_json, is_reply
+from pipefleet.contract.records import (
     CANCEL,
     FINISH,
     FINISH_WITH_ROOM,
@@ -21,8 +15,14 @@ from pipefleet.records import (
     JobFailure,
     finish_arguments,
 )
-from pipefleet.refusals import Refusals
+from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError
+from pipefleet.fleet.announcements import WORKERS_KEY
+from pipefleet.jobs.letters import BURY
+from pipefleet.queues import broker
+from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
+from pipefleet.runs.refusals import Refusals
 from pipefleet.settings import Settings
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome

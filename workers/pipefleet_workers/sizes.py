@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipefleet.storage import MAX_DEPTH
+from pipefleet.contract.references import MAX_DEPTH
 
 NUMBER = 32
 """Bytes of a number in a list: itself, and where it stands."""

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipefleet import __version__
-from pipefleet.broker import TIME_HEADER
-from pipefleet.contract import JobMessage
+from pipefleet.contract.messages import JobMessage
+from pipefleet.queues.broker import TIME_HEADER
 from pipefleet_workers.items import Outcome
 
 log = logging.getLogger(__name__)

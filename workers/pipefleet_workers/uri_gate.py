@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipefleet.contract import JobMessage, Shard
+from pipefleet.contract.messages import JobMessage, Shard
+from pipefleet.contract.uris import output_fault, shard_fault, shown, uri_fault
 from pipefleet.errors import AccessDeniedError, ContractError, InputError
-from pipefleet.uris import output_fault, shard_fault, shown, uri_fault
 from pipefleet_workers.settings import WorkerSettings
 
 ANYWHERE = ("s3://",)

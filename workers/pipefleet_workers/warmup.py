@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipefleet.contract import JobItem, Priority
+from pipefleet.contract.messages import JobItem, Priority
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work

@@ -10,23 +10,23 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import broker, deadletters
-from pipefleet.announcements import announce_pool, forget_dead_workers, takes_new_work, withdraw_pool
-from pipefleet.contract import TASK_NAME
+from pipefleet.contract.messages import TASK_NAME
 from pipefleet.errors import FleetMismatchError, ObjectMissingError, PipefleetError, ServiceUnavailableError
-from pipefleet.fleet import Fleet, Pool
-from pipefleet.fleetfile import FleetFile
-from pipefleet.identity import Membership
-from pipefleet.objects import ObjectStore
-from pipefleet.revisions import forget_revisions
-from pipefleet.routing import announcement, queue_name, revision_queue
+from pipefleet.fleet.announcements import announce_pool, forget_dead_workers, takes_new_work, withdraw_pool
+from pipefleet.fleet.followed_file import FleetFile
+from pipefleet.fleet.identity import Membership
+from pipefleet.fleet.pools import Fleet, Pool
+from pipefleet.fleet.revisions import forget_revisions
+from pipefleet.fleet.routing import announcement, queue_name, revision_queue
+from pipefleet.queues import broker, dead_letters
 from pipefleet.settings import Settings
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers import logs, telemetry
 from pipefleet_workers.redis_start import connect_patiently
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from pipefleet.clock import ServerClock
+    from pipefleet.connection.clock import ServerClock
     from pipefleet_workers.build import Built
     from pipefleet_workers.consume.consumer import Consumer
     from pipefleet_workers.facts import Facts
@@ -158,7 +158,7 @@ class Worker:
             log.warning("the stock transport: a killed worker's jobs come back after an hour, and some are lost")
             return {}
 
-        def dead(letter: deadletters.DeadLetter) -> None:
+        def dead(letter: dead_letters.DeadLetter) -> None:
             built.bury(letter)
             if letter.job_id is not None and letter.code == "killed_worker":  # of the others, who refused them has told
                 task.died(letter.job_id, letter.reason)

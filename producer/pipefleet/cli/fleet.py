@@ -8,15 +8,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, command, print_error, print_json, print_line, print_troubles
+from pipefleet.connection.rights import require
+from pipefleet.connection.wrong_type import passed_over
 from pipefleet.errors import UsageError
 from pipefleet.printable import printable
-from pipefleet.rights import require
-from pipefleet.wrongtype import passed_over
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
-    from pipefleet.deadletters import DeadLetter
-    from pipefleet.fleet import Pool
+    from pipefleet.fleet.pools import Pool
+    from pipefleet.queues.dead_letters import DeadLetter
     from pipefleet.tasks import TaskSpec
 
 MOST_CELL = 400
@@ -91,8 +91,8 @@ def queues(arguments: argparse.Namespace) -> int:
 
     3 where a pool cannot be read; the others are printed.
     """
-    from pipefleet import broker
     from pipefleet.client import Client
+    from pipefleet.queues import broker
 
     with Client() as client, broker.redis_errors(client.settings.redis_url):
         rows, troubles = _backlog_rows(client)
@@ -109,10 +109,10 @@ def queues(arguments: argparse.Namespace) -> int:
 
 def _backlog_rows(client: Client) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows, and why pools that cannot be read have none."""
-    from pipefleet import deadletters
-    from pipefleet.fleet import model_label
-    from pipefleet.revisions import read_backlogs
-    from pipefleet.routing import queue_name
+    from pipefleet.fleet.pools import model_label
+    from pipefleet.fleet.revisions import read_backlogs
+    from pipefleet.fleet.routing import queue_name
+    from pipefleet.queues import dead_letters as deadletters
 
     rows, troubles = [], dict[str, str]()
     for one in read_backlogs(client.redis, client.fleet, troubles=troubles):
@@ -148,7 +148,8 @@ _LETTER_COLUMNS = ("pool", "job", "task", "item", "input", "run", "shard", "deli
 
 def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, str, DeadLetter]]:
     """Pool, queue and letter of all that is to be dealt with. Raises UsageError for an id that no letter has."""
-    from pipefleet import broker, deadletters
+    from pipefleet.queues import broker
+    from pipefleet.queues import dead_letters as deadletters
 
     changes, ids = arguments.requeue or arguments.remove, set(arguments.ids)
     most = sys.maxsize if ids else MOST_LETTERS if changes else max(0, arguments.limit)
@@ -170,8 +171,9 @@ def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, st
 
 
 def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argparse.Namespace) -> str:
-    from pipefleet import broker, deadletters
-    from pipefleet.letters import requeue
+    from pipefleet.jobs.letters import requeue
+    from pipefleet.queues import broker
+    from pipefleet.queues import dead_letters as deadletters
 
     if arguments.requeue:
         return requeue(client, letter, queue)
@@ -183,7 +185,7 @@ def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argpar
 
 def _letter_row(pool: str, letter: DeadLetter, became: str) -> dict[str, Any]:
     """A letter as `--json` prints it; `result` is where the result of a job that is queued again goes besides its record."""
-    from pipefleet.letters import read_content
+    from pipefleet.jobs.letters import read_content
 
     content = read_content(letter)
     shard = content.shard
@@ -218,7 +220,7 @@ def _letter_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _queues(client: Client, *, only: str | None = None) -> list[tuple[Pool, str]]:
     """Every pool with its queue. Raises UsageError for a pool that is not there."""
-    from pipefleet.routing import queue_name
+    from pipefleet.fleet.routing import queue_name
 
     pools = client.fleet.pools
     if only is not None and only not in pools:

@@ -21,8 +21,8 @@ from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.printable import MOST_MESSAGE, printable
 
 if TYPE_CHECKING:
-    from pipefleet.progress import RunProgress
-    from pipefleet.runs import Run
+    from pipefleet.runs.progress import RunProgress
+    from pipefleet.runs.run import Run
 
 
 def register(commands: Commands) -> None:
@@ -110,7 +110,7 @@ def map_(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     """Print the progress of a run, a few seconds later where shards seem to be lost. 1 when it has ended with failed items."""
     from pipefleet.client import Client
-    from pipefleet.losses import LOOK_SECONDS
+    from pipefleet.runs.losses import LOOK_SECONDS
 
     with Client() as client:
         run = client.run(arguments.uri)
@@ -201,7 +201,7 @@ def _how_to_go_on(run: Run) -> str:
 
 
 def _report(run: Run, progress: RunProgress, *, as_json: bool) -> int:
-    from pipefleet.progress import describe
+    from pipefleet.runs.progress import describe
 
     document: dict[str, Any] = progress.to_json()
     if progress.state in ("partial", "failed"):

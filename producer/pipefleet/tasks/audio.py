@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import (
+from pipefleet.tasks.checks import (
     Check,
     boolean,
     choice,

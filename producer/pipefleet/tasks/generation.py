@@ -5,7 +5,7 @@ Which a task takes beyond its pipeline's own parameters follows from how its mod
 
 from __future__ import annotations
 
-from pipefleet.parameters import (
+from pipefleet.tasks.checks import (
     Check,
     boolean,
     choice,

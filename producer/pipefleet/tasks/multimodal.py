@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
-from pipefleet.refused_parameters import REASONS
+from pipefleet.tasks.checks import Check, boolean, either, integer, mapping_of, null, number, template, text
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
+from pipefleet.tasks.refused import REASONS
 from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
 from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipefleet.contract.references import is_text_uri
 from pipefleet.errors import InputError, ParameterError
-from pipefleet.storage import is_text_uri
 
 
 @dataclass(frozen=True, slots=True)

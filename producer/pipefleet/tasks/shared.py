@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, null, some_text, text, word
+from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list_of, null, some_text, text, word
 from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
 STRICT_MEDIA: dict[str, Check] = {"strict_media": boolean}

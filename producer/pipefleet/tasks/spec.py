@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from pipefleet.parameters import Check, check_parameters
+from pipefleet.tasks.checks import Check, check_parameters
 from pipefleet.tasks.generation import GENERATION as WRITTEN
 from pipefleet.tasks.requirements import Known, Requirement
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipefleet.parameters import (
+from pipefleet.tasks.checks import (
     Check,
     boolean,
     choice,

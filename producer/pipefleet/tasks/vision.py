@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.parameters import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
+from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
 from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT, STRICT_MEDIA
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 

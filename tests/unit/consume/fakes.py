@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipefleet.contract import JobItem, JobMessage, JobState, Shard
+from pipefleet.contract.messages import JobItem, JobMessage, JobState, Shard
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
-from pipefleet.fleet import Pool
-from pipefleet.records import JobFailure
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.consume.consumer import Consumer, Limits
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pipefleet.announcements import MOST_PLACES, announce_worker
 from pipefleet.client import Client
-from pipefleet.contract import JobMessage, JobState
+from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.errors import AccessDeniedError, ObjectRefusedError, PipefleetError, ServiceUnavailableError
-from pipefleet.objects import renewals
+from pipefleet.fleet.announcements import MOST_PLACES, announce_worker
+from pipefleet.storage.store import renewals
 from pipefleet_workers.checks import access_of_workers
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.places import ASK_SECONDS, NOTED_SECONDS, PASS_ON_SECONDS, Others, Places

@@ -13,9 +13,9 @@ import pytest
 from celery.worker import WorkController, state
 from redis import Redis
 
-from pipefleet import broker, deadletters
-from pipefleet.contract import TASK_NAME, JobMessage, JobState, Priority
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import TASK_NAME, JobMessage, JobState, Priority
+from pipefleet.contract.records import JobFailure
+from pipefleet.queues import broker, dead_letters
 from pipefleet.settings import Settings
 from pipefleet_workers.consume import control
 from pipefleet_workers.consume.celery_task import CeleryDelivery, InferTask, register_alone
@@ -220,7 +220,7 @@ def test_a_refused_job_is_shown_as_failed_and_goes_to_the_dead_letters(fleet: Ca
     one.put(JobMessage(**{**{name: getattr(message, name) for name in ("id", "task")}, "items": ()}))
     assert one.shows("odd", "FAILURE")
     assert [reason for _, reason in one.refused] == ["items must be a list that is not empty"]
-    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1)
+    assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 1)
 
 
 def test_shards_that_end_at_once_do_not_stay_active(fleet: Callable[..., Fleet]) -> None:
@@ -318,8 +318,8 @@ def test_odd_times_leave_nothing_in_celerys_books(fleet: Callable[..., Fleet]) -
     one = fleet()
     for number, headers in enumerate([{"eta": "x"}, {"expires": "x"}, {"eta": "9999-12-31T23:59:59"}]):
         one.put(single(f"odd-{number}"), **headers)
-    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 3)
-    assert all(letter.reason.startswith("its e") for letter in deadletters.dead_letters(one.redis, QUEUE))
+    assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 3)
+    assert all(letter.reason.startswith("its e") for letter in dead_letters.dead_letters(one.redis, QUEUE))
 
 
 def test_a_name_that_is_no_text_ends_neither_the_job_nor_the_worker(fleet: Callable[..., Fleet]) -> None:
@@ -338,8 +338,8 @@ def test_a_message_of_an_old_protocol_is_rejected_at_once(fleet: Callable[..., F
         envelope["properties"]["delivery_tag"] = f"old-{number}"
         text = json.dumps({**envelope, "headers": {}, "body": json.dumps(body)})
         one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
-    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 5)
-    assert all(letter.deliveries == 1 for letter in deadletters.dead_letters(one.redis, QUEUE))
+    assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 5)
+    assert all(letter.deliveries == 1 for letter in dead_letters.dead_letters(one.redis, QUEUE))
 
 
 def test_a_header_that_is_no_id_of_a_job_ends_its_message_alone(fleet: Callable[..., Fleet]) -> None:
@@ -347,7 +347,7 @@ def test_a_header_that_is_no_id_of_a_job_ends_its_message_alone(fleet: Callable[
     wrong = ["", "two\nlines", "\x1b[2J", "x" * 201]
     for name in wrong:
         one.put(single("job"), id=name)
-    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == len(wrong))
+    assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == len(wrong))
     one.put(single("good"))
     one.bench.engine.end("good")
     assert one.shows("good", "SUCCESS")
@@ -392,8 +392,8 @@ def test_no_other_task_runs(fleet: Callable[..., Fleet]) -> None:
     body = {"task": "celery.backend_cleanup", "id": "old", "args": [], "kwargs": {}}
     text = json.dumps({**envelope, "headers": {}, "body": json.dumps(body)})
     one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
-    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == len(BUILT_IN) + 1)
-    letters = deadletters.dead_letters(one.redis, QUEUE)
+    assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == len(BUILT_IN) + 1)
+    letters = dead_letters.dead_letters(one.redis, QUEUE)
     assert {letter.reason for letter in letters} == {f"it asks for another task; this worker runs only {TASK_NAME}"}
     one.put(single("good"))
     one.bench.engine.end("good")
@@ -438,8 +438,8 @@ def test_a_single_job_that_calls_itself_a_shard_is_delivered_no_more_often(fleet
     keys = broker.unacked_keys(QUEUE)
     one.redis.hset(keys["deliveries_key"], envelope["properties"]["delivery_tag"], 3)
     one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), json.dumps(envelope))
-    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1)
-    (letter,) = deadletters.dead_letters(one.redis, QUEUE)
+    assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 1)
+    (letter,) = dead_letters.dead_letters(one.redis, QUEUE)
     assert (letter.reason, letter.code) == ("delivered 3 times", "killed_worker")
     assert not one.bench.engine.inside
 
@@ -477,8 +477,8 @@ def test_a_revoked_shard_becomes_a_dead_letter(fleet: Callable[..., Fleet]) -> N
     revoke(one, "run-0")
     one.put(shard(), **{broker.TIME_HEADER: 1.0})
     assert one.shows("run-0", "REVOKED")
-    assert eventually(lambda: deadletters.count_dead_letters(one.redis, QUEUE) == 1)
-    (letter,) = deadletters.dead_letters(one.redis, QUEUE)
+    assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 1)
+    (letter,) = dead_letters.dead_letters(one.redis, QUEUE)
     assert (letter.reason, letter.job_id) == (REVOKED, "run-0")
     assert [reason for _, reason in one.refused] == [REVOKED]
 

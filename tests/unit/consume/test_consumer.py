@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from pipefleet.contract import JobMessage, JobState
+from pipefleet.contract.messages import JobMessage, JobState
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
-from pipefleet.records import JobFailure
 from pipefleet_workers.consume.consumer import _job_of
 from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.ending import Ending

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from pipefleet.contract import JobState
+from pipefleet.contract.messages import JobState
 from pipefleet_workers.consume.health import Health
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import AWAY, Bench, FakeDelivery, shard, single

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipefleet.contract import JobItem, JobMessage
-from pipefleet.fleet import Pool
+from pipefleet.contract.messages import JobItem, JobMessage
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.consume.delivery import DrainedError, RevokedError
 from pipefleet_workers.consume.jobs import UNKNOWN_BYTES, Jobs, work_of
 from pipefleet_workers.consume.outcomes import Outcomes

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from pipefleet import broker
 from pipefleet.client import Client
-from pipefleet.contract import MAX_SHARD_BYTES, JobMessage, JobState, decode_message
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import MAX_SHARD_BYTES, JobMessage, JobState, decode_message
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
-from pipefleet.fleet import Pool
-from pipefleet.layout import RunLayout
-from pipefleet.objects import ObjectStore
-from pipefleet.records import JobFailure
-from pipefleet.runs import Run
+from pipefleet.fleet.pools import Pool
+from pipefleet.queues import broker
+from pipefleet.runs.run import Run
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.delivery import RevokedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets
 from pipefleet_workers.consume.shards import Shards

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipefleet.contract import JobItem, JobMessage, JobState
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobItem, JobMessage, JobState
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.ending import LOST
 from pipefleet_workers.items import JobContext, Outcome
 from tests.unit.conftest import eventually

@@ -9,10 +9,10 @@ import pytest
 from redis import Redis
 
 from pipefleet.client import Client
-from pipefleet.contract import JobItem, JobMessage, JobState, Shard
+from pipefleet.contract.messages import JobItem, JobMessage, JobState, Shard
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError, ServiceUnavailableError
-from pipefleet.fleet import Pool
-from pipefleet.records import JobFailure
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.consume.delivery import RevokedError
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.outcomes import Outcomes

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet.contract import JobItem, JobState
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobItem, JobState
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.ending import LOST, Ending, before, shard_ending, single_ending

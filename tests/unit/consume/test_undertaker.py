@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipefleet import deadletters
 from pipefleet.client import Client
-from pipefleet.contract import MAX_MESSAGE_BYTES, JobItem, JobMessage, Shard, is_id
-from pipefleet.letters import read_content
-from pipefleet.uris import output_fault
+from pipefleet.contract.messages import MAX_MESSAGE_BYTES, JobItem, JobMessage, Shard, is_id
+from pipefleet.contract.uris import output_fault
+from pipefleet.jobs.letters import read_content
+from pipefleet.queues import dead_letters
 from pipefleet_workers.build import Undertaker
 from tests.unit.consume.fakes import TASK
 
@@ -19,7 +19,7 @@ def test_items_of_one_id_are_jobs_of_their_own(client: Client, prefix: str) -> N
     for item_id in ("one id", "long" * 100, "two\nlines", "../../x", "ü" * 190):
         for position in range(2):
             undertaker.bury("killed", JobMessage("run-0", TASK, shard=shard), position, JobItem(item_id, "text"))
-    letters = list(deadletters.dead_letters(client.redis, QUEUE))
+    letters = list(dead_letters.dead_letters(client.redis, QUEUE))
     assert len({letter.job_id for letter in letters}) == 10
     assert len({read_content(letter).output for letter in letters}) == 10
     for letter in letters:
@@ -34,4 +34,4 @@ def test_an_item_that_no_message_can_carry_keeps_nothing_back(client: Client, pr
     undertaker = Undertaker(client.settings, QUEUE, "pool", "worker")
     for item in (JobItem("lone \ud800", "text"), JobItem("long", "x" * MAX_MESSAGE_BYTES)):
         undertaker.bury("killed", JobMessage("run-0", TASK, shard=shard), 0, item)
-    assert deadletters.count_dead_letters(client.redis, QUEUE) == 0
+    assert dead_letters.count_dead_letters(client.redis, QUEUE) == 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipefleet.errors import InputError
-from pipefleet.recordings import extra_of, rate_of, stride_of
+from pipefleet.inputs.recordings import extra_of, rate_of, stride_of
 from pipefleet_workers.arguments import STAGE
 from pipefleet_workers.items import ItemError
 

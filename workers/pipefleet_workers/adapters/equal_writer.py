@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList
 
-from pipefleet.contract import encode_json
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import encode_json
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.generate import context_length, learnt_positions, on_device
 from pipefleet_workers.arguments import STAGE, Arguments

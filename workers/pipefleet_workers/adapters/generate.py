@@ -20,7 +20,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.utils.chat_template_utils import Chat
 
-from pipefleet.records import JobFailure
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.long_texts import LONG, LongTexts
 from pipefleet_workers.arguments import STAGE, Arguments

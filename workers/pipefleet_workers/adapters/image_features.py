@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoBackbone
 
-from pipefleet.records import JobFailure
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit

@@ -15,7 +15,7 @@ import numpy as np
 import pandas
 import torch
 
-from pipefleet.contract import encode_json
+from pipefleet.contract.messages import encode_json
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.equal_writer import drawing
 from pipefleet_workers.adapters.text import position_limit

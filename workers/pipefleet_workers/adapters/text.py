@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipefleet.contract import encode_json
+from pipefleet.contract.messages import encode_json
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.long_texts import is_long
 from pipefleet_workers.arguments import STAGE, Arguments

@@ -11,20 +11,20 @@ import queue as queues
 import threading
 from collections.abc import Callable, Sequence
 
-from pipefleet import broker
-from pipefleet.contract import Shard, is_id
-from pipefleet.deadletters import FOREIGN, DeadLetter
+from pipefleet.connection.wrong_type import is_wrong_type
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import Shard, is_id
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.uris import shard_fault
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
-from pipefleet.layout import RunLayout
-from pipefleet.letters import read_content
-from pipefleet.objects import ObjectStore
+from pipefleet.jobs.letters import read_content
 from pipefleet.patience import Patience
-from pipefleet.planner import read_plan
-from pipefleet.records import JobFailure
-from pipefleet.refusals import Noted, Refusals, note
+from pipefleet.queues import broker
+from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
+from pipefleet.runs.planner import read_plan
+from pipefleet.runs.refusals import Noted, Refusals, note
 from pipefleet.settings import Settings
-from pipefleet.uris import shard_fault
-from pipefleet.wrongtype import is_wrong_type
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.reports import Reporter
 from pipefleet_workers.uri_gate import UriGate
 

@@ -24,10 +24,10 @@ from celery.utils.imports import symbol_by_name
 from celery.worker import state
 from celery.worker.request import Request, create_request_cls
 
-from pipefleet import broker
-from pipefleet.broker import TIME_HEADER
-from pipefleet.contract import JobState, is_id
-from pipefleet.deadletters import kills
+from pipefleet.contract.messages import JobState, is_id
+from pipefleet.queues import broker
+from pipefleet.queues.broker import TIME_HEADER
+from pipefleet.queues.dead_letters import kills
 from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.delivery.envelope import check_message
 from pipefleet_workers.delivery.headers import MalformedError, checked_headers

@@ -32,8 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pipefleet.contract import JobMessage, decode_message
-from pipefleet.deadletters import KILLED
+from pipefleet.contract.messages import JobMessage, decode_message
 from pipefleet.errors import (
     AccessDeniedError,
     ContractError,
@@ -43,6 +42,7 @@ from pipefleet.errors import (
     ServiceUnavailableError,
 )
 from pipefleet.patience import pause
+from pipefleet.queues.dead_letters import KILLED
 from pipefleet_workers.consume.delivery import Delivery, DrainedError, RevokedError
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.health import Health

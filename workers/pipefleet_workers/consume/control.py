@@ -20,7 +20,7 @@ from typing import Any
 from celery.utils.functional import maybe_list
 from celery.worker import control, state
 
-from pipefleet.contract import TASK_NAME
+from pipefleet.contract.messages import TASK_NAME
 from pipefleet_workers.delivery.leases import is_queue_name
 
 _add_consumer = control.add_consumer

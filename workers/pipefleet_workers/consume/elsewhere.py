@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipefleet import broker
-from pipefleet.announcements import announced_fleet
-from pipefleet.clock import ServerClock
-from pipefleet.contract import JobMessage
+from pipefleet.connection.clock import ServerClock
+from pipefleet.contract.messages import JobMessage
 from pipefleet.errors import UnknownModelError
-from pipefleet.fleet import Fleet
-from pipefleet.fleetfile import FleetFile
-from pipefleet.routing import work_queue
+from pipefleet.fleet.announcements import announced_fleet
+from pipefleet.fleet.followed_file import FleetFile
+from pipefleet.fleet.pools import Fleet
+from pipefleet.fleet.routing import work_queue
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 
 FRESH_SECONDS = 2.0

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 
 from pipefleet.errors import AccessDeniedError, PipefleetError, ServiceUnavailableError
-from pipefleet.objects import renew_credentials, renewals
 from pipefleet.patience import pause
 from pipefleet.printable import printable
+from pipefleet.storage.store import renew_credentials, renewals
 from pipefleet_workers.objects import BarredError
 
 log = logging.getLogger(__name__)

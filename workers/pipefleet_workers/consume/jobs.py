@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipefleet.called import layered
-from pipefleet.contract import MAX_MESSAGE_BYTES, JobItem, JobMessage
+from pipefleet.contract.messages import MAX_MESSAGE_BYTES, JobItem, JobMessage
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import refs_in
 from pipefleet.errors import ContractError, PipefleetError
-from pipefleet.fleet import Pool, model_label
-from pipefleet.objects import ObjectStore
+from pipefleet.fleet.pools import Pool, model_label
 from pipefleet.printable import printable
-from pipefleet.records import JobFailure
-from pipefleet.storage import refs_in
+from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TaskSpec, task_spec
+from pipefleet.tasks.parameters import layered
 from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.consume.delivery import RevokedError
 from pipefleet_workers.consume.elsewhere import Elsewhere

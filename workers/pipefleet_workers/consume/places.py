@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipefleet import broker
-from pipefleet.announcements import MOST_PLACES, announced_workers, refused_places
-from pipefleet.contract import JobMessage
+from pipefleet.contract.messages import JobMessage
+from pipefleet.contract.references import split_uri
+from pipefleet.fleet.announcements import MOST_PLACES, announced_workers, refused_places
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
-from pipefleet.storage import split_uri
 from pipefleet_workers.objects import RefusedHereError
 
 NOTED_SECONDS = 120.0

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from pipefleet.contract import JobMessage, JobState, decode_message
+from pipefleet.contract.messages import JobMessage, JobState, decode_message
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError, PipefleetError
-from pipefleet.records import JobFailure
 from pipefleet_workers.consume.delivery import Delivery, RevokedError
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs

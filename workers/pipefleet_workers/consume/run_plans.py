@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipefleet.contract import JobMessage, Shard
-from pipefleet.deadletters import FOREIGN
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobMessage, Shard
+from pipefleet.contract.references import StorageRef
+from pipefleet.contract.uris import shown
 from pipefleet.errors import ContractError, InputError, ObjectMissingError
-from pipefleet.layout import RunLayout
-from pipefleet.storage import StorageRef
-from pipefleet.uris import shown
+from pipefleet.queues.dead_letters import FOREIGN
 from pipefleet_workers.objects import ObjectTooLargeError, WorkerStore
 
 MAX_PLAN_BYTES = 1 << 20

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from pipefleet.contract import MAX_SHARD_BYTES, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority, Shard
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import MAX_SHARD_BYTES, MAX_SHARD_ITEMS, JobItem, JobMessage, JobState, Priority, Shard
+from pipefleet.contract.parts import MAX_PART_BYTES, part_format
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import StorageRef
+from pipefleet.contract.shards import decode_shard_line
+from pipefleet.contract.uris import shown
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
-from pipefleet.finishing import write_failed_rows
-from pipefleet.layout import RunLayout
-from pipefleet.parts import MAX_PART_BYTES, part_format
-from pipefleet.planner import read_plan
-from pipefleet.records import JobFailure
-from pipefleet.shards import decode_shard_line
-from pipefleet.storage import StorageRef
-from pipefleet.uris import shown
+from pipefleet.runs.finishing import write_failed_rows
+from pipefleet.runs.planner import read_plan
 from pipefleet_workers.consume.delivery import DrainedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.contract import JobMessage, JobState
+from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet_workers import telemetry
 from pipefleet_workers.consume.delivery import Delivery, DrainedError

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipefleet import broker
-from pipefleet.contract import JobItem, JobMessage, Shard
+from pipefleet.contract.messages import JobItem, JobMessage, Shard
+from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
 from pipefleet.foreign import read_json
-from pipefleet.records import JobFailure
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.shards import Shards, refused
@@ -36,7 +36,7 @@ redis.call('HDEL', KEYS[1], 'trying')
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 """
-"""KEYS: journal. ARGV: field, text, ttl. The first write takes no memory of a server that is full, see `pipefleet.records`."""
+"""KEYS: journal. ARGV: field, text, ttl. The first write takes no memory of a server that is full, see `pipefleet.contract.records`."""
 _OPEN = """
 redis.call('HDEL', KEYS[1], '')
 local openings = redis.call('HINCRBY', KEYS[1], 'openings', 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pipefleet.contract import JobMessage, JobState
-from pipefleet.records import JobFailure
+from pipefleet.contract.messages import JobMessage, JobState
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.consume.delivery import Delivery
 from pipefleet_workers.ending import Ending
 from pipefleet_workers.items import Outcome

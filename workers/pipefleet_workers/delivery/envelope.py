@@ -13,7 +13,7 @@ from typing import Any
 
 from kombu import compression
 
-from pipefleet.contract import MAX_WIRE_BYTES
+from pipefleet.contract.messages import MAX_WIRE_BYTES
 from pipefleet_workers.delivery.headers import MalformedError, checked_headers, checked_properties
 
 __all__ = ["MalformedError", "check_message", "mark", "read_envelope", "refuse_compression"]

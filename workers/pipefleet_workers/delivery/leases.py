@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
-from pipefleet.deadletters import DeadLetter
+from pipefleet.queues.dead_letters import DeadLetter
 
 
 @dataclass(frozen=True, slots=True)

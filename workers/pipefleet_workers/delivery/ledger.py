@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from redis import Redis
 from redis.exceptions import RedisError
 
-from pipefleet.deadletters import DeadLetter
+from pipefleet.queues.dead_letters import DeadLetter
 from pipefleet_workers.delivery.leases import Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
 from pipefleet_workers.delivery.scripts import DUE, GATHER, RENEW, REPORTED, SWEEP, UNREPORTED
 from pipefleet_workers.delivery.settlements import Entry, Settlements, fences

@@ -9,7 +9,7 @@ from typing import Any
 
 from redis import ConnectionPool, Redis
 
-from pipefleet.connections import leave_replicas
+from pipefleet.connection.failover import leave_replicas
 from pipefleet_workers.delivery.leases import LeaseKeys, Terms
 from pipefleet_workers.delivery.ledger import Ledger
 

@@ -9,7 +9,7 @@ from time import sleep
 from redis.exceptions import AuthorizationError, NoPermissionError, ResponseError
 from redis.exceptions import ConnectionError as NoConnectionError
 
-from pipefleet.answers import FULL, word_of
+from pipefleet.connection.answers import FULL, word_of
 
 __all__ = ["FULL", "is_no_list", "retried", "retrying", "word_of"]
 REFUSED_SECONDS = 1.0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pipefleet.client import Client
 from pipefleet.errors import UsageError
-from pipefleet.objects import ObjectStore
 from pipefleet.printable import printable
-from pipefleet.progress import RunProgress
-from pipefleet.runs import Run
+from pipefleet.runs.progress import RunProgress
+from pipefleet.runs.run import Run
+from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.demo import assets, weights
 from pipefleet_workers.local import Stack
 from pipefleet_workers.local.environment import in_environment

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipefleet import broker
-from pipefleet.announcements import announce_pool
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.fleet import Fleet, Pool, WorkerRange
-from pipefleet.routing import announcement, queue_name
+from pipefleet.fleet.announcements import announce_pool
+from pipefleet.fleet.pools import Fleet, Pool, WorkerRange
+from pipefleet.fleet.routing import announcement, queue_name
+from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.logs import say
 from pipefleet_workers.scaling.service import PoolStatus, Scaler, ScalerService

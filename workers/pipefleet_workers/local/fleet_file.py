@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet import Fleet, Pool, WorkerRange, load_fleet
-from pipefleet.routing import queue_name, revision_queue
+from pipefleet.fleet.pools import Fleet, Pool, WorkerRange, load_fleet
+from pipefleet.fleet.routing import queue_name, revision_queue
 
 LOOK_SECONDS = 1.0
 _PLACES = ("model", "tokenizer", "processor", "offload_folder")

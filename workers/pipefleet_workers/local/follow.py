@@ -16,10 +16,10 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from pipefleet import broker
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.fleet import Fleet, Pool, model_label
-from pipefleet.revisions import waiting
+from pipefleet.fleet.pools import Fleet, Pool, model_label
+from pipefleet.fleet.revisions import waiting
+from pipefleet.queues import broker
 from pipefleet_workers.logs import say
 
 from .files import write_private

@@ -262,7 +262,7 @@ class Stack:
 
     def _forget_store(self) -> None:
         """Let the first worker note the store anew: this Redis has no other, also where its folder was emptied."""
-        from pipefleet.identity import FLEET_KEY
+        from pipefleet.fleet.identity import FLEET_KEY
 
         try:
             self._connection().delete(FLEET_KEY)
@@ -307,7 +307,7 @@ class Stack:
 
     def _believed(self) -> float:
         """For how many seconds clients may believe what a worker announced before the fleet file changed."""
-        from pipefleet.fleetfile import LOOK_SECONDS
+        from pipefleet.fleet.followed_file import LOOK_SECONDS
         from pipefleet_workers.settings import WorkerSettings
 
         scaler = 0.0 if self._autoscaler is None else self._autoscaler.announced_seconds
@@ -315,7 +315,7 @@ class Stack:
         return LOOK_SECONDS + max(5 * WorkerSettings().announce_seconds, scaler)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
-        from pipefleet.fleet import load_fleet
+        from pipefleet.fleet.pools import load_fleet
         from pipefleet.settings import Settings
 
         from .autoscale import Autoscaler
@@ -340,7 +340,7 @@ class Stack:
 
     def _connection(self) -> Any:
         """A connection to the stack's Redis that does not wait long."""
-        from pipefleet import broker
+        from pipefleet.queues import broker
         from pipefleet.settings import Settings
 
         return broker.connect(Settings(redis_url=self.redis.url, redis_timeout=1.0))

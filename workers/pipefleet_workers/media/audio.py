@@ -12,7 +12,7 @@ import io
 import numpy as np
 import soundfile
 
-from pipefleet.uploads import RAW_AUDIO
+from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob, ItemError
 from pipefleet_workers.media.containers import MOST_MISSING, Missing, flac_seconds, missing_of
 from pipefleet_workers.media.losses import Losses, note

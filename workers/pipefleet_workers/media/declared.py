@@ -13,7 +13,7 @@ import av
 import soundfile
 from PIL import Image
 
-from pipefleet.uploads import RAW_AUDIO
+from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet_workers.items import Blob
 from pipefleet_workers.media import avif, jpeg2000
 from pipefleet_workers.media.formats import AUDIO_FORMATS, PICTURE_FORMATS, VIDEO_FORMATS

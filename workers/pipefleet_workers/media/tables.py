@@ -9,8 +9,8 @@ import json
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.delimited import allow_long_cells, delimiter_of
-from pipefleet.tables import columns_of, distinct, texts_of
+from pipefleet.inputs.delimited import allow_long_cells, delimiter_of
+from pipefleet.inputs.tables import columns_of, distinct, texts_of
 from pipefleet_workers.items import Blob, ItemError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet import Pool, load_fleet
-from pipefleet.routing import queue_name
+from pipefleet.fleet.pools import Pool, load_fleet
+from pipefleet.fleet.routing import queue_name
 
 DRAIN_SECONDS = 45
 """Seconds that started work may take after SIGTERM, where --drain does not say otherwise."""

@@ -12,7 +12,7 @@ from pipefleet.errors import UsageError
 from pipefleet_workers import logs
 
 if TYPE_CHECKING:
-    from pipefleet.fleet import Fleet
+    from pipefleet.fleet.pools import Fleet
 
 DEFAULT_PORT = 9180
 
@@ -73,7 +73,7 @@ def check_interval(interval: float, option: str) -> None:
 
 
 def _fleet(arguments: argparse.Namespace, path: Path | None) -> Fleet:
-    from pipefleet.fleet import load_fleet
+    from pipefleet.fleet.pools import load_fleet
 
     path = arguments.fleet or path
     if path is None:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipefleet.broker import KEY
 from pipefleet.foreign import number
+from pipefleet.queues.broker import KEY
 from pipefleet_workers.scaling.messages import MOST_COST
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ return anew
 """
 """KEYS: totals. ARGV: the command that adds, then fields and numbers. What Redis cannot add to, or nobody would
 believe (see `foreign.MOST_NUMBER`), begins anew; its names are returned.
-The first write takes no memory: see `pipefleet.records`."""
+The first write takes no memory: see `pipefleet.contract.records`."""
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and those of them that ended otherwise than with a result."""
 

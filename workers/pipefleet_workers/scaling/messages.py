@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipefleet import broker
+from pipefleet.connection.rights import may
 from pipefleet.foreign import mapping, number, read_json
-from pipefleet.rights import may
+from pipefleet.queues import broker
 
 SAMPLE = 64
 """Messages that are read of each list or hash; a shorter one is read whole and its cost is exact."""

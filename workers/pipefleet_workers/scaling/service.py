@@ -26,22 +26,23 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from pipefleet import broker, deadletters
-from pipefleet.announcements import announced_workers, workers_of
-from pipefleet.contract import encode_json
+from pipefleet.connection.wrong_type import passed_over
+from pipefleet.contract.messages import encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
-from pipefleet.fleet import Fleet, Pool, model_label
+from pipefleet.fleet.announcements import announced_workers, workers_of
+from pipefleet.fleet.pools import Fleet, Pool, model_label
+from pipefleet.fleet.revisions import Part, parts_of
 from pipefleet.foreign import read_object
-from pipefleet.revisions import Part, parts_of
+from pipefleet.queues import broker
+from pipefleet.queues import dead_letters as deadletters
 from pipefleet.settings import Settings
-from pipefleet.wrongtype import passed_over
 from pipefleet_workers.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide, replacing
 from pipefleet_workers.scaling.ledger import state_key
 from pipefleet_workers.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
 
 log = logging.getLogger(__name__)
 KEEP = "redis.call('EXPIRE', KEYS[1], ARGV[2]) redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
-"""The first write takes no memory, see `pipefleet.records`: a Redis that is full needs workers most."""
+"""The first write takes no memory, see `pipefleet.contract.records`: a Redis that is full needs workers most."""
 STALE_TICKS = 3
 """A reading is stale when so many were missed."""
 SHORTEST_STALE = 30.0

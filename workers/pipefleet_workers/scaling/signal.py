@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipefleet.fleet.revisions import Held, Part
 from pipefleet.foreign import mapping, number, whole
-from pipefleet.revisions import Held, Part
 from pipefleet_workers.scaling.decide import GAP_SECONDS, Signal
 from pipefleet_workers.scaling.ledger import Done, read_done
 from pipefleet_workers.scaling.messages import SAMPLE, Content, places, read_contents

@@ -17,7 +17,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from pipefleet.storage import join_uri
+from pipefleet.contract.references import join_uri
 from pipefleet_workers.items import Artifact, ItemError
 from pipefleet_workers.sizes import bytes_of
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from pipefleet.contract.references import StorageRef, map_refs
+from pipefleet.contract.uris import shown
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
-from pipefleet.storage import StorageRef, map_refs
-from pipefleet.uris import shown
 from pipefleet_workers.items import Blob, Fetched, ItemError, Work
 from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings

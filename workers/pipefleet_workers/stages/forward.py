@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipefleet.records import JobFailure
+from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.items import Batch, Unit
 from pipefleet_workers.precision import half_advice

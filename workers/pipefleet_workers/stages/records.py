@@ -9,11 +9,11 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from pipefleet.contract import JobMessage, encode_json
+from pipefleet.contract.messages import JobMessage, encode_json
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import StorageRef, join_uri
 from pipefleet.errors import PipefleetError
-from pipefleet.records import JobFailure
 from pipefleet.settings import Settings
-from pipefleet.storage import StorageRef, join_uri
 from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.objects import WorkerStore

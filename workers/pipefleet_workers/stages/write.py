@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import orjson
 
-from pipefleet.contract import Shard
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import Shard
+from pipefleet.contract.parts import PartFormat, part_format
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import join_uri, map_refs
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
-from pipefleet.layout import RunLayout
-from pipefleet.parts import PartFormat, part_format
-from pipefleet.records import JobFailure
-from pipefleet.storage import join_uri, map_refs
 from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.items import Artifact, Encoded, Finished, ItemError, Outcome, Work
 from pipefleet_workers.objects import WorkerStore

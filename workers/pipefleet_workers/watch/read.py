@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipefleet import broker, deadletters
-from pipefleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.client import Client
-from pipefleet.fleet import Fleet, model_label
+from pipefleet.connection.wrong_type import passed_over
+from pipefleet.fleet.announcements import announced_workers, refused_places, workers_of
+from pipefleet.fleet.pools import Fleet, model_label
+from pipefleet.fleet.revisions import Backlog, Held, Part, every_part, parts_of
 from pipefleet.foreign import read_object
-from pipefleet.revisions import Backlog, Held, Part, every_part, parts_of
-from pipefleet.wrongtype import passed_over
+from pipefleet.queues import broker
+from pipefleet.queues import dead_letters as deadletters
 from pipefleet_workers.parked import parked_pools
 from pipefleet_workers.scaling.decide import State
 from pipefleet_workers.scaling.ledger import Done, Items, read_items, state_key

@@ -1,0 +1,24 @@
+"""Whether a Redis that answers is a replica: what it tells may be old, and nobody can work through it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.connection import answers
+from pipefleet.settings import without_credentials
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+
+
+def old_figures(client: Client) -> str | None:
+    """One sentence where the server is a replica; None where it is none, or may not be asked. Raises redis-py's other errors."""
+    from redis.exceptions import ResponseError
+
+    with suppress(ResponseError):
+        found: Any = client.redis.info("replication")
+        if found.get("role") == "slave":
+            place = without_credentials(client.settings.redis_url)
+            return f"what is told may be old: Redis at {place} {answers.sentence_of(answers.READ_ONLY)}"
+    return None

@@ -1,0 +1,322 @@
+"""The message contract between producers and workers: `JobMessage`, its JSON form, and the states a job can be in. No I/O.
+
+One message is one Celery task `pipefleet.infer` with this JSON object as its only argument. It carries either `items`
+(a single submission) or `shard` (a slice of a bulk run whose items lie in object storage), never both. A version this code
+does not know is refused; every version has a golden file in tests/contract/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any
+
+from pipefleet.errors import ContractError
+from pipefleet.printable import printable
+
+CONTRACT_VERSION = 1
+TASK_NAME = "pipefleet.infer"
+MAX_MESSAGE_BYTES = 64 * 1024
+MAX_WIRE_BYTES = 5 * MAX_MESSAGE_BYTES
+"""Most bytes of a message as it lies in Redis; a larger one goes to the dead letters without reaching a worker. A body of
+MAX_MESSAGE_BYTES becomes 130 KB when it is quoted once more, and 254 KB where Celery escapes each letter that is not ASCII and
+writes base64; the rest is for headers."""
+MAX_SHARD_ITEMS = 10_000
+"""Most items of a shard: a worker holds the rows of one in memory until its part is written."""
+MAX_SHARD_BYTES = 128 << 20
+"""Most bytes of the object that lists the items of a shard."""
+MAX_RUN_ITEMS = 1 << 28
+"""Most items of a run: Redis allocates a bitmap up to its highest bit, so 32 MiB for this many."""
+MAX_COST = 1e12
+"""Highest cost of a job: sums over the longest queue stay exact enough, and far from infinity."""
+MAX_DEADLINE = 4_102_444_800.0
+"""Latest deadline of a job, 1 January 2100: what is left until then is a time that a thread can wait for."""
+MAX_NAME = 1024
+"""Most characters of a task, a model or a revision."""
+MAX_URI = 1100
+"""Most characters of a URI: the scheme, the longest bucket name and the longest key."""
+REPLY_FORM = re.compile(r"pipefleet:done:[0-9a-f]{32}")
+"""The channels that the end of a job may be published on. Any other could be a channel on which workers take orders."""
+ID_FORM = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}")
+"""Ids of jobs: 1 to 200 characters with a UTF-8 form, without control characters and line breaks."""
+RUN_ID_FORM = re.compile(r"[0-9A-Za-z._-]{1,100}")
+"""Ids of runs. Without a colon, or one run's id could name another run's keys in Redis."""
+_NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_MOST_NAMED = 5
+"""Unknown fields that a refusal names at most."""
+
+
+def is_id(value: object) -> bool:
+    """Whether a value is the id of a job, as a message and Celery's headers may name it."""
+    return isinstance(value, str) and ID_FORM.fullmatch(value) is not None
+
+
+def is_name(value: object) -> bool:
+    """Whether a value is a model or a revision that a message may name."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and not _NOT_IN_ID.search(value)
+
+
+def is_reply(value: object) -> bool:
+    """Whether a value is a channel that the end of a job may be published on."""
+    return isinstance(value, str) and REPLY_FORM.fullmatch(value) is not None
+
+
+def as_id(text: str, *, most: int = 200) -> str:
+    """`text` with a question mark for each character that no id holds, cut to `most` characters."""
+    return _NOT_IN_ID.sub("?", text[:most])
+
+
+class JobState(StrEnum):
+    """Where a job is; the last four are final and a job reaches exactly one of them."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def final(self) -> bool:
+        """True when nothing will change any more."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class Priority(IntEnum):
+    """Celery's number for each priority. On Redis 0 is served first; bulk runs go out as LOW."""
+
+    HIGH = 0
+    NORMAL = 3
+    LOW = 9
+
+    @classmethod
+    def named(cls, name: str) -> Priority:
+        """`"high"`, `"normal"` or `"low"`. Raises ContractError for another word."""
+        try:
+            return cls[name.upper()]
+        except KeyError:
+            raise ContractError(f"priority must be high, normal or low, not {name[:40]!r}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class JobItem:
+    """One input of a job, as JSON with storage references, and the parameters that hold for it alone."""
+
+    id: str
+    inputs: Any
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The wire form; empty parameters are left out."""
+        extra = {"parameters": dict(self.parameters)} if self.parameters else {}
+        return {"id": self.id, "inputs": self.inputs, **extra}
+
+    @classmethod
+    def from_json(cls, value: Any) -> JobItem:
+        """The reverse of `to_json`. Raises ContractError for anything else."""
+        fields = _object(value, "an item", required={"id", "inputs"}, optional={"parameters"})
+        parameters = fields.get("parameters", {})
+        if not isinstance(fields["id"], str) or not isinstance(parameters, Mapping):
+            raise ContractError("an item needs a text as id and an object as parameters")
+        return cls(fields["id"], fields["inputs"], parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A slice of a bulk run: `count` items from position `first`, listed at `uri`; `run_uri` is the run's output.
+
+    No run has more than MAX_RUN_ITEMS. Workers refuse a shard of more than MAX_SHARD_ITEMS, and one that is none of its run's
+    (see `pipefleet.contract.uris.shard_fault`).
+    `format` is that of its part; on the wire it is left out where it is JSON lines.
+    """
+
+    run_id: str
+    run_uri: str
+    uri: str
+    index: int
+    first: int
+    count: int
+    format: str = "jsonl"
+
+    def to_json(self) -> dict[str, Any]:
+        """The wire form."""
+        body = {name: getattr(self, name) for name in ("run_id", "run_uri", "uri", "index", "first", "count")}
+        return body if self.format == "jsonl" else {**body, "format": self.format}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Shard:
+        """The reverse of `to_json`. Raises ContractError for anything else; `count` is not bounded here."""
+        names = {"run_id", "run_uri", "uri", "index", "first", "count"}
+        fields = _object(value, "a shard", required=names, optional={"format"})
+        texts = all(isinstance(fields.get(name, ""), str) for name in ("run_id", "run_uri", "uri", "format"))
+        counts = all(type(fields[name]) is int and fields[name] >= 0 for name in ("index", "first", "count"))
+        if not texts or not counts:
+            raise ContractError("a shard needs texts as run_id, run_uri, uri and format, whole numbers elsewhere")
+        shard = cls(**fields)
+        shard._check_bounds()
+        return shard
+
+    def _check_bounds(self) -> None:
+        if RUN_ID_FORM.fullmatch(self.run_id) is None:
+            raise ContractError("run_id must have 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'")
+        for name in ("run_uri", "uri", "format"):
+            _check_text(name, getattr(self, name), MAX_NAME if name == "format" else MAX_URI)
+        if max(self.index, self.first) > MAX_RUN_ITEMS:
+            raise ContractError(f"a shard lies within the {MAX_RUN_ITEMS} items that a run has at most")
+
+
+@dataclass(frozen=True, slots=True)
+class JobMessage:
+    """One job as it travels. `cost` is in the task's own unit, roughly, and at most MAX_COST.
+
+    `deadline` is in seconds since 1970 (UTC) by the clock of the Redis server (`TIME`), whoever sets it: a Celery client of another
+    kind whose clock may be wrong asks the server too. It is MAX_DEADLINE at the latest.
+    """
+
+    id: str
+    task: str
+    model: str | None = None
+    revision: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    items: tuple[JobItem, ...] = ()
+    shard: Shard | None = None
+    output: str | None = None
+    deadline: float | None = None
+    cost: float = 0.0
+    reply: str | None = None
+    """Redis channel on which the client waits to hear that the job has ended, of the form REPLY_FORM."""
+
+    @property
+    def work(self) -> float:
+        """What the job costs as far as it says; else the number of its items."""
+        return self.cost or float(self.shard.count if self.shard else len(self.items))
+
+    def to_json(self) -> dict[str, Any]:
+        """The wire form; fields that say nothing are left out."""
+        body: dict[str, Any] = {"version": CONTRACT_VERSION, "id": self.id, "task": self.task}
+        for name in ("model", "revision", "output", "deadline", "reply"):
+            if getattr(self, name) is not None:
+                body[name] = getattr(self, name)
+        if self.parameters:
+            body["parameters"] = dict(self.parameters)
+        if self.cost:
+            body["cost"] = self.cost
+        if self.shard is not None:
+            body["shard"] = self.shard.to_json()
+        else:
+            body["items"] = [item.to_json() for item in self.items]
+        return body
+
+
+_OPTIONAL = {"model", "revision", "parameters", "items", "shard", "output", "deadline", "cost", "reply"}
+
+
+def decode_message(value: Any) -> JobMessage:
+    """A JobMessage from its JSON form. Raises ContractError that says what is wrong, never echoing the content."""
+    version = value.get("version") if isinstance(value, Mapping) else None
+    if type(version) is not int or version != CONTRACT_VERSION:  # True and 1.0 are equal to 1
+        raise ContractError(
+            f"this worker understands contract version {CONTRACT_VERSION}, the message is of version "
+            f"{_version(version)}; run producers and workers of the same release"
+        )
+    fields = _object(value, "a message", required={"version", "id", "task"}, optional=_OPTIONAL)
+    _check_scalars(fields)
+    items, shard = fields.get("items"), fields.get("shard")
+    if (items is None) == (shard is None):
+        raise ContractError("a message carries either items or a shard")
+    if items is not None and (not isinstance(items, list) or not items):
+        raise ContractError("items must be a list that is not empty")
+    read = None if shard is None else Shard.from_json(shard)
+    if read is not None and read.first + read.count > MAX_RUN_ITEMS:
+        raise ContractError(f"a shard ends within the {MAX_RUN_ITEMS} items that a run has at most")
+    return JobMessage(
+        id=fields["id"],
+        task=fields["task"],
+        model=fields.get("model"),
+        revision=fields.get("revision"),
+        parameters=fields.get("parameters", {}),
+        items=tuple(JobItem.from_json(item) for item in items or ()),
+        shard=read,
+        output=fields.get("output"),
+        deadline=fields.get("deadline"),
+        cost=float(fields.get("cost", 0.0)),
+        reply=fields.get("reply"),
+    )
+
+
+_LENGTHS = {"id": 200, "task": MAX_NAME, "model": MAX_NAME, "revision": MAX_NAME, "output": MAX_URI, "reply": 200}
+_HIGHEST = {"deadline": MAX_DEADLINE, "cost": MAX_COST}
+
+
+def _check_scalars(fields: Mapping[str, Any]) -> None:
+    for name, most in _LENGTHS.items():
+        if name in fields:
+            if not isinstance(fields[name], str):
+                raise ContractError(f"{name} must be a text")
+            _check_text(name, fields[name], most)
+    for name in ("id", "task", "model", "revision"):
+        if _NOT_IN_ID.search(fields.get(name, "")):
+            raise ContractError(f"{name} must have no control characters and no line breaks")
+    if not fields["id"]:
+        raise ContractError("id must have 1 to 200 characters")
+    if "reply" in fields and not is_reply(fields["reply"]):
+        raise ContractError("reply must be a channel pipefleet:done: with 32 of 0-9 and a-f")
+    for name, highest in _HIGHEST.items():
+        value = fields.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
+            raise ContractError(f"{name} must be a number, finite and not below 0, at most {highest:.0f}")
+    if not isinstance(fields.get("parameters", {}), Mapping):
+        raise ContractError("parameters must be an object")
+
+
+def _check_text(name: str, text: str, most: int) -> None:
+    if not _has_utf8(text):  # Redis could hold neither its record nor those that are written with it
+        raise ContractError(f"{name} must have a UTF-8 form")
+    if len(text) > most:
+        raise ContractError(f"{name} must have {'1 to ' if name == 'id' else 'at most '}{most} characters")
+
+
+def _version(value: object) -> str:
+    """A version for a sentence; of what may be long or nested only its type."""
+    if type(value) is int and abs(value) >= 10**20:  # Python refuses to write the longest
+        return "20 digits and more"
+    return printable(str(value), 20) if value is None or isinstance(value, str | int | float) else type(value).__name__
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _object(value: Any, what: str, *, required: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+    if not isinstance(value, Mapping):
+        raise ContractError(f"{what} must be a JSON object")
+    missing, unknown = required - set(value), set(value) - required - optional
+    if missing:
+        raise ContractError(f"{what} lacks {', '.join(sorted(missing))}")
+    if unknown:
+        raise ContractError(f"{what} has unknown fields: {_named(unknown)}")
+    return dict(value)
+
+
+def _named(fields: Collection[object]) -> str:
+    """Names of fields for a sentence, which is of bounded length and has a UTF-8 form whatever they are."""
+    shown = sorted(printable(str(name), 40) for name in fields)
+    return ", ".join(shown[:_MOST_NAMED]) + (
+        f" and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
+    )
+
+
+def encode_json(value: Any) -> str:
+    """Compact, strict JSON that has a UTF-8 form. Raises ContractError for NaN, infinity, lone surrogates, other types."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text.encode()
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ContractError(f"not JSON: {error}") from None

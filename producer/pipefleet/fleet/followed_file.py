@@ -1,0 +1,65 @@
+"""The fleet file as a process that lives long reads it: again whenever it changes, so that clients follow a roll-out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipefleet.errors import FleetFileError
+from pipefleet.fleet.pools import Fleet, load_fleet
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 2.0
+"""How often at most the file is looked at."""
+
+
+class FleetFile:
+    """A fleet file that may change. Thread-safe. Hub models may be unpinned in it: that is for the workers to refuse.
+
+    `known` is the fleet until the file can be read, where there is one.
+    """
+
+    def __init__(self, path: Path, *, known: Fleet | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path = path
+        self._clock = clock
+        self._fleet = known
+        self._seen: tuple[int, int, int] | None = None
+        self._look_at = 0.0
+        self._lock = threading.Lock()
+
+    def fleet(self, *, at_once: bool = False) -> Fleet:
+        """The fleet as the file describes it, or did LOOK_SECONDS ago; with `at_once`, as it does now.
+
+        A file that is wrong after a change, or gone, is passed over with a warning: the fleet stays as it was. Raises
+        FleetFileError where it cannot be read the first time and no fleet is known.
+        """
+        with self._lock:
+            now = self._clock()
+            if self._fleet is None or at_once or now >= self._look_at:
+                self._look_at = now + LOOK_SECONDS
+                self._fleet = self._look(self._fleet)
+            return self._fleet
+
+    def _look(self, known: Fleet | None) -> Fleet:
+        seen = self._signature()
+        if known is not None and seen == self._seen:
+            return known
+        self._seen = seen
+        try:
+            return load_fleet(self.path, allow_unpinned=True)
+        except FleetFileError as error:
+            if known is None:
+                raise
+            log.warning("the fleet stays as it was: %s", error)
+            return known
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        """What changes with the file; None where there is none. A mounted file is replaced, so its number counts too."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns

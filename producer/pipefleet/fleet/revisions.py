@@ -1,0 +1,283 @@
+"""The revisions of every pool as they lie in Redis: what waits for each, what of it is with workers, who serves it.
+
+The one that new work goes to has the pool's own queue besides its own. The messages that are with workers lie together for all of
+a pool; each of them says which queue it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipefleet.connection.wrong_type import passed_over
+from pipefleet.fleet.announcements import announced_workers, refused_places, workers_of
+from pipefleet.fleet.pools import Fleet, Pool, model_label
+from pipefleet.fleet.routing import PREFIX, queue_name, work_queue
+from pipefleet.foreign import number, own_queue, read_object
+from pipefleet.printable import printable
+from pipefleet.queues import broker
+
+_HELD = r"""
+if redis.acl_check_cmd and not redis.acl_check_cmd('HGETALL', ARGV[1]) then
+  local delayed = redis.call('ZCARD', ARGV[2])
+  return {'', math.max(0, redis.call('HLEN', ARGV[1]) - delayed), delayed}
+end
+local found, order = {}, {}
+local all = redis.call('HGETALL', ARGV[1])
+for i = 1, #all, 2 do
+  local queue = string.match(string.sub(all[i + 1], -400), '"([^"\\]*)"%]$') or ''
+  if not found[queue] then
+    found[queue] = {0, 0}
+    order[#order + 1] = queue
+  end
+  local place = redis.call('ZSCORE', ARGV[2], all[i]) and 2 or 1
+  found[queue][place] = found[queue][place] + 1
+end
+local answer = {}
+for _, queue in ipairs(order) do
+  for _, value in ipairs({queue, found[queue][1], found[queue][2]}) do answer[#answer + 1] = value end
+end
+return answer
+"""
+"""ARGV: unacked and delayed of a pool, not as KEYS, since who only reads has no right to more. Queue, held, delayed of each.
+Who may not read messages learns their number alone: all of them under a queue without a name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Messages that wait in no list: those that workers hold, and those that are kept aside for a while."""
+
+    leased: int = 0
+    delayed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One revision of a pool, and where its messages lie."""
+
+    pool: Pool
+    queue: str
+    """Where producers put its jobs."""
+    queues: tuple[str, ...]
+    """Every queue whose lists are its own."""
+    held: Held | None = None
+    """What of the pool's messages in no list is its own; None for all of them."""
+    named: bool = True
+    """False for a revision that neither the fleet file nor, without one, a live worker names."""
+
+    @property
+    def key(self) -> str:
+        """`Pool.key`; for a revision that nobody names the pool with the digits of its queue."""
+        return self.pool.key if self.named else f"{self.pool.name}@{self.queue.partition(broker.REVISION_MARK)[2]}"
+
+    @property
+    def work_key(self) -> str:
+        """Under which name its workers' totals are kept; see `scaling.ledger`. Alone, a revision has those of its pool."""
+        return self.pool.name if self.held is None else f"{self.pool.name}@{self.queue.partition('@')[2]}"
+
+
+def held_by_queue(redis: Any, queue: str) -> dict[str, Held]:
+    """What of the messages of a pool is with workers or kept aside, by the queue that it came from."""
+    keys = broker.unacked_keys(queue)
+    answer = redis.eval(_HELD, 0, keys["unacked_key"], keys["delayed_key"])
+    triples = zip(answer[::3], answer[1::3], answer[2::3], strict=True)
+    return {name.decode(errors="replace"): Held(int(leased), int(delayed)) for name, leased, delayed in triples}
+
+
+def parts_of(redis: Any, fleet: Fleet, *, unnamed: bool = False, troubles: dict[str, str] | None = None) -> list[Part]:
+    """Every revision of every pool of a fleet; with `unnamed`, those too that messages wait for and nobody names.
+
+    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    """
+    known = broker.known_revisions(redis)
+    found: list[Part] = []
+    for pool in fleet.pools.values():
+        base = queue_name(pool, fleet)
+        others = {name: one for name, one in known.items() if broker.base_queue(name) == base}
+        with passed_over(troubles, pool.key):
+            found += _parts(redis, pool, fleet, others)
+    return found if unnamed else [one for one in found if one.named]
+
+
+def _parts(redis: Any, pool: Pool, fleet: Fleet, known: Mapping[str, tuple[str, str | None]]) -> list[Part]:
+    base, own = queue_name(pool, fleet), work_queue(pool, fleet)
+    retired = {work_queue(one, fleet): one for one in pool.previous}
+    unnamed = {
+        name: replace(pool, model=model, revision=revision, generation=len(retired) + 1, previous=())
+        for name, (model, revision) in known.items()
+        if name not in (base, own, *retired)
+    }
+    if not retired and not unnamed:
+        return [Part(pool, own, (base, own))]
+    held = held_by_queue(redis, base)
+    rest = _sum(one for name, one in held.items() if name not in {**retired, **unnamed})
+    first = Part(pool, own, (base, own), rest)
+    named = [Part(one, name, (name,), held.get(name, Held())) for name, one in retired.items()]
+    return [first, *named, *(Part(one, name, (name,), held.get(name, Held()), False) for name, one in unnamed.items())]
+
+
+def _sum(held: Iterable[Held]) -> Held:
+    both = list(held)
+    return Held(sum(one.leased for one in both), sum(one.delayed for one in both))
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits for one revision."""
+
+    part: Part
+    waiting: Mapping[str, int]
+    """Messages by `high`, `normal` and `low` priority."""
+    held: Held
+    workers: int
+    """Workers alive that serve it."""
+    first: Pool | None
+    """The revision of the pool that new work goes to; None where nothing is known of the pool but this."""
+    barred: tuple[str, ...] = ()
+    """Of these workers, why those that S3 refuses take no jobs."""
+    refused: tuple[tuple[str, ...], ...] = ()
+    """Of these workers, the buckets of each that S3 refuses only some."""
+
+    @property
+    def note(self) -> str | None:
+        """Why this waits and what to do, where nobody serves it; and which of its workers take no jobs."""
+        if self.barred:
+            count = (
+                "no worker takes"
+                if len(self.barred) >= self.workers
+                else f"{len(self.barred)} of {self.workers} workers take no"
+            )
+            return f"{count} jobs: {printable(self.barred[0], 400)}"
+        if self.refused:
+            buckets = ", ".join(sorted({f"s3://{one}/" for some in self.refused for one in some}))
+            return (
+                f"S3 refuses {printable(buckets, 400)} to {len(self.refused)} of {self.workers} workers; "
+                "see what their policies allow"
+            )
+        if self.workers or not (sum(self.waiting.values()) or self.held.delayed):
+            return None
+        pool, label = self.part.pool, model_label(self.part.pool.model, self.part.pool.revision)
+        if self.first is None:
+            start = f"pipefleet worker --task {pool.task} {model_options(pool)}"
+            return f"no worker serves {label} for {pool.task}; start one with `{start}`"
+        text = f"no worker serves {label} for {pool.task}; start one with `{start_command(self.part)}`"
+        if not pool.generation:
+            return text
+        return f"{text}, or move its runs with `pipefleet resume RUN_URI {model_options(self.first)}`"
+
+
+def worker_command(pool: Pool) -> str:
+    """The command that starts a worker for a revision, whether or not the fleet file names it; without a name, for its task."""
+    start = f"pipefleet worker --pool {pool.name}" if pool.name else f"pipefleet worker --task {pool.task}"
+    return f"{start} {model_options(pool)}" if pool.generation or not pool.name else start
+
+
+def start_command(part: Part) -> str:
+    """The command that starts a worker for a revision."""
+    is_previous = part.named and part.pool.generation == 1
+    return f"pipefleet worker --pool {part.pool.name} --previous" if is_previous else worker_command(part.pool)
+
+
+def model_options(pool: Pool) -> str:
+    """The options that name the model and revision of a pool to a command."""
+    return f"--model {pool.model}" + (f" --revision {pool.revision}" if pool.revision else "")
+
+
+def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Backlog]:
+    """What waits for every revision: those of the fleet, and others that something waits for or somebody serves.
+
+    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    """
+    workers = announced_workers(redis)
+    found = []
+    for part in every_part(redis, fleet, troubles=troubles):
+        waiting: Mapping[str, int] | None = None
+        with passed_over(troubles, part.key):
+            held = part.held or _all_held(redis, part.queue)
+            waiting = _waiting_of(redis, part)
+        if waiting is None:
+            continue
+        names = workers_of(workers, part.pool, part.queue)
+        serving = len(names)
+        barred = tuple(str(workers[name]["barred"]) for name in names if workers[name].get("barred"))
+        refused = tuple(places for name in names if (places := tuple(refused_places(workers[name]))))
+        if part.named or serving or sum(waiting.values()) or held != Held():
+            found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name), barred, refused))
+    return found
+
+
+def _waiting_of(redis: Any, part: Part) -> Mapping[str, int]:
+    pipe = redis.pipeline(transaction=False)
+    for name in (name for queue in part.queues for name in broker.waiting_lists(queue)):
+        pipe.llen(name)
+    return broker.by_priority(pipe.execute())
+
+
+def every_part(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Part]:
+    """Every revision of the fleet, and every other that Redis knows of, whether or not something waits for it.
+
+    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    """
+    return [*parts_of(redis, fleet, unnamed=True, troubles=troubles), *_forgotten(redis, fleet, troubles)]
+
+
+def _all_held(redis: Any, queue: str) -> Held:
+    keys = broker.unacked_keys(queue)
+    pipe = redis.pipeline(transaction=False)
+    pipe.hlen(keys["unacked_key"])
+    pipe.zcard(keys["delayed_key"])
+    unacked, delayed = pipe.execute()
+    return Held(max(0, unacked - delayed), delayed)
+
+
+def waiting(redis: Any, queue: str) -> int:
+    """How many messages wait for one revision, are with its workers, or are kept aside: 0 once it is drained.
+
+    `queue` is a `routing.work_queue`.
+    """
+    pipe = redis.pipeline(transaction=False)
+    for name in broker.waiting_lists(queue):
+        pipe.llen(name)
+    held = held_by_queue(redis, queue)
+    own = _sum(held.get(name, Held()) for name in (queue, ""))
+    return int(sum(pipe.execute())) + own.leased + own.delayed
+
+
+def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> list[Part]:
+    """What waits in queues of pools that no fleet file and no live worker tells of."""
+    known = {queue_name(pool, fleet) for pool in fleet.pools.values()}
+    found = []
+    for name, (model, revision) in broker.known_revisions(redis).items():
+        base = broker.base_queue(name)
+        if base not in known:
+            task, _, pool = base.removeprefix(PREFIX).partition(".")
+            of = Pool(pool or task, task, model, revision, generation=1, queue=base, revision_queue=name)
+            with passed_over(troubles, of.name):
+                found.append(Part(of, name, (name,), held_by_queue(redis, name).get(name, Held()), named=False))
+    return found
+
+
+def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
+    """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty.
+
+    Forgets what is no queue, too. A key of a queue that holds another type is left for others to tell of.
+    """
+    entries: Any = redis.hgetall(broker.REVISIONS_KEY)
+    before = broker.server_time(redis) - 86_400 * days if entries else 0.0
+    for name, value in entries.items():
+        with passed_over({}, ""):
+            if _forgettable(redis, name, value, before):
+                redis.hdel(broker.REVISIONS_KEY, name)
+
+
+def _forgettable(redis: Any, name: bytes, value: bytes, before: float) -> bool:
+    try:
+        lists = broker.waiting_lists(own_queue(name.decode()))
+    except ValueError:
+        return True  # as a key, it may be one that we have no right to
+    try:
+        old = number(read_object(value)["at"]) < before
+    except (ValueError, LookupError):
+        old = True
+    return old and not any(redis.llen(one) for one in lists)

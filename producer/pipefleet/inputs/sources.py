@@ -1,0 +1,276 @@
+"""Where the items of a bulk run come from: a bucket prefix, a manifest, a folder, or any iterable.
+
+Every source yields `SourceItem`s one by one, in a fixed order, with constant memory. An item that cannot be prepared is yielded
+with its `failure`. A manifest is read through once before anything is written, so a malformed line refuses the run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipefleet.contract.references import StorageRef, is_uri, refs_in, split_uri
+from pipefleet.errors import InputError, ManifestError, RunError, SourceError, UsageError, nearest
+from pipefleet.inputs.manifests import ANNOTATIONS, FORMATS, KEYS, Row, Unreadable, rows, suffix_of
+from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.rows import SourceItem, failed_item, in_utf8, item_or_failure, row_item
+from pipefleet.storage.store import ListedObject, ObjectStore
+from pipefleet.tasks import Media, TaskSpec
+
+_CHUNK = 1 << 16
+_TEXTS = (Media.TEXT, Media.TEXTS, Media.PROMPT, None)
+"""Tasks with such inputs take no single file as a source: it would be one text."""
+
+
+class Source(Protocol):
+    """A source of items. `describe` is what the run remembers of it; None when it cannot be read a second time."""
+
+    def describe(self) -> str | None:
+        """The URI or path, for `run.json`."""
+
+    def check(self) -> None:
+        """Raise SourceError when the source is missing or malformed; reads it through where that is needed."""
+
+    def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
+        """The items after the first `skip`, the last of which was `last`. Called again when a service was away."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSource:
+    """Every object under an `s3://` prefix, in the order of the keys, but nothing under `exclude`."""
+
+    uri: str
+    store: ObjectStore
+    exclude: str
+    texts: bool = False
+    """Whether each object would be a text: then the URI of a single one is refused, for it is more likely a list of them."""
+
+    def describe(self) -> str:
+        """The prefix."""
+        return self.uri
+
+    def check(self) -> None:
+        """Raise SourceError unless the bucket exists and holds something under the prefix."""
+        self.store.require_bucket(self.uri)
+        if self.uri.startswith(self.exclude):
+            raise SourceError(
+                f"the output {self.exclude} holds the source {self.uri}, and nothing below an output is read as input; "
+                "choose another output"
+            )
+        found = list(itertools.islice(self.items(0, None), 2))
+        if not found:
+            raise SourceError(f"nothing lies under {self.uri}; check the prefix (it is case-sensitive)")
+        if self.texts and [_key(one) for one in found] == [split_uri(self.uri)[1]]:
+            raise SourceError(
+                f"{self.uri} is no manifest: give {FORMATS}, or the prefix above it to take each file as one text"
+            )
+
+    def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
+        """Objects after `last`; keys ending in a slash are folder marks and are passed over."""
+        bucket, _ = split_uri(self.uri)
+        excluded_bucket, excluded = split_uri(self.exclude)
+        after = _key(last) if last else ""
+        for entry in self.store.list(self.uri, after=after):
+            inside_output = bucket == excluded_bucket and entry.key.startswith(excluded)
+            if entry.key.endswith("/") or inside_output:
+                continue
+            yield _object_item(bucket, entry)
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestSource:
+    """The rows of a manifest (see `pipefleet.inputs.manifests`), in object storage or in a local file."""
+
+    location: str
+    store: ObjectStore
+    spec: TaskSpec
+    preparer: InputPreparer
+    strict: bool = False
+    """Whether `check` refuses lines whose items cannot be prepared as well."""
+
+    def describe(self) -> str:
+        """The manifest's URI, or its absolute path."""
+        return self.location if is_uri(self.location) else in_utf8(str(Path(self.location).resolve()))
+
+    def check(self) -> None:
+        """Read it through. Raise ManifestError for the first line that is malformed; nothing is uploaded."""
+        dry, count = self.preparer.dry(), 0
+        for line, row in self._rows():
+            count += 1
+            try:
+                if isinstance(row, Unreadable):
+                    if self.strict or count == 1:  # a file that begins so is none of texts
+                        raise ManifestError(f"{self.location}, {row.reason}")
+                    continue
+                _check_keys(row)
+                if self.strict:
+                    row_item(row, dry)
+            except ManifestError:
+                raise
+            except UsageError as error:
+                raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
+        if not count:
+            raise SourceError(f"the manifest {self.location} is empty")
+
+    def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
+        """Items after the first `skip` rows; a line that is no text has failed. Raises ManifestError for a malformed line."""
+        for line, row in itertools.islice(self._rows(), skip, None):
+            if isinstance(row, Unreadable):
+                yield failed_item({}, f"{row.reason}; the line is left out")
+                continue
+            try:
+                _check_keys(row)
+            except SourceError as error:
+                raise ManifestError(f"{self.location}, line {line}, column 1: {error}") from None
+            item = item_or_failure(row, self.preparer)
+            yield item if item.failure is None else replace(item, failure=f"line {line}: {item.failure}")
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        return rows(self._chunks(), self.location, self.spec)
+
+    def _chunks(self) -> Iterator[bytes]:
+        if is_uri(self.location):
+            yield from self.store.chunks(self.location)
+            return
+        with open(self.location, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """Every file under a local folder, in the order of their names; each is uploaded, and named by its path in the folder."""
+
+    folder: Path
+    preparer: InputPreparer
+
+    def describe(self) -> str:
+        """The folder's absolute path."""
+        return in_utf8(str(self.folder.resolve()))
+
+    def check(self) -> None:
+        """Raise SourceError unless there is a file in the folder."""
+        if not self._files():
+            raise SourceError(f"there is no file in the folder {self.folder}")
+
+    def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
+        """Items after the first `skip` files."""
+        for path in self._files()[skip:]:
+            identity = in_utf8(path.relative_to(self.folder).as_posix())
+            yield item_or_failure({"inputs": path, "id": identity}, self.preparer)
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+@dataclass(slots=True)
+class IterableSource:
+    """Any iterable of inputs, or of rows shaped like manifest lines. It is read once, lazily."""
+
+    values: Iterable[Any]
+    preparer: InputPreparer
+    _iterator: Iterator[Any] | None = None
+    _held: list[Any] = field(default_factory=list)
+    """The value that was taken and did not become an item yet."""
+
+    def describe(self) -> None:
+        """Nothing: it cannot be opened again."""
+        return
+
+    def check(self) -> None:
+        """Nothing to look at without consuming it."""
+
+    def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
+        """Items after the first `skip` values; called again, those after the last item, whatever `skip` is.
+
+        Raises RunError for what the iterable itself raises.
+        """
+        if self._iterator is None:
+            self._iterator = itertools.islice(self.values, skip, None)
+        while self._held or self._take(self._iterator):
+            (value,) = self._held
+            item = item_or_failure(_row_of(value), self.preparer)
+            self._held.clear()
+            yield item
+
+    def _take(self, iterator: Iterator[Any]) -> bool:
+        """Hold the next value. False at the end."""
+        try:
+            self._held.append(next(iterator))
+        except StopIteration:
+            return False
+        except Exception as error:
+            raise RunError(f"the source raised {type(error).__name__}: {error}") from error
+        return True
+
+
+def open_source(
+    source: Any, spec: TaskSpec, store: ObjectStore, preparer: InputPreparer, *, output: str, strict: bool = False
+) -> Source:
+    """The Source for what a user named. Raises SourceError for a string that is neither a URI nor a local path.
+
+    With `strict`, the `check` of a manifest also refuses items that cannot be prepared.
+    """
+    if isinstance(source, str | os.PathLike):
+        found = _named_source(os.fsdecode(source), spec, store, preparer, output)
+        return replace(found, strict=strict) if isinstance(found, ManifestSource) else found
+    if isinstance(source, Mapping | bytes | bytearray | memoryview) or not isinstance(source, Iterable):
+        raise SourceError(f"a source is an s3:// URI or an iterable of inputs, not a {type(source).__name__}")
+    return IterableSource(source, preparer)
+
+
+def _named_source(name: str, spec: TaskSpec, store: ObjectStore, preparer: InputPreparer, output: str) -> Source:
+    is_manifest = suffix_of(name) is not None
+    if name.startswith("s3://"):
+        split_uri(name)
+        if is_manifest:
+            return ManifestSource(name, store, spec, preparer)
+        return PrefixSource(name, store, output, texts=spec.media in _TEXTS)
+    path = Path(name)
+    if name and path.is_dir():
+        return FolderSource(path, preparer)
+    if path.is_file() and is_manifest:
+        return ManifestSource(name, store, spec, preparer)
+    what = f"{name[:200]!r} is no manifest" if name and path.is_file() else f"no such source {name[:200]!r}"
+    raise SourceError(f"{what}: give an s3:// prefix, {FORMATS}, or a folder")
+
+
+def _object_item(bucket: str, entry: ListedObject) -> SourceItem:
+    """The item of one object, pinned by its ETag."""
+    uri = f"s3://{bucket}/{entry.key}"
+    try:
+        guess = StorageRef.of(uri)
+    except InputError as error:
+        return failed_item({"inputs": uri, "id": entry.key}, str(error))
+    return SourceItem(entry.key, StorageRef(uri, entry.etag, entry.size, guess.type).to_json(), entry.size)
+
+
+def _key(item: SourceItem) -> str:
+    """The key of an object's item; that of one that failed is its id."""
+    references = refs_in(item.inputs)
+    return references[0].key if references else item.id or ""
+
+
+def _row_of(value: Any) -> Mapping[str, Any]:
+    """A value of an iterable as a row: itself where it has the keys of one, else the inputs of one."""
+    try:
+        is_row = isinstance(value, Mapping) and "inputs" in value and set(value) <= KEYS | ANNOTATIONS
+    except Exception:  # noqa: BLE001 - a mapping of the user's own may raise anything; preparing it says what
+        is_row = False
+    return value if is_row else {"inputs": value}
+
+
+def _check_keys(row: Mapping[str, Any]) -> None:
+    """Raise SourceError for a row whose keys, or the types of their values, are not those of a manifest."""
+    unknown = set(row) - KEYS
+    if unknown:
+        word = sorted(unknown)[0]
+        raise SourceError(f"unknown key {word!r}{nearest(word, KEYS)}")
+    if "inputs" not in row:
+        raise SourceError("the key 'inputs' is missing")
+    if not isinstance(row.get("id"), str | int | None) or not isinstance(row.get("parameters"), Mapping | None):
+        raise SourceError("id must be a text, parameters an object")

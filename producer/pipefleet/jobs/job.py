@@ -1,0 +1,157 @@
+"""Single jobs as the producer sees them: the `Job` handle. `watcher` hears when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.contract.messages import JobState
+from pipefleet.contract.records import JobRecord
+from pipefleet.errors import (
+    JobCancelledError,
+    JobExpiredError,
+    JobFailedError,
+    PipefleetError,
+    ResultTimeoutError,
+)
+from pipefleet.jobs.watcher import JobFuture, nothing_known
+from pipefleet.patience import PATIENCE_SECONDS, Patience, within
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+
+
+SHORTEST_LOOK = 1.0
+"""Seconds for which Redis is asked at least, however short a time-out."""
+
+
+class Job:
+    """One submitted job. Thread-safe; awaitable (`await job` is `job.result()` without blocking the event loop)."""
+
+    def __init__(self, client: Client, job_id: str) -> None:
+        self._client = client
+        self._future: JobFuture | None = None
+        """Held here alone: of a job whose handle is gone, the client keeps nothing."""
+        self._warnings: list[str] | None = None
+        self.id = job_id
+
+    def __repr__(self) -> str:
+        return f"Job({self.id!r})"
+
+    def status(self) -> JobState:
+        """Where the job is now. Raises JobError when nothing is known of it (its record is kept for a day)."""
+        return self.record().state
+
+    def record(self) -> JobRecord:
+        """State, times, worker, stage timings and what the model ran with. Raises JobError when nothing is known of the job."""
+        found = self._client.read_records([self.id])[0]
+        if found is None:
+            raise nothing_known(self.id)
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on what is missing of the result, such as packets of a damaged recording; empty for most jobs.
+
+        Asks Redis where the result was not taken by this handle. Raises JobError when nothing is known of the job.
+        """
+        return list(self.record().warnings if self._warnings is None else self._warnings)
+
+    def result(self, timeout: float | None = None, *, resolved: bool = True) -> Any:
+        """The output, as the pipeline call returns it; waits up to `timeout` seconds (None: without end).
+
+        Unless `resolved`, pictures, sound and long arrays in it stay references to their objects (see `artifacts`).
+        While nobody serves the job's queue, a warning of the logger `pipefleet` says so. Raises JobFailedError,
+        JobCancelledError, JobExpiredError or ResultTimeoutError; after the last one the job goes on and can be waited for again.
+        Raises JobError when the client is closed, and when nothing is known of the job
+        for `watcher.UNKNOWN_SECONDS` or until the timeout; ServiceUnavailableError when Redis or S3 was away for
+        `patience.PATIENCE_SECONDS`.
+        """
+        late = math.inf if timeout is None else time.monotonic() + timeout
+        future = self._watched(timeout)
+        try:
+            record = future.result(
+                None if timeout is None else min(max(0.0, late - time.monotonic()), threading.TIMEOUT_MAX / 2)
+            )
+        except FutureTimeoutError:
+            if future.unknown_since is not None:
+                raise nothing_known(self.id) from None
+            why = self.why_waiting()
+            text = f"job {self.id} has not finished within {timeout} s; it goes on" + (f": {why}" if why else "")
+            raise ResultTimeoutError(text) from None
+        return Patience(seconds=PATIENCE_SECONDS).call(lambda: self._output(record, resolved=resolved), until=late)
+
+    def _watched(self, timeout: float | None) -> JobFuture:
+        """As `watch`, but no server that does not answer holds up a caller with a time-out for longer than that.
+
+        A look takes about `redis_timeout` then; only a caller who has less time needs a thread for it.
+        """
+        if timeout is None or timeout > 2 * self._client.settings.redis_timeout:
+            return self.watch()
+        try:
+            return within(max(SHORTEST_LOOK, timeout), self.watch)
+        except TimeoutError:
+            raise ResultTimeoutError(
+                f"job {self.id} has not finished within {timeout} s, and Redis does not answer"
+            ) from None
+
+    def cancel(self) -> bool:
+        """Cancel the job wherever it is. True if that ended it; False if it had ended before or nothing is known of it."""
+        return self._client.cancel_job(self.id)
+
+    def why_waiting(self) -> str | None:
+        """One sentence when nobody served the job's queue a moment ago; None also in its first few seconds. No I/O."""
+        future = self._future
+        return None if future is None else self._client.watcher.why_waiting(future)
+
+    def watch(self, *, submitting: bool = False) -> JobFuture:
+        """The future of the job's final record; see `Watcher.watch`, and `JobFuture` for its callbacks."""
+        future = self._client.watcher.watch(self.id, submitting=submitting)
+        self._future = future
+        return future  # another thread that took the result may have let go of it by now
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        future = await asyncio.to_thread(self.watch)
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake(_: object) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set)
+
+        future.add_quick_callback(wake)
+        await ended.wait()
+        return await asyncio.to_thread(self._output, future.result())
+
+    def _output(self, record: JobRecord, *, resolved: bool = True) -> Any:
+        self._future, self._warnings = None, list(record.warnings)
+        return self._client.output_of(self.id, record, resolved=resolved)
+
+
+def raise_for(job_id: str, record: JobRecord) -> None:
+    """Raise the error of a job that ended without a result."""
+    if record.state is JobState.CANCELLED:
+        raise JobCancelledError(f"job {job_id} was cancelled")
+    if record.state is JobState.EXPIRED:
+        raise JobExpiredError(f"job {job_id} expired before it could finish")
+    if record.state is JobState.FAILED:
+        failure = record.failure
+        code, message, stage = (failure.code, failure.message, failure.stage) if failure else ("failed", "", "")
+        raise JobFailedError(f"{message} (code {code}, stage {stage})", failure_code=code, stage=stage)
+
+
+def decode_output(text: str | bytes) -> Any:
+    """The JSON of an output. Raises PipefleetError where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise PipefleetError("the stored result is not JSON: was it written by another program?") from None

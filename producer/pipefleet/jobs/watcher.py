@@ -1,0 +1,269 @@
+"""The watcher hears when jobs end: one thread for each client resolves the futures of its jobs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+from pipefleet.connection.answers import word_of
+from pipefleet.contract.records import JobRecord, read_record
+from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
+from pipefleet.fleet.waiting import Lookout
+from pipefleet.forking import renew_after_fork
+from pipefleet.jobs.callbacks import Callbacks
+from pipefleet.patience import PATIENCE_SECONDS
+from pipefleet.queues import broker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from redis import Redis
+
+log = logging.getLogger(__name__)
+SWEEP_SECONDS = 2.0
+"""How often jobs under way are looked up although nothing was heard: a channel forgets what it sent to nobody."""
+UNKNOWN_SECONDS = 30.0
+"""How long a job without a record is waited for: one that another Celery client queued has none before a worker starts it."""
+LOOK_AFTER_SECONDS = 0.5
+"""How old a job under way is when a sweep first asks whether anybody serves its queue: with the sweep, it is told within 3 s."""
+BATCH = 500
+
+
+class JobFuture(Future[JobRecord]):
+    """The final record of one job, or the error that nobody can have it. It cannot be cancelled: many may wait for it.
+
+    Done-callbacks run one after another on a thread that the client keeps for them: they may wait for other jobs, and a slow one
+    holds up other callbacks alone, neither results nor `await`.
+    """
+
+    def __init__(self, callbacks: Callbacks) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()
+        self.unknown_since: float | None = None
+        """Since when (monotonic seconds) look-ups have found no record; None while there is one."""
+        self.queue: str | None = None
+        """The queue that its record names; None before the first look-up."""
+        self.since = time.monotonic()
+        """Since when it is waited for."""
+        self._callbacks = callbacks
+
+    def add_done_callback(self, function: Callable[[Future[JobRecord]], Any]) -> None:
+        """Have `function(self)` called when the job has ended; soon, if it has already."""
+        self.add_quick_callback(lambda future: self._callbacks.run(lambda: function(future)))
+
+    def add_quick_callback(self, function: Callable[[Future[JobRecord]], Any]) -> None:
+        """The same at once, on the thread that hears of the end: for what never waits."""
+        super().add_done_callback(function)
+
+
+def nothing_known(job_id: str) -> JobError:
+    """The error of a job without a record."""
+    return JobError(
+        f"nothing is known of job {job_id}: it never was, no worker has met it yet, or its record has expired"
+    )
+
+
+class Watcher:
+    """Resolves futures by the client's channel and, in case that misses one, by sweep. Thread-safe.
+
+    It holds a future only as long as somebody else does. In a process that was forked it has a thread and a channel of its own;
+    jobs that the parent submitted are found there by sweep.
+    """
+
+    def __init__(self, redis: Redis, url: str, lookout: Lookout) -> None:
+        self._redis = redis
+        self._url = url
+        self._closed = threading.Event()
+        self._callbacks = Callbacks()
+        self._lookout = lookout
+        self._start_afresh()
+        renew_after_fork(self)
+
+    def _start_afresh(self) -> None:
+        self.channel = broker.reply_channel(uuid.uuid4().hex)
+        """Where this client, in this process, is told of its jobs."""
+        self._futures: WeakValueDictionary[str, JobFuture] = WeakValueDictionary()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._ready = threading.Event()
+        self._reached = False
+        self._away_since: float | None = None
+        """Since when (monotonic seconds) Redis does not answer; None while it does."""
+
+    def after_fork(self) -> None:
+        """Whoever waits in the child asks for the future again, and gets one that the child's own thread resolves."""
+        closed = self._closed.is_set()
+        self._closed = threading.Event()
+        if closed:
+            self._closed.set()
+        self._start_afresh()
+
+    def watch(self, job_id: str, *, submitting: bool = False) -> JobFuture:
+        """The future of a job's final record. With `submitting`, returns only when its end cannot be missed.
+
+        Raises JobError when the client is closed; ServiceUnavailableError when Redis was never reached, with `submitting` also
+        when it is away. The future of a job fails with that error when Redis was away for PATIENCE_SECONDS.
+        """
+        future = self._future(job_id)
+        if submitting:
+            self._wait_until_ready()
+        elif not future.done():
+            try:
+                self._look_up([job_id])
+            except ServiceUnavailableError:  # the thread goes on trying, and says when it has waited for too long
+                if not self._reached:
+                    raise  # a wrong address or password rather than an outage
+        return future
+
+    def forget(self, job_id: str) -> None:
+        """Drop a job whose record was read, though its handle may live on. One that somebody began to wait for anew stays."""
+        with self._lock:
+            future = self._futures.get(job_id)
+            if future is not None and future.done():
+                del self._futures[job_id]
+
+    def close(self) -> None:
+        """End the thread, and fail the futures that are still open with JobError."""
+        with self._lock:
+            self._closed.set()
+            thread, futures = self._thread, list(self._futures.items())
+        if thread is not None:
+            thread.join(SWEEP_SECONDS + 1.0)
+        for job_id, future in futures:
+            _resolve(future, JobError(f"the client was closed while job {job_id} was waited for"))
+        self._callbacks.close()
+
+    def why_waiting(self, future: JobFuture) -> str | None:
+        """What is known of why a job waits: one sentence when nobody served its queue a moment ago. No I/O."""
+        return None if future.queue is None else self._lookout.known(future.queue)
+
+    def _future(self, job_id: str) -> JobFuture:
+        with self._lock:
+            future = self._futures.get(job_id)
+            if self._closed.is_set() and not (future is not None and future.done()):
+                raise JobError(f"the client is closed; make a new one and wait for `client.job({job_id!r})`")
+            if future is None:
+                future = self._futures[job_id] = JobFuture(self._callbacks)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pipefleet-watcher", daemon=True)
+                self._thread.start()
+        return future
+
+    def _wait_until_ready(self) -> None:
+        if not self._ready.is_set():
+            with broker.redis_errors(self._url):
+                self._redis.ping()  # says at once what the thread would go on trying to say
+            self._ready.wait(5.0)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                with broker.redis_errors(self._url):
+                    self._listen()
+            except PipefleetError as error:
+                # Nothing is lost: whoever waits goes on waiting, and the sweep after reconnecting looks up all jobs.
+                self._note_outage(error)
+                self._closed.wait(0.5)
+            except Exception:  # without this thread nobody who waits would ever hear
+                log.exception("watching jobs failed and goes on")
+                self._closed.wait(0.5)
+
+    def _note_outage(self, error: PipefleetError) -> None:
+        """Fail every open future once Redis has been away for PATIENCE_SECONDS, or at once where waiting is of no use."""
+        now = time.monotonic()
+        self._away_since = now if self._away_since is None else self._away_since
+        if error.retryable and now - self._away_since < PATIENCE_SECONDS:
+            return
+        for job_id in self._open():
+            with self._lock:
+                future = self._futures.get(job_id)
+            if future is not None:
+                _resolve(future, error)
+
+    def _listen(self) -> None:
+        with broker.subscribed(self._redis, self.channel) as channel:
+            next_sweep = 0.0
+            while not self._closed.is_set():
+                message = channel.get_message(timeout=0.2)
+                ended: list[str] = []
+                while message is not None:
+                    if message["type"] == "message":
+                        ended.append(message["data"].decode(errors="replace"))
+                    else:
+                        self._reached = True
+                        self._ready.set()
+                    message = channel.get_message()
+                if ended:
+                    self._look_up(ended)
+                if time.monotonic() >= next_sweep:
+                    self._sweep()
+                    self._away_since = None
+                    next_sweep = time.monotonic() + SWEEP_SECONDS
+
+    def _sweep(self) -> None:
+        """Look up every job under way, and tell of queues that nobody serves."""
+        self._look_up(self._open())
+        begun = time.monotonic() - LOOK_AFTER_SECONDS
+        with self._lock:
+            futures = list(self._futures.values())
+        for queue in {one.queue for one in futures if one.queue and not one.done() and one.since <= begun}:
+            self._lookout.look(queue)
+
+    def _open(self) -> list[str]:
+        with self._lock:
+            return [job_id for job_id, future in self._futures.items() if not future.done()]
+
+    def _look_up(self, job_ids: list[str]) -> None:
+        for start in range(0, len(job_ids), BATCH):
+            ids = job_ids[start : start + BATCH]
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hgetall(broker.job_key(job_id))
+            with broker.redis_errors(self._url):
+                found = pipe.execute(raise_on_error=False)
+            for job_id, raw in zip(ids, found, strict=True):
+                self._take(job_id, raw)
+
+    def _take(self, job_id: str, raw: Mapping[bytes, bytes] | Exception) -> None:
+        """Note what a look-up found of one job, or why Redis does not tell, which is not the others' affair."""
+        with self._lock:
+            future = self._futures.get(job_id)
+        if future is None or (isinstance(raw, Exception) and word_of(raw) is not None):
+            return  # or Redis cannot tell now, which the next sweep hears too
+        try:
+            with broker.redis_errors(self._url):
+                if isinstance(raw, Exception):
+                    raise raw
+            record = read_record(raw)
+        except PipefleetError as error:
+            _resolve(future, error)
+            return
+        if record is None:
+            self._note_unknown(job_id, future)
+            return
+        future.unknown_since, future.queue = None, record.queue
+        if record.state.final:
+            _resolve(future, record)
+
+    def _note_unknown(self, job_id: str, future: JobFuture) -> None:
+        now = time.monotonic()
+        if future.unknown_since is None:
+            future.unknown_since = now
+        elif now - future.unknown_since >= UNKNOWN_SECONDS:
+            _resolve(future, nothing_known(job_id))
+
+
+def _resolve(future: JobFuture, end: JobRecord | PipefleetError) -> None:
+    """Resolve a future, unless another thread was faster. Never under a lock: a waker of an event loop runs in here."""
+    with suppress(InvalidStateError):
+        if isinstance(end, JobRecord):
+            future.set_result(end)
+        else:
+            future.set_exception(end)

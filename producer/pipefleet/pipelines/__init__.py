@@ -1,0 +1,5 @@
+"""`pipefleet.pipeline(...)`: the call people know from transformers, served by the fleet."""
+
+from pipefleet.pipelines.fleet_pipeline import FleetPipeline, Results, pipeline
+
+__all__ = ["FleetPipeline", "Results", "pipeline"]

@@ -1,0 +1,212 @@
+"""From the arguments of a call to its inputs and parameters, as transformers' own pipelines read them.
+
+Fields come as keywords, in their order, or in a dict, each of them one value, a list, a generator or a data set.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from types import GeneratorType
+from typing import Any
+
+from pipefleet.errors import InputError
+from pipefleet.inputs.prepare import is_file, is_message, is_table
+from pipefleet.tasks import Media, TaskSpec
+
+_MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
+"""Names that transformers' pipelines have for their first argument."""
+_SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
+"""Fields that hold one value, so that a list of them means several inputs."""
+_OF_ONE = ("__array_interface__", "detach", "save", "get_all_samples", "get_frame_at")
+"""Attributes of objects that are one input though they have items: arrays, tensors, pictures, decoders of torchcodec."""
+
+
+class Joined(list[Any]):
+    """Inputs that transformers takes for one, so that their results make one list."""
+
+
+class Beside(dict[str, Any]):
+    """The fields of a text that was given as such, with others beside it: its result has the form of a text's."""
+
+
+def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The inputs and the parameters of a call. Raises InputError for none, and for inputs that are given twice.
+
+    The inputs are one, a list of them, a `Joined`, a `Beside`, or a lazy iterable; its first item is taken where a chat may begin.
+    """
+    wanted = dict(parameters)
+    inputs, fields = _named(spec, _ordered(spec, inputs, wanted), wanted)
+    if inputs and fields:
+        raise InputError(f"{spec.name} was given an input and {', '.join(fields)} beside it; put them into one dict")
+    if fields:
+        return _each(spec, fields), wanted
+    if not inputs:
+        raise InputError(f"{spec.name} needs an input as its first argument")
+    given = inputs[0]
+    if spec.fields and isinstance(given, Mapping):
+        return _each(spec, given), wanted
+    return (_prompts(spec, given) if spec.media is Media.PROMPT else given), wanted
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether `value` holds inputs to be taken one by one: an iterator, a column or set of `datasets`, a torch data set.
+
+    Not a text, bytes, a dict, an open binary file, a picture, an array, a tensor, a decoder or a table: each is one input.
+    """
+    single = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
+    single = single or (is_file(value) and not hasattr(value, "encoding"))  # one open for text gives lines
+    if single or is_table(value) or any(hasattr(value, name) for name in _OF_ONE):
+        return False
+    return hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
+
+
+def each_of(values: Any) -> Iterator[Any]:
+    """The values of an iterable, or of a torch data set, which has a length and may answer beyond its end."""
+    return iter(values) if hasattr(values, "__iter__") else (values[index] for index in range(len(values)))
+
+
+def _ordered(spec: TaskSpec, inputs: tuple[Any, ...], wanted: dict[str, Any]) -> tuple[Any, ...]:
+    """The first argument, if there is one; `wanted` gets what comes behind it, by its name."""
+    if len(inputs) > max(1, len(spec.positional)):
+        raise InputError(f"{spec.name} takes {max(1, len(spec.positional))} positional arguments, not {len(inputs)}")
+    if len(inputs) < 2:
+        main = [name for name in _MAIN if name in wanted and name not in spec.parameters and name not in spec.fields]
+        return inputs or ((wanted.pop(main[0]),) if len(main) == 1 else ())
+    named = dict(zip(spec.positional, inputs, strict=False))
+    if twice := named.keys() & wanted.keys():
+        raise InputError(f"{spec.name} was given {sorted(twice)[0]} twice")
+    wanted.update(named)
+    return (wanted.pop(spec.positional[0]),) if spec.positional[0] not in spec.fields else ()
+
+
+def _named(
+    spec: TaskSpec, inputs: tuple[Any, ...], wanted: dict[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The first argument and the fields; the first argument is one of the fields where others stand beside it."""
+    fields = spec.given(
+        {
+            name: wanted.pop(name)
+            for name in spec.fields
+            if name in wanted and (name not in spec.parameters or _is_nested(wanted[name]))
+        }
+    )
+    first = spec.positional[0] if spec.positional else None
+    if not inputs or not fields or first not in spec.fields.keys() - fields.keys() or isinstance(inputs[0], Mapping):
+        return inputs, fields
+    own = spec.given({str(first): inputs[0], **fields})
+    return (), Beside(own) if isinstance(inputs[0], str) else own
+
+
+def _each(spec: TaskSpec, given: Mapping[str, Any]) -> Any:
+    """One dict, or as many as the fields of one value hold where they come as lists or lazily; single values go with each."""
+    kinds = spec.fields
+    fields = {name: _opened(spec, name, value) for name, value in spec.given(given).items()}
+    if spec.crosses and any(isinstance(value, list | tuple) for value in fields.values()):
+        return _crossed(spec, fields)
+    lists = {name: value for name, value in fields.items() if _is_several(kinds.get(name), value)}
+    lazy = {name: value for name, value in fields.items() if _is_lazy(kinds.get(name), value)}
+    if lazy:
+        return _together(spec, fields, {**lists, **lazy})
+    if not lists:
+        return given if isinstance(given, Beside) else fields
+    # Beside several texts, a list of pictures holds one for each; beside one text they all belong to it.
+    lists |= {name: fields[name] for name in fields if _is_list_of_images(kinds.get(name), fields[name])}
+    if len({len(value) for value in lists.values()}) > 1:
+        raise InputError(f"{', '.join(lists)} are lists of different lengths")
+    each = list(_together(spec, fields, lists))
+    return Joined(each) if _is_one_call(spec, fields) else each
+
+
+def _together(spec: TaskSpec, fields: Mapping[str, Any], several: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A dict for each position of the fields in `several`. Raises InputError where one ends before another."""
+    try:
+        for values in zip(*map(each_of, several.values()), strict=True):
+            yield {**fields, **dict(zip(several, values, strict=True))}
+    except ValueError as error:
+        if "zip()" not in str(error):
+            raise
+        raise InputError(f"{', '.join(several)} of {spec.name} have different lengths") from None
+
+
+def _crossed(spec: TaskSpec, fields: Mapping[str, Any]) -> Any:
+    """Each value of one field with each of the others; those of the last field vary least."""
+    if endless := [name for name, value in fields.items() if _is_lazy(spec.fields.get(name), value)]:
+        raise InputError(f"{endless[0]} of {spec.name} is taken lazily and cannot be combined with a list; pass dicts")
+    names = [name for name in spec.fields if name in fields][::-1]
+    values = [value if isinstance(value, list | tuple) else [value] for value in map(fields.__getitem__, names)]
+    return [dict(zip(names[::-1], one[::-1], strict=True)) for one in itertools.product(*values)]
+
+
+def _opened(spec: TaskSpec, name: str, value: Any) -> Any:
+    """A field's value as a list where transformers reads it at once, rather than one by one."""
+    if spec.crosses and _is_key_dataset(value):
+        return list(each_of(value))
+    return _chats_of(value) if spec.fields.get(name) is Media.PROMPT else value
+
+
+def _prompts(spec: TaskSpec, given: Any) -> Any:
+    given = _chats_of(given)
+    return Joined(given) if _is_one_call(spec, {"text": given}) and not isinstance(given, tuple) else given
+
+
+def _chats_of(value: Any) -> Any:
+    """`value` itself, or a list where it is a generator of messages, or a `KeyDataset` of messages or chats."""
+    if _is_key_dataset(value):
+        first = value[0] if len(value) else None
+        return list(each_of(value)) if is_message(first) or _is_chat(first) else value
+    if not isinstance(value, GeneratorType):
+        return value
+    taken = list(itertools.islice(value, 1))
+    return [*taken, *value] if taken and is_message(taken[0]) else _again(taken, value)
+
+
+def _again(taken: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    yield from taken
+    yield from rest
+
+
+def _is_key_dataset(value: Any) -> bool:
+    """Whether `value` is transformers' KeyDataset, which need not be installed here."""
+    return any(
+        (one.__module__, one.__name__) == ("transformers.pipelines.pt_utils", "KeyDataset")
+        for one in type(value).__mro__
+    )
+
+
+def _is_one_call(spec: TaskSpec, fields: Mapping[str, Any]) -> bool:
+    """Whether transformers takes these texts for one input: those beside something else, and any where texts come first."""
+    if spec.media is not Media.PROMPT or not _is_text_list(fields.get("text")):
+        return False
+    return len(fields) > 1 or isinstance(fields["text"], tuple) or spec.positional[:1] == ("text",)
+
+
+def _is_several(kind: Media | None, value: Any) -> bool:
+    """Whether the value of a field stands for several inputs."""
+    if not isinstance(value, list | tuple):
+        return False
+    if kind is Media.LABELS:
+        return _is_nested(value)
+    return bool(value) and not is_message(value[0]) if kind is Media.PROMPT else kind in _SINGLE
+
+
+def _is_lazy(kind: Media | None, value: Any) -> bool:
+    """Whether the value of a field is taken one by one."""
+    return kind in (*_SINGLE, Media.PROMPT, Media.IMAGES) and not isinstance(value, list | tuple) and is_dataset(value)
+
+
+def _is_nested(value: Any) -> bool:
+    """A list of lists: labels for each of several pictures."""
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], list | tuple)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and is_message(value[0])
+
+
+def _is_text_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str)
+
+
+def _is_list_of_images(kind: Media | None, value: Any) -> bool:
+    return kind is Media.IMAGES and isinstance(value, list | tuple)

@@ -1,0 +1,149 @@
+"""A call over many inputs: one thread takes the inputs and submits them, the caller takes the results, in order.
+
+inputs ─▶ feeder thread: submit ─▶ jobs under way, at most `bound` ─▶ caller: result of the oldest
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from types import GeneratorType
+from typing import Any
+
+from pipefleet.errors import PipefleetError, UsageError
+from pipefleet.jobs.job import Job
+
+
+def stream(
+    source: Iterator[Any],
+    submit: Callable[[Any], Job],
+    result: Callable[[Job], Any],
+    *,
+    bound: int,
+    eager: bool = False,
+) -> Generator[Any]:
+    """`result` of each input's job, in the order of the inputs, with at most `bound` of them taken and not yielded.
+
+    A result is yielded as soon as it is there, however long the next input takes. What `source` or `submit` raises is raised
+    after the results before it; with `eager`, at the first chance, and once more before the first result is waited for. When the
+    caller stops, or an error ends it, jobs under way are cancelled, and a generator that was the source is closed.
+    """
+    feeder = Feeder(source, submit, bound)
+    try:
+        feeder.start()
+        if eager:
+            feeder.wait_until_full()
+        while (job := feeder.next_job(eager=eager)) is not None:
+            answer = result(job)
+            feeder.ended(job)
+            yield answer
+    finally:
+        feeder.stop()
+
+
+class Feeder:
+    """Takes inputs and submits them on a daemon thread. Its thread may stay in the source's code for ever; then it holds no job.
+
+    Used by one thread and its own; not usable in a process that was forked from the one that made it.
+    """
+
+    def __init__(self, source: Iterator[Any], submit: Callable[[Any], Job], bound: int) -> None:
+        self._source = source
+        self._submit = submit
+        self._bound = bound
+        self._changed = threading.Condition()
+        self._jobs: deque[Job] = deque()
+        """Jobs that nobody has asked for yet."""
+        self._current: Job | None = None
+        self._under_way = 0
+        self._error: BaseException | None = None
+        self._done = False
+        self._stopped = False
+        self._process = os.getpid()
+
+    def start(self) -> None:
+        """Begin to take inputs."""
+        threading.Thread(target=self._feed, name="pipefleet-feeder", daemon=True).start()
+
+    def wait_until_full(self) -> None:
+        """Wait until `bound` inputs are under way or no more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._done or len(self._jobs) >= self._bound)
+
+    def next_job(self, *, eager: bool) -> Job | None:
+        """The job whose result is due next; None at the end of the inputs. Waits for an input where none is under way.
+
+        Raises what ended the inputs, when its turn comes; with `eager`, as soon as it is known.
+        """
+        if os.getpid() != self._process:
+            raise UsageError("this iterator of results belongs to the process that made it; call the pipeline anew")
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._done)
+            if self._error is not None and (eager or not self._jobs):
+                raise self._error
+            self._current = self._jobs.popleft() if self._jobs else None
+            return self._current
+
+    def ended(self, job: Job) -> None:
+        """The result of a job was taken: there is room for one more input."""
+        with self._changed:
+            self._current = None
+            self._under_way -= 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Take no more inputs, and cancel what is under way. Raises nothing: the caller's own error matters more."""
+        if os.getpid() != self._process:
+            return  # the jobs are the parent's
+        with self._changed:
+            self._stopped = True
+            left = [*([self._current] if self._current else []), *self._jobs]
+            self._current = None
+            self._jobs.clear()
+            self._changed.notify_all()
+        all(map(_cancel, left))
+
+    def _feed(self) -> None:
+        try:
+            while self._has_room():
+                try:
+                    one = next(self._source)
+                except StopIteration:
+                    break
+                if self._stopped:
+                    break
+                self._add(self._submit(one))
+                del one  # or the last input would live as long as the next one takes
+        except BaseException as error:  # noqa: BLE001 - raised where the results are taken
+            self._error = error
+        finally:
+            with self._changed:
+                self._done = True
+                self._changed.notify_all()
+            if isinstance(self._source, GeneratorType):
+                self._source.close()
+
+    def _has_room(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._under_way < self._bound)
+            self._under_way += 1
+            return not self._stopped
+
+    def _add(self, job: Job) -> None:
+        with self._changed:
+            if not self._stopped:
+                self._jobs.append(job)
+                self._changed.notify_all()
+                return
+        _cancel(job)  # the caller stopped while it was being submitted
+
+
+def _cancel(job: Job) -> bool:
+    """False when Redis is away: then the jobs run for nobody, rather than the caller waiting once for each of them."""
+    try:
+        job.cancel()
+    except PipefleetError:
+        return False
+    return True

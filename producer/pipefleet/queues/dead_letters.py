@@ -1,0 +1,256 @@
+"""Messages that were given up, and those that workers hold, as an operator sees them. In Redis; raises what redis-py raises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.contract.messages import MAX_WIRE_BYTES, encode_json
+from pipefleet.errors import ContractError, UsageError
+from pipefleet.foreign import number, read_object, whole
+from pipefleet.queues.broker import (
+    PRIORITY_STEPS,
+    TIME_HEADER,
+    job_key,
+    message_id,
+    queue_lists,
+    reading,
+    server_time,
+    unacked_keys,
+)
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+MOST_LETTER_BYTES = 8 * MAX_WIRE_BYTES
+"""Bytes of a letter that are read, as many as the largest message may take when it is quoted; larger ones are only named."""
+MOST_READ_BYTES = 16 * 1024 * 1024
+"""Bytes of letters that are read at once."""
+KILLED = "delivered {} times"
+"""The reason of a message that was with a worker so often, and never ended."""
+TOO_LARGE = "too_large"
+"""What the reason of a message that no worker reads begins with."""
+FOREIGN = "this message is none of its run's: "
+"""What the reason of a message begins with that names a run and does not agree with it: of that run nothing was refused."""
+
+
+def kills(reason: str) -> bool:
+    """Whether a reason says that workers died of the message."""
+    return reason.startswith("delivered ")
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that no worker will run: why, when (server seconds), its queue, its deliveries, and its text."""
+
+    reason: str
+    at: float
+    queue: str
+    deliveries: int
+    message: str
+    entry: bytes = field(repr=False)
+    """The letter as it lies in Redis, which tells it from any other."""
+
+    @classmethod
+    def parse(cls, entry: bytes) -> DeadLetter:
+        """Read a letter; what is not one becomes a letter without a message, so that it can be seen and removed."""
+        try:
+            value = read_object(entry.decode(errors="replace"), most=MOST_LETTER_BYTES)
+            texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
+            return cls(**texts, at=number(value["at"]), deliveries=whole(value["deliveries"]), entry=entry)
+        except (ValueError, LookupError):
+            return cls("this entry is no dead letter", 0.0, "", 0, "", entry)
+
+    @property
+    def job_id(self) -> str | None:
+        """The id of the job, or None when the message does not tell."""
+        return message_id(self.message.encode(errors="replace"))
+
+    @property
+    def code(self) -> str:
+        """The code that its job fails with: `killed_worker`, `too_large` or `malformed`."""
+        if self.reason.startswith(TOO_LARGE):
+            return TOO_LARGE
+        return "killed_worker" if kills(self.reason) else "malformed"
+
+
+_READ_LETTERS = """
+local start, left, found, bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), {}, 0
+for _, key in ipairs(KEYS) do
+  local place, size = start, redis.call('LLEN', key)
+  start = math.max(0, start - size)
+  while place < size and left > 0 and bytes < tonumber(ARGV[4]) do
+    local entry = redis.call('LINDEX', key, place)
+    local whole = #entry <= tonumber(ARGV[3])
+    found[#found + 1] = whole and entry or {redis.sha1hex(entry), #entry}
+    bytes = bytes + (whole and #entry or 0)
+    place, left = place + 1, left - 1
+  end
+  if place < size then break end
+end
+return found
+"""
+"""KEYS: letters not reported, and the others. ARGV: start, count, most bytes of a letter, of all. Returns each letter, of
+one that is too large its SHA-1 and its bytes. One script, or letters that are filed meanwhile would show twice, or not."""
+
+
+def rights(queue: str, *, changes: bool = False) -> list[tuple[str, ...]]:
+    """The commands that reading the dead letters of a queue needs, and taking them out; see `pipefleet.connection.rights`."""
+    key = unacked_keys(queue)["dead_key"]
+    return [("LRANGE", key, "0", "-1"), *([("LREM", key, "1", "")] if changes else [])]
+
+
+def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
+    """Up to `count` dead letters of a queue, newest first, after leaving out `start`.
+
+    Fewer where they have more than MOST_READ_BYTES, but one at least where there is one. A letter of more than MOST_LETTER_BYTES,
+    which only another program writes, stays in Redis: it is shown without its message, and can be removed.
+    """
+    keys = unacked_keys(queue)
+    names = (keys["unreported_key"], keys["dead_key"])
+    found: Any = redis.eval(_READ_LETTERS, 2, *names, start, count, MOST_LETTER_BYTES, MOST_READ_BYTES)
+    return [DeadLetter.parse(one) if isinstance(one, bytes) else _unread(*one) for one in found]
+
+
+def _unread(digest: bytes, size: int) -> DeadLetter:
+    reason = f"{TOO_LARGE}: this dead letter has {size} bytes and is not read; remove it"
+    return DeadLetter(reason, 0.0, "", 0, "", _DIGEST + digest)
+
+
+_DIGEST = b"sha1:"
+
+
+def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
+    """The dead letters of a queue, newest first; reads a thousand at a time, so that one filed meanwhile may show twice."""
+    start = 0
+    while batch := dead_letters(redis, queue, start=start, count=1000):
+        yield from batch
+        start += len(batch)
+
+
+def count_dead_letters(redis: Redis, queue: str) -> int:
+    """How many dead letters a queue has."""
+    keys = unacked_keys(queue)
+    pipe = reading(redis)  # or letters that are filed meanwhile would count twice
+    pipe.llen(keys["unreported_key"])
+    pipe.llen(keys["dead_key"])
+    return sum(pipe.execute())
+
+
+_FILE_LETTER = """
+redis.call('PERSIST', KEYS[1])
+redis.call('LPUSH', KEYS[1], ARGV[1])
+"""
+"""The first write takes no memory, see `records.NEEDS_NO_MEMORY`: until its culprit has a letter, a suspect runs again and again,
+alone each time."""
+
+
+def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
+    """Put the text of a message to the dead letters of a queue, also on a server that is full."""
+    entry = {"reason": reason, "at": server_time(redis), "queue": queue, "deliveries": deliveries}
+    redis.eval(_FILE_LETTER, 1, unacked_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
+
+
+_REMOVE_LETTER = """
+local digest = string.match(ARGV[1], '^sha1:(%x+)$')
+for i = 1, 2 do
+  if redis.call('LREM', KEYS[i], 1, ARGV[1]) > 0 then return 1 end
+  for place = 0, digest and redis.call('LLEN', KEYS[i]) - 1 or -1 do
+    local entry = redis.call('LINDEX', KEYS[i], place)
+    if #entry > tonumber(ARGV[2]) and redis.sha1hex(entry) == digest then return redis.call('LREM', KEYS[i], 1, entry) end
+  end
+end
+return 0
+"""
+
+_REQUEUE_LETTER = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) + redis.call('LREM', KEYS[2], 1, ARGV[1]) == 0 then return nil end
+local state = KEYS[4] and redis.call('HGET', KEYS[4], 'state')
+if state == 'succeeded' or state == 'cancelled' then return state end
+redis.call('LPUSH', KEYS[3], ARGV[2])
+if KEYS[4] then
+  redis.call('HDEL', KEYS[4], 'error', 'output', 'output_ref', 'started', 'finished', 'worker', 'timings', 'warnings',
+    'loaded')
+  redis.call('HSET', KEYS[4], 'state', 'queued', 'queue', ARGV[4])
+  redis.call('EXPIRE', KEYS[4], ARGV[3])
+end
+return 'queued'
+"""
+"""KEYS: dead letters, those not reported, list of the queue, record of a single job or none. ARGV: letter, message, ttl, queue."""
+
+
+def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
+    """Throw a dead letter away; False when it was gone already."""
+    keys = unacked_keys(queue)
+    return bool(
+        redis.eval(_REMOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry, MOST_LETTER_BYTES)
+    )
+
+
+def requeue_dead_letter(
+    redis: Redis, letter: DeadLetter, queue: str, *, ttl: float = 86_400.0, shard: bool = False
+) -> str | None:
+    """Queue the message of a dead letter once more, behind the others, its deliveries counted anew.
+
+    A single job, as opposed to a `shard`, has a record: it says `queued` again then, and is kept for `ttl` seconds. Which of both
+    it is, the caller reads from the body. Returns `queued`; `succeeded` or `cancelled` where the job ended so elsewhere, and only
+    the letter goes; None when that was gone. Raises UsageError for a message that no worker could read.
+    """
+    keys = unacked_keys(queue)
+    own = letter.queue if letter.queue and unacked_keys(letter.queue) == keys else queue
+    try:
+        message = json.loads(letter.message)
+        step = message["properties"].get("priority") or 0
+        target = queue_lists(own)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
+        record = [] if shard else [job_key(message["headers"]["id"])]
+        # A worker that was told to revoke a job drops its messages of before: this one is queued now.
+        text = encode_json({**message, "headers": {**message["headers"], TIME_HEADER: server_time(redis)}})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ContractError):
+        raise UsageError("this dead letter is not a message that can be queued; remove it") from None
+    names = (keys["dead_key"], keys["unreported_key"], target, *record)
+    became: Any = redis.eval(_REQUEUE_LETTER, len(names), *names, letter.entry, text, int(ttl), own)
+    return None if became is None else became.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedMessage:
+    """A message that is with a worker."""
+
+    tag: str
+    job_id: str | None
+    owner: str
+    """Host, process, a random part and a number, with colons between."""
+    seconds: float
+    """How long the worker has had it."""
+    renewed_seconds: float
+    """How long ago its lease was renewed."""
+    deliveries: int
+
+
+def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
+    """The messages that workers of the lease transport hold, longest held first."""
+    keys = unacked_keys(queue)
+    pipe = reading(redis)
+    pipe.time()
+    for name in ("owners_key", "deliveries_key", "unacked_key"):
+        pipe.hgetall(keys[name])
+    pipe.zrange(keys["unacked_index_key"], 0, -1, withscores=True)
+    (seconds, micros), owners, deliveries, messages, renewed = pipe.execute()
+    now, scores = seconds + micros / 1e6, dict(renewed)
+    found = []
+    for tag, value in owners.items():
+        owner, _, since = value.decode(errors="replace").rpartition("@")
+        job_id = message_id(messages.get(tag, b""))
+        ages = (now - _number(since, now), now - scores.get(tag, now))
+        count = int(_number(deliveries.get(tag, 0), 0))
+        found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, count))
+    return sorted(found, key=lambda one: -one.seconds)
+
+
+def _number(value: Any, otherwise: float) -> float:
+    try:
+        return number(value)
+    except ValueError:
+        return otherwise

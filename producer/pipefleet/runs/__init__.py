@@ -1,0 +1,1 @@
+"""Bulk runs: planned in shards, watched, ended, resumed, moved, and read."""

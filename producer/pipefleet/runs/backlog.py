@@ -1,0 +1,359 @@
+"""What a run still has to give to the fleet: shards that nothing accounts for, and progress that Redis does not know.
+
+    ids in the queue and with workers ─┐
+    parts, refused shards ─────────────┼─▶ missing shards ──▶ queued again, within the bound of outstanding ones
+                                       └─▶ parts that Redis does not know ──▶ progress bits, lists of failed items
+
+Object storage is the truth. Redis may be emptied at any time, by a restart or by hand: it carries a mark of the run, and when the
+mark is gone, or the fleet stands still although shards are out, everything is compared again. A shard that is queued once too
+often changes nothing, since its part is written once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import time
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.connection.rights import may
+from pipefleet.contract.layout import RunLayout, RunPlan
+from pipefleet.contract.messages import MAX_RUN_ITEMS, MAX_SHARD_ITEMS, JobMessage, Priority, encode_json
+from pipefleet.contract.parts import MAX_PART_BYTES, part_format
+from pipefleet.contract.shards import decode_shard_line, shard_index, shard_message
+from pipefleet.contract.uris import shown, uri_fault
+from pipefleet.errors import RunError
+from pipefleet.foreign import whole
+from pipefleet.patience import Patience
+from pipefleet.queues import broker
+from pipefleet.runs.files import readable
+from pipefleet.runs.finishing import write_failed_rows
+from pipefleet.runs.moving import MOVED, moved_by, read_moved
+from pipefleet.runs.refusals import Refusals
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+
+LOOK_SECONDS = 1.0
+"""How long what Redis said of the run is taken as it was read, while there is room."""
+STALLED_SECONDS = 60.0
+"""How long nothing may end, with as many shards outstanding as are allowed, before they are looked for in the queue."""
+MESSAGES = 100
+"""Messages that are queued in one round trip."""
+PARTS = 64
+"""Parts whose progress is restored before the planner looks at anything else."""
+READERS = 8
+_FIRST = re.compile(rb'\{"position":(\d+),')
+
+
+class Backlog:
+    """Shards of one run that are not done. Thread-safe.
+
+    `planned` is everywhere the number of shards that lie in object storage. Memory is a byte or two for each of them.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        layout: RunLayout,
+        plan: RunPlan,
+        patience: Patience,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._layout = layout
+        self._plan = plan
+        self._patience = patience
+        self._clock = clock
+        self._refusals = Refusals(client.redis, client.settings, client.store, layout, plan.id)
+        self._lock = threading.RLock()
+        self._sure = False
+        """Whether object storage and Redis were compared since this object was made or Redis was emptied."""
+        self._missing = array("Q")
+        self._unrestored = array("Q")
+        self._word: bytes | bool | None = False
+        """The word of `Resumed` as of the last look; False before the first."""
+        self._ended = 0
+        self._next_look = 0.0
+        self._still_since = clock()
+        self.cancelled = False
+        """Whether somebody cancelled the run, as of the last look."""
+
+    @property
+    def missing(self) -> int:
+        """How many shards are still to be queued again."""
+        return len(self._missing)
+
+    @property
+    def unrestored(self) -> int:
+        """How many parts Redis does not know of yet."""
+        return len(self._unrestored)
+
+    def begin(self) -> None:
+        """Mark a run that has no shards yet: there is nothing to compare."""
+        with self._lock:
+            self._mark()
+            self._sure = True
+
+    def forget(self) -> None:
+        """Remove what `begin` has written."""
+        with broker.redis_errors(self._client.settings.redis_url):
+            self._client.redis.delete(broker.run_key(self._plan.id))
+
+    def doubt(self) -> None:
+        """Compare object storage and Redis again before anything else is queued."""
+        with self._lock:
+            self._sure = False
+
+    def room(self, planned: int) -> int:
+        """How many new shards may be queued now; 0 while there are missing ones, which are queued first.
+
+        Asks Redis when its last answer is old or leaves no room, through outages. See `cancelled` afterwards.
+        """
+        return self._patience.call(lambda: self.tend(planned))
+
+    def tend(self, planned: int) -> int:
+        """As `room`, but tried once. Raises ServiceUnavailableError."""
+        with self._lock:
+            old = self._clock() >= self._next_look or not self._sure
+            if old or self.cancelled or self._missing or self._unrestored or self._free(planned) <= 0:
+                self._catch_up(planned)
+            return 0 if self._missing else max(0, self._free(planned))
+
+    def find(self, planned: int) -> int:
+        """Compare object storage and Redis now; how many shards are missing. They are queued by `room`."""
+        with self._lock:
+            moved = read_moved(
+                self._client.store, self._layout
+            )  # Redis may have forgotten this, and that it was cancelled
+            self._plan = self._plan if moved is None else moved.applied(self._plan)
+            self._mark({} if moved is None else {MOVED: encode_json(moved.to_json())})
+            if self._client.store.head(self._layout.cancelled) is not None:
+                self._cancel()
+            # The queue first: a shard that ends meanwhile is found by its part.
+            accounted = self._queued(planned)
+            for index in self._compare_parts(planned):
+                accounted[index] = 1
+            for index in self._refusals.recall(lambda index: index >= planned or bool(accounted[index])):
+                accounted[index] = 1
+            self._missing = array("Q", (index for index, one in enumerate(accounted) if not one))
+            self._note_missing()
+            self._sure = True
+            return self.missing
+
+    def recall(self, planned: int) -> None:
+        """Bring all that Redis knows of parts up to date."""
+        self.find(planned)
+        while self.unrestored:
+            self.restore()
+
+    def restore_unknown(self, planned: int) -> int:
+        """Bring all parts that Redis does not know of up to date, and queue nothing; how many those were.
+
+        A failover loses the last writes of Redis: a part may be forgotten whose message was acknowledged by the new primary.
+        """
+        with self._lock:
+            if not may(self._client.redis, ("SETBIT", broker.run_key(self._plan.id, "parts"), "0", "1")):
+                return 0
+            self._compare_parts(planned)
+            found = self.unrestored
+            while self.unrestored:
+                self.restore()
+            return found
+
+    def publish(self, indexes: Collection[int]) -> None:
+        """Queue these shards now, whatever else is outstanding."""
+        with self._lock:
+            for index in indexes:
+                message = next(self._messages(array("Q", (index,)), index + 1))
+                self._client.publish([message], self._plan.queue, Priority.LOW)
+            self._missing = array("Q", (index for index in self._missing if index not in indexes))
+            self._note_missing()
+
+    def restore(self) -> None:
+        """Bring the progress of some parts that Redis does not know of, and their lists of failed items, up to date."""
+        with self._lock:
+            some = self._unrestored[:PARTS]
+            if not some:
+                return
+            with ThreadPoolExecutor(READERS, thread_name_prefix="pipefleet-restore") as pool:
+                list(pool.map(self._restore_part, some))
+            ttl = int(self._client.settings.run_ttl)
+            with broker.redis_errors(self._client.settings.redis_url):
+                for bitmap in ("items", "failed", "parts"):
+                    self._client.redis.expire(broker.run_key(self._plan.id, bitmap), ttl)
+            del self._unrestored[: len(some)]
+
+    def _catch_up(self, planned: int) -> None:
+        known = self._look()
+        if self.cancelled:
+            return
+        if not (known and self._sure) or (self._stands_still(planned) and self._is_short(planned)):
+            self.find(planned)
+        if not self.cancelled:
+            self._queue(planned)
+            self.restore()
+
+    def _look(self) -> bool:
+        """Read how much has ended and whether the run was cancelled; False when the mark of the run is gone.
+
+        Whoever moved the run took its messages out of their queue, and whoever took up refused shards leaves them to be found.
+        """
+        pipe = self._client.redis.pipeline(transaction=False)
+        pipe.hmget(broker.run_key(self._plan.id), ["since", "cancelled", MOVED, "resumed"])
+        pipe.bitcount(broker.run_key(self._plan.id, "parts"))
+        pipe.hlen(broker.run_key(self._plan.id, "refused"))
+        with broker.redis_errors(self._client.settings.redis_url):
+            (mark, cancelled, moved, word), written, refused = pipe.execute()
+        before, self._plan = self._plan, moved_by(moved, self._plan)
+        if before != self._plan or word != (word if self._word is False else self._word):
+            self._sure = False
+        self._word = word
+        if written + refused != self._ended:
+            self._still_since = self._clock()
+        self._ended = written + refused
+        self.cancelled = bool(cancelled)
+        self._next_look = self._clock() + LOOK_SECONDS
+        return mark is not None
+
+    def _free(self, planned: int) -> int:
+        outstanding = planned - len(self._missing) - len(self._unrestored) - self._ended
+        return self._client.settings.outstanding_shards - outstanding
+
+    def _stands_still(self, planned: int) -> bool:
+        if self._missing or self._free(planned) > 0 or self._clock() < self._still_since + STALLED_SECONDS:
+            return False
+        self._still_since = self._clock()
+        return True
+
+    def _is_short(self, planned: int) -> bool:
+        """Whether fewer shards are with the fleet than should be: a queue was purged, or Redis lost its last writes."""
+        with broker.redis_errors(self._client.settings.redis_url):
+            if not self._reads_queue():
+                there = sum(broker.depth(self._client.redis, self._plan.queue).values())
+                return there < planned - len(self._unrestored) - self._ended
+        return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
+
+    def _reads_queue(self) -> bool:
+        """Whether this client has the right to see whose messages wait; a mere producer has not, see `pipefleet.connection.rights`."""
+        queue = self._plan.queue
+        ledger = broker.unacked_keys(queue)["unacked_key"]
+        return may(self._client.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
+
+    def _require_place(self) -> None:
+        """Raise RunError for a copy of a run that is still where Redis knows it: what is noted by its id is that one's."""
+        with broker.redis_errors(self._client.settings.redis_url):
+            found: Any = self._client.redis.hget(broker.run_key(self._plan.id), "uri")
+        known = (found or b"").decode(errors="replace")
+        if known in ("", self._layout.uri) or uri_fault(known) is not None:
+            return
+        if self._client.store.head(RunLayout(known).plan) is not None:
+            raise RunError(f"{shown(self._layout.uri)} is a copy of the run at {shown(known)}; go on with that one")
+
+    def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
+        self._require_place()
+        key = broker.run_key(self._plan.id)
+        with broker.redis_errors(self._client.settings.redis_url):
+            known: dict[Any, Any] = {"uri": self._layout.uri, "since": self._client.now()}
+            self._client.redis.hset(key, mapping={**(more or {}), **known})
+            self._client.redis.expire(key, int(self._client.settings.run_ttl))
+
+    def _cancel(self) -> None:
+        with broker.redis_errors(self._client.settings.redis_url):
+            self._client.redis.hset(broker.run_key(self._plan.id), "cancelled", 1)
+        self.cancelled = True
+
+    def _queued(self, planned: int) -> bytearray:
+        """1 for each shard that waits in the queue or is with a worker; none where this client may not see that.
+
+        Then what waits is queued once more, behind itself: a worker finds its part there and does nothing.
+        """
+        found = bytearray(planned)
+        with broker.redis_errors(self._client.settings.redis_url):
+            if not self._reads_queue():
+                return found
+            for job_id in broker.queued_ids(self._client.redis, self._plan.queue):
+                index = shard_index(self._plan.id, job_id)
+                if index is not None and index < planned:
+                    found[index] = 1
+        return found
+
+    def _compare_parts(self, planned: int) -> array[int]:
+        """The shards whose parts are there; those that Redis does not know of are to be restored."""
+        known = self._known_parts()
+        there = array("Q", (index for index in self._parts() if index < planned))  # others are no parts of this run
+        self._unrestored = array(
+            "Q", (one for one in there if not (one >> 3 < len(known) and known[one >> 3] & 0x80 >> (one & 7)))
+        )
+        return there
+
+    def _known_parts(self) -> bytes:
+        """The bitmap of parts, the first one in the highest bit."""
+        with broker.redis_errors(self._client.settings.redis_url):
+            found: Any = self._client.redis.get(broker.run_key(self._plan.id, "parts"))
+        return found or b""
+
+    def _parts(self) -> Iterator[int]:
+        indexes = (self._layout.part_of(entry.key) for entry in self._client.store.list(self._layout.parts))
+        return (index for index in indexes if index is not None)
+
+    def _queue(self, planned: int) -> None:
+        """Queue as many of the missing shards as there is room for."""
+        while self._missing and (room := self._free(planned)) > 0:
+            some = self._missing[: min(room, MESSAGES)]
+            self._client.publish(list(self._messages(some, planned)), self._plan.queue, Priority.LOW)
+            del self._missing[: len(some)]
+            self._note_missing()
+
+    def _note_missing(self) -> None:
+        """Tell other clients how many shards wait for this one, so that they see when it ends before it has queued them."""
+        key = broker.run_key(self._plan.id)
+        with broker.redis_errors(self._client.settings.redis_url):
+            if self._missing:
+                self._client.redis.hset(key, "unqueued", self.missing)
+            else:
+                self._client.redis.hdel(key, "unqueued")
+
+    def _messages(self, indexes: array[int], planned: int) -> Iterator[JobMessage]:
+        """Each shard begins where the next one's items do, so the beginnings of objects tell all sizes but the last."""
+        known: dict[int, int] = {}
+        for index in indexes:
+            first = known.get(index)
+            first = self._first(index) if first is None else first
+            end = self._end(index) if index + 1 == planned else self._first(index + 1)
+            known = {index + 1: end}
+            yield shard_message(self._plan, self._layout, index, first, end - first)
+
+    def _first(self, index: int) -> int:
+        """The position of the first item of a shard."""
+        uri = self._layout.shard(index)
+        found = _FIRST.match(self._client.store.start(uri, 64))
+        with readable(uri):
+            first = int(found[1]) if found else decode_shard_line(next(self._client.store.lines(uri)))[0]
+            return whole(first, most=MAX_RUN_ITEMS)
+
+    def _end(self, index: int) -> int:
+        """The position behind the last item of a shard."""
+        uri = self._layout.shard(index)
+        with readable(uri):
+            *_, last = self._client.store.lines(uri)
+            return whole(decode_shard_line(last)[0], most=MAX_RUN_ITEMS) + 1
+
+    def _restore_part(self, index: int) -> None:
+        layout, store = self._layout, self._client.store
+        part = store.get(layout.part(index), max_bytes=MAX_PART_BYTES)
+        with readable(layout.part(index)):
+            rows = list(itertools.islice(part_format(layout.format).rows(part), MAX_SHARD_ITEMS))
+            write_failed_rows(store, layout, index, rows)
+        pipe = self._client.redis.pipeline(transaction=False)
+        for position, row in enumerate(rows, start=self._first(index)):
+            pipe.setbit(broker.run_key(self._plan.id, "items"), position, 1)
+            pipe.setbit(broker.run_key(self._plan.id, "failed"), position, int("error" in row))
+        pipe.setbit(broker.run_key(self._plan.id, "parts"), index, 1)
+        with broker.redis_errors(self._client.settings.redis_url):
+            pipe.execute()

@@ -1,0 +1,62 @@
+"""Reading the files of a run, which lie in a bucket that others may write to: what is none of ours is named, in one sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.errors import PipefleetError, RunError
+from pipefleet.foreign import mapping, read_json
+from pipefleet.printable import printable
+
+if TYPE_CHECKING:
+    from pipefleet.storage.store import ObjectStore
+
+log = logging.getLogger("pipefleet")
+MOST_BYTES = 64 << 20
+"""Bytes of JSON that a file of a run may have."""
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Turn what reading a wrong file raises inside into RunError that names `where`."""
+    try:
+        yield
+    except PipefleetError:
+        raise  # some are a ValueError too
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise RunError(
+            f"{where} was not written by this version of pipefleet; use the release that began the run, or remove it where "
+            f"something else wrote it"
+        ) from None
+
+
+def read_file(store: ObjectStore, uri: str) -> Mapping[str, Any]:
+    """The JSON object in a file of a run. Raises ObjectMissingError, or RunError that names the file."""
+    body = store.get(uri, max_bytes=MOST_BYTES)
+    with readable(uri):
+        return mapping(read_json(body, most=MOST_BYTES))
+
+
+def rows_of(lines: Iterable[bytes], where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a part, each with an id. Raises RunError that names `where` for a line that is none."""
+    for line in lines:
+        with readable(where):
+            row = json.loads(line)
+            row["id"]
+        yield row
+
+
+def failed_rows(lines: Iterable[bytes], where: str) -> Iterator[dict[str, Any]]:
+    """The failed items of a run, each with id and error; a line that is none is passed over, which is said."""
+    for line in lines:
+        try:
+            row = dict(mapping(json.loads(line)))
+            row["id"], [row["error"][name] for name in ("code", "message", "stage")]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            log.warning("a line of %s is no failed item of a run and is passed over", printable(where, 300))
+            continue
+        yield row

@@ -1,0 +1,132 @@
+"""How a run ends: the failed items of its parts, gathered, and `_SUCCESS` with the totals.
+
+Everything here is derived from parts that are in object storage, so that each step may be done twice, and by anybody.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet.contract.layout import RunLayout, RunPlan, index_of
+from pipefleet.contract.messages import encode_json
+from pipefleet.errors import ObjectMissingError
+from pipefleet.foreign import name, whole
+from pipefleet.runs.files import read_file, readable
+from pipefleet.runs.progress import RunProgress
+from pipefleet.storage.store import ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Which refused shards of a run were ever taken up, and the word that its `_SUCCESS` has to hold."""
+
+    word: str = ""
+    shards: tuple[int, ...] = ()
+
+
+def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
+    """The progress of a run that has ended, from `_SUCCESS`; None while it has not, or not since shards were taken up.
+
+    Raises RunError for a file that is none of ours.
+    """
+    try:
+        totals = read_file(store, layout.success)
+    except ObjectMissingError:
+        return None
+    with readable(layout.success):
+        ended = RunProgress.from_json(layout.uri, totals)
+    return ended if totals.get("resumed", "") == read_resumed(store, layout).word else None
+
+
+def read_resumed(store: ObjectStore, layout: RunLayout) -> Resumed:
+    """What was noted when refused shards were taken up. Raises RunError for a file that is none of ours."""
+    try:
+        body = read_file(store, layout.resumed)
+    except ObjectMissingError:
+        return Resumed()
+    with readable(layout.resumed):
+        return Resumed(name(body["word"]), tuple(whole(index) for index in body["shards"]))
+
+
+def finalise(
+    store: ObjectStore,
+    layout: RunLayout,
+    plan: RunPlan,
+    *,
+    refused: int = 0,
+    reason: str | None = None,
+    resumed: Resumed | None = None,
+    now: float,
+) -> RunProgress | None:
+    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time.
+
+    `refused` of the parts stand for shards that no worker ran, `reason` says why of one of them; see `refusals`. `resumed` is what
+    `read_resumed` returned before the parts were looked at: None, and nothing has ended, when that has changed since. `now` is in
+    seconds since 1970 by the Redis server's clock, as `RunPlan.created` is.
+    """
+    resumed = resumed or Resumed()
+    failed, items = _gather_failures(store, layout), plan.items or 0
+    totals = RunProgress(
+        uri=layout.uri,
+        state=_state(items, failed),
+        items=items,
+        succeeded=items - failed,
+        failed=failed,
+        shards=plan.shards or 0,
+        parts=plan.shards or 0,
+        seconds=round(max(0.0, now - plan.created), 3),
+        refused=refused,
+        refused_reason=reason,
+    )
+    body = {field: value for field, value in totals.to_json().items() if field != "uri"}
+    body |= {"resumed": resumed.word} if resumed.word else {}
+    for _ in range(2):
+        store.put_new(layout.success, encode_json(body).encode())
+        ended = read_totals(store, layout)
+        if ended is not None or read_resumed(store, layout).word != resumed.word:
+            return ended
+        store.delete(layout.success)  # of somebody who was slow, and ended what was resumed meanwhile
+    return None
+
+
+def _state(items: int, failed: int) -> str:
+    if failed == 0:
+        return "succeeded"
+    return "failed" if failed >= items else "partial"
+
+
+def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: list[dict[str, Any]]) -> None:
+    """Write the failed rows of a part as manifest lines. Derived from the part alone, so writing twice is harmless."""
+    lines = [encode_json(_manifest_row(row)) for row in rows if "error" in row]
+    if lines:
+        body = ("\n".join(lines) + "\n").encode()
+        store.put(layout.failed_shard(index), body, content_type="application/x-ndjson")
+
+
+def failed_lines(store: ObjectStore, layout: RunLayout) -> Iterator[bytes]:
+    """The failed items that are listed so far, as manifest lines, a shard after the other."""
+    for entry in store.list(layout.failed):
+        index = index_of(entry.key)
+        if index is not None:
+            yield from store.lines(layout.failed_shard(index))
+
+
+def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"parameters": row["parameters"]} if row.get("parameters") else {}
+    return {"id": row["id"], "inputs": row["input"], **parameters, "error": row["error"]}
+
+
+def _gather_failures(store: ObjectStore, layout: RunLayout) -> int:
+    """Join the failed items of all shards into one file; returns how many there are."""
+    count = 0
+    with tempfile.TemporaryFile() as gathered:
+        for line in failed_lines(store, layout):
+            gathered.write(line + b"\n")
+            count += 1
+        if count:
+            gathered.seek(0)
+            store.upload(layout.failures, gathered, content_type="application/x-ndjson")
+    return count

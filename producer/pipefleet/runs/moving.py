@@ -1,0 +1,197 @@
+"""Moving a run to another model or revision: what is not done yet runs there.
+
+plan.json and run.json stay as they are; `_run/moved.json` says where the rest of the run goes, and Redis tells a planner that is
+still at work. Rows that are done keep what they are, and say which model they are from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.connection.rights import may, require
+from pipefleet.contract.layout import RunLayout, RunPlan
+from pipefleet.contract.messages import encode_json
+from pipefleet.errors import ObjectMissingError, UnknownModelError, UsageError
+from pipefleet.fleet.announcements import announced_workers
+from pipefleet.fleet.pools import UNNAMED, Pool, model_label
+from pipefleet.fleet.revisions import worker_command
+from pipefleet.fleet.routing import queue_name, work_queue
+from pipefleet.foreign import name, read_object
+from pipefleet.queues import broker
+from pipefleet.runs.files import read_file, readable
+from pipefleet.storage.store import ObjectStore
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+
+MOVED = "moved"
+"""Field of a run's hash in Redis: the content of moved.json."""
+STALE_SECONDS = 6.0
+"""A lease that was not renewed for so long is of a worker that has ended: they renew every four seconds."""
+
+_TAKE = r"""
+local t = redis.call('TIME')
+local before, taken = t[1] + t[2] / 1000000 - ARGV[3], 0
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local tag, record = all[i], all[i + 1]
+  local queue = string.match(string.sub(record, -400), '"([^"\\]*)"%]$')
+  local ours = string.find(record, '"id":"' .. ARGV[2], 1, true)
+  if ours and queue ~= ARGV[1] and (tonumber(redis.call('ZSCORE', KEYS[2], tag)) or 0) < before then
+    for k = 2, #KEYS do
+      redis.call(redis.call('TYPE', KEYS[k]).ok == 'zset' and 'ZREM' or 'HDEL', KEYS[k], tag)
+    end
+    redis.call('HDEL', KEYS[1], tag)
+    taken = taken + 1
+  end
+end
+return taken
+"""
+"""KEYS: unacked, its index, the other keys of a pool's ledger. ARGV: the queue that keeps its own, how ids begin, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where a run was moved to, and every pool's queue that messages of it may still be in."""
+
+    model: str
+    revision: str | None
+    queue: str
+    pools: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of moved.json."""
+        return {"model": self.model, "revision": self.revision, "queue": self.queue, "pools": list(self.pools)}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> Moved:
+        """The reverse. Raises RunError naming `where` for anything else."""
+        with readable(where):
+            revision = None if value["revision"] is None else name(value["revision"])
+            return cls(name(value["model"]), revision, name(value["queue"]), tuple(map(name, value["pools"])))
+
+    def applied(self, plan: RunPlan) -> RunPlan:
+        """The plan with what the run was moved to."""
+        return replace(plan, model=self.model, revision=self.revision, queue=self.queue)
+
+
+def read_moved(store: ObjectStore, layout: RunLayout) -> Moved | None:
+    """Where a run was moved to; None where it was not."""
+    try:
+        return Moved.from_json(read_file(store, layout.moved), layout.moved)
+    except ObjectMissingError:
+        return None
+
+
+def moved_plan(client: Client, plan: RunPlan) -> RunPlan:
+    """The plan as another client may have moved it, from Redis: for a planner, which asks before every shard."""
+    with broker.redis_errors(client.settings.redis_url):
+        found: Any = client.redis.hget(broker.run_key(plan.id), MOVED)
+    return moved_by(found, plan)
+
+
+def moved_by(content: bytes | None, plan: RunPlan) -> RunPlan:
+    """The plan with what the field MOVED of its run says; None where there is none."""
+    if content is None:
+        return plan
+    where = f"the field {MOVED} of {broker.run_key(plan.id)} in Redis"
+    with readable(where):
+        value = read_object(content)
+    return Moved.from_json(value, where).applied(plan)
+
+
+def move_run(client: Client, layout: RunLayout, plan: RunPlan, pool: Pool) -> RunPlan:
+    """Note that the rest of a run goes to `pool`, and take its messages out of every other queue. Returns the plan as moved.
+
+    Raises AccessDeniedError, before anything is noted, where the Redis user may not take messages out.
+    """
+    with broker.redis_errors(client.settings.redis_url):
+        require(client.redis, "moving a run to another model", "operator", *_commands(plan.queue))
+    before = read_moved(client.store, layout)
+    queue = work_queue(pool, client.fleet)
+    bases = (broker.base_queue(one) for one in (*(before.pools if before else ()), plan.queue, queue))
+    moved = Moved(pool.model, pool.revision, queue, tuple(dict.fromkeys(bases)))
+    client.store.put(layout.moved, encode_json(moved.to_json()).encode())
+    with broker.redis_errors(client.settings.redis_url):
+        client.redis.hset(broker.run_key(plan.id), MOVED, encode_json(moved.to_json()))
+        client.redis.expire(broker.run_key(plan.id), int(client.settings.run_ttl))
+    take_back(client, moved, plan.id)
+    return moved.applied(plan)
+
+
+def take_back(client: Client, moved: Moved, run_id: str) -> None:
+    """Take the messages of a run out of every queue but the one that it was moved to.
+
+    What a live worker of another revision holds stays with it; it will be done there. A mere producer takes nothing out: who moved
+    the run has.
+    """
+    with broker.redis_errors(client.settings.redis_url):
+        for base in moved.pools:
+            if not may(client.redis, *_commands(base)):
+                continue
+            keys = broker.unacked_keys(base)
+            ledger = [keys[f"{name}_key"] for name in ("unacked", "unacked_index", "deliveries", "retries", "owners")]
+            client.redis.eval(_TAKE, 5, *ledger, moved.queue, f"{run_id}-", STALE_SECONDS)
+            for queue in broker.queues_of(client.redis, base):
+                if queue != moved.queue:
+                    _remove(client.redis, queue, run_id)
+
+
+def _commands(queue: str) -> list[tuple[str, ...]]:
+    """The rights that taking messages out of a queue needs."""
+    ledger = broker.unacked_keys(queue)["unacked_key"]
+    return [("LRANGE", queue, "0", "-1"), ("LREM", queue, "-1", ""), ("HGETALL", ledger), ("HDEL", ledger, "")]
+
+
+def _remove(redis: Any, queue: str, run_id: str) -> None:
+    for waiting in broker.waiting_lists(queue):
+        while found := [raw for raw in redis.lrange(waiting, 0, -1) if _of_run(raw, run_id)]:
+            pipe = redis.pipeline(transaction=False)
+            for raw in found:
+                pipe.lrem(waiting, -1, raw)
+            if not sum(pipe.execute()):
+                return  # workers took them meanwhile
+
+
+def _of_run(raw: bytes, run_id: str) -> bool:
+    return (broker.message_id(raw) or "").startswith(f"{run_id}-")
+
+
+def pool_of(client: Client, plan: RunPlan) -> Pool:
+    """The pool that a run is for; where the fleet does not name its revision (any more), one that does not take new work."""
+    fleet, base = client.fleet, broker.base_queue(plan.queue)
+    try:
+        return fleet.find(plan.task, plan.model, plan.revision)
+    except UnknownModelError:
+        named = [one.name for one in fleet.pools.values() if queue_name(one, fleet) == base]
+        return Pool(
+            named[0] if named else "",
+            plan.task,
+            plan.model,
+            plan.revision,
+            generation=UNNAMED,
+            queue=base,
+            revision_queue=plan.queue,
+        )
+
+
+def known_pool(client: Client, plan: RunPlan) -> Pool | None:
+    """As `pool_of`; None where the fleet file cannot be read, which a run needs not."""
+    try:
+        return pool_of(client, plan)
+    except UsageError:
+        return None
+
+
+def unserved(client: Client, plan: RunPlan, uri: str) -> str | None:
+    """One sentence with what to do, where no worker serves the revision that a run is for; None where one does."""
+    pool = pool_of(client, plan)
+    queue = work_queue(pool, client.fleet)
+    with broker.redis_errors(client.settings.redis_url):
+        workers = announced_workers(client.redis)
+    if any(facts.get("queue") in (queue, plan.queue) for facts in workers.values()):
+        return None
+    label = model_label(plan.model, plan.revision)
+    start = f"no worker serves {label} for {plan.task}, so this run waits; start one with `{worker_command(pool)}`"
+    return f"{start}, or go on with a model that is served: `pipefleet resume {uri} --model MODEL`"

@@ -1,0 +1,439 @@
+"""Planning a bulk run: the source, cut into shards that lie in object storage, each queued as soon as it is written.
+
+    source items → shards (growing, bounded by count and bytes) → _run/shards/NNNNN.jsonl → one message each → run.json
+
+Memory is one shard, however long the source. A plan that was interrupted goes on behind its last shard. While it plans, a planner
+looks after what it has queued (see `backlog`): it waits for the fleet, and queues again what Redis lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pipefleet.contract.layout import RunLayout, RunPlan, index_of
+from pipefleet.contract.messages import MAX_RUN_ITEMS, JobItem, Priority, encode_json
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import split_uri
+from pipefleet.contract.shards import Limits, decode_shard_line, encode_shard_line, shard_limits, shard_message
+from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavailableError
+from pipefleet.foreign import whole
+from pipefleet.inputs.rows import SourceItem
+from pipefleet.inputs.sources import Source
+from pipefleet.patience import PATIENCE_SECONDS, Patience
+from pipefleet.queues import broker
+from pipefleet.runs.backlog import Backlog
+from pipefleet.runs.files import read_file, readable
+from pipefleet.runs.moving import moved_plan, read_moved
+from pipefleet.runs.refusals import Refusals
+from pipefleet.storage.store import ObjectStore
+
+if TYPE_CHECKING:
+    from pipefleet.client import Client
+
+log = logging.getLogger(__name__)
+ALIVE_SECONDS = 10.0
+"""How long a planner counts as alive after its last sign; it gives one every third of this, however slow its source."""
+HELD_BACK_SECONDS = 0.5
+"""How long a planner waits before it looks again whether the fleet has caught up."""
+TEND_SECONDS = 5.0
+"""How often a planner looks after its shards though its source gives nothing."""
+
+
+class Planner:
+    """Plans one run, a shard at a time, and keeps its shards queued. Used by one thread at a time; any thread may call `stop`.
+
+    With a plan that has its totals there is nothing to read (`source` is None): what is missing is queued again, and the run ended
+    if its parts are all there.
+    """
+
+    def __init__(self, client: Client, layout: RunLayout, plan: RunPlan, source: Source | None) -> None:
+        self._client = client
+        self._layout = layout
+        self._source = source
+        self.plan = plan
+        self.items = 0
+        self.shards = 0
+        self.continued = False
+        """True when there were shards of an earlier planner; `run` queues those that are missing first."""
+        self.usable = True
+        """False after an error: what was read and not yet written is lost, so another planner has to go on."""
+        self._cut: Iterator[list[SourceItem]] | None = None
+        self._writer = uuid.uuid4().hex
+        self.alone = True
+        """False when another client was seen to plan the same run."""
+        self._wrote = False
+        self._media = False
+        self._stopped = threading.Event()
+        self._patience = Patience(self._stopped)
+        self.backlog = Backlog(client, layout, plan, self._patience)
+
+    def prepare(self) -> None:
+        """Find the place behind what an earlier planner wrote, and mark a new run. `step` and `run` do this themselves."""
+        if self._cut is not None:
+            return
+        if self.plan.shards is not None:
+            self.shards, self.items, self.continued = self.plan.shards, self.plan.items or 0, True
+            self._cut = iter(())
+            return
+        last = self._resume_point()
+        if not self.continued:
+            self.backlog.begin()
+        self._cut = self._shards(last)
+
+    def step(self) -> bool:
+        """Write and queue the next shard. False when the source is at its end and run.json is written."""
+        try:
+            self.prepare()
+            assert self._cut is not None
+            batch = next(self._cut, None)
+            if batch is not None:
+                self._write(batch)
+            elif self.backlog.unrestored:  # the end of a run lists the failed items of all its parts
+                self._patience.call(self.backlog.restore)
+            else:
+                self._patience.call(self._finish)
+                return False
+            return True
+        except BaseException:
+            self.usable = False
+            raise
+
+    def run(self) -> bool:
+        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped or cancelled before.
+
+        The first shard is planned by `step`, which tries once: `map` tells its caller.
+
+        Waits while the fleet has `Settings.outstanding_shards` of the run before it, so that a fast source fills no Redis; what
+        Redis lost meanwhile is queued again.
+        """
+        self._patience.seconds = PATIENCE_SECONDS
+        self._patience.call(self.prepare)
+        while not self._stopped.is_set():
+            room = self.backlog.room(self.shards)
+            if self.backlog.cancelled:
+                self.stop()
+            elif room or (self.plan.shards is not None and not self.backlog.missing):
+                if not self.step():
+                    return True
+            else:
+                self._stopped.wait(HELD_BACK_SECONDS)
+        return False
+
+    def stop(self) -> None:
+        """Let `run` return after the shard it is at."""
+        self._stopped.set()
+
+    @property
+    def stopped(self) -> bool:
+        """True after `stop`, until `go_on`."""
+        return self._stopped.is_set()
+
+    def go_on(self) -> None:
+        """Undo `stop`: `run` may be called again, and queues what was dropped meanwhile."""
+        self._stopped.clear()
+        self.backlog.doubt()
+
+    def undo(self) -> None:
+        """Remove what a first step that failed may have written, so that the same call can be made again."""
+        if self.alone and not self.items and not self.continued:
+            # In this order: a plan without shards is harmless, a shard without a plan is not.
+            with suppress(PipefleetError):
+                self._client.store.delete(self._layout.shard(0))
+                self._client.store.delete(self._layout.plan)
+                self.backlog.forget()
+
+    @contextmanager
+    def alive(self, *, claimed: bool = True) -> Iterator[None]:
+        """Give signs of life inside the block, so that nobody else takes the planning over.
+
+        They are taken back at its end, unless they may be those of another client, which goes on: one was there before
+        (not `claimed`) and this one has written nothing, or it has seen that it is not alone.
+        """
+        ended = threading.Event()
+        signs = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
+        tending = threading.Thread(target=self._tend, args=(ended,), name="pipefleet-tend", daemon=True)
+        self._give_sign()
+        signs.start()
+        tending.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            signs.join()
+            tending.join(ALIVE_SECONDS)  # it may be waiting for a service that is away
+            if self.alone and (claimed or self._wrote):
+                release_planning(self._client, self.plan)
+
+    def _give_signs(self, ended: threading.Event) -> None:
+        while not ended.wait(ALIVE_SECONDS / 3):
+            try:
+                self._give_sign()
+            except ServiceUnavailableError as error:  # the next sign is soon enough; planning itself will say so too
+                log.debug("no sign of life: %s", error)
+            except Exception:  # or another client would take the planning over
+                log.exception("no sign of life of the planning")
+
+    def _tend(self, ended: threading.Event) -> None:
+        """Look after the shards that are out while the source keeps its next item back."""
+        while not ended.wait(TEND_SECONDS):
+            if self._cut is not None and not self._stopped.is_set():
+                try:
+                    self.backlog.tend(self.shards)
+                except PipefleetError as error:  # planning itself will say so too
+                    log.debug("shards are not looked after: %s", error)
+                except Exception:
+                    log.exception("looking after shards failed and goes on")
+                if self.backlog.cancelled:
+                    self.stop()
+
+    def _give_sign(self) -> None:
+        key = broker.run_key(self.plan.id, "planner")
+        with broker.redis_errors(self._client.settings.redis_url):
+            self._client.redis.set(key, f"{self.items} {self.shards}", ex=int(ALIVE_SECONDS))
+
+    def _resume_point(self) -> SourceItem | None:
+        """Count what an earlier, interrupted planner wrote, and find its last item: one listing, and the last shard."""
+        shards = 0
+        for entry in self._client.store.list(self._layout.shards):
+            if index_of(entry.key) != shards:
+                raise RunError(f"shards are missing before {entry.key}; start the run anew under another output")
+            shards += 1
+        if not shards:
+            return None
+        where = self._layout.shard(shards - 1)
+        with readable(where):
+            *_, line = self._client.store.lines(where)
+            position, item, _ = decode_shard_line(line)
+        self.items, self.shards, self.continued = position + 1, shards, True
+        return SourceItem(item.id, item.inputs, 0)
+
+    def _shards(self, last: SourceItem | None) -> Iterator[list[SourceItem]]:
+        batch: list[SourceItem] = []
+        size = 0
+        for item in self._read(last):
+            if batch and size + item.size > self._limits(item).size:
+                yield batch
+                batch, size = [], 0
+            batch.append(item)
+            size += item.size
+            limits = self._limits(item)
+            if len(batch) >= limits.items or size >= limits.size:  # at once: a slow source may keep the next item back
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _limits(self, item: SourceItem) -> Limits:
+        if item.failure is None:  # one that failed may hold anything, and bounds nothing
+            self._media = not isinstance(item.inputs, str)
+        return shard_limits(self.shards, self.plan.shard_size, media=self._media)
+
+    def _read(self, last: SourceItem | None) -> Iterator[SourceItem]:
+        """The source after `last`; opened again behind the last item when a service it reads from was away."""
+        read = self.items
+        items: Iterator[SourceItem] | None = None
+
+        def following() -> SourceItem | None:
+            nonlocal items
+            assert self._source is not None
+            items = self._source.items(read, last) if items is None else items
+            try:
+                return next(items, None)
+            except PipefleetError:
+                items = None
+                raise
+
+        while (item := self._patience.call(following)) is not None:
+            if item.failure is not None and self.plan.strict:
+                raise InputError(_sentence(item, read))
+            read, last = read + 1, item
+            yield item
+
+    def _write(self, batch: list[SourceItem]) -> None:
+        if self.items + len(batch) > MAX_RUN_ITEMS:
+            raise RunError(f"a run has at most {MAX_RUN_ITEMS} items; split the source")
+        lines = []
+        for offset, item in enumerate(batch):
+            position = self.items + offset
+            identity = str(position) if item.id is None else item.id
+            failure = None if item.failure is None else JobFailure("bad_input", _sentence(item, position), "plan")
+            lines.append(encode_shard_line(position, JobItem(identity, item.inputs, item.parameters), failure))
+        body = ("\n".join(lines) + "\n").encode()
+        if not self._patience.call(lambda: self._put(body)):
+            self.alone = False
+            raise RunError(f"another client plans the run at {self._layout.uri}; open it with `client.run(uri)`")
+        self._wrote = True
+        self.plan = self._patience.call(lambda: moved_plan(self._client, self.plan))
+        message = shard_message(self.plan, self._layout, self.shards, self.items, len(batch))
+        self._patience.call(lambda: self._client.publish([message], self.plan.queue, Priority.LOW))
+        self.items += len(batch)
+        self.shards += 1
+
+    def _put(self, body: bytes) -> bool:
+        """Write the next shard; True when it is there and ours."""
+        uri = self._layout.shard(self.shards)
+        return self._client.store.put_new(uri, body, content_type="application/x-ndjson", writer=self._writer)
+
+    def _finish(self) -> None:
+        """Write the totals where both sides look for them. Workers may have written every part before this."""
+        redis, store = self._client.redis, self._client.store
+        total = replace(self.plan, shards=self.shards, items=self.items)
+        store.put_new(self._layout.run, encode_json(total.to_json()).encode())
+        with broker.redis_errors(self._client.settings.redis_url):
+            remember_totals(redis, total, ttl=self._client.settings.run_ttl)
+            written = redis.bitcount(broker.run_key(total.id, "parts"))
+            written += redis.hlen(broker.run_key(total.id, "refused"))
+        if written >= self.shards:
+            Refusals(redis, self._client.settings, store, self._layout, total.id).end(total)
+        self.plan = total
+
+
+def _sentence(item: SourceItem, position: int) -> str:
+    """Why an item cannot be prepared, with its row (from 1) and its id."""
+    identity = "" if item.id is None else f" (id {item.id[:80]!r})"
+    return f"row {position + 1}{identity}: {item.failure}"
+
+
+def remember_totals(redis: Any, plan: RunPlan, *, ttl: float) -> None:
+    """Put a run's totals where workers look for them to see that they wrote the last part."""
+    key = broker.run_key(plan.id)
+    redis.hset(key, mapping={"shards": plan.shards or 0, "items": plan.items or 0})
+    redis.expire(key, int(ttl))
+
+
+def write_plan(client: Client, layout: RunLayout, plan: RunPlan) -> RunPlan:
+    """Write plan.json, or take the one of an interrupted client if it asks for the same.
+
+    Raises RunError where there is another run, or something that is left of one.
+    """
+    client.store.require_bucket(layout.uri)
+    if client.store.put_new(layout.plan, encode_json(plan.to_json()).encode(), writer=plan.id):
+        leftover = _leftover(client.store, layout)
+        if leftover is not None:
+            client.store.delete(layout.plan)
+            raise RunError(f"{leftover} is left of another run at {layout.uri}; choose another output, or remove it")
+        return plan
+    earlier = read_plan(client.store, layout)
+    asked = replace(
+        plan, id=earlier.id, created=earlier.created, queue=earlier.queue
+    )  # the queue follows from the model
+    same = replace(earlier, shards=None, items=None) == asked
+    if earlier.shards is not None or not same:
+        raise RunError(
+            f"there is a run at {layout.uri} already; see `pipefleet status {layout.uri}`, go on with "
+            f"`pipefleet resume {layout.uri}`, or choose another output"
+        )
+    return earlier
+
+
+def _leftover(store: ObjectStore, layout: RunLayout) -> str | None:
+    """The key of something that workers or clients would take for a part of the new run."""
+    _, own = split_uri(layout.plan)
+    for entry in itertools.chain(store.list(layout.control), store.list(layout.parts), store.list(layout.success)):
+        is_part_of_a_run = index_of(entry.key) is not None or not entry.key.startswith(split_uri(layout.parts)[1])
+        if entry.key != own and is_part_of_a_run:
+            return entry.key
+    return None
+
+
+def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
+    """run.json, or plan.json while the run is still being planned, with what the run was moved to since.
+
+    Raises RunError where there is neither.
+    """
+    for uri in (layout.run, layout.plan):
+        if store.head(uri) is not None:
+            plan, moved = RunPlan.from_json(read_file(store, uri), uri), read_moved(store, layout)
+            return plan if moved is None else moved.applied(plan)
+    raise RunError(f"there is no run at {layout.uri}; name the output that map was given")
+
+
+def claim_planning(client: Client, plan: RunPlan) -> bool:
+    """Give the first sign of life of a planner, for ALIVE_SECONDS; False when there is one of another."""
+    key = broker.run_key(plan.id, "planner")
+    with broker.redis_errors(client.settings.redis_url):
+        return bool(client.redis.set(key, "0 0", ex=int(ALIVE_SECONDS), nx=True))
+
+
+def release_planning(client: Client, plan: RunPlan) -> None:
+    """Take the sign of life back. Does nothing while Redis is away: it expires by itself."""
+    with suppress(ServiceUnavailableError), broker.redis_errors(client.settings.redis_url):
+        client.redis.delete(broker.run_key(plan.id, "planner"))
+
+
+@dataclass(frozen=True, slots=True)
+class SignOfLife:
+    """What a live planner has queued so far."""
+
+    items: int
+    shards: int
+
+
+def planner_alive(client: Client, plan: RunPlan) -> SignOfLife | None:
+    """What a live planner of this run has queued; None when there is no live planner."""
+    with broker.redis_errors(client.settings.redis_url):
+        found: Any = client.redis.get(broker.run_key(plan.id, "planner"))
+    if found is None:
+        return None
+    try:
+        items, shards = map(whole, found.split())
+    except ValueError:
+        return SignOfLife(0, 0)  # of another release: it lives, and nothing more is known
+    return SignOfLife(items, shards)
+
+
+def planner_gone(client: Client, plan: RunPlan) -> bool:
+    """True when nobody plans this run.
+
+    Where Redis knows nothing of the run it may have been emptied a moment ago, and a live planner gives its next sign soon:
+    that is waited for, for half of ALIVE_SECONDS.
+    """
+    key = broker.run_key(plan.id)
+    return _comes_no_planner(client, plan, marked=lambda: bool(client.redis.exists(key)))
+
+
+def is_forgotten(client: Client, plan: RunPlan) -> bool:
+    """True when Redis has lost the mark of a run, and with it the shards that waited, and nobody is there to mend it.
+
+    Waits for a live planner as `planner_gone` does.
+    """
+    key = broker.run_key(plan.id)
+
+    def is_marked() -> bool:
+        with broker.redis_errors(client.settings.redis_url):
+            return bool(client.redis.hexists(key, "since"))
+
+    return _comes_no_planner(client, plan, marked=is_marked) and not is_marked()
+
+
+def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], bool]) -> bool:
+    """True when no planner gives a sign of life for half of ALIVE_SECONDS; at once when Redis is known to have its data."""
+    deadline = time.monotonic() + ALIVE_SECONDS / 2
+    while planner_alive(client, plan) is None:
+        with broker.redis_errors(client.settings.redis_url):
+            known = marked()
+        if known or time.monotonic() >= deadline:
+            return True
+        time.sleep(ALIVE_SECONDS / 40)
+    return False
+
+
+def left_unqueued(client: Client, plan: RunPlan) -> int:
+    """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
+    pipe = broker.reading(client.redis)
+    pipe.hget(broker.run_key(plan.id), "unqueued")
+    pipe.exists(broker.run_key(plan.id, "planner"))
+    with broker.redis_errors(client.settings.redis_url):
+        unqueued, alive = pipe.execute()
+    try:
+        return 0 if alive else whole(unqueued or 0)
+    except ValueError:
+        return 0

@@ -1,0 +1,77 @@
+"""Waiting for the end of a run, through outages of Redis and S3: bounded, told in the progress, and never beyond a time-out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pipefleet.errors import PipefleetError, ResultTimeoutError, ServiceUnavailableError
+from pipefleet.patience import PATIENCE_SECONDS, Patience, within
+from pipefleet.runs.progress import RunProgress, Show, show_progress
+
+POLL_SECONDS = 0.25
+LONGEST_PAUSE = 2.0
+"""Most seconds between two looks at a service that is away: people wait for what it says."""
+
+
+@dataclass(slots=True)
+class Waiter:
+    """Waits for one run. `last` is what was seen of it.
+
+    `look` reads its progress, `check` raises where nobody goes on with it, `planning` where its planning ended with an error.
+    """
+
+    last: RunProgress
+    look: Callable[[], RunProgress]
+    check: Callable[[RunProgress], None]
+    planning: Callable[[], None]
+
+    def wait(self, *, show: bool, timeout: float | None) -> RunProgress:
+        """See `Run.wait`."""
+        late = math.inf if timeout is None else time.monotonic() + timeout
+        with show_progress(enabled=show) as shown:
+            patience = self.patience(lambda error: shown(self._away(error)))
+            try:
+                while not self._seen(patience, late, shown).ended:
+                    self.check(self.last)
+                    if time.monotonic() >= late:
+                        raise TimeoutError
+                    time.sleep(min(POLL_SECONDS, max(0.0, late - time.monotonic())))
+            except (TimeoutError, ServiceUnavailableError) as error:
+                if time.monotonic() < late:
+                    raise
+                raise self._late(timeout or 0.0, error) from None
+        return self.last
+
+    def patience(self, told: Callable[[PipefleetError], object] = lambda error: None) -> Patience:
+        """The patience of whoever waits for the run. The error that ended its planning is no outage."""
+
+        def tell(error: PipefleetError) -> None:
+            self.planning()
+            told(error)
+
+        return Patience(seconds=PATIENCE_SECONDS, longest=LONGEST_PAUSE, told=tell)
+
+    def _seen(self, patience: Patience, late: float, shown: Show) -> RunProgress:
+        self.last = patience.call(lambda: self._look_by(late), until=late)
+        shown(self.last)
+        return self.last
+
+    def _look_by(self, late: float) -> RunProgress:
+        """The progress. Raises TimeoutError at `late` (monotonic seconds), also while a service does not answer."""
+        if late == math.inf:
+            return self.look()
+        return within(max(POLL_SECONDS, late - time.monotonic()), self.look)
+
+    def _away(self, error: PipefleetError) -> RunProgress:
+        """What was seen last, and what is waited for."""
+        return replace(self.last, waiting=f"waiting for a service: {error}")
+
+    def _late(self, timeout: float, error: Exception) -> ResultTimeoutError:
+        uri = self.last.uri
+        away = f" ({error})" if isinstance(error, ServiceUnavailableError) else ""
+        return ResultTimeoutError(
+            f"the run at {uri} has not ended within {timeout:g} s{away}; it goes on, see `pipefleet status {uri}`"
+        )
