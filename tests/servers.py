@@ -18,7 +18,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from pipefleet_workers.local.servers import redis_binary
+from pipefleet_workers.fleet.local.servers import redis_binary
 
 TLS_HOST = "localhost"
 

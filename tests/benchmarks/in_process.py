@@ -9,20 +9,20 @@ from typing import Any
 from pipefleet.contract.messages import JobItem, Priority
 from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
-from pipefleet_workers.adapters.device_images import on_device
-from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.vision.on_device import on_device
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.device import Instruments
-from pipefleet_workers.engine import Engine, Stages
+from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.engine.device import Instruments
+from pipefleet_workers.engine.engine import Engine, Stages
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Blob, JobContext, Work
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.models.warmup import warm_up
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher
-from pipefleet_workers.tracing import Tracer
-from pipefleet_workers.warmup import warm_up
+from pipefleet_workers.storage.store import WorkerStore
 from tests.benchmarks.workloads import Workload
 
 SHARD = 512

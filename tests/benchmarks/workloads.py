@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipefleet_workers.demo import assets, weights
+from pipefleet_workers.fleet.demo import assets, weights
+from pipefleet_workers.inputs.sound.recordings import decode_audio
 from pipefleet_workers.items import Blob
-from pipefleet_workers.media.audio import decode_audio
 from tests.benchmarks.pictures import pictures, small_vit
 
 SEED = 20_240_817

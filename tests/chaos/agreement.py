@@ -15,7 +15,7 @@ from pipefleet.contract.messages import JobState
 from pipefleet.queues import broker, dead_letters
 from pipefleet.runs.finishing import read_resumed
 from pipefleet_workers.ending import REVOKED
-from pipefleet_workers.scaling.ledger import read_items
+from pipefleet_workers.observe.totals import read_items
 
 if TYPE_CHECKING:
     from tests.chaos.world import World

@@ -14,7 +14,7 @@ from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Priority
 from pipefleet.contract.shards import shard_message
 from pipefleet.queues import broker
-from pipefleet_workers.local.environment import in_environment
+from pipefleet_workers.fleet.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import POINTS, TASK
 from tests.chaos.scenario import SCENARIOS, Finding, Scale, scenario

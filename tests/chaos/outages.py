@@ -13,7 +13,7 @@ from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.jobs.job import Job
 from pipefleet.queues import broker
 from pipefleet.runs.run import Run
-from pipefleet_workers.checks import access_of_workers
+from pipefleet_workers.fleet.doctor.checks import access_of_workers
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.proxy import WELL, Mood, Proxy
 from tests.chaos.saboteur import TASK

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from pipefleet_workers import build
-from pipefleet_workers.adapters.text import TextClassifier
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume.shards import Shards
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Decoded, ItemError, Unit
-from pipefleet_workers.reports import Reporter
-from pipefleet_workers.runtime import RUNTIME
-from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher
-from pipefleet_workers.stages.write import PartWriter, ResultWriter
+from pipefleet_workers.results.lines import PartWriter, ResultWriter
+from pipefleet_workers.results.reports import Reporter
 
 TASK = "text-classification"
 POINTS = (

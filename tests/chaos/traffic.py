@@ -15,7 +15,7 @@ from pipefleet.contract.shards import shard_id
 from pipefleet.errors import JobCancelledError, JobExpiredError
 from pipefleet.queues import broker, dead_letters
 from pipefleet_workers.ending import REVOKED
-from pipefleet_workers.local.environment import in_environment
+from pipefleet_workers.fleet.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import TASK
 from tests.chaos.scenario import Finding, Scale, scenario

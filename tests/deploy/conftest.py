@@ -9,7 +9,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import RedisError
 
-from pipefleet_workers.local.servers import redis_binary
+from pipefleet_workers.fleet.local.servers import redis_binary
 from tests.deploy.processes import free_ports, running, wait_for
 from tests.deploy.project import copied, project
 

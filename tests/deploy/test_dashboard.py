@@ -22,8 +22,8 @@ from pipefleet.contract.messages import JobState
 from pipefleet.fleet.pools import load_fleet
 from pipefleet.settings import Settings
 from pipefleet_workers.facts import WORKERS_KEY
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.scaling.service import Scaler, ScalerService
+from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService
+from pipefleet_workers.observe.metrics import Metrics
 from tests.deploy.processes import free_ports, running, status, wait_for
 from tests.deploy.queries import PROMETHEUS, panel_queries, rule_queries
 from tests.deploy.tools import DEPLOY, FLEET, module, prometheus_tool

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet_workers.render.cli import OUTPUTS, register
-from pipefleet_workers.render.files import differences, rendered, write
-from pipefleet_workers.render.pools import RenderOptions, load_pools
+from pipefleet_workers.fleet.render.command import OUTPUTS, register
+from pipefleet_workers.fleet.render.files import differences, rendered, write
+from pipefleet_workers.fleet.render.pools import RenderOptions, load_pools
 from tests.deploy.tools import FLEET, ROOT, module
 
 HUB = 'task = "feature-extraction"\nmodel = "org/name"\nrevision = "1"\n'

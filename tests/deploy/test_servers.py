@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError
 from redis.retry import Retry
 
-from pipefleet_workers.local.servers import weed_binary
+from pipefleet_workers.fleet.local.servers import weed_binary
 from tests.deploy.processes import free_ports, running, status, wait_for
 from tests.deploy.tools import DEPLOY, run
 

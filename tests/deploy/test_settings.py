@@ -8,7 +8,7 @@ from flower import options as _options  # noqa: F401 - defines Flower's options
 from tornado.options import options
 
 from pipefleet.settings import Settings
-from pipefleet_workers import logs
+from pipefleet_workers.observe import logs
 from pipefleet_workers.settings import WorkerSettings
 from tests.deploy.project import PASSWORDS
 from tests.deploy.tools import DEPLOY, ROOT

@@ -35,8 +35,8 @@ from pipefleet.queues import broker, dead_letters
 from pipefleet.runs.backlog import STALLED_SECONDS, Backlog
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers import doctor
-from pipefleet_workers.scaling.service import Scaler
+from pipefleet_workers.fleet.doctor import doctor
+from pipefleet_workers.fleet.scaling.service import Scaler
 from tests import servers
 from tests.checkpoints import cached
 from tests.deploy.processes import free_ports, running, status, wait_for

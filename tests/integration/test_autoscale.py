@@ -19,7 +19,7 @@ import pytest
 
 from pipefleet.client import Client
 from pipefleet.queues import broker
-from pipefleet_workers.local.environment import in_environment
+from pipefleet_workers.fleet.local.environment import in_environment
 from tests.conftest import write_fleet
 from tests.servers import until
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from pipefleet_workers.demo import assets, ctranslate2, weights
+from pipefleet_workers.fleet.demo import assets, ctranslate2, weights
 
 Audio = npt.NDArray[np.float32]
 
@@ -142,7 +142,7 @@ def test_second_call_converts_nothing(whisper: Path, monkeypatch: pytest.MonkeyP
 def test_two_processes_convert_once_and_clear_what_a_dead_one_left(tmp_path: Path) -> None:
     left = tmp_path / ".whisper-tiny.en-1.dead" / "whisper-tiny.en-1"
     left.mkdir(parents=True)
-    code = "import sys, pathlib; from pipefleet_workers.demo.weights import whisper_tiny_en as get; "
+    code = "import sys, pathlib; from pipefleet_workers.fleet.demo.weights import whisper_tiny_en as get; "
     code += "folder = get(pathlib.Path(sys.argv[1])); print(folder, 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -172,7 +172,7 @@ def test_minilm_orders_sentences_by_meaning() -> None:
 
 
 def test_minilm_path_needs_neither_torch_nor_transformers() -> None:
-    code = "import sys; from pipefleet_workers.demo.weights import minilm; minilm(); "
+    code = "import sys; from pipefleet_workers.fleet.demo.weights import minilm; minilm(); "
     code += "sys.exit(bool({'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from pipefleet.queues import broker
-from pipefleet_workers.scaling.messages import places
+from pipefleet_workers.fleet.scaling.messages import places
 from tests.integration.lease_world import (
     NEVER,
     QUEUE,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipefleet.fleet.pools import parse_fleet
-from pipefleet_workers.demo.run import upload_samples
+from pipefleet_workers.fleet.demo.run import upload_samples
 from tests.conftest import Servers
 from tests.docs.tables import README, with_task_table
 

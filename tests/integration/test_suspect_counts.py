@@ -11,7 +11,7 @@ from redis import Redis
 
 from pipefleet.settings import Settings
 from pipefleet_workers.delivery.leases import Lease
-from pipefleet_workers.reports import Reporter
+from pipefleet_workers.results.reports import Reporter
 from tests.integration.lease_world import KEYS, Taker, envelope, list_name
 from tests.servers import Server, until
 

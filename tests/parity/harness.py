@@ -24,20 +24,20 @@ from pipefleet.contract.messages import JobItem
 from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.device import Instruments
-from pipefleet_workers.engine import Engine, Stages
-from pipefleet_workers.exits import end_process
+from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.engine.device import Instruments
+from pipefleet_workers.engine.engine import Engine, Stages
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.process.exit_codes import end_process
+from pipefleet_workers.results.artifacts import Audio
+from pipefleet_workers.results.lines import ResultWriter
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.artifacts import Audio
-from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher
-from pipefleet_workers.stages.write import ResultWriter
+from pipefleet_workers.storage.store import WorkerStore
 from tests.checkpoints import cached
 
 SECONDS = 120.0

@@ -14,7 +14,7 @@ from pipefleet.fleet.routing import queue_name, work_queue
 from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.build import Built, build
-from pipefleet_workers.consume.delivery import Delivery
+from pipefleet_workers.consume.held import Delivery
 from pipefleet_workers.delivery.leases import Lease, lease_of
 from pipefleet_workers.ending import Ending
 from pipefleet_workers.settings import WorkerSettings

@@ -13,11 +13,11 @@ import torch
 import transformers
 
 from pipefleet.tasks import task_spec
-from pipefleet_workers.adapters.generate import TextGenerator
+from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome
-from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.warmup import example_units, warm_up
+from pipefleet_workers.models.warmup import example_units, warm_up
+from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints.text import llama_config
 from tests.checkpoints.vocabularies import chat_tokenizer
 from tests.parity.cases.case import direct

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.models import load_pipeline
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.models.load import load_pipeline
 from tests.parity.cases import CASES, Case
 from tests.parity.half import in_dtype
 from tests.parity.harness import assert_same, plain, recording, running

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipefleet.tasks import TASKS
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.items import Outcome
-from pipefleet_workers.runtime import RUNTIME
 from tests.parity.cases import CASES, Case
 from tests.parity.harness import Call, assert_same, load, plain, recording, running
 

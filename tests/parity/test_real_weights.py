@@ -17,10 +17,10 @@ import soundfile
 import torch
 import transformers
 
-from pipefleet_workers.adapters.speech import SpeechRecogniser
-from pipefleet_workers.adapters.text import FeatureExtractor
-from pipefleet_workers.demo import weights
-from pipefleet_workers.demo.assets import recordings
+from pipefleet_workers.adapters.audio.speech import SpeechRecogniser
+from pipefleet_workers.adapters.text.encoder import FeatureExtractor
+from pipefleet_workers.fleet.demo import weights
+from pipefleet_workers.fleet.demo.assets import recordings
 from tests.parity.harness import Call, assert_same, recording, running
 
 SPEECH = "automatic-speech-recognition"

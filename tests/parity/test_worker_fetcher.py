@@ -13,11 +13,11 @@ from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.inputs.fetch import Fetcher, slices
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
-from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.fetch import Fetcher, slices
-from pipefleet_workers.uri_gate import lies_under
+from pipefleet_workers.storage.gate import lies_under
+from pipefleet_workers.storage.store import WorkerStore
 
 
 @pytest.fixture

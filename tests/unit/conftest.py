@@ -13,7 +13,7 @@ from redis import Redis
 from pipefleet.client import Client
 from pipefleet.queues import broker
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.local import Stack
+from pipefleet_workers.fleet.local import Stack
 
 FLEET = """
 [pools.texts]

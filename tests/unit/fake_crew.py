@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from pipefleet_workers.local.children import Children
-from pipefleet_workers.local.credentials import Credentials
-from pipefleet_workers.local.fleet_file import WatchedFile
-from pipefleet_workers.local.follow import Follower
-from pipefleet_workers.local.ports import PortBook
-from pipefleet_workers.local.service import Site
-from pipefleet_workers.local.workers import Crew, WorkerProcess
+from pipefleet_workers.fleet.local.children import Children
+from pipefleet_workers.fleet.local.credentials import Credentials
+from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+from pipefleet_workers.fleet.local.follow import Follower
+from pipefleet_workers.fleet.local.ports import PortBook
+from pipefleet_workers.fleet.local.service import Site
+from pipefleet_workers.fleet.local.workers import Crew, WorkerProcess
 from tests.unit.fake_clock import Clock
 
 FAKE_WORKER = """

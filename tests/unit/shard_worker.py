@@ -17,11 +17,11 @@ from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.items import JobContext, Outcome
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.reports import Reporter
-from pipefleet_workers.scaling.ledger import WorkCount
-from pipefleet_workers.stages.write import PartWriter
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.observe.totals import WorkCount
+from pipefleet_workers.results.lines import PartWriter
+from pipefleet_workers.results.reports import Reporter
+from pipefleet_workers.storage.store import WorkerStore
 
 BAD = JobFailure("bad_input", "it is bad", "decode")
 

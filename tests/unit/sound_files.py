@@ -13,9 +13,9 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from pipefleet_workers.inputs.sound.recordings import Samples, decode_audio
+from pipefleet_workers.inputs.sound.tracks import sound_frame
 from pipefleet_workers.items import Blob
-from pipefleet_workers.media.audio import Samples, decode_audio
-from pipefleet_workers.media.tracks import sound_frame
 
 RATE = 16_000
 CASES = Path(__file__).parents[1] / "cases"

@@ -13,15 +13,15 @@ import transformers
 
 from pipefleet.errors import ParameterError, UsageError
 from pipefleet.tasks import TASKS
-from pipefleet_workers.adapters import zero_shot_audio
-from pipefleet_workers.adapters.audio_classification import AudioClassifier
-from pipefleet_workers.adapters.speech import SpeechRecogniser
-from pipefleet_workers.adapters.text_to_audio import TextToAudio
-from pipefleet_workers.adapters.zero_shot_audio import ZeroShotAudio, content_seed
+from pipefleet_workers.adapters.audio import zero_shot
+from pipefleet_workers.adapters.audio.classification import AudioClassifier
+from pipefleet_workers.adapters.audio.speech import SpeechRecogniser
+from pipefleet_workers.adapters.audio.text_to_audio import TextToAudio
+from pipefleet_workers.adapters.audio.zero_shot import ZeroShotAudio, content_seed
 from pipefleet_workers.items import Outcome
-from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.stages.artifacts import Audio
-from pipefleet_workers.warmup import warm_up
+from pipefleet_workers.models.warmup import warm_up
+from pipefleet_workers.observe.service_fit import ServiceFit
+from pipefleet_workers.results.artifacts import Audio
 from tests.checkpoints import audio as checkpoints
 from tests.checkpoints.media import audio
 from tests.checkpoints.parts import amplify, labels, save
@@ -188,8 +188,8 @@ def test_labels_come_as_a_list_or_as_one_text(clap: Any) -> None:
 
 
 def test_texts_are_embedded_once_and_not_kept_for_ever(clap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero_shot_audio, "KEPT_TEXTS", 4)
-    monkeypatch.setattr(zero_shot_audio, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(zero_shot, "KEPT_TEXTS", 4)
+    monkeypatch.setattr(zero_shot, "TEXTS_AT_ONCE", 3)
     adapter = ZeroShotAudio(clap)
     embedded: list[int] = []
     embed = adapter._embed

@@ -13,9 +13,9 @@ from pipefleet.errors import PipefleetError
 from pipefleet.fleet.announcements import announce_worker
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.fleet.waiting import why_waiting
-from pipefleet_workers.checks import access_of_workers
-from pipefleet_workers.watch.read import read_fleet
-from pipefleet_workers.watch.view import plain
+from pipefleet_workers.fleet.doctor.checks import access_of_workers
+from pipefleet_workers.fleet.top.read import read_fleet
+from pipefleet_workers.fleet.top.view import plain
 from tests.unit.test_doctor import checks
 
 QUEUE = revision_queue("pipefleet.text-classification", "/models/texts", None)

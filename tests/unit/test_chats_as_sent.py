@@ -10,7 +10,7 @@ from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError
 from pipefleet.tasks import task_spec
 from pipefleet.tasks.parameters import called_parameters
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.adapters.table import RUNTIME
 from tests.checkpoints.media import image
 from tests.parity.harness import Call, assert_same, load, recording, running
 

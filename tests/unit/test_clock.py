@@ -151,8 +151,8 @@ class TestAnHourOff:
     def test_a_worker_records_and_judges_by_the_server(self, client: Client) -> None:
         from pipefleet.settings import load_settings
         from pipefleet_workers.items import Outcome, Work
-        from pipefleet_workers.objects import WorkerStore
-        from pipefleet_workers.reports import Reporter
+        from pipefleet_workers.results.reports import Reporter
+        from pipefleet_workers.storage.store import WorkerStore
 
         reporter = Reporter(client.redis, WorkerStore(), load_settings(), worker="w")
         job = client.submit(TEXTS, "a", expires=60)

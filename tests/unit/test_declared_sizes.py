@@ -20,17 +20,17 @@ from transformers import WhisperFeatureExtractor
 from pipefleet.contract.messages import JobItem
 from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet.tasks import task_spec
-from pipefleet_workers.adapters.spectrograms import read_in_blocks
-from pipefleet_workers.admission import Budget
+from pipefleet_workers.adapters.audio.spectrograms import read_in_blocks
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine.budget import Budget
+from pipefleet_workers.inputs.declared import CHARACTER, PIXEL, SAMPLE
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.pictures.pictures import decode_image
+from pipefleet_workers.inputs.pictures.pieces import MOST_CHUNKS, MOST_SCANS, MOST_STRIPS
+from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContext, Unit, Work
-from pipefleet_workers.media.declared import CHARACTER, PIXEL, SAMPLE
-from pipefleet_workers.media.images import decode_image
-from pipefleet_workers.media.pieces import MOST_CHUNKS, MOST_SCANS, MOST_STRIPS
-from pipefleet_workers.media.video import Clip
-from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
 from tests.checkpoints.media import frames, mp4_bytes
 from tests.parity.harness import SECONDS, Call, load, recording, running, wait_until
 
@@ -346,7 +346,7 @@ def test_a_decoded_picture_holds_no_decoder() -> None:
 
 def test_a_recording_beyond_the_memory_of_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = RUNTIME["automatic-speech-recognition"].adapter(load("automatic-speech-recognition"))
-    monkeypatch.setattr("pipefleet_workers.adapters.waveforms.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("pipefleet_workers.adapters.audio.waveforms.available_bytes", lambda: 1 << 20)
     sound = np.zeros(60 * RATE, np.float32)
     (found,) = adapter.prepare([Decoded(work(), sound)])
     assert isinstance(found, ItemError)

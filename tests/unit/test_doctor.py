@@ -17,10 +17,10 @@ from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_js
 from pipefleet.fleet.announcements import announce_pool
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.queues import broker
-from pipefleet_workers.doctor import Check, pool_checks, run_checks
 from pipefleet_workers.facts import WORKERS_KEY
-from pipefleet_workers.parked import Parked, tell_parked
-from pipefleet_workers.scaling.service import Scaler
+from pipefleet_workers.fleet.doctor.doctor import Check, pool_checks, run_checks
+from pipefleet_workers.fleet.local.parked import Parked, tell_parked
+from pipefleet_workers.fleet.scaling.service import Scaler
 
 POOLS = ["texts", "speech", "other-speech", "pictures"]
 PRODUCER_ONLY = """

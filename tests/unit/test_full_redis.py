@@ -17,13 +17,13 @@ from pipefleet.fleet.announcements import announce_worker, announced_workers
 from pipefleet.queues import broker
 from pipefleet.queues.dead_letters import file_dead_letter
 from pipefleet.settings import load_settings
+from pipefleet_workers.fleet.doctor.redis_memory import check_memory, judge
+from pipefleet_workers.fleet.scaling.service import Scaler
+from pipefleet_workers.fleet.top.read import read_fleet
 from pipefleet_workers.items import Encoded
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.redis_memory import check_memory, judge
-from pipefleet_workers.reports import LITTLE, Reporter
-from pipefleet_workers.scaling.ledger import read_done, read_items, record_done, record_items
-from pipefleet_workers.scaling.service import Scaler
-from pipefleet_workers.watch.read import read_fleet
+from pipefleet_workers.observe.totals import read_done, read_items, record_done, record_items
+from pipefleet_workers.results.reports import LITTLE, Reporter
+from pipefleet_workers.storage.store import WorkerStore
 from tests.nursery import TASK, Nursery, long_texts
 from tests.servers import Server, distribution_redis, redis_6, until, valkey
 from tests.unit.test_worker_reports import ending

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipefleet_workers.gpu_metrics import watch_gpus
-from pipefleet_workers.metrics import Metrics
+from pipefleet_workers.observe.gpus import watch_gpus
+from pipefleet_workers.observe.metrics import Metrics
 
 
 class NVMLError(Exception):

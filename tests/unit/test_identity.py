@@ -30,7 +30,7 @@ from pipefleet.fleet.pools import load_fleet
 from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers import doctor
+from pipefleet_workers.fleet.doctor import doctor
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.worker import Worker
 from tests.servers import free_port, moto_server

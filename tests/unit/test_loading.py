@@ -20,16 +20,16 @@ from pipefleet.fleet.model_names import check_loading
 from pipefleet.fleet.pools import Pool, parse_fleet
 from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.tasks import task_spec
-from pipefleet_workers import precision
-from pipefleet_workers.doctor import _runs_with
-from pipefleet_workers.local.fleet_file import WatchedFile
-from pipefleet_workers.model_cache import ModelError
-from pipefleet_workers.models import load_pipeline
-from pipefleet_workers.precision import half_advice, how_loaded, quantization_config
-from pipefleet_workers.render.pools import load_pools
-from pipefleet_workers.runtime import RUNTIME
-from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.warmup import TOLERANCE, warm_up
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.fleet.doctor.doctor import _runs_with
+from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+from pipefleet_workers.fleet.render.pools import load_pools
+from pipefleet_workers.models import precision
+from pipefleet_workers.models.cache import ModelError
+from pipefleet_workers.models.load import load_pipeline
+from pipefleet_workers.models.precision import half_advice, how_loaded, quantization_config
+from pipefleet_workers.models.warmup import TOLERANCE, warm_up
+from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints import build, cached
 from tests.parity.half import in_dtype
 from tests.parity.in_process_worker import working

@@ -15,7 +15,7 @@ from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.fleet.announcements import announced_fleet
 from pipefleet.fleet.pools import load_fleet
 from pipefleet.queues import broker
-from pipefleet_workers.local.autoscale import Autoscaler, Pace, least_useful, pools_without_maximum, share
+from pipefleet_workers.fleet.local.autoscale import Autoscaler, Pace, least_useful, pools_without_maximum, share
 
 
 def test_a_pool_with_a_maximum_gets_what_it_wants_whatever_the_cores() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipefleet.errors import FleetFileError, UsageError
 from pipefleet.fleet.pools import load_fleet
-from pipefleet_workers.local.fleet_file import LOOK_SECONDS, Description, WatchedFile
+from pipefleet_workers.fleet.local.fleet_file import LOOK_SECONDS, Description, WatchedFile
 from tests.unit.fake_clock import Clock
 
 TEXTS = '[pools.texts]\ntask = "text-classification"\nmodel = "./model"\n'

@@ -11,8 +11,8 @@ from redis import Redis
 from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.queues import broker
-from pipefleet_workers.local.follow import QUIET_SECONDS, outstanding
-from pipefleet_workers.local.restarts import MOST_DEATHS
+from pipefleet_workers.fleet.local.follow import QUIET_SECONDS, outstanding
+from pipefleet_workers.fleet.local.restarts import MOST_DEATHS
 from tests.unit.fake_crew import FakeCrew, copy_of, pid, table, until
 
 TEXTS = table("texts", "a")

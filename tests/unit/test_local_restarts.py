@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet_workers.local.restarts import LONGEST_PAUSE, MOST_DEATHS, PARKED_SECONDS, STEADY_SECONDS, Restarts
+from pipefleet_workers.fleet.local.restarts import LONGEST_PAUSE, MOST_DEATHS, PARKED_SECONDS, STEADY_SECONDS, Restarts
 from tests.unit.fake_clock import Clock
 
 

@@ -18,8 +18,8 @@ import pytest
 
 from pipefleet.errors import UsageError
 from pipefleet.printable import LineFormatter
-from pipefleet_workers import logs
-from pipefleet_workers.logs import JsonFormatter, log_context, say
+from pipefleet_workers.observe import logs
+from pipefleet_workers.observe.logs import JsonFormatter, log_context, say
 from tests.checkpoints import cached
 from tests.servers import until
 

@@ -13,11 +13,11 @@ import transformers as hf
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from pipefleet.contract.messages import JobItem
-from pipefleet_workers.adapters import long_texts
-from pipefleet_workers.adapters.long_texts import LONG, LongTexts
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text import long_texts
+from pipefleet_workers.adapters.text.long_texts import LONG, LongTexts
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Decoded, ItemError, JobContext, Unit, Work
-from pipefleet_workers.runtime import RUNTIME
 from tests.checkpoints import vocabularies
 from tests.checkpoints.corpus import CORPUS
 from tests.parity.harness import load

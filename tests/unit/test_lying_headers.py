@@ -14,11 +14,11 @@ import pytest
 import soundfile
 from PIL import Image
 
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.inputs.declared import SAMPLE
+from pipefleet_workers.inputs.losses import Losses
+from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, OutgrownError
-from pipefleet_workers.media.declared import SAMPLE
-from pipefleet_workers.media.losses import Losses
-from pipefleet_workers.media.video import Clip
-from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
 from tests.checkpoints.media import frames, mp4_bytes
 from tests.parity.harness import SECONDS, Call, load, recording, running, wait_until
@@ -148,7 +148,7 @@ def test_a_picture_that_is_not_resized_has_few_enough_pixels(monkeypatch: pytest
     assert refused.failure.code == "too_large"
     assert "MAX_WHOLE_PIXELS" in refused.failure.message
     assert not isinstance(taken, ItemError)
-    monkeypatch.setattr("pipefleet_workers.adapters.whole_pictures.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("pipefleet_workers.adapters.vision.whole_pictures.available_bytes", lambda: 1 << 20)
     (found,) = adapter.prepare([Decoded(work(), small)])
     assert isinstance(found, ItemError)
     assert found.failure.code == "too_large"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pipefleet_workers.adapters import document_qa
-from pipefleet_workers.adapters.document_qa import DocumentAnswerer
-from pipefleet_workers.adapters.vqa import VisualAnswerer
-from pipefleet_workers.adapters.zero_shot_detection import LABELS_AT_ONCE, ObjectFinder
-from pipefleet_workers.adapters.zero_shot_image import ImageLabeller
-from pipefleet_workers.media import ocr
+from pipefleet_workers.adapters.vision import document_question_answering
+from pipefleet_workers.adapters.vision.document_question_answering import DocumentAnswerer
+from pipefleet_workers.adapters.vision.question_answering import VisualAnswerer
+from pipefleet_workers.adapters.vision.zero_shot import ImageLabeller
+from pipefleet_workers.adapters.vision.zero_shot_detection import LABELS_AT_ONCE, ObjectFinder
+from pipefleet_workers.inputs import ocr
 from tests.checkpoints import CHECKPOINTS
 from tests.checkpoints.media import image
 from tests.parity.harness import Call, assert_same, load, recording, running
@@ -244,7 +244,7 @@ def test_pages_that_cannot_be_served(
 def test_a_page_without_words_is_answered_as_by_transformers(
     layoutlm: Any, parameters: dict[str, Any], read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_qa, "read_words", lambda seen: [])
+    monkeypatch.setattr(document_question_answering, "read_words", lambda seen: [])
     empty = page(word_boxes=[])
     wanted = layoutlm(**empty, **parameters)
     if read:
@@ -258,7 +258,7 @@ def test_a_page_without_words_is_answered_as_by_transformers(
 def test_a_model_of_words_alone_needs_no_picture_of_the_page(layoutlm: Any) -> None:
     asked = {name: one for name, one in page().items() if name != "image"}
     wanted = layoutlm({**asked, "image": None})
-    adapter = recording(document_qa.PageReader, layoutlm)
+    adapter = recording(document_question_answering.PageReader, layoutlm)
     with running(adapter, PAGES) as engine:
         (found,) = outputs(engine.run([Call(asked)]))
     assert_same(found, wanted)
@@ -274,7 +274,9 @@ def test_a_bound_above_the_models_own_is_lowered_to_it(layoutlm: Any) -> None:
 
 def test_words_that_are_missing_come_from_the_page(layoutlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     full = page()
-    monkeypatch.setattr(document_qa, "read_words", lambda seen: [(word, box) for word, box in full["word_boxes"]])
+    monkeypatch.setattr(
+        document_question_answering, "read_words", lambda seen: [(word, box) for word, box in full["word_boxes"]]
+    )
     bare = {name: full[name] for name in ("image", "question")}
     with running(recording(DocumentAnswerer, layoutlm), PAGES) as engine:
         read, given = outputs(engine.run([Call(bare), Call(full)]))

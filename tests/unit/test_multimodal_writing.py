@@ -13,12 +13,12 @@ import transformers
 
 from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
-from pipefleet_workers.adapters.equal_writer import EqualWriter
-from pipefleet_workers.adapters.image_text import EqualMultimodal, ImageTextWriter, MultimodalGenerator
+from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter
+from pipefleet_workers.adapters.writing.multimodal import EqualMultimodal, ImageTextWriter, MultimodalGenerator
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Decoded, ItemError, JobContext, Work
-from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.warmup import warm_up
+from pipefleet_workers.models.warmup import warm_up
+from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints import CHECKPOINTS, cached
 from tests.checkpoints.media import image
 from tests.parity.cases.multimodal import without_media

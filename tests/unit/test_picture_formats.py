@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
+from pipefleet_workers.inputs.declared import PIXEL, picture_bytes
+from pipefleet_workers.inputs.formats import PICTURE_FORMATS
+from pipefleet_workers.inputs.pictures import avif, jpeg2000
+from pipefleet_workers.inputs.pictures.pictures import MOST_SLOW_PIXELS, decode_image
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media import avif, jpeg2000
-from pipefleet_workers.media.declared import PIXEL, picture_bytes
-from pipefleet_workers.media.formats import PICTURE_FORMATS
-from pipefleet_workers.media.images import MOST_SLOW_PIXELS, decode_image
 
 CASES = Path(__file__).parents[1] / "cases"
 WIDTH, HEIGHT = 48, 32

@@ -22,9 +22,9 @@ from pipefleet.inputs.prepare import InputPreparer
 from pipefleet.inputs.sources import open_source
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.inputs.pictures.pictures import decode_image
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media.images import decode_image
-from pipefleet_workers.runtime import RUNTIME
 from tests.parity import harness
 from tests.parity.harness import Call, load, recording, running
 from tests.unit.test_picture_formats import CASES, FILES, WIDTH, deep, encoded, picture, with_alpha

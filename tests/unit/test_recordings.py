@@ -21,7 +21,7 @@ from pipefleet.inputs.recordings import recording_of
 from pipefleet.pipelines.calls import is_dataset
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS
-from pipefleet_workers.adapters.speech import SpeechRecogniser
+from pipefleet_workers.adapters.audio.speech import SpeechRecogniser
 from tests.checkpoints.media import audio
 from tests.parity.harness import Call, assert_same, load, recording, running
 

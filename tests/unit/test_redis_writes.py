@@ -9,8 +9,8 @@ import pytest
 
 from pipefleet.errors import PipefleetError
 from pipefleet.settings import Settings
-from pipefleet_workers import doctor
-from pipefleet_workers.redis_writes import judge_writes
+from pipefleet_workers.fleet.doctor import doctor
+from pipefleet_workers.fleet.doctor.redis_writes import judge_writes
 from tests.servers import Server, free_port, programs
 
 

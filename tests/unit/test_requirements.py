@@ -16,8 +16,8 @@ from pipefleet.errors import InputError, ParameterError, UsageError
 from pipefleet.fleet.pools import Pool
 from pipefleet.inputs.rows import item_or_failure
 from pipefleet.tasks import task_spec
+from pipefleet_workers.inputs.tables import decode_table
 from pipefleet_workers.items import Blob
-from pipefleet_workers.media.tables import decode_table
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
 PICTURE = "s3://media/a.png"

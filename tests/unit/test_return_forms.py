@@ -12,7 +12,7 @@ from pipefleet.errors import ParameterError
 from pipefleet.pipelines.fleet_pipeline import FleetPipeline
 from pipefleet.tasks import TASKS, task_spec
 from pipefleet.tasks.parameters import called_parameters
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.adapters.table import RUNTIME
 from tests.parity.harness import Call, load, recording, running
 
 KINDS = {"text-generation": text_generation, "image-text-to-text": image_text_to_text, "any-to-any": any_to_any}

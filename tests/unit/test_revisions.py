@@ -36,9 +36,9 @@ from pipefleet.fleet.routing import announcement, queue_name, revision_queue, ro
 from pipefleet.queues import broker
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.jobs import Jobs
-from pipefleet_workers.entries import check_entries
-from pipefleet_workers.scaling.ledger import record_done
-from pipefleet_workers.scaling.service import Scaler
+from pipefleet_workers.fleet.doctor.entries import check_entries
+from pipefleet_workers.fleet.scaling.service import Scaler
+from pipefleet_workers.observe.totals import record_done
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.worker import Worker
 

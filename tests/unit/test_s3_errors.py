@@ -22,10 +22,10 @@ from pipefleet.storage.store import ObjectStore, renew_credentials
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.places import Places
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import ItemError, JobContext, Work
-from pipefleet_workers.objects import BarredError, RefusedHereError, WorkerStore
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.fetch import Fetcher
+from pipefleet_workers.storage.store import BarredError, RefusedHereError, WorkerStore
 from tests.unit.s3_answers import Answers, answering
 
 URI = "s3://bucket/key"

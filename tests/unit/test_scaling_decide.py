@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet_workers.scaling.decide import HOLD_SECONDS, Decision, Limits, Signal, State, decide
+from pipefleet_workers.fleet.scaling.decide import HOLD_SECONDS, Decision, Limits, Signal, State, decide
 
 LIMITS = Limits(min=0, max=1000, wait_slo=600.0)
 work = st.floats(0, 1e7, allow_nan=False)

@@ -19,11 +19,11 @@ from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet.pools import Fleet, parse_fleet
 from pipefleet.queues import broker
 from pipefleet_workers.facts import WORKERS_KEY
-from pipefleet_workers.scaling import command
-from pipefleet_workers.scaling.decide import State
-from pipefleet_workers.scaling.ledger import record_done
-from pipefleet_workers.scaling.service import Scaler, ScalerService, state_key
-from pipefleet_workers.scaling.signal import Memory
+from pipefleet_workers.fleet.scaling import command
+from pipefleet_workers.fleet.scaling.decide import State
+from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService, state_key
+from pipefleet_workers.fleet.scaling.signal import Memory
+from pipefleet_workers.observe.totals import record_done
 from tests.unit.conftest import eventually
 
 QUEUE = "pipefleet.text-classification"

@@ -18,10 +18,10 @@ from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.revisions import Part
 from pipefleet.queues import broker
-from pipefleet_workers.scaling.decide import Limits, State, decide
-from pipefleet_workers.scaling.ledger import Done, WorkCount, read_done, record_done, work_key
-from pipefleet_workers.scaling.messages import SAMPLE, Content, message_cost
-from pipefleet_workers.scaling.signal import Memory, Reading, measure, read_pool
+from pipefleet_workers.fleet.scaling.decide import Limits, State, decide
+from pipefleet_workers.fleet.scaling.messages import SAMPLE, Content, message_cost
+from pipefleet_workers.fleet.scaling.signal import Memory, Reading, measure, read_pool
+from pipefleet_workers.observe.totals import Done, WorkCount, read_done, record_done, work_key
 
 QUEUE = "pipefleet.text-classification"
 PART = Part(Pool("texts", "text-classification", "/texts"), QUEUE, (QUEUE,))

@@ -29,11 +29,11 @@ from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, Media, TaskSpec
 from pipefleet.tasks.checks import Check
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
-from pipefleet_workers.objects import WorkerStore
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher
+from pipefleet_workers.storage.store import WorkerStore
 from tests.checkpoints.media import frames, image, image_bytes, mp4_bytes, wav_bytes
 from tests.parity.harness import load
 

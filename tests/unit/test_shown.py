@@ -38,10 +38,10 @@ from pipefleet.runs.moving import Moved
 from pipefleet.runs.progress import RunProgress, show_progress
 from pipefleet.runs.refusals import Refusal
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.parked import PARKED_KEY
-from pipefleet_workers.scaling.decide import State
-from pipefleet_workers.scaling.ledger import state_key, work_key
-from pipefleet_workers.scaling.signal import Memory
+from pipefleet_workers.fleet.local.parked import PARKED_KEY
+from pipefleet_workers.fleet.scaling.decide import State
+from pipefleet_workers.fleet.scaling.signal import Memory
+from pipefleet_workers.observe.totals import state_key, work_key
 
 QUEUE = "pipefleet.text-classification"
 OLD_QUEUE = f"{QUEUE}@0123abcd"
@@ -208,8 +208,8 @@ def test_what_anybody_announced_is_not_obeyed_by_a_client_without_a_fleet_file(
     run_command: Callable[..., tuple[int, str, str]],
 ) -> None:  # fmt: skip
     monkeypatch.delenv("PIPEFLEET_FLEET")
-    monkeypatch.setattr("pipefleet_workers.doctor.RACERS", 1)
-    monkeypatch.setattr("pipefleet_workers.doctor._installed", lambda module: False)
+    monkeypatch.setattr("pipefleet_workers.fleet.doctor.doctor.RACERS", 1)
+    monkeypatch.setattr("pipefleet_workers.fleet.doctor.doctor._installed", lambda module: False)
     plant(redis)
     run_command(*command.split())
 
@@ -473,8 +473,8 @@ def test_a_pool_that_cannot_be_read_does_not_hide_the_others(
     tables = (f'[pools.{name}]\ntask = "{task}"\nmodel = "/m"\n' for name, task in OTHERS.items())
     fleet.write_text("\n".join(tables))
     monkeypatch.setenv("PIPEFLEET_FLEET", str(fleet))
-    monkeypatch.setattr("pipefleet_workers.doctor.RACERS", 1)
-    monkeypatch.setattr("pipefleet_workers.doctor._installed", lambda module: False)
+    monkeypatch.setattr("pipefleet_workers.fleet.doctor.doctor.RACERS", 1)
+    monkeypatch.setattr("pipefleet_workers.fleet.doctor.doctor._installed", lambda module: False)
     if revised:
         redis.hset(broker.REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": "/old", "revision": None, "at": 1.0}))
         redis.lpush(OLD_QUEUE, "{}")

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import InputError, UsageError
-from pipefleet_workers.simulation import command, report
-from pipefleet_workers.simulation.bound import clairvoyant_cost, taut_string
-from pipefleet_workers.simulation.pool import Result
-from pipefleet_workers.simulation.run import BOUND, POLICIES, Scenario, compare, run_pool
-from pipefleet_workers.simulation.traffic import DAY, Traffic, arrivals
-from pipefleet_workers.simulation.workers import Hardware
+from pipefleet_workers.fleet.simulation import command, report
+from pipefleet_workers.fleet.simulation.bound import clairvoyant_cost, taut_string
+from pipefleet_workers.fleet.simulation.pool import Result
+from pipefleet_workers.fleet.simulation.run import BOUND, POLICIES, Scenario, compare, run_pool
+from pipefleet_workers.fleet.simulation.traffic import DAY, Traffic, arrivals
+from pipefleet_workers.fleet.simulation.workers import Hardware
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "autoscaling.md"
 ROUGH = Hardware(spot_loss=1.0, hard=0.5, redelivery=900.0)

@@ -22,8 +22,8 @@ from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.revisions import forget_revisions
 from pipefleet.fleet.routing import announcement, queue_name, work_queue
 from pipefleet.queues import broker, dead_letters
-from pipefleet_workers.checks import clocks
 from pipefleet_workers.consume.jobs import Jobs
+from pipefleet_workers.fleet.doctor.checks import clocks
 from pipefleet_workers.items import Outcome, Work
 from tests.unit.shard_worker import ShardWorker, read
 from tests.unit.test_producer_jobs import TEXTS

@@ -17,7 +17,7 @@ import pytest
 from pipefleet.client import Client
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.queues import broker, trace_context
-from pipefleet_workers.telemetry import laid_out
+from pipefleet_workers.observe.opentelemetry import laid_out
 from tests.checkpoints import cached
 from tests.servers import until
 

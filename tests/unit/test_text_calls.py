@@ -15,9 +15,9 @@ from pipefleet.pipelines.calls import arguments_of
 from pipefleet.pipelines.fleet_pipeline import FleetPipeline
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, implied_parameters, task_spec
+from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.items import ItemError
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
 
 
 class Echo(FleetPipeline):

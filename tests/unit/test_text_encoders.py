@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipefleet_workers.adapters.fill_mask import MaskFiller
-from pipefleet_workers.adapters.text import TextClassifier, default_function
+from pipefleet_workers.adapters.pipelines.question_answering import _spans, encode
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text.encoder import TextClassifier, default_function
+from pipefleet_workers.adapters.text.fill_mask import MaskFiller
 from pipefleet_workers.items import Assembly, Outcome
-from pipefleet_workers.pipelines.question_answering import _spans, encode
-from pipefleet_workers.runtime import RUNTIME
 from tests.parity.harness import Call, Running, assert_same, load, recording, running
 
 CLASSIFY, FILL, LABEL = "text-classification", "fill-mask", "token-classification"

@@ -9,8 +9,8 @@ from typing import Any
 import pandas
 import pytest
 
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.items import ItemError, Outcome
-from pipefleet_workers.runtime import RUNTIME
 from tests.parity.harness import Call, Running, load, recording, running
 
 TEXT, SUMMARY, TRANSLATION = "text2text-generation", "summarization:bart", "translation:nllb"

@@ -24,11 +24,11 @@ from pipefleet.fleet.revisions import read_backlogs
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.queues import broker
 from pipefleet_workers.facts import WORKERS_KEY
-from pipefleet_workers.parked import Parked, tell_parked
-from pipefleet_workers.scaling.ledger import record_done, record_items
-from pipefleet_workers.scaling.service import Scaler
-from pipefleet_workers.watch.read import PoolRow, Snapshot, WorkerRow, read_fleet
-from pipefleet_workers.watch.view import duration, plain, screen, shortened
+from pipefleet_workers.fleet.local.parked import Parked, tell_parked
+from pipefleet_workers.fleet.scaling.service import Scaler
+from pipefleet_workers.fleet.top.read import PoolRow, Snapshot, WorkerRow, read_fleet
+from pipefleet_workers.fleet.top.view import duration, plain, screen, shortened
+from pipefleet_workers.observe.totals import record_done, record_items
 from tests.servers import Server, programs, until
 
 QUEUE = "pipefleet.text-classification"

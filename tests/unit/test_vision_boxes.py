@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.sam.image_processing_pil_sam import _mask_to_rle, _rle_to_mask
 
-from pipefleet_workers.adapters.boxes import mask_of, non_maximum_suppression
+from pipefleet_workers.adapters.vision.boxes import mask_of, non_maximum_suppression
 from tests.parity.cases.vision import brute_force_nms
 
 _EDGE = st.integers(0, 12)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from pipefleet_workers.adapters.image_features import ImageFeatures, backbone_of
+from pipefleet_workers.adapters.vision.features import ImageFeatures, backbone_of
 from pipefleet_workers.items import ItemError
 from tests.checkpoints.media import image
 from tests.parity.harness import Call, assert_same, load, recording, running

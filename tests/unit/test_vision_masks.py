@@ -14,10 +14,10 @@ import torch
 import transformers as hf
 
 from pipefleet.tasks import TASKS
-from pipefleet_workers.adapters import masks as module
-from pipefleet_workers.adapters.masks import MaskGenerator
+from pipefleet_workers.adapters.vision import masks as module
+from pipefleet_workers.adapters.vision.masks import MaskGenerator
 from pipefleet_workers.items import ItemError
-from pipefleet_workers.warmup import example_units
+from pipefleet_workers.models.warmup import example_units
 from tests.checkpoints.media import image
 from tests.checkpoints.vision import _SAM_MASKS, _SAM_PROMPTS, _SAM_VISION
 from tests.parity.cases.vision import masks

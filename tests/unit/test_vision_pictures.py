@@ -11,11 +11,11 @@ import torch
 import transformers as hf
 
 from pipefleet.tasks import TASKS
-from pipefleet_workers.adapters.pictures import KeypointMatcher, Picture, SizedPictures
-from pipefleet_workers.adapters.video import VideoClassifier
-from pipefleet_workers.runtime import RUNTIME
-from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.warmup import example_units, warm_up
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.vision.sized import KeypointMatcher, Picture, SizedPictures
+from pipefleet_workers.adapters.vision.video import VideoClassifier
+from pipefleet_workers.models.warmup import example_units, warm_up
+from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints import inputs
 from tests.checkpoints.media import frames, image, mp4_bytes
 from tests.parity.harness import Call, assert_same, load, recording, running

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from transformers.pipelines.video_classification import read_video_pyav
 
+from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media.video import Clip
 from tests.checkpoints.media import frames, gif_bytes, mp4_bytes, wav_bytes
 
 COUNT, WIDTH, HEIGHT = 20, 64, 48

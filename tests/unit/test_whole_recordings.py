@@ -11,11 +11,11 @@ import av
 import numpy as np
 import pytest
 
+from pipefleet_workers.inputs.containers import missing_of
+from pipefleet_workers.inputs.declared import SAMPLE
+from pipefleet_workers.inputs.losses import MOST_CHARACTERS, MOST_WARNINGS, note
+from pipefleet_workers.inputs.sound.joined import parts
 from pipefleet_workers.items import ItemError, OutgrownError
-from pipefleet_workers.media.containers import missing_of
-from pipefleet_workers.media.declared import SAMPLE
-from pipefleet_workers.media.joined import parts
-from pipefleet_workers.media.losses import MOST_CHARACTERS, MOST_WARNINGS, note
 from tests.unit.sound_files import RATE, by_ffmpeg, by_libsndfile, case, decode, ffmpeg_read, fill, gain, tone
 
 HIGH = 1000.0

@@ -11,16 +11,16 @@ from PIL import Image
 
 from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
-from pipefleet_workers.adapters import long_texts
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text import long_texts
 from pipefleet_workers.consume.jobs import work_of
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.engine import _bytes_of
+from pipefleet_workers.engine.engine import _bytes_of
+from pipefleet_workers.inputs.declared import CHARACTER
+from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContext, Work
-from pipefleet_workers.media.declared import CHARACTER
-from pipefleet_workers.runtime import RUNTIME
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
 from tests.parity.harness import load
 
 MOST = 3000

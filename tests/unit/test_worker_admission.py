@@ -9,8 +9,8 @@ import pytest
 
 from pipefleet.contract.messages import JobItem
 from pipefleet.contract.records import JobFailure
-from pipefleet_workers.admission import Budget
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine.budget import Budget
 from pipefleet_workers.items import JobContext, Outcome, Work
 
 SECONDS = 30.0

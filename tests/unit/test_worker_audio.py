@@ -18,9 +18,9 @@ import soundfile
 from numpy.typing import NDArray
 
 from pipefleet.inputs.uploads import RAW_AUDIO
+from pipefleet_workers.inputs.sound.recordings import Samples, decode_audio
+from pipefleet_workers.inputs.sound.tracks import sound_frame
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media.audio import Samples, decode_audio
-from pipefleet_workers.media.tracks import sound_frame
 
 RATE = 16_000
 TONE = 440.0

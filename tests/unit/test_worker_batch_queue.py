@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 from pipefleet.contract.messages import JobItem
-from pipefleet_workers.batch_queue import BatchQueue
-from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine.batch_queue import BatchQueue
+from pipefleet_workers.engine.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
 
 SECONDS = 30.0

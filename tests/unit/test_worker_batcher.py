@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipefleet.contract.messages import JobItem
-from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
 
 KEYS = ("short labels", ("nested", 1), ("nested", 2))

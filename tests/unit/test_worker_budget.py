@@ -12,9 +12,9 @@ import pytest
 from pipefleet.contract.messages import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
 from pipefleet.errors import ContractError, ServiceUnavailableError
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.adapters.text import TextClassifier
+from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume import shards
-from pipefleet_workers.consume.delivery import DrainedError
+from pipefleet_workers.consume.held import DrainedError
 from pipefleet_workers.consume.jobs import UNKNOWN_BYTES, Jobs
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.items import Assembly, Decoded, Fetched, ItemError, Outcome, Unit

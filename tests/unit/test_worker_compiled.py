@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pipefleet.errors import FleetFileError, UsageError
 from pipefleet.fleet.pools import Pool, parse_fleet
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.text import TextClassifier
-from pipefleet_workers.buckets import SHORTEST, rounded_length
-from pipefleet_workers.compiled import compile_forward, require_compilable
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text.buckets import SHORTEST, rounded_length
+from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.items import Unit
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.models.compiled import compile_forward, require_compilable
 from tests.checkpoints.media import image
 from tests.parity.harness import Call, assert_same, load, recording, running
 

@@ -9,9 +9,9 @@ import pytest
 from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
 
 
 def decode(task: str, value: Any, *, max_text_bytes: int = 1000) -> Any:

@@ -7,13 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 from pipefleet.contract.messages import JobItem
-from pipefleet_workers.batch_queue import BatchQueue
-from pipefleet_workers.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.device import Device, Instruments
+from pipefleet_workers.engine.batch_queue import BatchQueue
+from pipefleet_workers.engine.batcher import BatchLimits, MicroBatcher
+from pipefleet_workers.engine.device import Device, Instruments
 from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.watchdog import Watchdog
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.process.watchdog import Watchdog
 
 DEADLINE = 30.0
 MEETING_SECONDS = 1.0

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipefleet.contract.messages import JobItem
-from pipefleet_workers.adapters import device_images
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.device_images import LARGEST, DevicePictures, Pixels, Plan, on_device
-from pipefleet_workers.adapters.image_features import ImageFeatures
+from pipefleet_workers.adapters.vision import on_device as device_images
+from pipefleet_workers.adapters.vision.features import ImageFeatures
+from pipefleet_workers.adapters.vision.on_device import LARGEST, DevicePictures, Pixels, Plan, on_device
+from pipefleet_workers.adapters.vision.resample import FILTERS, MOST_TAPS, resize, vertical_first
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine.transfer import Transfer
 from pipefleet_workers.items import Decoded, JobContext, Unit, Work
-from pipefleet_workers.media.resample import FILTERS, MOST_TAPS, resize, vertical_first
-from pipefleet_workers.transfer import Transfer
 from tests.parity.harness import Call, assert_same, load, running
 from tests.unit.test_worker_transfer import FakeLink
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from pipefleet.contract.records import JobFailure
-from pipefleet_workers.adapters.text import FeatureExtractor, TextClassifier
-from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.adapters.text.encoder import FeatureExtractor, TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.engine.forward import Forward
 from pipefleet_workers.items import Assembly, Batch, Outcome, Unit
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.forward import Forward
 from tests.parity.harness import SECONDS, Call, assert_same, finished, load, recording, running, wait_until
 
 TASK = "text-classification"

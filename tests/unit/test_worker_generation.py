@@ -16,12 +16,21 @@ from pipefleet.inputs.prepare import InputPreparer
 from pipefleet.pipelines.fleet_pipeline import FleetPipeline
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, task_spec
-from pipefleet_workers.adapters.generate import TextGenerator
+from pipefleet_workers.adapters.writing.generate import TextGenerator
+from pipefleet_workers.adapters.writing.rows import (
+    Row,
+    RowPenalty,
+    RowSampler,
+    RowStops,
+    Sampling,
+    default_seed,
+    gumbel,
+    row_seed,
+)
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.generation import Row, RowPenalty, RowSampler, RowStops, Sampling, default_seed, gumbel, row_seed
+from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContext, Unit, Work
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
 from tests.parity.harness import load
 
 TASK = "text-generation"

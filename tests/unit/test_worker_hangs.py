@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.text import TextClassifier
-from pipefleet_workers.batcher import BatchLimits
-from pipefleet_workers.exits import HUNG_FORWARD, HUNG_STAGE
+from pipefleet_workers.adapters.text.encoder import TextClassifier
+from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
-from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.process.exit_codes import HUNG_FORWARD, HUNG_STAGE
+from pipefleet_workers.process.watchdog import LOOKS
+from pipefleet_workers.results import lines
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages import write
-from pipefleet_workers.watchdog import LOOKS
+from pipefleet_workers.storage.store import WorkerStore
 from tests.parity.harness import SECONDS, Call, finished, load, recording, running, wait_until
 
 TASK = "text-classification"
@@ -130,13 +130,13 @@ class Nowhere(WorkerStore):
 def test_an_encoder_of_artifacts_that_loops_ends_the_process_by_name(
     pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends, encode = Ends(), write._content
+    ends, encode = Ends(), lines._content
     adapter, settings = recording(Large, pipe), WorkerSettings(**SETTINGS, store_threads=1)
     store = Nowhere(ends.go)
     store.go.set()
-    monkeypatch.setattr(write, "_content", lambda artifact: (ends.hang("hang"), encode(artifact))[1])
+    monkeypatch.setattr(lines, "_content", lambda artifact: (ends.hang("hang"), encode(artifact))[1])
     ends.go = threading.Event()
-    results = write.ResultWriter(store, "s3://bucket")
+    results = lines.ResultWriter(store, "s3://bucket")
     with running(adapter, TASK, settings=settings, results=results, on_fatal=ends) as engine:
         finished(engine.submit([Call("text")], id="large")[1])
     assert ends.said == [(HUNG_STAGE, "stage store has not ended item 0 of job large within 2 s")]
@@ -145,7 +145,7 @@ def test_an_encoder_of_artifacts_that_loops_ends_the_process_by_name(
 def test_a_store_that_takes_its_time_is_not_hung(pipe: Any) -> None:
     ends = Ends()
     store, settings = Nowhere(threading.Event()), WorkerSettings(**SETTINGS, store_threads=1)
-    results = write.ResultWriter(store, "s3://bucket")
+    results = lines.ResultWriter(store, "s3://bucket")
     with running(recording(Large, pipe), TASK, settings=settings, results=results, on_fatal=ends) as engine:
         sink = engine.submit([Call("text")])[1]
         assert store.asked.wait(SECONDS)

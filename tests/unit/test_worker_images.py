@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
+from pipefleet_workers.inputs.pictures.pictures import decode_image
 from pipefleet_workers.items import Blob, ItemError
-from pipefleet_workers.media.images import decode_image
 
 WIDTH, HEIGHT = 97, 61
 ORIENTATION = 0x112

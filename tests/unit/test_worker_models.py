@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from pipefleet.errors import ObjectChangedError, UsageError
 from pipefleet.fleet.pools import Pool
 from pipefleet.storage.store import ListedObject, ObjectStore
-from pipefleet_workers import model_cache
-from pipefleet_workers.model_cache import ModelError, downloaded_model
-from pipefleet_workers.models import load_pipeline, require_folder
+from pipefleet_workers.models import cache as model_cache
+from pipefleet_workers.models.cache import ModelError, downloaded_model
+from pipefleet_workers.models.load import load_pipeline, require_folder
 from tests.checkpoints import build, cached
 from tests.checkpoints.text import llama_config
 from tests.checkpoints.vocabularies import chat_tokenizer
@@ -309,7 +309,7 @@ def test_loading_takes_no_second_copy_and_offloading_stays_below_its_bound(large
 LOAD = """
 import json, os, sys
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.models import load_pipeline
+from pipefleet_workers.models.load import load_pipeline
 for line in sys.stdin:
     case = json.loads(line)
     os.environ.pop("HF_TOKEN", None)

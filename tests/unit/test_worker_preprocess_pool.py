@@ -21,23 +21,23 @@ from pipefleet.contract.messages import JobItem
 from pipefleet.errors import UsageError
 from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
-from pipefleet_workers import preprocess_child, preprocess_pool
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.text import TextClassifier
-from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.device import Instruments
-from pipefleet_workers.engine import Engine, Stages
+from pipefleet_workers.engine import process, processes
+from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.engine.device import Instruments
+from pipefleet_workers.engine.engine import Engine, Stages
+from pipefleet_workers.engine.process import SHARED, Answer, discard, packed, unpacked
+from pipefleet_workers.engine.processes import PreprocessPool, _units
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Fetched, ItemError, JobContext, Work
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.models import load_pipeline
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.preprocess_child import SHARED, Answer, discard, packed, unpacked
-from pipefleet_workers.preprocess_pool import PreprocessPool, _units
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.models.load import load_pipeline
+from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher
+from pipefleet_workers.storage.store import WorkerStore
 from tests.checkpoints.media import image
 from tests.parity.half import in_dtype
 from tests.parity.harness import Call, assert_same, load, on_the_wire
@@ -138,7 +138,7 @@ def test_large_arrays_come_back_through_memory_that_is_given_back() -> None:
     small = {"a": torch.ones(SHARED // 8)}
     assert torch.equal(unpacked(packed(small, name), name)["a"], small["a"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess_child, "_has_room", lambda size: False)
+        patch.setattr(process, "_has_room", lambda size: False)
         assert torch.equal(unpacked(packed(value, name), name)["a"], value["a"])
     packed(value, name)
     discard(name)
@@ -197,7 +197,7 @@ def test_a_task_that_needs_its_model_is_refused_in_one_sentence() -> None:
 
 
 def test_a_process_that_cannot_start_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess_pool, "serve", os._exit)
+    monkeypatch.setattr(processes, "serve", os._exit)
     pool = pool_of(TEXTS, TextClassifier(load(TEXTS)))
     with pytest.raises(UsageError, match="cannot start"):
         pool.start()
@@ -287,5 +287,5 @@ def test_warnings_come_back_with_the_units_or_the_failure() -> None:
 def test_a_child_makes_inputs_in_the_dtype_of_the_model(dtype: str, tmp_path: Path) -> None:
     folder = in_dtype("image-classification", dtype, tmp_path / "model")
     pipe = load_pipeline(Pool("pictures", "image-classification", str(folder), device="cpu"))
-    recipe = preprocess_child.Recipe.of("image-classification", Adapter(pipe), WorkerSettings())
+    recipe = process.Recipe.of("image-classification", Adapter(pipe), WorkerSettings())
     assert recipe.adapter().pipe.dtype == getattr(torch, dtype)

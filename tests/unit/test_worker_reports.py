@@ -19,9 +19,9 @@ from pipefleet.settings import Settings
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.ending import Ending
 from pipefleet_workers.items import Encoded, JobContext, Outcome, Work
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.reports import Reporter
-from pipefleet_workers.stages.records import STORED_AT_ONCE
+from pipefleet_workers.results.records import STORED_AT_ONCE
+from pipefleet_workers.results.reports import Reporter
+from pipefleet_workers.storage.store import WorkerStore
 from tests.unit.conftest import eventually
 
 TASK = "text-classification"

@@ -11,16 +11,16 @@ import pytest
 
 from pipefleet.contract.messages import JobItem, JobMessage
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.adapters.text import TextClassifier
-from pipefleet_workers.batcher import BatchLimits
-from pipefleet_workers.consume.delivery import DrainedError
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text.encoder import TextClassifier
+from pipefleet_workers.consume.held import DrainedError
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.items import Decoded, ItemError, Unit
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.runtime import RUNTIME
-from pipefleet_workers.scaling.ledger import WorkCount
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.observe.totals import WorkCount
 from pipefleet_workers.settings import WorkerSettings
 from tests.parity.harness import Call, assert_same, load, recording, running, wait_until
 

@@ -21,13 +21,13 @@ from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Shard
 from pipefleet.contract.references import StorageRef
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
-from pipefleet_workers.adapters.text import TextClassifier
-from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.adapters.text.encoder import TextClassifier
+from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.items import Assembly, Encoded, Outcome, Unit
-from pipefleet_workers.objects import WorkerStore
+from pipefleet_workers.results.artifacts import INLINE_NUMBERS, Audio
+from pipefleet_workers.results.lines import ResultWriter
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.stages.artifacts import INLINE_NUMBERS, Audio
-from pipefleet_workers.stages.write import ResultWriter
+from pipefleet_workers.storage.store import WorkerStore
 from tests.parity.harness import SECONDS, Call, Running, finished, load, recording, running, wait_until
 
 TASK = "text-classification"

@@ -13,8 +13,8 @@ from redis import Redis
 from pipefleet.client import Client
 from pipefleet.connection.clock import ServerClock
 from pipefleet.queues import broker
+from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.tracing import Tracer
 from pipefleet_workers.worker import Worker
 from tests.unit.conftest import eventually
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from pipefleet.contract.messages import JobItem
-from pipefleet_workers.adapters.text import TextClassifier
-from pipefleet_workers.batch_queue import BatchQueue
-from pipefleet_workers.batcher import BatchLimits, MicroBatcher
+from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.device import Device, Instruments
+from pipefleet_workers.engine.batch_queue import BatchQueue
+from pipefleet_workers.engine.batcher import BatchLimits, MicroBatcher
+from pipefleet_workers.engine.device import Device, Instruments
+from pipefleet_workers.engine.forward import Forward
+from pipefleet_workers.engine.transfer import Staged, Transfer, map_tensors
 from pipefleet_workers.items import Assembly, Batch, Decoded, JobContext, Unit, Work
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.stages.forward import Forward
-from pipefleet_workers.transfer import Staged, Transfer, map_tensors
-from pipefleet_workers.watchdog import Watchdog
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.process.watchdog import Watchdog
 from tests.parity.harness import SECONDS, assert_same, load
 
 Pair = namedtuple("Pair", "left right")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pipefleet.tasks import TASKS
-from pipefleet_workers.adapters.text import TextClassifier
+from pipefleet_workers.adapters.table import RUNTIME
+from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.items import Unit
-from pipefleet_workers.runtime import RUNTIME
-from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.warmup import example_units, warm_up
+from pipefleet_workers.models.warmup import example_units, warm_up
+from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.parity.harness import load
 
 TASK = "text-classification"

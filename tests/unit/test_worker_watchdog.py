@@ -13,11 +13,11 @@ import pytest
 from pipefleet.contract.messages import JobItem
 from pipefleet.errors import UsageError
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.exits import HUNG_FORWARD, HUNG_STAGE
+from pipefleet_workers.engine.simulated import ServiceTime
 from pipefleet_workers.items import JobContext, Work
-from pipefleet_workers.service_fit import ServiceFit
-from pipefleet_workers.simulated import ServiceTime
-from pipefleet_workers.watchdog import LOOKS, Watchdog, listen, waiting, working_on
+from pipefleet_workers.observe.service_fit import ServiceFit
+from pipefleet_workers.process.exit_codes import HUNG_FORWARD, HUNG_STAGE
+from pipefleet_workers.process.watchdog import LOOKS, Watchdog, listen, waiting, working_on
 
 DEADLINE = 30.0
 SECONDS = 100.0

@@ -21,8 +21,8 @@ from pipefleet.errors import ServiceUnavailableError
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Encoded, ItemError, JobContext, Outcome, Work
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.stages.write import PartWriter, dumps
+from pipefleet_workers.results.lines import PartWriter, dumps
+from pipefleet_workers.storage.store import WorkerStore
 
 
 @dataclass

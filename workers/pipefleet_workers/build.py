@@ -23,8 +23,7 @@ from pipefleet.queues import broker, dead_letters
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
-from pipefleet_workers.acceleration import accelerated
-from pipefleet_workers.batcher import BatchLimits
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.consume.burials import Burials
 from pipefleet_workers.consume.consumer import Consumer, Limits
 from pipefleet_workers.consume.elsewhere import Elsewhere
@@ -34,26 +33,27 @@ from pipefleet_workers.consume.places import Others, Places
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.suspects import Journal, Suspects
 from pipefleet_workers.consume.tally import Tally
-from pipefleet_workers.device import Instruments
-from pipefleet_workers.engine import Engine, Stages
+from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.engine.device import Instruments
+from pipefleet_workers.engine.engine import Engine, Stages
+from pipefleet_workers.engine.processes import PreprocessPool
+from pipefleet_workers.engine.simulated import ServiceTime, SimulatedDevice
 from pipefleet_workers.facts import Facts
-from pipefleet_workers.gpu_metrics import visible_gpus, watch_gpus
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.models import load_pipeline
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.precision import how_loaded
-from pipefleet_workers.preprocess_pool import PreprocessPool
-from pipefleet_workers.pulse import Pulse
-from pipefleet_workers.reports import Reporter
-from pipefleet_workers.runtime import RUNTIME
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
+from pipefleet_workers.models.acceleration import accelerated
+from pipefleet_workers.models.load import load_pipeline
+from pipefleet_workers.models.precision import how_loaded
+from pipefleet_workers.models.warmup import WarmUp, warm_up
+from pipefleet_workers.observe.gpus import visible_gpus, watch_gpus
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.observe.pulse import Pulse
+from pipefleet_workers.observe.stage_trace import Tracer
+from pipefleet_workers.results.lines import PartWriter, ResultWriter
+from pipefleet_workers.results.reports import Reporter
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.simulated import ServiceTime, SimulatedDevice
-from pipefleet_workers.stages.decode import Decoder
-from pipefleet_workers.stages.fetch import Fetcher
-from pipefleet_workers.stages.write import PartWriter, ResultWriter
-from pipefleet_workers.tracing import Tracer
-from pipefleet_workers.uri_gate import allowed_prefixes
-from pipefleet_workers.warmup import WarmUp, warm_up
+from pipefleet_workers.storage.gate import allowed_prefixes
+from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 MOST_NAME = 100

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import Commands, command, print_json, print_line
 from pipefleet.errors import UsageError
-from pipefleet_workers import logs
-from pipefleet_workers.render import cli as render
-from pipefleet_workers.scaling import command as scaler
-from pipefleet_workers.simulation import command as simulation
-from pipefleet_workers.watch import command as watch
+from pipefleet_workers.fleet.render import command as render
+from pipefleet_workers.fleet.scaling import command as scaler
+from pipefleet_workers.fleet.simulation import command as simulation
+from pipefleet_workers.fleet.top import command as watch
+from pipefleet_workers.observe import logs
 
 if TYPE_CHECKING:
     from pipefleet.fleet.pools import Fleet, Pool
-    from pipefleet_workers.local import Stack
-    from pipefleet_workers.local.fleet_file import WatchedFile
+    from pipefleet_workers.fleet.local import Stack
+    from pipefleet_workers.fleet.local.fleet_file import WatchedFile
 
 DEFAULT_DATA = Path(".pipefleet")
 UP = """\
@@ -131,7 +131,7 @@ def worker(arguments: argparse.Namespace) -> int:
 def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
     from pipefleet.settings import load_settings
-    from pipefleet_workers.local.fleet_file import WatchedFile
+    from pipefleet_workers.fleet.local.fleet_file import WatchedFile
 
     path = arguments.fleet or load_settings().fleet_path
     if path is None:
@@ -163,7 +163,7 @@ def up(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print every check; 1 when one of them failed."""
-    from pipefleet_workers.doctor import adopt_store, run_checks
+    from pipefleet_workers.fleet.doctor.doctor import adopt_store, run_checks
 
     if arguments.adopt_store:
         print(adopt_store(), file=sys.stderr)
@@ -178,15 +178,15 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Run the demonstration; on a terminal the fleet stays up until Ctrl-C."""
-    from pipefleet_workers.demo.run import run_demo
+    from pipefleet_workers.fleet.demo.run import run_demo
 
     return run_demo(arguments.data, stay=sys.stdout.isatty())
 
 
 def _stack(arguments: argparse.Namespace, file: WatchedFile) -> Stack:
-    from pipefleet_workers.local import Stack
-    from pipefleet_workers.local.autoscale import Pace
-    from pipefleet_workers.local.workers import worker_command
+    from pipefleet_workers.fleet.local import Stack
+    from pipefleet_workers.fleet.local.autoscale import Pace
+    from pipefleet_workers.fleet.local.workers import worker_command
 
     command = functools.partial(worker_command, allow_unpinned=arguments.allow_unpinned)
     stack = Stack(arguments.data, flower=not arguments.no_flower, worker_command=command)

@@ -14,15 +14,15 @@ from pipefleet.contract.parts import writable_formats
 from pipefleet.fleet.announcements import WORKERS_KEY, announce_worker, announced_workers
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import revision_queue
-from pipefleet_workers.batcher import BatchLimits
-from pipefleet_workers.scaling.ledger import ITEM_COUNTS, record_items
+from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.observe.totals import ITEM_COUNTS, record_items
 
 if TYPE_CHECKING:
     from pipefleet_workers.consume.health import Health
     from pipefleet_workers.consume.places import Places
-    from pipefleet_workers.device import Instruments
-    from pipefleet_workers.pulse import Beat, Pulse
-    from pipefleet_workers.warmup import WarmUp
+    from pipefleet_workers.engine.device import Instruments
+    from pipefleet_workers.models.warmup import WarmUp
+    from pipefleet_workers.observe.pulse import Beat, Pulse
 
 __all__ = ["WORKERS_KEY", "Facts", "announced_workers"]
 

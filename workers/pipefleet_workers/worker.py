@@ -21,7 +21,7 @@ from pipefleet.fleet.routing import announcement, queue_name, revision_queue
 from pipefleet.queues import broker, dead_letters
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers import logs, telemetry
+from pipefleet_workers.observe import logs, opentelemetry
 from pipefleet_workers.redis_start import connect_patiently
 from pipefleet_workers.settings import WorkerSettings
 
@@ -101,7 +101,7 @@ class Worker:
         built.consumer.start()
         # Who is refused should say so before the first job; a store that hangs must not keep the others waiting.
         threading.Thread(target=built.consumer.health.check, daemon=True).start()
-        telemetry.start(self._pool.name, self.name)
+        opentelemetry.start(self._pool.name, self.name)
         redis = connect_patiently(self._settings, self._worker_settings)  # loading a model takes long
         with broker.redis_errors(self._settings.redis_url):
             forget_revisions(redis)
@@ -124,7 +124,7 @@ class Worker:
         worker.start()
         announcer.join(timeout=1.0)  # or it could announce this worker once more
         self._withdraw(built.facts)
-        telemetry.stop()
+        opentelemetry.stop()
         if self._refused is not None:
             raise self._refused
         return int(worker.exitcode or 0)

@@ -1,6 +1,6 @@
 """The producer's half of the task table: what each task takes, allows and returns. `TASKS` is the whole of it.
 
-A task is one row in a module here and one row in `pipefleet_workers.runtime`; a test holds the two key sets equal.
+A task is one row in a module here and one row in `pipefleet_workers.adapters.table`; a test holds the two key sets equal.
 """
 
 from __future__ import annotations

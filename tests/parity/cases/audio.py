@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipefleet_workers.adapters.zero_shot_audio import content_seed
+from pipefleet_workers.adapters.audio.zero_shot import content_seed
 from tests.checkpoints.media import audio
 from tests.parity.cases.case import Case, direct
 from tests.parity.harness import Call

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipefleet.tasks.generation import GENERATION
-from pipefleet_workers.generation_parameters import generation_of
+from pipefleet_workers.adapters.writing.parameters import generation_of
 from tests.checkpoints import CHECKPOINTS
 from tests.checkpoints.inputs import GREEDY
 from tests.checkpoints.media import image

@@ -18,8 +18,8 @@ from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.delivery.leases import Lease, Settlement
 from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome, Work
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.scaling.ledger import WorkCount
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.observe.totals import WorkCount
 from tests.unit.conftest import eventually
 
 TASK = "text-classification"

@@ -12,12 +12,12 @@ from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.errors import AccessDeniedError, ObjectRefusedError, PipefleetError, ServiceUnavailableError
 from pipefleet.fleet.announcements import MOST_PLACES, announce_worker
 from pipefleet.storage.store import renewals
-from pipefleet_workers.checks import access_of_workers
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.places import ASK_SECONDS, NOTED_SECONDS, PASS_ON_SECONDS, Others, Places
 from pipefleet_workers.delivery.leases import GivenBack
 from pipefleet_workers.ending import Ending
-from pipefleet_workers.objects import BarredError, RefusedHereError
+from pipefleet_workers.fleet.doctor.checks import access_of_workers
+from pipefleet_workers.storage.store import BarredError, RefusedHereError
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import BARRED, Bench, FakeDelivery, FakeShards, shard, single
 

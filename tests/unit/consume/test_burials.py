@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipefleet.client import Client
-from pipefleet_workers.metrics import Totals
+from pipefleet_workers.observe.metrics import Totals
 from tests.unit.conftest import eventually
 from tests.unit.shard_worker import ShardWorker
 

@@ -11,7 +11,7 @@ from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
 from pipefleet_workers.consume.consumer import _job_of
-from pipefleet_workers.consume.delivery import DrainedError
+from pipefleet_workers.consume.held import DrainedError
 from pipefleet_workers.ending import Ending
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import AWAY, Bench, FakeDelivery, FakeShards, shard, single

@@ -8,11 +8,11 @@ import pytest
 
 from pipefleet.contract.messages import JobItem, JobMessage
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.consume.delivery import DrainedError, RevokedError
+from pipefleet_workers.consume.held import DrainedError, RevokedError
 from pipefleet_workers.consume.jobs import UNKNOWN_BYTES, Jobs, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext
-from pipefleet_workers.sizes import NUMBER
+from pipefleet_workers.process.sizes import NUMBER
 from tests.unit.consume.fakes import TASK, FakeEngine, shard, single
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from pipefleet.contract.messages import JobMessage, JobState
-from pipefleet_workers.consume.delivery import RevokedError
+from pipefleet_workers.consume.held import RevokedError
 from pipefleet_workers.ending import REVOKED, Ending
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import Bench, FakeDelivery, FakeShards, shard, single

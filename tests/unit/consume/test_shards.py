@@ -19,17 +19,17 @@ from pipefleet.fleet.pools import Pool
 from pipefleet.queues import broker
 from pipefleet.runs.run import Run
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.consume.delivery import RevokedError
+from pipefleet_workers.consume.held import RevokedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.ending import SHARD_CANCELLED, Ending, before
 from pipefleet_workers.items import Outcome, Work
-from pipefleet_workers.metrics import Metrics, Totals
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.reports import Reporter
-from pipefleet_workers.scaling.ledger import WorkCount
-from pipefleet_workers.stages.write import PartWriter
+from pipefleet_workers.observe.metrics import Metrics, Totals
+from pipefleet_workers.observe.totals import WorkCount
+from pipefleet_workers.results.lines import PartWriter
+from pipefleet_workers.results.reports import Reporter
+from pipefleet_workers.storage.store import WorkerStore
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import TASK, FakeEngine
 

@@ -13,7 +13,7 @@ from pipefleet.contract.messages import JobItem, JobMessage, JobState, Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError, ServiceUnavailableError
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.consume.delivery import RevokedError
+from pipefleet_workers.consume.held import RevokedError
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.shards import Contents

@@ -13,9 +13,9 @@ from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.ending import LOST, Ending, before, shard_ending, single_ending
 from pipefleet_workers.items import JobContext, Outcome, Work
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.pulse import Pulse
-from pipefleet_workers.scaling.ledger import Items, WorkCount, read_done, read_items, record_items
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.observe.pulse import Pulse
+from pipefleet_workers.observe.totals import Items, WorkCount, read_done, read_items, record_items
 from tests.unit.consume.fakes import FakeClock, single
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipefleet_workers.adapters.long_texts import LongTexts
-from pipefleet_workers.adapters.whole_pictures import require_pixels
-from pipefleet_workers.adapters.whole_texts import guard
-from pipefleet_workers.arguments import STAGE, ArgumentParser, Arguments
+from pipefleet_workers.adapters.arguments import STAGE, ArgumentParser, Arguments
+from pipefleet_workers.adapters.text.long_texts import LongTexts
+from pipefleet_workers.adapters.text.whole_texts import guard
+from pipefleet_workers.adapters.vision.whole_pictures import require_pixels
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+from pipefleet_workers.process.watchdog import working_on
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.watchdog import working_on
 
 _PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
 _OWN_PARAMETERS = ("pooling", "normalize", "strict_media")

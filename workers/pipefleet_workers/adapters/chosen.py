@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pipefleet_workers.adapters.arguments import Arguments
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.arguments import Arguments
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 

@@ -25,8 +25,8 @@ from pipefleet.runs.planner import read_plan
 from pipefleet.runs.refusals import Noted, Refusals, note
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.reports import Reporter
-from pipefleet_workers.uri_gate import UriGate
+from pipefleet_workers.results.reports import Reporter
+from pipefleet_workers.storage.gate import UriGate
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0

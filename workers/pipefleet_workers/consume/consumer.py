@@ -43,9 +43,9 @@ from pipefleet.errors import (
 )
 from pipefleet.patience import pause
 from pipefleet.queues.dead_letters import KILLED
-from pipefleet_workers.consume.delivery import Delivery, DrainedError, RevokedError
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.health import Health
+from pipefleet_workers.consume.held import Delivery, DrainedError, RevokedError
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.later import Later
 from pipefleet_workers.consume.places import PASS_ON_SECONDS, Places
@@ -56,9 +56,9 @@ from pipefleet_workers.consume.suspects import Suspects
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.ending import REVOKED, Ending
-from pipefleet_workers.logs import log_context
-from pipefleet_workers.objects import BarredError, RefusedHereError
-from pipefleet_workers.reports import Reporter
+from pipefleet_workers.observe.logs import log_context
+from pipefleet_workers.results.reports import Reporter
+from pipefleet_workers.storage.store import BarredError, RefusedHereError
 
 log = logging.getLogger(__name__)
 GATHER_SECONDS = 0.05

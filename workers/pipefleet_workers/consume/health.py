@@ -17,7 +17,7 @@ from pipefleet.errors import AccessDeniedError, PipefleetError, ServiceUnavailab
 from pipefleet.patience import pause
 from pipefleet.printable import printable
 from pipefleet.storage.store import renew_credentials, renewals
-from pipefleet_workers.objects import BarredError
+from pipefleet_workers.storage.store import BarredError
 
 log = logging.getLogger(__name__)
 FIRST, LONGEST = 0.5, 15.0

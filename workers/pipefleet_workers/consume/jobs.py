@@ -19,15 +19,15 @@ from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TaskSpec, task_spec
 from pipefleet.tasks.parameters import layered
 from pipefleet_workers.adapters.base import brief
-from pipefleet_workers.consume.delivery import RevokedError
 from pipefleet_workers.consume.elsewhere import Elsewhere
-from pipefleet_workers.engine import Engine
+from pipefleet_workers.consume.held import RevokedError
+from pipefleet_workers.engine.engine import Engine
 from pipefleet_workers.items import JobContext, Outcome, Sink, Work
-from pipefleet_workers.objects import WorkerStore
-from pipefleet_workers.reports import Reporter
-from pipefleet_workers.sizes import bytes_of, text_bytes
-from pipefleet_workers.stages.write import PartWriter
-from pipefleet_workers.uri_gate import UriGate
+from pipefleet_workers.process.sizes import bytes_of, text_bytes
+from pipefleet_workers.results.lines import PartWriter
+from pipefleet_workers.results.reports import Reporter
+from pipefleet_workers.storage.gate import UriGate
+from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 UNKNOWN_BYTES = 1 << 20

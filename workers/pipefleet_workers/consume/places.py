@@ -12,7 +12,7 @@ from pipefleet.contract.references import split_uri
 from pipefleet.fleet.announcements import MOST_PLACES, announced_workers, refused_places
 from pipefleet.queues import broker
 from pipefleet.settings import Settings
-from pipefleet_workers.objects import RefusedHereError
+from pipefleet_workers.storage.store import RefusedHereError
 
 NOTED_SECONDS = 120.0
 """How long a refusal is told; longer than the longest pause before the next try."""

@@ -19,11 +19,11 @@ from typing import Protocol
 from pipefleet.contract.messages import JobMessage, JobState, decode_message
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError, PipefleetError
-from pipefleet_workers.consume.delivery import Delivery, RevokedError
 from pipefleet_workers.consume.health import Health
+from pipefleet_workers.consume.held import Delivery, RevokedError
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.ending import REVOKED, Ending
-from pipefleet_workers.reports import Reporter
+from pipefleet_workers.results.reports import Reporter
 
 log = logging.getLogger(__name__)
 FAILURE = JobFailure("cancelled", REVOKED, "consume")

@@ -16,7 +16,7 @@ from pipefleet.contract.references import StorageRef
 from pipefleet.contract.uris import shown
 from pipefleet.errors import ContractError, InputError, ObjectMissingError
 from pipefleet.queues.dead_letters import FOREIGN
-from pipefleet_workers.objects import ObjectTooLargeError, WorkerStore
+from pipefleet_workers.storage.store import ObjectTooLargeError, WorkerStore
 
 MAX_PLAN_BYTES = 1 << 20
 """Most bytes of a plan: it holds the parameters of a message, and little else."""

@@ -19,15 +19,15 @@ from pipefleet.contract.uris import shown
 from pipefleet.errors import ContractError, ObjectMissingError, RunError
 from pipefleet.runs.finishing import write_failed_rows
 from pipefleet.runs.planner import read_plan
-from pipefleet_workers.consume.delivery import DrainedError
+from pipefleet_workers.consume.held import DrainedError
 from pipefleet_workers.consume.jobs import Jobs, Outlets, work_of
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.consume.run_plans import RunPlans
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.ending import SHARD_CANCELLED, Ending, before, shard_ending
 from pipefleet_workers.items import JobContext, Outcome, Work
-from pipefleet_workers.objects import ObjectTooLargeError
-from pipefleet_workers.uri_gate import UriGate
+from pipefleet_workers.storage.gate import UriGate
+from pipefleet_workers.storage.store import ObjectTooLargeError
 
 PROGRESS_SECONDS = 0.25
 ADMITTED_AT_ONCE = 128

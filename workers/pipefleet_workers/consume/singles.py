@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.errors import ServiceUnavailableError
-from pipefleet_workers import telemetry
-from pipefleet_workers.consume.delivery import Delivery, DrainedError
 from pipefleet_workers.consume.gate import Gate
+from pipefleet_workers.consume.held import Delivery, DrainedError
 from pipefleet_workers.consume.jobs import Jobs, work_of
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.ending import LOST, Ending, before
 from pipefleet_workers.items import JobContext, Outcome, Work
-from pipefleet_workers.reports import Reporter
+from pipefleet_workers.observe import opentelemetry
+from pipefleet_workers.results.reports import Reporter
 
 log = logging.getLogger(__name__)
 TOGETHER = 128
@@ -173,7 +173,7 @@ class Singles:
         for (single, outcome), ending in zip(finished, self._reporter.finish_many(ends), strict=True):
             if isinstance(ending, Ending):
                 self._tally.single(ending)
-                telemetry.job_ended(single.delivery, single.message, outcome)
+                opentelemetry.job_ended(single.delivery, single.message, outcome)
             self._leave(single, ending)
 
     def _leave(self, single: Single, end: Ending | Exception) -> None:

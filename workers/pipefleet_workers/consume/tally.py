@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.contract.records import JobFailure
-from pipefleet_workers.consume.delivery import Delivery
+from pipefleet_workers.consume.held import Delivery
 from pipefleet_workers.ending import Ending
 from pipefleet_workers.items import Outcome
-from pipefleet_workers.metrics import Metrics
-from pipefleet_workers.scaling.ledger import WorkCount
+from pipefleet_workers.observe.metrics import Metrics
+from pipefleet_workers.observe.totals import WorkCount
 
 
 class Tally:

@@ -37,10 +37,10 @@ from redis.exceptions import RedisError, ResponseError
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
 from pipefleet_workers.delivery.leases import Lease, is_queue_name
 from pipefleet_workers.delivery.ledger import Ledger
-from pipefleet_workers.delivery.ledgers import Callback, ledger_for
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
 from pipefleet_workers.delivery.scripts import FETCH, GATHER
 from pipefleet_workers.delivery.server_errors import FULL, is_no_list, retried, retrying, word_of
+from pipefleet_workers.delivery.shared_ledgers import Callback, ledger_for
 from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,53 @@
+"""What goes with a recording: the stride at its ends, and keys that go into the result as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipefleet.errors import InputError
+from pipefleet.inputs.recordings import extra_of, rate_of, stride_of
+from pipefleet_workers.adapters.arguments import STAGE
+from pipefleet_workers.items import ItemError
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Samples at the model's rate, with the stride in samples of that rate."""
+
+    samples: np.ndarray[Any, Any]
+    rate: int
+    stride: tuple[int, int] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def given(self) -> Any:
+        """The argument of the pipeline's preprocess, which takes a dict apart: a new one for each call."""
+        if self.stride is None:
+            return self.samples
+        return {"raw": self.samples, "sampling_rate": self.rate, "stride": self.stride}
+
+
+def heard(value: Any, rate: int) -> Heard:
+    """What a decoded input holds: samples, or `{audio, stride?, sampling_rate?, extra?}`. Raises ItemError (bad_input)."""
+    if not isinstance(value, Mapping):
+        return Heard(value, rate)
+    samples = value["audio"]
+    try:
+        stride = _at_rate(stride_of(value.get("stride")), value.get("sampling_rate"), rate)
+        extra = value.get("extra", {})
+        extra = extra_of(extra) if isinstance(extra, Mapping) else {}
+    except InputError as error:
+        raise ItemError("bad_input", str(error), STAGE) from None
+    if stride is not None and sum(stride) > len(samples):
+        raise ItemError("bad_input", f"the stride {list(stride)} is longer than the {len(samples)} samples", STAGE)
+    return Heard(samples, rate, stride, extra)
+
+
+def _at_rate(stride: tuple[float, float] | None, given: Any, rate: int) -> tuple[int, int] | None:
+    if stride is None:
+        return None
+    ratio = rate / rate_of(given)
+    return round(stride[0] * ratio), round(stride[1] * ratio)

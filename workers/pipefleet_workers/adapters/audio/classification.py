@@ -1,0 +1,59 @@
+"""The adapter of audio-classification: recordings of equal shape, or padded where the model is told by a mask what is padding.
+
+Spectrogram models bring every recording to one shape. Of waveform models only some take a mask, and group normalisation hears
+padding in spite of it: the warm-up proves each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import ASTFeatureExtractor, WhisperFeatureExtractor
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from pipefleet_workers.adapters.audio.waveforms import frames, hears_padding, padded, require_frames, require_piece
+from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.items import Assembly, Decoded, Unit
+
+AST_HOP, AST_FRAME = 160, 400
+"""Samples between two frames of AST's extractor, and in one, at 16 kHz; it has no settings for either."""
+
+
+class AudioClassifier(Adapter):
+    """Scores of the model's own labels."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        masks = bool(getattr(pipe.feature_extractor, "return_attention_mask", False))
+        self.pads = masks and not hears_padding(pipe.model)
+
+    def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Stacked features; where lengths differ there is a mask."""
+        value = getattr(self.pipe.feature_extractor, "padding_value", 0.0)
+        return padded([unit.features for unit in units], value)
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """The logits of each unit, `[1, labels]`."""
+        logits = outputs["logits"]
+        return [SequenceClassifierOutput(logits=logits[index : index + 1]) for index in range(len(units))]
+
+    def _prepare(self, decoded: Decoded) -> list[Unit]:
+        arguments = self.parse(decoded.work.parameters)
+        features = dict(self.copies.get().preprocess(self._heard(decoded.value), **arguments.fresh().preprocess))
+        require_frames(self.pipe.model, features)
+        masked = self.pads and "attention_mask" in features
+        key = (arguments.forward_key, tuple(features) if masked else shape_key(features))
+        assembly = Assembly(decoded.work, expected=1, context=arguments)
+        return [Unit(assembly, 0, key, frames(next(iter(features.values()))), features)]
+
+    def _heard(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The samples that the model hears. Raises ItemError (too_long) where those are all of them, and too many."""
+        extractor = self.pipe.feature_extractor
+        if isinstance(extractor, ASTFeatureExtractor):  # it looks at each frame alone, and keeps the first ones
+            return samples[: (extractor.max_length + 1) * AST_HOP + AST_FRAME]
+        if not isinstance(extractor, WhisperFeatureExtractor):  # which cuts before it looks
+            rate = extractor.sampling_rate
+            require_piece(self.pipe.model, len(samples) / rate, rate, self.max_whole_seconds, "send a part of it")
+        return samples

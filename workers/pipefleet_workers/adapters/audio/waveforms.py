@@ -1,0 +1,107 @@
+"""What adapters of recordings share: padding with a mask, and the unit that their cost is counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipefleet_workers.adapters.arguments import STAGE
+from pipefleet_workers.items import ItemError
+from pipefleet_workers.process.memory import available_bytes
+
+SAMPLES_PER_FRAME = 160
+"""Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all models that hear."""
+
+MOST_PIECES = 50_000
+"""Pieces of one recording."""
+MOST_PIECE_BYTES = 9 << 28
+"""Bytes of all pieces of one recording, which are made at once: six hours in pieces that overlap by a third take 2.1 GB."""
+_ALWAYS_SECONDS = 30.0
+"""Up to here nobody looks at the memory."""
+_COPIES = 3
+"""What the first convolution gives, normalised, and through its activation."""
+
+
+def frames(features: torch.Tensor) -> int:
+    """Length of a waveform `[1, samples]` or a spectrogram `[1, …]` in frames."""
+    if features.ndim == 2:
+        return max(1, features.shape[1] // SAMPLES_PER_FRAME)
+    return max(features.shape[1:])
+
+
+def require_frames(model: Any, features: Mapping[str, Any]) -> None:
+    """Raise ItemError (bad_input) for a waveform that is too short for the convolutions of its model."""
+    wave, kernels = features.get("input_values"), getattr(model.config, "conv_kernel", None)
+    if wave is None or wave.ndim != 2 or not kernels:
+        return
+    samples = left = int(wave.shape[1])
+    for kernel, stride in zip(kernels, model.config.conv_stride, strict=True):
+        left = (left - kernel) // stride + 1
+    if left < 1:
+        raise ItemError("bad_input", f"the recording has {samples} samples, too few for this model", STAGE)
+
+
+def require_piece(model: Any, seconds: float, rate: int, most: float, hint: str) -> None:
+    """Raise ItemError (too_long) for a recording that a model cannot hear in one piece.
+
+    Above `most` seconds none is. On a CPU there must be memory for the first convolution too: a GPU that has none says so and
+    goes on, a worker is killed.
+    """
+    if seconds > most:
+        text = f"the recording lasts {seconds:.0f} s, the model hears at most {most:.0f} s in one piece"
+        raise ItemError("too_long", f"{text} (PIPEFLEET_WORKER_MAX_WHOLE_SECONDS); {hint}", STAGE)
+    widths, strides = getattr(model.config, "conv_dim", None), getattr(model.config, "conv_stride", None)
+    if model.device.type != "cpu" or not widths or not strides or seconds < _ALWAYS_SECONDS:
+        return
+    needed = int(seconds * rate / strides[0]) * widths[0] * _COPIES * 4
+    room = available_bytes()
+    if room is not None and needed > room:
+        text = f"the recording lasts {seconds:.0f} s, for which the model needs {needed >> 20} MB in one piece"
+        raise ItemError("too_long", f"{text} and {room >> 20} MB are free; {hint}", STAGE)
+
+
+def require_few_pieces(samples: int, rate: int, align: int, asked: Mapping[str, Any], padded_bytes: int) -> None:
+    """Raise ItemError (bad_parameter) where `chunk_length_s` and `stride_length_s` cut a recording into far too much.
+
+    Pieces that overlap almost wholly take thousands of times the memory of the recording. `padded_bytes` are those of a piece
+    that is filled up to one length, 0 where none is.
+    """
+    seconds = asked.get("chunk_length_s")
+    if not seconds:
+        return
+    stride = asked.get("stride_length_s")
+    stride = seconds / 6 if stride is None else stride
+    both = [stride, stride] if isinstance(stride, int | float) else stride
+    chunk, left, right = (int(round(one * rate / align) * align) for one in (seconds, both[0], both[1]))
+    step = chunk - left - right
+    if step <= 0:
+        raise ItemError("bad_parameter", "chunk_length_s is no longer than the strides at both its ends", STAGE)
+    pieces = -(-samples // step)
+    size = pieces * (padded_bytes or 4 * min(chunk, samples))
+    if pieces > MOST_PIECES or size > MOST_PIECE_BYTES:
+        text = f"the recording would be cut into {pieces} pieces of {size >> 20} MB together"
+        hint = "pass a larger chunk_length_s or a smaller stride_length_s"
+        bounds = f"{MOST_PIECES} pieces and {MOST_PIECE_BYTES >> 20} MB"
+        raise ItemError("bad_parameter", f"{text}, above the bounds of {bounds}; {hint}", STAGE)
+
+
+def hears_padding(model: Any) -> bool:
+    """Whether a model is known to normalise over time: then padding changes what it hears, mask or not."""
+    return getattr(model.config, "feat_extract_norm", None) == "group"
+
+
+def padded(rows: Sequence[Mapping[str, Any]], value: float) -> dict[str, Any]:
+    """Tensors `[1, n, …]` of all rows, padded behind to the longest: with 0 in the attention mask, else with `value`."""
+    return {name: _padded([row[name] for row in rows], 0 if name == "attention_mask" else value) for name in rows[0]}
+
+
+def _padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+    longest = max(tensor.shape[1] for tensor in tensors)
+    if all(tensor.shape[1] == longest for tensor in tensors):
+        return torch.cat(list(tensors))
+    joined = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[2:]), value)
+    for row, tensor in zip(joined, tensors, strict=True):
+        row[: tensor.shape[1]] = tensor[0]
+    return joined

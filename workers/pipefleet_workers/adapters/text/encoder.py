@@ -1,0 +1,285 @@
+"""Adapters of text encoders: texts are tokenised in bulk, padded to the longest of their batch, and cut apart again.
+
+Padding is exact here because the attention mask hides it from every other position.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipefleet.contract.messages import encode_json
+from pipefleet_workers.adapters.arguments import STAGE, Arguments
+from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.adapters.text.buckets import rounded_length
+from pipefleet_workers.adapters.text.long_texts import is_long
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+from pipefleet_workers.process.watchdog import working_on
+
+_PADDING = {"attention_mask": 0, "special_tokens_mask": 1}
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+_SIGMOID, _SOFTMAX, _NONE = "sigmoid", "softmax", "none"
+
+
+class TextEncoder(Adapter):
+    """Tokenises, pads and runs an encoder; what becomes of its outputs is for subclasses to say."""
+
+    typical_size = 48
+    cut_hint = "pass truncation=true to cut it"
+    """What somebody can do whose text has more tokens than the model has positions."""
+    rounds_lengths = False
+    """Whether batches are padded to one of few lengths, for a compiled model. Exact as all padding is, see `pads`."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.pads = True
+        self._positions = position_limit(pipe.model)
+        # Decoders among the classifiers would return a cache that nobody reads.
+        cached = "use_cache" in inspect.signature(pipe.model.forward).parameters
+        self._switches = {"use_cache": False} if cached else {}
+
+    def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
+        """The units of each item, or why it has none; items with the same tokenizer arguments in one call."""
+        prepared: list[list[Unit] | ItemError] = [[] for _ in decoded]
+        groups: dict[str, list[int]] = defaultdict(list)
+        parsed: dict[int, Arguments] = {}
+        # The items of a job share one mapping of parameters: parsed once for all of them.
+        known: dict[int, tuple[Arguments, str]] = {}
+        for index, one in enumerate(decoded):
+            shared = id(one.work.parameters)
+            try:
+                if shared not in known:
+                    arguments = self.parse(one.work.parameters)
+                    known[shared] = arguments, encode_json(sorted(arguments.preprocess.items()))
+            except ItemError as error:
+                prepared[index] = error
+                continue
+            parsed[index], group = known[shared]
+            fields = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
+            alone = str(index) if is_long(one.value) else ""  # one call holds the tokens of all its texts
+            groups[alone + fields + group].append(index)
+        for indices in groups.values():
+            for index, result in self._tokenise([decoded[i] for i in indices], [parsed[i] for i in indices], indices):
+                prepared[index] = result
+        return prepared
+
+    def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Input tensors padded to the longest unit on the tokenizer's own side."""
+        tokenizer = self.pipe.tokenizer
+        left = tokenizer.padding_side == "left"
+        padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id, **_PADDING}
+        longest = max(unit.length for unit in units)
+        if self.rounds_lengths and self.pads:
+            longest = rounded_length(longest, self._positions)
+        inputs = {}
+        for name in units[0].features:
+            rows = np.full((len(units), longest), padding.get(name, 0), dtype=np.int64)
+            for row, unit in zip(rows, units, strict=True):
+                start = longest - unit.length if left else 0
+                row[start : start + unit.length] = unit.features[name]
+            inputs[name] = torch.from_numpy(rows)
+        return inputs
+
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        """The model's outputs, still on the device."""
+        device = self.pipe.device
+        with torch.inference_mode():
+            return self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, **self._switches)
+
+    def key(self, work_parameters: Mapping[str, Any]) -> Any:
+        """What must be equal for two texts to share a forward, beyond their tensors."""
+        return None
+
+    def span(self, unit: Unit, longest: int) -> slice:
+        """The positions of a unit's own tokens in a row of `longest`."""
+        return slice(longest - unit.length, None) if self.pipe.tokenizer.padding_side == "left" else slice(unit.length)
+
+    def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
+        """For each value what `units` makes its units of. May raise for all of them when one is at fault.
+
+        Of `arguments` only those of preprocess hold for all of the values.
+        """
+        tokenizer, keywords = self.copies.get().tokenizer, self.keywords(arguments)
+        if isinstance(values[0], Mapping):
+            encoded = tokenizer(**{name: [value[name] for value in values] for name in values[0]}, **keywords)
+        else:
+            encoded = tokenizer(list(values), **keywords)
+        return [{name: encoded[name][row] for name in encoded} for row in range(len(values))]
+
+    def keywords(self, arguments: Arguments) -> dict[str, Any]:
+        """The tokenizer's arguments. Padding is left out: texts are padded to their batch, not to their job."""
+        return {name: value for name, value in arguments.fresh().preprocess.items() if name != "padding"}
+
+    def bounded(self, value: Any, arguments: Arguments) -> Any:
+        """A value with a long text, without what would be cut off it. Raises ItemError (too_long)."""
+        longest = self.longest(self._positions)
+        return self.long_texts().bounded(value, self.keywords(arguments), longest, self.cut_hint)
+
+    def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
+        """The units of one item. Raises ItemError (too_long)."""
+        return [self.unit(Assembly(decoded.work, expected=1, context=arguments), 0, encoded, arguments)]
+
+    def unit(self, assembly: Assembly, index: int, features: Mapping[str, Any], arguments: Arguments) -> Unit:
+        """A unit of lists of numbers, one for each input of the model. Raises ItemError (too_long)."""
+        length = len(features["input_ids"])
+        longest = self.longest(self._positions)
+        if length > longest:
+            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            text = f"the text has {length} tokens, the model takes {longest}; {self.cut_hint}"
+            raise ItemError("too_long", text, STAGE)
+        alike = None if self.pads else length
+        key = (self.key(assembly.work.parameters), arguments.forward_key, tuple(features), alike)
+        return Unit(assembly, index, key, length, features)
+
+    def _tokenise(
+        self, decoded: Sequence[Decoded], parsed: Sequence[Arguments], indices: Sequence[int]
+    ) -> list[tuple[int, list[Unit] | ItemError]]:
+        try:
+            values = [one.value for one in decoded]
+            if len(decoded) == 1 and is_long(values[0]):
+                working_on(decoded[0].work)
+                values = [self.bounded(values[0], parsed[0])]
+            encoded = self.encode(values, parsed[0])
+        except Exception as error:  # noqa: BLE001 - told apart below: with one text it is that text's own failure
+            if len(decoded) == 1:
+                return [(indices[0], _refusal(error))]
+            alone = zip(decoded, parsed, indices, strict=True)
+            return [pair for one, args, index in alone for pair in self._tokenise([one], [args], [index])]
+        rows = zip(decoded, parsed, indices, encoded, strict=True)
+        return [(index, self._units(one, args, own)) for one, args, index, own in rows]
+
+    def _units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit] | ItemError:
+        try:
+            return self.units(decoded, arguments, encoded)
+        except ItemError as error:
+            return error
+
+
+def _refusal(error: Exception) -> ItemError:
+    if isinstance(error, ItemError):
+        return error
+    return ItemError("bad_input", f"the tokenizer refuses the input: {brief(error)}", STAGE)
+
+
+def position_limit(model: torch.nn.Module) -> int | None:
+    """How many positions the model's learnt position embeddings have; None where positions are computed."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES
+    ]
+    return min((one.num_embeddings - _unused_positions(one) for one in tables), default=None)
+
+
+def _unused_positions(table: Any) -> int:
+    """RoBERTa and its kin count positions from behind the padding's; BART and its kin name an offset."""
+    offset: int | None = getattr(table, "offset", None)
+    if offset is not None:
+        return offset
+    return table.padding_idx + 1 if table.padding_idx else 0
+
+
+class FeatureExtractor(TextEncoder):
+    """feature-extraction: one vector a token, or one a text with `pooling`, pooled on the device."""
+
+    def key(self, work_parameters: Mapping[str, Any]) -> Any:
+        """Pooled and unpooled texts take different ways on the device."""
+        return work_parameters.get("pooling"), bool(work_parameters.get("normalize", False))
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """A float32 array for each unit: `[width]` with pooling, `[1, tokens, width]` without, its own tokens only."""
+        pooling, normalize = units[0].key[0]
+        with torch.inference_mode():
+            hidden = outputs[0].float()
+            if pooling is not None:
+                hidden = self._pooled(hidden, units, pooling)
+            if normalize:
+                hidden = torch.nn.functional.normalize(hidden, dim=-1)
+            rows = hidden.cpu().numpy()
+        if pooling is not None:
+            return list(rows)
+        return [rows[index : index + 1, self.span(unit, rows.shape[1])].copy() for index, unit in enumerate(units)]
+
+    def finish(self, assembly: Assembly) -> Any:
+        """The array itself; it is written as nested lists of numbers."""
+        return assembly.outputs[0]
+
+    def _pooled(self, hidden: torch.Tensor, units: Sequence[Unit], pooling: str) -> torch.Tensor:
+        """`[units, width]`: the mean over a unit's tokens, its first or its last token."""
+        spans = [self.span(unit, hidden.shape[1]) for unit in units]
+        first = torch.tensor([span.start or 0 for span in spans], device=hidden.device)
+        lengths = torch.tensor([unit.length for unit in units], device=hidden.device)
+        if pooling == "mean":
+            positions = torch.arange(hidden.shape[1], device=hidden.device)
+            own = (positions >= first[:, None]) & (positions < (first + lengths)[:, None])
+            return (hidden * own[:, :, None]).sum(1) / lengths[:, None]
+        chosen = first if pooling == "cls" else first + lengths - 1
+        return hidden[torch.arange(len(units), device=hidden.device), chosen]
+
+
+class TextClassifier(TextEncoder):
+    """text-classification: scores of labels for a text or a pair of texts, ranked for a whole batch on the device."""
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """For each unit its scores and its labels' indices, the highest score first, as many as its `top_k` asks for."""
+        asked = [self.arguments(unit) for unit in units]
+        wanted = {id(one): self._wanted(one) for one in {id(one): one for one in asked}.values()}
+        most: dict[str, int] = defaultdict(int)
+        for function, count in wanted.values():
+            most[function] = max(most[function], count)
+        with torch.inference_mode():
+            logits = outputs["logits"].float()
+            ranked = {function: _ranked(logits, function, count) for function, count in most.items()}
+        rows = []
+        for row, one in enumerate(asked):
+            function, count = wanted[id(one)]
+            scores, labels = ranked[function]
+            rows.append((scores[row][:count], labels[row][:count]))
+        return rows
+
+    def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
+        """The logits of each unit."""
+        return list(self.run(self.collate(units), units)["logits"].float().cpu().numpy())
+
+    def finish(self, assembly: Assembly) -> Any:
+        """`[{label, score}]` for a text, as the pipeline returns it for a single one; a dict for a pair without top_k."""
+        arguments, names = assembly.context, self.pipe.model.config.id2label
+        scores, labels = assembly.outputs[0]
+        records = [{"label": names[label], "score": score} for score, label in zip(scores, labels, strict=True)]
+        pair = isinstance(assembly.work.item.inputs, Mapping) and "text" in assembly.work.item.inputs
+        return records[0] if pair and arguments.postprocess.get("_legacy", True) else records
+
+    def _wanted(self, arguments: Arguments) -> tuple[str, int]:
+        """The function to apply and how many labels to keep."""
+        post, config = arguments.postprocess, self.pipe.model.config
+        function = post.get("function_to_apply") or default_function(config)
+        count = post.get("top_k", 1)
+        return str(getattr(function, "value", function)), config.num_labels if count is None else count
+
+
+def default_function(config: Any) -> str:
+    """What transformers applies to the logits of a classifier when nothing else is asked for."""
+    problem, labels = config.problem_type, config.num_labels
+    if problem == "regression":
+        return _NONE
+    if problem == "multi_label_classification" or labels == 1:
+        return _SIGMOID
+    if problem == "single_label_classification" or labels > 1:
+        return _SOFTMAX
+    own = getattr(config, "function_to_apply", None) or _NONE
+    return str(getattr(own, "value", own))
+
+
+def _ranked(logits: torch.Tensor, function: str, count: int) -> tuple[list[list[float]], list[list[int]]]:
+    """The `count` highest scores of each row, and where they stand; equal ones in the order of the labels."""
+    if function == _SOFTMAX:
+        logits = logits.softmax(-1)
+    elif function == _SIGMOID:
+        logits = logits.sigmoid()
+    scores, labels = logits.sort(dim=-1, descending=True, stable=True)
+    return scores[:, :count].tolist(), labels[:, :count].tolist()

@@ -1,0 +1,265 @@
+"""Long texts: how many tokens one has at least, and how much of it a truncated call reads, without tokenising all of it.
+
+A tokenizer takes up to 650 bytes of memory for a character, and it cuts only what it has tokenised. A text that is cut between a
+word and the space behind it gives the first tokens of the whole text, where no token of the vocabulary and no step of the
+tokenizer reaches across such a place. `LongTexts` looks whether that holds. Texts without such a place, such as numbers with
+commas between or Chinese, are cut anywhere, far behind the tokens that are wanted, and only where two beginnings agree on these.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipefleet_workers.adapters.arguments import STAGE
+from pipefleet_workers.items import ItemError
+
+LONG = 1 << 16
+"""Characters up to which a text is tokenised as it is."""
+LONG_BOTH = 1 << 12
+"""Characters up to which both texts of a pair are."""
+FIRST_LOOK = 1 << 15
+"""Characters that are looked at first; twice as many each time that they were too few."""
+_REACH = 1 << 12
+"""Characters within which a place to cut must be found."""
+_CHARACTERS = 16
+"""Characters to begin with for each token that is looked for."""
+_TRIES = 16
+_BEHIND = 512
+"""Tokens at the end of a beginning that its end may have changed: of a word, a sign or a pair that was cut in two."""
+_ENDLESS = 1 << 30
+"""A tokenizer without a bound of its own says 10^30."""
+_SPACES = "\u0120\u2581\u010a \n"
+"""A space and a line break, as byte-level vocabularies, SentencePiece and plain text write them."""
+_BLANKS = _SPACES + "\t\r\u0109\u010d"
+_WORD, _ASCII_WORD = r"[^\W_]", r"[A-Za-z0-9]"
+_ALONE = (True, "longest_first", "only_first")
+_PROBE = "sea sea"
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """Where a call of a tokenizer cuts a text: behind `most` tokens, those of a pair together where the strategy says so."""
+
+    most: int
+    strategy: Any
+
+    @classmethod
+    def of(cls, tokenizer: Any, keywords: Mapping[str, Any]) -> Cutting | None:
+        """What the keywords of a call ask for; None where nothing is cut, and where the rest of a text is not dropped."""
+        strategy = keywords.get("truncation")
+        strategy = getattr(strategy, "value", strategy)
+        most = keywords.get("max_length") or tokenizer.model_max_length
+        if strategy in (None, False, "do_not_truncate") or most > _ENDLESS:
+            return None
+        return cls(int(most), strategy)
+
+
+class LongTexts:
+    """Looks at long texts with one tokenizer. As thread-safe as that is: one thread at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._cut: re.Pattern[str] | bool | None = False
+
+    def require(self, text: str, longest: int, hint: str = "") -> None:
+        """Raise ItemError (too_long) for a text that has more than `longest` tokens; others may be too long as well."""
+        if len(text) > LONG and self._has_more(text, longest):
+            found = f"the text has more than {longest} tokens, which the model takes at most"
+            raise ItemError("too_long", f"{found}; {hint}" if hint else found, STAGE)
+
+    def shortened(self, text: str, tokens: int) -> str:
+        """A beginning of the text with more than `tokens` of its tokens, or the text itself."""
+        found = self.prefix(text, tokens) if len(text) > LONG else None
+        return text if found is None else found
+
+    def prefix(self, text: str, tokens: int) -> str | None:
+        """A beginning with more than `tokens` tokens, which are the text's own first ones. None where none is found."""
+        place = self._place()
+        size = min(FIRST_LOOK, _CHARACTERS * (tokens + _CHARACTERS))
+        while place is not None and size < len(text):
+            end = _last(place, text, size)
+            if end is None:
+                break
+            if self._count(text[:end]) > tokens + 1:  # an unknown word may be joined with the one behind it
+                return text[:end]
+            size *= 2
+        return self._agreed(text, tokens, size)
+
+    def _agreed(self, text: str, tokens: int, size: int) -> str | None:
+        """A beginning that was cut anywhere, and whose first tokens one that is twice as long has too."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        while 2 * size < len(text):
+            found = self._ids(text[:size])
+            if len(found) > tokens + _BEHIND:
+                kept = len(found) - _BEHIND
+                return text[:size] if self._ids(text[: 2 * size])[:kept] == found[:kept] else None
+            size *= 2
+        return None
+
+    def _has_more(self, text: str, tokens: int) -> bool:
+        """Whether a beginning has so many tokens that the whole text, however it goes on, has more than `tokens`."""
+        if self.prefix(text, tokens) is not None:
+            return True
+        size = FIRST_LOOK
+        while size < len(text):
+            if self._count(text[:size]) > 2 * tokens + _BEHIND:
+                return True
+            size *= 2
+        return False
+
+    def _count(self, text: str) -> int:
+        return len(self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return found
+
+    def bounded(self, value: Any, keywords: Mapping[str, Any], longest: int, hint: str) -> Any:
+        """A text, or a dict of a text and its pair, without what a call with these keywords would cut off it.
+
+        Raises ItemError (too_long) as `require` does where the call cuts nothing.
+        """
+        if not is_long(value):
+            return value
+        if isinstance(value, list):
+            if not keywords.get("is_split_into_words"):
+                return value
+            return self._words(value, keywords, longest, hint)
+        texts = {"": value} if isinstance(value, str) else dict(value)
+        cutting = Cutting.of(self._tokenizer, keywords)
+        if cutting is None:
+            for one in texts.values():
+                self.require(one, longest, hint)
+            return value
+        if not self._drops_the_end(keywords):
+            return value
+        if len(texts) == 2 and cutting.strategy in (True, "longest_first"):
+            return dict(zip(texts, self._both(tuple(texts.values()), cutting.most), strict=True))
+        shorter = {name: self._beside(texts, name, cutting) for name in texts}
+        return shorter[""] if isinstance(value, str) else shorter
+
+    def _words(self, words: list[str], keywords: Mapping[str, Any], longest: int, hint: str) -> list[str]:
+        """The words that a call with these keywords reads. Each is tokenised for itself, so the first ones stand for all."""
+        cutting = Cutting.of(self._tokenizer, keywords)
+        if cutting is not None and not self._drops_the_end(keywords):
+            return words
+        most = longest if cutting is None else cutting.most
+        count = most + _CHARACTERS
+        quiet = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        while count < len(words):
+            if len(self._tokenizer(words[:count], is_split_into_words=True, **quiet)["input_ids"]) > most + 1:
+                break
+            count *= 2
+        if cutting is None and count < len(words):
+            text = f"the words have more than {longest} tokens, which the model takes at most"
+            raise ItemError("too_long", f"{text}; {hint}" if hint else text, STAGE)
+        return words[:count]
+
+    def _both(self, texts: tuple[str, ...], most: int) -> tuple[str, ...]:
+        """A pair of which the longer one is cut until both are: the longer one must stay that, and a short one whole.
+
+        The tokenizer pairs every piece that it cuts off one with every piece of the other, which takes the square of their lengths.
+        """
+        counts = [self._counted(one) for one in texts]
+        less = 0 if counts[0] <= counts[1] else 1
+        kept = list(texts)
+        above = most
+        if counts[less] > most:
+            kept[less] = self._beginning(texts[less], most)
+            above = self._count(kept[less])
+        kept[1 - less] = self._beginning(texts[1 - less], above)
+        return tuple(kept)
+
+    def _counted(self, text: str) -> int:
+        """Tokens of a text, piece by piece where it can be cut."""
+        place, begin, count = self._place(), 0, 0
+        while place is not None and len(text) - begin > FIRST_LOOK:
+            end = _last(place, text, begin + FIRST_LOOK)
+            if end is None or end <= begin:
+                break
+            count += self._count(text[begin:end])
+            begin = end
+        return count + self._count(text[begin:])
+
+    def _beginning(self, text: str, tokens: int) -> str:
+        """A beginning with more than `tokens` tokens, or the whole. Where no blank helps, ends of tokens are tried."""
+        found = self.prefix(text, tokens)
+        if found is not None or not getattr(self._tokenizer, "is_fast", False):
+            return text if found is None else found
+        quiet = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        encoded = self._tokenizer(text, return_offsets_mapping=True, **quiet)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        for count in range(tokens + 2, min(tokens + 2 + _TRIES, len(ids))):
+            start = text[: offsets[count - 1][1]]
+            if self._tokenizer(start, **quiet)["input_ids"] == ids[:count]:
+                return start
+        return text
+
+    def _drops_the_end(self, keywords: Mapping[str, Any]) -> bool:
+        """Whether what is cut off stands at the end and is not read in pieces of its own."""
+        pieces = keywords.get("return_overflowing_tokens") or keywords.get("stride")
+        return not pieces and getattr(self._tokenizer, "truncation_side", "") == "right"
+
+    def _beside(self, texts: Mapping[str, str], name: str, cutting: Cutting) -> str:
+        """A text that is cut alone; as much of it is left as the other one leaves."""
+        others = [one for other, one in texts.items() if other != name]
+        if cutting.strategy not in (_ALONE if not others else ("only_first",) if name == "text" else ("only_second",)):
+            return texts[name]
+        return self.shortened(texts[name], cutting.most)
+
+    def _place(self) -> re.Pattern[str] | None:
+        """What a text may be cut in, behind its first character; None where the tokenizer may see further than a word."""
+        if isinstance(self._cut, bool):
+            self._cut = _places(self._tokenizer)
+        return self._cut
+
+
+def is_long(value: Any) -> bool:
+    """Whether a text, a dict of texts or a list of words is worth a look before it is tokenised."""
+    if isinstance(value, list):
+        return sum([len(one) for one in value if isinstance(one, str)], len(value)) > LONG_BOTH
+    texts = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, Mapping) else []
+    sizes = [len(one) for one in texts if isinstance(one, str)]
+    return bool(sizes) and (max(sizes) > LONG or (len(sizes) > 1 and min(sizes) > LONG_BOTH))
+
+
+def _places(tokenizer: Any) -> re.Pattern[str] | None:
+    if not getattr(tokenizer, "is_fast", False) or not _sees_words(tokenizer):
+        return None
+    ends = {before for token in tokenizer.get_vocab() for before in _before_spaces(token)}
+    if any(end.isascii() and end.isalnum() for end in ends):
+        return None
+    word = _ASCII_WORD if any(not end.isascii() for end in ends) else _WORD
+    return re.compile(f"{word}[ \\n]{word}")
+
+
+def _before_spaces(token: str) -> list[str]:
+    """The characters of a token, blanks left out, that have a space or a line break behind them."""
+    return [one for one, after in itertools.pairwise(token) if after in _SPACES and one not in _BLANKS]
+
+
+def _sees_words(tokenizer: Any) -> bool:
+    """Whether words reach the tokenizer's model apart, or its model can only make tokens that are in the vocabulary."""
+    backend = tokenizer.backend_tokenizer
+    kind = type(backend.model).__name__
+    if kind == "BPE":
+        return not backend.model.dropout
+    if kind == "Unigram":
+        return True
+    if kind not in ("WordPiece", "WordLevel") or backend.pre_tokenizer is None:
+        return False
+    return len(backend.pre_tokenizer.pre_tokenize_str(_PROBE)) > 1
+
+
+def _last(place: re.Pattern[str], text: str, size: int) -> int | None:
+    """Where the last place to cut ends its word, within reach before `size`; None for a text without such a place."""
+    start = max(0, size - _REACH)
+    found = None
+    for match in place.finditer(text, start, size):
+        found = match.start() + 1
+    return found

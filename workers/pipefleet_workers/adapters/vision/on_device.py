@@ -1,0 +1,262 @@
+"""Pictures that are preprocessed on the device: the host decodes them and sends bytes, three a pixel.
+
+    decode ─▶ Pixels (host) ─▶ copied ahead, as they are ─▶ resize, crop, table of levels (device) ─▶ model
+
+For image processors of the common kind only: one size, centre crop, rescale, mean and deviation. Whether the device gives what the
+processor gives is proved on made-up pictures of many sizes before any job; where it does not, nothing changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_transforms import get_resize_output_image_size
+
+from pipefleet_workers.adapters.base import Adapter, PipelineCopies, brief
+from pipefleet_workers.adapters.vision.features import ImageFeatures
+from pipefleet_workers.adapters.vision.resample import FILTERS, resize, vertical_first
+from pipefleet_workers.items import Decoded, Unit
+
+log = logging.getLogger(__name__)
+
+SERVED = (Adapter, ImageFeatures)
+"""Adapters that take what an image processor returns as the model's inputs, and nothing else of it."""
+LARGEST = 1 << 21
+"""Pixels of a picture that waits as it is; a larger one is made small on the host, or hundreds would fill its memory."""
+AT_ONCE = 1 << 23
+"""Pixels that are resized together: they are float32 while they are."""
+PROVED = (
+    (64, 48),
+    (48, 64),
+    (300, 200),
+    (200, 300),
+    (37, 500),
+    (640, 480),
+    (225, 224),
+    (480, 853),
+    (30, 31),
+    (999, 333),
+)
+"""Height and width of the pictures that the proof is made with: smaller and larger than what models take, and odd shapes."""
+_PIXELS = "pixel_values"
+_OWN_WAYS = (
+    "_preprocess",
+    "_preprocess_image_like_inputs",
+    "process_image",
+    "resize",
+    "center_crop",
+    "rescale",
+    "normalize",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """A decoded picture, uint8 `[height, width, 3]`, and the height and width that the model gets. Its `repr` is its shape's."""
+
+    raw: torch.Tensor
+    size: tuple[int, int]
+
+    def __repr__(self) -> str:
+        return f"pixels for {self.size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an image processor does, read from its attributes. `table` `[3, 256]` holds what becomes of each level of a channel."""
+
+    size: Any
+    resample: int
+    crop: tuple[int, int] | None
+    table: torch.Tensor
+
+    @classmethod
+    def of(cls, processor: Any) -> Plan | None:
+        """The plan of a processor of the common kind; None for any other."""
+        if not _is_common(processor):
+            return None
+        levels = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 1, 3))
+        switched_off = {"do_resize": False, "do_center_crop": False}
+        table = processor(images=Image.fromarray(levels), return_tensors="pt", **switched_off)[_PIXELS]
+        crop = processor.crop_size if processor.do_center_crop else None
+        return cls(
+            processor.size if processor.do_resize else None,
+            int(processor.resample if processor.resample is not None else Image.Resampling.BILINEAR),
+            None if crop is None else (int(crop["height"]), int(crop["width"])),
+            table.reshape(3, 256).float(),
+        )
+
+    def output(self, height: int, width: int) -> tuple[int, int] | None:
+        """The size that the model gets of a picture; None where only the processor knows."""
+        resized = self.resized(height, width)
+        if resized is None or vertical_first((height, width), resized, self.resample) is None:
+            return None
+        if self.crop is None:
+            return resized
+        fits = self.crop[0] <= resized[0] and self.crop[1] <= resized[1]
+        return self.crop if fits else None  # a smaller one is given a margin
+
+    def resized(self, height: int, width: int) -> tuple[int, int] | None:
+        """Height and width behind the resize; None for rules that are not the common ones."""
+        if self.size is None:
+            return height, width
+        wanted = {name: value for name, value in dict(self.size).items() if value is not None}
+        if set(wanted) == {"height", "width"}:
+            return int(wanted["height"]), int(wanted["width"])
+        if set(wanted) != {"shortest_edge"}:
+            return None
+        shape = np.broadcast_to(np.uint8(0), (3, height, width))
+        found = get_resize_output_image_size(shape, wanted["shortest_edge"], False, input_data_format="channels_first")
+        return int(found[0]), int(found[1])
+
+    def apply(self, pictures: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The model's `pixel_values` for pictures whose `output` is the same, where they lie, in their order."""
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, one in enumerate(pictures):
+            groups[(one.shape[0], one.shape[1])].append(index)
+        found: dict[int, torch.Tensor] = {}
+        for (height, width), indices in groups.items():
+            step = max(1, AT_ONCE // (height * width))
+            for start in range(0, len(indices), step):
+                piece = indices[start : start + step]
+                found.update(zip(piece, self._levels(torch.stack([pictures[i] for i in piece])), strict=True))
+        levels = torch.stack([found[index] for index in range(len(pictures))])
+        table = self.table.to(levels.device, dtype)
+        return torch.stack([table[channel][levels[:, channel]] for channel in range(3)], dim=1)
+
+    def _levels(self, pictures: torch.Tensor) -> torch.Tensor:
+        """`[n, 3, height, width]` of levels behind resize and crop."""
+        before = (pictures.shape[1], pictures.shape[2])
+        after = self.resized(*before)
+        assert after is not None
+        order = bool(vertical_first(before, after, self.resample))
+        pixels = resize(pictures.permute(0, 3, 1, 2).float(), after, self.resample, columns_first=order)
+        if self.crop is not None:
+            top, left = ((whole - part) // 2 for whole, part in zip(after, self.crop, strict=True))
+            pixels = pixels[..., top : top + self.crop[0], left : left + self.crop[1]]
+        return pixels.long()
+
+
+def _is_common(processor: Any) -> bool:
+    """Whether a processor goes the way of its backend, in RGB, with a filter that we know, and adds no margins."""
+    backend = next((one for one in (PilBackend, TorchvisionBackend) if isinstance(processor, one)), None)
+    if backend is None or any(getattr(type(processor), name) is not getattr(backend, name) for name in _OWN_WAYS):
+        return False
+    resample = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
+    return isinstance(resample, int) and int(resample) in FILTERS and not getattr(processor, "do_pad", None)
+
+
+class HostProcessor:
+    """Stands in for an image processor in the pipeline's preprocess: pictures that the plan covers come out as Pixels."""
+
+    def __init__(self, processor: Any, plan: Plan) -> None:
+        self.processor = processor
+        self.plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("processor", "plan"):  # asked for by copies that are not whole yet
+            raise AttributeError(name)
+        return getattr(self.processor, name)
+
+    def __call__(self, images: Any, return_tensors: str | None = None, **keywords: Any) -> Any:
+        """The pixels of one picture; what the processor itself returns for anything else."""
+        size = None
+        if not keywords and isinstance(images, Image.Image) and images.mode == "RGB":
+            size = self.plan.output(images.height, images.width) if images.height * images.width <= LARGEST else None
+        if size is None:
+            return self.processor(images, return_tensors=return_tensors, **keywords)
+        return BatchFeature({_PIXELS: Pixels(torch.from_numpy(np.array(images)), size)})
+
+
+class DevicePictures(Adapter):
+    """Mixed into an adapter of `SERVED`: its pictures are preprocessed where its model is."""
+
+    plan: Plan
+
+    def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """A list of pictures of any sizes; stacked tensors for those that the host has preprocessed."""
+        if not isinstance(units[0].features.get(_PIXELS), Pixels):
+            return super().collate(units)
+        return {_PIXELS: [unit.features[_PIXELS].raw for unit in units]}
+
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        """The adapter's own outputs for the preprocessed pictures."""
+        pictures = inputs[_PIXELS]
+        if isinstance(pictures, list):
+            with torch.no_grad():
+                there = [one.to(self.pipe.device) for one in pictures]
+                inputs = {**inputs, _PIXELS: self.plan.apply(there, self.pipe.dtype)}
+        return super().run(inputs, units)
+
+    def _prepare(self, decoded: Decoded) -> list[Unit]:
+        units = super()._prepare(decoded)
+        for unit in units:
+            pixels = unit.features.get(_PIXELS)
+            if isinstance(pixels, Pixels):
+                unit.length = 3 * pixels.size[0] * pixels.size[1]
+        return units
+
+
+def on_device(adapter: Adapter) -> Adapter:
+    """An adapter that preprocesses its pictures on its device, or `adapter` itself where that would change a result.
+
+    Never raises; says in the log which of the two it is, and why.
+    """
+    processor = getattr(adapter.pipe, "image_processor", None)
+    if type(adapter) not in SERVED or processor is None:
+        return adapter
+    try:
+        plan = Plan.of(processor)
+        reason = "its image processor has ways of its own" if plan is None else _difference(plan, adapter.pipe)
+    except Exception as error:  # noqa: BLE001 - whatever a processor raises, the host's way still stands
+        plan, reason = None, brief(error)
+    if plan is None or reason:
+        log.info("pictures are preprocessed on the host: %s", reason)
+        return adapter
+    log.info("pictures are preprocessed on %s, which gives what the image processor gives", adapter.pipe.device)
+    return _with_plan(adapter, plan)
+
+
+def _with_plan(adapter: Adapter, plan: Plan) -> Adapter:
+    kind = type(adapter)
+    found: Any = type(f"{kind.__name__}OnDevice", (DevicePictures, kind), {})(adapter.pipe)
+    host = copy.copy(adapter.pipe)
+    host.image_processor = HostProcessor(adapter.pipe.image_processor, plan)
+    found.plan, found.copies = plan, PipelineCopies(host)
+    return found  # type: ignore[no-any-return]
+
+
+def _difference(plan: Plan, pipe: Any) -> str:
+    """Why a plan does not stand for the pipeline's processor; empty where it does.
+
+    What Pillow gives must be given exactly. torchvision itself is off from Pillow by a level here and there, and so may we.
+    """
+    allowed = 0.0 if isinstance(pipe.image_processor, PilBackend) else 1.001 * _level(plan)
+    source = np.random.default_rng(0)
+    for size in PROVED:
+        if plan.output(*size) is None:
+            continue
+        noise = source.integers(0, 256, (*size, 3), dtype=np.uint8)
+        wanted = pipe.image_processor(Image.fromarray(noise), return_tensors="pt")[_PIXELS].float()
+        found = plan.apply([torch.from_numpy(noise).to(pipe.device)], torch.float32).cpu()
+        if found.shape != wanted.shape:
+            return f"a picture of {size} becomes {tuple(found.shape)} instead of {tuple(wanted.shape)}"
+        difference = float((found - wanted).abs().max())
+        if difference > allowed:
+            return f"a picture of {size} differs by {difference / _level(plan):.1f} levels"
+    return ""
+
+
+def _level(plan: Plan) -> float:
+    """The largest step from one level of a channel to the next."""
+    return float(plan.table.diff(dim=1).abs().max())

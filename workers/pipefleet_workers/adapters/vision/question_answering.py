@@ -1,0 +1,95 @@
+"""The adapter of visual-question-answering: ViLT, whose pictures and questions are padded behind masks, and models that write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipefleet_workers.adapters.arguments import STAGE
+from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.chosen import Chosen
+from pipefleet_workers.adapters.text.encoder import position_limit
+from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter
+from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+
+_WORDS = ("input_ids", "attention_mask", "token_type_ids")
+_PICTURES = ("pixel_values", "pixel_mask")
+
+
+class AnswerClassifier(Adapter):
+    """Scores of answers. With a `pixel_mask` padding is hidden from the model; without one only the questions are padded."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.pads = True
+        self._positions = position_limit(pipe.model)
+
+    def example(self, size: int) -> Any:
+        """A picture of `size` times eight pixels, wider than high, and a question of up to ten words."""
+        noise = np.random.default_rng(size).integers(0, 255, (size * 8, size * 10, 3), dtype=np.uint8)
+        return {"image": Image.fromarray(noise), "question": " ".join(["what"] * min(size, 10))}
+
+    def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Words padded behind the longest question, pictures at their right and bottom."""
+        inputs = {}
+        for name in units[0].features:
+            rows = [unit.features[name] for unit in units]
+            value = (self.pipe.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+            inputs[name] = padded(rows, value)
+        return inputs
+
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        """`logits` `[units, answers]`, on the host."""
+        device = self.pipe.device
+        with torch.inference_mode():
+            found = self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+            return {"logits": found.logits.float().cpu()}
+
+    def _prepare(self, decoded: Decoded) -> list[Unit]:
+        arguments = self.parse(decoded.work.parameters)
+        value, before = decoded.value, arguments.fresh().preprocess
+        longest, hint = self.longest(self._positions), "pass truncation=true to cut it"
+        question = self.long_texts().bounded(value["question"], before, longest, hint)
+        features = dict(self.copies.get().preprocess({**value, "question": question}, **before))
+        tokens = features["input_ids"].shape[1]
+        if self._positions is not None and tokens > self._positions:
+            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            text = (
+                f"the question has {tokens} tokens, the model takes {self._positions}; pass truncation=true to cut it"
+            )
+            raise ItemError("too_long", text, STAGE)
+        hidden = (*_WORDS, *_PICTURES) if "pixel_mask" in features else _WORDS
+        ragged = hidden if self.pads else ()
+        shapes = tuple((name, None if name in ragged else tuple(one.shape[1:])) for name, one in features.items())
+        assembly = Assembly(decoded.work, expected=1, context=arguments)
+        return [Unit(assembly, 0, shapes, features["pixel_values"].numel(), features)]
+
+
+class AnswerWriter(EqualWriter):
+    """Answers that are written. Costs count numbers of the picture, as with models that classify."""
+
+    def cost(self, features: Mapping[str, torch.Tensor], tokens: int) -> int:
+        """Numbers of the picture's tensor."""
+        return features["pixel_values"].numel()
+
+
+class VisualAnswerer(Chosen):
+    """visual-question-answering, for both kinds of model."""
+
+    @staticmethod
+    def choose(pipe: Any) -> type[Adapter]:
+        """By whether the model writes."""
+        return AnswerWriter if pipe.model.can_generate() else AnswerClassifier
+
+
+def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    """Tensors `[1, …]` of one number of dimensions stacked, each padded with `value` behind its end in every dimension."""
+    shape = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
+    stacked = torch.full((len(rows), *shape), value, dtype=rows[0].dtype)
+    for target, row in zip(stacked, rows, strict=True):
+        target[tuple(slice(size) for size in row.shape[1:])] = row[0]
+    return stacked

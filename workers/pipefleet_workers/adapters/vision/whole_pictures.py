@@ -1,0 +1,41 @@
+"""Pictures that a model gets at their own size: their pixels are bounded, since memory and time of its forward grow with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from pipefleet_workers.adapters.arguments import STAGE
+from pipefleet_workers.items import ItemError
+from pipefleet_workers.process.memory import available_bytes
+
+_COPIES = 20
+"""What a block of a transformer over pixels holds at once of their hidden states: queries, keys, values, scores, a wider layer."""
+_ALWAYS_PIXELS = 1 << 16
+"""Up to here nobody looks at the memory."""
+
+
+def require_pixels(pipe: Any, value: Any, most: int) -> None:
+    """Raise ItemError (too_large) for a picture that is not resized, of more than `most` pixels or of more memory than is free.
+
+    On a GPU the memory is not looked at: one that has none says so and goes on, a worker is killed.
+    """
+    if not isinstance(value, Image.Image) or _resizes(getattr(pipe, "image_processor", None)):
+        return
+    pixels, hint = value.width * value.height, "send a smaller picture, or parts of it"
+    if pixels > most:
+        text = f"the picture has {pixels} pixels, the model takes at most {most} at once"
+        raise ItemError("too_large", f"{text} (PIPEFLEET_WORKER_MAX_WHOLE_PIXELS); {hint}", STAGE)
+    width = getattr(pipe.model.config, "embed_dim", None)
+    if pipe.model.device.type not in ("cpu", "meta") or not isinstance(width, int) or pixels <= _ALWAYS_PIXELS:
+        return
+    needed, room = pixels * width * _COPIES * 4, available_bytes()
+    if room is not None and needed > room:
+        text = f"the picture has {pixels} pixels, for which the model needs {needed >> 20} MB"
+        raise ItemError("too_large", f"{text} and {room >> 20} MB are free; {hint}", STAGE)
+
+
+def _resizes(processor: Any) -> bool:
+    """Whether pictures of any size become inputs of a bounded size."""
+    return processor is None or bool(getattr(processor, "do_resize", False)) or hasattr(processor, "max_patches")

@@ -1,0 +1,1 @@
+"""Adapters of models that write a text with generate()."""

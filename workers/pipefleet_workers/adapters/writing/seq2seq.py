@@ -1,0 +1,88 @@
+"""The adapter of encoder-decoders that write text: summaries, translations, anything that a model makes of a text.
+
+Texts are padded on the right, where the encoder's mask hides them; every decoder begins with the same token, so that nothing
+of it is padded, and requests may differ in what `TextGenerator` leaves to their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipefleet_workers.adapters.arguments import STAGE, Arguments
+from pipefleet_workers.adapters.text.encoder import position_limit
+from pipefleet_workers.adapters.writing.generate import Request, TextGenerator, filled, learnt_positions
+from pipefleet_workers.adapters.writing.plan import Plan
+from pipefleet_workers.items import Assembly, ItemError, Unit
+
+
+class TextRewriter(TextGenerator):
+    """text2text-generation, summarization and translation."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self._positions = learnt_positions(pipe.model.get_decoder(), pipe.model)
+        self._readable = position_limit(pipe.model.get_encoder())
+
+    def example(self, size: int) -> str:
+        """As many words, or fewer where the model has no positions for them."""
+        words = size if self._readable is None else min(size, self._readable // 3)
+        return " ".join((["the", "sea", "of", "trees"] * size)[:words])
+
+    def example_parameters(self) -> Mapping[str, Any]:
+        """Two languages for a model that must be told them."""
+        languages = getattr(self.pipe, "languages", ())
+        return {"src_lang": languages[0], "tgt_lang": languages[-1]} if languages else {}
+
+    def prompt_length(self, inputs: dict[str, Any]) -> int:
+        """generate() puts one token in front of what it writes."""
+        return 1
+
+    def finish(self, assembly: Assembly) -> Any:
+        """`[{"summary_text": …}]` or as the task calls it, one for each sequence."""
+        request: Request = assembly.context
+        sequences = assembly.outputs[0]
+        if request.arguments.postprocess.get("return_tensors"):
+            sequences = [[self._begin(request), *one] for one in filled(sequences, request, all_shown=True)]
+        outputs = {"output_ids": [sequences]}
+        return self.copies.get().postprocess(outputs, **request.arguments.fresh().postprocess)
+
+    def _nested(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        return parameters
+
+    def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
+        """The text, the one token that its decoder begins with, and the tokens of the text."""
+        longest, before = self.longest(self._readable), arguments.fresh().preprocess
+        read = self.long_texts().bounded(value, before, longest, "pass truncation=true to cut it")
+        ids: torch.Tensor = self.copies.get().preprocess(read, **before)["input_ids"][0].long()
+        if len(ids) > longest:
+            text = f"the text has {len(ids)} tokens, the model takes {longest}; pass truncation=true to cut it"
+            raise ItemError("too_long", text, STAGE)
+        if not len(ids):
+            raise ItemError("bad_input", "the text is empty, and the tokenizer adds no token to it", STAGE)
+        return value, torch.zeros(1, dtype=torch.long), ids
+
+    def _hears_padding(self, plan: Plan) -> bool:
+        """Mostly not: padding lies in the encoder, away from what counts and compares the tokens that were written."""
+        return plan.reads_encoder
+
+    def _begin(self, request: Request) -> int:
+        """The token that a decoder begins with."""
+        asked = request.plan.shared.get("decoder_start_token_id")
+        config = self.pipe.model.generation_config
+        known = [asked, config.decoder_start_token_id, config.bos_token_id]
+        return int(next(one for one in known if one is not None))
+
+    def _prompt_cost(self, request: Request, features: Any) -> int:
+        return len(features)
+
+    def _inputs(self, units: Sequence[Unit]) -> dict[str, Any]:
+        longest = max(len(unit.features) for unit in units)
+        ids = torch.full((len(units), longest), self._pad)
+        mask = torch.zeros_like(ids)
+        for index, unit in enumerate(units):
+            ids[index, : len(unit.features)] = unit.features
+            mask[index, : len(unit.features)] = 1
+        return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,57 @@
+"""The bounded, thread-safe room between preprocessing and the device: a MicroBatcher behind one lock.
+
+`put` blocks while it is full, so that a slow device slows everything before it; `take` blocks while it is empty.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipefleet_workers.engine.batcher import MicroBatcher
+from pipefleet_workers.items import Batch, Unit
+
+
+class BatchQueue:
+    """At most `capacity` units wait here, but an item's units always enter together."""
+
+    def __init__(self, batcher: MicroBatcher, capacity: int) -> None:
+        self._batcher = batcher
+        self._capacity = capacity
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, units: Sequence[Unit]) -> None:
+        """Add units; blocks while the room is full."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._batcher) < self._capacity or self._closed)
+            now = time.monotonic()
+            for unit in units:
+                self._batcher.add(unit, now)
+            self._changed.notify_all()
+
+    def take(self) -> Batch | None:
+        """The next batch; blocks while there is none. None when closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._batcher) > 0 or self._closed)
+            batch = self._batcher.take(time.monotonic())
+            self._changed.notify_all()
+            return batch
+
+    def limit_cost(self, cost: int) -> None:
+        """Make batches smaller from now on; never larger."""
+        with self._changed:
+            limits = self._batcher.limits
+            self._batcher.limits = replace(limits, max_cost=max(1, min(limits.max_cost, cost)))
+
+    def close(self) -> None:
+        """Let `take` return None once everything was taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self._batcher)

@@ -1,0 +1,442 @@
+"""The engine, the file to read first: the stages of a worker, wired with bounded queues so that they all run at once.
+
+    admit ─▶ fetch ─▶ decode + preprocess ─▶ batch ─▶ forward ─▶ finish ─▶ store ─▶ the job's sink
+             threads  threads                room     one thread  threads   threads
+
+A message's thread (see `consumer`) admits the items of its job, waits for their outcomes, writes them and acknowledges. Any
+stage's failure goes straight to the sink: every admitted item has exactly one outcome, unless its job is given back as a whole.
+Whatever way an item leaves, the room it took comes back then (`_leave`), so a job may be larger than the worker.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipefleet.contract.records import JobFailure
+from pipefleet.errors import ServiceFullError, ServiceUnavailableError
+from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.engine.batch_queue import BatchQueue
+from pipefleet_workers.engine.batcher import BatchLimits, MicroBatcher
+from pipefleet_workers.engine.budget import Budget
+from pipefleet_workers.engine.device import Device, Instruments
+from pipefleet_workers.engine.forward import Forward
+from pipefleet_workers.engine.processes import PreprocessPool
+from pipefleet_workers.engine.transfer import Transfer
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
+from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, OutgrownError, Unit, Work
+from pipefleet_workers.process.sizes import bytes_of
+from pipefleet_workers.process.watchdog import Slot, Watchdog, listen, waiting, working_on
+from pipefleet_workers.results.lines import ResultWriter
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.storage.store import BarredError, RefusedHereError
+
+log = logging.getLogger(__name__)
+_In = TypeVar("_In", Work, Fetched, Decoded, Finished)
+_Out = TypeVar("_Out")
+_Held = TypeVar("_Held", Fetched, Assembly)
+_STOP_RANK = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What the engine runs: one object for each kind of work."""
+
+    fetcher: Fetcher
+    decoder: Decoder
+    adapter: Adapter
+    processes: PreprocessPool | None = None
+    """Where they are, decoding and preprocessing happen there; started and stopped by the engine."""
+    results: ResultWriter | None = None
+    """Makes results ready to be written; without it outcomes carry what the adapter made."""
+
+
+class Engine:
+    """One model on one device, fed by any number of threads through `admit`."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        limits: BatchLimits,
+        settings: WorkerSettings,
+        instruments: Instruments,
+        *,
+        slice_items: int,
+    ) -> None:
+        self._stages = stages
+        self._slice_items = min(slice_items, settings.in_flight_items)
+        self._instruments = instruments
+        self._budget = Budget(settings.in_flight_items, settings.in_flight_bytes)
+        self.room = BatchQueue(MicroBatcher(limits), settings.window_units)
+        device = stages.adapter.pipe.device
+        self._watchdog = Watchdog(instruments.on_fatal)
+        self._stage_timeout = settings.stage_timeout
+        forward = Forward(stages.adapter, self.room.limit_cost, Transfer.to(device))
+        self._device = Device(
+            forward,
+            self.room,
+            instruments,
+            self._complete,
+            watchdog=self._watchdog,
+            timeout=settings.forward_timeout,
+            collate_ahead=device.type != "cpu",
+        )
+        stages.adapter.tick = self._device.tick
+        stages.adapter.release = self._device.release
+        cpu, fetch = settings.cpu_threads, settings.fetch_threads
+        if stages.processes is not None:
+            cpu = settings.preprocess_processes  # each thread waits for one process
+        store = settings.store_threads
+        self._store = _Stage("store", store, self._store_results, self._end, room=store)
+        self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, self._end, room=256)
+        self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, self._end, room=4 * cpu)
+        self._fetch = _Stage("fetch", fetch, self._fetch_slice, self._end, room=2 * fetch, services=True)
+
+    def start(self) -> None:
+        """Start processes and threads. All are daemons: a worker that must end does not wait for them."""
+        if self._stages.processes is not None:
+            self._stages.processes.start()
+        for stage in (self._store, self._finish, self._cpu, self._fetch):
+            stage.start(self._watchdog, self._stage_timeout)
+        self._device.start()
+        self._watchdog.start()
+
+    def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
+        """Take in items; each one's outcome goes to its job's sink. Bulk work waits here while the worker is full.
+
+        Any number of items: the room of each comes back as it ends. What waits when its job is stopped ends as stopped.
+        """
+        for piece in self._pieces(works):
+            if bulk and not self._entered(piece):
+                continue
+            if any(work.fetches for work in piece):
+                self._fetch.put(piece[0].job.priority, piece)
+            else:
+                self._cpu.put(piece[0].job.priority, [Fetched(work, work.item.inputs) for work in piece])
+
+    def _pieces(self, works: Sequence[Work]) -> Iterator[list[Work]]:
+        """Items in slices of like work, each of which the budget has room for."""
+        piece: list[Work] = []
+        size = 0
+        for work in works:
+            if piece and (len(piece) >= self._slice_items or size + work.weight > self._budget.portion):
+                yield piece
+                piece, size = [], 0
+            piece.append(work)
+            size += work.weight
+        if piece:
+            yield piece
+
+    def _entered(self, piece: Sequence[Work]) -> bool:
+        """Wait for room for bulk items; False when their job was stopped meanwhile, and they have ended."""
+        job = piece[0].job
+        if self._budget.enter(piece, lambda: job.stopped("consume")):
+            return True
+        for work in piece:
+            failure = job.stopped("consume")
+            assert failure is not None
+            self._fail(work, failure)
+        return False
+
+    def stop(self) -> None:
+        """Finish what is inside, then end the threads."""
+        self._budget.close()
+        self._fetch.stop()
+        self._cpu.stop()
+        if self._stages.processes is not None:
+            self._stages.processes.stop()
+        self.room.close()
+        self._device.join()
+        self._finish.stop()
+        self._store.stop()
+        self._watchdog.stop()
+
+    def _fetch_slice(self, works: Sequence[Work]) -> None:
+        with self._instruments.tracer.span("fetch", len(works)):
+            fetched = self._each(works, "fetch", self._stages.fetcher.fetch)
+        if fetched:
+            self._cpu.put(works[0].job.priority, fetched)
+
+    def _decode_and_prepare(self, fetched: Sequence[Fetched]) -> None:
+        """Decode and prepare as many items at once as there is room for."""
+        weighed = list(zip(fetched, self._stages.decoder.weights(fetched), strict=True))
+        for piece in self._portions(weighed):
+            outgrown = self._let_in(piece)
+            while outgrown:
+                outgrown = [*self._let_in([outgrown[0]]), *outgrown[1:]]
+
+    def _let_in(self, piece: Sequence[tuple[Fetched, int]]) -> list[tuple[Fetched, int]]:
+        """Decode and prepare items when there is room for them; those that need more than they declared, with what they need."""
+        works = [(one.work, size) for one, size in piece]
+        with waiting():
+            self._budget.decode(works, functools.partial(_all_stopped, works))
+        try:
+            return self._prepare_piece([one for one, _ in piece])
+        except BaseException as error:  # noqa: BLE001 - logged there; those of other pieces may be on their way already
+            self._cpu.fail([one for one, _ in piece], error)
+            return []
+
+    def _prepare_piece(self, fetched: Sequence[Fetched]) -> list[tuple[Fetched, int]]:
+        tracer, processes = self._instruments.tracer, self._stages.processes
+        if processes is not None:
+            live = self._each(fetched, "decode", lambda one: one)
+            with tracer.span("preprocess", len(live)), waiting():  # for a process, which is watched there
+                prepared = processes.prepare(live)
+            self._enter([one.work for one in live], prepared)
+            return []  # no task that hears is prepared in processes
+        with tracer.span("decode", len(fetched)):
+            tried = self._each(fetched, "decode", self._decode)
+        outgrown = [one for one in tried if isinstance(one, tuple)]
+        decoded = [one for one in tried if isinstance(one, Decoded)]
+        del tried
+        self._budget.prepared([(one.work, 0) for one, _ in outgrown])
+        with tracer.span("preprocess", len(decoded)):
+            prepared = self._prepare(decoded)
+        works = [one.work for one in decoded]
+        del decoded  # pictures would lie here while their units wait for the device
+        self._enter(works, prepared)
+        return outgrown
+
+    def _decode(self, fetched: Fetched) -> Decoded | tuple[Fetched, int]:
+        """The decoded item; with the bytes that it needs, where those are more than it was let in with."""
+        try:
+            return self._stages.decoder.decode(fetched)
+        except OutgrownError as error:
+            return fetched, error.size
+
+    def _enter(self, works: Sequence[Work], prepared: Sequence[list[Unit] | ItemError]) -> None:
+        """Let the units into the room before the device, all in one go; end the items that have none."""
+        entering: list[Unit] = []
+        self._budget.prepared([(work, _bytes_of(units)) for work, units in zip(works, prepared, strict=True)])
+        for work, units in zip(works, prepared, strict=True):
+            if isinstance(units, ItemError):
+                self._fail(work, units.failure)
+            elif not units:
+                self._fail(work, JobFailure("bad_input", "the input is empty for this model", "preprocess"))
+            else:
+                entering += units
+        if entering:
+            with waiting():
+                self.room.put(entering)
+
+    def _prepare(self, decoded: Sequence[Decoded]) -> list[Any]:
+        if decoded:
+            working_on(decoded[0].work, len(decoded) - 1)
+        begin = time.perf_counter()
+        prepared = self._stages.adapter.prepare(decoded)
+        share = (time.perf_counter() - begin) / max(1, len(decoded))
+        for one in decoded:
+            one.work.seconds["preprocess"] = share
+        return prepared
+
+    def _complete(self, assemblies: Sequence[Assembly]) -> None:
+        sizes = ((one, 0 if one.failure else bytes_of(one.outputs)) for one in assemblies)
+        for held in self._portions(sizes):
+            with waiting():
+                self._budget.hold([(one.work, size) for one, size in held])
+            self._finish.put(min(one.work.job.priority for one, _ in held), [one for one, _ in held])
+
+    def _portions(self, sizes: Iterable[tuple[_Held, int]]) -> Iterator[list[tuple[_Held, int]]]:
+        """Items with their bytes, in lists that the budget has room for."""
+        held: list[tuple[_Held, int]] = []
+        total = 0
+        for one, size in sizes:
+            if held and total + size > self._budget.portion:
+                yield held
+                held, total = [], 0
+            held.append((one, size))
+            total += size
+        yield held
+
+    def _finish_assemblies(self, assemblies: Sequence[Assembly]) -> None:
+        with self._instruments.tracer.span("finish", len(assemblies)):
+            done = [assembly.work.seconds for assembly in assemblies if self._finish_one(assembly)]
+        self._instruments.metrics.processed(done)
+
+    def _finish_one(self, assembly: Assembly) -> bool:
+        """Deliver the result of an item, or why it has none; whether it has one. Results with artifacts go to the store first."""
+        failure = assembly.failure or (
+            assembly.work.job.stopped("postprocess") if assembly.work.job.given_back else None
+        )
+        if failure is not None:
+            self._fail(assembly.work, failure)
+            return False
+        with waiting():
+            self._budget.finish(assembly.work)
+        working_on(assembly.work)
+        begin = time.perf_counter()
+        try:
+            output = self._stages.adapter.finish(assembly)
+        except BaseException as error:  # noqa: BLE001 - whatever a pipeline raises, a Rust panic too, is this item's failure alone
+            failure = JobFailure("model_error", f"postprocessing failed: {brief(error)}", "postprocess")
+            self._fail(assembly.work, failure)
+            return False
+        finally:
+            assembly.outputs = {}  # its slice goes on for a while
+        assembly.work.seconds["postprocess"] = time.perf_counter() - begin
+        return self._deliver(assembly.work, output)
+
+    def _deliver(self, work: Work, output: Any) -> bool:
+        """Deliver a result that has no artifacts, and hand on one that has; whether it was delivered."""
+        results = self._stages.results
+        try:
+            if results is not None:
+                finished = results.take_apart(work, output)
+                if finished.artifacts:
+                    self._budget.weigh(work, sum(one.size for one in finished.artifacts))
+                    self._store.put(work.job.priority, [finished])
+                    return False
+                output = results.write(finished)
+        except ItemError as error:
+            self._fail(work, error.failure)
+            return False
+        self._end(Outcome(work, output=output))
+        return True
+
+    def _store_results(self, finished: Sequence[Finished]) -> None:
+        with self._instruments.tracer.span("store", len(finished)):
+            stored = self._each(finished, "write", self._store_one)
+        for one in finished:
+            one.artifacts.clear()  # this thread refers to them until it has the next
+        self._instruments.metrics.processed([outcome.work.seconds for outcome in stored])
+        for outcome in stored:
+            self._end(outcome)
+
+    def _store_one(self, finished: Finished) -> Outcome:
+        assert self._stages.results is not None
+        begin = time.perf_counter()
+        encoded = self._stages.results.write(finished)
+        finished.work.seconds["write"] = time.perf_counter() - begin
+        return Outcome(finished.work, output=encoded)
+
+    def _each(self, items: Sequence[_In], stage: str, do: Callable[[Any], _Out]) -> list[_Out]:
+        """`do` for every item whose job goes on; failures are delivered, the others returned in order."""
+        done: list[_Out] = []
+        for item in items:
+            work = _work_of(item)
+            working_on(work)
+            failure = work.job.stopped(stage)
+            if failure is None:
+                try:
+                    done.append(do(item))
+                    continue
+                except ServiceUnavailableError as error:
+                    # an outage is nobody's failure: the whole job runs again later
+                    is_ours = isinstance(error, BarredError | RefusedHereError | ServiceFullError)
+                    if work.job.patient or is_ours or work.job.is_away():
+                        work.job.give_back(error)
+                        self._budget.leave(work)
+                        continue
+                    failure = JobFailure(error.code, str(error), stage)
+                except ItemError as error:
+                    failure = error.failure
+                except Exception as error:
+                    where = {"job": work.job.id, "run": work.job.run_id}
+                    log.exception("stage %s failed on item %s of job %s", stage, work.item.id, work.job.id, extra=where)
+                    failure = JobFailure("internal_error", brief(error), stage)
+            self._fail(work, failure)
+        return done
+
+    def _fail(self, work: Work, failure: JobFailure) -> None:
+        if not work.job.given_back:
+            self._instruments.metrics.processed([work.seconds])
+        self._end(Outcome(work, failure=failure))
+
+    def _end(self, outcome: Outcome) -> None:
+        """The one way out, taken by every item, but by those whose job is given back right then."""
+        self._budget.leave(outcome.work)
+        outcome.work.job.sink.deliver(outcome)
+
+
+class _Stage:
+    """Threads that take slices from one bounded queue, the most urgent first and equally urgent ones in order.
+
+    They are watched: `handle` calls `working_on` at each item, or its whole slice counts as one, and waits for others only inside
+    `waiting`. A stage that waits for `services`, which have time-outs of their own, is not. `end` takes the items of a slice that
+    `handle` could not stand.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        handle: Callable[[Any], None],
+        end: Callable[[Outcome], None],
+        *,
+        room: int,
+        services: bool = False,
+    ) -> None:
+        self._name = name
+        self._handle = handle
+        self._end = end
+        self._services = services
+        self._queue: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue(room)
+        self._order = itertools.count()
+        self._names = [f"{name}-{index}" for index in range(threads)]
+        self._threads: list[threading.Thread] = []
+
+    def start(self, watchdog: Watchdog, seconds: float) -> None:
+        """Start the threads; an item may take `seconds`."""
+        for name in self._names:
+            slot = None if self._services else watchdog.slot(self._name, seconds)
+            self._threads.append(threading.Thread(target=self._loop, args=(slot,), name=name, daemon=True))
+            self._threads[-1].start()
+
+    def put(self, priority: int, item: Any) -> None:
+        """Add one slice; blocks while the queue is full."""
+        with waiting():
+            self._queue.put((priority, next(self._order), item))
+
+    def stop(self) -> None:
+        """Work off the queue, then end the threads."""
+        for _ in self._threads:
+            self.put(_STOP_RANK, None)
+        for thread in self._threads:
+            thread.join()
+
+    def fail(self, items: Sequence[Any], error: BaseException) -> None:
+        """End the items of a slice that `handle` could not stand, while that error is handled."""
+        log.exception("stage %s failed on a slice of %d", self._name, len(items))
+        failure = JobFailure("internal_error", brief(error), self._name)
+        for item in items:  # those that have ended already keep their outcome
+            self._end(Outcome(_work_of(item), failure=failure))
+
+    def _loop(self, slot: Slot | None) -> None:
+        if slot is not None:
+            listen(slot)
+        while True:
+            _, _, items = self._queue.get()
+            if items is None:
+                return
+            if slot is not None:
+                slot.begin(_work_of(items[0]), len(items) - 1)
+            try:
+                self._handle(items)
+            except BaseException as error:  # noqa: BLE001 - logged there; a Rust panic is none of Exception, and the thread outlives it
+                self.fail(items, error)
+            if slot is not None:
+                slot.rest()
+
+
+def _bytes_of(units: list[Unit] | ItemError) -> int:
+    """Bytes of what the model gets of an item, and of what is kept beside that until it is finished."""
+    if isinstance(units, ItemError) or not units:
+        return 0
+    kept = getattr(units[0].assembly.context, "nbytes", 0)
+    return sum([bytes_of(unit.features) for unit in units], kept)
+
+
+def _work_of(item: Work | Fetched | Decoded | Assembly | Finished) -> Work:
+    return item if isinstance(item, Work) else item.work
+
+
+def _all_stopped(works: Sequence[tuple[Work, int]]) -> bool:
+    return all(work.job.stopped("decode") for work, _ in works)

@@ -1,0 +1,106 @@
+"""forward: one batch on the device. Only the culprit of a failure fails; out of memory halves the batch and the budget."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pipefleet.contract.records import JobFailure
+from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.engine.transfer import Staged, Transfer
+from pipefleet_workers.items import Batch, Unit
+from pipefleet_workers.models.precision import half_advice
+
+log = logging.getLogger(__name__)
+STAGE = "forward"
+_BROKEN = ("device-side assert", "illegal memory access", "unspecified launch failure", "CUBLAS_STATUS", "cudaErrorECC")
+"""After these a CUDA context answers every call with an error, so every later item would fail as well."""
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""Words of the allocators of GPUs, of Linux and of Windows."""
+
+
+class DeviceBrokenError(Exception):
+    """The device can only be used again by a new process."""
+
+
+class Forward:
+    """Runs batches through the model. Used by the device's thread, `collate` also by the thread beside it."""
+
+    def __init__(self, adapter: Adapter, on_memory: Callable[[int], None], transfer: Transfer | None = None) -> None:
+        self._adapter = adapter
+        self._on_memory = on_memory
+        self._transfer = transfer or Transfer()
+
+    def collate(self, batch: Batch) -> Staged | None:
+        """The inputs of a batch, on their way to the device ahead of its run; None where that fails: `run` finds the culprit."""
+        try:
+            return self._transfer.begin(self._adapter.collate(batch.units))
+        except Exception as error:  # noqa: BLE001 - found again, and put down to a unit, by `run`
+            log.warning("a batch of %d cannot be collated (%s)", len(batch.units), brief(error))
+            return None
+
+    def run(self, batch: Batch, staged: Staged | None = None) -> list[tuple[Unit, Any | JobFailure]]:
+        """The output of every unit, or why it has none, in the batch's order. Raises DeviceBrokenError."""
+        begin = time.perf_counter()
+        outputs = self._run(batch.units, staged)
+        share = (time.perf_counter() - begin) / len(batch.units)
+        for unit in batch.units:
+            seconds = unit.assembly.work.seconds
+            seconds[STAGE] = seconds.get(STAGE, 0.0) + share
+        return list(zip(batch.units, outputs, strict=True))
+
+    def _run(self, units: Sequence[Unit], staged: Staged | None = None) -> list[Any | JobFailure]:
+        try:
+            return self._once(units, staged)
+        except Exception as error:
+            if any(words in str(error) for words in _BROKEN):
+                raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
+            memory = _out_of_memory(error)
+            if len(units) == 1:
+                return [_failure(units[0], error, self._adapter)]  # dropped where its output is handed on already
+            log.warning("a batch of %d failed (%s); running it again in pieces", len(units), brief(error))
+        if memory:
+            self._free_memory(units)
+        return self._in_pieces(units, halves=memory)
+
+    def _in_pieces(self, units: Sequence[Unit], *, halves: bool) -> list[Any | JobFailure]:
+        """The outputs of units that failed together; None for those whose output is handed on already."""
+        rest = [unit for unit in units if not unit.released]
+        half = len(rest) // 2
+        pieces = [piece for piece in (rest[:half], rest[half:]) if piece] if halves else [[unit] for unit in rest]
+        outputs = dict(zip(map(id, rest), (output for piece in pieces for output in self._run(piece)), strict=True))
+        return [outputs.get(id(unit)) for unit in units]
+
+    def _once(self, units: Sequence[Unit], staged: Staged | None) -> list[Any]:
+        inputs = self._adapter.collate(units) if staged is None else self._transfer.finish(staged)
+        outputs = self._adapter.split(self._adapter.run(inputs, units), units)
+        if len(outputs) != len(units):
+            raise RuntimeError(f"the model gave {len(outputs)} outputs for {len(units)} inputs")
+        return outputs
+
+    def _free_memory(self, units: Sequence[Unit]) -> None:
+        """Let go of what the failed batch held, outside its exception's frames, and make later batches smaller."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._on_memory(Batch(units[0].key, units).cost // 2)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Torch names it differently on each kind of device."""
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def _failure(unit: Unit, error: BaseException, adapter: Adapter) -> JobFailure:
+    code = "out_of_memory" if _out_of_memory(error) else "model_error"
+    advice = half_advice(error, getattr(getattr(adapter, "pipe", None), "model", None))
+    further = f"; {advice}" if advice else ""
+    return JobFailure(code, f"the model failed on an input of length {unit.length}: {brief(error)}{further}", STAGE)

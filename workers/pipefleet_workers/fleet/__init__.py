@@ -1,0 +1,1 @@
+"""Commands around the workers: the local stack, the scaler, `top`, `doctor`, `render`, `simulate`, `demo`."""

@@ -1,0 +1,61 @@
+"""The doctor's look at the hashes in which workers tell of themselves: entries that were not written by pipefleet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipefleet import foreign
+from pipefleet.errors import PipefleetError
+from pipefleet.fleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
+from pipefleet.printable import printable
+from pipefleet.queues import broker
+from pipefleet.settings import Settings
+from pipefleet_workers.fleet.local.parked import PARKED_KEY
+
+SHOWN = 5
+"""Entries of a hash that are named."""
+Readable = Callable[[bytes, bytes], bool]
+
+
+def check_entries(settings: Settings) -> str:
+    """A sentence where every entry can be read. Raises PipefleetError that names the others and says how to remove them."""
+    redis: Any = broker.connect(settings)
+    found = []
+    with broker.redis_errors(settings.redis_url):
+        for key, is_readable in _HASHES.items():
+            names = [field for field, value in redis.hgetall(key).items() if not is_readable(field, value)]
+            found += [_told(key, names)] if names else []
+    if found:
+        raise PipefleetError(f"{'; '.join(found)}. They are passed over; remove each with `redis-cli HDEL KEY ENTRY`")
+    return "what workers tell of themselves can be read"
+
+
+def _told(key: str, names: list[bytes]) -> str:
+    shown = ", ".join(repr(printable(one.decode(errors="replace"))) for one in sorted(names)[:SHOWN])
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{key} has entries that pipefleet did not write: {shown}{more}"
+
+
+def _is_revision(field: bytes, value: bytes) -> bool:
+    try:
+        foreign.own_queue(field.decode())
+        return bool(foreign.names(foreign.read_object(value), "model", "revision"))
+    except ValueError:
+        return False
+
+
+def _is_object(field: bytes, value: bytes) -> bool:
+    try:
+        foreign.name(field.decode())
+        return bool(foreign.read_object(value))
+    except ValueError:
+        return False
+
+
+_HASHES: dict[str, Readable] = {
+    POOLS_KEY: lambda field, value: read_pool(field, value) is not None,
+    WORKERS_KEY: lambda field, value: read_worker(field, value) is not None,
+    broker.REVISIONS_KEY: _is_revision,
+    PARKED_KEY: _is_object,
+}

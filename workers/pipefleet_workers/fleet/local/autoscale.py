@@ -1,0 +1,192 @@
+"""Workers of one machine by the scaler's number: `pipefleet up --autoscale`.
+
+    Scaler (a thread of ScalerService) ─▶ workers wanted ─▶ share of the cores ─▶ Crew: start, or drain the least useful
+
+It is the rule that KEDA follows on a cluster, with the same HTTP answers, so what is tried here holds there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tomllib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipefleet.errors import ServiceUnavailableError, UsageError
+from pipefleet.fleet.announcements import announce_pool
+from pipefleet.fleet.pools import Fleet, Pool, WorkerRange
+from pipefleet.fleet.routing import announcement, queue_name
+from pipefleet.queues import broker
+from pipefleet.settings import Settings
+from pipefleet_workers.fleet.scaling.service import PoolStatus, Scaler, ScalerService
+from pipefleet_workers.observe.logs import say
+
+from .ports import LOOPBACK
+from .workers import Crew, WorkerProcess
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How an autoscaled stack follows the work, in seconds. The defaults are those of a machine that has its models."""
+
+    interval: float = 5.0
+    """Between two looks at the queues."""
+    cold_start: float = 10.0
+    """From the start of a worker to its first job."""
+    hold: float = 60.0
+    """For how long fewer workers must be wanted until some are drained."""
+    port: int | None = None
+    """Where the scaler answers; None for a free one."""
+
+
+class Autoscaler:
+    """The scaler of a stack, and the hand that follows it. `step` is called by one thread, again and again."""
+
+    def __init__(self, path: Path, fleet: Fleet, settings: Settings, pace: Pace, *, crew: Crew, port: int) -> None:
+        """Raises UsageError when `port` is in use."""
+        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._describe(path, fleet)
+        self._settings = settings
+        self._pace = pace
+        self._crew = crew
+        self._redis: Any = broker.connect(settings)
+        self._seen = 0.0
+        scaler = Scaler(self._fleet, settings, cold_start=pace.cold_start, hold=pace.hold, from_zero=True)
+        try:
+            self.service = ScalerService(scaler, interval=pace.interval, address=LOOPBACK, port=port)
+        except OSError as error:
+            raise UsageError(
+                f"cannot serve on {LOOPBACK}:{port} ({error.strerror}); choose another --scaler-port"
+            ) from None
+        self._scaler = scaler
+
+    @property
+    def url(self) -> str:
+        """Where the scaler answers."""
+        return f"http://{LOOPBACK}:{self.service.port}"
+
+    def start(self) -> None:
+        """Begin to look at the queues, from a thread."""
+        self.service.__enter__()
+
+    def stop(self) -> None:
+        """Look no more. Once, and only after `start`."""
+        self.service.__exit__()
+        self._redis.close()
+
+    def follow(self, path: Path, fleet: Fleet) -> None:
+        """From now on scale the pools of this fleet, whose file is at `path`."""
+        self._describe(path, fleet)
+        self._scaler.follow(self._fleet)
+
+    def _describe(self, path: Path, fleet: Fleet) -> None:
+        unlimited = pools_without_maximum(path)
+        self._fleet = _up_to_the_cores(fleet, unlimited, self._cores)
+        self._sharing = {key for key, pool in self._fleet.revisions.items() if pool.name in unlimited}
+
+    def step(self) -> None:
+        """Start and drain workers where there is a new reading; nothing else. Returns at once."""
+        try:
+            statuses = self._scaler.statuses(younger=3 * self._pace.interval)
+            read_at = max((status.reading.now for status in statuses.values()), default=self._seen)
+            if read_at == self._seen:
+                return
+            self._seen = read_at
+            self._announce()
+            # A reading may be of the fleet before the last change.
+            self._follow({name: one for name, one in statuses.items() if name in self._fleet.revisions})
+        except ServiceUnavailableError:
+            return  # the scaler's log says so, and what runs goes on
+
+    def _follow(self, statuses: Mapping[str, PoolStatus]) -> None:
+        wanted = {name: status.decision.desired for name, status in statuses.items()}
+        waits = {name: one.measured.signal.queued + one.measured.signal.leased for name, one in statuses.items()}
+        for name, target in share(wanted, waits, sharing=self._sharing, cores=self._cores).items():
+            have = self._crew.of(name)
+            if target == len(have):
+                continue
+            say(f"pool {name}: {len(have)} -> {_workers(target)}, {_reason(statuses[name])}", pool=name)
+            for _ in range(target - len(have)):
+                self._crew.start(name)
+            if target < len(have):
+                for worker in least_useful(have, self._held(name))[: len(have) - target]:
+                    worker.drain()
+
+    def _held(self, name: str) -> Counter[int]:
+        """How many messages each process of this machine holds."""
+        key = broker.unacked_keys(queue_name(self._fleet.pool(name), self._fleet))["owners_key"]
+        with broker.redis_errors(self._settings.redis_url):
+            owners = [value.decode(errors="replace").split(":") for value in self._redis.hvals(key)]
+        here = socket.gethostname()
+        return Counter(int(one[1]) for one in owners if one[0] == here and len(one) > 1 and one[1].isdecimal())
+
+    @property
+    def announced_seconds(self) -> float:
+        """For how many seconds an announcement of the autoscaler is believed."""
+        return max(30.0, 3 * self._pace.interval)
+
+    def _announce(self) -> None:
+        """Tell producers without a fleet file what can be had here, also while no worker is there to tell it."""
+        with broker.redis_errors(self._settings.redis_url):
+            for pool in self._fleet.revisions.values():
+                fields = announcement(pool, self._fleet)
+                announce_pool(self._redis, pool.name, fields, seconds=self.announced_seconds)
+
+
+def share(
+    wanted: Mapping[str, int], waits: Mapping[str, float], *, sharing: Collection[str], cores: int
+) -> dict[str, int]:
+    """How many workers each pool gets: what it wants, except that the pools `sharing` share the cores that the others leave.
+
+    Each of those gets one if it wants any, however few cores there are; the rest go where most work waits for each worker.
+    """
+    given = {name: min(number, 1) if name in sharing else number for name, number in wanted.items()}
+    while sum(given.values()) < cores:
+        short = [name for name in sharing if given.get(name, 0) < wanted.get(name, 0)]
+        if not short:
+            break
+        given[max(sorted(short), key=lambda name: waits[name] / max(1, given[name]))] += 1
+    return given
+
+
+def least_useful(workers: Iterable[WorkerProcess], held: Mapping[int, int]) -> list[WorkerProcess]:
+    """The workers in the order in which to end them: who holds the fewest messages first, of equal ones the youngest."""
+    return sorted(workers, key=lambda worker: (held.get(worker.child.pid, 0) if worker.child else 0, -worker.number))
+
+
+def pools_without_maximum(path: Path) -> set[str]:
+    """The pools of a fleet file that do not say how many workers they may have."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))["pools"]
+    return {name for name, table in tables.items() if "max" not in table.get("workers", {})}
+
+
+def _up_to_the_cores(fleet: Fleet, names: Collection[str], cores: int) -> Fleet:
+    """The fleet with as many workers as there are cores for the pools of these names."""
+
+    def unlimited(pool: Pool) -> Pool:
+        previous = tuple(unlimited(one) for one in pool.previous)
+        return replace(pool, workers=WorkerRange(pool.workers.min, max(cores, 1)), previous=previous)
+
+    return Fleet({name: unlimited(pool) if name in names else pool for name, pool in fleet.pools.items()})
+
+
+def _workers(number: int) -> str:
+    return f"{number} worker" if number == 1 else f"{number} workers"
+
+
+def _reason(status: PoolStatus) -> str:
+    """Why the number is what it is, for a reader of the log."""
+    signal, messages = (
+        status.measured.signal,
+        sum(status.reading.count(state) for state in ("queued", "leased", "delayed")),
+    )
+    if not messages:
+        return "no work waits"
+    if status.measured.seconds_per_cost is None:
+        return f"{messages} {'message' if messages == 1 else 'messages'} of unknown length to do"
+    held = f", workers hold {signal.leased:.0f} s" if signal.leased else ""
+    return f"{signal.queued:.0f} s of work waits{held}"

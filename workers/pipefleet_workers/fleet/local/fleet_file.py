@@ -1,0 +1,161 @@
+"""The fleet file under a running `pipefleet up`: what it says, whether it has changed, and what that means for a pool's workers.
+
+fleet.toml ─▶ WatchedFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipefleet.errors import FleetFileError, UsageError
+from pipefleet.fleet.pools import Fleet, Pool, WorkerRange, load_fleet
+from pipefleet.fleet.routing import queue_name, revision_queue
+
+LOOK_SECONDS = 1.0
+_PLACES = ("model", "tokenizer", "processor", "offload_folder")
+"""Keys of a pool that may be paths relative to the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What the workers of one pool depend on: with an equal one they need not be replaced."""
+
+    pool: Pool
+    queue: str
+
+    @property
+    def queues(self) -> frozenset[str]:
+        """Every queue that workers with this duty consume."""
+        return frozenset({self.queue, revision_queue(self.queue, self.pool.model, self.pool.revision)})
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """One version of a fleet file. `tables` are its pools as they were written, with absolute paths."""
+
+    fleet: Fleet
+    tables: Mapping[str, Mapping[str, Any]]
+
+    def duty(self, name: str) -> Duty:
+        """What the workers of one key of `Fleet.revisions` depend on."""
+        pool = self.fleet.pool(name)
+        # How many workers there are, and where jobs without a model go, is nothing to a worker; its queue is.
+        essence = replace(pool, workers=WorkerRange(), wait_slo=0.0, default=False, previous=(), generation=0)
+        return Duty(essence, queue_name(pool, self.fleet))
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """The pool of one key of `Fleet.revisions` as it was written."""
+        return self.tables[self.fleet.pool(name).name]
+
+    def to_toml(self) -> str:
+        """The fleet file, to be read from any folder."""
+        tables = (f"[pools.{name}]\n{_lines(table)}" for name, table in self.tables.items())
+        return "# Written by `pipefleet up` for its workers.\n" + "\n".join(tables)
+
+
+class WatchedFile:
+    """A fleet file that may be edited at any time. One thread at a time may call it.
+
+    With `allow_unpinned`, hub models without a revision are accepted. `clock` gives seconds, as the monotonic clock does.
+    """
+
+    def __init__(
+        self, path: Path, *, allow_unpinned: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.path = path.absolute()
+        self._allow_unpinned = allow_unpinned
+        self._clock = clock
+        self._seen: tuple[int, ...] | None = None
+        self._judged: tuple[int, ...] | None = None
+        self._look_at = clock()
+
+    def read(self) -> Description:
+        """What the file says now. Raises FleetFileError, or UsageError for a model folder that is not there."""
+        self._judged = self._seen = self._fingerprint()
+        return self._parse()
+
+    def news(self, *, at_once: bool = False) -> Description | None:
+        """What the file says, if it was written since it was read last; None otherwise. Raises what `read` raises.
+
+        A file that changed is read once two looks, LOOK_SECONDS apart, find it alike: an editor may be in the middle of writing
+        it. With `at_once` it is read now, changed or not.
+        """
+        if not at_once and not self._settled():
+            return None
+        before, description, wrong = self._content(), None, None
+        try:
+            description = self.read()
+        except UsageError as error:
+            wrong = error
+        if self._content() != before:  # written while it was read: the next looks see that it differs
+            self._judged = None
+            return None
+        if wrong is not None:
+            raise wrong
+        return description
+
+    def _settled(self) -> bool:
+        """Whether the file differs from the one that was judged, and from look to look no more."""
+        if self._clock() < self._look_at:
+            return False
+        self._look_at = self._clock() + LOOK_SECONDS
+        before, self._seen = self._seen, self._fingerprint()
+        return self._seen == before and self._seen != self._judged
+
+    def _fingerprint(self) -> tuple[int, ...]:
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - of the target, where the file is a link
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return b""
+
+    def _parse(self) -> Description:
+        from pipefleet_workers.models.load import require_folder
+
+        fleet = load_fleet(self.path, allow_unpinned=self._allow_unpinned)
+        for pool in fleet.pools.values():
+            require_folder(pool)
+        try:
+            written = tomllib.loads(self.path.read_text(encoding="utf-8"))["pools"]
+        except (OSError, ValueError, LookupError) as error:
+            raise FleetFileError(f"cannot read the fleet file {self.path}: {error}") from None
+        return Description(fleet, {name: _absolute(table, fleet.pools[name]) for name, table in written.items()})
+
+
+def _absolute(table: Mapping[str, Any], pool: Pool) -> dict[str, Any]:
+    found = {key: getattr(pool, key) if key in _PLACES else value for key, value in table.items()}
+    if "previous" in table:
+        before = [table["previous"]] if isinstance(table["previous"], Mapping) else table["previous"]
+        found["previous"] = [_absolute(one, retired) for one, retired in zip(before, pool.previous, strict=True)]
+    return found
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    return "".join(f"{_text(key)} = {_value(value)}\n" for key, value in table.items())
+
+
+def _value(value: Any) -> str:
+    """A value of TOML on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_text(key)} = {_value(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return _text(value) if isinstance(value, str) else str(value).lower()
+
+
+def _text(text: str) -> str:
+    """A basic string: that of JSON, except that TOML takes no surrogates and no bare DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

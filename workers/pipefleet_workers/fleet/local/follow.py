@@ -1,0 +1,227 @@
+"""`pipefleet up` follows its fleet file: pools that appear, go, change or are resized, without touching the others.
+
+    WatchedFile ─▶ Description ─▶ differences ─▶ Crew: start, resize, replace
+                                                 replaced workers ─▶ told to end once nothing waits for them
+
+A pool that changes is rolled: the new workers start beside the old ones, and those go on until the new ones are ready and
+whatever only they can serve is done. A worker that dies meanwhile comes back as it was, since each version of the file is kept
+in a copy of its own that the workers of that version read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from pipefleet.errors import ServiceUnavailableError, UsageError
+from pipefleet.fleet.pools import Fleet, Pool, model_label
+from pipefleet.fleet.revisions import waiting
+from pipefleet.queues import broker
+from pipefleet_workers.observe.logs import say
+
+from .files import write_private
+from .fleet_file import Description, Duty, WatchedFile
+from .workers import Crew, Squad, WorkerProcess
+
+LOOK_SECONDS = 1.0
+"""Between two looks at what waits for replaced workers."""
+QUIET_SECONDS = 6.0
+"""For so long nothing must have waited for replaced workers: a run that is being planned queues its next shard within it, and a
+client that has just read where jobs go puts its last ones there."""
+Outstanding = Callable[[Collection[str]], int]
+"""How many messages of these queues wait or are with workers. Raises ServiceUnavailableError."""
+
+
+class Follower:
+    """Keeps the crew of a stack at what the fleet file says. One thread at a time may call it.
+
+    Each pool has `least` workers or its `workers.min`, whichever is more; with `least` 0 an autoscaler decides above the minimum.
+    `folder` takes the copies of the file; `changed` hears of every new version, with the path of its copy. What workers announce
+    is believed for `believed` seconds: so long after a change clients may send jobs to the model that was replaced. `clock` gives
+    seconds, as the monotonic clock does.
+    """
+
+    def __init__(
+        self,
+        file: WatchedFile,
+        folder: Path,
+        *,
+        least: int,
+        outstanding: Outstanding,
+        changed: Callable[[Path, Fleet], None] = lambda path, fleet: None,
+        believed: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file = file
+        self._folder = folder
+        self._least = least
+        self._outstanding = outstanding
+        self._changed = changed
+        self._believed = believed
+        self._clock = clock
+        self._now: Description | None = None
+        self._copy = folder
+        self._look_at = clock()
+        self._replaced_at: dict[Squad, float] = {}
+        self._quiet_since: dict[Squad, float] = {}
+
+    def begin(self, crew: Crew) -> list[WorkerProcess]:
+        """Start the workers of the file as it is. Raises FleetFileError, or UsageError for a model folder that is not there."""
+        for old in self._folder.glob("fleet-*.toml"):
+            old.unlink()
+        self._now = self._file.read()
+        self._copy = self._keep(self._now)
+        for name in self._now.fleet.revisions:
+            self._assign(crew, self._now, name)
+        self._changed(self._copy, self._now.fleet)
+        pools = self._now.fleet.revisions
+        return [crew.start(name) for name, pool in pools.items() for _ in range(self._wanted(pool))]
+
+    def step(self, crew: Crew, *, reload: bool = False) -> None:
+        """Take a new version of the file, and let go of replaced workers that nothing waits for. Returns at once.
+
+        With `reload` the file is read whether or not it seems to have changed, and parked workers are tried again.
+        """
+        if reload:
+            crew.retry()
+        try:
+            description = self._file.news(at_once=reload)
+        except UsageError as error:
+            say(f"the fleet file is refused, everything goes on as before: {error}", trouble=True)
+            description = None
+        if description is not None:
+            self._take(crew, description)
+        if self._clock() >= self._look_at:
+            now = self._clock()
+            self._look_at = now + LOOK_SECONDS
+            self._replaced_at = {squad: self._replaced_at.get(squad, now) for squad in crew.replaced}
+            self._quiet_since = {squad: at for squad, at in self._quiet_since.items() if squad in self._replaced_at}
+            for squad in crew.replaced:
+                self._let_go(crew, squad)
+
+    def _take(self, crew: Crew, new: Description) -> None:
+        old = self._now
+        assert old is not None
+        if new == old:
+            return
+        self._now, self._copy = new, self._keep(new)
+        before, after = old.fleet.revisions, new.fleet.revisions
+        for name in before.keys() - after.keys():
+            crew.retire(name)
+            say(f"pool {name}: removed; its workers end when nothing waits for them", pool=name)
+        for name, pool in after.items():
+            if name not in before:
+                self._add(crew, new, pool)
+            elif new.duty(name) != old.duty(name):
+                self._replace(crew, old, new, name)
+            elif new.table(name) != old.table(name):
+                self._resize(crew, pool)
+        self._changed(self._copy, new.fleet)
+
+    def _add(self, crew: Crew, new: Description, pool: Pool) -> None:
+        self._assign(crew, new, pool.key)
+        number = self._fill(crew, pool.key, self._wanted(pool))
+        label = model_label(pool.model, pool.revision)
+        say(f"pool {pool.key}: added, {pool.task} with {label}; {_start(number)}", pool=pool.key)
+
+    def _replace(self, crew: Crew, old: Description, new: Description, name: str) -> None:
+        pool, before = new.fleet.pool(name), len(crew.of(name))
+        self._assign(crew, new, name)
+        wanted = self._wanted(pool) if self._least else max(before, pool.workers.min)
+        number = self._fill(crew, name, wanted)
+        say(
+            f"pool {name}: {_difference(old.duty(name), new.duty(name))}; {_start(number)}, "
+            "the former ones go on until these are ready and nothing waits for them alone",
+            pool=name,
+        )
+
+    def _resize(self, crew: Crew, pool: Pool) -> None:
+        crew.retry(pool.key)
+        if not self._least:
+            return  # the autoscaler has the new limits
+        have, wanted = len(crew.of(pool.key)), self._wanted(pool)
+        if have != wanted:
+            say(f"pool {pool.key}: {have} -> {wanted} workers, by the fleet file", pool=pool.key)
+            self._fill(crew, pool.key, wanted)
+
+    def _assign(self, crew: Crew, description: Description, name: str) -> None:
+        files = {"PIPEFLEET_FLEET": str(self._copy), "PIPEFLEET_WORKER_FLEET_NOW": str(self._file.path)}
+        crew.assign(name, duty=description.duty(name), environment=files)
+
+    def _fill(self, crew: Crew, name: str, wanted: int) -> int:
+        """Start what is missing to `wanted` workers, and drain what is too much; returns how many were started."""
+        missing = max(0, wanted - len(crew.of(name)))
+        for _ in range(missing):
+            crew.start(name)
+        for worker in crew.of(name)[wanted:]:
+            worker.drain()
+        return missing
+
+    def _wanted(self, pool: Pool) -> int:
+        return max(self._least, pool.workers.min)
+
+    def _let_go(self, crew: Crew, squad: Squad) -> None:
+        """Tell the workers of a replaced squad to end once their successors are ready and nothing waits that only they serve."""
+        successor = crew.current(squad.pool)
+        if (squad.closed and not squad.staying()) or (successor is not None and not successor.ready()):
+            return
+        queues = self._only_theirs(crew, squad)
+        try:
+            waits = self._outstanding(queues) if queues else 0
+        except ServiceUnavailableError:
+            return  # the servers are watched elsewhere
+        if waits:
+            self._quiet_since.pop(squad, None)
+            if not squad.staying() and not squad.closed:
+                say(
+                    f"pool {squad.pool}: {waits} messages wait for its former model, one worker starts", pool=squad.pool
+                )
+                crew.start(squad.pool, squad=squad)
+        elif not queues or self._quiet(squad):
+            crew.dismiss(squad)
+            say(f"pool {squad.pool}: its former workers end, nothing waits for them", pool=squad.pool)
+
+    def _quiet(self, squad: Squad) -> bool:
+        """Whether nothing waits for a replaced squad for long enough, and nobody sends it more."""
+        now = self._clock()
+        quiet = now - self._quiet_since.setdefault(squad, now) >= QUIET_SECONDS
+        return quiet and now - self._replaced_at[squad] >= self._believed + QUIET_SECONDS
+
+    def _only_theirs(self, crew: Crew, squad: Squad) -> frozenset[str]:
+        """The queues that a replaced squad serves and nobody who stays and is ready."""
+        assert self._now is not None
+        served: set[str] = set()
+        for name in self._now.fleet.revisions:
+            successor = crew.current(name)
+            if successor is not None and successor.ready():
+                served |= self._now.duty(name).queues
+        return frozenset() if squad.duty is None else squad.duty.queues - served
+
+    def _keep(self, description: Description) -> Path:
+        """Write the copy of a version that its workers read, under a name that no other version has."""
+        text = description.to_toml()
+        path = self._folder / f"fleet-{hashlib.sha256(text.encode()).hexdigest()[:12]}.toml"
+        write_private(path, text)
+        return path
+
+
+def outstanding(redis: Any, url: str, queues: Iterable[str]) -> int:
+    """How many messages of `queues` wait or are with workers. Raises ServiceUnavailableError."""
+    with broker.redis_errors(url):
+        return sum(waiting(redis, queue) for queue in queues)
+
+
+def _difference(old: Duty, new: Duty) -> str:
+    """What the workers of a pool do otherwise than before, for people."""
+    before, after = (model_label(one.pool.model, one.pool.revision) for one in (old, new))
+    if before != after:
+        return f"model {before} -> {after}"
+    names = [name for name in type(new.pool).__dataclass_fields__ if getattr(old.pool, name) != getattr(new.pool, name)]
+    return f"other {', '.join(names) or 'queue'}"
+
+
+def _start(number: int) -> str:
+    return "1 new worker starts" if number == 1 else f"{number or 'no'} new workers start"

@@ -1,0 +1,281 @@
+"""Worker processes of the stack: one child each, ready when the file appears that it was told to write."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipefleet_workers.fleet.local.parked import Parked
+from pipefleet_workers.observe.logs import say
+
+from .children import Child, ChildSpec
+from .fleet_file import Duty
+from .restarts import Restarts
+from .service import ChildService, Site
+
+WorkerCommand = Callable[[str, Path], Sequence[str]]
+"""(pool, ready file) -> the command line of one worker, which creates the file once it consumes."""
+_METRICS_PORT = "PIPEFLEET_WORKER_METRICS_PORT"
+
+
+def worker_command(pool: str, ready_file: Path, *, allow_unpinned: bool = False) -> list[str]:
+    """Return the command line of pipefleet's own worker for `pool`."""
+    unpinned = ["--allow-unpinned"] if allow_unpinned else []
+    return [sys.executable, "-m", "pipefleet", "worker", "--pool", pool, "--ready-file", str(ready_file), *unpinned]
+
+
+class WorkerProcess(ChildService):
+    """Worker number `number` (from 1, counted over the stack) for `pool`; `restarts` keeps count of its deaths.
+
+    `drained_at` is when it was told to end for good (seconds of the monotonic clock), None before.
+    """
+
+    def __init__(self, site: Site, pool: str, *, number: int, command: WorkerCommand, restarts: Restarts) -> None:
+        super().__init__(f"worker-{pool}-{number}", site)
+        self.pool = pool
+        self.number = number
+        self.restarts = restarts
+        self.last_words = ""
+        """How its process ended last, on one line."""
+        self.drained_at: float | None = None
+        self._command = command
+        self._ready_file = site.folder("run") / f"{self.name}.ready"
+
+    def start(self, environment: Mapping[str, str], *, grace: float) -> None:
+        """Start the process without waiting for it; `grace` is what it gets to finish at the stop, in s."""
+        self._ready_file.unlink(missing_ok=True)
+        self.child = self._site.children.start(
+            ChildSpec(
+                name=self.name,
+                argv=self._command(self.pool, self._ready_file),
+                cwd=self._site.data,
+                log=self._site.log(self.name),
+                env={**environment, **self._own_port(environment), "PYTHONUNBUFFERED": "1"},
+                rank=1,
+                grace=grace,
+                keep=self._site.lock,
+            )
+        )
+
+    def restart(self) -> None:
+        """Start the ended process again, as before; its log is kept as `.1`."""
+        assert self.child is not None
+        self._ready_file.unlink(missing_ok=True)
+        self.restarts.started()
+        self.child.start()
+
+    def ended(self) -> bool:
+        """Whether its process is over."""
+        assert self.child is not None
+        return self.child.ended()
+
+    def answers(self) -> bool:
+        """Whether its process lives and consumes."""
+        return not self.ended() and self._answers()
+
+    def bury(self) -> str:
+        """Tell how its process ended, for people, and keep the short form as `last_words`."""
+        assert self.child is not None
+        self.last_words = self.child.last_words()
+        return self.child.epitaph()
+
+    def drain(self) -> None:
+        """Tell the process to end for good: it finishes or hands back what it holds. Returns at once."""
+        assert self.child is not None
+        self.drained_at = time.monotonic()
+        self.child.terminate()
+
+    def gone(self) -> bool:
+        """Whether a drained process has ended; one that outlived its grace is killed."""
+        assert self.child is not None
+        if self.drained_at is None:
+            return False
+        if not self.child.ended() and time.monotonic() - self.drained_at > self.child.spec.grace:
+            self.child.finish()
+        return self.child.ended()
+
+    def _own_port(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Workers of one machine cannot share a port: the first has the one that was named, the others those after it."""
+        first = environment.get(_METRICS_PORT, "0")
+        return {_METRICS_PORT: str(int(first) + self.number - 1)} if first.isdecimal() and int(first) else {}
+
+    def _answers(self) -> bool:
+        return self._ready_file.exists()
+
+
+@dataclass(eq=False)
+class Squad:
+    """The workers of one pool that were started with one description of it: `environment` tells them, `duty` tells us."""
+
+    pool: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    duty: Duty | None = None
+    workers: list[WorkerProcess] = field(default_factory=list)
+    replaced: bool = False
+    """Whether another squad, or none, serves the pool from now on."""
+    closed: bool = False
+    """Whether no worker is started in it any more: it is forgotten when its last one has ended."""
+
+    def staying(self) -> list[WorkerProcess]:
+        """Its workers that were not told to end, in order of start."""
+        return [worker for worker in self.workers if worker.drained_at is None]
+
+    def ready(self) -> bool:
+        """Whether every worker that is to stay consumes; true when there is none."""
+        return all(worker.answers() for worker in self.staying())
+
+
+class Crew:
+    """The workers of a stack, by pool; an iterator over all of them. One thread at a time may call it.
+
+    `clock` gives seconds, as the monotonic clock does; the pauses before a worker is started again follow it.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        environment: Mapping[str, str],
+        *,
+        command: WorkerCommand,
+        grace: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._site = site
+        self._environment = environment
+        self._command = command
+        self._grace = grace
+        self._clock = clock
+        self._current: dict[str, Squad] = {}
+        self._replaced: list[Squad] = []
+
+    def __iter__(self) -> Iterator[WorkerProcess]:
+        squads = [*self._current.values(), *self._replaced]
+        return iter([worker for squad in squads for worker in squad.workers])
+
+    @property
+    def replaced(self) -> tuple[Squad, ...]:
+        """The squads that are to end, in the order in which they were replaced."""
+        return tuple(self._replaced)
+
+    def current(self, pool: str) -> Squad | None:
+        """The squad that serves a pool, or None."""
+        return self._current.get(pool)
+
+    def of(self, pool: str) -> list[WorkerProcess]:
+        """The workers of a pool that were not told to end, in order of start; without those of a replaced squad."""
+        squad = self._current.get(pool)
+        return [] if squad is None else squad.staying()
+
+    def assign(self, pool: str, *, duty: Duty, environment: Mapping[str, str]) -> None:
+        """From now on workers of `pool` start with this environment; those before are a replaced squad, which goes on.
+
+        A replaced squad of the same duty takes its place again.
+        """
+        self.retire(pool)
+        squad = next((one for one in self._replaced if (one.pool, one.duty) == (pool, duty) and one.staying()), None)
+        if squad is None:
+            squad = Squad(pool)
+        else:
+            self._replaced.remove(squad)
+        squad.duty, squad.environment, squad.replaced, squad.closed = duty, environment, False, False
+        self._current[pool] = squad
+
+    def retire(self, pool: str) -> None:
+        """Nobody new serves `pool`; its workers are a replaced squad, which goes on until it is dismissed."""
+        squad = self._current.pop(pool, None)
+        if squad is not None:
+            squad.replaced = True
+            self._replaced.append(squad)
+            for worker in squad.staying():
+                if worker.restarts.parked:
+                    squad.closed = True
+                    worker.drain()
+
+    def dismiss(self, squad: Squad) -> None:
+        """Tell all workers of a replaced squad to end, and forget the squad once they have."""
+        for worker in squad.staying():
+            worker.drain()
+        squad.closed = True
+
+    def start(self, pool: str, *, squad: Squad | None = None) -> WorkerProcess:
+        """Start one worker more in the squad that serves the pool, or in `squad`, and return without waiting for it.
+
+        It gets the lowest number that is free.
+        """
+        squad = squad or self._current.setdefault(pool, Squad(pool))
+        taken = {worker.number for worker in self}
+        number = next(number for number in itertools.count(1) if number not in taken)
+        worker = WorkerProcess(self._site, pool, number=number, command=self._command, restarts=Restarts(self._clock))
+        squad.workers.append(worker)
+        worker.start({**self._environment, **squad.environment}, grace=self._grace)
+        return worker
+
+    def has(self, child: Child) -> bool:
+        """Whether a process is one of its workers."""
+        return any(worker.child is child for worker in self)
+
+    def step(self) -> None:
+        """Reap the drained workers that have ended; start the others that ended again, each when it is due. Returns at once."""
+        for squad in (*self._current.values(), *self.replaced):
+            for worker in tuple(squad.workers):
+                self._look_after(worker, squad)
+            if squad.closed and not squad.workers:
+                self._replaced.remove(squad)
+
+    def retry(self, pool: str | None = None) -> None:
+        """Give the workers of a pool, or all, their lives back; those that wait for their next start are due at once."""
+        for worker in self:
+            if pool in (None, worker.pool):
+                worker.restarts.forgive()
+
+    def silent_pools(self) -> list[str]:
+        """The pools that have workers, but none that is ready."""
+        squads = {pool: self.of(pool) for pool in self._current}
+        return [pool for pool, workers in squads.items() if workers and not any(one.answers() for one in workers)]
+
+    def parked(self) -> dict[str, Parked]:
+        """The pools with workers that ended too often, with the end of the first of each."""
+        found = {}
+        for pool in self._current:
+            workers = self.of(pool)
+            down = [worker for worker in workers if worker.restarts.parked]
+            if down:
+                found[pool] = Parked(len(down), len(workers), down[0].last_words)
+        return found
+
+    def _look_after(self, worker: WorkerProcess, squad: Squad) -> None:
+        if worker.drained_at is not None:
+            if worker.gone():
+                worker.stop()
+                squad.workers.remove(worker)
+        elif not worker.ended():
+            if worker.answers() and worker.restarts.ready():
+                say(f"{worker.name} is ready again", pool=worker.pool)
+        elif not worker.restarts.waiting:
+            self._mourn(worker, squad)
+        elif worker.restarts.due:
+            worker.restart()
+
+    def _mourn(self, worker: WorkerProcess, squad: Squad) -> None:
+        epitaph = worker.bury()
+        pause, deaths = worker.restarts.died(), worker.restarts.deaths
+        if not worker.restarts.parked:
+            note = f"starting it again in {pause:g} s"
+        elif squad.replaced:
+            note = f"it ended {deaths} times in a row and is not started again: the pool has a new description"
+            squad.closed = True
+            worker.drain()
+        else:
+            others = sum(not one.restarts.waiting for one in squad.staying())
+            note = (
+                f"it ended {deaths} times in a row and stays down; {others} of {len(squad.staying())} workers of the pool "
+                f"go on. It is tried again in {pause / 60:g} minutes, when the fleet file changes its pool, "
+                f"and after kill -HUP {os.getpid()}"
+            )
+        say(epitaph, trouble=True, pool=worker.pool)
+        say(f"{worker.name}: {note}", trouble=True, pool=worker.pool)

@@ -1,0 +1,116 @@
+"""The rendered files: text from the templates beside this module, and how a folder differs from what it should hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from pipefleet.errors import UsageError
+from pipefleet_workers.fleet.render.pools import DeployedPool, RenderOptions, load_pools
+
+FLEET_FILE = "fleet.toml"
+MARK = "# Rendered by `pipefleet render"
+"""How a rendered file begins; only files that begin so are ever removed."""
+
+
+def rendered(target: str, path: Path, options: RenderOptions) -> dict[str, str]:
+    """The files of `target` (`compose` or `kubernetes`) for the fleet file at `path`, by name.
+
+    Raises FleetFileError where the fleet file is wrong or no container can run one of its pools.
+    """
+    pools = load_pools(path)
+    copy = f"{MARK} {target}`; change the fleet file and render again.\n{path.read_text(encoding='utf-8')}"
+    return {FLEET_FILE: copy, **TARGETS[target](pools, options)}
+
+
+def differences(wanted: Mapping[str, str], folder: Path) -> list[str]:
+    """One sentence for each file of `folder` that is missing, not as rendered, or of a pool that is no more."""
+    found = []
+    for name, text in wanted.items():
+        file = folder / name
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif file.read_text(encoding="utf-8") != text:
+            found.append(f"{file} is not what the fleet file renders")
+    return found + [f"{file} belongs to no pool of the fleet file" for file in _left_over(wanted, folder)]
+
+
+def write(wanted: Mapping[str, str], folder: Path) -> None:
+    """Write the files and remove rendered ones of pools that are no more. Raises UsageError where that is not possible."""
+    try:
+        for name, text in wanted.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        for file in _left_over(wanted, folder):
+            file.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the rendered files to {folder}: {error}; name another folder with --output"
+        ) from None
+
+
+def _left_over(wanted: Mapping[str, str], folder: Path) -> list[Path]:
+    known = {folder / name for name in wanted}
+    return [
+        file
+        for file in sorted(folder.rglob("*.yaml"))
+        if file not in known and file.read_text(encoding="utf-8").startswith(MARK)
+    ]
+
+
+def _compose(pools: list[DeployedPool], options: RenderOptions) -> dict[str, str]:
+    services = (_fill("compose-worker.yaml", one, options, extra=_compose_device(one)) for one in pools)
+    return {"pools.yaml": _template("compose-head.yaml").substitute() + "".join(services)}
+
+
+def _compose_device(one: DeployedPool) -> str:
+    if not one.on_gpu:
+        return ""
+    which = f'device_ids: ["{one.gpu}"]' if one.gpu else "count: all"
+    return _template("compose-gpu.yaml").substitute(which=which)
+
+
+def _kubernetes(pools: list[DeployedPool], options: RenderOptions) -> dict[str, str]:
+    names = [one.name for one in pools]
+    found = {
+        "kustomization.yaml": _kustomization("kubernetes-pools.yaml", [f"workers/{name}.yaml" for name in names]),
+        "autoscaling/kustomization.yaml": _kustomization(
+            "kubernetes-autoscaling.yaml", [f"{name}.yaml" for name in names]
+        ),
+    }
+    for one in pools:
+        device = _template(f"kubernetes-{_image(one)}.yaml").substitute()
+        found[f"workers/{one.name}.yaml"] = _fill("kubernetes-worker.yaml", one, options, extra=device)
+        found[f"autoscaling/{one.name}.yaml"] = _fill("kubernetes-scaledobject.yaml", one, options)
+    return found
+
+
+def _kustomization(template: str, names: list[str]) -> str:
+    return _template(template).substitute(resources="".join(f"\n  - {name}" for name in names))
+
+
+def _fill(template: str, one: DeployedPool, options: RenderOptions, *, extra: str = "") -> str:
+    arguments = json.dumps(one.arguments("/tmp/ready"))[1:-1]
+    return _template(template).substitute(
+        pool=one.name, key=one.pool.key, task=one.pool.task, image=_image(one), arguments=arguments, digest=one.digest,
+        drain=options.drain, grace=options.grace, namespace=options.namespace, replicas=one.replicas,
+        min=one.pool.workers.min, max=one.pool.workers.max, extra=extra,
+    )  # fmt: skip
+
+
+def _image(one: DeployedPool) -> str:
+    return "cuda" if one.on_gpu else "cpu"
+
+
+def _template(name: str) -> Template:
+    return Template((files(__package__) / "templates" / name).read_text(encoding="utf-8"))
+
+
+TARGETS: Mapping[str, Callable[[list[DeployedPool], RenderOptions], dict[str, str]]] = {
+    "compose": _compose,
+    "kubernetes": _kubernetes,
+}

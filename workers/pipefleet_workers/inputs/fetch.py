@@ -1,0 +1,56 @@
+"""fetch: references become bytes. Bounded by the worker's budget of bytes; every object size-checked and pinned by ETag."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from pipefleet.contract.references import StorageRef, map_refs
+from pipefleet.contract.uris import shown
+from pipefleet.errors import PipefleetError, ServiceUnavailableError
+from pipefleet_workers.items import Blob, Fetched, ItemError, Work
+from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.storage.gate import UriGate, allowed_prefixes
+from pipefleet_workers.storage.store import WorkerStore
+
+STAGE = "fetch"
+
+
+class Fetcher:
+    """Fetches the objects of items. Thread-safe."""
+
+    def __init__(self, store: WorkerStore, settings: WorkerSettings) -> None:
+        self._store = store
+        self._limit = settings.max_object_bytes
+        self._gate = UriGate(allowed_prefixes(settings))
+
+    def fetch(self, work: Work) -> Fetched:
+        """`work` with the bytes of its objects.
+
+        Raises ItemError with a code that says what is wrong with the object, and ServiceUnavailableError when the object store
+        stays away: then nothing is wrong with the item, and its job should go back to the queue.
+        """
+        begin = time.perf_counter()
+        inputs = map_refs(work.item.inputs, self._blob)
+        work.seconds[STAGE] = time.perf_counter() - begin
+        return Fetched(work, inputs)
+
+    def _blob(self, reference: StorageRef) -> Blob:
+        if reference.size is not None and reference.size > self._limit:
+            text = f"{shown(reference.uri)} has {reference.size} bytes, above the bound of {self._limit}"
+            raise ItemError("too_large", text, STAGE)
+        try:
+            self._gate.require_reading(reference.uri)
+            content = self._store.get(reference, max_bytes=self._limit)
+        except ServiceUnavailableError:
+            raise
+        except PipefleetError as error:
+            raise ItemError(error.code, str(error), STAGE) from None
+        if not content:
+            raise ItemError("empty_object", f"{shown(reference.uri)} is empty", STAGE)
+        return Blob(reference.uri, content, reference.type)
+
+
+def slices(works: Sequence[Work], size: int) -> list[Sequence[Work]]:
+    """`works` in slices of at most `size`."""
+    return [works[start : start + size] for start in range(0, len(works), size)]

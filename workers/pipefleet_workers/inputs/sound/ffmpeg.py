@@ -1,0 +1,107 @@
+"""Sound by FFmpeg: the track that `ffmpeg` would choose, decoded to the end of the data, past packets that cannot be decoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import av
+
+from pipefleet_workers.inputs.formats import AUDIO_FORMATS
+from pipefleet_workers.inputs.losses import Losses, cause, decoded, read_packets
+from pipefleet_workers.inputs.sound.joined import parts
+from pipefleet_workers.inputs.sound.tracks import STAGE, Samples, Track
+from pipefleet_workers.items import Blob, ItemError
+
+_SECOND_CHOICE = {"amrnb": "libopencore_amrnb", "amrwb": "libopencore_amrwb"}
+"""Decoders for what FFmpeg's own cannot: the frames of silence (DTX) that phones send."""
+_PHONE_SECONDS = 0.02
+"""How long a packet of these lasts."""
+_TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")
+"""How a tag begins that stands between the parts of a joined file. It is no packet."""
+_DEFAULT = 5_000_000
+"""As in ffmpeg's choice of a track: the default one goes before one of more channels."""
+_Decode = Callable[[Any], Sequence[Any]]
+
+
+class CannotOpenError(Exception):
+    """FFmpeg does not know the file, or finds no sound in it; `refusal` says so."""
+
+    def __init__(self, refusal: ItemError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+def read_sound(blob: Blob, track: Track, losses: Losses) -> Samples:
+    """The samples of a file through `track`. Raises CannotOpenError, and ItemError as the track does."""
+    _read(blob, track, losses)
+    if not track.seconds:
+        raise CannotOpenError(ItemError("bad_media", f"{blob.uri} holds no audio that can be decoded", STAGE))
+    return track.end()
+
+
+def _read(blob: Blob, track: Track, losses: Losses) -> None:
+    """Add a file to the track, part by part where it was joined."""
+    first, *others = parts(blob.content)
+    _read_one(blob, first, track, losses)
+    for part in others:
+        try:
+            _read_one(blob, part, track, losses)
+        except CannotOpenError as error:
+            losses.stopped = losses.stopped or str(error.refusal)
+
+
+def _read_one(blob: Blob, content: bytes, track: Track, losses: Losses) -> None:
+    try:
+        with av.open(io.BytesIO(content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
+            stream = chosen(container.streams.audio)
+            if stream is None:
+                raise CannotOpenError(ItemError("bad_media", f"{blob.uri} has no audio track", STAGE))
+            decode = _second_choice(content, stream, track.most_seconds)
+            for frame in frames(container, stream, losses, decode):
+                track.add(frame)
+    except av.error.EOFError:
+        raise CannotOpenError(ItemError("truncated_media", f"{blob.uri} ends too early", STAGE)) from None
+    except (av.FFmpegError, ValueError) as error:
+        text = f"{blob.uri} cannot be read as audio: {cause(error)}"
+        raise CannotOpenError(ItemError("bad_media", text, STAGE)) from None
+
+
+def chosen(streams: Sequence[Any]) -> Any:
+    """The track that `ffmpeg` takes: the default one, else the one with most channels, else the first; None without any."""
+    known = [one for one in streams if one.codec_context is not None and one.codec_context.layout.nb_channels]
+    scored = [bool(one.disposition & av.stream.Disposition.default) * _DEFAULT + _channels(one) for one in known]
+    return known[scored.index(max(scored))] if known else None
+
+
+def _channels(stream: Any) -> int:
+    return int(stream.codec_context.layout.nb_channels)
+
+
+def frames(container: Any, stream: Any, losses: Losses, decode: _Decode | None = None) -> Iterator[Any]:
+    """The frames of a stream to the end of the data; what cannot be decoded or read is counted in `losses`."""
+    for packet in read_packets(container, stream, losses):
+        before = losses.lost
+        yield from decoded(packet, losses, decode)
+        if losses.lost > before and bytes(packet)[:16].startswith(_TAGS):
+            losses.lost, losses.packets = before, losses.packets - 1
+
+
+def _second_choice(content: bytes, stream: Any, most_seconds: float) -> _Decode | None:
+    """Another decoder, where FFmpeg's own cannot decode all packets."""
+    name = _SECOND_CHOICE.get(stream.codec_context.name)
+    if name is None or name not in av.codecs_available:
+        return None
+    losses = Losses()
+    with av.open(io.BytesIO(content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
+        for _ in frames(container, chosen(container.streams.audio), losses):
+            if losses.lost or losses.packets * _PHONE_SECONDS > most_seconds:
+                break
+    return _decoder(name) if losses.lost else None
+
+
+def _decoder(name: str) -> _Decode:
+    context: Any = av.CodecContext.create(name, "r")
+    decode: _Decode = context.decode
+    return decode

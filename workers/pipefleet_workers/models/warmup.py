@@ -1,0 +1,224 @@
+"""Warm-up: before a worker takes jobs it proves that its batches are exact, and measures how large they should be.
+
+    examples → proof (padded, and timed, against alone) → budget (throughput knee, memory) → fit of the service time
+
+Both decisions are kept in the worker's log and metrics, and `pipefleet doctor` shows them.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipefleet.contract.messages import JobItem, Priority
+from pipefleet.tasks import Media, TaskSpec
+from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.inputs.video import Clip
+from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.models.cache import ModelError
+from pipefleet_workers.models.precision import half_advice
+from pipefleet_workers.observe.service_fit import ServiceFit
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest difference, relative to the largest output, between a padded row and the same input alone."""
+KNEE = 0.95
+"""A budget is large enough when it reaches this share of the best throughput seen."""
+SECONDS = 1.0
+"""How long the measuring of one model may take."""
+MEMORY_SHARE = 0.8
+"""Share of a GPU's free memory that a batch may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What was found: whether padding is exact, by how much it differs, and the padded cost that a batch may have."""
+
+    pads: bool
+    difference: float
+    tolerance: float
+    max_cost: int
+    seconds: float
+    moments: float = 0.0
+    """By how much the moments at which words were spoken differ between a batch and alone, as `difference` does."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        if not self.pads:
+            how = "equal shapes only"
+            how += f" (padding differs by {self.difference:.1e}, above {self.tolerance:.0e})" if self.difference else ""
+        else:
+            how = f"padded (differs by {self.difference:.1e}, within {self.tolerance:.0e})"
+        if self.moments > self.tolerance:
+            how += f", word timestamps alone (a batch moves them by {self.moments:.1e})"
+        return f"batches: {how}, up to a cost of {self.max_cost}; warm-up took {self.seconds:.1f} s"
+
+    def to_json(self) -> dict[str, Any]:
+        """What is announced."""
+        return asdict(self)
+
+
+def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
+    """Prove and measure. Feeds `fit`. Falls back rather than to raise.
+
+    Changes `adapter.pads` and `adapter.times_together` where a proof fails. Raises ModelError only where the model
+    cannot run in its half precision on this device, since every job would fail.
+    """
+    begin = time.perf_counter()
+    difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)
+    if adapter.pads:
+        difference = _difference(adapter, spec, parameters)
+        adapter.pads = difference <= tolerance
+    moments = _difference_of_moments(adapter, spec, parameters)
+    adapter.times_together = moments <= tolerance
+    try:
+        cost = _budget(adapter, spec, parameters, fit, default_cost)
+    except Exception as error:
+        advice = half_advice(error, adapter.pipe.model)
+        if advice is not None:
+            raise ModelError(f"the example of the warm-up failed ({brief(error)}): {advice}") from None
+        log.exception("the warm-up could not measure batches; taking %d as their largest cost", default_cost)
+        cost = default_cost
+    found = WarmUp(adapter.pads, difference, tolerance, cost, time.perf_counter() - begin, moments)
+    log.info(found.describe())
+    return found
+
+
+def _difference(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
+    """The largest relative difference between units of unequal length in one batch and each alone; infinite on an error."""
+    return _apart(adapter.numbers, lambda: _examples(adapter, spec, parameters, (5, 23, 61)))
+
+
+def _difference_of_moments(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
+    """The same of the moments at which words were spoken; 0.0 for a model that tells none."""
+    if not adapter.tells_moments:
+        return 0.0
+    return _apart(adapter.moments, lambda: _examples(adapter, spec, parameters, (5, 61)))
+
+
+def _examples(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], sizes: Sequence[int]) -> list[Unit]:
+    return [unit for size in sizes for unit in example_units(adapter, spec, parameters, size)]
+
+
+def _apart(compute: Callable[[Sequence[Unit]], list[np.ndarray[Any, Any]]], make: Callable[[], list[Unit]]) -> float:
+    try:
+        units = make()
+        together = compute(units)
+        alone = [compute([unit])[0] for unit in units]
+    except Exception:
+        log.exception("the proof of exactness failed to run")
+        return float("inf")
+    return max(_relative(mine, other) for mine, other in zip(together, alone, strict=True))
+
+
+def _relative(mine: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    if mine.shape != other.shape:
+        return float("inf")
+    scale = max(1e-6, float(np.abs(other).max()))
+    return float(np.abs(mine - other).max()) / scale
+
+
+def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default: int) -> int:
+    """The smallest padded cost near the best throughput, between half and four times the default."""
+    if not adapter.typical_size:
+        return default
+    unit = example_units(adapter, spec, parameters, adapter.typical_size)[0]
+    deadline, count = time.perf_counter() + SECONDS, 1
+    rates: dict[int, float] = {}
+    _timed(adapter, [unit])  # the first call compiles and allocates
+    while unit.length * count <= 4 * default and time.perf_counter() < deadline and _fits_memory(adapter, rates):
+        cost = unit.length * count
+        seconds = min(_timed(adapter, [unit] * count) for _ in range(2))
+        fit.add(cost, seconds)
+        rates[cost] = cost / seconds
+        count *= 2
+    if not rates:
+        return default
+    best = max(rates.values())
+    knee = min(cost for cost, rate in rates.items() if rate >= KNEE * best)
+    return max(knee, default // 2, unit.length)
+
+
+def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:
+    begin = time.perf_counter()
+    adapter.split(adapter.run(adapter.collate(units), units), units)
+    return time.perf_counter() - begin
+
+
+def _fits_memory(adapter: Adapter, rates: dict[int, float]) -> bool:
+    """Whether a batch of twice the last cost would fit: its peak grows about linearly with the cost."""
+    if adapter.pipe.device.type != "cuda" or not rates:
+        return True
+    free, total = torch.cuda.mem_get_info(adapter.pipe.device)
+    peak = torch.cuda.max_memory_allocated(adapter.pipe.device)
+    return bool(2 * peak < MEMORY_SHARE * total and free > (1 - MEMORY_SHARE) * total)
+
+
+def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], size: int) -> list[Unit]:
+    """The units of one made-up input of about `size`: words, tenths of a second, or pixels times eight."""
+    parameters = {**adapter.example_parameters(), **parameters}
+    context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, _Nowhere())
+    work = Work(context, 0, JobItem("warm-up", ""), parameters, 0)
+    example = adapter.example(size)
+    if example is None:
+        example = _example(spec, size, adapter.sampling_rate or 16_000)
+    (prepared,) = adapter.prepare([Decoded(work, example)])
+    if isinstance(prepared, ItemError):
+        raise prepared
+    return prepared
+
+
+def _example(spec: TaskSpec, size: int, rate: int) -> Any:
+    """A made-up input of a task: its main value, or the fields it cannot do without."""
+    if spec.media is not None:
+        return _made_up(spec.media, size, rate)
+    return {name: _made_up(spec.fields[name], size, rate) for name in spec.required}
+
+
+def _made_up(media: Media, size: int, rate: int) -> Any:
+    source = np.random.default_rng(size)
+    match media:
+        case Media.TEXT | Media.TEXTS | Media.PROMPT:
+            return " ".join(source.choice(["the", "sea", "of", "trees", "was", "wide", "and", "old"], size))
+        case Media.AUDIO:
+            return (0.1 * source.standard_normal(int(rate * size / 10))).astype(np.float32)
+        case Media.IMAGE | Media.IMAGES:
+            return _picture(source, size)
+        case Media.IMAGE_PAIR:
+            return [_picture(source, size), _picture(source, size)]
+        case Media.VIDEO:
+            return _clip(source)
+        case _:
+            raise NotImplementedError(f"no example is made up of {media}")
+
+
+def _picture(source: np.random.Generator, size: int) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(source.integers(0, 255, (size * 8, size * 8, 3), dtype=np.uint8))
+
+
+def _clip(source: np.random.Generator) -> Any:
+    """More frames than most models take, of noise: an animation leaves out frames that are equal."""
+    buffer = io.BytesIO()
+    first, *rest = [_picture(source, 4) for _ in range(128)]
+    first.save(buffer, format="GIF", save_all=True, append_images=rest)
+    return Clip(Blob("warm-up.gif", buffer.getvalue(), None), max_frames=len(rest) + 1, max_pixels=1 << 20)
+
+
+class _Nowhere:
+    """The sink of examples."""
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Forget it."""
+
+    def abandon(self, reason: Exception) -> None:
+        """Forget it."""

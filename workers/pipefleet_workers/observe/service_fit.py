@@ -1,0 +1,43 @@
+"""What a batch costs on this device, learnt from the batches themselves: seconds = base + per_cost * padded cost.
+
+Least squares with exponential forgetting: every batch weighs 2 % less than the one after it, so that the fit follows a device
+that gets slower or faster. The fleet's scaler reads it to turn waiting work into seconds.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from pipefleet_workers.engine.simulated import ServiceTime
+
+KEEP = 0.98
+
+
+class ServiceFit:
+    """A running fit. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, cost: float, seconds: float) -> None:
+        """Take in one batch: its padded cost and the seconds its forward took."""
+        with self._lock:
+            self._weight = self._weight * KEEP + 1.0
+            self._x = self._x * KEEP + cost
+            self._y = self._y * KEEP + seconds
+            self._xx = self._xx * KEEP + cost * cost
+            self._xy = self._xy * KEEP + cost * seconds
+
+    def current(self) -> ServiceTime | None:
+        """The fit so far, neither part negative; None before the first batch."""
+        with self._lock:
+            if not self._weight or not self._x:
+                return None
+            mean_x, mean_y = self._x / self._weight, self._y / self._weight
+            variance = self._xx / self._weight - mean_x * mean_x
+            if variance <= 1e-9 * mean_x * mean_x:  # one cost only: all of the time is put down to it
+                return ServiceTime(0.0, mean_y / mean_x)
+            slope = (self._xy / self._weight - mean_x * mean_y) / variance
+            slope = min(max(slope, 0.0), mean_y / mean_x)
+            return ServiceTime(max(0.0, mean_y - slope * mean_x), slope)  # rounding may leave -1e-18

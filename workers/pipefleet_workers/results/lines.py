@@ -1,0 +1,230 @@
+"""write: outcomes become the lines of a part, the JSON of a single result, and artifacts beside them. No state, no acks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import Shard
+from pipefleet.contract.parts import PartFormat, part_format
+from pipefleet.contract.records import JobFailure
+from pipefleet.contract.references import join_uri, map_refs
+from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
+from pipefleet_workers.adapters.base import brief
+from pipefleet_workers.items import Artifact, Encoded, Finished, ItemError, Outcome, Work
+from pipefleet_workers.process.watchdog import waiting
+from pipefleet_workers.results.artifacts import TakenApart
+from pipefleet_workers.storage.store import WorkerStore
+
+log = logging.getLogger(__name__)
+STAGE = "write"
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+
+
+def dumps(value: Any) -> bytes:
+    """JSON of a result. Raises ItemError (bad_output) for what JSON cannot hold, NaN and infinity included."""
+    try:
+        body = _encode(value)
+        # orjson writes NaN and infinity as null: only where one stands is the value itself walked, which costs far more.
+        finite = b"null" not in body or _is_finite(value)
+    except Exception as error:  # noqa: BLE001 - whatever a value raises while it is written is its own result's failure
+        raise ItemError("bad_output", f"the result is not JSON: {brief(error)}", STAGE) from None
+    if not finite:
+        raise ItemError("bad_output", "the result holds NaN or infinity", STAGE)
+    return body
+
+
+def body_of(outcome: Outcome) -> bytes | JobFailure:
+    """The JSON of an item's result, or why it has none."""
+    if outcome.failure is not None:
+        return outcome.failure
+    if isinstance(outcome.output, Encoded):
+        return outcome.output.body
+    try:
+        return dumps(outcome.output)
+    except ItemError as error:
+        return error.failure
+
+
+def _encode(value: Any) -> bytes:
+    return orjson.dumps(value, default=_plain, option=_OPTIONS)
+
+
+def _plain(value: Any) -> Any:
+    """What orjson can write, for what it cannot: arrays that are not contiguous or of a rare type, mappings that are no dict."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a JSON value, its keys included, is NaN or infinite."""
+    if isinstance(value, float | np.floating):
+        return math.isfinite(value)
+    if isinstance(value, np.ndarray):
+        return bool(np.isfinite(value).all()) if value.dtype.kind == "f" else _is_finite(value.tolist())
+    if isinstance(value, Mapping):
+        return all(_is_finite(name) and _is_finite(item) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(item) for item in value)
+    return True
+
+
+class ResultWriter:
+    """Makes results ready to be written: their artifacts are stored, the rest becomes JSON. Thread-safe.
+
+    Artifacts of a bulk run lie beside its parts, those of a single job under `<results>/results/`.
+    """
+
+    def __init__(self, store: WorkerStore, results: str) -> None:
+        self._store = store
+        self._results = results
+
+    def take_apart(self, work: Work, output: Any) -> Finished:
+        """The artifacts of a result, and what refers to them. Stores nothing. Raises ItemError (bad_output)."""
+        try:
+            found = TakenApart(output, self._prefix(work))
+        except Exception as error:  # noqa: BLE001 - whatever a result raises while it is read is its own failure
+            raise _bad_output(error) from None
+        return Finished(work, found.value, found.artifacts)
+
+    def write(self, finished: Finished) -> Encoded:
+        """Store the artifacts of a result, one after another, and let go of each.
+
+        Raises ItemError for what JSON or a codec cannot hold (bad_output) and for what the store refuses, and
+        ServiceUnavailableError when the store stays away.
+        """
+        body = dumps(finished.value)
+        finished.artifacts.reverse()
+        while finished.artifacts:
+            artifact = finished.artifacts.pop()
+            self._put(artifact, _content(artifact))
+        return Encoded(body)
+
+    def _prefix(self, work: Work) -> str:
+        shard = work.job.shard
+        if shard is None:
+            return join_uri(self._results, "results", work.job.id)
+        return RunLayout(shard.run_uri).artifacts(shard.first + work.position)
+
+    def _put(self, artifact: Artifact, content: bytes) -> None:
+        try:
+            with waiting():  # the store has time-outs of its own; encoding has none
+                self._store.put(artifact.uri, content, content_type=artifact.media_type)
+        except ServiceUnavailableError:
+            raise
+        except PipefleetError as error:
+            raise ItemError(error.code, str(error), STAGE) from None
+
+
+def _content(artifact: Artifact) -> bytes:
+    try:
+        return artifact.encode()
+    except ItemError:
+        raise
+    except Exception as error:  # noqa: BLE001 - codecs raise what they like
+        raise _bad_output(error) from None
+
+
+def _bad_output(error: Exception) -> ItemError:
+    return ItemError("bad_output", f"the result cannot be written: {brief(error)}", STAGE)
+
+
+class PartWriter:
+    """Writes the part of a shard. Thread-safe. Raises what the store raises; a shard can be written again."""
+
+    def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
+        self._store = store
+        self._provenance = dict(provenance)
+
+    def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
+        """Write the part with a row for each outcome, in order; the part. None when another worker's was there first."""
+        layout, written_as = RunLayout(shard.run_uri, shard.format), part_format(shard.format)
+        body = self._encoded(written_as, outcomes)
+        ours = self._store.put_new(layout.part(shard.index), body, content_type=written_as.media_type)
+        return body if ours else None
+
+    def _encoded(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes:
+        """The part. A row that its format cannot hold fails alone: it is found by writing each by itself."""
+        lines = [self._line(outcome) for outcome in outcomes]
+        try:
+            return written_as.encode(lines)
+        except RunError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the format's library raises
+            log.warning("a part has a row that %s cannot hold: %s", written_as.name, brief(error))
+        return written_as.encode([self._that_fits(written_as, *pair) for pair in zip(lines, outcomes, strict=True)])
+
+    def _that_fits(self, written_as: PartFormat, line: bytes, outcome: Outcome) -> bytes:
+        """The line of an item, or one that says why its format cannot hold it, with the input where that is not the reason."""
+        refused = _refusal(written_as, line)
+        if refused is None:
+            return line
+        line = self._line(Outcome(outcome.work, failure=refused))
+        if _refusal(written_as, line) is None:
+            return line
+        row = {
+            "id": str(outcome.work.item.id),
+            "input": None,
+            "error": refused.to_json(),
+            "provenance": self._provenance,
+        }
+        return _encode(utf8(row))
+
+    def _line(self, outcome: Outcome) -> bytes:
+        """The line of one item; where its input or its result is no JSON, the line says so and the shard goes on."""
+        item = outcome.work.item
+        seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
+        body = body_of(outcome)
+        result = {"output": orjson.Fragment(body)} if isinstance(body, bytes) else {"error": utf8(body.to_json())}
+        warnings = {"warnings": utf8_all(outcome.work.warnings)} if outcome.work.warnings else {}
+        tail = {**result, **warnings, "provenance": {**self._provenance, "seconds": seconds}}
+        try:
+            parameters = {"parameters": dict(item.parameters)} if item.parameters else {}
+            return _encode({"id": item.id, "input": _with_uris(item.inputs), **parameters, **tail})
+        except Exception as error:  # noqa: BLE001 - inputs come from any program that can queue
+            failure = body if isinstance(body, JobFailure) else _no_json(error)
+            row = {"id": item.id, "input": None, **tail, "error": failure.to_json()}
+            row.pop("output", None)
+            return _encode(utf8(row))
+
+
+def _no_json(error: Exception) -> JobFailure:
+    return JobFailure("bad_input", f"the item cannot be written as JSON: {brief(error)}", STAGE)
+
+
+def _refusal(written_as: PartFormat, line: bytes) -> JobFailure | None:
+    """Why a format cannot hold a row, or None."""
+    try:
+        written_as.encode([line])
+    except Exception as error:  # noqa: BLE001 - whatever the format's library raises
+        return JobFailure("bad_output", f"{written_as.name} cannot hold the item: {brief(error)}", STAGE)
+    return None
+
+
+def _with_uris(inputs: Any) -> Any:
+    return map_refs(inputs, lambda reference: reference.uri)
+
+
+def utf8_all(texts: Sequence[str]) -> list[str]:
+    """Each text as `utf8` gives it."""
+    return [str(utf8(text)) for text in texts]
+
+
+def utf8(value: Any) -> Any:
+    """`value` with a question mark for each character that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, Mapping):
+        return {name: utf8(item) for name, item in value.items()}
+    return value

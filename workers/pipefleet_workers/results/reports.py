@@ -1,0 +1,294 @@
+"""report: states, progress and results in Redis, written after the result itself lies where it belongs. Acks come after this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipefleet.contract.layout import RunLayout
+from pipefleet.contract.messages import JobMessage, JobState, Shard, encode_json, is_reply
+from pipefleet.contract.records import (
+    CANCEL,
+    FINISH,
+    FINISH_WITH_ROOM,
+    START,
+    JobFailure,
+    finish_arguments,
+)
+from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError
+from pipefleet.fleet.announcements import WORKERS_KEY
+from pipefleet.jobs.letters import BURY
+from pipefleet.queues import broker
+from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
+from pipefleet.runs.refusals import Refusals
+from pipefleet.settings import Settings
+from pipefleet.storage.store import ObjectStore
+from pipefleet_workers.delivery.leases import Lease
+from pipefleet_workers.ending import Ending, before, single_ending
+from pipefleet_workers.items import Outcome
+from pipefleet_workers.results.lines import utf8, utf8_all
+from pipefleet_workers.results.records import RecordWriter, Said
+from pipefleet_workers.storage.store import WorkerStore
+
+PROGRESS = """
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+for group = 2, 3 do
+  for _, place in ipairs(cjson.decode(ARGV[group])) do
+    redis.call('SETBIT', KEYS[1], place, 1)
+    redis.call('SETBIT', KEYS[2], place, group - 2)
+  end
+end
+for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[1]) end
+"""
+"""KEYS: the bitmaps items and failed. ARGV: ttl, JSON lists of succeeded and of failed positions. One script, since two commands
+for each item take far more of this process's time. The first write takes no memory, see `records.NEEDS_NO_MEMORY`."""
+
+PART = """
+redis.call('HDEL', KEYS[2], ARGV[1])
+redis.call('SETBIT', KEYS[1], ARGV[1], 1)
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return {redis.call('BITCOUNT', KEYS[1]) + redis.call('HLEN', KEYS[2]), redis.call('HGET', KEYS[3], 'shards')}
+"""
+"""KEYS: parts and refused of the run, the run. ARGV: index of a shard whose part is there, ttl. A shard that was refused in another
+copy of its message is not refused then. Returns how many shards have ended, and how many there are if that is known."""
+
+COUNT = """
+redis.call('HDEL', KEYS[2], '')
+for i = 1, #ARGV, 3 do
+  if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 2]) end
+end
+"""
+"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, count, …: how often each was delivered, if it is still theirs. A count
+is set and never added to, so that a call whose answer was lost may be repeated. The first write takes no memory."""
+
+
+LITTLE = 1024
+"""Bytes of a result that its record takes though Redis is full; a longer one is stored as an object then."""
+
+
+class Reporter:
+    """Writes what clients read. Thread-safe. All methods raise ServiceUnavailableError when Redis or S3 is away."""
+
+    def __init__(
+        self,
+        redis: Any,
+        store: WorkerStore,
+        settings: Settings,
+        *,
+        worker: str,
+        on_failed: Callable[[JobFailure], None] = lambda failure: None,
+        loaded: Mapping[str, str] | None = None,
+    ) -> None:
+        """`on_failed` is told of each job that `fail` brings to its end. `loaded` stands in the records of jobs that have run."""
+        self._redis = redis
+        self._store = store
+        self._results = RecordWriter(store, settings)
+        self._settings = settings
+        self._worker = worker
+        self._on_failed = on_failed
+        self._loaded = {"loaded": encode_json(dict(loaded))} if loaded else {}
+
+    @property
+    def store_uri(self) -> str:
+        """The prefix under which long results lie."""
+        return self._settings.store
+
+    def ping(self) -> None:
+        """Ask Redis whether it is there and takes writes: a replica, or a server whose disk is full, does not."""
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.hdel(WORKERS_KEY, "")
+
+    def count_deliveries(self, leases: Sequence[Lease], *, excused: bool) -> None:
+        """Set how often each of these was delivered, without this delivery where it is `excused`; lost ones stay as they are."""
+        for queue in {lease.queue for lease in leases}:
+            keys = broker.unacked_keys(queue)
+            ours = [(one.tag, one.owner, one.deliveries - excused) for one in leases if one.queue == queue]
+            arguments = [part for one in ours for part in one]
+            with broker.redis_errors(self._settings.redis_url):
+                self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *arguments)
+
+    def start_many(self, messages: Sequence[JobMessage]) -> list[JobState | Exception]:
+        """Mark single jobs as running. `running` for each; for one that has ended already, the final state that it reached.
+
+        An error for one whose record Redis refuses to change, which is not the others' affair.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
+        for message in messages:
+            pipe.eval(START, 1, broker.job_key(message.id), *arguments)
+        with broker.redis_errors(self._settings.redis_url):
+            answers = pipe.execute(raise_on_error=False)
+            others = self._others(messages, answers)
+        return [
+            self._refused(answer) if isinstance(answer, Exception) else others.get(place, JobState.RUNNING)
+            for place, answer in enumerate(answers)
+        ]
+
+    def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
+        """Bring single jobs to their final states, results stored first. How each has ended, or why it has not yet.
+
+        A final state that was there first stays, and the ending tells of that one. While Redis is full, results are stored as
+        objects.
+        """
+        found = self._finish_many(ends, self._results.write(ends))
+        full = [place for place, one in enumerate(found) if isinstance(one, ServiceFullError)]
+        if full:
+            some = [ends[place] for place in full]
+            again = self._finish_many(some, self._results.write(some, every=True))
+            found = [dict(zip(full, again, strict=True)).get(place, one) for place, one in enumerate(found)]
+        return found
+
+    def _finish_many(
+        self, ends: Sequence[tuple[JobMessage, Outcome]], told: Sequence[Said]
+    ) -> list[Ending | Exception]:
+        pipe = self._redis.pipeline(transaction=False)
+        found: list[Ending | Exception] = []
+        for (message, outcome), said in zip(ends, told, strict=True):
+            if isinstance(said, Exception):
+                found.append(said)
+                continue
+            failure = said if isinstance(said, JobFailure) else None
+            state = Outcome(outcome.work, failure=failure).state
+            fields = {} if isinstance(said, JobFailure) else said
+            told_of = _told(failure, outcome.work.seconds, outcome.work.warnings)
+            self._finish(pipe, message, state, {**fields, **self._loaded, **told_of})
+            found.append(single_ending(state, failure))
+        written = [place for place, one in enumerate(found) if isinstance(one, Ending)]
+        try:
+            answers = self._ended([ends[place][0] for place in written], pipe)
+        except ServiceUnavailableError as error:
+            return [error] * len(ends)
+        for place, answer in zip(written, answers, strict=True):
+            found[place] = answer or found[place]
+        return found
+
+    def end(self, message: JobMessage, state: JobState, failure: JobFailure) -> Ending:
+        """End a single job without the engine. How it has ended: as `state`, or as it had ended before; its client is told."""
+        pipe = self._redis.pipeline(transaction=False)
+        self._finish(pipe, message, state, _told(failure))
+        (answer,) = self._ended([message], pipe)
+        if isinstance(answer, Exception):
+            raise answer
+        if is_reply(message.reply) and answer is not None:  # who ended it may not have known whom to tell
+            with broker.redis_errors(self._settings.redis_url):
+                self._redis.publish(message.reply, message.id)
+        return answer or single_ending(state, failure)
+
+    def fail(self, message: JobMessage, failure: JobFailure) -> None:
+        """End a single job that never came into the engine as failed, unless it has ended.
+
+        Nothing for an id without a UTF-8 form: nobody waits for that.
+        """
+        if utf8(message.id) == message.id and self.end(message, JobState.FAILED, failure).here:
+            self._on_failed(failure)
+
+    def cancel(self, job_id: str, failure: JobFailure) -> None:
+        """End a single job that is not in this worker as cancelled, unless it has ended; makes no record of an unknown one."""
+        ttl = self._settings.result_ttl
+        arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=None, fields=_told(failure))
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.eval(CANCEL, 1, broker.job_key(job_id), *arguments)
+
+    def bury(self, letter: DeadLetter, failure: JobFailure, queue: str, reply: str | None) -> None:
+        """End the single job of a dead letter, unless the letter was queued again or removed meanwhile."""
+        assert letter.job_id is not None
+        ttl, keys = self._settings.result_ttl, broker.unacked_keys(queue)
+        arguments = finish_arguments(letter.job_id, JobState.FAILED, None, ttl=ttl, reply=reply, fields=_told(failure))
+        names = (broker.job_key(letter.job_id), keys["unreported_key"], keys["dead_key"])
+        with broker.redis_errors(self._settings.redis_url):
+            ended = self._redis.eval(BURY, len(names), *names, *arguments, letter.entry)
+        if ended:
+            self._on_failed(failure)
+
+    def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
+        """Set the bits of items that have ended, in one command."""
+        if not outcomes:
+            return
+        keys = [broker.run_key(shard.run_id, name) for name in ("items", "failed")]
+        places = [(shard.first + outcome.work.position, outcome.failure is not None) for outcome in outcomes]
+        failed = [place for place, has_failed in places if has_failed]
+        succeeded = [place for place, has_failed in places if not has_failed]
+        arguments = [int(self._settings.run_ttl), encode_json(succeeded), encode_json(failed)]
+        with broker.redis_errors(self._settings.redis_url):
+            self._redis.eval(PROGRESS, len(keys), *keys, *arguments)
+
+    def part_written(self, shard: Shard) -> bool:
+        """Note that a shard's part is there. True when nothing else is left of a run that is planned to its end."""
+        keys = [broker.run_key(shard.run_id, name) for name in ("parts", "refused", "")]
+        with broker.redis_errors(self._settings.redis_url):
+            ended, shards = self._redis.eval(PART, len(keys), *keys, shard.index, int(self._settings.run_ttl))
+        return shards is not None and ended >= int(shards)
+
+    def refusals(self, objects: ObjectStore, layout: RunLayout, run_id: str) -> Refusals:
+        """The refused shards of a run, and with them its end."""
+        return Refusals(self._redis, self._settings, objects, layout, run_id)
+
+    def run_cancelled(self, shard: Shard) -> bool:
+        """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked.
+
+        Raises ContractError where Redis knows that the run with this id lies elsewhere: what is noted by the id is not this one's.
+        """
+        key = broker.run_key(shard.run_id)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hexists(key, "cancelled")
+        pipe.exists(key)
+        pipe.hget(key, "uri")
+        with broker.redis_errors(self._settings.redis_url):
+            cancelled, known, uri = pipe.execute()
+        if uri is not None and uri != shard.run_uri.encode():
+            raise ContractError(f"{FOREIGN}the run {shard.run_id} lies elsewhere")
+        return bool(cancelled) or (not known and self._store.exists(RunLayout(shard.run_uri).cancelled))
+
+    def _finish(self, commands: Any, message: JobMessage, state: JobState, fields: dict[str, Any]) -> None:
+        """Bring a job to its final state through `commands`: the client itself, or one of its pipelines."""
+        arguments = finish_arguments(
+            message.id, state, None, ttl=self._settings.result_ttl, reply=message.reply, fields=fields
+        )
+        script = FINISH_WITH_ROOM if len(fields.get("output", b"")) > LITTLE else FINISH
+        commands.eval(script, 1, broker.job_key(message.id), *arguments)
+
+    def _ended(self, messages: Sequence[JobMessage], pipe: Any) -> list[Ending | Exception | None]:
+        """Send a FINISH for each of `messages`. None where it took; else how the job had ended before, or why Redis refused.
+
+        One that Redis refuses is not the others' affair.
+        """
+        with broker.redis_errors(self._settings.redis_url):
+            answers = pipe.execute(raise_on_error=False)
+            others = self._others(messages, answers)
+        refused = {place: self._refused(one) for place, one in enumerate(answers) if isinstance(one, Exception)}
+        endings = {place: before(state) for place, state in others.items()}
+        return [refused.get(place) or endings.get(place) for place in range(len(messages))]
+
+    def _refused(self, answer: Exception) -> Exception:
+        try:
+            with broker.redis_errors(self._settings.redis_url):
+                raise answer
+        except ServiceUnavailableError as error:
+            return error
+
+    def _others(self, messages: Sequence[JobMessage], answers: Sequence[Any]) -> dict[int, JobState]:
+        """The final states that were there first, by position: of those jobs for which a script's answer is 0."""
+        places = [place for place, answer in enumerate(answers) if not answer]
+        pipe = self._redis.pipeline(transaction=False)
+        for place in places:
+            pipe.hget(broker.job_key(messages[place].id), "state")
+        found = pipe.execute() if places else []
+        return {place: _state(raw) for place, raw in zip(places, found, strict=True)}
+
+
+def _state(raw: bytes | None) -> JobState:
+    """The final state that a record tells; failed where it tells none that this release knows."""
+    try:
+        return JobState((raw or b"failed").decode())
+    except ValueError:
+        return JobState.FAILED
+
+
+def _told(
+    failure: JobFailure | None, seconds: Mapping[str, float] | None = None, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a record says beside its result: why there is none, the seconds of each stage, and the warnings, if any."""
+    timings = encode_json({stage: round(value, 6) for stage, value in (seconds or {}).items()})
+    error = {} if failure is None else {"error": encode_json(utf8(failure.to_json()))}
+    told = {"warnings": encode_json(utf8_all(warnings))} if warnings else {}
+    return {**error, **told, "timings": timings}
