@@ -6,9 +6,11 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from pipefleet.errors import PipefleetError, RunError
 from pipefleet.printable import printable
 
 log = logging.getLogger("pipefleet")
@@ -121,3 +123,17 @@ def unreadable(key: str, field: bytes | str) -> str:
 
 
 passed = Passed()
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Turn what reading a wrong file raises inside into RunError that names `where`."""
+    try:
+        yield
+    except PipefleetError:
+        raise  # some are a ValueError too
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise RunError(
+            f"{where} was not written by this version of pipefleet; use the release that began the run, or remove it where "
+            f"something else wrote it"
+        ) from None

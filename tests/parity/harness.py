@@ -31,10 +31,9 @@ from pipefleet_workers.engine.device import Instruments
 from pipefleet_workers.engine.engine import Engine, Stages
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
-from pipefleet_workers.items import Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.items import Audio, Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.process.exit_codes import end_process
-from pipefleet_workers.results.artifacts import Audio
 from pipefleet_workers.results.lines import ResultWriter
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore

@@ -18,10 +18,9 @@ from pipefleet_workers.adapters.audio.classification import AudioClassifier
 from pipefleet_workers.adapters.audio.speech import SpeechRecogniser
 from pipefleet_workers.adapters.audio.text_to_audio import TextToAudio
 from pipefleet_workers.adapters.audio.zero_shot import ZeroShotAudio, content_seed
-from pipefleet_workers.items import Outcome
+from pipefleet_workers.items import Audio, Outcome
 from pipefleet_workers.models.warmup import warm_up
 from pipefleet_workers.observe.service_fit import ServiceFit
-from pipefleet_workers.results.artifacts import Audio
 from tests.checkpoints import audio as checkpoints
 from tests.checkpoints.media import audio
 from tests.checkpoints.parts import amplify, labels, save

@@ -23,7 +23,7 @@ from pipefleet.errors import (
     UsageError,
     nearest,
 )
-from pipefleet.runs.files import readable
+from pipefleet.foreign import readable
 from pipefleet.tasks import task_spec
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PipefleetError)]

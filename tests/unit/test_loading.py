@@ -20,6 +20,7 @@ from pipefleet.fleet.model_names import check_loading
 from pipefleet.fleet.pools import Pool, parse_fleet
 from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.base import TOLERANCE
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.fleet.doctor.doctor import _runs_with
 from pipefleet_workers.fleet.local.fleet_file import WatchedFile
@@ -28,7 +29,7 @@ from pipefleet_workers.models import precision
 from pipefleet_workers.models.cache import ModelError
 from pipefleet_workers.models.load import load_pipeline
 from pipefleet_workers.models.precision import half_advice, how_loaded, quantization_config
-from pipefleet_workers.models.warmup import TOLERANCE, warm_up
+from pipefleet_workers.models.warmup import warm_up
 from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints import build, cached
 from tests.parity.half import in_dtype

@@ -13,7 +13,7 @@ from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.queues import broker
 from pipefleet.settings import Settings, load_settings
 from pipefleet.settings.redis_urls import celery_url, redis_url
-from pipefleet_workers.redis_start import connect_patiently, refuse_unusable
+from pipefleet_workers.delivery.redis_start import connect_patiently, refuse_unusable
 from pipefleet_workers.settings import WorkerSettings
 from tests.integration.lease_world import Taker, push
 from tests.servers import Server, free_port, redis_6, valkey

@@ -17,11 +17,11 @@ from pipefleet.errors import FleetFileError
 from pipefleet.fleet.pools import Fleet, parse_fleet
 from pipefleet.queues import broker
 from pipefleet_workers.fleet.scaling.decide import Limits, State, decide
-from pipefleet_workers.fleet.scaling.messages import MOST_COST, Content
+from pipefleet_workers.fleet.scaling.messages import Content
 from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService
 from pipefleet_workers.fleet.scaling.signal import Memory, Reading, measure
 from pipefleet_workers.fleet.top.read import read_fleet
-from pipefleet_workers.observe.totals import Done, WorkCount, read_done, record_items, state_key, work_key
+from pipefleet_workers.observe.totals import MOST_COST, Done, WorkCount, read_done, record_items, state_key, work_key
 from tests.unit.conftest import eventually
 from tests.unit.test_scaling_service import get
 

@@ -23,8 +23,8 @@ from pipefleet.contract.references import StorageRef
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
 from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.engine.batcher import BatchLimits
-from pipefleet_workers.items import Assembly, Encoded, Outcome, Unit
-from pipefleet_workers.results.artifacts import INLINE_NUMBERS, Audio
+from pipefleet_workers.items import Assembly, Audio, Encoded, Outcome, Unit
+from pipefleet_workers.results.artifacts import INLINE_NUMBERS
 from pipefleet_workers.results.lines import ResultWriter
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore

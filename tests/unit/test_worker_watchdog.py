@@ -13,9 +13,8 @@ import pytest
 from pipefleet.contract.messages import JobItem
 from pipefleet.errors import UsageError
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.engine.simulated import ServiceTime
 from pipefleet_workers.items import JobContext, Work
-from pipefleet_workers.observe.service_fit import ServiceFit
+from pipefleet_workers.observe.service_fit import ServiceFit, ServiceTime
 from pipefleet_workers.process.exit_codes import HUNG_FORWARD, HUNG_STAGE
 from pipefleet_workers.process.watchdog import LOOKS, Watchdog, listen, waiting, working_on
 

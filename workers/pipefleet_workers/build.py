@@ -37,7 +37,7 @@ from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.engine.device import Instruments
 from pipefleet_workers.engine.engine import Engine, Stages
 from pipefleet_workers.engine.processes import PreprocessPool
-from pipefleet_workers.engine.simulated import ServiceTime, SimulatedDevice
+from pipefleet_workers.engine.simulated import SimulatedDevice
 from pipefleet_workers.facts import Facts
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
@@ -48,6 +48,7 @@ from pipefleet_workers.models.warmup import WarmUp, warm_up
 from pipefleet_workers.observe.gpus import visible_gpus, watch_gpus
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.observe.pulse import Pulse
+from pipefleet_workers.observe.service_fit import ServiceTime
 from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.results.lines import PartWriter, ResultWriter
 from pipefleet_workers.results.reports import Reporter

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.cli.common import Commands, command, print_json, print_line
+from pipefleet.cli.common import Commands, command, interrupt_on_sigterm, print_json, print_line
 from pipefleet.errors import UsageError
 from pipefleet_workers.fleet.render import command as render
 from pipefleet_workers.fleet.scaling import command as scaler
@@ -195,15 +195,6 @@ def _stack(arguments: argparse.Namespace, file: WatchedFile) -> Stack:
     scaler.check_interval(arguments.scale_interval, "--scale-interval")
     pace = Pace(arguments.scale_interval, arguments.cold_start, arguments.scale_down_after, arguments.scaler_port)
     return stack.follow(file, least=0).autoscale(pace)
-
-
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM do what Ctrl-C does: unwind, so that everything that was started is stopped."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
 
 
 def reload_on_sighup(reload: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """What a worker knows of itself and tells the fleet: its pool, its budget, whether padding is exact, what a batch costs.
 
-Kept in the Redis hash `pipefleet:workers` (see `pipefleet.fleet.announcements`); an entry ends with its heartbeat, or when the worker
-signs off.
+Kept in the Redis hash `pipefleet:workers` (see `pipefleet.fleet.announcements`). An entry ends with its heartbeat, or when the
+worker signs off.
 """
 
 from __future__ import annotations

@@ -10,10 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipefleet.contract.messages import JobItem, JobState, Shard
 from pipefleet.contract.records import JobFailure
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class ItemError(Exception):
@@ -236,3 +239,11 @@ class Outcome:
 
 
 _STATES = {"cancelled": JobState.CANCELLED, "expired": JobState.EXPIRED}
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """Sound in a result: float32 samples `[frames]` or `[channels, frames]` at `rate` Hz."""
+
+    samples: np.ndarray[Any, Any]
+    rate: int

@@ -21,8 +21,8 @@ from pipefleet.fleet.routing import announcement, queue_name, revision_queue
 from pipefleet.queues import broker, dead_letters
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
+from pipefleet_workers.delivery.redis_start import connect_patiently
 from pipefleet_workers.observe import logs, opentelemetry
-from pipefleet_workers.redis_start import connect_patiently
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,3 +104,12 @@ def print_troubles(troubles: Iterable[str]) -> int:
     for trouble in found:
         print_error(f"pipefleet: {trouble}")
     return ServiceUnavailableError.exit_code if found else 0
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does: unwind, so that everything that was started is stopped."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -26,8 +26,7 @@ from typing import Any
 from pipefleet.contract.messages import CONTRACT_VERSION, MAX_RUN_ITEMS, RUN_ID_FORM
 from pipefleet.contract.references import MAX_KEY_BYTES, directory_uri, split_uri
 from pipefleet.errors import RunError, UsageError
-from pipefleet.foreign import mapping, name, number, whole
-from pipefleet.runs.files import readable
+from pipefleet.foreign import mapping, name, number, readable, whole
 
 BELOW_OUTPUT = 124
 """Bytes that are kept for what lies below an output."""

@@ -27,10 +27,9 @@ from pipefleet.contract.parts import MAX_PART_BYTES, part_format
 from pipefleet.contract.shards import decode_shard_line, shard_index, shard_message
 from pipefleet.contract.uris import shown, uri_fault
 from pipefleet.errors import RunError
-from pipefleet.foreign import whole
+from pipefleet.foreign import readable, whole
 from pipefleet.patience import Patience
 from pipefleet.queues import broker
-from pipefleet.runs.files import readable
 from pipefleet.runs.finishing import write_failed_rows
 from pipefleet.runs.moving import MOVED, moved_by, read_moved
 from pipefleet.runs.refusals import Refusals
@@ -240,7 +239,7 @@ class Backlog:
         return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
 
     def _reads_queue(self) -> bool:
-        """Whether this client has the right to see whose messages wait; a mere producer has not, see `pipefleet.connection.rights`."""
+        """Whether this client has the right to see whose messages wait; a producer has not, see `pipefleet.connection.rights`."""
         queue = self._plan.queue
         ledger = broker.unacked_keys(queue)["unacked_key"]
         return may(self._client.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.errors import PipefleetError, RunError
-from pipefleet.foreign import mapping, read_json
+from pipefleet.foreign import mapping, read_json, readable
 from pipefleet.printable import printable
 
 if TYPE_CHECKING:
@@ -18,20 +16,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipefleet")
 MOST_BYTES = 64 << 20
 """Bytes of JSON that a file of a run may have."""
-
-
-@contextmanager
-def readable(where: str) -> Iterator[None]:
-    """Turn what reading a wrong file raises inside into RunError that names `where`."""
-    try:
-        yield
-    except PipefleetError:
-        raise  # some are a ValueError too
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise RunError(
-            f"{where} was not written by this version of pipefleet; use the release that began the run, or remove it where "
-            f"something else wrote it"
-        ) from None
 
 
 def read_file(store: ObjectStore, uri: str) -> Mapping[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 from pipefleet.contract.layout import RunLayout, RunPlan, index_of
 from pipefleet.contract.messages import encode_json
 from pipefleet.errors import ObjectMissingError
-from pipefleet.foreign import name, whole
-from pipefleet.runs.files import read_file, readable
+from pipefleet.foreign import name, readable, whole
+from pipefleet.runs.files import read_file
 from pipefleet.runs.progress import RunProgress
 from pipefleet.storage.store import ObjectStore
 

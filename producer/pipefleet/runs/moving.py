@@ -17,9 +17,9 @@ from pipefleet.fleet.announcements import announced_workers
 from pipefleet.fleet.pools import UNNAMED, Pool, model_label
 from pipefleet.fleet.revisions import worker_command
 from pipefleet.fleet.routing import queue_name, work_queue
-from pipefleet.foreign import name, read_object
+from pipefleet.foreign import name, read_object, readable
 from pipefleet.queues import broker
-from pipefleet.runs.files import read_file, readable
+from pipefleet.runs.files import read_file
 from pipefleet.storage.store import ObjectStore
 
 if TYPE_CHECKING:

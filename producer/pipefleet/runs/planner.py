@@ -24,13 +24,13 @@ from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import split_uri
 from pipefleet.contract.shards import Limits, decode_shard_line, encode_shard_line, shard_limits, shard_message
 from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavailableError
-from pipefleet.foreign import whole
+from pipefleet.foreign import readable, whole
 from pipefleet.inputs.rows import SourceItem
 from pipefleet.inputs.sources import Source
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.queues import broker
 from pipefleet.runs.backlog import Backlog
-from pipefleet.runs.files import read_file, readable
+from pipefleet.runs.files import read_file
 from pipefleet.runs.moving import moved_plan, read_moved
 from pipefleet.runs.refusals import Refusals
 from pipefleet.storage.store import ObjectStore

@@ -30,9 +30,9 @@ from pipefleet.contract.parts import MAX_PART_BYTES, part_format
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import map_refs
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
-from pipefleet.foreign import read_object, whole
+from pipefleet.foreign import read_object, readable, whole
 from pipefleet.queues import broker, dead_letters
-from pipefleet.runs.files import MOST_BYTES, readable
+from pipefleet.runs.files import MOST_BYTES
 from pipefleet.runs.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.runs.moving import read_moved
 from pipefleet.runs.progress import RunProgress

@@ -22,6 +22,8 @@ from pipefleet_workers.process.watchdog import working_on
 from pipefleet_workers.settings import WorkerSettings
 
 _PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest difference, relative to the largest output, between a padded row and the same input alone."""
 _OWN_PARAMETERS = ("pooling", "normalize", "strict_media")
 
 

@@ -36,7 +36,7 @@ redis.call('HDEL', KEYS[1], 'trying')
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 """
-"""KEYS: journal. ARGV: field, text, ttl. The first write takes no memory of a server that is full, see `pipefleet.contract.records`."""
+"""KEYS: journal. ARGV: field, text, ttl. The first write takes no memory of a full server, see `pipefleet.contract.records`."""
 _OPEN = """
 redis.call('HDEL', KEYS[1], '')
 local openings = redis.call('HINCRBY', KEYS[1], 'openings', 1)

@@ -8,34 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from pipefleet.errors import UsageError
 from pipefleet_workers.items import Batch, Unit
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceTime:
-    """Seconds of one batch: `base + per_cost * cost`, with the padded cost of the batch."""
-
-    base: float
-    per_cost: float
-
-    @classmethod
-    def parse(cls, text: str) -> ServiceTime:
-        """`"0.005,0.0002"`. Raises UsageError for anything but two numbers that are not negative."""
-        try:
-            base, per_cost = (float(part) for part in text.split(","))
-        except ValueError:
-            base = per_cost = -1.0
-        if base < 0 or per_cost < 0:
-            raise UsageError(f"a simulated device is given as BASE,PER_COST in seconds, not {text[:40]!r}")
-        return cls(base, per_cost)
-
-    def of(self, cost: float) -> float:
-        """Seconds for a batch of this padded cost."""
-        return self.base + self.per_cost * cost
+from pipefleet_workers.observe.service_fit import ServiceTime
 
 
 class SimulatedDevice:

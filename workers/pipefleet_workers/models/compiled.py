@@ -18,11 +18,11 @@ import torch
 from pipefleet.errors import UsageError
 from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
-from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief
 from pipefleet_workers.adapters.text.buckets import rounded_length
 from pipefleet_workers.adapters.text.encoder import TextEncoder
 from pipefleet_workers.items import ItemError, Unit
-from pipefleet_workers.models.warmup import TOLERANCE, example_units
+from pipefleet_workers.models.warmup import example_units
 
 log = logging.getLogger(__name__)
 

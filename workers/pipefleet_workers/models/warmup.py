@@ -19,7 +19,7 @@ import torch
 
 from pipefleet.contract.messages import JobItem, Priority
 from pipefleet.tasks import Media, TaskSpec
-from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief
 from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.models.cache import ModelError
@@ -28,8 +28,6 @@ from pipefleet_workers.observe.service_fit import ServiceFit
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Largest difference, relative to the largest output, between a padded row and the same input alone."""
 KNEE = 0.95
 """A budget is large enough when it reaches this share of the best throughput seen."""
 SECONDS = 1.0

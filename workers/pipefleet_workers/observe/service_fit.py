@@ -7,10 +7,34 @@ that gets slower or faster. The fleet's scaler reads it to turn waiting work int
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
-from pipefleet_workers.engine.simulated import ServiceTime
+from pipefleet.errors import UsageError
 
 KEEP = 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTime:
+    """Seconds of one batch: `base + per_cost * cost`, with the padded cost of the batch."""
+
+    base: float
+    per_cost: float
+
+    @classmethod
+    def parse(cls, text: str) -> ServiceTime:
+        """`"0.005,0.0002"`. Raises UsageError for anything but two numbers that are not negative."""
+        try:
+            base, per_cost = (float(part) for part in text.split(","))
+        except ValueError:
+            base = per_cost = -1.0
+        if base < 0 or per_cost < 0:
+            raise UsageError(f"a simulated device is given as BASE,PER_COST in seconds, not {text[:40]!r}")
+        return cls(base, per_cost)
+
+    def of(self, cost: float) -> float:
+        """Seconds for a batch of this padded cost."""
+        return self.base + self.per_cost * cost
 
 
 class ServiceFit:

@@ -15,9 +15,10 @@ from typing import Any
 
 from pipefleet.foreign import number
 from pipefleet.queues.broker import KEY
-from pipefleet_workers.fleet.scaling.messages import MOST_COST
 
 log = logging.getLogger(__name__)
+MOST_COST = 1e9
+"""What one message can cost at most: 10,000 items of 100,000 tokens. Whatever names more counts as this much."""
 _ADD = """
 redis.pcall('HDEL', KEYS[1], '')
 local anew = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,12 @@ import torch
 from PIL import Image
 
 from pipefleet.contract.references import join_uri
-from pipefleet_workers.items import Artifact, ItemError
+from pipefleet_workers.items import Artifact, Audio, ItemError
 from pipefleet_workers.process.sizes import bytes_of
 
 STAGE = "write"
 INLINE_NUMBERS = 16_384
 """Longest array of numbers that stands in the JSON itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Audio:
-    """Sound in a result: float32 samples `[frames]` or `[channels, frames]` at `rate` Hz."""
-
-    samples: np.ndarray[Any, Any]
-    rate: int
 
 
 class TakenApart:

@@ -23,8 +23,7 @@ from pipefleet_workers.adapters.audio.waveforms import padded
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.writing.parameters import generation_of, nested, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed
-from pipefleet_workers.items import Assembly, Decoded, ItemError, JobContext, Unit
-from pipefleet_workers.results.artifacts import Audio
+from pipefleet_workers.items import Assembly, Audio, Decoded, ItemError, JobContext, Unit
 
 _BATCHED = "musicgen"
 MOST_STEPS = 65_536

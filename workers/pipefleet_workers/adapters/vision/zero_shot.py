@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 
 from pipefleet_workers.adapters.arguments import STAGE
-from pipefleet_workers.adapters.base import Adapter, brief, shape_key
+from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief, shape_key
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.text.whole_texts import require_labels
 from pipefleet_workers.adapters.writing.generate import learnt_positions
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
-from pipefleet_workers.models.warmup import TOLERANCE
 
 log = logging.getLogger(__name__)
 TEMPLATE = "This is a photo of {}."

@@ -7,7 +7,7 @@ from typing import Any
 from pipefleet.errors import PipefleetError
 from pipefleet.queues import broker
 from pipefleet.settings import Settings
-from pipefleet_workers.redis_start import refuse_cluster
+from pipefleet_workers.delivery.redis_start import refuse_cluster
 
 WARN_SHARE = 0.8
 """Above this share of `maxmemory` the server will soon refuse new work."""

@@ -40,10 +40,10 @@ def register(commands: Commands) -> None:
 
 def scaler(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; with --json-once, print one reading."""
+    from pipefleet.cli.common import interrupt_on_sigterm
     from pipefleet.settings import load_settings
-    from pipefleet_workers.cli import interrupt_on_sigterm
+    from pipefleet_workers.delivery.redis_start import refuse_unusable
     from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService
-    from pipefleet_workers.redis_start import refuse_unusable
 
     check_interval(arguments.interval, "--interval")
     settings = load_settings()

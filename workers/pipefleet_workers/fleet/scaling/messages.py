@@ -17,11 +17,10 @@ from typing import Any
 from pipefleet.connection.rights import may
 from pipefleet.foreign import mapping, number, read_json
 from pipefleet.queues import broker
+from pipefleet_workers.observe.totals import MOST_COST
 
 SAMPLE = 64
 """Messages that are read of each list or hash; a shorter one is read whole and its cost is exact."""
-MOST_COST = 1e9
-"""What one message can cost at most: 10,000 items of 100,000 tokens. Whatever names more counts as this much."""
 DUE_SECONDS = 300.0
 """A delayed message that is due later than this is no work yet, however much it costs."""
 DEPTH = 50_000
