@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from pipefleet.connection.clock import ServerClock
+from pipefleet.connection.connect import connect, renew_connections
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.artifacts import resolve
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import (
@@ -47,7 +49,10 @@ from pipefleet.jobs import job as jobs
 from pipefleet.jobs.job import Job
 from pipefleet.jobs.watcher import Watcher
 from pipefleet.patience import Patience
-from pipefleet.queues import broker, trace_context
+from pipefleet.queues import trace_context
+from pipefleet.queues.celery import celery_message, push_job
+from pipefleet.queues.keys import CANCELLED_CHANNEL, idempotency_key, job_key, queue_list
+from pipefleet.queues.revision_notes import note_revision
 from pipefleet.runs.losses import Losses
 from pipefleet.runs.run import Run
 from pipefleet.runs.start import plan_run
@@ -72,7 +77,7 @@ class Client:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or load_settings()
         self.store = ObjectStore()
-        self.redis = broker.connect(self.settings)
+        self.redis = connect(self.settings)
         self.clock = ServerClock(self.redis)
         """The clock that deadlines and records are told in."""
         self._membership = Membership(self.redis, self.store, self.settings)
@@ -281,13 +286,13 @@ class Client:
         known = self._announced
         if known is None or at_once or time.monotonic() >= self._announced_until:
             self._announced_until = time.monotonic() + ANNOUNCED_SECONDS
-            with broker.redis_errors(self.settings.redis_url):
+            with redis_errors(self.settings.redis_url):
                 known = self._announced = announced_fleet(self.redis)
         return known
 
     def ping(self) -> None:
         """Raise ServiceUnavailableError unless Redis answers."""
-        with broker.redis_errors(self.settings.redis_url):
+        with redis_errors(self.settings.redis_url):
             self.redis.ping()
 
     def preparer(
@@ -308,8 +313,8 @@ class Client:
         """The records of jobs, in one round trip; None for those nothing is known of."""
         pipe = self.redis.pipeline(transaction=False)
         for job_id in job_ids:
-            pipe.hgetall(broker.job_key(job_id))
-        with broker.redis_errors(self.settings.redis_url):
+            pipe.hgetall(job_key(job_id))
+        with redis_errors(self.settings.redis_url):
             return [read_record(raw) for raw in pipe.execute()]
 
     def output_of(self, job_id: str, record: JobRecord, *, resolved: bool = True) -> Any:
@@ -324,13 +329,13 @@ class Client:
 
     def cancel_job(self, job_id: str) -> bool:
         """See `Job.cancel`."""
-        ttl, key = self.settings.result_ttl, broker.job_key(job_id)
+        ttl, key = self.settings.result_ttl, job_key(job_id)
         reply = self.watcher.channel
         arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=reply, fields={})
-        with broker.redis_errors(self.settings.redis_url):
+        with redis_errors(self.settings.redis_url):
             ended = bool(self.redis.eval(CANCEL, 1, key, *arguments))
             if ended:
-                self.redis.publish(broker.CANCELLED_CHANNEL, job_id)
+                self.redis.publish(CANCELLED_CHANNEL, job_id)
         return ended
 
     def publish(self, messages: Iterable[JobMessage], queue: str, priority: Priority) -> None:
@@ -338,21 +343,21 @@ class Client:
         self.check_fleet()
         pipe, now = self.redis.pipeline(transaction=True), self.now()
         for message in messages:
-            broker.push(pipe, message, queue, priority, now=now)
-        with broker.redis_errors(self.settings.redis_url):
+            push_job(pipe, message, queue, priority, now=now)
+        with redis_errors(self.settings.redis_url):
             pipe.execute()
 
     def _enqueue(self, message: JobMessage, queue: str, priority: Priority, once: Once | None) -> Job:
         job = Job(self, message.id)
-        keys = [broker.job_key(job.id), broker.queue_list(queue, priority)]
-        keys += [] if once is None else [broker.idempotency_key(once.key)]
+        keys = [job_key(job.id), queue_list(queue, priority)]
+        keys += [] if once is None else [idempotency_key(once.key)]
         fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue}
-        text = broker.celery_message(message, queue, priority, now=self.now())
+        text = celery_message(message, queue, priority, now=self.now())
         self.check_fleet(uses_store=message.output is not None or REF_KEY in text)
         arguments: list[Any] = [int(self.settings.result_ttl), job.id, text, once.digest if once else ""]
         arguments += [str(part) for pair in fields.items() for part in pair]
         future = job.watch(submitting=True)
-        with broker.redis_errors(self.settings.redis_url):
+        with redis_errors(self.settings.redis_url):
             self._note_revision(message, queue)
             queued, same = cast("tuple[bytes, int]", self.redis.eval(SUBMIT, len(keys), *keys, *arguments))
         future.unknown_since = None  # a sweep may have been quicker
@@ -371,20 +376,20 @@ class Client:
 
     def now(self) -> float:
         """Seconds since 1970 by the Redis server's clock. Raises ServiceUnavailableError where it could never be asked."""
-        with broker.redis_errors(self.settings.redis_url):
+        with redis_errors(self.settings.redis_url):
             return self.clock.now()
 
     def after_fork(self) -> None:
         """In a forked process: the connections and the planning of runs stay the parent's. See `pipefleet.forking`."""
         self._lock = threading.Lock()
-        broker.renew_connections(self.redis, self.settings)
+        renew_connections(self.redis, self.settings)
         self._planning = []
 
     def _note_revision(self, message: JobMessage, queue: str) -> None:
         """Note what a queue is for, now and then: Redis may have been emptied since."""
         now = time.monotonic()
         if now >= self._note_at.get(queue, 0.0):
-            broker.note_revision(self.redis, queue, message.model, message.revision, now=self.clock.peek())
+            note_revision(self.redis, queue, message.model, message.revision, now=self.clock.peek())
             self._note_at[queue] = now + NOTED_SECONDS
 
     def _runs_in_planning(self) -> list[Run]:

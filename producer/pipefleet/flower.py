@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.queues.broker import celery_app
+from pipefleet.queues.celery import celery_app
 from pipefleet.settings import load_settings
 
 app = celery_app(load_settings())

@@ -12,7 +12,8 @@ from celery import states
 from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import JobState
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import job_key, ledger_keys
 from pipefleet.runs.finishing import read_resumed
 from pipefleet_workers.ending import REVOKED
 from pipefleet_workers.observe.totals import read_items
@@ -98,7 +99,7 @@ def _events(world: World, client: Client) -> list[str]:
 
 def _states(world: World, *, submitted: bool = False) -> dict[str, JobState]:
     """The states of all records, or of those that our client made: Celery knows other jobs by another name."""
-    prefix = broker.job_key("")
+    prefix = job_key("")
     keys = list(world.redis.scan_iter(f"{prefix}*", count=1000))
     pipe = world.redis.pipeline(transaction=False)
     for key in keys:
@@ -114,7 +115,7 @@ def _counts(world: World, client: Client) -> list[str]:
     """Items that the workers have counted, against the records and the parts: never more, and as many where nothing was away."""
     if "redis" in world.faults:
         return []  # it may have lost what was told, or heard it twice
-    moves = world.redis.exists(broker.unacked_keys(QUEUE)["unreported_key"])  # thousands of letters take minutes
+    moves = world.redis.exists(ledger_keys(QUEUE)["unreported_key"])  # thousands of letters take minutes
     told = read_items(world.redis, "texts")
     counted = Counter(
         succeeded=told.items - told.failed - told.cancelled - told.expired, failed=told.failed + told.expired

@@ -13,7 +13,9 @@ from pipefleet.cli import main as command
 from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout, index_of
 from pipefleet.contract.messages import JobState
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import ledger_keys, waiting_lists
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet.runs.run import Run
 from tests.chaos.saboteur import TASK
 from tests.chaos.world import QUEUE, World, until
@@ -54,9 +56,9 @@ def check_run(client: Client, run: Run, rows: Sequence[Any], failed: Mapping[int
 
 def leftovers(world: World, *, dead: int = 0) -> list[str]:
     """What is in Redis and should not be once everything has ended; `dead` is how many dead letters there should be."""
-    redis, keys = world.redis, broker.unacked_keys(QUEUE)
+    redis, keys = world.redis, ledger_keys(QUEUE)
     left = [f"{name} has entries" for name in LEDGER if redis.exists(keys[f"{name}_key"])]
-    lists = [name for queue in broker.queues_of(redis, QUEUE) for name in broker.waiting_lists(queue)]
+    lists = [name for queue in queues_of(redis, QUEUE) for name in waiting_lists(queue)]
     left += [f"{redis.llen(name)} messages wait in {name!r}" for name in lists if redis.llen(name)]
     left += [f"a journal {key!r}" for key in redis.scan_iter("pipefleet:*suspects*")]
     for key in redis.scan_iter("pipefleet:job:*"):
@@ -89,8 +91,8 @@ def check_queues(world: World) -> None:
     with contextlib.redirect_stdout(said):
         assert command(["queues", "--json"]) == 0
     rows = json.loads(said.getvalue())  # one for each revision
-    redis, keys = world.redis, broker.unacked_keys(QUEUE)
-    lists = [name for queue in broker.queues_of(redis, QUEUE) for name in broker.waiting_lists(queue)]
+    redis, keys = world.redis, ledger_keys(QUEUE)
+    lists = [name for queue in queues_of(redis, QUEUE) for name in waiting_lists(queue)]
     high, normal, middle, low = (sum(map(redis.llen, lists[step::4])) for step in range(4))
     delayed = redis.zcard(keys["delayed_key"])
     dead = redis.llen(keys["dead_key"]) + redis.llen(keys["unreported_key"])

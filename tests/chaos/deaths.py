@@ -13,7 +13,9 @@ from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Priority
 from pipefleet.contract.shards import shard_message
-from pipefleet.queues import broker
+from pipefleet.queues.keys import queue_list
+from pipefleet.queues.looking import queue_depth, queued_ids
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet_workers.fleet.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.saboteur import POINTS, TASK
@@ -141,7 +143,7 @@ def given_twice(world: World, scale: Scale) -> Finding:
 
 
 def _queue_again(world: World, client: Client) -> None:
-    for name in (broker.queue_list(queue, Priority.NORMAL) for queue in broker.queues_of(world.redis, QUEUE)):
+    for name in (queue_list(queue, Priority.NORMAL) for queue in queues_of(world.redis, QUEUE)):
         _queue_list_again(world, name)
 
 
@@ -236,8 +238,8 @@ def told_to_shut_down(world: World, scale: Scale) -> Finding:
         asked = time.monotonic()
         until(lambda: first.codes, 30, what="the worker ends")
         ended = time.monotonic() - asked
-        depth = broker.depth(world.redis, QUEUE)
-        assert (depth["unacked"], first.codes) == (0, [0]), f"{depth}, exit codes {first.codes}"
+        found = queue_depth(world.redis, QUEUE)
+        assert (found["unacked"], first.codes) == (0, [0]), f"{found}, exit codes {first.codes}"
         world.add_worker()
         check_singles(jobs, PATIENCE)
         check_quiet(world)
@@ -260,7 +262,7 @@ def terminated_twice(world: World, scale: Scale) -> Finding:
         until(lambda: first.codes, 30, what="the worker ends")
         ended = time.monotonic() - asked
         assert ended < 8.0, "it waited for the forward"
-        assert list(broker.queued_ids(world.redis, QUEUE)) == [job.id], "the job is lost"
+        assert list(queued_ids(world.redis, QUEUE)) == [job.id], "the job is lost"
         assert job.cancel()
         world.add_worker()
         check_quiet(world, seconds=60)

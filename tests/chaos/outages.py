@@ -11,7 +11,7 @@ from typing import Any
 from pipefleet.client import Client
 from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.jobs.job import Job
-from pipefleet.queues import broker
+from pipefleet.queues.keys import ledger_keys
 from pipefleet.runs.run import Run
 from pipefleet_workers.fleet.doctor.checks import access_of_workers
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
@@ -220,7 +220,7 @@ def named(client: Client, worker: Worker) -> bool:
 
 def holders(world: World) -> set[str]:
     """The processes that hold messages, as `holder` names them."""
-    owners: Any = world.redis.hvals(broker.unacked_keys("pipefleet.text-classification")["owners_key"])
+    owners: Any = world.redis.hvals(ledger_keys("pipefleet.text-classification")["owners_key"])
     return {one.decode().split(":")[1] for one in owners}
 
 

@@ -17,7 +17,7 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.fleet.revisions import waiting
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.queues import broker
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet.runs.run import Run
 from pipefleet.settings import load_settings
 from tests.chaos.checks import check_quiet, check_run, start_run, texts
@@ -196,5 +196,5 @@ def old_producer(world: World, scale: Scale) -> Finding:
             assert job.result(timeout=PATIENCE)
         assert len(set(world.ran)) == len(world.ran) == 60
         check_quiet(world)
-        assert set(broker.queues_of(world.redis, QUEUE)) >= {revision_queue(QUEUE, one, None) for one in (old, new)}
+        assert set(queues_of(world.redis, QUEUE)) >= {revision_queue(QUEUE, one, None) for one in (old, new)}
     return Finding(note="60 jobs in one queue, for two models and for any")

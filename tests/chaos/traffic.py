@@ -13,7 +13,11 @@ from typing import Any
 from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority
 from pipefleet.contract.shards import shard_id
 from pipefleet.errors import JobCancelledError, JobExpiredError
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import celery_message
+from pipefleet.queues.keys import queue_lists
+from pipefleet.queues.looking import queue_depth, queued_ids
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet_workers.ending import REVOKED
 from pipefleet_workers.fleet.local.environment import in_environment
 from tests.chaos.checks import check_queues, check_quiet, check_run, check_singles, start_run, texts
@@ -26,7 +30,7 @@ PATIENCE = 180.0
 
 def hostile(random_: random.Random) -> str:
     """One message that no worker can run: no JSON, no envelope, a wrong body, a wrong job."""
-    good = json.loads(broker.celery_message(job(), QUEUE, Priority.NORMAL))
+    good = json.loads(celery_message(job(), QUEUE, Priority.NORMAL))
     kind = random_.randrange(12)
     if kind == 0:
         return random_.randbytes(random_.randrange(200)).decode("latin-1")
@@ -81,14 +85,14 @@ def hostile_messages(world: World, scale: Scale) -> Finding:
         random_ = random.Random(world.seed)
         began = time.monotonic()
         good = []
-        lists = [name for queue in broker.queues_of(world.redis, QUEUE) for name in broker.queue_lists(queue)]
+        lists = [name for queue in queues_of(world.redis, QUEUE) for name in queue_lists(queue)]
         for _ in range(10):
             for step in lists:
                 batch = [hostile(random_) for _ in range(scale.messages // (10 * len(lists)))]
                 world.redis.lpush(step, *(text.encode("utf-8", "replace") for text in batch))
             good += [client.submit(TASK, text) for text in texts(5, uuid.uuid4().hex)]
         check_singles(good, PATIENCE)
-        until(lambda: not list(broker.queued_ids(world.redis, QUEUE)), PATIENCE, what="the queue is empty")
+        until(lambda: not list(queued_ids(world.redis, QUEUE)), PATIENCE, what="the queue is empty")
         seconds = time.monotonic() - began
         until(lambda: not _unended(world), what="everything has ended")
         worker = world.workers[0]
@@ -100,7 +104,7 @@ def hostile_messages(world: World, scale: Scale) -> Finding:
 
 
 def _unended(world: World) -> bool:
-    return any(broker.depth(world.redis, QUEUE).values())
+    return any(queue_depth(world.redis, QUEUE).values())
 
 
 @scenario("back-pressure")
@@ -113,7 +117,7 @@ def back_pressure(world: World, scale: Scale) -> Finding:
 
         def ended() -> bool:
             nonlocal deepest
-            deepest = max(deepest, sum(1 for _ in broker.queued_ids(world.redis, QUEUE)))
+            deepest = max(deepest, sum(1 for _ in queued_ids(world.redis, QUEUE)))
             return run.progress().ended
 
         until(ended, PATIENCE, what="the run ends")
@@ -212,13 +216,13 @@ def queues_agree(world: World, scale: Scale) -> Finding:
         world.redis.lpush(QUEUE, "hostile")
         until(lambda: len(world.ran) > 3, what="work has begun")
         world.workers[0].send(signal.SIGSTOP)
-        depth = dict(broker.depth(world.redis, QUEUE))
+        found = dict(queue_depth(world.redis, QUEUE))
         check_queues(world)
-        assert depth["unacked"] > 0, depth
-        assert depth["low"] > 0, depth
+        assert found["unacked"] > 0, found
+        assert found["low"] > 0, found
         world.workers[0].send(signal.SIGCONT)
         check_singles(jobs, PATIENCE)
         run.wait(timeout=PATIENCE)
         check_run(client, run, rows)
         check_quiet(world, dead=1)
-    return Finding(note=f"as it stood: {depth}")
+    return Finding(note=f"as it stood: {found}")

@@ -66,7 +66,7 @@ print(pipefleet.JobState.QUEUED, pipefleet.UsageError.code)
         "import pipefleet; client = pipefleet.Client(); client.close()",
         "import pipefleet; pipefleet.pipeline; pipefleet.Run; pipefleet.Settings()",
         "import pipefleet.cli; pipefleet.cli.fleet.task_rows()",
-        "from pipefleet import *; from pipefleet import broker; broker.celery_app(Settings())",
+        "from pipefleet import *; from pipefleet.queues import celery; celery.celery_app(Settings())",
     ],
 )
 def test_a_producer_works_where_the_workers_packages_are_not_installed(code: str, tmp_path: Path) -> None:

@@ -24,14 +24,27 @@ from redis.exceptions import ResponseError
 
 from pipefleet import cli
 from pipefleet.client import Client
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import TASK_NAME, Priority
 from pipefleet.errors import AccessDeniedError, RunError, ServiceUnavailableError
-from pipefleet.fleet.announcements import POOLS_KEY, WORKERS_KEY, announced_fleet
+from pipefleet.fleet.announcements import announced_fleet
 from pipefleet.fleet.identity import Membership
 from pipefleet.fleet.pools import load_fleet
 from pipefleet.patience import Patience
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import (
+    CANCELLED_CHANNEL,
+    POOLS_KEY,
+    WORKERS_KEY,
+    arriving_lists,
+    job_key,
+    ledger_keys,
+    queue_list,
+    queue_lists,
+)
+from pipefleet.queues.looking import queue_depth
+from pipefleet.queues.revision_notes import note_revision
 from pipefleet.runs.backlog import STALLED_SECONDS, Backlog
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
@@ -45,7 +58,7 @@ from tests.deploy.tools import DEPLOY
 USERS = DEPLOY / "redis" / "users.acl"
 QUEUE = "pipefleet.feature-extraction"
 OWN_QUEUE = f"{QUEUE}@0123abcd"
-LEDGER = broker.unacked_keys(QUEUE)
+LEDGER = ledger_keys(QUEUE)
 ROLES = ("producer", "operator", "worker", "control")
 PROGRAMS = [servers.valkey(), servers.distribution_redis()]
 
@@ -168,7 +181,7 @@ def _seen(url: str) -> list[Any]:
     return list(json.load(urllib.request.urlopen(request, timeout=10))["data"])
 
 
-LISTS = [*broker.queue_lists(QUEUE)[:2], broker.queue_lists(OWN_QUEUE)[3], broker.arriving_lists(QUEUE)[0]]
+LISTS = [*queue_lists(QUEUE)[:2], queue_lists(OWN_QUEUE)[3], arriving_lists(QUEUE)[0]]
 READ_LIST = "LRANGE Q 0 -1; LINDEX Q 0; LPOS Q x; DUMP Q"
 CHANGE_LIST = """
     LTRIM Q 1 0; LSET Q 0 x; LINSERT Q BEFORE x y; LPOP Q; RPOP Q; RPUSH Q x; RPOPLPUSH Q pipefleet.b; LMOVE Q b LEFT LEFT;
@@ -193,7 +206,7 @@ STEER = """
 SPY = f"""
     HGETALL {LEDGER["unacked_key"]}; HSCAN {LEDGER["unacked_key"]} 0; HVALS {LEDGER["unacked_key"]}; HGETALL {LEDGER["owners_key"]};
     HRANDFIELD {LEDGER["unacked_key"]}; LRANGE {LEDGER["dead_key"]} 0 -1; LINDEX {LEDGER["dead_key"]} 0;
-    LRANGE {LEDGER["unreported_key"]} 0 -1; SUBSCRIBE {broker.CANCELLED_CHANNEL}; PSUBSCRIBE pipefleet:done:*"""
+    LRANGE {LEDGER["unreported_key"]} 0 -1; SUBSCRIBE {CANCELLED_CHANNEL}; PSUBSCRIBE pipefleet:done:*"""
 REMOVE = f"LREM Q 0 x; LREM {LEDGER['dead_key']} 0 x; HDEL {LEDGER['unacked_key']} x; HDEL pipefleet:job:x error"
 ADOPT = "SET pipefleet:fleet x"
 MUST_NOT = {
@@ -282,7 +295,7 @@ def test_a_producer_can_do_all_that_is_a_producers(guarded: Guarded, bucket: str
         run.cancel()
         assert run.resume() == 4
         run.join_planner()
-        assert broker.depth(client.redis, QUEUE)["low"] == 8
+        assert queue_depth(client.redis, QUEUE)["low"] == 8
     assert guarded.refused() == []
 
 
@@ -292,7 +305,7 @@ def test_any_celery_client_may_queue_as_a_producer(guarded: Guarded) -> None:
     app.send_task(TASK_NAME, kwargs={"a": 1}, queue=QUEUE, priority=int(Priority.LOW), retry=False)
     app.close()
     with closing(guarded.redis("admin")) as redis:
-        assert broker.depth(redis, QUEUE)["low"] == 1
+        assert queue_depth(redis, QUEUE)["low"] == 1
     assert guarded.refused() == []
 
 
@@ -308,10 +321,10 @@ def test_a_producer_sees_by_number_that_its_shards_are_lost(guarded: Guarded, bu
         waiting = []
         for lost in (False, True):
             if lost:
-                guarded.redis("admin").delete(broker.queue_list(run.plan.queue, 9))
+                guarded.redis("admin").delete(queue_list(run.plan.queue, 9))
             now[0] += STALLED_SECONDS + 1
             assert backlog.tend(4) == 0
-            waiting.append(broker.depth(client.redis, QUEUE)["low"])
+            waiting.append(queue_depth(client.redis, QUEUE)["low"])
     assert waiting == [4, 4]
     assert guarded.refused() == []
 
@@ -327,7 +340,7 @@ def file_letter(guarded: Guarded) -> str:
     admin: Any = guarded.redis("admin")
     with Client(guarded.settings("producer")) as client:
         job = client.submit("feature-extraction", "a secret")
-    name = broker.queue_list(admin.hget(broker.job_key(job.id), "queue").decode(), 3)
+    name = queue_list(admin.hget(job_key(job.id), "queue").decode(), 3)
     dead_letters.file_dead_letter(admin, QUEUE, message=admin.lpop(name).decode(), reason="tried")
     return job.id
 
@@ -362,7 +375,7 @@ def test_a_run_is_moved_by_an_operator(guarded: Guarded, bucket: str, capsys: py
         moved = client.run(run.uri)
         assert moved.resume(model="/models/two") == 2
         moved.join_planner()
-        assert broker.depth(client.redis, QUEUE)["low"] == 2
+        assert queue_depth(client.redis, QUEUE)["low"] == 2
     with Client(guarded.settings("producer")) as client:
         again = client.run(run.uri)
         assert again.resume() == 2
@@ -377,7 +390,7 @@ def test_doctor_queues_and_top_work_for_every_role(
     file_letter(guarded)
     with Client(guarded.settings("producer")) as client:
         client.submit("feature-extraction", "a text")
-        broker.note_revision(client.redis, OWN_QUEUE, "/models/old", None)
+        note_revision(client.redis, OWN_QUEUE, "/models/old", None)
         client.redis.lpush(OWN_QUEUE, "{}")
     use(guarded, monkeypatch, role)
     checks = {one.name: one for one in doctor.run_checks()}
@@ -396,7 +409,7 @@ def test_a_right_that_is_missing_is_named(guarded: Guarded) -> None:
     script = "return redis.call('RPOP', KEYS[1])"
     lacks = r"refuses access .*: its user lacks (the right to run rpop|a right that this needs); see the roles in"
     for call in (lambda: redis.rpop(QUEUE), lambda: redis.eval(script, 1, QUEUE)):
-        with pytest.raises(ServiceUnavailableError, match=lacks), broker.redis_errors(url):
+        with pytest.raises(ServiceUnavailableError, match=lacks), redis_errors(url):
             call()
 
 
@@ -408,7 +421,7 @@ def test_a_producer_may_see_that_messages_of_its_run_are_lost(
         run = client.map("feature-extraction", ["a", "b"], output=bucket)
         run.join_planner()
         assert run.progress().state == "running"
-        guarded.redis("admin").delete(*broker.queue_lists(run.plan.queue))
+        guarded.redis("admin").delete(*queue_lists(run.plan.queue))
         with pytest.raises(RunError, match="1 shard is neither done nor queued nor with a worker"):
             run.wait(timeout=30)
     assert guarded.refused() == []

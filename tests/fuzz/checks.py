@@ -12,12 +12,14 @@ from unicodedata import category
 from pipefleet.cli import main as command
 from pipefleet.contract.messages import JobState
 from pipefleet.errors import PipefleetError
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters, keys
+from pipefleet.queues.keys import KEY, PRIORITY_SEPARATOR, job_key, ledger_keys, waiting_lists
+from pipefleet.queues.revision_notes import queues_of
 from tests.fuzz.messages import BASE, HOST_URI, OUTPUTS, QUEUE, TASK, VICTIM_URI
 from tests.fuzz.oracle import Fate, fate, has_eta
 from tests.fuzz.world import World, soon
 
-KEYS = broker.unacked_keys(QUEUE)
+KEYS = ledger_keys(QUEUE)
 LEDGER = ("unacked", "unacked_index", "deliveries", "retries", "owners", "delayed")
 SETTLE_SECONDS = 60.0
 JOB_SECONDS = 60.0
@@ -67,7 +69,7 @@ def check_settled(world: World) -> list[str]:
 
 def _unsettled(world: World) -> list[str]:
     redis: Any = world.redis
-    lists = [name for queue in broker.queues_of(redis, QUEUE) for name in broker.waiting_lists(queue)]
+    lists = [name for queue in queues_of(redis, QUEUE) for name in waiting_lists(queue)]
     left = [f"{redis.llen(name)} messages wait in {name!r}" for name in lists if redis.llen(name)]
     if redis.llen(KEYS["unreported_key"]):
         left.append("dead letters wait to be told of")
@@ -82,7 +84,7 @@ def _unsettled(world: World) -> list[str]:
 
 
 def check_keys(world: World) -> list[str]:
-    """Every key is one that `pipefleet.queues.broker` documents, of the type it says, of a bounded size, and not kept for ever."""
+    """Every key is one that `pipefleet.queues.keys` documents, of the type it says, of a bounded size, and not kept for ever."""
     redis: Any = world.redis
     known = documented()
     found: list[str] = []
@@ -98,11 +100,11 @@ def check_keys(world: World) -> list[str]:
 
 
 def documented() -> list[tuple[re.Pattern[str], set[str]]]:
-    """The keys that the docstring of `pipefleet.queues.broker` lists, with their types, and those that are Celery's own."""
+    """The keys that the docstring of `pipefleet.queues.keys` lists, with their types, and those that are Celery's own."""
     types = {"bitmap": {"string"}, "string": {"string"}, "hash": {"hash"}, "zset": {"zset"}, "list": {"list"}}
-    lines = re.findall(r"^    (\S+) +(hash|string|bitmap|zset|list) ", broker.__doc__ or "", re.MULTILINE)
-    known = [(re.compile(broker.KEY + _pattern(name), re.DOTALL), types[kind]) for name, kind in lines]
-    queues = rf"pipefleet\.{TASK}(@[0-9a-f]{{8}})?({broker.PRIORITY_SEPARATOR}[369])?(:arriving)?"
+    lines = re.findall(r"^    (\S+) +(hash|string|bitmap|zset|list) ", keys.__doc__ or "", re.MULTILINE)
+    known = [(re.compile(KEY + _pattern(name), re.DOTALL), types[kind]) for name, kind in lines]
+    queues = rf"pipefleet\.{TASK}(@[0-9a-f]{{8}})?({PRIORITY_SEPARATOR}[369])?(:arriving)?"
     bindings = rf"_kombu\.binding(_permanent)?\.({queues}|celeryev|celery\.pidbox|reply\.celery\.pidbox)"
     replies = r"[0-9a-f-]{36}\.reply\.celery\.pidbox"
     celery = [(bindings, "set"), (r"_kombu\.binding_deadlines", "zset"), (replies, "list"), (queues, "list")]
@@ -142,7 +144,7 @@ def _records(world: World) -> Iterable[str]:
 
 
 def _final(world: World, job_id: str) -> bool:
-    state: Any = world.redis.hget(broker.job_key(job_id), "state")
+    state: Any = world.redis.hget(job_key(job_id), "state")
     return state is not None and JobState(state.decode()).final
 
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipefleet.contract.messages import TASK_NAME, JobItem, JobMessage, Priority
-from pipefleet.queues import broker
+from pipefleet.queues.celery import SHARD_HEADER, TIME_HEADER, celery_message
 
 TASK = "text-classification"
 QUEUE = f"pipefleet.{TASK}"
@@ -70,14 +70,12 @@ def shard_payload(index: int = 0, **fields: Any) -> dict[str, Any]:
 def envelope(job: Any = None, *, priority: int = int(Priority.NORMAL)) -> dict[str, Any]:
     """A good message with `job` as its payload (default: a good single job)."""
     job = payload() if job is None else job
-    template = json.loads(
-        broker.celery_message(JobMessage(ID, TASK, items=(JobItem("0", ""),)), QUEUE, Priority.NORMAL)
-    )
+    template = json.loads(celery_message(JobMessage(ID, TASK, items=(JobItem("0", ""),)), QUEUE, Priority.NORMAL))
     template["body"] = body_of(job)
     template["properties"].update(priority=priority, delivery_tag=TAG)
-    template["headers"].update({broker.TIME_HEADER: QUEUED_AT, "origin": "fuzz"})
+    template["headers"].update({TIME_HEADER: QUEUED_AT, "origin": "fuzz"})
     if isinstance(job, Mapping) and "shard" in job:
-        template["headers"][broker.SHARD_HEADER] = True
+        template["headers"][SHARD_HEADER] = True
     if isinstance(job, Mapping) and isinstance(job.get("id"), str):
         template["headers"].update(id=job["id"], root_id=job["id"])
     return dict(template)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pipefleet.queues.broker import COST_HEADER, SHARD_HEADER, TIME_HEADER
+from pipefleet.queues.celery import COST_HEADER, SHARD_HEADER, TIME_HEADER
 from tests.fuzz.messages import (
     BASE,
     FORBIDDEN,

@@ -18,7 +18,9 @@ from redis import Redis
 
 from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app
+from pipefleet.queues.keys import queue_lists
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.credentials import Credentials
 from pipefleet_workers.fleet.local.environment import in_environment
@@ -94,7 +96,7 @@ class World:
 
     def push(self, raw: Sequence[tuple[int, bytes]]) -> None:
         """Queue elements as they are, each in the list of its step, a hundred at once."""
-        lists = broker.queue_lists(QUEUE)
+        lists = queue_lists(QUEUE)
         for start in range(0, len(raw), 100):
             pipe = self.redis.pipeline(transaction=False)
             for step, one in raw[start : start + 100]:
@@ -122,7 +124,7 @@ class World:
         wait_ready([self._server, self._s3], 60.0)
         model = json.dumps(str(cached(TASK)))
         (self.folder / "fleet.toml").write_text(f'[pools.texts]\ntask = "{TASK}"\nmodel = {model}\n')
-        self.celery: Any = broker.celery_app(self._settings())
+        self.celery: Any = celery_app(self._settings())
 
     def _settings(self) -> Any:
         from pipefleet.settings import Settings
@@ -149,9 +151,7 @@ class World:
         rows = [f"host {place}" for place in range(HOST_SHARDS * HOST_ITEMS)]
         run = self.client.map(TASK, rows, output=HOST_URI, shard_size=HOST_ITEMS)
         run.join_planner()
-        self.redis.delete(
-            *(name for queue in broker.queues_of(self.redis, QUEUE) for name in broker.queue_lists(queue))
-        )
+        self.redis.delete(*(name for queue in queues_of(self.redis, QUEUE) for name in queue_lists(queue)))
         self.names |= {messages.HOST: run.id, messages.MODEL: run.plan.model}
         for place, (kind, content) in enumerate(GARBAGE.items()):
             store.put(f"{SHARD_FILES}{kind}.jsonl", content)

@@ -11,7 +11,9 @@ from typing import Any
 from kombu import Connection, Consumer, Queue
 from redis import Redis
 
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import PRIORITY_SEPARATOR, PRIORITY_STEPS, ledger_keys
+from pipefleet.queues.looking import queue_depth
 from pipefleet_workers.delivery.leases import Lease, lease_of
 from tests.servers import until
 
@@ -23,9 +25,9 @@ NEVER = 1000.0
 def transport_options(**options: Any) -> dict[str, Any]:
     """As a worker has them, with a lease short enough for a test."""
     return {
-        **broker.unacked_keys(QUEUE),
-        "priority_steps": list(broker.PRIORITY_STEPS),
-        "sep": broker.PRIORITY_SEPARATOR,
+        **ledger_keys(QUEUE),
+        "priority_steps": list(PRIORITY_STEPS),
+        "sep": PRIORITY_SEPARATOR,
         "queue_order_strategy": "priority",
         "lease_seconds": 1.0,
         "sweep_seconds": 0.1,
@@ -103,7 +105,7 @@ def envelope(name: str = "", *, priority: int = 3, **headers: Any) -> dict[str, 
 
 
 def list_name(priority: int) -> str:
-    return QUEUE if not priority else f"{QUEUE}{broker.PRIORITY_SEPARATOR}{priority}"
+    return QUEUE if not priority else f"{QUEUE}{PRIORITY_SEPARATOR}{priority}"
 
 
 def push(client: Redis, *names: str, priority: int = 3, **headers: Any) -> None:
@@ -117,11 +119,11 @@ def names(messages: list[Any]) -> list[str]:
 
 
 EMPTY = {"high": 0, "normal": 0, "low": 0, "unacked": 0, "delayed": 0}
-KEYS = broker.unacked_keys(QUEUE)
+KEYS = ledger_keys(QUEUE)
 
 
 def depth(redis: Redis) -> dict[str, int]:
-    return dict(broker.depth(redis, QUEUE))
+    return dict(queue_depth(redis, QUEUE))
 
 
 def ledger_is_empty(redis: Redis) -> bool:

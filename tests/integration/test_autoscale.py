@@ -18,7 +18,9 @@ import psutil
 import pytest
 
 from pipefleet.client import Client
-from pipefleet.queues import broker
+from pipefleet.queues.celery import COST_HEADER
+from pipefleet.queues.keys import ledger_keys, queue_lists
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet_workers.fleet.local.environment import in_environment
 from tests.conftest import write_fleet
 from tests.servers import until
@@ -114,7 +116,7 @@ def stopped(processes: list[psutil.Process]) -> Iterator[None]:
 def costs(messages: list[bytes]) -> float:
     """What messages cost, from what each says in its header."""
     values = [json.loads(message) for message in messages]
-    return sum((one[0] if isinstance(one, list) else one)["headers"][broker.COST_HEADER] for one in values)
+    return sum((one[0] if isinstance(one, list) else one)["headers"][COST_HEADER] for one in values)
 
 
 def compare_with_a_hand_count(up: Up, client: Client) -> None:
@@ -122,9 +124,9 @@ def compare_with_a_hand_count(up: Up, client: Client) -> None:
     with stopped(up.workers("texts")):
         since = time.time() + 0.5  # a command that was under way when they were stopped
         pool = until(lambda: (one := up.pool("texts")) and one["read_at"] > since and one)
-        lists = [name for queue in broker.queues_of(client.redis, QUEUE) for name in broker.queue_lists(queue)]
+        lists = [name for queue in queues_of(client.redis, QUEUE) for name in queue_lists(queue)]
         queued = [message for name in lists for message in client.redis.lrange(name, 0, -1)]
-        leased = client.redis.hvals(broker.unacked_keys(QUEUE)["unacked_key"])
+        leased = client.redis.hvals(ledger_keys(QUEUE)["unacked_key"])
     assert pool["messages"] == {"queued": len(queued), "leased": len(leased), "delayed": 0}
     assert leased
     each = pool["seconds_per_cost"]
@@ -155,7 +157,7 @@ def test_a_burst_brings_workers_up_from_none_and_down_to_none(up: Up) -> None:
         assert most
         assert sorted(row["id"] for row in rows) == sorted({row["id"] for row in rows})
         assert len(rows) == ITEMS
-        left = [key for key in broker.unacked_keys(QUEUE).values() if client.redis.exists(key)]
+        left = [key for key in ledger_keys(QUEUE).values() if client.redis.exists(key)]
         assert left == []
         assert client.redis.hgetall("pipefleet:workers") == {}
     assert up.lines("texts")[0].startswith("pool texts: 0 -> 1 worker, ")

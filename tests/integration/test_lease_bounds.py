@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from pipefleet.connection.reading import server_time
 from pipefleet.contract.messages import MAX_MESSAGE_BYTES, MAX_WIRE_BYTES, JobItem, JobMessage, Priority
 from pipefleet.errors import ContractError
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import celery_message
+from pipefleet.queues.keys import PRIORITY_STEPS
+from pipefleet.queues.looking import message_id
 from tests.integration.lease_world import KEYS, NEVER, QUEUE, Taker, depth, envelope, list_name, names, push, waits
 from tests.servers import until
 
@@ -33,7 +37,7 @@ def test_the_largest_message_of_every_producer_passes(letter: str) -> None:
     while True:
         job = JobMessage("j" * 200, "t" * 100, "m" * 500, "r" * 40, items=(JobItem("0", letter * size),))
         try:
-            ours = broker.celery_message(job, QUEUE, Priority.NORMAL)
+            ours = celery_message(job, QUEUE, Priority.NORMAL)
             break
         except ContractError:
             size = size * 9 // 10
@@ -110,7 +114,7 @@ def test_a_list_whose_key_holds_something_else_keeps_no_other_back(
 ) -> None:
     worker = taker()
     if idle:
-        until(lambda: (worker.poll(), waits(redis, len(broker.PRIORITY_STEPS)))[1])
+        until(lambda: (worker.poll(), waits(redis, len(PRIORITY_STEPS)))[1])
     redis.sadd(list_name(6), "x")
     push(redis, "high", priority=0)
     push(redis, "low", priority=9)
@@ -201,9 +205,9 @@ def test_a_settlement_that_cannot_be_written_drops_no_other(redis: Redis, taker:
     found = {letter.job_id: letter.reason for letter in letters(redis, 3)}
     assert found["surrogate"].startswith("no such field: ?xxx")
     assert (found["typed"], found["buried"]) == ("its list holds something else", "buried")
-    held = {broker.message_id(raw) for raw in redis.hvals(KEYS["unacked_key"])}  # type: ignore[union-attr]
+    held = {message_id(raw) for raw in redis.hvals(KEYS["unacked_key"])}  # type: ignore[union-attr]
     assert held == {"unnamed", "changed"}  # these come back when their leases have run out
-    assert broker.message_id(redis.lindex(list_name(3), -1)) == "back"  # type: ignore[arg-type]
+    assert message_id(redis.lindex(list_name(3), -1)) == "back"  # type: ignore[arg-type]
 
 
 def test_a_swept_message_whose_list_is_none_keeps_no_other_back(redis: Redis, taker: Callable[..., Taker]) -> None:
@@ -249,7 +253,7 @@ def test_what_is_put_off_holds_no_place_and_comes_back_into_its_own_list_uncount
     push(redis, "low", priority=9)
     worker = taker(prefetch=1, low_prefetch=1)
     (lease,) = worker.leases(1)
-    assert abs(lease.taken_at - broker.server_time(redis)) < 30
+    assert abs(lease.taken_at - server_time(redis)) < 30
     lease.put_off(3600.0)
     push(redis, "next")
     (held,) = worker.leases(1)

@@ -13,7 +13,8 @@ import pytest
 from kombu import Connection, Queue
 from redis import Redis
 
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.looking import queued_ids
 from pipefleet_workers.delivery.leases import lease_of
 from tests.integration.lease_world import (
     EMPTY,
@@ -60,7 +61,7 @@ def test_no_message_is_lost_when_fetching_workers_are_killed(redis: Redis, serve
         finally:
             victim.send_signal(signal.SIGKILL)
             victim.wait()
-        assert {one.decode() for one in redis.smembers("ran")} | set(broker.queued_ids(redis, QUEUE)) == everything
+        assert {one.decode() for one in redis.smembers("ran")} | set(queued_ids(redis, QUEUE)) == everything
     last = Taker(server.url, 500)
     last.on_message = lambda message: (redis.sadd("ran", message.headers["id"]), message.ack())[0]
     until(lambda: (last.poll(), depth(redis) == EMPTY)[1], 60)
@@ -86,7 +87,7 @@ def test_a_worker_outlives_the_server(tmp_path: Path, program: str, kept: bool) 
         server.start()
         with Redis(port=server.port) as client:
             if kept:
-                until(lambda: set(broker.queued_ids(client, QUEUE)) == {"b"})
+                until(lambda: set(queued_ids(client, QUEUE)) == {"b"})
                 assert worker.lost == []
                 second.ack()
                 until(lambda: ledger_is_empty(client))
@@ -166,7 +167,7 @@ def test_a_celery_worker_is_inspected_and_gives_back_when_it_is_told_to_end(
     celery_worker.wait(20)
     ended = {one.decode() for one in redis.lrange("ended", 0, -1)}
     assert redis.llen("ended") == len(ended) >= 2
-    assert set(broker.queued_ids(redis, QUEUE)) == set("abcdef") - ended
+    assert set(queued_ids(redis, QUEUE)) == set("abcdef") - ended
     assert ledger_is_empty(redis)  # and none of them counts as delivered
 
 

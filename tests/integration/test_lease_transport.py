@@ -15,7 +15,10 @@ from redis import Redis
 
 from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard
 from pipefleet.errors import UsageError
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import SHARD_HEADER, celery_message, push_job
+from pipefleet.queues.keys import PRIORITY_STEPS, ledger_keys, queue_list
+from pipefleet.queues.looking import queued_ids
 from pipefleet_workers.delivery.leases import Lease, lease_of
 from tests.integration.lease_world import (
     EMPTY,
@@ -55,7 +58,7 @@ def test_priorities_are_served_in_order_and_each_first_come_first_served(
     assert names(taker().take(7)) == ["h1", "h2", "n1", "n2", "m1", "l1", "l2"]
 
 
-@pytest.mark.parametrize("priority", broker.PRIORITY_STEPS)
+@pytest.mark.parametrize("priority", PRIORITY_STEPS)
 def test_an_idle_worker_hears_of_every_priority(redis: Redis, taker: Callable[..., Taker], priority: int) -> None:
     worker = taker(wait_seconds=NEVER)  # without the bell of its list a message would never come
     until(lambda: (worker.poll(0.01), waits(redis, 4))[1])
@@ -201,7 +204,7 @@ def test_a_delayed_message_waits_is_seen_and_comes_back_with_its_retry_counted(
     worker.leases(2)[0].give_back(delay=NEVER)
     until(lambda: depth(redis)["delayed"] == 1)
     assert depth(redis)["unacked"] == 1
-    assert set(broker.queued_ids(redis, QUEUE)) == {"a", "b"}
+    assert set(queued_ids(redis, QUEUE)) == {"a", "b"}
     (tag,) = redis.zrange(KEYS["delayed_key"], 0, -1)
     redis.zadd(KEYS["delayed_key"], {tag: 1.0})  # it is due
     (again,) = worker.take(1)
@@ -397,7 +400,7 @@ def test_a_message_that_kills_its_workers_becomes_a_dead_letter_and_can_be_queue
 def test_a_shard_is_delivered_however_often_it_was(server: Server, redis: Redis, taker: Callable[..., Taker]) -> None:
     shard = Shard(run_id="r", run_uri="s3://b/r/", uri="s3://b/r/_run/shards/00000.jsonl", index=0, first=0, count=1)
     pipe = redis.pipeline()
-    broker.push(pipe, JobMessage(id="shard", task="text-classification", shard=shard), QUEUE, Priority.LOW)
+    push_job(pipe, JobMessage(id="shard", task="text-classification", shard=shard), QUEUE, Priority.LOW)
     pipe.execute()
     killer(server, redis, 4)
     (message,) = taker().take(1)
@@ -406,7 +409,7 @@ def test_a_shard_is_delivered_however_often_it_was(server: Server, redis: Redis,
 
 def test_only_shards_carry_the_header_of_shards() -> None:
     single = JobMessage(id="1", task="text-classification", items=(JobItem("0", "x"),))
-    assert broker.SHARD_HEADER not in json.loads(broker.celery_message(single, QUEUE, Priority.NORMAL))["headers"]
+    assert SHARD_HEADER not in json.loads(celery_message(single, QUEUE, Priority.NORMAL))["headers"]
 
 
 def test_a_dead_letter_is_reported_again_until_somebody_could_take_note(
@@ -473,7 +476,7 @@ def test_the_queues_of_a_pool_share_leases_and_priority_comes_before_the_queue(r
     own = f"{QUEUE}@0a1b2c3d"
     for queue, priority in itertools.product((QUEUE, own), (9, 3, 0)):
         message = envelope(f"{queue} {priority}", priority=priority)
-        redis.lpush(broker.queue_list(queue, priority), json.dumps(message))
+        redis.lpush(queue_list(queue, priority), json.dumps(message))
     worker = taker(prefetch=1)
     worker.consumer.add_queue(Queue(own))
     worker.consumer.consume()
@@ -484,7 +487,7 @@ def test_the_queues_of_a_pool_share_leases_and_priority_comes_before_the_queue(r
         lease.ack()
     assert [priority for _, priority in taken] == [0, 0, 3, 3, 9, 9]
     assert {queue for queue, _ in taken} == {QUEUE, own}
-    assert broker.unacked_keys(own) == KEYS
+    assert ledger_keys(own) == KEYS
 
 
 def test_a_message_is_handed_over_to_another_queue_and_does_not_count_as_delivered(redis: Redis, taker: Any) -> None:
@@ -492,8 +495,8 @@ def test_a_message_is_handed_over_to_another_queue_and_does_not_count_as_deliver
     push(redis, "first", "second", priority=9)
     worker = taker()
     for lease in worker.leases(2):
-        lease.hand_over(own, broker.queue_list(own, 9))
-    until(lambda: redis.llen(broker.queue_list(own, 9)) == 2)
+        lease.hand_over(own, queue_list(own, 9))
+    until(lambda: redis.llen(queue_list(own, 9)) == 2)
     assert ledger_is_empty(redis)
     later = taker()
     later.consumer.add_queue(Queue(own))
@@ -503,7 +506,7 @@ def test_a_message_is_handed_over_to_another_queue_and_does_not_count_as_deliver
 
 
 def test_a_message_is_handed_over_with_the_prefix_of_every_key(redis: Redis, taker: Callable[..., Taker]) -> None:
-    own = broker.queue_list(f"{QUEUE}@0a1b2c3d", 3)
+    own = queue_list(f"{QUEUE}@0a1b2c3d", 3)
     redis.lpush(f"mine:{list_name(3)}", json.dumps(envelope("a")))
     (lease,) = taker(global_keyprefix="mine:").leases(1)
     lease.hand_over(f"{QUEUE}@0a1b2c3d", own)

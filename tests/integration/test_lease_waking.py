@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from pipefleet.queues import broker
+from pipefleet.queues.keys import arriving_lists
+from pipefleet.queues.looking import queued_ids
 from pipefleet_workers.fleet.scaling.messages import places
 from tests.integration.lease_world import (
     NEVER,
@@ -51,7 +52,7 @@ def blocked(redis: Redis) -> int:
 
 
 def arriving(redis: Redis) -> int:
-    return sum(int(redis.llen(name)) for name in broker.arriving_lists(QUEUE))
+    return sum(int(redis.llen(name)) for name in arriving_lists(QUEUE))
 
 
 def scripts_run(redis: Redis) -> int:
@@ -110,7 +111,7 @@ def test_counts_and_lists_see_what_has_woken_a_worker(redis: Redis, idle: Callab
     until(lambda: arriving(redis) == 2)
     push(redis, "c")
     assert depth(redis) == {"high": 0, "normal": 2, "low": 1, "unacked": 0, "delayed": 0}
-    assert sorted(broker.queued_ids(redis, QUEUE)) == ["a", "b", "c"]
+    assert sorted(queued_ids(redis, QUEUE)) == ["a", "b", "c"]
     assert sum(int(redis.llen(place.key)) for place in places(QUEUE) if place.state == "queued") == 3
 
 

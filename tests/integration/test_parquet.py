@@ -15,7 +15,7 @@ from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Shard
 from pipefleet.errors import ContractError, RunError
-from pipefleet.queues import broker
+from pipefleet.queues.keys import run_key
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.shards import require_format
 from pipefleet_workers.fleet.local import Stack
@@ -121,8 +121,8 @@ def test_a_run_is_finished_from_object_storage_alone(client: Client) -> None:
     run = client.map(TEXTS, [f"text {i}" for i in range(40)], output=uri, shard_size=10, format="parquet")
     run.wait(timeout=WAIT)
     for name in ("items", "failed", "parts"):
-        client.redis.delete(broker.run_key(run.id, name))
-    client.redis.delete(broker.run_key(run.id))
+        client.redis.delete(run_key(run.id, name))
+    client.redis.delete(run_key(run.id))
     client.store.delete(f"{uri}part-00002.parquet")
     client.store.delete(RunLayout.at(uri).success)
     reopened = client.run(uri)

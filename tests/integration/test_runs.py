@@ -18,7 +18,8 @@ import pytest
 from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout
 from pipefleet.errors import ManifestError, PipefleetError, RunError, SourceError
-from pipefleet.queues import broker
+from pipefleet.queues.keys import run_key
+from pipefleet.queues.looking import queued_ids
 from pipefleet.storage.store import ObjectStore
 from tests.checkpoints.media import audio, image, jpeg_bytes, sound_bytes
 
@@ -225,8 +226,8 @@ def test_a_run_is_finished_from_object_storage_alone(client: Client, prefix: str
     run.wait(timeout=WAIT)
     layout = RunLayout.at(prefix)
     for name in ("items", "failed", "parts"):
-        client.redis.delete(broker.run_key(run.id, name))
-    client.redis.delete(broker.run_key(run.id))
+        client.redis.delete(run_key(run.id, name))
+    client.redis.delete(run_key(run.id))
     for index in (3, 7):
         client.store.delete(layout.part(index))
     client.store.delete(layout.success)
@@ -246,7 +247,7 @@ def test_a_shard_that_is_delivered_twice_leaves_one_part(client: Client, prefix:
     before = client.store.head(RunLayout.at(prefix).part(0))
     message = shard_message(run.plan, RunLayout.at(prefix), 0, 0, 3)
     client.publish([message, message], run.plan.queue, Priority.LOW)
-    until(lambda: not list(broker.queued_ids(client.redis, run.plan.queue)))
+    until(lambda: not list(queued_ids(client.redis, run.plan.queue)))
     assert client.store.head(RunLayout.at(prefix).part(0)) == before
 
 
@@ -254,7 +255,7 @@ def test_a_cancelled_run_stops_and_can_be_taken_up_again(client: Client, prefix:
     run = client.map("text-classification", [f"text {i}" for i in range(2000)], output=prefix, shard_size=50)
     run.cancel()
     assert run.wait(timeout=WAIT).state == "cancelled"
-    until(lambda: not list(broker.queued_ids(client.redis, run.plan.queue)))
+    until(lambda: not list(queued_ids(client.redis, run.plan.queue)))
     run.join_planner()
     run.resume()
     ended = run.wait(timeout=WAIT)

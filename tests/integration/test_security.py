@@ -11,7 +11,7 @@ import pytest
 import pipefleet
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app
 from pipefleet.storage.store import ObjectStore
 from tests.checkpoints.media import audio, wav_bytes
 
@@ -22,7 +22,7 @@ SPEECH = "automatic-speech-recognition"
 def failure(client: Client, queue: str, item: JobItem, task: str, **fields: Any) -> pipefleet.JobFailedError:
     """What becomes of a message that went around the producer's checks."""
     message = JobMessage(uuid.uuid4().hex, task, items=(item,), **fields)
-    app = broker.celery_app(client.settings)
+    app = celery_app(client.settings)
     app.send_task("pipefleet.infer", args=[message.to_json()], queue=queue, ignore_result=True)
     with pytest.raises(pipefleet.JobFailedError) as caught:
         client.job(message.id).result(WAIT)

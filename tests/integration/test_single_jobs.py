@@ -14,7 +14,8 @@ from transformers import pipeline as direct_pipeline
 import pipefleet
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app
+from pipefleet.queues.keys import job_key
 from pipefleet.storage.store import ObjectStore
 from tests.checkpoints import cached
 from tests.checkpoints.media import audio, image, jpeg_bytes, wav_bytes
@@ -128,7 +129,7 @@ def test_an_idempotency_key_submits_once(client: Client) -> None:
 def test_a_cancelled_job_stays_cancelled(client: Client) -> None:
     queue = "pipefleet.text-classification"
     message = JobMessage("cancel-me", "text-classification", items=(JobItem("0", "text"),))
-    client.redis.hset(broker.job_key(message.id), "state", "queued")
+    client.redis.hset(job_key(message.id), "state", "queued")
     job = client.job(message.id)
     assert job.cancel()
     client.publish([message], queue, Priority.NORMAL)
@@ -152,7 +153,7 @@ def test_a_result_that_is_not_there_in_time_can_be_waited_for_again(client: Clie
 
 
 def test_any_celery_client_can_submit(client: Client, servers: Servers) -> None:
-    app = broker.celery_app(client.settings)
+    app = celery_app(client.settings)
     message = JobMessage("from-celery", "text-classification", items=(JobItem("0", "hello"),))
     app.send_task(
         "pipefleet.infer", args=[message.to_json()], queue="pipefleet.text-classification", ignore_result=True
@@ -169,7 +170,7 @@ def test_a_job_for_another_model_is_refused_by_name(client: Client) -> None:
 
 
 def test_malformed_messages_leave_the_worker_serving(client: Client, servers: Servers) -> None:
-    app = broker.celery_app(client.settings)
+    app = celery_app(client.settings)
     for payload in ({}, {"version": 99}, [], {"version": 1, "id": "x" * 500, "task": "?"}):
         app.send_task("pipefleet.infer", args=[payload], queue="pipefleet.text-classification", ignore_result=True)
     assert client.submit("text-classification", "still there?").result(WAIT)

@@ -11,7 +11,7 @@ from kombu import Connection, Consumer, Queue
 
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.routing import queue_name, work_queue
-from pipefleet.queues import broker
+from pipefleet.queues.keys import PRIORITY_SEPARATOR, PRIORITY_STEPS, ledger_keys, queue_list
 from pipefleet.settings import Settings
 from pipefleet_workers.build import Built, build
 from pipefleet_workers.consume.held import Delivery
@@ -49,7 +49,7 @@ class LeaseDelivery:
         self.lease.give_back(delay)
 
     def hand_over(self, queue: str) -> None:
-        self.lease.hand_over(queue, broker.queue_list(queue, self.priority))
+        self.lease.hand_over(queue, queue_list(queue, self.priority))
 
     def refuse(self, reason: str) -> None:
         self.lease.dead_letter(reason)
@@ -74,7 +74,7 @@ def working(fleet: Fleet, pool: Pool, settings: Settings) -> Iterator[Built]:
 
 
 def _consume(queues: list[Queue], settings: Settings, built: Built, stopped: threading.Event) -> None:
-    options: dict[str, Any] = {"priority_steps": list(broker.PRIORITY_STEPS), "sep": broker.PRIORITY_SEPARATOR}
+    options: dict[str, Any] = {"priority_steps": list(PRIORITY_STEPS), "sep": PRIORITY_SEPARATOR}
 
     def received(body: Any, message: Any) -> None:
         lease = lease_of(message)
@@ -82,7 +82,7 @@ def _consume(queues: list[Queue], settings: Settings, built: Built, stopped: thr
         delivery: Delivery = LeaseDelivery(message.headers["id"], body[0][0], lease)
         built.consumer.take(delivery)
 
-    options |= broker.unacked_keys(queues[0].name) | {"on_dead": built.bury}
+    options |= ledger_keys(queues[0].name) | {"on_dead": built.bury}
     with Connection(settings.redis_url, transport=TRANSPORT, transport_options=options) as connection:
         with Consumer(connection.channel(), queues, callbacks=[received], accept=["json"], prefetch_count=64):
             while not stopped.is_set():

@@ -11,7 +11,7 @@ import pytest
 from redis import Redis
 
 from pipefleet.client import Client
-from pipefleet.queues import broker
+from pipefleet.queues.looking import queued_ids
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.fleet.local import Stack
 
@@ -94,6 +94,6 @@ def queued(client: Client) -> Callable[[str], list[str]]:
     """A function that lists the ids of the jobs waiting in a queue, oldest first within a priority."""
 
     def ids(queue: str) -> list[str]:
-        return list(broker.queued_ids(client.redis, queue))[::-1]
+        return list(queued_ids(client.redis, queue))[::-1]
 
     return ids

@@ -9,7 +9,9 @@ from typing import Any
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, decode_message
 from pipefleet.contract.records import JobFailure
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import ledger_keys, queue_lists
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.burials import Burials
 from pipefleet_workers.consume.jobs import Outlets, work_of
@@ -42,7 +44,7 @@ class ShardWorker:
 
     def lists(self) -> list[str]:
         """The Redis lists in which messages of the pool wait, of whichever revision."""
-        return [name for queue in broker.queues_of(self.client.redis, self.queue) for name in broker.queue_lists(queue)]
+        return [name for queue in queues_of(self.client.redis, self.queue) for name in queue_lists(queue)]
 
     def take(self, *indexes: int) -> dict[int, str]:
         """Take messages of shards out of the queue: all, or those of `indexes`; their texts by index."""
@@ -68,14 +70,14 @@ class ShardWorker:
         """Put a message to the dead letters that nobody was told of."""
         queue = json.loads(text)["properties"].get("delivery_info", {}).get("routing_key", self.queue)
         entry = {"reason": reason, "at": 1.0, "queue": queue, "deliveries": deliveries, "message": text}
-        key = broker.unacked_keys(self.queue)["unreported_key"]
+        key = ledger_keys(self.queue)["unreported_key"]
         letter = dead_letters.DeadLetter.parse(json.dumps(entry).encode())
         self.client.redis.lpush(key, letter.entry)
         return letter
 
     def tell(self, letter: dead_letters.DeadLetter) -> None:
         """Tell of a dead letter as the lease transport does, and file it."""
-        keys = broker.unacked_keys(self.queue)
+        keys = ledger_keys(self.queue)
         self.burials.letter(letter)
         if self.client.redis.lrem(keys["unreported_key"], 1, letter.entry):  # type: ignore[arg-type]
             self.client.redis.lpush(keys["dead_key"], letter.entry)

@@ -15,7 +15,9 @@ from pipefleet.contract.messages import JobItem, Priority
 from pipefleet.contract.shards import encode_shard_line, shard_message
 from pipefleet.errors import RunError
 from pipefleet.patience import Patience
-from pipefleet.queues import broker
+from pipefleet.queues.keys import queue_list, queue_lists, run_key
+from pipefleet.queues.looking import _ids, queued_ids
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet.runs.backlog import Backlog
 from pipefleet.runs.planner import Planner
 from pipefleet.runs.run import Run
@@ -29,13 +31,11 @@ QUEUE = f"pipefleet.{TEXTS}"
 
 def waiting(client: Client) -> list[int]:
     """The indexes of the shards in the queue, sorted."""
-    return sorted(int(one.rpartition("-")[2]) for one in broker.queued_ids(client.redis, QUEUE))
+    return sorted(int(one.rpartition("-")[2]) for one in queued_ids(client.redis, QUEUE))
 
 
 def empty_queue(client: Client) -> None:
-    client.redis.delete(
-        *(name for queue in broker.queues_of(client.redis, QUEUE) for name in broker.queue_lists(queue))
-    )
+    client.redis.delete(*(name for queue in queues_of(client.redis, QUEUE) for name in queue_lists(queue)))
 
 
 def work(client: Client, run: Run, *, failing: bool = False) -> int:
@@ -43,15 +43,15 @@ def work(client: Client, run: Run, *, failing: bool = False) -> int:
     from pipefleet.runs.finishing import finalise
     from pipefleet.runs.planner import read_plan
 
-    raw = client.redis.rpop(broker.queue_list(run.plan.queue, Priority.LOW))
-    (job_id,) = broker._ids([raw])  # type: ignore[list-item]
+    raw = client.redis.rpop(queue_list(run.plan.queue, Priority.LOW))
+    (job_id,) = _ids([raw])  # type: ignore[list-item]
     index, layout = int(job_id.rpartition("-")[2]), RunLayout.at(run.uri)
     row = b'"error":{"code":"c","message":"m","stage":"s"}' if failing else b'"output":1'
     body = b"".join(b'{"id":"x","input":"a",' + row + b"}\n" for _ in client.store.lines(layout.shard(index)))
     client.store.put_new(layout.part(index), body)
-    client.redis.setbit(broker.run_key(run.id, "parts"), index, 1)
-    shards = client.redis.hget(broker.run_key(run.id), "shards")
-    if shards is not None and client.redis.bitcount(broker.run_key(run.id, "parts")) >= int(shards):
+    client.redis.setbit(run_key(run.id, "parts"), index, 1)
+    shards = client.redis.hget(run_key(run.id), "shards")
+    if shards is not None and client.redis.bitcount(run_key(run.id, "parts")) >= int(shards):
         finalise(client.store, layout, read_plan(client.store, layout), now=client.now())
     return index
 
@@ -140,7 +140,7 @@ class TestPlannerAlone:
         run = bounded.map(TEXTS, (str(number) for number in range(6)), output=prefix, shard_size=1)
         assert eventually(lambda: waiting(bounded) == [0, 1, 2, 3])
         empty_queue(bounded)
-        bounded.redis.hset(broker.run_key(run.id, "refused"), mapping={str(index): "{}" for index in range(4)})
+        bounded.redis.hset(run_key(run.id, "refused"), mapping={str(index): "{}" for index in range(4)})
         run.join_planner()
         assert waiting(bounded) == [4, 5]
 
@@ -211,7 +211,7 @@ class TestResume:
         assert (ended.state, ended.items) == ("succeeded", 6)
         run.join_planner()
         for bitmap in ("items", "failed", "parts"):
-            assert client.redis.ttl(broker.run_key(run.id, bitmap)) > 0  # type: ignore[operator]
+            assert client.redis.ttl(run_key(run.id, bitmap)) > 0  # type: ignore[operator]
 
     def test_an_object_that_is_named_like_a_part_of_a_shard_beyond_the_run_is_none(
         self, client: Client, prefix: str
@@ -222,7 +222,7 @@ class TestResume:
         client.redis.flushall()
         assert run.resume() == 2
         run.join_planner()
-        assert client.redis.strlen(broker.run_key(run.id, "parts")) <= 1
+        assert client.redis.strlen(run_key(run.id, "parts")) <= 1
 
 
 class TestResumePoint:

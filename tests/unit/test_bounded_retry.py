@@ -12,7 +12,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from pipefleet.connection.answers import READ_ONLY, word_of
-from pipefleet.queues import broker
+from pipefleet.connection.connect import connect
 from pipefleet.settings import Settings
 from tests.servers import Server, programs, redis_6
 from tests.unit.test_redis_failover import Address
@@ -33,7 +33,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Serve
 
 def _client(url: str) -> Redis:
     """A client with as many connections as CONNECTIONS in its pool."""
-    redis = broker.connect(Settings(redis_url=url))
+    redis = connect(Settings(redis_url=url))
     pool: Any = redis.connection_pool
     taken = [pool.get_connection() for _ in range(CONNECTIONS)]
     for connection in taken:

@@ -23,7 +23,8 @@ from pipefleet.contract.messages import JobState, decode_message
 from pipefleet.contract.records import FINISH, JobFailure, finish_arguments
 from pipefleet.errors import ParameterError
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.queues import broker
+from pipefleet.queues.keys import job_key, queue_list
+from pipefleet.queues.looking import queue_depth
 from pipefleet.runs.run import RunProgress
 from pipefleet.tasks import TASKS
 
@@ -273,7 +274,7 @@ class TestOutput:
 
         def serve() -> None:
             while not stop.is_set():
-                found: Any = client.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
+                found: Any = client.redis.brpop([queue_list(OWN, 3)], timeout=0.1)
                 if found:
                     message = decode_message(json.loads(json.loads(found[1])["body"])[0][0])
                     failure = JobFailure("bad_input", "it is bad", "decode").to_json()
@@ -283,7 +284,7 @@ class TestOutput:
                         {"error": json.dumps(failure)} if bad else {"output": json.dumps([message.items[0].inputs])}
                     )
                     arguments = finish_arguments(message.id, state, 1.0, ttl=60, reply=message.reply, fields=fields)
-                    client.redis.eval(FINISH, 1, broker.job_key(message.id), *arguments)
+                    client.redis.eval(FINISH, 1, job_key(message.id), *arguments)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -313,7 +314,7 @@ class TestOutput:
     def test_submit_takes_a_local_file_of_text(self, capsys: pytest.CaptureFixture[str], client: Client) -> None:
         Path("a.txt").write_text("hello")
         assert run(capsys, "submit", "text-classification", "./a.txt", "--timeout", "0.05")[0] == 4
-        assert broker.depth(client.redis, QUEUE)["normal"] == 1
+        assert queue_depth(client.redis, QUEUE)["normal"] == 1
 
     def test_a_result_that_does_not_come_is_exit_code_4(
         self, capsys: pytest.CaptureFixture[str], client: Client

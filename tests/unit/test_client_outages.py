@@ -20,7 +20,7 @@ from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import FINISH, finish_arguments
 from pipefleet.errors import ResultTimeoutError, ServiceUnavailableError
 from pipefleet.patience import Patience, within
-from pipefleet.queues import broker
+from pipefleet.queues.keys import KEY
 from pipefleet.runs import wait as waiter
 from pipefleet.settings import load_settings
 from tests.servers import Server, until, valkey
@@ -167,7 +167,7 @@ def test_a_stream_of_inputs_lasts_through_an_outage(client: Client, server: Serv
 
         def end_all() -> bool:
             nonlocal ended
-            for name in client.redis.scan_iter(f"{broker.KEY}job:*"):
+            for name in client.redis.scan_iter(f"{KEY}job:*"):
                 job_id = name.decode().rpartition(":")[2]
                 fields = {"output": '[{"label": "x", "score": 1}]'}
                 arguments = finish_arguments(job_id, JobState.SUCCEEDED, None, ttl=60, reply=None, fields=fields)

@@ -14,7 +14,7 @@ from pipefleet.connection.clock import REFRESH_SECONDS, TRIES, ServerClock
 from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.contract.records import read_record
 from pipefleet.fleet.pools import Pool
-from pipefleet.queues import broker
+from pipefleet.queues.keys import queue_list
 from pipefleet_workers.consume.jobs import Jobs
 from tests.unit.test_producer_jobs import TEXTS, Worker
 
@@ -142,7 +142,7 @@ class TestAnHourOff:
         run = client.map(TEXTS, ["a"], output=prefix)
         assert run.plan.created == pytest.approx(_server_time(client.redis), abs=30)
         assert 0 <= run.progress().seconds < 60
-        (raw,) = client.redis.lrange(broker.queue_list(run.plan.queue, 9), 0, -1)  # type: ignore[misc]
+        (raw,) = client.redis.lrange(queue_list(run.plan.queue, 9), 0, -1)  # type: ignore[misc]
         import json
 
         at = json.loads(raw)["headers"]["pipefleet-at"]

@@ -16,7 +16,8 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
 from pipefleet.fleet.announcements import announce_pool
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.queues import broker
+from pipefleet.queues.celery import push_job
+from pipefleet.queues.revision_notes import note_revision
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.fleet.doctor.doctor import Check, pool_checks, run_checks
 from pipefleet_workers.fleet.local.parked import Parked, tell_parked
@@ -39,7 +40,7 @@ def put(redis: Redis, queue: str, count: int) -> None:
     pipe = redis.pipeline()
     for index in range(count):
         job = JobMessage(f"j{index}", "text-classification", items=(JobItem("0", "text"),), cost=5.0)
-        broker.push(pipe, job, queue, Priority.NORMAL)
+        push_job(pipe, job, queue, Priority.NORMAL)
     pipe.execute()
 
 
@@ -117,7 +118,7 @@ def test_a_previous_revision_needs_somebody_only_while_something_waits_for_it(
         "no worker is alive, 2 messages wait; start one with `pipefleet worker --pool texts@previous`",
     )
     path.write_text(table)
-    broker.note_revision(redis, queue, "/old", None)
+    note_revision(redis, queue, "/old", None)
     unnamed = found()[f"pool texts@{queue[-8:]}"]
     assert not unnamed.ok
     assert unnamed.detail.startswith("2 messages wait: no worker serves /old for text-classification; start one with")

@@ -11,7 +11,7 @@ from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import Shard
 from pipefleet.errors import ContractError, RunError
-from pipefleet.queues import broker
+from pipefleet.queues.keys import run_key
 from pipefleet.runs.files import MOST_BYTES
 from pipefleet.runs.refusals import Refusals
 from pipefleet.runs.run import Run
@@ -75,7 +75,7 @@ def test_a_run_elsewhere_with_the_id_of_another_changes_nothing_of_that(client: 
         worker.do(forged)
     worker.refuse(forged)
     assert run.progress().parts == run.progress().refused == 0
-    assert client.redis.exists(broker.run_key(run.id, "items")) == 0
+    assert client.redis.exists(run_key(run.id, "items")) == 0
     worker.do(texts[1])
     assert not run.progress().ended
     worker.do(texts[0])
@@ -84,7 +84,7 @@ def test_a_run_elsewhere_with_the_id_of_another_changes_nothing_of_that(client: 
 
 def test_a_run_that_was_begun_by_an_earlier_release_is_known_by_its_id_alone(client: Client, prefix: str) -> None:
     run, worker = planned(client, prefix), ShardWorker(client, QUEUE)
-    client.redis.hdel(broker.run_key(run.id), "uri")
+    client.redis.hdel(run_key(run.id), "uri")
     for text in worker.take().values():
         assert worker.do(text) == "succeeded"
     assert run.progress().state == "succeeded"
@@ -103,7 +103,7 @@ def test_a_copy_of_a_run_takes_nothing_over_until_the_run_is_gone(client: Client
     again = client.run(copy.uri)
     again.resume()
     again.join_planner()
-    assert client.redis.hget(broker.run_key(run.id), "uri") == copy.uri.encode()
+    assert client.redis.hget(run_key(run.id), "uri") == copy.uri.encode()
 
 
 def test_neighbours_of_parts_are_none(client: Client, prefix: str) -> None:
@@ -138,7 +138,7 @@ def test_a_list_that_names_places_beyond_its_run_makes_no_bits(client: Client, p
     client.store.put(layout.shard(0), b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     worker.refuse(worker.take()[0])
     Refusals(client.redis, client.settings, client.store, layout, run.id).end(run.plan)
-    assert client.redis.strlen(broker.run_key(run.id, "items")) == 1
+    assert client.redis.strlen(run_key(run.id, "items")) == 1
     assert run.progress().failed == 2
 
 
@@ -152,7 +152,7 @@ def test_a_client_restores_no_places_beyond_those_of_any_run(client: Client, pre
     again = client.run(run.uri)
     again.resume()
     again.join_planner()
-    assert client.redis.strlen(broker.run_key(run.id, "items")) < 1000
+    assert client.redis.strlen(run_key(run.id, "items")) < 1000
 
 
 def test_files_of_a_run_are_bounded_before_they_are_read(client: Client, prefix: str) -> None:

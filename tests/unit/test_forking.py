@@ -17,7 +17,7 @@ import pytest
 
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobState, decode_message
-from pipefleet.queues import broker
+from pipefleet.queues.keys import queue_list
 from tests.unit.test_producer_jobs import OWN, Worker
 
 PREAMBLE = """
@@ -82,7 +82,7 @@ def answers(client: Client) -> Iterator[None]:
 
     def serve() -> None:
         while not stop.is_set():
-            found: Any = worker.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
+            found: Any = worker.redis.brpop([queue_list(OWN, 3)], timeout=0.1)
             if found:
                 message = decode_message(json.loads(json.loads(found[1])["body"])[0][0])
                 output = json.dumps(message.items[0].inputs.upper())

@@ -14,8 +14,9 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobState
 from pipefleet.errors import PipefleetError, ServiceFullError
 from pipefleet.fleet.announcements import announce_worker, announced_workers
-from pipefleet.queues import broker
 from pipefleet.queues.dead_letters import file_dead_letter
+from pipefleet.queues.keys import ledger_keys, run_key
+from pipefleet.queues.looking import queue_depth
 from pipefleet.settings import load_settings
 from pipefleet_workers.fleet.doctor.redis_memory import check_memory, judge
 from pipefleet_workers.fleet.scaling.service import Scaler
@@ -80,8 +81,8 @@ def test_a_fresh_worker_drains_a_server_that_is_full(
         assert all(job.result(timeout=10)[0]["score"] > 0 for job in jobs)
         ended = run.wait(timeout=60)
         assert (ended.state, ended.succeeded) == ("succeeded", TEXTS)
-        keys = broker.unacked_keys(run.plan.queue)
-        until(lambda: not any(broker.depth(redis, run.plan.queue).values()))
+        keys = ledger_keys(run.plan.queue)
+        until(lambda: not any(queue_depth(redis, run.plan.queue).values()))
         assert redis.exists(keys["dead_key"], keys["unreported_key"]) == 0
         redis.config_set("maxmemory", 0)
         assert client.submit(TASK, "room again").result(
@@ -130,7 +131,7 @@ def test_a_run_is_cancelled_on_a_full_server(
         fill(redis)
         run.cancel()
         assert run.progress().state == "cancelled"
-        assert redis.hget(broker.run_key(run.id), "cancelled") == b"1"
+        assert redis.hget(run_key(run.id), "cancelled") == b"1"
 
 
 def test_an_item_that_kills_workers_has_its_dead_letter_on_a_full_server(full: Server) -> None:
@@ -138,7 +139,7 @@ def test_an_item_that_kills_workers_has_its_dead_letter_on_a_full_server(full: S
     with full.client() as redis:
         for count in (1, 2):
             file_dead_letter(redis, queue, message="{}", reason="it kills")
-            assert redis.llen(broker.unacked_keys(queue)["dead_key"]) == count
+            assert redis.llen(ledger_keys(queue)["dead_key"]) == count
 
 
 def test_scaler_and_views_of_a_full_server_go_on(

@@ -12,7 +12,8 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import request_digest
 from pipefleet.errors import ConflictError, ContractError
-from pipefleet.queues import broker
+from pipefleet.queues.keys import idempotency_key
+from pipefleet.queues.looking import queue_depth
 from tests.unit.conftest import eventually
 from tests.unit.test_producer_jobs import QUEUE, TEXTS, Worker
 
@@ -45,7 +46,7 @@ def test_another_request_is_a_conflict_that_names_the_first_job(client: Client, 
         submit(client, **{**FIRST, **other})
     assert (caught.value.job_id, caught.value.code, caught.value.exit_code) == (first, "conflict", 2)
     assert "good" not in str(caught.value)
-    assert broker.depth(client.redis, QUEUE)["normal"] == 1
+    assert queue_depth(client.redis, QUEUE)["normal"] == 1
     assert len(client.redis.keys("pipefleet:job:*")) == 1  # type: ignore[arg-type]
     assert submit(client, **FIRST) == first
 
@@ -96,7 +97,7 @@ def test_of_two_requests_at_once_one_wins_and_the_other_is_a_conflict(client: Cl
     jobs = {end for end in ends if end and not end.startswith("conflict")}
     assert len(jobs) == 1
     assert {end for end in ends if end not in jobs} == {f"conflict with {next(iter(jobs))}"}
-    assert broker.depth(client.redis, QUEUE)["normal"] == 1
+    assert queue_depth(client.redis, QUEUE)["normal"] == 1
 
 
 def test_it_stays_a_conflict_after_the_first_job_has_ended(client: Client) -> None:
@@ -109,7 +110,7 @@ def test_it_stays_a_conflict_after_the_first_job_has_ended(client: Client) -> No
 
 
 def test_a_key_of_an_earlier_release_stands_for_any_request(client: Client) -> None:
-    client.redis.set(broker.idempotency_key("k"), "the-first")
+    client.redis.set(idempotency_key("k"), "the-first")
     assert client.submit(TEXTS, "a", idempotency_key="k").id == "the-first"
 
 

@@ -25,9 +25,10 @@ from pipefleet.errors import (
     UsageError,
 )
 from pipefleet.fleet import identity
-from pipefleet.fleet.identity import FLEET_KEY, OBJECT, Identity, Membership
+from pipefleet.fleet.identity import OBJECT, Identity, Membership
 from pipefleet.fleet.pools import load_fleet
-from pipefleet.queues import broker
+from pipefleet.queues.keys import FLEET_KEY
+from pipefleet.queues.looking import queue_depth
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.fleet.doctor import doctor
@@ -80,7 +81,7 @@ def noted(redis: Redis) -> Identity | None:
 
 
 def waiting(redis: Redis) -> int:
-    return sum(broker.depth(redis, QUEUE).values())
+    return sum(queue_depth(redis, QUEUE).values())
 
 
 def other(settings: Settings) -> Settings:

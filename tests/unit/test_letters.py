@@ -11,12 +11,17 @@ import pytest
 
 from pipefleet.cli import main
 from pipefleet.client import Client
+from pipefleet.connection.connect import subscribed
 from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority, Shard
 from pipefleet.errors import JobFailedError
 from pipefleet.jobs.job import Job
 from pipefleet.jobs.letters import MOST_INPUT, read_content
 from pipefleet.printable import printable
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import celery_message
+from pipefleet.queues.keys import job_key, ledger_keys, queue_lists
+from pipefleet.queues.looking import queue_depth
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet_workers.build import Undertaker
 from pipefleet_workers.consume.jobs import work_of
 from pipefleet_workers.consume.outcomes import Outcomes
@@ -34,8 +39,8 @@ def worker(client: Client) -> ShardWorker:
 
 def taken(client: Client) -> str:
     """The text of the one message in the queues of the pool, taken out of them."""
-    queues = broker.queues_of(client.redis, QUEUE)
-    for name in (name for queue in queues for name in broker.queue_lists(queue)):
+    queues = queues_of(client.redis, QUEUE)
+    for name in (name for queue in queues for name in queue_lists(queue)):
         raw: Any = client.redis.rpop(name)
         if raw is not None:
             return str(raw.decode())
@@ -69,11 +74,11 @@ class TestRequeue:
         job, _ = dead(client, worker)
         with pytest.raises(JobFailedError, match="delivered 3 times"):
             job.result(timeout=20)
-        client.redis.expire(broker.job_key(job.id), 5)
+        client.redis.expire(job_key(job.id), 5)
         assert main(["dead-letters", "--requeue"]) == 0
         record = job.record()
         assert (record.state, record.failure, record.finished, record.worker) == (JobState.QUEUED, None, None, None)
-        assert client.redis.ttl(broker.job_key(job.id)) > 5  # type: ignore[operator]
+        assert client.redis.ttl(job_key(job.id)) > 5  # type: ignore[operator]
         assert run_again(client, worker)
         assert client.job(job.id).result(timeout=20) == "done"
         assert job.result(timeout=20) == "done"
@@ -95,7 +100,7 @@ class TestRequeue:
     ) -> None:
         jobs = [client.submit(TEXTS, "a text") for _ in range(2)]
         letters = [worker.bury(text) for text in (taken(client), taken(client))]
-        client.redis.hset(broker.job_key(jobs[0].id), mapping={"state": "succeeded", "output": '"done"'})
+        client.redis.hset(job_key(jobs[0].id), mapping={"state": "succeeded", "output": '"done"'})
         assert jobs[1].cancel()
         for letter in letters:
             worker.tell(letter)
@@ -103,18 +108,18 @@ class TestRequeue:
         became = {row["job"]: row["became"] for row in json.loads(capsys.readouterr().out)}
         assert became == {jobs[0].id: "has succeeded meanwhile", jobs[1].id: "was cancelled"}
         assert jobs[0].result(timeout=20) == "done"
-        assert broker.depth(client.redis, QUEUE)["normal"] == 0
+        assert queue_depth(client.redis, QUEUE)["normal"] == 0
         assert dead_letters.count_dead_letters(client.redis, QUEUE) == 0
 
     def test_a_job_whose_record_has_expired_gets_a_new_one(self, client: Client, worker: ShardWorker) -> None:
         job, _ = dead(client, worker)
-        client.redis.delete(broker.job_key(job.id))
+        client.redis.delete(job_key(job.id))
         assert main(["dead-letters", "--requeue"]) == 0
         assert job.status() is JobState.QUEUED
 
     def test_the_client_hears_of_a_letter_on_its_channel(self, client: Client, worker: ShardWorker) -> None:
         job = client.submit(TEXTS, "a text")
-        with broker.subscribed(client.redis, client.watcher.channel) as channel:
+        with subscribed(client.redis, client.watcher.channel) as channel:
             channel.get_message(timeout=5)
             worker.tell(worker.bury(taken(client)))
             heard = threading.Event()
@@ -191,7 +196,7 @@ class TestContent:
     def test_references_are_uris_and_long_inputs_are_cut(self, client: Client) -> None:
         def content(inputs: Any) -> Any:
             message = JobMessage("1", TEXTS, items=(JobItem("0", inputs),), output="s3://out/x")
-            text = broker.celery_message(message, QUEUE, Priority.LOW)
+            text = celery_message(message, QUEUE, Priority.LOW)
             return read_content(_letter(text))
 
         found = content({"image": {"$ref": "s3://media/cat.jpg", "etag": "1"}, "question": "who?"})
@@ -202,7 +207,7 @@ class TestContent:
 
     def test_a_body_in_base64_is_read(self) -> None:
         message = JobMessage("1", TEXTS, items=(JobItem("0", "a text"),))
-        envelope = json.loads(broker.celery_message(message, QUEUE, Priority.LOW))
+        envelope = json.loads(celery_message(message, QUEUE, Priority.LOW))
         envelope["body"] = base64.b64encode(envelope["body"].encode()).decode()
         envelope["properties"]["body_encoding"] = "base64"
         assert read_content(_letter(json.dumps(envelope))).input == "a text"
@@ -223,8 +228,8 @@ class TestContent:
 
 def test_a_letter_whose_job_has_no_record_that_can_be_written_is_let_go(client: Client, worker: ShardWorker) -> None:
     letter = _letter(json.dumps({"headers": {"id": "odd"}}))
-    client.redis.lpush(broker.unacked_keys(QUEUE)["unreported_key"], letter.entry)
-    client.redis.set(broker.job_key("odd"), "no record")
+    client.redis.lpush(ledger_keys(QUEUE)["unreported_key"], letter.entry)
+    client.redis.set(job_key("odd"), "no record")
     worker.tell(letter)  # raises nothing: it would be told of for ever, and those behind it never
 
 

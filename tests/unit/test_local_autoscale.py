@@ -14,7 +14,7 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.fleet.announcements import announced_fleet
 from pipefleet.fleet.pools import load_fleet
-from pipefleet.queues import broker
+from pipefleet.queues.celery import push_job
 from pipefleet_workers.fleet.local.autoscale import Autoscaler, Pace, least_useful, pools_without_maximum, share
 
 
@@ -75,7 +75,7 @@ def test_it_goes_over_to_another_fleet(client: Client, tmp_path: Path) -> None:
     new.write_text('[pools.pictures]\ntask = "image-classification"\nmodel = "/a"\nworkers = { max = 1 }\n')
     for task in ("text-classification", "image-classification"):
         job = JobMessage(task, task, items=(JobItem("0", "text"),), cost=5.0)
-        broker.push(client.redis, job, f"pipefleet.{task}", Priority.NORMAL)
+        push_job(client.redis, job, f"pipefleet.{task}", Priority.NORMAL)
     started: list[str] = []
     crew: Any = SimpleNamespace(of=lambda pool: [], start=started.append)
     scaler = Autoscaler(old, load_fleet(old), client.settings, Pace(), crew=crew, port=0)

@@ -10,7 +10,8 @@ from redis import Redis
 
 from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.queues import broker
+from pipefleet.queues.celery import push_job
+from pipefleet.queues.keys import ledger_keys, queue_list
 from pipefleet_workers.fleet.local.follow import QUIET_SECONDS, outstanding
 from pipefleet_workers.fleet.local.restarts import MOST_DEATHS
 from tests.unit.fake_crew import FakeCrew, copy_of, pid, table, until
@@ -295,10 +296,10 @@ def test_what_is_outstanding_waits_or_is_with_a_worker_and_counts_for_its_own_qu
     pipe = redis.pipeline()
     for priority in Priority:
         job = JobMessage(f"j{priority}", "text-classification", items=(JobItem("0", "text"),), cost=5.0)
-        broker.push(pipe, job, queue, priority)
+        push_job(pipe, job, queue, priority)
     pipe.execute()
-    message = redis.lindex(broker.queue_list(queue, Priority.NORMAL), 0)
-    ledger = broker.unacked_keys(queue)["unacked_key"]
+    message = redis.lindex(queue_list(queue, Priority.NORMAL), 0)
+    ledger = ledger_keys(queue)["unacked_key"]
     redis.hset(ledger, "mine", b'[%b, "", "%b"]' % (message, queue.encode()))
     redis.hset(ledger, "another's", b'[%b, "", "%b@0123abcd"]' % (message, queue.encode()))
     assert outstanding(redis, url, [queue]) == len(Priority) + 1

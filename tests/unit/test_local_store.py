@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipefleet.connection.connect import connect
 from pipefleet.fleet.identity import Membership
-from pipefleet.queues import broker
 from pipefleet.settings import load_settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.fleet.local import Stack
@@ -19,7 +19,7 @@ def _prove(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)
     settings = load_settings()
-    with broker.connect(settings) as redis:
+    with connect(settings) as redis:
         return Membership(redis, ObjectStore(), settings).prove(works=True)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from pipefleet_workers.fleet.local.parked import PARKED_KEY, TOLD_SECONDS, Parked, parked_pools, tell_parked
+from pipefleet.queues.keys import PARKED_KEY
+from pipefleet_workers.fleet.local.parked import TOLD_SECONDS, Parked, parked_pools, tell_parked
 from pipefleet_workers.fleet.local.restarts import MOST_DEATHS, PARKED_SECONDS, STEADY_SECONDS
 from pipefleet_workers.fleet.local.workers import WorkerProcess, worker_command
 from tests.unit.fake_crew import FakeCrew, pid, table, until

@@ -11,7 +11,8 @@ from redis import Redis
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import RunError
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app
+from pipefleet.queues.keys import ARRIVING, base_queue, ledger_keys, queue_lists, run_key
 from pipefleet.runs import losses
 from pipefleet.runs.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
 from pipefleet.runs.run import Run
@@ -22,16 +23,16 @@ Lose = Callable[[Client, Run], object]
 
 
 def evict(client: Client, run: Run) -> None:
-    client.redis.delete(*broker.queue_lists(run.plan.queue))
+    client.redis.delete(*queue_lists(run.plan.queue))
 
 
 def trim(client: Client, run: Run) -> None:
-    for name in broker.queue_lists(run.plan.queue):
+    for name in queue_lists(run.plan.queue):
         client.redis.ltrim(name, 0, 0)
 
 
 def purge(client: Client, run: Run) -> None:
-    with broker.celery_app(client.settings).connection_for_write() as connection:
+    with celery_app(client.settings).connection_for_write() as connection:
         connection.default_channel.queue_purge(run.plan.queue)
 
 
@@ -71,7 +72,7 @@ def test_parts_that_a_failover_forgot_are_noted_again(client: Client, prefix: st
         worker.do(text, bad=[2])
     for file in ("_SUCCESS", "_failed.jsonl"):
         client.store.delete(f"{prefix}{file}")
-    key = broker.run_key(run.id)
+    key = run_key(run.id)
     client.redis.setbit(f"{key}:parts", 1, 0)
     client.redis.setbit(f"{key}:items", 2, 0)
     client.redis.setbit(f"{key}:failed", 2, 0)
@@ -96,12 +97,12 @@ class TestLosses:
     def test_nothing_is_lost_while_messages_wait_or_are_with_workers(
         self, redis: Redis, run: Run, seen: Losses, clock: list[float]
     ) -> None:
-        queue = next(name for name in broker.queue_lists(run.plan.queue) if redis.llen(name))
-        keys = broker.unacked_keys(run.plan.queue)
+        queue = next(name for name in queue_lists(run.plan.queue) if redis.llen(name))
+        keys = ledger_keys(run.plan.queue)
         redis.hset(keys["unacked_key"], "tag", redis.rpop(queue))  # type: ignore[arg-type]
         redis.lpush(keys["unreported_key"], redis.rpop(queue))  # type: ignore[arg-type]
-        redis.lmove(queue, queue + broker.ARRIVING)
-        redis.lmove(queue, broker.base_queue(run.plan.queue))
+        redis.lmove(queue, queue + ARRIVING)
+        redis.lmove(queue, base_queue(run.plan.queue))
         assert self.later(seen, run, clock) is None
         assert not seen.suspected(run.id)
         assert self.later(seen, run, clock) is None
@@ -113,21 +114,21 @@ class TestLosses:
     def test_it_is_certain_only_when_nothing_of_the_run_ends_meanwhile(
         self, redis: Redis, run: Run, seen: Losses, clock: list[float]
     ) -> None:
-        redis.delete(*broker.queue_lists(run.plan.queue))
+        redis.delete(*queue_lists(run.plan.queue))
         for index in range(3):
             assert self.later(seen, run, clock, GRACE_SECONDS - LOOK_SECONDS) is None
-            redis.setbit(broker.run_key(run.id, "parts"), index, 1)
+            redis.setbit(run_key(run.id, "parts"), index, 1)
         assert self.later(seen, run, clock) is None
         assert self.later(seen, run, clock) is not None
 
     def test_a_client_that_queues_the_rest_of_the_run_has_not_lost_it(
         self, redis: Redis, run: Run, seen: Losses, clock: list[float]
     ) -> None:
-        redis.delete(*broker.queue_lists(run.plan.queue))
-        redis.set(broker.run_key(run.id, "planner"), "4 4")
+        redis.delete(*queue_lists(run.plan.queue))
+        redis.set(run_key(run.id, "planner"), "4 4")
         assert [self.later(seen, run, clock) for _ in range(3)] == [None] * 3
 
     def test_who_may_not_count_is_told_nothing(self, redis: Redis, run: Run, seen: Losses, clock: list[float]) -> None:
-        redis.delete(*broker.queue_lists(run.plan.queue))
-        redis.set(broker.unacked_keys(run.plan.queue)["unacked_key"], "of another type")
+        redis.delete(*queue_lists(run.plan.queue))
+        redis.set(ledger_keys(run.plan.queue)["unacked_key"], "of another type")
         assert [self.later(seen, run, clock) for _ in range(3)] == [None] * 3

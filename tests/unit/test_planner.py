@@ -31,7 +31,8 @@ from pipefleet.contract.shards import (
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError
 from pipefleet.inputs.rows import SourceItem
 from pipefleet.inputs.sources import Source, open_source
-from pipefleet.queues import broker
+from pipefleet.queues.keys import run_key
+from pipefleet.queues.looking import queued_ids
 from pipefleet.runs.planner import Planner, SignOfLife, planner_alive, read_plan, write_plan
 from pipefleet.storage.store import ListedObject
 from pipefleet.tasks import TASKS
@@ -371,7 +372,7 @@ class TestPlanFile:
 
 def test_a_live_planner_is_seen_by_others(client: Client) -> None:
     assert planner_alive(client, plan()) is None
-    client.redis.set(broker.run_key("run1", "planner"), "48 3")
+    client.redis.set(run_key("run1", "planner"), "48 3")
     assert planner_alive(client, plan()) == SignOfLife(48, 3)
 
 
@@ -383,12 +384,10 @@ def test_a_planner_waits_for_the_fleet_and_goes_on_when_it_has_caught_up(
     with Client() as bounded:
         run = bounded.map("text-classification", (str(i) for i in range(10)), output=prefix, shard_size=1)
         queue = run.plan.queue
-        assert eventually(lambda: len(list(broker.queued_ids(client.redis, queue))) == 3)
+        assert eventually(lambda: len(list(queued_ids(client.redis, queue))) == 3)
         assert eventually(lambda: run.progress().shards == 3)
         for index in range(10):
-            assert eventually(
-                lambda index=index: len(list(broker.queued_ids(client.redis, queue))) >= min(10, index + 3)
-            )
-            client.redis.setbit(broker.run_key(run.id, "parts"), index, 1)
+            assert eventually(lambda index=index: len(list(queued_ids(client.redis, queue))) >= min(10, index + 3))
+            client.redis.setbit(run_key(run.id, "parts"), index, 1)
         run.join_planner()
         assert run.plan.shards == 10

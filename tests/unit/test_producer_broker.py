@@ -14,7 +14,10 @@ from kombu.message import Message
 from pipefleet.client import Client
 from pipefleet.contract.messages import MAX_MESSAGE_BYTES, TASK_NAME, JobItem, JobMessage, Priority, decode_message
 from pipefleet.errors import ContractError
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import COST_HEADER, TIME_HEADER, celery_app, celery_message, push_job
+from pipefleet.queues.keys import ledger_keys
+from pipefleet.queues.looking import queue_depth, queued_ids
 
 QUEUE = "pipefleet.text-classification"
 JOB = JobMessage(
@@ -23,19 +26,19 @@ JOB = JobMessage(
     items=(JobItem("0", "Süß — “quoted”\n"),),
     reply="pipefleet:done:0123456789abcdef0123456789abcdef",
 )
-OWN_HEADERS = {broker.COST_HEADER, broker.TIME_HEADER}
+OWN_HEADERS = {COST_HEADER, TIME_HEADER}
 VARIES = {"delivery_tag", "reply_to", "origin"}
 """What differs between any two messages of Celery, or names the process that sent them."""
 
 
 @pytest.fixture
 def app(client: Client) -> Celery:
-    return broker.celery_app(client.settings, queue=QUEUE)
+    return celery_app(client.settings, queue=QUEUE)
 
 
 def ours(client: Client, priority: Priority = Priority.NORMAL) -> dict[str, Any]:
     pipe = client.redis.pipeline()
-    broker.push(pipe, JOB, QUEUE, priority)
+    push_job(pipe, JOB, QUEUE, priority)
     pipe.execute()
     return newest(client, priority)
 
@@ -99,23 +102,23 @@ def test_a_payload_shows_neither_in_headers_nor_in_the_dashboard(client: Client)
 
 def test_a_stock_consumer_takes_it_and_the_ledger_shows_it(client: Client, app: Celery) -> None:
     ours(client)
-    assert list(broker.queued_ids(client.redis, QUEUE)) == [JOB.id]
+    assert list(queued_ids(client.redis, QUEUE)) == [JOB.id]
     with app.connection_for_read() as connection, connection.channel() as channel:
         message = Queue(QUEUE)(channel).get(accept=["json"])
         args, kwargs, embedded = message.decode()
         assert (decode_message(args[0]), kwargs, embedded["chain"]) == (JOB, {}, None)
         assert (message.headers["task"], message.headers["id"]) == (TASK_NAME, JOB.id)
         assert message.properties["correlation_id"] == JOB.id
-        waiting = broker.depth(client.redis, QUEUE)
+        waiting = queue_depth(client.redis, QUEUE)
         assert (waiting["normal"], waiting["unacked"]) == (0, 1)
-        assert list(broker.queued_ids(client.redis, QUEUE)) == [JOB.id]
+        assert list(queued_ids(client.redis, QUEUE)) == [JOB.id]
         message.ack()
-    assert broker.depth(client.redis, QUEUE) == {"high": 0, "normal": 0, "low": 0, "unacked": 0, "delayed": 0}
-    assert list(broker.queued_ids(client.redis, QUEUE)) == []
+    assert queue_depth(client.redis, QUEUE) == {"high": 0, "normal": 0, "low": 0, "unacked": 0, "delayed": 0}
+    assert list(queued_ids(client.redis, QUEUE)) == []
 
 
 def test_each_queue_has_a_ledger_of_its_own(client: Client) -> None:
-    keys = [set(broker.unacked_keys(queue).values()) for queue in (QUEUE, QUEUE + ".other")]
+    keys = [set(ledger_keys(queue).values()) for queue in (QUEUE, QUEUE + ".other")]
     assert not keys[0] & keys[1]
 
 
@@ -123,7 +126,7 @@ def test_priorities_are_served_high_first_and_first_come_first_served(client: Cl
     pipe = client.redis.pipeline()
     for name, priority in [("low1", 9), ("normal1", 3), ("high1", 0), ("low2", 9), ("high2", 0), ("normal2", 3)]:
         job = JobMessage(id=name, task=JOB.task, items=JOB.items)
-        broker.push(pipe, job, QUEUE, Priority(priority))
+        push_job(pipe, job, QUEUE, Priority(priority))
     pipe.execute()
     with app.connection_for_read() as connection, connection.channel() as channel:
         queue = Queue(QUEUE)(channel)
@@ -138,23 +141,23 @@ def test_priorities_are_served_high_first_and_first_come_first_served(client: Cl
 def test_a_message_above_the_bound_is_refused_with_both_figures() -> None:
     job = JobMessage(id="1", task=JOB.task, items=(JobItem("0", "ü" * (MAX_MESSAGE_BYTES // 2)),))
     with pytest.raises(ContractError, match=rf"a message of \d+ bytes is above the bound of {MAX_MESSAGE_BYTES}"):
-        broker.celery_message(job, QUEUE, Priority.LOW)
+        celery_message(job, QUEUE, Priority.LOW)
 
 
 def test_many_thousand_queued_jobs_are_listed_in_pages(client: Client) -> None:
     pipe = client.redis.pipeline()
     for number in range(2500):
-        broker.push(pipe, JobMessage(id=str(number), task=JOB.task, items=JOB.items), QUEUE, Priority.LOW)
+        push_job(pipe, JobMessage(id=str(number), task=JOB.task, items=JOB.items), QUEUE, Priority.LOW)
     pipe.lpush(QUEUE, "not one of ours", json.dumps([1]), json.dumps({"headers": None}))
     pipe.execute()
-    found = list(broker.queued_ids(client.redis, QUEUE))
+    found = list(queued_ids(client.redis, QUEUE))
     assert sorted(found, key=int) == [str(number) for number in range(2500)]
-    assert broker.depth(client.redis, QUEUE) == {"high": 3, "normal": 0, "low": 2500, "unacked": 0, "delayed": 0}
+    assert queue_depth(client.redis, QUEUE) == {"high": 3, "normal": 0, "low": 2500, "unacked": 0, "delayed": 0}
 
 
 def test_a_message_that_is_nested_beyond_measure_is_passed_over(client: Client) -> None:
     client.redis.lpush(QUEUE, "[" * 100_000)
-    client.redis.lpush(broker.unacked_keys(QUEUE)["dead_key"], "[" * 100_000)
-    assert list(broker.queued_ids(client.redis, QUEUE)) == []
+    client.redis.lpush(ledger_keys(QUEUE)["dead_key"], "[" * 100_000)
+    assert list(queued_ids(client.redis, QUEUE)) == []
     (letter,) = dead_letters.dead_letters(client.redis, QUEUE)
     assert letter.job_id is None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipefleet.client import Client
+from pipefleet.connection.connect import subscribed
 from pipefleet.contract.messages import JobMessage, JobState, decode_message
 from pipefleet.contract.records import FINISH, SUBMIT, JobFailure, finish_arguments
 from pipefleet.errors import (
@@ -30,7 +31,10 @@ from pipefleet.fleet.routing import revision_queue
 from pipefleet.jobs.job import Job
 from pipefleet.pipelines.calls import is_dataset
 from pipefleet.pipelines.fleet_pipeline import pipeline
-from pipefleet.queues import broker
+from pipefleet.queues import celery
+from pipefleet.queues.keys import CANCELLED_CHANNEL, job_key, queue_list
+from pipefleet.queues.looking import queue_depth
+from pipefleet.queues.revision_notes import queues_of
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"
@@ -45,14 +49,14 @@ class Worker:
         self.redis = client.redis
 
     def take(self, priority: int = 3) -> JobMessage:
-        names = [broker.queue_list(queue, priority) for queue in (OWN, *broker.queues_of(self.redis, QUEUE))]
+        names = [queue_list(queue, priority) for queue in (OWN, *queues_of(self.redis, QUEUE))]
         found: Any = self.redis.brpop(names, timeout=20)
         assert found, "nothing was queued"
         return decode_message(json.loads(json.loads(found[1])["body"])[0][0])
 
     def end(self, job_id: str, state: JobState, *, reply: str | None = None, **fields: Any) -> bool:
         arguments = finish_arguments(job_id, state, 1.0, ttl=60, reply=reply, fields=fields)
-        return bool(self.redis.eval(FINISH, 1, broker.job_key(job_id), *arguments))
+        return bool(self.redis.eval(FINISH, 1, job_key(job_id), *arguments))
 
     def answer(self, output: Any) -> JobMessage:
         message = self.take()
@@ -76,7 +80,7 @@ class TestSubmit:
         assert record.submitted is not None
         assert message.deadline == pytest.approx(record.submitted + 60, abs=30)
         assert (job.status(), record.queue) == (JobState.QUEUED, OWN)
-        assert client.redis.ttl(broker.job_key(job.id)) > 0  # type: ignore[operator]
+        assert client.redis.ttl(job_key(job.id)) > 0  # type: ignore[operator]
 
     @pytest.mark.parametrize(("priority", "step"), [("high", 0), ("normal", 3), ("low", 9)])
     def test_each_priority_has_its_list(self, client: Client, worker: Worker, priority: str, step: int) -> None:
@@ -113,7 +117,7 @@ class TestSubmit:
         with ThreadPoolExecutor(8) as threads:
             jobs = list(threads.map(lambda _: client.submit(TEXTS, "good", idempotency_key="k1"), range(8)))
         assert len({job.id for job in jobs}) == 1
-        assert broker.depth(client.redis, QUEUE)["normal"] == 1
+        assert queue_depth(client.redis, QUEUE)["normal"] == 1
         worker.answer([1])
         assert [job.result(20) for job in jobs] == [[1]] * 8
         assert client.submit(TEXTS, "good", idempotency_key="k2").id != jobs[0].id
@@ -122,11 +126,11 @@ class TestSubmit:
         self, client: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(broker, "MAX_MESSAGE_BYTES", 10)
+            patch.setattr(celery, "MAX_MESSAGE_BYTES", 10)
             with pytest.raises(ContractError):
                 client.submit(TEXTS, "good", idempotency_key="k")
         job = client.submit(TEXTS, "good", idempotency_key="k")
-        assert broker.depth(client.redis, QUEUE)["normal"] == 1
+        assert queue_depth(client.redis, QUEUE)["normal"] == 1
         assert job.status() is JobState.QUEUED
 
     @pytest.mark.parametrize("key", [None, "k"])
@@ -146,7 +150,7 @@ class TestSubmit:
             ))  # fmt: skip
             job = client.submit(TEXTS, "good", idempotency_key=key)
         assert job.status() is JobState.SUCCEEDED
-        assert broker.depth(client.redis, QUEUE)["normal"] == 0
+        assert queue_depth(client.redis, QUEUE)["normal"] == 0
 
     def test_what_has_no_utf8_form_is_refused(self, client: Client) -> None:
         with pytest.raises(ContractError, match="surrogates not allowed"):
@@ -261,7 +265,7 @@ class TestResult:
 class TestCancel:
     def test_a_queued_job_is_ended_and_its_waiter_told(self, client: Client) -> None:
         job = client.submit(TEXTS, "good")
-        with broker.subscribed(client.redis, broker.CANCELLED_CHANNEL) as channel:
+        with subscribed(client.redis, CANCELLED_CHANNEL) as channel:
             assert channel.get_message(timeout=10)["type"] == "subscribe"
             assert job.cancel() is True
             assert channel.get_message(timeout=10)["data"] == job.id.encode()  # what a worker hears
@@ -335,7 +339,7 @@ class TestPipeline:
         def serve() -> None:
             held: list[JobMessage] = []
             while not stop.is_set():
-                found: Any = worker.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
+                found: Any = worker.redis.brpop([queue_list(OWN, 3)], timeout=0.1)
                 if found:
                     held.append(decode_message(json.loads(json.loads(found[1])["body"])[0][0]))
                 if len(held) == 2 or not found:
@@ -384,7 +388,7 @@ class TestPipeline:
         first.start()
         assert next(outputs) == 1
         first.join(20)
-        assert eventually(lambda: broker.depth(client.redis, QUEUE)["normal"] == 2)
+        assert eventually(lambda: queue_depth(client.redis, QUEUE)["normal"] == 2)
         outputs.close()
         left = [worker.take().id for _ in range(2)]
         assert [client.job(job_id).status() for job_id in left] == [JobState.CANCELLED] * 2

@@ -16,6 +16,7 @@ import pytest
 from redis import Redis, exceptions
 
 from pipefleet.client import Client
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import Priority
 from pipefleet.errors import (
     AccessDeniedError,
@@ -27,7 +28,6 @@ from pipefleet.errors import (
     SourceError,
     UsageError,
 )
-from pipefleet.queues import broker
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage.store import ObjectStore, map_s3_error
 
@@ -278,7 +278,7 @@ class TestRedisFailing:
                 refused = UsageError if kind.__name__ in OF_CLUSTERS else ServiceUnavailableError
                 with (
                     pytest.raises(refused, match=r"redis://h:1/0"),
-                    broker.redis_errors(f"redis://:{SECRET}@h:1/0"),
+                    redis_errors(f"redis://:{SECRET}@h:1/0"),
                 ):
                     raise kind.__new__(kind)
 
@@ -302,7 +302,7 @@ class TestRedisFailing:
         ],
     )
     def test_what_redis_answers_is_not_taken_for_silence(self, error: Exception, words: str) -> None:
-        with pytest.raises(ServiceUnavailableError) as caught, broker.redis_errors("redis://h"):
+        with pytest.raises(ServiceUnavailableError) as caught, redis_errors("redis://h"):
             raise error
         assert words in str(caught.value)
         assert SECRET not in str(caught.value)
@@ -317,7 +317,7 @@ class TestRedisFailing:
                 client.submit("text-classification", "x")
 
     def test_other_errors_pass(self) -> None:
-        with pytest.raises(ZeroDivisionError), broker.redis_errors("redis://h"):
+        with pytest.raises(ZeroDivisionError), redis_errors("redis://h"):
             raise ZeroDivisionError
 
     def test_a_right_that_is_missing_is_not_taken_for_an_outage(

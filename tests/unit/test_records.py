@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from pipefleet.connection.connect import subscribed
 from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import FINISH, START, JobFailure, JobRecord, finish_arguments, read_record
 from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ContractError
-from pipefleet.queues import broker
+from pipefleet.queues.keys import job_key, reply_channel
 
 FINAL = [state for state in JobState if state.final]
-KEY = broker.job_key("job1")
+KEY = job_key("job1")
 
 
 def record(redis: Redis) -> JobRecord | None:
@@ -28,7 +29,7 @@ def start(redis: Redis, *, now: float = 2.0, worker: str = "w1", ttl: int = 100)
     return int(redis.eval(START, 1, KEY, now, worker, ttl))  # type: ignore[call-overload]
 
 
-REPLY = broker.reply_channel("0123456789abcdef" * 2)
+REPLY = reply_channel("0123456789abcdef" * 2)
 
 
 def finish(redis: Redis, state: JobState, *, reply: str | None = None, ttl: float = 100.0, **fields: Any) -> int:
@@ -87,7 +88,7 @@ class TestScripts:
             assert (found.state, found.output, found.worker) == (FINAL[winner % 4], str(winner), str(winner))
 
     def test_the_winner_alone_is_announced(self, redis: Redis) -> None:
-        with broker.subscribed(redis, REPLY) as channel:
+        with subscribed(redis, REPLY) as channel:
             assert channel.get_message(timeout=10)["type"] == "subscribe"
             assert finish(redis, JobState.FAILED, reply=REPLY) == 1
             assert finish(redis, JobState.SUCCEEDED, reply=REPLY) == 0

@@ -9,8 +9,9 @@ import pytest
 from redis import Redis
 
 from pipefleet.client import Client
+from pipefleet.connection.connect import connect
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app
 from pipefleet.settings import Settings, load_settings
 from pipefleet.settings.redis_urls import celery_url, redis_url
 from pipefleet_workers.delivery.redis_start import connect_patiently, refuse_unusable
@@ -78,8 +79,8 @@ def test_a_url_that_cannot_work_is_refused_in_one_sentence(
     ],
 )
 def test_celery_is_told_what_it_understands(url: str) -> None:
-    told = broker.celery_app(Settings(redis_url=url)).connection()
-    asked = broker.connect(Settings(redis_url=url)).connection_pool.connection_kwargs
+    told = celery_app(Settings(redis_url=url)).connection()
+    asked = connect(Settings(redis_url=url)).connection_pool.connection_kwargs
     assert (told.hostname, int(told.virtual_host.strip("/") or 0)) == (asked["host"], asked.get("db", 0))
     assert bool(told.ssl) == ("ssl_cert_reqs" in asked)
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import queue_lists, run_key
 from pipefleet.runs.refusals import Refusals
 from pipefleet.runs.run import Run
 from pipefleet.storage.store import ObjectStore
@@ -245,7 +246,7 @@ class TestProgress:
             body[0][0]["shard"].update(change)
             worker.refuse(json.dumps({**envelope, "body": json.dumps(body)}))
         worker.refuse(json.dumps({**envelope, "body": "["}))
-        assert client.redis.hkeys(broker.run_key(run.id, "refused")) == [b"0"]
+        assert client.redis.hkeys(run_key(run.id, "refused")) == [b"0"]
         assert run.wait(timeout=20).failed == 2
         check_ended(run, client)
 
@@ -280,7 +281,7 @@ class TestResume:
         run = planned(client, prefix)
         held = worker.take()  # as if with a worker, but unknown to the ledger: so put back below
         worker.refuse(held[0])
-        client.redis.lpush(broker.queue_lists(run.plan.queue)[-1], held[1], held[2])
+        client.redis.lpush(queue_lists(run.plan.queue)[-1], held[1], held[2])
         assert resumed(run) == 1
         for text in worker.take().values():
             assert worker.do(text) == "succeeded"
@@ -428,7 +429,7 @@ def _take_step(step: str, index: int, run: Run, worker: ShardWorker) -> None:
             worker.do(text, bad=[2 * index]) if step == "do" else worker.refuse(text)
     elif step == "copy":
         for text in worker.take(index).values():
-            client.redis.lpush(broker.queue_lists(run.plan.queue)[-1], text, text)
+            client.redis.lpush(queue_lists(run.plan.queue)[-1], text, text)
     elif step == "mark":  # what a worker's thread does late
         Refusals(client.redis, client.settings, client.store, RunLayout.at(run.uri), run.id).mark(index)
     elif step == "requeue":

@@ -13,7 +13,8 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority
 from pipefleet.contract.records import JobFailure
 from pipefleet.jobs.letters import read_content
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_message
+from pipefleet.queues.keys import CANCELLED_CHANNEL, job_key, reply_channel
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome, Work
 from tests.unit.shard_worker import ShardWorker
@@ -23,7 +24,7 @@ QUEUE = f"pipefleet.{TASK}"
 ORDER = json.dumps({"method": "shutdown", "arguments": {}, "destination": None})
 """What Celery's workers obey on their control channel; also an id that a job may have."""
 CONTROL = "/0.celery.pidbox"
-CLIENTS = broker.reply_channel("0123456789abcdef" * 2)
+CLIENTS = reply_channel("0123456789abcdef" * 2)
 FAILURE = JobFailure("bad_input", "it is bad", "decode")
 
 
@@ -67,9 +68,7 @@ def ended(job_id: str, reply: str) -> tuple[JobMessage, Outcome]:
 
 
 def test_a_result_is_told_on_a_clients_channel_alone(worker: ShardWorker, ear: Ear) -> None:
-    worker.reporter.finish_many(
-        [ended(ORDER, CONTROL), ended("other", broker.CANCELLED_CHANNEL), ended("mine", CLIENTS)]
-    )
+    worker.reporter.finish_many([ended(ORDER, CONTROL), ended("other", CANCELLED_CHANNEL), ended("mine", CLIENTS)])
     assert ear.heard() == [(CLIENTS, "mine")]
 
 
@@ -81,14 +80,12 @@ def test_an_end_without_the_engine_is_told_on_a_clients_channel_alone(worker: Sh
     assert ear.heard() == [(CLIENTS, "mine")] * 2
 
 
-@pytest.mark.parametrize(
-    ("reply", "told"), [(CONTROL, []), (broker.CANCELLED_CHANNEL, []), (CLIENTS, [(CLIENTS, ORDER)])]
-)
+@pytest.mark.parametrize(("reply", "told"), [(CONTROL, []), (CANCELLED_CHANNEL, []), (CLIENTS, [(CLIENTS, ORDER)])])
 def test_a_dead_letter_that_nobody_could_read_is_told_on_a_clients_channel_alone(
     worker: ShardWorker, ear: Ear, reply: str, told: list[Any]
 ) -> None:
     message = JobMessage(ORDER, TASK, items=(JobItem("0", "text"),))
-    envelope = json.loads(broker.celery_message(message, QUEUE, Priority.NORMAL))
+    envelope = json.loads(celery_message(message, QUEUE, Priority.NORMAL))
     body = json.loads(envelope["body"])
     body[0][0] |= {"unknown": 1, "reply": reply}
     letter = worker.bury(json.dumps({**envelope, "body": json.dumps(body)}), "it is malformed")
@@ -98,10 +95,8 @@ def test_a_dead_letter_that_nobody_could_read_is_told_on_a_clients_channel_alone
 
 
 def test_a_dead_letter_without_the_id_of_a_job_makes_no_record(worker: ShardWorker, redis: Redis) -> None:
-    envelope = json.loads(
-        broker.celery_message(JobMessage("job", TASK, items=(JobItem("0", "x"),)), QUEUE, Priority.LOW)
-    )
+    envelope = json.loads(celery_message(JobMessage("job", TASK, items=(JobItem("0", "x"),)), QUEUE, Priority.LOW))
     for job_id in ("", "a\nb", "x" * 10_000, "lone \ud800"):
         envelope["headers"]["id"] = job_id
         worker.burials.letter(worker.bury(json.dumps(envelope)))
-    assert not redis.keys(broker.job_key("*"))
+    assert not redis.keys(job_key("*"))

@@ -19,8 +19,6 @@ from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.contract.shards import shard_id
 from pipefleet.errors import FleetFileError, PipefleetError, UnknownModelError, UsageError
 from pipefleet.fleet.announcements import (
-    POOLS_KEY,
-    WORKERS_KEY,
     announce_pool,
     announce_worker,
     announced_fleet,
@@ -33,7 +31,10 @@ from pipefleet.fleet.followed_file import LOOK_SECONDS, FleetFile
 from pipefleet.fleet.pools import Fleet, Pool, load_fleet, with_revision
 from pipefleet.fleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
 from pipefleet.fleet.routing import announcement, queue_name, revision_queue, route, work_queue
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app, push_job
+from pipefleet.queues.keys import POOLS_KEY, REVISIONS_KEY, WORKERS_KEY, base_queue, ledger_keys, queue_lists
+from pipefleet.queues.looking import queue_depth
+from pipefleet.queues.revision_notes import known_revisions, queues_of
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.fleet.doctor.entries import check_entries
@@ -66,7 +67,7 @@ def put(redis: Redis, pool: Pool, count: int, queue: str | None = None) -> None:
     pipe = redis.pipeline()
     for index in range(count):
         job = JobMessage(f"{pool.model}-{index}", TEXTS, model=pool.model, items=(JobItem("0", "text"),))
-        broker.push(pipe, job, queue or own(pool), Priority.LOW)
+        push_job(pipe, job, queue or own(pool), Priority.LOW)
     pipe.execute()
 
 
@@ -81,22 +82,22 @@ class TestNames:
     def test_each_model_and_revision_has_a_queue_of_its_own_and_all_share_a_ledger(self) -> None:
         names = {revision_queue(QUEUE, model, revision) for model in ("a", "b") for revision in (None, "1", "2")}
         assert len(names) == 6
-        assert {broker.base_queue(name) for name in names} == {QUEUE}
-        assert all(broker.unacked_keys(name) == broker.unacked_keys(QUEUE) for name in names)
-        assert broker.unacked_keys(QUEUE + ".other") != broker.unacked_keys(QUEUE)
+        assert {base_queue(name) for name in names} == {QUEUE}
+        assert all(ledger_keys(name) == ledger_keys(QUEUE) for name in names)
+        assert ledger_keys(QUEUE + ".other") != ledger_keys(QUEUE)
 
     def test_a_worker_that_knows_no_such_queues_gets_its_work_where_it_looks(self) -> None:
         before = Pool.announced("texts", {**OLD.to_json(), "queue": QUEUE})
         assert work_queue(before, Fleet({"texts": before})) == QUEUE
 
     def test_a_plain_celery_client_reaches_one_queue_only(self, client: Client) -> None:
-        consumes = broker.celery_app(client.settings, queue=QUEUE, revision_queue=own(NEW))
+        consumes = celery_app(client.settings, queue=QUEUE, revision_queue=own(NEW))
         with consumes.connection_for_read() as connection:
             for queue in consumes.conf.task_queues:
                 consumes.amqp.queues.add(queue)
                 queue.bind(connection.default_channel).declare()
-        broker.celery_app(client.settings).send_task("pipefleet.infer", args=[{}], queue=QUEUE, ignore_result=True)
-        assert [sum(broker.depth(client.redis, QUEUE).values()), waiting(client.redis, own(NEW))] == [1, 0]
+        celery_app(client.settings).send_task("pipefleet.infer", args=[{}], queue=QUEUE, ignore_result=True)
+        assert [sum(queue_depth(client.redis, QUEUE).values()), waiting(client.redis, own(NEW))] == [1, 0]
 
 
 class TestFleetFile:
@@ -257,7 +258,7 @@ class TestElsewhere:
         assert self.jobs(client, FleetFile(tmp_path / "fleet.toml")).elsewhere(self.message(OLD)) == own(OLD)
         announce_pool(redis, "texts", told(OLD), seconds=60)
         assert alone.elsewhere(self.message(OLD)) == own(OLD)
-        assert own(OLD) in broker.queues_of(redis, QUEUE)
+        assert own(OLD) in queues_of(redis, QUEUE)
 
     def test_its_own_and_what_nobody_else_could_run_stays(self, client: Client) -> None:
         jobs = self.jobs(client, None)
@@ -296,7 +297,7 @@ class TestBacklogs:
         assert f"pipefleet worker --task {TEXTS} --model /models/old" in (one.note or "")
 
     def test_what_workers_hold_is_told_apart_by_its_queue(self, client: Client, redis: Redis, fleet: Fleet) -> None:
-        keys = broker.unacked_keys(QUEUE)
+        keys = ledger_keys(QUEUE)
         for number, queue in enumerate([QUEUE, own(NEW), own(OLD), own(OLD), own(OLD)]):
             redis.hset(keys["unacked_key"], str(number), f'[{{"a": "]"}}, "", "{queue}"]')
         redis.zadd(keys["delayed_key"], {"4": 1.0})
@@ -358,7 +359,7 @@ class TestMoving:
             client.redis.flushall()
             run = client.map(TEXTS, [str(number) for number in range(40)], output=prefix, shard_size=10)
             run.join_planner()
-            for name, base in zip(broker.queue_lists(own(OLD)), broker.queue_lists(QUEUE), strict=True):
+            for name, base in zip(queue_lists(own(OLD)), queue_lists(QUEUE), strict=True):
                 if client.redis.exists(name):
                     client.redis.rename(name, base)  # as a producer of the release before queues them
             assert client.run(prefix).resume() == 0
@@ -403,12 +404,12 @@ def test_queues_that_nobody_used_for_long_are_forgotten_once_they_are_empty(redi
     put(redis, OLD, 1)
     put(redis, NEW, 1)
     forget_revisions(redis, days=-1.0)
-    assert len(broker.known_revisions(redis)) == 2
-    redis.delete(*broker.queue_lists(own(OLD)))
+    assert len(known_revisions(redis)) == 2
+    redis.delete(*queue_lists(own(OLD)))
     forget_revisions(redis)
-    assert len(broker.known_revisions(redis)) == 2
+    assert len(known_revisions(redis)) == 2
     forget_revisions(redis, days=-1.0)
-    assert list(broker.known_revisions(redis)) == [own(NEW)]
+    assert list(known_revisions(redis)) == [own(NEW)]
 
 
 FOREIGN = ("elsewhere", "elsewhere@0123abcd", "pipefleet:workers", "pipefleet:workers@0123abcd", "")
@@ -419,9 +420,9 @@ def test_worker_that_starts_asks_nothing_of_keys_that_are_no_queues(redis: Redis
     for one, value in itertools.product((*FOREIGN, "pipefleet.other@0123abcd"), (b"x", json.dumps(note).encode())):
         redis.hset("pipefleet:workers", "one", "{}")
         redis.hset("pipefleet.other@0123abcd", "another", "type")
-        redis.hset(broker.REVISIONS_KEY, one, value)
+        redis.hset(REVISIONS_KEY, one, value)
         forget_revisions(redis)
-        assert bool(redis.hlen(broker.REVISIONS_KEY)) == (one not in FOREIGN)
+        assert bool(redis.hlen(REVISIONS_KEY)) == (one not in FOREIGN)
 
 
 @pytest.mark.parametrize("name", FOREIGN[:4])
@@ -429,13 +430,13 @@ def test_no_entry_of_anybody_makes_a_queue_of_another_key(
     name: str, client: Client, redis: Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:
     redis.hset("pipefleet:workers", "one", "{}")
-    redis.hset(broker.REVISIONS_KEY, name, json.dumps({"model": "/m", "revision": None, "at": 9e9}))
+    redis.hset(REVISIONS_KEY, name, json.dumps({"model": "/m", "revision": None, "at": 9e9}))
     entry = {"task": TEXTS, "model": "/m", "queue": QUEUE, "revision_queue": own(OLD)}
     for field in ("queue", "revision_queue"):
         redis.hset(POOLS_KEY, f"bad-{field}", json.dumps({"pool": {**entry, field: name}, "until": 9e9}))
-    assert broker.known_revisions(redis) == {}
+    assert known_revisions(redis) == {}
     assert announced_fleet(redis).pools == {}
-    with pytest.raises(PipefleetError, match=f"{POOLS_KEY} .*bad-queue.*{broker.REVISIONS_KEY} .*{name}"):
+    with pytest.raises(PipefleetError, match=f"{POOLS_KEY} .*bad-queue.*{REVISIONS_KEY} .*{name}"):
         check_entries(client.settings)
     assert cli.main(["queues", "--json"]) == 0
     assert {one["queue"] for one in json.loads(capsys.readouterr().out)} == {

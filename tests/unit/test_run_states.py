@@ -15,9 +15,9 @@ from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import encode_json
 from pipefleet.contract.parts import FORMATS, writable_formats
 from pipefleet.errors import ContractError, ResultTimeoutError, RunError, UsageError
-from pipefleet.fleet.announcements import WORKERS_KEY, announce_worker
+from pipefleet.fleet.announcements import announce_worker
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.queues import broker
+from pipefleet.queues.keys import WORKERS_KEY, run_key
 from pipefleet.runs.run import Run
 from pipefleet_workers.build import Undertaker
 from pipefleet_workers.consume import shards as shards_module
@@ -256,8 +256,8 @@ def test_a_run_has_never_more_results_than_items_though_its_planner_told_of_fewe
         worker.do(text, [])
     for name in (RunLayout.at(prefix).run, RunLayout.at(prefix).success):
         client.store.delete(name)
-    client.redis.hdel(broker.run_key(run.id), "shards", "items")
-    client.redis.set(broker.run_key(run.id, "planner"), "2 1", ex=60)
+    client.redis.hdel(run_key(run.id), "shards", "items")
+    client.redis.set(run_key(run.id, "planner"), "2 1", ex=60)
     now = client.run(prefix).progress()
     assert (now.state, now.items, now.succeeded, now.shards, now.parts) == ("planning", 4, 4, 2, 2)
     client.run(prefix).cancel()

@@ -15,7 +15,8 @@ from pipefleet.contract.messages import JobMessage, Priority
 from pipefleet.contract.shards import decode_shard_line, shard_id
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.patience import Patience
-from pipefleet.queues import broker
+from pipefleet.queues.keys import queue_lists, run_key
+from pipefleet.queues.looking import queue_depth
 from pipefleet.runs.planner import Planner, planner_alive
 from pipefleet.runs.run import Run
 from pipefleet.storage.store import ObjectStore
@@ -36,14 +37,14 @@ def inputs(client: Client, uri: str) -> list[Any]:
 
 
 def waiting(client: Client) -> int:
-    return broker.depth(client.redis, QUEUE)["low"]
+    return queue_depth(client.redis, QUEUE)["low"]
 
 
 def finish_parts(client: Client, run: Run, parts: Iterable[int]) -> None:
     """What a worker does for a shard, without its look at the totals."""
     for index in parts:
         client.store.put(RunLayout.at(run.uri).part(index), b'{"id":"0","input":"a","output":1}\n')
-        client.redis.setbit(broker.run_key(run.id, "parts"), index, 1)
+        client.redis.setbit(run_key(run.id, "parts"), index, 1)
 
 
 class Outage:
@@ -201,7 +202,7 @@ class TestPlanning:
 
 
 def broker_totals(redis: Any, plan: Any, *, ttl: float) -> None:
-    redis.hset(broker.run_key(plan.id), mapping={"shards": plan.shards, "items": plan.items})
+    redis.hset(run_key(plan.id), mapping={"shards": plan.shards, "items": plan.items})
 
 
 @pytest.mark.usefixtures("brief")
@@ -250,7 +251,7 @@ class TestCancel:
         run.join_planner()
         assert source.taken == 15
         assert run.progress().state == "cancelled"
-        client.redis.delete(*broker.queue_lists(run.plan.queue))  # what workers do with the messages of a cancelled run
+        client.redis.delete(*queue_lists(run.plan.queue))  # what workers do with the messages of a cancelled run
         for _ in range(85):
             source.more.release()
         assert run.resume() >= 3
@@ -263,7 +264,7 @@ class TestCancel:
         run = client.map(TEXTS, ["a"], output=prefix)
         run.join_planner()
         run.cancel()
-        assert client.redis.ttl(broker.run_key(run.id)) > 0  # type: ignore[operator]
+        assert client.redis.ttl(run_key(run.id)) > 0  # type: ignore[operator]
         client.redis.flushall()
         reopened = client.run(prefix)
         assert reopened.progress().state == "cancelled"

@@ -12,16 +12,18 @@ import pytest
 from redis import Redis
 
 from pipefleet.client import Client
+from pipefleet.connection.reading import server_time
 from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.errors import FleetFileError
 from pipefleet.fleet.pools import Fleet, parse_fleet
-from pipefleet.queues import broker
+from pipefleet.queues.celery import COST_HEADER, celery_message
+from pipefleet.queues.keys import ledger_keys, scaler_key, work_key
 from pipefleet_workers.fleet.scaling.decide import Limits, State, decide
 from pipefleet_workers.fleet.scaling.messages import Content
 from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService
 from pipefleet_workers.fleet.scaling.signal import Memory, Reading, measure
 from pipefleet_workers.fleet.top.read import read_fleet
-from pipefleet_workers.observe.totals import MOST_COST, Done, WorkCount, read_done, record_items, state_key, work_key
+from pipefleet_workers.observe.totals import MOST_COST, Done, WorkCount, read_done, record_items
 from tests.unit.conftest import eventually
 from tests.unit.test_scaling_service import get
 
@@ -47,7 +49,7 @@ def scaler(client: Client, fleet: Fleet) -> Scaler:
 def message(name: str, **changes: Any) -> bytes:
     """A right message, with other headers or another body."""
     job = JobMessage(name, "text-classification", items=(JobItem("0", "text"),), cost=5.0)
-    content = json.loads(broker.celery_message(job, QUEUE, Priority.NORMAL))
+    content = json.loads(celery_message(job, QUEUE, Priority.NORMAL))
     content["headers"] |= changes.pop("headers", {})
     if "payload" in changes:
         content["body"] = json.dumps([[{**job.to_json(), **changes.pop("payload")}], {}, {}])
@@ -81,14 +83,14 @@ def test_no_cost_in_a_body_ends_the_readings(scaler: Scaler, redis: Redis) -> No
     payloads: list[Any] = [{"cost": one} for one in HEADERS]
     payloads += [{"shard": {"count": one}, "items": None} for one in HEADERS] + [{"items": one} for one in HEADERS]
     for payload in payloads:
-        redis.lpush(QUEUE, message("m", headers={broker.COST_HEADER: None}, payload=payload))
+        redis.lpush(QUEUE, message("m", headers={COST_HEADER: None}, payload=payload))
     redis.lpush(QUEUE, b"\xff", b"[" * 100_000, message("m", body=5), message("m", properties=None))
     assert finite(scaler.tick()["texts"].to_json())
 
 
 def test_over_http_the_answer_stays_a_number(scaler: Scaler, redis: Redis) -> None:
     redis.hset(work_key("texts"), mapping={"cost": 10.0, "seconds": 20.0})
-    redis.lpush(QUEUE, message("m", headers={broker.COST_HEADER: 1e308}), message("n", payload={"cost": 1e308}))
+    redis.lpush(QUEUE, message("m", headers={COST_HEADER: 1e308}), message("n", payload={"cost": 1e308}))
     with ScalerService(scaler, interval=0.2) as service:
         assert eventually(lambda: get(service, "/pools/texts")[0] == 200)
         assert json.loads(get(service, "/pools/texts")[1])["value"] == 1
@@ -127,7 +129,7 @@ def test_totals_that_are_none_count_as_nothing_and_begin_anew(
     "content", ["[]", '{"memory": {}, "state": 5}', "[" * 100_000, '{"state": {"level": 1e300}}', "\x00"]
 )
 def test_what_is_remembered_and_is_none_is_forgotten(content: str, scaler: Scaler, redis: Redis) -> None:
-    redis.set(state_key("texts"), content)
+    redis.set(scaler_key("texts"), content)
     assert scaler.tick()["texts"].decision.desired == 0
 
 
@@ -154,7 +156,7 @@ def test_one_message_wants_one_worker_whatever_it_says_that_it_costs() -> None:
 
 
 def test_work_that_is_due_in_years_holds_no_worker(scaler: Scaler, redis: Redis) -> None:
-    keys, now = broker.unacked_keys(QUEUE), broker.server_time(redis)
+    keys, now = ledger_keys(QUEUE), server_time(redis)
     for one in range(50):
         redis.hset(keys["unacked_key"], f"t{one}", b'[%b, "", "%b"]' % (message(f"m{one}"), QUEUE.encode()))
         redis.zadd(keys["delayed_key"], {f"t{one}": now + 1e8})

@@ -17,11 +17,12 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet.pools import Fleet, parse_fleet
-from pipefleet.queues import broker
+from pipefleet.queues.celery import push_job
+from pipefleet.queues.keys import scaler_key
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.fleet.scaling import command
 from pipefleet_workers.fleet.scaling.decide import State
-from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService, state_key
+from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService
 from pipefleet_workers.fleet.scaling.signal import Memory
 from pipefleet_workers.observe.totals import record_done
 from tests.unit.conftest import eventually
@@ -49,9 +50,7 @@ def service(scaler: Scaler) -> Iterator[ScalerService]:
 def put(redis: Redis, count: int) -> None:
     pipe = redis.pipeline()
     for index in range(count):
-        broker.push(
-            pipe, JobMessage(f"j{index}", "text-classification", items=(JobItem("0", "t"),)), QUEUE, Priority.LOW
-        )
+        push_job(pipe, JobMessage(f"j{index}", "text-classification", items=(JobItem("0", "t"),)), QUEUE, Priority.LOW)
     pipe.execute()
 
 
@@ -139,7 +138,7 @@ def test_workers_that_s3_refuses_are_no_capacity(
         f"barred-{n}": {**facts, "barred": "S3"} for n in range(barred)
     }
     redis.hset(WORKERS_KEY, mapping={name: encode_json(one) for name, one in names.items()})
-    redis.set(state_key("texts"), encode_json({"memory": Memory().to_json(), "state": State(0.0).to_json()}))
+    redis.set(scaler_key("texts"), encode_json({"memory": Memory().to_json(), "state": State(0.0).to_json()}))
     put(redis, waiting)
     status = scaler.tick()["texts"]
     assert (status.reading.workers, status.barred) == (good, barred)
@@ -147,7 +146,7 @@ def test_workers_that_s3_refuses_are_no_capacity(
 
 
 def test_a_state_that_cannot_be_read_is_a_fresh_start(scaler: Scaler, redis: Redis) -> None:
-    redis.set(state_key("texts"), '{"memory": 1}')
+    redis.set(scaler_key("texts"), '{"memory": 1}')
     assert scaler.tick()["texts"].decision.desired == 0
 
 

@@ -17,11 +17,12 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.revisions import Part
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app, celery_message, push_job
+from pipefleet.queues.keys import ledger_keys, queue_list, queue_lists, work_key
 from pipefleet_workers.fleet.scaling.decide import Limits, State, decide
 from pipefleet_workers.fleet.scaling.messages import SAMPLE, Content, message_cost
 from pipefleet_workers.fleet.scaling.signal import Memory, Reading, measure, read_pool
-from pipefleet_workers.observe.totals import Done, WorkCount, read_done, record_done, work_key
+from pipefleet_workers.observe.totals import Done, WorkCount, read_done, record_done
 
 QUEUE = "pipefleet.text-classification"
 PART = Part(Pool("texts", "text-classification", "/texts"), QUEUE, (QUEUE,))
@@ -36,7 +37,7 @@ def shard(count: int, cost: float = 0.0) -> JobMessage:
 def put(redis: Redis, jobs: list[JobMessage], priority: Priority = Priority.NORMAL) -> None:
     pipe = redis.pipeline()
     for job in jobs:
-        broker.push(pipe, job, QUEUE, priority)
+        push_job(pipe, job, QUEUE, priority)
     pipe.execute()
 
 
@@ -71,7 +72,7 @@ def test_every_priority_and_every_lease_counts(client: Client, redis: Redis) -> 
     put(redis, [SINGLE] * 3, Priority.HIGH)
     put(redis, [SINGLE] * 5, Priority.NORMAL)
     put(redis, [shard(16), shard(32), shard(7, cost=50.0)], Priority.LOW)
-    app = broker.celery_app(client.settings, queue=QUEUE)
+    app = celery_app(client.settings, queue=QUEUE)
     with app.connection_for_read() as connection, connection.channel() as channel:
         held = [Queue(QUEUE)(channel).get(accept=["json"]) for _ in range(4)]
         assert all(held)
@@ -85,9 +86,9 @@ def test_every_priority_and_every_lease_counts(client: Client, redis: Redis) -> 
 
 
 def test_delayed_messages_wait_and_dead_letters_do_not(redis: Redis) -> None:
-    keys = broker.unacked_keys(QUEUE)
+    keys = ledger_keys(QUEUE)
     for tag in ("a", "b", "c"):
-        envelope = json.loads(broker.celery_message(shard(32), QUEUE, Priority.LOW))
+        envelope = json.loads(celery_message(shard(32), QUEUE, Priority.LOW))
         redis.hset(keys["unacked_key"], tag, json.dumps([envelope, "", QUEUE]))
     redis.zadd(keys["delayed_key"], {"b": time.time() + 60})
     redis.lpush(keys["dead_key"], "a dead letter")
@@ -119,14 +120,14 @@ def test_a_reading_is_bounded_however_long_the_queue(redis: Redis) -> None:
         if name.startswith("cmdstat_l")
     }
     assert calls["cmdstat_lindex"] == SAMPLE + 1
-    assert sum(calls.values()) == SAMPLE + 1 + 2 * len(broker.queue_lists(QUEUE))
+    assert sum(calls.values()) == SAMPLE + 1 + 2 * len(queue_lists(QUEUE))
 
 
 def test_the_oldest_message_tells_its_age_and_others_may_be_silent(redis: Redis) -> None:
     put(redis, [SINGLE, SINGLE])
     assert 0 <= look(redis).oldest_age < 60
-    key = broker.queue_list(QUEUE, Priority.NORMAL)
-    envelope = json.loads(broker.celery_message(SINGLE, QUEUE, Priority.NORMAL))
+    key = queue_list(QUEUE, Priority.NORMAL)
+    envelope = json.loads(celery_message(SINGLE, QUEUE, Priority.NORMAL))
     envelope["headers"] |= {"pipefleet-at": 1000.0, "pipefleet-cost": 9.0}
     redis.rpush(key, json.dumps(envelope))
     reading = look(redis, now=1090.0)

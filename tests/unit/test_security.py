@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import MAX_MESSAGE_BYTES, JobItem
 from pipefleet.contract.references import StorageRef
 from pipefleet.errors import InputError, ParameterError, PipefleetError, ServiceUnavailableError
 from pipefleet.inputs.prepare import InputPreparer
 from pipefleet.inputs.uploads import RAW_AUDIO
-from pipefleet.queues import broker
+from pipefleet.queues.celery import celery_app
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, Media, TaskSpec
@@ -500,8 +502,8 @@ def test_errors_never_show_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://user:{PASSWORD}@127.0.0.1:{port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PASSWORD)
-        with pytest.raises(ServiceUnavailableError) as redis, broker.redis_errors(url):
-            broker.connect(Settings(redis_url=url)).ping()  # type: ignore[call-arg]
+        with pytest.raises(ServiceUnavailableError) as redis, redis_errors(url):
+            connect(Settings(redis_url=url)).ping()  # type: ignore[call-arg]
         with pytest.raises(PipefleetError) as store:
             WorkerStore(retries=0, retry_seconds=0.1).get(StorageRef("s3://bucket/key"))
         with pytest.raises(PipefleetError) as listing:
@@ -515,7 +517,7 @@ def test_errors_never_show_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_json_is_read_from_the_queue() -> None:
-    app = broker.celery_app(Settings())
+    app = celery_app(Settings())
     assert set(app.conf.accept_content) == {"json"}
     assert app.conf.task_serializer == "json"
     assert app.conf.result_serializer == "json"

@@ -22,30 +22,31 @@ from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import JobFailure, JobRecord, read_record
 from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ContractError, JobFailedError, PipefleetError, RunError
-from pipefleet.fleet.announcements import (
-    POOLS_KEY,
-    WORKERS_KEY,
-    announce_worker,
-    announced_workers,
-    read_pool,
-    read_worker,
-)
+from pipefleet.fleet.announcements import announce_worker, announced_workers, read_pool, read_worker
 from pipefleet.foreign import read_json
 from pipefleet.jobs.job import raise_for
 from pipefleet.printable import printable, printable_json
-from pipefleet.queues import broker
+from pipefleet.queues.keys import (
+    PARKED_KEY,
+    POOLS_KEY,
+    REVISIONS_KEY,
+    WORKERS_KEY,
+    ledger_keys,
+    run_key,
+    scaler_key,
+    waiting_lists,
+    work_key,
+)
 from pipefleet.runs.moving import Moved
 from pipefleet.runs.progress import RunProgress, show_progress
 from pipefleet.runs.refusals import Refusal
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.local.parked import PARKED_KEY
 from pipefleet_workers.fleet.scaling.decide import State
 from pipefleet_workers.fleet.scaling.signal import Memory
-from pipefleet_workers.observe.totals import state_key, work_key
 
 QUEUE = "pipefleet.text-classification"
 OLD_QUEUE = f"{QUEUE}@0123abcd"
-KEYS = broker.unacked_keys(QUEUE)
+KEYS = ledger_keys(QUEUE)
 RUN = "f" * 32
 NASTY = (
     "\x1b[2J\x1b]0;owned\x07[bold red]x[/] [link=file:///etc/passwd]y[/link]\r\n2026-01-01 00:00:00 INFO all is well\n"
@@ -130,16 +131,16 @@ def plant(redis: Redis) -> None:
         redis.hset(POOLS_KEY, f"p{redis.hlen(POOLS_KEY)}", b'{"until":4000000000,"since":1,"pool":%b}' % fields)
     plant_hash(redis, POOLS_KEY, objects(pool=POOL, until=4e9, since=1.0))
     plant_hash(redis, WORKERS_KEY, objects(**FACTS))
-    plant_hash(redis, broker.REVISIONS_KEY, objects(model="/m", revision="r", at=1.0))
-    redis.hset(broker.REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": NASTY, "revision": NASTY, "at": 1.0}))
-    redis.hset(broker.REVISIONS_KEY, f"{QUEUE}@{NASTY}".encode(errors="replace"), '{"model":"m","revision":null}')
+    plant_hash(redis, REVISIONS_KEY, objects(model="/m", revision="r", at=1.0))
+    redis.hset(REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": NASTY, "revision": NASTY, "at": 1.0}))
+    redis.hset(REVISIONS_KEY, f"{QUEUE}@{NASTY}".encode(errors="replace"), '{"model":"m","revision":null}')
     plant_hash(redis, PARKED_KEY, objects(down=1, of=2, reason="r"))
     redis.hset(PARKED_KEY, "texts", json.dumps({"down": 1, "of": 2, "reason": NASTY}))
     plant_hash(redis, work_key("texts"), objects(a=1))
     redis.hset(work_key("texts"), mapping={"cost": "nan", "seconds": "x", "items": "-", "failed": HUGE})
-    redis.set(state_key("texts"), json.dumps({"memory": {"done": HUGE}, "state": {}}))
+    redis.set(scaler_key("texts"), json.dumps({"memory": {"done": HUGE}, "state": {}}))
     messages = [*TEXTS, *envelopes()]
-    for name in (*broker.waiting_lists(QUEUE), *broker.waiting_lists(OLD_QUEUE)):
+    for name in (*waiting_lists(QUEUE), *waiting_lists(OLD_QUEUE)):
         redis.rpush(name, *messages)
     for number, message in enumerate(messages):
         redis.hset(KEYS["unacked_key"], f"t{number}", b'[%b, "", "%b"]' % (message, QUEUE.encode()))
@@ -223,10 +224,10 @@ FLEET_READERS = (
 )
 RUN_READERS = ("status {run}", "resume {run} --detach", "cancel {run}")
 FLEET_KEYS = (
-    POOLS_KEY, WORKERS_KEY, broker.REVISIONS_KEY, PARKED_KEY, QUEUE, KEYS["unacked_key"], KEYS["delayed_key"], KEYS["dead_key"],
-    work_key("texts"), state_key("texts"),
+    POOLS_KEY, WORKERS_KEY, REVISIONS_KEY, PARKED_KEY, QUEUE, KEYS["unacked_key"], KEYS["delayed_key"], KEYS["dead_key"],
+    work_key("texts"), scaler_key("texts"),
 )  # fmt: skip
-RUN_KEYS = (broker.run_key(RUN), *(broker.run_key(RUN, part) for part in ("items", "parts", "refused", "planner")))
+RUN_KEYS = (run_key(RUN), *(run_key(RUN, part) for part in ("items", "parts", "refused", "planner")))
 
 
 def put_run(store: ObjectStore, prefix: str, **files: bytes) -> None:
@@ -282,7 +283,7 @@ def test_files_of_a_run_that_are_none_are_named(
     put_run(store, prefix)
     if name in ("plan", "stopped"):
         store.delete(RunLayout.at(prefix).run)
-    redis.hset(broker.run_key(RUN), "since", 1)
+    redis.hset(run_key(RUN), "since", 1)
     for body in [b"", b"[" * 100_000]:
         store.put(getattr(RunLayout.at(prefix), name), body)
         code, _, err = run_command("status", prefix)
@@ -417,7 +418,7 @@ def test_joiners_do_not_hide_in_ascii() -> None:
 def test_a_terminal_without_unicode_is_shown_escapes(
     encoding: str, options: tuple[str, ...], client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    redis.hset(broker.REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": ORDINARY[0], "revision": None, "at": 1.0}))
+    redis.hset(REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": ORDINARY[0], "revision": None, "at": 1.0}))
     redis.lpush(OLD_QUEUE, "{}")
     raw = BytesIO()
     monkeypatch.setattr("sys.stdout", TextIOWrapper(raw, encoding=encoding, write_through=True))
@@ -476,7 +477,7 @@ def test_a_pool_that_cannot_be_read_does_not_hide_the_others(
     monkeypatch.setattr("pipefleet_workers.fleet.doctor.doctor.RACERS", 1)
     monkeypatch.setattr("pipefleet_workers.fleet.doctor.doctor._installed", lambda module: False)
     if revised:
-        redis.hset(broker.REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": "/old", "revision": None, "at": 1.0}))
+        redis.hset(REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": "/old", "revision": None, "at": 1.0}))
         redis.lpush(OLD_QUEUE, "{}")
     redis.zadd(key, {"x": 1})
     code, out, err = run_command(*command.split())

@@ -16,12 +16,15 @@ import pytest
 
 from pipefleet.client import Client
 from pipefleet.connection.clock import ServerClock
+from pipefleet.connection.reading import server_time
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet.announcements import announce_pool, announce_worker
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.revisions import forget_revisions
 from pipefleet.fleet.routing import announcement, queue_name, work_queue
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import REVISIONS_KEY, queue_lists, run_key
+from pipefleet.queues.revision_notes import note_revision
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.fleet.doctor.checks import clocks
 from pipefleet_workers.items import Outcome, Work
@@ -67,7 +70,7 @@ class Part(threading.Thread):
         self.expired: list[str] = []
 
     def run(self) -> None:
-        lists = [name for queue in (OWN, QUEUE) for name in broker.queue_lists(queue)]
+        lists = [name for queue in (OWN, QUEUE) for name in queue_lists(queue)]
         while not self.ending.is_set():
             found: Any = self._client.redis.brpop(lists, timeout=0.2)
             if found:
@@ -121,18 +124,18 @@ def test_a_client_whose_clock_is_off_is_served_like_any_other(
 def test_marks_and_notes_are_told_by_the_server(
     client: Client, monkeypatch: pytest.MonkeyPatch, prefix: str, skew: float
 ) -> None:
-    redis, now = client.redis, broker.server_time(client.redis)
+    redis, now = client.redis, server_time(client.redis)
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + skew)
-    broker.note_revision(redis, OWN, POOL.model, POOL.revision)
+    note_revision(redis, OWN, POOL.model, POOL.revision)
     client.submit(TEXTS, "a", model="/models/texts")
     forget_revisions(redis)
-    noted = redis.hgetall(broker.REVISIONS_KEY)
+    noted = redis.hgetall(REVISIONS_KEY)
     assert len(noted) == 2, "what was noted a moment ago is no week old"  # type: ignore[arg-type]
     times = [json.loads(one)["at"] for one in noted.values()]  # type: ignore[union-attr]
     run = client.map(TEXTS, ["a"], output=prefix)
     run.join_planner()
-    times.append(float(redis.hget(broker.run_key(run.plan.id), "since") or 0))  # type: ignore[arg-type]
+    times.append(float(redis.hget(run_key(run.plan.id), "since") or 0))  # type: ignore[arg-type]
     dead_letters.file_dead_letter(redis, QUEUE, message="{}", reason="bad")
     times += [letter.at for letter in dead_letters.every_dead_letter(redis, QUEUE)]
     assert times == pytest.approx([now] * len(times), abs=60)

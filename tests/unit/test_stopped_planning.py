@@ -17,7 +17,7 @@ from pipefleet.contract.messages import JobItem
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.shards import decode_shard_line
 from pipefleet.errors import InputError, ManifestError, RunError, ServiceUnavailableError
-from pipefleet.queues import broker
+from pipefleet.queues.keys import run_key
 from pipefleet.runs.run import Run
 from pipefleet.storage.store import ObjectStore
 from tests.unit.conftest import eventually
@@ -209,4 +209,4 @@ class TestStopped:
             other.run(prefix).cancel()
         assert eventually(lambda: not run.planning)
         assert run.progress().state == "cancelled"
-        assert client.redis.exists(broker.run_key(run.id, "planner")) == 0
+        assert client.redis.exists(run_key(run.id, "planner")) == 0

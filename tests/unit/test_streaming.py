@@ -17,7 +17,8 @@ from pipefleet.contract.messages import JobState, decode_message
 from pipefleet.errors import InputError, JobError, ParameterError, ResultTimeoutError
 from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.pipelines.streaming import stream
-from pipefleet.queues import broker
+from pipefleet.queues.keys import queue_list
+from pipefleet.queues.looking import queue_depth
 from pipefleet.tasks import TASKS
 from tests.unit.conftest import eventually
 from tests.unit.test_producer_jobs import OWN, QUEUE, TEXTS, Worker
@@ -250,7 +251,7 @@ class TestPipe:
 
         def serve() -> None:
             while not stop.is_set():
-                found: Any = worker.redis.brpop([broker.queue_list(OWN, 3)], timeout=0.1)
+                found: Any = worker.redis.brpop([queue_list(OWN, 3)], timeout=0.1)
                 if found:
                     message = decode_message(json.loads(json.loads(found[1])["body"])[0][0])
                     output = json.dumps([{"label": message.items[0].inputs.upper()}])
@@ -323,7 +324,7 @@ class TestPipe:
             pipeline(TEXTS, client=client, timeout=value)
         with pytest.raises(ParameterError, match="timeout must be a number of seconds"):
             pipeline(TEXTS, client=client)("a", timeout=value)
-        assert broker.depth(client.redis, QUEUE)["normal"] == 0
+        assert queue_depth(client.redis, QUEUE)["normal"] == 0
 
     def test_an_interrupt_cancels_the_job_of_a_call(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch

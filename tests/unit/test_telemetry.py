@@ -16,7 +16,8 @@ import pytest
 
 from pipefleet.client import Client
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.queues import broker, trace_context
+from pipefleet.queues import trace_context
+from pipefleet.queues.keys import queue_lists
 from pipefleet_workers.observe.opentelemetry import laid_out
 from tests.checkpoints import cached
 from tests.servers import until
@@ -39,7 +40,7 @@ def test_no_stage_leaves_its_job() -> None:
 
 
 def header(client: Client) -> dict[str, Any]:
-    raw: Any = client.redis.lpop(broker.queue_lists(revision_queue(QUEUE, "/models/texts", None))[1])
+    raw: Any = client.redis.lpop(queue_lists(revision_queue(QUEUE, "/models/texts", None))[1])
     return dict(json.loads(raw)["headers"])
 
 

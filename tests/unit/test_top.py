@@ -22,7 +22,9 @@ from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
 from pipefleet.fleet.revisions import read_backlogs
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.queues import broker
+from pipefleet.queues.celery import push_job
+from pipefleet.queues.keys import ledger_keys
+from pipefleet.queues.revision_notes import note_revision
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.fleet.local.parked import Parked, tell_parked
 from pipefleet_workers.fleet.scaling.service import Scaler
@@ -48,7 +50,7 @@ def put(redis: Redis, count: int) -> None:
     pipe = redis.pipeline()
     for index in range(count):
         job = JobMessage(f"j{index}", "text-classification", items=(JobItem("0", "text"),), cost=5.0)
-        broker.push(pipe, job, QUEUE, Priority.NORMAL)
+        push_job(pipe, job, QUEUE, Priority.NORMAL)
     pipe.execute()
 
 
@@ -67,7 +69,7 @@ def busy(client: Client, redis: Redis) -> Client:
     record_done(redis, "texts", cost=10.0, seconds=20.0)
     record_items(redis, "texts", items=1400, failed=12)
     letter = encode_json({"reason": "delivered 3 times", "at": 1.0, "queue": QUEUE, "deliveries": 3, "message": "{}"})
-    redis.lpush(broker.unacked_keys(QUEUE)["dead_key"], letter)
+    redis.lpush(ledger_keys(QUEUE)["dead_key"], letter)
     return client
 
 
@@ -99,10 +101,10 @@ def test_what_waits_for_a_revision_that_the_fleet_does_not_name_is_shown_and_who
     busy: Client,
 ) -> None:
     queue = revision_queue(QUEUE, "/models/before", None)
-    broker.note_revision(busy.redis, queue, "/models/before", None)
+    note_revision(busy.redis, queue, "/models/before", None)
     key = f"texts@{queue.partition('@')[2]}"
     assert key not in plain(read_fleet(busy))
-    broker.push(busy.redis, JobMessage("j", "text-classification", model="/models/before"), queue, Priority.LOW)
+    push_job(busy.redis, JobMessage("j", "text-classification", model="/models/before"), queue, Priority.LOW)
     waits = next(one for one in read_fleet(busy).pools if one.pool == key)
     assert (waits.messages["queued"], waits.alive) == (1, 0)
     assert "start one with `pipefleet worker --pool texts --model /models/before`" in waits.note

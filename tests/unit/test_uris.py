@@ -14,7 +14,7 @@ from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
 from pipefleet.contract.uris import lies_in_run, output_fault, run_fault, shard_fault, uri_fault
 from pipefleet.errors import AccessDeniedError, ContractError, InputError, PipefleetError, UsageError
-from pipefleet.queues import broker
+from pipefleet.queues.looking import queue_depth
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.storage.gate import UriGate
 
@@ -146,7 +146,7 @@ class TestProducer:
         with pytest.raises(UsageError):
             client.submit(TASK, "text", output=uri)
         assert not client.redis.keys("*job:*")
-        assert not any(broker.depth(client.redis, f"pipefleet.{TASK}").values())
+        assert not any(queue_depth(client.redis, f"pipefleet.{TASK}").values())
 
     @pytest.mark.parametrize("uri", [RUN.control, RUN.artifacts(0), f"{STORE}results/", "s3://bucket/a/../b/"])
     def test_it_plans_no_run_there(self, client: Client, uri: str) -> None:

@@ -17,10 +17,13 @@ from pipefleet.contract.messages import JobMessage, Priority
 from pipefleet.errors import JobCancelledError, ResultTimeoutError
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.fleet.waiting import LOOK_SECONDS, POOLS_KEY, SAY_SECONDS, SCALER_KEY, WORKERS_KEY, Lookout, why_waiting
+from pipefleet.fleet.waiting import LOOK_SECONDS, SAY_SECONDS, Lookout, why_waiting
 from pipefleet.jobs.job import Job
 from pipefleet.pipelines.fleet_pipeline import pipeline
-from pipefleet.queues import broker
+from pipefleet.queues.celery import push_job
+from pipefleet.queues.keys import POOLS_KEY, WORKERS_KEY, ledger_keys, scaler_key
+from pipefleet.queues.looking import queued_ids
+from pipefleet.queues.revision_notes import note_revision
 from tests.unit.conftest import eventually
 
 TASK = "text-classification"
@@ -56,7 +59,7 @@ def test_a_queue_with_a_live_worker_needs_no_word(redis: Redis) -> None:
 def test_a_worker_that_was_lost_is_told_with_its_pool_model_and_what_waits(redis: Redis) -> None:
     announce(redis, "texts", seconds=-1)
     for number in range(2):
-        broker.push(redis, JobMessage(f"j{number}", TASK), QUEUE, Priority.NORMAL)
+        push_job(redis, JobMessage(f"j{number}", TASK), QUEUE, Priority.NORMAL)
     assert why_waiting(redis, QUEUE) == (
         f"no worker serves {QUEUE} (model org/a@1) now; start one with `pipefleet worker --pool texts`; 2 jobs wait"
     )
@@ -80,8 +83,8 @@ def test_a_worker_names_the_queue_of_its_revision_and_serves_that_of_its_pool_to
 
 def test_a_revision_that_nobody_serves_is_told_although_the_pool_has_workers(redis: Redis) -> None:
     announce(redis, "texts", seconds=60, facts={"queue": f"{QUEUE}@0a1b2c3d"})
-    redis.hset(broker.unacked_keys(QUEUE)["unacked_key"], "held", "by a worker of another revision")
-    broker.push(redis, JobMessage("j", TASK), f"{QUEUE}@ffffffff", Priority.NORMAL)
+    redis.hset(ledger_keys(QUEUE)["unacked_key"], "held", "by a worker of another revision")
+    push_job(redis, JobMessage("j", TASK), f"{QUEUE}@ffffffff", Priority.NORMAL)
     pool = Pool("texts", TASK, "org/a", "0")
     assert why_waiting(redis, f"{QUEUE}@ffffffff", pool=pool) == (
         f"no worker serves {QUEUE}@ffffffff (model org/a@0) now; start one with `pipefleet worker --pool texts`; 1 job waits"
@@ -98,8 +101,8 @@ def test_an_entry_of_a_revision_tells_the_name_of_its_pool(redis: Redis) -> None
 def test_of_a_revision_that_is_not_its_pools_own_the_command_names_the_model(redis: Redis) -> None:
     queue = f"{QUEUE}@ffffffff"
     announce(redis, "texts", seconds=60, facts={"queue": f"{QUEUE}@0a1b2c3d"})
-    redis.set(f"{SCALER_KEY}texts", json.dumps({"state": {"workers": 1, "at": now(redis)}}))  # for the pool's own
-    broker.note_revision(redis, queue, "org/a", "0")
+    redis.set(scaler_key("texts"), json.dumps({"state": {"workers": 1, "at": now(redis)}}))  # for the pool's own
+    note_revision(redis, queue, "org/a", "0")
     assert f"start one with `pipefleet worker --task {TASK} --model org/a --revision 0`" in str(
         why_waiting(redis, queue)
     )
@@ -109,14 +112,14 @@ def test_of_a_revision_that_is_not_its_pools_own_the_command_names_the_model(red
 
 
 def test_what_a_lost_worker_held_waits_too(redis: Redis) -> None:
-    redis.hset(broker.unacked_keys(QUEUE)["unacked_key"], "held", "by nobody")
+    redis.hset(ledger_keys(QUEUE)["unacked_key"], "held", "by nobody")
     assert str(why_waiting(redis, QUEUE)).endswith("1 job waits")
 
 
 @pytest.mark.parametrize(("workers", "age", "said"), [(1, 5, True), (0, 5, False), (1, 1000, False)])
 def test_a_worker_that_the_scaler_wants_is_on_its_way(redis: Redis, workers: int, age: float, said: bool) -> None:
     state = {"state": {"workers": workers, "at": now(redis) - age}}
-    redis.set(f"{SCALER_KEY}reviews", json.dumps(state))
+    redis.set(scaler_key("reviews"), json.dumps(state))
     assert ("the scaler has asked for one" in str(why_waiting(redis, NAMED))) is said
 
 
@@ -195,7 +198,7 @@ class TestWaiting:
             waiting = threads.submit(wait)
             assert eventually(lambda: "no worker serves" in caplog.text)
             seconds = time.monotonic() - begin
-            for job_id in broker.queued_ids(client.redis, QUEUE):
+            for job_id in queued_ids(client.redis, QUEUE):
                 client.job(job_id).cancel()
             assert isinstance(waiting.exception(30), JobCancelledError)
         return seconds

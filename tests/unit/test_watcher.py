@@ -22,7 +22,7 @@ from pipefleet.errors import (
     ServiceUnavailableError,
 )
 from pipefleet.jobs.job import Job
-from pipefleet.queues import broker
+from pipefleet.queues.keys import job_key
 from tests.unit.conftest import eventually
 
 TEXTS = "text-classification"
@@ -31,7 +31,7 @@ TEXTS = "text-classification"
 def end(client: Client, job_id: str, state: JobState, **fields: str) -> None:
     """End a job silently: the watcher has to find out by itself."""
     arguments = finish_arguments(job_id, state, 1.0, ttl=60, reply=None, fields=fields)
-    assert client.redis.eval(FINISH, 1, broker.job_key(job_id), *arguments)
+    assert client.redis.eval(FINISH, 1, job_key(job_id), *arguments)
 
 
 async def _of(job: Job) -> Any:
@@ -138,7 +138,7 @@ def test_awaiting_does_no_redis_work_on_the_event_loop(client: Client, monkeypat
 
 def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) -> None:
     odd, good = client.submit(TEXTS, "x"), client.submit(TEXTS, "y")
-    client.redis.hset(broker.job_key(odd.id), mapping={"state": "from-the-future"})
+    client.redis.hset(job_key(odd.id), mapping={"state": "from-the-future"})
     client.redis.publish(client.watcher.channel, odd.id)
     with pytest.raises(ContractError, match="cannot be read"):
         odd.result(20)
@@ -173,7 +173,7 @@ def test_what_is_no_text_on_the_clients_channel_and_errors_end_no_waiting(
 
 def test_what_redis_does_not_tell_of_one_job_is_not_the_others_affair(client: Client) -> None:
     odd, good = client.submit(TEXTS, "x"), client.submit(TEXTS, "y")
-    client.redis.set(broker.job_key(odd.id), "no hash")
+    client.redis.set(job_key(odd.id), "no hash")
     client.redis.publish(client.watcher.channel, b"\xff\xfe")
     with pytest.raises(ServiceUnavailableError):
         odd.result(20)

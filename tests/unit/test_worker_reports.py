@@ -14,7 +14,7 @@ from redis import Redis
 from pipefleet.contract.messages import JobItem, JobMessage, JobState
 from pipefleet.contract.records import JobFailure, JobRecord, read_record
 from pipefleet.errors import ServiceUnavailableError
-from pipefleet.queues import broker
+from pipefleet.queues.keys import job_key
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.ending import Ending
@@ -51,7 +51,7 @@ def ending(
 
 
 def record(redis: Redis, name: str) -> JobRecord:
-    found = read_record(redis.hgetall(broker.job_key(name)))
+    found = read_record(redis.hgetall(job_key(name)))
     assert found is not None, name
     return found
 
@@ -103,8 +103,8 @@ def test_a_failure_whose_words_have_no_utf8_form_is_told_all_the_same(reporter: 
 def test_a_record_that_redis_refuses_keeps_its_own_job_back_alone(reporter: Reporter, redis: Redis) -> None:
     ends = [ending(name, name) for name in "abc"]
     begun(reporter, ends)
-    redis.delete(broker.job_key("b"))
-    redis.set(broker.job_key("b"), "of another kind")
+    redis.delete(job_key("b"))
+    redis.set(job_key("b"), "of another kind")
     first, second, third = finished(reporter, ends)
     assert (first, third) == ("succeeded", "succeeded")
     assert isinstance(second, ServiceUnavailableError)
@@ -152,8 +152,8 @@ def test_a_store_that_is_away_holds_up_only_what_it_should_hold(redis: Redis, mo
 
 def test_a_record_that_redis_cannot_change_keeps_no_other_job_from_beginning(redis: Redis, reporter: Reporter) -> None:
     bad, strange, good = (f"{name}-{uuid.uuid4().hex}" for name in ("bad", "strange", "good"))
-    redis.set(broker.job_key(bad), "no hash")
-    redis.hset(broker.job_key(strange), "state", "a state of a later release")
+    redis.set(job_key(bad), "no hash")
+    redis.hset(job_key(strange), "state", "a state of a later release")
     first, second, third = reporter.start_many([ending(name)[0] for name in (bad, strange, good)])
     assert isinstance(first, ServiceUnavailableError)
     assert (second, third) == (JobState.FAILED, JobState.RUNNING)

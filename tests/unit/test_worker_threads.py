@@ -12,7 +12,7 @@ from redis import Redis
 
 from pipefleet.client import Client
 from pipefleet.connection.clock import ServerClock
-from pipefleet.queues import broker
+from pipefleet.queues.keys import CANCELLED_CHANNEL
 from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.worker import Worker
@@ -44,7 +44,7 @@ def test_it_hears_of_cancelled_jobs_after_what_is_no_text_and_after_an_error(wor
     threading.Thread(target=worker._listen_for_cancels, args=(consumer,), daemon=True).start()
 
     def hears(sent: bytes) -> bool:
-        redis.publish(broker.CANCELLED_CHANNEL, sent)
+        redis.publish(CANCELLED_CHANNEL, sent)
         return sent.decode(errors="replace") in consumer.names
 
     assert eventually(lambda: hears(b"\xff"))

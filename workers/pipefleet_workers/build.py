@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 from pipefleet import __version__
 from pipefleet.connection.clock import ServerClock
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard, as_id, decode_message
 from pipefleet.contract.records import JobFailure
@@ -19,7 +21,8 @@ from pipefleet.fleet.followed_file import FleetFile
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.fleet.writers import writers
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import celery_message
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
@@ -157,12 +160,12 @@ class Undertaker:
         self._queue = queue
         self._pool = pool
         self._worker = worker
-        self._redis = broker.connect(settings)
+        self._redis = connect(settings)
         self._clock = ServerClock(self._redis)
 
     def written_elsewhere(self, format: str) -> bool:
         """Whether another live worker of the pool can write parts in a format."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             return writers(self._redis, self._pool, format, but=self._worker)[1] > 0
 
     def journal(self, shard: Shard) -> Journal:
@@ -188,12 +191,12 @@ class Undertaker:
             output=RunLayout(message.shard.run_uri).requeued + file,
         )
         try:
-            with broker.redis_errors(self._settings.redis_url):
-                text = broker.celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
+            with redis_errors(self._settings.redis_url):
+                text = celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
         except ContractError as error:  # its row says that it failed; there is no message that could run it by itself
             log.warning("item %d of shard %d has no dead letter: %s", position, message.shard.index, error)
             return
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             dead_letters.file_dead_letter(self._redis, self._queue, message=text, reason=reason)
 
 
@@ -219,8 +222,8 @@ def _consumer(
 
 def _clock(settings: Settings) -> ServerClock:
     """The Redis server's clock, measured: from now on it tells the time through outages too."""
-    clock = ServerClock(broker.connect(settings))
-    with broker.redis_errors(settings.redis_url):
+    clock = ServerClock(connect(settings))
+    with redis_errors(settings.redis_url):
         clock.now()
     return clock
 
@@ -262,7 +265,7 @@ def _outlets(
     store = WorkerStore()
     pinned = {"revision": pool.revision} if pool.revision else {}
     provenance = {"model": pool.model, **pinned, "worker": name, "pipefleet": __version__, **loaded}
-    reporter = Reporter(broker.connect(settings), store, settings, worker=name, on_failed=tally.failed, loaded=loaded)
+    reporter = Reporter(connect(settings), store, settings, worker=name, on_failed=tally.failed, loaded=loaded)
     return Outlets(store, ObjectStore(), PartWriter(store, provenance), reporter, allowed_prefixes(worker_settings))
 
 

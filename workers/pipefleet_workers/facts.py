@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.contract.parts import writable_formats
-from pipefleet.fleet.announcements import WORKERS_KEY, announce_worker, announced_workers
+from pipefleet.fleet.announcements import announce_worker, announced_workers
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import revision_queue
+from pipefleet.queues.keys import WORKERS_KEY
 from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.observe.totals import ITEM_COUNTS, record_items
 

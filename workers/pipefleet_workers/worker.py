@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.connection.connect import connect, subscribed
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import TASK_NAME
 from pipefleet.errors import FleetMismatchError, ObjectMissingError, PipefleetError, ServiceUnavailableError
 from pipefleet.fleet.announcements import announce_pool, forget_dead_workers, takes_new_work, withdraw_pool
@@ -18,7 +20,10 @@ from pipefleet.fleet.identity import Membership
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.revisions import forget_revisions
 from pipefleet.fleet.routing import announcement, queue_name, revision_queue
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import celery_app
+from pipefleet.queues.keys import CANCELLED_CHANNEL
+from pipefleet.queues.revision_notes import note_revision
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.delivery.redis_start import connect_patiently
@@ -71,7 +76,7 @@ class Worker:
         self._fleet_file = fleet_file
         self.name = f"{pool.name}@{socket.gethostname()}-{os.getpid()}"
         self._stopping = threading.Event()
-        self._membership = Membership(broker.connect(settings), ObjectStore(), settings)
+        self._membership = Membership(connect(settings), ObjectStore(), settings)
         self._refused: FleetMismatchError | None = None
 
     def run(self, *, device: str | None = None, ready_file: Path | None = None) -> int:
@@ -93,7 +98,7 @@ class Worker:
             fleet_file=self._fleet_file,
         )
         task = self._task(built)
-        app = broker.celery_app(
+        app = celery_app(
             self._settings, queue=self._queue, revision_queue=self._revision_queue, **self._transport(built, task)
         )
         self._register(app, task, built)
@@ -103,7 +108,7 @@ class Worker:
         threading.Thread(target=built.consumer.health.check, daemon=True).start()
         opentelemetry.start(self._pool.name, self.name)
         redis = connect_patiently(self._settings, self._worker_settings)  # loading a model takes long
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             forget_revisions(redis)
             forget_dead_workers(redis)
         announcer = threading.Thread(target=self._announce, args=(built.facts, built.clock), daemon=True)
@@ -211,13 +216,13 @@ class Worker:
 
     def _announce(self, facts: Facts, clock: ServerClock) -> None:
         """Tell producers without a fleet file what is served here, again and again while this worker lives."""
-        redis, seconds = broker.connect(self._settings), self._worker_settings.announce_seconds
+        redis, seconds = connect(self._settings), self._worker_settings.announce_seconds
         while not self._stopping.is_set():
             try:
-                with broker.redis_errors(self._settings.redis_url):
+                with redis_errors(self._settings.redis_url):
                     announce_pool(redis, self._pool.name, self._announced(redis), seconds=3 * seconds)
                     now = clock.now()  # measured here now and then, for those that only peek
-                    broker.note_revision(redis, self._revision_queue, self._pool.model, self._pool.revision, now=now)
+                    note_revision(redis, self._revision_queue, self._pool.model, self._pool.revision, now=now)
                     facts.announce(redis, seconds=3 * seconds)
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)
@@ -240,8 +245,8 @@ class Worker:
     def _withdraw(self, facts: Facts) -> None:
         """Tell the fleet that this worker has ended, and what it did last."""
         try:
-            with broker.redis_errors(self._settings.redis_url):
-                redis = broker.connect(self._settings)
+            with redis_errors(self._settings.redis_url):
+                redis = connect(self._settings)
                 facts.withdraw(redis)
                 withdraw_pool(redis, self._pool.name, self._announcement)
         except PipefleetError as error:
@@ -249,12 +254,12 @@ class Worker:
 
     def _listen_for_cancels(self, consumer: Consumer) -> None:
         """Tell the consumer which jobs and runs are cancelled; after an error, goes on."""
-        redis = broker.connect(self._settings)
+        redis = connect(self._settings)
         while not self._stopping.is_set():
             try:
                 with (
-                    broker.redis_errors(self._settings.redis_url),
-                    broker.subscribed(redis, broker.CANCELLED_CHANNEL) as channel,
+                    redis_errors(self._settings.redis_url),
+                    subscribed(redis, CANCELLED_CHANNEL) as channel,
                 ):
                     while not self._stopping.is_set():
                         message = channel.get_message(ignore_subscribe_messages=True, timeout=1.0)

@@ -92,9 +92,9 @@ def queues(arguments: argparse.Namespace) -> int:
     3 where a pool cannot be read; the others are printed.
     """
     from pipefleet.client import Client
-    from pipefleet.queues import broker
+    from pipefleet.connection.errors import redis_errors
 
-    with Client() as client, broker.redis_errors(client.settings.redis_url):
+    with Client() as client, redis_errors(client.settings.redis_url):
         rows, troubles = _backlog_rows(client)
     if arguments.json:
         print_json(rows)
@@ -148,14 +148,14 @@ _LETTER_COLUMNS = ("pool", "job", "task", "item", "input", "run", "shard", "deli
 
 def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, str, DeadLetter]]:
     """Pool, queue and letter of all that is to be dealt with. Raises UsageError for an id that no letter has."""
-    from pipefleet.queues import broker
+    from pipefleet.connection.errors import redis_errors
     from pipefleet.queues import dead_letters as deadletters
 
     changes, ids = arguments.requeue or arguments.remove, set(arguments.ids)
     most = sys.maxsize if ids else MOST_LETTERS if changes else max(0, arguments.limit)
     found = []
     for pool, queue in _queues(client, only=arguments.pool):
-        with broker.redis_errors(client.settings.redis_url):
+        with redis_errors(client.settings.redis_url):
             require(client.redis, "dead-letters", "operator", *deadletters.rights(queue, changes=changes))
             count = deadletters.count_dead_letters(client.redis, queue)
             letters = islice(deadletters.every_dead_letter(client.redis, queue), most)
@@ -171,15 +171,15 @@ def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, st
 
 
 def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argparse.Namespace) -> str:
+    from pipefleet.connection.errors import redis_errors
     from pipefleet.jobs.letters import requeue
-    from pipefleet.queues import broker
     from pipefleet.queues import dead_letters as deadletters
 
     if arguments.requeue:
         return requeue(client, letter, queue)
     if not arguments.remove:
         return "kept"
-    with broker.redis_errors(client.settings.redis_url):
+    with redis_errors(client.settings.redis_url):
         return "removed" if deadletters.remove_dead_letter(client.redis, letter, queue) else "gone"
 
 

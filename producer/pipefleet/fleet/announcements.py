@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipefleet.connection.reading import reading
 from pipefleet.contract.messages import encode_json
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.foreign import mapping, name, names, number, own_queue, passed, read_object
-from pipefleet.queues.broker import KEY, reading
+from pipefleet.queues.keys import POOLS_KEY, WORKERS_KEY
 
-POOLS_KEY = f"{KEY}pools"
-WORKERS_KEY = f"{KEY}workers"
 MOST_PLACES = 20
 """Refused buckets that one worker tells at most."""
 

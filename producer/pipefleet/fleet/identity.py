@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.rights import may, require
 from pipefleet.contract.messages import CONTRACT_VERSION, encode_json
 from pipefleet.contract.references import join_uri
@@ -32,13 +33,12 @@ from pipefleet.errors import (
     UsageError,
 )
 from pipefleet.printable import printable
-from pipefleet.queues import broker
+from pipefleet.queues.keys import FLEET_KEY
 from pipefleet.settings import Settings, without_credentials
 from pipefleet.storage.s3_errors import endpoint
 from pipefleet.storage.store import ObjectStore
 
 log = logging.getLogger(__name__)
-FLEET_KEY = f"{broker.KEY}fleet"
 OBJECT = "_fleet.json"
 WORKER, CLIENT = "worker", "client"
 _REPLACE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end"
@@ -242,7 +242,7 @@ class Membership:
         )
 
     def _errors(self) -> Any:
-        return broker.redis_errors(self._settings.redis_url)
+        return redis_errors(self._settings.redis_url)
 
 
 def _id_in(content: bytes, uri: str) -> str:

@@ -10,13 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipefleet.connection.reading import server_time
 from pipefleet.connection.wrong_type import passed_over
 from pipefleet.fleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.fleet.pools import Fleet, Pool, model_label
 from pipefleet.fleet.routing import PREFIX, queue_name, work_queue
 from pipefleet.foreign import number, own_queue, read_object
 from pipefleet.printable import printable
-from pipefleet.queues import broker
+from pipefleet.queues.keys import REVISION_MARK, REVISIONS_KEY, base_queue, ledger_keys, waiting_lists
+from pipefleet.queues.looking import by_priority
+from pipefleet.queues.revision_notes import known_revisions
 
 _HELD = r"""
 if redis.acl_check_cmd and not redis.acl_check_cmd('HGETALL', ARGV[1]) then
@@ -69,7 +72,7 @@ class Part:
     @property
     def key(self) -> str:
         """`Pool.key`; for a revision that nobody names the pool with the digits of its queue."""
-        return self.pool.key if self.named else f"{self.pool.name}@{self.queue.partition(broker.REVISION_MARK)[2]}"
+        return self.pool.key if self.named else f"{self.pool.name}@{self.queue.partition(REVISION_MARK)[2]}"
 
     @property
     def work_key(self) -> str:
@@ -79,7 +82,7 @@ class Part:
 
 def held_by_queue(redis: Any, queue: str) -> dict[str, Held]:
     """What of the messages of a pool is with workers or kept aside, by the queue that it came from."""
-    keys = broker.unacked_keys(queue)
+    keys = ledger_keys(queue)
     answer = redis.eval(_HELD, 0, keys["unacked_key"], keys["delayed_key"])
     triples = zip(answer[::3], answer[1::3], answer[2::3], strict=True)
     return {name.decode(errors="replace"): Held(int(leased), int(delayed)) for name, leased, delayed in triples}
@@ -90,11 +93,11 @@ def parts_of(redis: Any, fleet: Fleet, *, unnamed: bool = False, troubles: dict[
 
     With `troubles`, a pool whose keys hold something else is left out, and told there.
     """
-    known = broker.known_revisions(redis)
+    known = known_revisions(redis)
     found: list[Part] = []
     for pool in fleet.pools.values():
         base = queue_name(pool, fleet)
-        others = {name: one for name, one in known.items() if broker.base_queue(name) == base}
+        others = {name: one for name, one in known.items() if base_queue(name) == base}
         with passed_over(troubles, pool.key):
             found += _parts(redis, pool, fleet, others)
     return found if unnamed else [one for one in found if one.named]
@@ -209,9 +212,9 @@ def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None =
 
 def _waiting_of(redis: Any, part: Part) -> Mapping[str, int]:
     pipe = redis.pipeline(transaction=False)
-    for name in (name for queue in part.queues for name in broker.waiting_lists(queue)):
+    for name in (name for queue in part.queues for name in waiting_lists(queue)):
         pipe.llen(name)
-    return broker.by_priority(pipe.execute())
+    return by_priority(pipe.execute())
 
 
 def every_part(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Part]:
@@ -223,7 +226,7 @@ def every_part(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = No
 
 
 def _all_held(redis: Any, queue: str) -> Held:
-    keys = broker.unacked_keys(queue)
+    keys = ledger_keys(queue)
     pipe = redis.pipeline(transaction=False)
     pipe.hlen(keys["unacked_key"])
     pipe.zcard(keys["delayed_key"])
@@ -237,7 +240,7 @@ def waiting(redis: Any, queue: str) -> int:
     `queue` is a `routing.work_queue`.
     """
     pipe = redis.pipeline(transaction=False)
-    for name in broker.waiting_lists(queue):
+    for name in waiting_lists(queue):
         pipe.llen(name)
     held = held_by_queue(redis, queue)
     own = _sum(held.get(name, Held()) for name in (queue, ""))
@@ -248,8 +251,8 @@ def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> lis
     """What waits in queues of pools that no fleet file and no live worker tells of."""
     known = {queue_name(pool, fleet) for pool in fleet.pools.values()}
     found = []
-    for name, (model, revision) in broker.known_revisions(redis).items():
-        base = broker.base_queue(name)
+    for name, (model, revision) in known_revisions(redis).items():
+        base = base_queue(name)
         if base not in known:
             task, _, pool = base.removeprefix(PREFIX).partition(".")
             of = Pool(pool or task, task, model, revision, generation=1, queue=base, revision_queue=name)
@@ -263,17 +266,17 @@ def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
 
     Forgets what is no queue, too. A key of a queue that holds another type is left for others to tell of.
     """
-    entries: Any = redis.hgetall(broker.REVISIONS_KEY)
-    before = broker.server_time(redis) - 86_400 * days if entries else 0.0
+    entries: Any = redis.hgetall(REVISIONS_KEY)
+    before = server_time(redis) - 86_400 * days if entries else 0.0
     for name, value in entries.items():
         with passed_over({}, ""):
             if _forgettable(redis, name, value, before):
-                redis.hdel(broker.REVISIONS_KEY, name)
+                redis.hdel(REVISIONS_KEY, name)
 
 
 def _forgettable(redis: Any, name: bytes, value: bytes, before: float) -> bool:
     try:
-        lists = broker.waiting_lists(own_queue(name.decode()))
+        lists = waiting_lists(own_queue(name.decode()))
     except ValueError:
         return True  # as a key, it may be one that we have no right to
     try:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.fleet.announcements import POOLS_KEY, WORKERS_KEY
 from pipefleet.fleet.pools import UNNAMED, Pool, model_label
 from pipefleet.fleet.revisions import worker_command
 from pipefleet.fleet.routing import PREFIX
 from pipefleet.foreign import mapping, number, read_object, whole
 from pipefleet.forking import renew_after_fork
 from pipefleet.printable import printable
-from pipefleet.queues import broker
+from pipefleet.queues.keys import POOLS_KEY, WORKERS_KEY, base_queue, ledger_keys, scaler_key, waiting_lists
+from pipefleet.queues.revision_notes import known_revisions
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -26,7 +26,6 @@ LOOK_SECONDS = 2.0
 """How long what was seen of a queue is taken for true."""
 SAY_SECONDS = 30.0
 """How often it is said again that nobody serves a queue."""
-SCALER_KEY = f"{broker.KEY}scaler:"
 SCALER_SECONDS = 120.0
 """How old what the scaler decided may be."""
 
@@ -45,7 +44,7 @@ def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | 
     served = served_queues(_read(workers), entries, now)
     if queue in served:
         return _barred(queue, _read(workers), entries, now)
-    waiting = _count(redis, queue, held=broker.base_queue(queue) not in served)
+    waiting = _count(redis, queue, held=base_queue(queue) not in served)
     pool = pool or _announced(queue, entries) or _noted(redis, queue)
     wanted = _is_wanted(redis, pool.key if pool is not None else None, now)
     return _sentence(queue, pool, waiting, wanted=wanted)
@@ -60,7 +59,7 @@ def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: flo
     for facts in workers.values():
         if _until(facts) > now:
             named = facts.get("queue") or _pool_queue(pools.get(str(facts.get("pool"))))
-            served |= {str(named), broker.base_queue(str(named))}
+            served |= {str(named), base_queue(str(named))}
     return served
 
 
@@ -76,10 +75,10 @@ def _barred(queue: str, workers: Mapping[str, Any], pools: Mapping[str, Any], no
 def _count(redis: Redis, queue: str, *, held: bool) -> int:
     """How many jobs wait in a queue; with `held`, those too that workers of its pool took, who are gone."""
     pipe = redis.pipeline(transaction=False)
-    for name in broker.waiting_lists(queue):
+    for name in waiting_lists(queue):
         pipe.llen(name)
     if held:
-        pipe.hlen(broker.unacked_keys(queue)["unacked_key"])
+        pipe.hlen(ledger_keys(queue)["unacked_key"])
     return sum(pipe.execute())
 
 
@@ -157,8 +156,8 @@ def _announced(queue: str, pools: Mapping[str, Any]) -> Pool | None:
 
 def _noted(redis: Redis, queue: str) -> Pool | None:
     """The pool behind a queue, from its name and from what is noted of every revision that was ever queued for."""
-    task, _, name = broker.base_queue(queue).removeprefix(PREFIX).partition(".")
-    known = broker.known_revisions(redis).get(queue)
+    task, _, name = base_queue(queue).removeprefix(PREFIX).partition(".")
+    known = known_revisions(redis).get(queue)
     if known is None:
         return Pool(name, task, "") if name else None
     model, revision = known
@@ -168,7 +167,7 @@ def _noted(redis: Redis, queue: str) -> Pool | None:
 def _is_wanted(redis: Redis, pool: str | None, now: float) -> bool:
     """Whether a scaler decided a moment ago that the pool should have workers: one is starting then."""
     try:
-        content: Any = redis.get(f"{SCALER_KEY}{pool}")
+        content: Any = redis.get(scaler_key(pool))
         state = mapping(read_object(content)["state"])
         return whole(state["workers"]) > 0 and abs(now - number(state["at"])) < SCALER_SECONDS
     except (ValueError, LookupError):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.parts import INSTALL
 from pipefleet.errors import RunError
 from pipefleet.fleet.announcements import announced_workers
-from pipefleet.queues import broker
 
 
 def writers(redis: Any, pool: str, format: str, *, but: str = "") -> tuple[int, int]:
@@ -21,7 +21,7 @@ def writers(redis: Any, pool: str, format: str, *, but: str = "") -> tuple[int, 
 
 def require_writer(redis: Any, url: str, pool: str, format: str) -> None:
     """Raise RunError where workers of the pool are alive and none of them can write parts in `format`."""
-    with broker.redis_errors(url):
+    with redis_errors(url):
         live, able = writers(redis, pool, format)
     if live and not able:
         raise RunError(

@@ -8,11 +8,12 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import Shard, is_reply
 from pipefleet.contract.records import FINISH
 from pipefleet.contract.references import map_refs
 from pipefleet.errors import ContractError, RunError, UsageError
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
 
 if TYPE_CHECKING:
     from pipefleet.client import Client
@@ -106,7 +107,7 @@ def requeue(client: Client, letter: DeadLetter, queue: str) -> str:
     try:
         if content.shard is not None and (became := _requeue_shard(client, letter, queue, content.shard)):
             return became
-        with broker.redis_errors(client.settings.redis_url):
+        with redis_errors(client.settings.redis_url):
             state = dead_letters.requeue_dead_letter(
                 client.redis, letter, queue, ttl=client.settings.result_ttl, shard=content.shard is not None
             )
@@ -136,6 +137,6 @@ def _requeue_shard(client: Client, letter: DeadLetter, queue: str, shard: Shard)
         if not run.follow(shard.index, letter.queue):
             return None
         taken = [shard.index]
-    with broker.redis_errors(client.settings.redis_url):
+    with redis_errors(client.settings.redis_url):
         dead_letters.remove_dead_letter(client.redis, letter, queue)
     return "queued again" if taken else "has ended meanwhile"

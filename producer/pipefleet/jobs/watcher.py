@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from pipefleet.connection.answers import word_of
+from pipefleet.connection.connect import subscribed
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.records import JobRecord, read_record
 from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.fleet.waiting import Lookout
 from pipefleet.forking import renew_after_fork
 from pipefleet.jobs.callbacks import Callbacks
 from pipefleet.patience import PATIENCE_SECONDS
-from pipefleet.queues import broker
+from pipefleet.queues.keys import job_key, reply_channel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +89,7 @@ class Watcher:
         renew_after_fork(self)
 
     def _start_afresh(self) -> None:
-        self.channel = broker.reply_channel(uuid.uuid4().hex)
+        self.channel = reply_channel(uuid.uuid4().hex)
         """Where this client, in this process, is told of its jobs."""
         self._futures: WeakValueDictionary[str, JobFuture] = WeakValueDictionary()
         self._lock = threading.Lock()
@@ -158,14 +160,14 @@ class Watcher:
 
     def _wait_until_ready(self) -> None:
         if not self._ready.is_set():
-            with broker.redis_errors(self._url):
+            with redis_errors(self._url):
                 self._redis.ping()  # says at once what the thread would go on trying to say
             self._ready.wait(5.0)
 
     def _run(self) -> None:
         while not self._closed.is_set():
             try:
-                with broker.redis_errors(self._url):
+                with redis_errors(self._url):
                     self._listen()
             except PipefleetError as error:
                 # Nothing is lost: whoever waits goes on waiting, and the sweep after reconnecting looks up all jobs.
@@ -188,7 +190,7 @@ class Watcher:
                 _resolve(future, error)
 
     def _listen(self) -> None:
-        with broker.subscribed(self._redis, self.channel) as channel:
+        with subscribed(self._redis, self.channel) as channel:
             next_sweep = 0.0
             while not self._closed.is_set():
                 message = channel.get_message(timeout=0.2)
@@ -225,8 +227,8 @@ class Watcher:
             ids = job_ids[start : start + BATCH]
             pipe = self._redis.pipeline(transaction=False)
             for job_id in ids:
-                pipe.hgetall(broker.job_key(job_id))
-            with broker.redis_errors(self._url):
+                pipe.hgetall(job_key(job_id))
+            with redis_errors(self._url):
                 found = pipe.execute(raise_on_error=False)
             for job_id, raw in zip(ids, found, strict=True):
                 self._take(job_id, raw)
@@ -238,7 +240,7 @@ class Watcher:
         if future is None or (isinstance(raw, Exception) and word_of(raw) is not None):
             return  # or Redis cannot tell now, which the next sweep hears too
         try:
-            with broker.redis_errors(self._url):
+            with redis_errors(self._url):
                 if isinstance(raw, Exception):
                     raise raw
             record = read_record(raw)

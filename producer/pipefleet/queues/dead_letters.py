@@ -7,19 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.connection.reading import reading, server_time
 from pipefleet.contract.messages import MAX_WIRE_BYTES, encode_json
 from pipefleet.errors import ContractError, UsageError
 from pipefleet.foreign import number, read_object, whole
-from pipefleet.queues.broker import (
-    PRIORITY_STEPS,
-    TIME_HEADER,
-    job_key,
-    message_id,
-    queue_lists,
-    reading,
-    server_time,
-    unacked_keys,
-)
+from pipefleet.queues.celery import TIME_HEADER
+from pipefleet.queues.keys import PRIORITY_STEPS, job_key, ledger_keys, queue_lists
+from pipefleet.queues.looking import message_id
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -98,7 +92,7 @@ one that is too large its SHA-1 and its bytes. One script, or letters that are f
 
 def rights(queue: str, *, changes: bool = False) -> list[tuple[str, ...]]:
     """The commands that reading the dead letters of a queue needs, and taking them out; see `pipefleet.connection.rights`."""
-    key = unacked_keys(queue)["dead_key"]
+    key = ledger_keys(queue)["dead_key"]
     return [("LRANGE", key, "0", "-1"), *([("LREM", key, "1", "")] if changes else [])]
 
 
@@ -108,7 +102,7 @@ def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) 
     Fewer where they have more than MOST_READ_BYTES, but one at least where there is one. A letter of more than MOST_LETTER_BYTES,
     which only another program writes, stays in Redis: it is shown without its message, and can be removed.
     """
-    keys = unacked_keys(queue)
+    keys = ledger_keys(queue)
     names = (keys["unreported_key"], keys["dead_key"])
     found: Any = redis.eval(_READ_LETTERS, 2, *names, start, count, MOST_LETTER_BYTES, MOST_READ_BYTES)
     return [DeadLetter.parse(one) if isinstance(one, bytes) else _unread(*one) for one in found]
@@ -132,7 +126,7 @@ def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
 
 def count_dead_letters(redis: Redis, queue: str) -> int:
     """How many dead letters a queue has."""
-    keys = unacked_keys(queue)
+    keys = ledger_keys(queue)
     pipe = reading(redis)  # or letters that are filed meanwhile would count twice
     pipe.llen(keys["unreported_key"])
     pipe.llen(keys["dead_key"])
@@ -150,7 +144,7 @@ alone each time."""
 def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
     """Put the text of a message to the dead letters of a queue, also on a server that is full."""
     entry = {"reason": reason, "at": server_time(redis), "queue": queue, "deliveries": deliveries}
-    redis.eval(_FILE_LETTER, 1, unacked_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
+    redis.eval(_FILE_LETTER, 1, ledger_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
 
 
 _REMOVE_LETTER = """
@@ -183,7 +177,7 @@ return 'queued'
 
 def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
     """Throw a dead letter away; False when it was gone already."""
-    keys = unacked_keys(queue)
+    keys = ledger_keys(queue)
     return bool(
         redis.eval(_REMOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry, MOST_LETTER_BYTES)
     )
@@ -198,8 +192,8 @@ def requeue_dead_letter(
     it is, the caller reads from the body. Returns `queued`; `succeeded` or `cancelled` where the job ended so elsewhere, and only
     the letter goes; None when that was gone. Raises UsageError for a message that no worker could read.
     """
-    keys = unacked_keys(queue)
-    own = letter.queue if letter.queue and unacked_keys(letter.queue) == keys else queue
+    keys = ledger_keys(queue)
+    own = letter.queue if letter.queue and ledger_keys(letter.queue) == keys else queue
     try:
         message = json.loads(letter.message)
         step = message["properties"].get("priority") or 0
@@ -231,7 +225,7 @@ class LeasedMessage:
 
 def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
     """The messages that workers of the lease transport hold, longest held first."""
-    keys = unacked_keys(queue)
+    keys = ledger_keys(queue)
     pipe = reading(redis)
     pipe.time()
     for name in ("owners_key", "deliveries_key", "unacked_key"):

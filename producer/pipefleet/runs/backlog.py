@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.rights import may
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import MAX_RUN_ITEMS, MAX_SHARD_ITEMS, JobMessage, Priority, encode_json
@@ -29,7 +30,8 @@ from pipefleet.contract.uris import shown, uri_fault
 from pipefleet.errors import RunError
 from pipefleet.foreign import readable, whole
 from pipefleet.patience import Patience
-from pipefleet.queues import broker
+from pipefleet.queues.keys import ledger_keys, run_key
+from pipefleet.queues.looking import queue_depth, queued_ids
 from pipefleet.runs.finishing import write_failed_rows
 from pipefleet.runs.moving import MOVED, moved_by, read_moved
 from pipefleet.runs.refusals import Refusals
@@ -101,8 +103,8 @@ class Backlog:
 
     def forget(self) -> None:
         """Remove what `begin` has written."""
-        with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.delete(broker.run_key(self._plan.id))
+        with redis_errors(self._client.settings.redis_url):
+            self._client.redis.delete(run_key(self._plan.id))
 
     def doubt(self) -> None:
         """Compare object storage and Redis again before anything else is queued."""
@@ -157,7 +159,7 @@ class Backlog:
         A failover loses the last writes of Redis: a part may be forgotten whose message was acknowledged by the new primary.
         """
         with self._lock:
-            if not may(self._client.redis, ("SETBIT", broker.run_key(self._plan.id, "parts"), "0", "1")):
+            if not may(self._client.redis, ("SETBIT", run_key(self._plan.id, "parts"), "0", "1")):
                 return 0
             self._compare_parts(planned)
             found = self.unrestored
@@ -183,9 +185,9 @@ class Backlog:
             with ThreadPoolExecutor(READERS, thread_name_prefix="pipefleet-restore") as pool:
                 list(pool.map(self._restore_part, some))
             ttl = int(self._client.settings.run_ttl)
-            with broker.redis_errors(self._client.settings.redis_url):
+            with redis_errors(self._client.settings.redis_url):
                 for bitmap in ("items", "failed", "parts"):
-                    self._client.redis.expire(broker.run_key(self._plan.id, bitmap), ttl)
+                    self._client.redis.expire(run_key(self._plan.id, bitmap), ttl)
             del self._unrestored[: len(some)]
 
     def _catch_up(self, planned: int) -> None:
@@ -204,10 +206,10 @@ class Backlog:
         Whoever moved the run took its messages out of their queue, and whoever took up refused shards leaves them to be found.
         """
         pipe = self._client.redis.pipeline(transaction=False)
-        pipe.hmget(broker.run_key(self._plan.id), ["since", "cancelled", MOVED, "resumed"])
-        pipe.bitcount(broker.run_key(self._plan.id, "parts"))
-        pipe.hlen(broker.run_key(self._plan.id, "refused"))
-        with broker.redis_errors(self._client.settings.redis_url):
+        pipe.hmget(run_key(self._plan.id), ["since", "cancelled", MOVED, "resumed"])
+        pipe.bitcount(run_key(self._plan.id, "parts"))
+        pipe.hlen(run_key(self._plan.id, "refused"))
+        with redis_errors(self._client.settings.redis_url):
             (mark, cancelled, moved, word), written, refused = pipe.execute()
         before, self._plan = self._plan, moved_by(moved, self._plan)
         if before != self._plan or word != (word if self._word is False else self._word):
@@ -232,22 +234,22 @@ class Backlog:
 
     def _is_short(self, planned: int) -> bool:
         """Whether fewer shards are with the fleet than should be: a queue was purged, or Redis lost its last writes."""
-        with broker.redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._client.settings.redis_url):
             if not self._reads_queue():
-                there = sum(broker.depth(self._client.redis, self._plan.queue).values())
+                there = sum(queue_depth(self._client.redis, self._plan.queue).values())
                 return there < planned - len(self._unrestored) - self._ended
         return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
 
     def _reads_queue(self) -> bool:
         """Whether this client has the right to see whose messages wait; a producer has not, see `pipefleet.connection.rights`."""
         queue = self._plan.queue
-        ledger = broker.unacked_keys(queue)["unacked_key"]
+        ledger = ledger_keys(queue)["unacked_key"]
         return may(self._client.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
 
     def _require_place(self) -> None:
         """Raise RunError for a copy of a run that is still where Redis knows it: what is noted by its id is that one's."""
-        with broker.redis_errors(self._client.settings.redis_url):
-            found: Any = self._client.redis.hget(broker.run_key(self._plan.id), "uri")
+        with redis_errors(self._client.settings.redis_url):
+            found: Any = self._client.redis.hget(run_key(self._plan.id), "uri")
         known = (found or b"").decode(errors="replace")
         if known in ("", self._layout.uri) or uri_fault(known) is not None:
             return
@@ -256,15 +258,15 @@ class Backlog:
 
     def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
         self._require_place()
-        key = broker.run_key(self._plan.id)
-        with broker.redis_errors(self._client.settings.redis_url):
+        key = run_key(self._plan.id)
+        with redis_errors(self._client.settings.redis_url):
             known: dict[Any, Any] = {"uri": self._layout.uri, "since": self._client.now()}
             self._client.redis.hset(key, mapping={**(more or {}), **known})
             self._client.redis.expire(key, int(self._client.settings.run_ttl))
 
     def _cancel(self) -> None:
-        with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.hset(broker.run_key(self._plan.id), "cancelled", 1)
+        with redis_errors(self._client.settings.redis_url):
+            self._client.redis.hset(run_key(self._plan.id), "cancelled", 1)
         self.cancelled = True
 
     def _queued(self, planned: int) -> bytearray:
@@ -273,10 +275,10 @@ class Backlog:
         Then what waits is queued once more, behind itself: a worker finds its part there and does nothing.
         """
         found = bytearray(planned)
-        with broker.redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._client.settings.redis_url):
             if not self._reads_queue():
                 return found
-            for job_id in broker.queued_ids(self._client.redis, self._plan.queue):
+            for job_id in queued_ids(self._client.redis, self._plan.queue):
                 index = shard_index(self._plan.id, job_id)
                 if index is not None and index < planned:
                     found[index] = 1
@@ -293,8 +295,8 @@ class Backlog:
 
     def _known_parts(self) -> bytes:
         """The bitmap of parts, the first one in the highest bit."""
-        with broker.redis_errors(self._client.settings.redis_url):
-            found: Any = self._client.redis.get(broker.run_key(self._plan.id, "parts"))
+        with redis_errors(self._client.settings.redis_url):
+            found: Any = self._client.redis.get(run_key(self._plan.id, "parts"))
         return found or b""
 
     def _parts(self) -> Iterator[int]:
@@ -311,8 +313,8 @@ class Backlog:
 
     def _note_missing(self) -> None:
         """Tell other clients how many shards wait for this one, so that they see when it ends before it has queued them."""
-        key = broker.run_key(self._plan.id)
-        with broker.redis_errors(self._client.settings.redis_url):
+        key = run_key(self._plan.id)
+        with redis_errors(self._client.settings.redis_url):
             if self._missing:
                 self._client.redis.hset(key, "unqueued", self.missing)
             else:
@@ -351,8 +353,8 @@ class Backlog:
             write_failed_rows(store, layout, index, rows)
         pipe = self._client.redis.pipeline(transaction=False)
         for position, row in enumerate(rows, start=self._first(index)):
-            pipe.setbit(broker.run_key(self._plan.id, "items"), position, 1)
-            pipe.setbit(broker.run_key(self._plan.id, "failed"), position, int("error" in row))
-        pipe.setbit(broker.run_key(self._plan.id, "parts"), index, 1)
-        with broker.redis_errors(self._client.settings.redis_url):
+            pipe.setbit(run_key(self._plan.id, "items"), position, 1)
+            pipe.setbit(run_key(self._plan.id, "failed"), position, int("error" in row))
+        pipe.setbit(run_key(self._plan.id, "parts"), index, 1)
+        with redis_errors(self._client.settings.redis_url):
             pipe.execute()

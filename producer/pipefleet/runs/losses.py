@@ -14,8 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.reading import reading
 from pipefleet.forking import renew_after_fork
-from pipefleet.queues import broker
+from pipefleet.queues.keys import ledger_keys, run_key, waiting_lists
+from pipefleet.queues.revision_notes import queues_of
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -94,13 +97,13 @@ class Losses:
         """
         from redis.exceptions import ResponseError
 
-        keys = broker.unacked_keys(plan.queue)
-        with broker.redis_errors(self._url), suppress(ResponseError):  # no right to count, or a key of another type
-            lists = [name for one in broker.queues_of(self._redis, plan.queue) for name in broker.waiting_lists(one)]
-            pipe = broker.reading(self._redis)
-            pipe.exists(broker.run_key(plan.id, "planner"))
-            pipe.bitcount(broker.run_key(plan.id, "parts"))
-            pipe.hlen(broker.run_key(plan.id, "refused"))
+        keys = ledger_keys(plan.queue)
+        with redis_errors(self._url), suppress(ResponseError):  # no right to count, or a key of another type
+            lists = [name for one in queues_of(self._redis, plan.queue) for name in waiting_lists(one)]
+            pipe = reading(self._redis)
+            pipe.exists(run_key(plan.id, "planner"))
+            pipe.bitcount(run_key(plan.id, "parts"))
+            pipe.hlen(run_key(plan.id, "refused"))
             pipe.hlen(keys["unacked_key"])
             for name in (*lists, keys["unreported_key"]):
                 pipe.llen(name)

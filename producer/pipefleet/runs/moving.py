@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.rights import may, require
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import encode_json
@@ -18,7 +19,9 @@ from pipefleet.fleet.pools import UNNAMED, Pool, model_label
 from pipefleet.fleet.revisions import worker_command
 from pipefleet.fleet.routing import queue_name, work_queue
 from pipefleet.foreign import name, read_object, readable
-from pipefleet.queues import broker
+from pipefleet.queues.keys import base_queue, ledger_keys, run_key, waiting_lists
+from pipefleet.queues.looking import message_id
+from pipefleet.queues.revision_notes import queues_of
 from pipefleet.runs.files import read_file
 from pipefleet.storage.store import ObjectStore
 
@@ -86,8 +89,8 @@ def read_moved(store: ObjectStore, layout: RunLayout) -> Moved | None:
 
 def moved_plan(client: Client, plan: RunPlan) -> RunPlan:
     """The plan as another client may have moved it, from Redis: for a planner, which asks before every shard."""
-    with broker.redis_errors(client.settings.redis_url):
-        found: Any = client.redis.hget(broker.run_key(plan.id), MOVED)
+    with redis_errors(client.settings.redis_url):
+        found: Any = client.redis.hget(run_key(plan.id), MOVED)
     return moved_by(found, plan)
 
 
@@ -95,7 +98,7 @@ def moved_by(content: bytes | None, plan: RunPlan) -> RunPlan:
     """The plan with what the field MOVED of its run says; None where there is none."""
     if content is None:
         return plan
-    where = f"the field {MOVED} of {broker.run_key(plan.id)} in Redis"
+    where = f"the field {MOVED} of {run_key(plan.id)} in Redis"
     with readable(where):
         value = read_object(content)
     return Moved.from_json(value, where).applied(plan)
@@ -106,16 +109,16 @@ def move_run(client: Client, layout: RunLayout, plan: RunPlan, pool: Pool) -> Ru
 
     Raises AccessDeniedError, before anything is noted, where the Redis user may not take messages out.
     """
-    with broker.redis_errors(client.settings.redis_url):
+    with redis_errors(client.settings.redis_url):
         require(client.redis, "moving a run to another model", "operator", *_commands(plan.queue))
     before = read_moved(client.store, layout)
     queue = work_queue(pool, client.fleet)
-    bases = (broker.base_queue(one) for one in (*(before.pools if before else ()), plan.queue, queue))
+    bases = (base_queue(one) for one in (*(before.pools if before else ()), plan.queue, queue))
     moved = Moved(pool.model, pool.revision, queue, tuple(dict.fromkeys(bases)))
     client.store.put(layout.moved, encode_json(moved.to_json()).encode())
-    with broker.redis_errors(client.settings.redis_url):
-        client.redis.hset(broker.run_key(plan.id), MOVED, encode_json(moved.to_json()))
-        client.redis.expire(broker.run_key(plan.id), int(client.settings.run_ttl))
+    with redis_errors(client.settings.redis_url):
+        client.redis.hset(run_key(plan.id), MOVED, encode_json(moved.to_json()))
+        client.redis.expire(run_key(plan.id), int(client.settings.run_ttl))
     take_back(client, moved, plan.id)
     return moved.applied(plan)
 
@@ -126,26 +129,26 @@ def take_back(client: Client, moved: Moved, run_id: str) -> None:
     What a live worker of another revision holds stays with it; it will be done there. A mere producer takes nothing out: who moved
     the run has.
     """
-    with broker.redis_errors(client.settings.redis_url):
+    with redis_errors(client.settings.redis_url):
         for base in moved.pools:
             if not may(client.redis, *_commands(base)):
                 continue
-            keys = broker.unacked_keys(base)
+            keys = ledger_keys(base)
             ledger = [keys[f"{name}_key"] for name in ("unacked", "unacked_index", "deliveries", "retries", "owners")]
             client.redis.eval(_TAKE, 5, *ledger, moved.queue, f"{run_id}-", STALE_SECONDS)
-            for queue in broker.queues_of(client.redis, base):
+            for queue in queues_of(client.redis, base):
                 if queue != moved.queue:
                     _remove(client.redis, queue, run_id)
 
 
 def _commands(queue: str) -> list[tuple[str, ...]]:
     """The rights that taking messages out of a queue needs."""
-    ledger = broker.unacked_keys(queue)["unacked_key"]
+    ledger = ledger_keys(queue)["unacked_key"]
     return [("LRANGE", queue, "0", "-1"), ("LREM", queue, "-1", ""), ("HGETALL", ledger), ("HDEL", ledger, "")]
 
 
 def _remove(redis: Any, queue: str, run_id: str) -> None:
-    for waiting in broker.waiting_lists(queue):
+    for waiting in waiting_lists(queue):
         while found := [raw for raw in redis.lrange(waiting, 0, -1) if _of_run(raw, run_id)]:
             pipe = redis.pipeline(transaction=False)
             for raw in found:
@@ -155,12 +158,12 @@ def _remove(redis: Any, queue: str, run_id: str) -> None:
 
 
 def _of_run(raw: bytes, run_id: str) -> bool:
-    return (broker.message_id(raw) or "").startswith(f"{run_id}-")
+    return (message_id(raw) or "").startswith(f"{run_id}-")
 
 
 def pool_of(client: Client, plan: RunPlan) -> Pool:
     """The pool that a run is for; where the fleet does not name its revision (any more), one that does not take new work."""
-    fleet, base = client.fleet, broker.base_queue(plan.queue)
+    fleet, base = client.fleet, base_queue(plan.queue)
     try:
         return fleet.find(plan.task, plan.model, plan.revision)
     except UnknownModelError:
@@ -188,7 +191,7 @@ def unserved(client: Client, plan: RunPlan, uri: str) -> str | None:
     """One sentence with what to do, where no worker serves the revision that a run is for; None where one does."""
     pool = pool_of(client, plan)
     queue = work_queue(pool, client.fleet)
-    with broker.redis_errors(client.settings.redis_url):
+    with redis_errors(client.settings.redis_url):
         workers = announced_workers(client.redis)
     if any(facts.get("queue") in (queue, plan.queue) for facts in workers.values()):
         return None

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.reading import reading
 from pipefleet.contract.layout import RunLayout, RunPlan, index_of
 from pipefleet.contract.messages import MAX_RUN_ITEMS, JobItem, Priority, encode_json
 from pipefleet.contract.records import JobFailure
@@ -28,7 +30,7 @@ from pipefleet.foreign import readable, whole
 from pipefleet.inputs.rows import SourceItem
 from pipefleet.inputs.sources import Source
 from pipefleet.patience import PATIENCE_SECONDS, Patience
-from pipefleet.queues import broker
+from pipefleet.queues.keys import run_key
 from pipefleet.runs.backlog import Backlog
 from pipefleet.runs.files import read_file
 from pipefleet.runs.moving import moved_plan, read_moved
@@ -195,8 +197,8 @@ class Planner:
                     self.stop()
 
     def _give_sign(self) -> None:
-        key = broker.run_key(self.plan.id, "planner")
-        with broker.redis_errors(self._client.settings.redis_url):
+        key = run_key(self.plan.id, "planner")
+        with redis_errors(self._client.settings.redis_url):
             self._client.redis.set(key, f"{self.items} {self.shards}", ex=int(ALIVE_SECONDS))
 
     def _resume_point(self) -> SourceItem | None:
@@ -287,10 +289,10 @@ class Planner:
         redis, store = self._client.redis, self._client.store
         total = replace(self.plan, shards=self.shards, items=self.items)
         store.put_new(self._layout.run, encode_json(total.to_json()).encode())
-        with broker.redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._client.settings.redis_url):
             remember_totals(redis, total, ttl=self._client.settings.run_ttl)
-            written = redis.bitcount(broker.run_key(total.id, "parts"))
-            written += redis.hlen(broker.run_key(total.id, "refused"))
+            written = redis.bitcount(run_key(total.id, "parts"))
+            written += redis.hlen(run_key(total.id, "refused"))
         if written >= self.shards:
             Refusals(redis, self._client.settings, store, self._layout, total.id).end(total)
         self.plan = total
@@ -304,7 +306,7 @@ def _sentence(item: SourceItem, position: int) -> str:
 
 def remember_totals(redis: Any, plan: RunPlan, *, ttl: float) -> None:
     """Put a run's totals where workers look for them to see that they wrote the last part."""
-    key = broker.run_key(plan.id)
+    key = run_key(plan.id)
     redis.hset(key, mapping={"shards": plan.shards or 0, "items": plan.items or 0})
     redis.expire(key, int(ttl))
 
@@ -358,15 +360,15 @@ def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
 
 def claim_planning(client: Client, plan: RunPlan) -> bool:
     """Give the first sign of life of a planner, for ALIVE_SECONDS; False when there is one of another."""
-    key = broker.run_key(plan.id, "planner")
-    with broker.redis_errors(client.settings.redis_url):
+    key = run_key(plan.id, "planner")
+    with redis_errors(client.settings.redis_url):
         return bool(client.redis.set(key, "0 0", ex=int(ALIVE_SECONDS), nx=True))
 
 
 def release_planning(client: Client, plan: RunPlan) -> None:
     """Take the sign of life back. Does nothing while Redis is away: it expires by itself."""
-    with suppress(ServiceUnavailableError), broker.redis_errors(client.settings.redis_url):
-        client.redis.delete(broker.run_key(plan.id, "planner"))
+    with suppress(ServiceUnavailableError), redis_errors(client.settings.redis_url):
+        client.redis.delete(run_key(plan.id, "planner"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,8 +381,8 @@ class SignOfLife:
 
 def planner_alive(client: Client, plan: RunPlan) -> SignOfLife | None:
     """What a live planner of this run has queued; None when there is no live planner."""
-    with broker.redis_errors(client.settings.redis_url):
-        found: Any = client.redis.get(broker.run_key(plan.id, "planner"))
+    with redis_errors(client.settings.redis_url):
+        found: Any = client.redis.get(run_key(plan.id, "planner"))
     if found is None:
         return None
     try:
@@ -396,7 +398,7 @@ def planner_gone(client: Client, plan: RunPlan) -> bool:
     Where Redis knows nothing of the run it may have been emptied a moment ago, and a live planner gives its next sign soon:
     that is waited for, for half of ALIVE_SECONDS.
     """
-    key = broker.run_key(plan.id)
+    key = run_key(plan.id)
     return _comes_no_planner(client, plan, marked=lambda: bool(client.redis.exists(key)))
 
 
@@ -405,10 +407,10 @@ def is_forgotten(client: Client, plan: RunPlan) -> bool:
 
     Waits for a live planner as `planner_gone` does.
     """
-    key = broker.run_key(plan.id)
+    key = run_key(plan.id)
 
     def is_marked() -> bool:
-        with broker.redis_errors(client.settings.redis_url):
+        with redis_errors(client.settings.redis_url):
             return bool(client.redis.hexists(key, "since"))
 
     return _comes_no_planner(client, plan, marked=is_marked) and not is_marked()
@@ -418,7 +420,7 @@ def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], boo
     """True when no planner gives a sign of life for half of ALIVE_SECONDS; at once when Redis is known to have its data."""
     deadline = time.monotonic() + ALIVE_SECONDS / 2
     while planner_alive(client, plan) is None:
-        with broker.redis_errors(client.settings.redis_url):
+        with redis_errors(client.settings.redis_url):
             known = marked()
         if known or time.monotonic() >= deadline:
             return True
@@ -428,10 +430,10 @@ def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], boo
 
 def left_unqueued(client: Client, plan: RunPlan) -> int:
     """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
-    pipe = broker.reading(client.redis)
-    pipe.hget(broker.run_key(plan.id), "unqueued")
-    pipe.exists(broker.run_key(plan.id, "planner"))
-    with broker.redis_errors(client.settings.redis_url):
+    pipe = reading(client.redis)
+    pipe.hget(run_key(plan.id), "unqueued")
+    pipe.exists(run_key(plan.id, "planner"))
+    with redis_errors(client.settings.redis_url):
         unqueued, alive = pipe.execute()
     try:
         return 0 if alive else whole(unqueued or 0)

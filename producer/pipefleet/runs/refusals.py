@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet import __version__
 from pipefleet.connection.clock import ServerClock
+from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.reading import reading
 from pipefleet.connection.rights import may
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import MAX_RUN_ITEMS, MAX_SHARD_BYTES, MAX_SHARD_ITEMS, Shard, encode_json
@@ -31,7 +33,8 @@ from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import map_refs
 from pipefleet.errors import ObjectMissingError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.foreign import read_object, readable, whole
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.keys import base_queue, ledger_keys, run_key
 from pipefleet.runs.files import MOST_BYTES
 from pipefleet.runs.finishing import Resumed, finalise, read_resumed, read_totals, write_failed_rows
 from pipefleet.runs.moving import read_moved
@@ -148,14 +151,14 @@ def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: 
 
     With `letter`, the entry of its dead letter in `queue`, only as long as that is there.
     """
-    run, ledger = shard.run_id, broker.unacked_keys(queue)
-    keys = [_key(run), broker.run_key(run, "parts"), ledger["dead_key"], ledger["unreported_key"], broker.run_key(run)]
+    run, ledger = shard.run_id, ledger_keys(queue)
+    keys = [_key(run), run_key(run, "parts"), ledger["dead_key"], ledger["unreported_key"], run_key(run)]
     text = encode_json(Refusal.of(shard, failure).to_json())
     return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter, shard.run_uri)))
 
 
 def _key(run_id: str) -> str:
-    return broker.run_key(run_id, "refused")
+    return run_key(run_id, "refused")
 
 
 class Refusals:
@@ -170,17 +173,17 @@ class Refusals:
 
     def counts(self) -> Counts:
         """What Redis knows of the run, in one round trip."""
-        pipe = broker.reading(self._redis)
-        pipe.hmget(broker.run_key(self._id), ["since", "shards", "cancelled"])
+        pipe = reading(self._redis)
+        pipe.hmget(run_key(self._id), ["since", "shards", "cancelled"])
         for bitmap in ("items", "failed", "parts"):
-            pipe.bitcount(broker.run_key(self._id, bitmap))
+            pipe.bitcount(run_key(self._id, bitmap))
         pipe.hlen(_key(self._id))
         pipe.hrandfield(_key(self._id), 1, True)
         with self._errors():
             (mark, shards, cancelled), done, failed, parts, refused, one = pipe.execute()
         refusal = Refusal.from_json(0, one[1]) if one else None
         reason = None if refusal is None else refusal.failure.message
-        with readable(f"the field shards of {broker.run_key(self._id)} in Redis"):
+        with readable(f"the field shards of {run_key(self._id)} in Redis"):
             planned = None if shards is None else whole(shards)
         return Counts(mark is not None, planned, cancelled, done, failed, parts, refused, reason)
 
@@ -192,9 +195,9 @@ class Refusals:
         if refusal is None:
             return
         self._put_mark(refusal)
-        pipe = broker.reading(self._redis)
+        pipe = reading(self._redis)
         pipe.hexists(_key(self._id), str(index))
-        pipe.getbit(broker.run_key(self._id, "parts"), index)
+        pipe.getbit(run_key(self._id, "parts"), index)
         with self._errors():
             noted, done = pipe.execute()
         if not noted and not done:  # the shard was taken up meanwhile
@@ -281,7 +284,7 @@ class Refusals:
         self._store.put(self._layout.resumed, encode_json({"word": word, "shards": every}).encode())
 
     def _cancel(self) -> None:
-        key = broker.run_key(self._id)
+        key = run_key(self._id)
         self._store.put(self._layout.cancelled, b"{}")
         with self._errors():
             self._redis.hset(key, "cancelled", "1")
@@ -295,13 +298,13 @@ class Refusals:
         if undone:
             for name in ("items", "failed"):
                 for position in self._items(plan, refusal):
-                    pipe.setbit(broker.run_key(self._id, name), position, 0)
-            pipe.setbit(broker.run_key(self._id, "parts"), index, 0)
-            pipe.hset(broker.run_key(self._id), "resumed", word)  # who is sealing this shard sets its bits no more
+                    pipe.setbit(run_key(self._id, name), position, 0)
+            pipe.setbit(run_key(self._id, "parts"), index, 0)
+            pipe.hset(run_key(self._id), "resumed", word)  # who is sealing this shard sets its bits no more
         pipe.hdel(_key(self._id), str(index))
         for queue, entry in letters:
             for name in ("dead_key", "unreported_key"):
-                pipe.lrem(broker.unacked_keys(queue)[name], 1, entry)  # type: ignore[arg-type]  # bytes are sent as they are
+                pipe.lrem(ledger_keys(queue)[name], 1, entry)  # type: ignore[arg-type]  # bytes are sent as they are
         with self._errors():
             pipe.execute()
         if undone:
@@ -322,7 +325,7 @@ class Refusals:
         items = self._items(plan, refusal)
         sealed = self._put_part(plan, refusal, items)
         self._list_failed(plan, index)
-        keys = [broker.run_key(self._id, name) for name in ("", "items", "failed", "parts", "refused")]
+        keys = [run_key(self._id, name) for name in ("", "items", "failed", "parts", "refused")]
         positions = encode_json(list(items) if sealed else [])
         with self._errors():
             current = self._redis.eval(
@@ -381,7 +384,7 @@ class Refusals:
     def _pools(self, plan: RunPlan) -> list[str]:
         """The queues of every pool that shards of the run were ever sent to."""
         moved = read_moved(self._store, self._layout)
-        return list(dict.fromkeys((broker.base_queue(plan.queue), *(moved.pools if moved else ()))))
+        return list(dict.fromkeys((base_queue(plan.queue), *(moved.pools if moved else ()))))
 
     def _letters(self, queues: Collection[str], indexes: Collection[int]) -> dict[int, list[tuple[str, bytes]]]:
         """The dead letters of shards, as they lie in Redis, each with the queue of its pool; none where they may not be seen.
@@ -411,7 +414,7 @@ class Refusals:
         self._store.put(self._layout.refused_shard(refusal.index), encode_json(refusal.to_json()).encode())
 
     def _errors(self) -> Any:
-        return broker.redis_errors(self._settings.redis_url)
+        return redis_errors(self._settings.redis_url)
 
 
 def _listed(line: bytes) -> tuple[int, dict[str, Any]]:

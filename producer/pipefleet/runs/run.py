@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.replicas import old_figures
 from pipefleet.contract.artifacts import resolve
 from pipefleet.contract.layout import RunLayout, RunPlan
@@ -26,7 +27,7 @@ from pipefleet.fleet.waiting import why_waiting
 from pipefleet.forking import renew_after_fork
 from pipefleet.inputs.sources import Source, open_source
 from pipefleet.patience import PATIENCE_SECONDS, Patience
-from pipefleet.queues import broker
+from pipefleet.queues.keys import CANCELLED_CHANNEL, run_key
 from pipefleet.runs.backlog import Backlog
 from pipefleet.runs.files import failed_rows, rows_of
 from pipefleet.runs.finishing import failed_lines, read_totals
@@ -155,7 +156,7 @@ class Run:
         """One sentence where no worker serves the queue, as it was found a moment ago."""
         if time.monotonic() >= self._ask_why_at:
             self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
-            with broker.redis_errors(self._client.settings.redis_url):
+            with redis_errors(self._client.settings.redis_url):
                 self._waiting = old_figures(self._client) or why_waiting(
                     self._client.redis, self._plan.queue, pool=known_pool(self._client, self._plan)
                 )
@@ -224,11 +225,11 @@ class Run:
         Planning in this client stops as well, after the item that its source is at.
         """
         self.stop_planning()
-        key = broker.run_key(self.id)
+        key = run_key(self.id)
         self._client.store.put(self._layout.cancelled, b"{}")
-        with broker.redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._client.settings.redis_url):
             self._client.redis.eval(CANCEL_RUN, 1, key, int(self._client.settings.run_ttl))
-            self._client.redis.publish(broker.CANCELLED_CHANNEL, self.id)
+            self._client.redis.publish(CANCELLED_CHANNEL, self.id)
 
     def resume(self, *, model: str | None = None, revision: str | None = None) -> int:
         """Queue again every shard that no queue, worker or part accounts for, or that was refused; returns how many those are.
@@ -296,7 +297,7 @@ class Run:
         backlog = Backlog(self._client, self._layout, self._plan, Patience(threading.Event()))
         if ended:
             self._uncancel()
-            with broker.redis_errors(self._client.settings.redis_url):
+            with redis_errors(self._client.settings.redis_url):
                 remember_totals(self._client.redis, self._plan, ttl=self._client.settings.run_ttl)
             backlog.recall(self._plan.shards or 0)
         backlog.publish(taken)
@@ -441,8 +442,8 @@ class Run:
 
     def _uncancel(self) -> None:
         self._client.store.delete(self._layout.cancelled)
-        with broker.redis_errors(self._client.settings.redis_url):
-            self._client.redis.hdel(broker.run_key(self.id), "cancelled")
+        with redis_errors(self._client.settings.redis_url):
+            self._client.redis.hdel(run_key(self.id), "cancelled")
         self._cancelled_in_store = False
 
     def _planner_to_go_on(self, alive: ExitStack, *, moved: bool) -> Planner | None:

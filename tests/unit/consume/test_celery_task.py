@@ -15,7 +15,10 @@ from redis import Redis
 
 from pipefleet.contract.messages import TASK_NAME, JobMessage, JobState, Priority
 from pipefleet.contract.records import JobFailure
-from pipefleet.queues import broker, dead_letters
+from pipefleet.queues import dead_letters
+from pipefleet.queues.celery import SHARD_HEADER, TIME_HEADER, celery_app, celery_message
+from pipefleet.queues.keys import ledger_keys, queue_list, waiting_lists
+from pipefleet.queues.looking import queue_depth, queued_ids
 from pipefleet.settings import Settings
 from pipefleet_workers.consume import control
 from pipefleet_workers.consume.celery_task import CeleryDelivery, InferTask, register_alone
@@ -58,7 +61,7 @@ class Fleet:
         self.refused: list[tuple[Any, str]] = []
         settings = Settings(redis_url=server.url)
         options = {"lease_seconds": 5.0, "sweep_seconds": 0.1, "only_tasks": [TASK_NAME]}
-        self.app = broker.celery_app(
+        self.app = celery_app(
             settings, queue=QUEUE, transport="pipefleet_workers.delivery.transport:Transport", options=options
         )
         self.app.conf.worker_hijack_root_logger = False
@@ -97,12 +100,12 @@ class Fleet:
 
     def put(self, message: JobMessage, **headers: Any) -> str:
         """Queue a job, with Celery's headers as a foreign client may set them."""
-        text = broker.celery_message(message, QUEUE, Priority.NORMAL)
+        text = celery_message(message, QUEUE, Priority.NORMAL)
         if headers:
             envelope = json.loads(text)
             envelope["headers"].update(headers)
             text = json.dumps(envelope)
-        self.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
+        self.redis.lpush(queue_list(QUEUE, Priority.NORMAL), text)
         return str(headers.get("id", message.id))
 
     def inspect(self, what: str) -> list[str]:
@@ -116,7 +119,7 @@ class Fleet:
     @property
     def empty(self) -> bool:
         """Nothing of ours is in Redis or in Celery's books."""
-        keys = broker.unacked_keys(QUEUE)
+        keys = ledger_keys(QUEUE)
         left = [
             name
             for name in ("unacked", "owners", "deliveries", "unacked_index")
@@ -237,7 +240,7 @@ def test_a_job_that_is_given_back_is_told_as_rejected(fleet: Callable[..., Fleet
     one.app.control.cancel_consumer(QUEUE, reply=True, timeout=20, limit=1)  # or it would come again
     one.bench.consumer.drain(0.0)
     assert eventually(lambda: "task-rejected" in one.events.of("back"))
-    assert eventually(lambda: list(broker.queued_ids(one.redis, QUEUE)) == ["back"])
+    assert eventually(lambda: list(queued_ids(one.redis, QUEUE)) == ["back"])
 
 
 def test_a_lost_job_is_the_other_workers_to_tell(fleet: Callable[..., Fleet]) -> None:
@@ -280,7 +283,7 @@ def test_terminate_by_its_own_name_revokes_too(fleet: Callable[..., Fleet]) -> N
 def test_a_job_that_waits_for_its_eta_is_revoked(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     one.put(single("job"), id="celery-name", eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
-    assert eventually(lambda: broker.depth(one.redis, QUEUE)["delayed"] == 1)
+    assert eventually(lambda: queue_depth(one.redis, QUEUE)["delayed"] == 1)
     revoke(one, "celery-name")
     assert one.shows("celery-name", "REVOKED")
     assert one.bench.reporter.states["job"] is JobState.CANCELLED
@@ -332,12 +335,12 @@ def test_a_name_that_is_no_text_ends_neither_the_job_nor_the_worker(fleet: Calla
 
 def test_a_message_of_an_old_protocol_is_rejected_at_once(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
-    envelope = json.loads(broker.celery_message(single("old"), QUEUE, Priority.NORMAL))
+    envelope = json.loads(celery_message(single("old"), QUEUE, Priority.NORMAL))
     body = {"task": TASK_NAME, "id": "old", "args": json.loads(envelope["body"])[0], "kwargs": {}}
     for number in range(5):  # each of them once made the worker connect anew
         envelope["properties"]["delivery_tag"] = f"old-{number}"
         text = json.dumps({**envelope, "headers": {}, "body": json.dumps(body)})
-        one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
+        one.redis.lpush(queue_list(QUEUE, Priority.NORMAL), text)
     assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 5)
     assert all(letter.deliveries == 1 for letter in dead_letters.dead_letters(one.redis, QUEUE))
 
@@ -369,12 +372,12 @@ def test_messages_with_a_far_eta_take_no_place_from_urgent_ones(fleet: Callable[
     hour = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     for number in range(600):
         one.put(single(f"far-{number}"), eta=hour)
-    one.redis.lpush(QUEUE, broker.celery_message(single("urgent"), QUEUE, Priority.HIGH))
+    one.redis.lpush(QUEUE, celery_message(single("urgent"), QUEUE, Priority.HIGH))
     one.bench.engine.end("urgent")
     assert one.shows("urgent", "SUCCESS")
-    assert eventually(lambda: broker.depth(one.redis, QUEUE)["delayed"] == 600)
+    assert eventually(lambda: queue_depth(one.redis, QUEUE)["delayed"] == 600)
     assert one.inspect("reserved") == []
-    one.redis.delete(*broker.unacked_keys(QUEUE).values())
+    one.redis.delete(*ledger_keys(QUEUE).values())
 
 
 BUILT_IN = [
@@ -388,10 +391,10 @@ def test_no_other_task_runs(fleet: Callable[..., Fleet]) -> None:
     assert [name for name in one.app.tasks] == [TASK_NAME]
     for name in BUILT_IN:
         one.put(single(f"run-{name}"), task=name)
-    envelope = json.loads(broker.celery_message(single("old"), QUEUE, Priority.NORMAL))
+    envelope = json.loads(celery_message(single("old"), QUEUE, Priority.NORMAL))
     body = {"task": "celery.backend_cleanup", "id": "old", "args": [], "kwargs": {}}
     text = json.dumps({**envelope, "headers": {}, "body": json.dumps(body)})
-    one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), text)
+    one.redis.lpush(queue_list(QUEUE, Priority.NORMAL), text)
     assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == len(BUILT_IN) + 1)
     letters = dead_letters.dead_letters(one.redis, QUEUE)
     assert {letter.reason for letter in letters} == {f"it asks for another task; this worker runs only {TASK_NAME}"}
@@ -414,30 +417,30 @@ def test_a_message_cannot_have_the_worker_send_further_messages(fleet: Callable[
     }
     headers = {**names, "ignore_result": False, "stamped_headers": 7, "stamps": {"a": []}, "replaced_task_nesting": "x"}
     for name in ("good", "bad"):
-        envelope = json.loads(broker.celery_message(single(name), QUEUE, Priority.NORMAL))
+        envelope = json.loads(celery_message(single(name), QUEUE, Priority.NORMAL))
         args, kwargs, _ = json.loads(envelope["body"])
         envelope["body"] = json.dumps([args, kwargs, embed])
         envelope["headers"] |= {**headers, "link": further, "errbacks": [further]}
         envelope["properties"] |= {"reply_to": QUEUE, "replyTo": QUEUE}
-        one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), json.dumps(envelope))
+        one.redis.lpush(queue_list(QUEUE, Priority.NORMAL), json.dumps(envelope))
     one.bench.engine.end("good")
     one.bench.engine.end("bad", JobFailure("bad_input", "x", "decode"))
     assert one.shows("good", "SUCCESS")
     assert one.shows("bad", "FAILURE")
     assert eventually(lambda: one.empty)
-    assert not any(one.redis.exists(name) for name in broker.waiting_lists(QUEUE))
+    assert not any(one.redis.exists(name) for name in waiting_lists(QUEUE))
     assert set(one.bench.reporter.states) == {"good", "bad"}
     assert set(state.total_count) <= {TASK_NAME}
 
 
 def test_a_single_job_that_calls_itself_a_shard_is_delivered_no_more_often(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
-    text = broker.celery_message(single("spoof"), QUEUE, Priority.NORMAL)
+    text = celery_message(single("spoof"), QUEUE, Priority.NORMAL)
     envelope = json.loads(text)
-    envelope["headers"][broker.SHARD_HEADER] = True
-    keys = broker.unacked_keys(QUEUE)
+    envelope["headers"][SHARD_HEADER] = True
+    keys = ledger_keys(QUEUE)
     one.redis.hset(keys["deliveries_key"], envelope["properties"]["delivery_tag"], 3)
-    one.redis.lpush(broker.queue_list(QUEUE, Priority.NORMAL), json.dumps(envelope))
+    one.redis.lpush(queue_list(QUEUE, Priority.NORMAL), json.dumps(envelope))
     assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 1)
     (letter,) = dead_letters.dead_letters(one.redis, QUEUE)
     assert (letter.reason, letter.code) == ("delivered 3 times", "killed_worker")
@@ -467,7 +470,7 @@ def test_a_job_that_is_revoked_in_its_queue_ends_when_it_comes(fleet: Callable[.
 def test_a_job_that_is_queued_after_its_id_was_revoked_runs(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     revoke(one, "again")
-    one.put(single("again"), **{broker.TIME_HEADER: time.time() + 1})
+    one.put(single("again"), **{TIME_HEADER: time.time() + 1})
     one.bench.engine.end("again")
     assert one.shows("again", "SUCCESS")
 
@@ -475,7 +478,7 @@ def test_a_job_that_is_queued_after_its_id_was_revoked_runs(fleet: Callable[...,
 def test_a_revoked_shard_becomes_a_dead_letter(fleet: Callable[..., Fleet]) -> None:
     one = fleet()
     revoke(one, "run-0")
-    one.put(shard(), **{broker.TIME_HEADER: 1.0})
+    one.put(shard(), **{TIME_HEADER: 1.0})
     assert one.shows("run-0", "REVOKED")
     assert eventually(lambda: dead_letters.count_dead_letters(one.redis, QUEUE) == 1)
     (letter,) = dead_letters.dead_letters(one.redis, QUEUE)
@@ -556,7 +559,7 @@ def test_whether_a_job_was_queued_before_its_revocation_is_told_by_the_servers_c
     one = fleet()
     one.task.clock = lambda: 5000.0  # whatever this machine's clock says
     revoke(one, "again")
-    one.put(single("again"), **{broker.TIME_HEADER: 5001.0})
+    one.put(single("again"), **{TIME_HEADER: 5001.0})
     one.bench.engine.end("again")
     assert one.shows("again", "SUCCESS")
 
@@ -574,7 +577,7 @@ def test_a_worker_that_s3_refuses_leaves_messages_where_they_are_until_it_is_all
     fleet: Callable[..., Fleet], reconnects: bool
 ) -> None:
     one = fleet()
-    waits = broker.queue_list(QUEUE, Priority.NORMAL)
+    waits = queue_list(QUEUE, Priority.NORMAL)
     one.put(single("held"))
     one.bench.engine.work("held")
     one.bench.is_refused()

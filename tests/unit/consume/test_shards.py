@@ -12,11 +12,11 @@ import pytest
 
 from pipefleet.client import Client
 from pipefleet.contract.layout import RunLayout
-from pipefleet.contract.messages import MAX_SHARD_BYTES, JobMessage, JobState, decode_message
+from pipefleet.contract.messages import MAX_SHARD_BYTES, JobMessage, JobState, Priority, decode_message
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
 from pipefleet.fleet.pools import Pool
-from pipefleet.queues import broker
+from pipefleet.queues.keys import queue_list
 from pipefleet.runs.run import Run
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.held import RevokedError
@@ -73,7 +73,7 @@ def planned(client: Client, prefix: str) -> Callable[..., tuple[Run, list[JobMes
         ]
         run = client.map(TASK, rows, output=f"{prefix}out/", shard_size=2)
         run.join_planner()
-        name = broker.queue_list(run.plan.queue, broker.Priority.LOW)
+        name = queue_list(run.plan.queue, Priority.LOW)
         texts_: Any = client.redis.lrange(name, 0, -1)
         return run, [decode_message(json.loads(json.loads(text)["body"])[0][0]) for text in reversed(texts_)]
 

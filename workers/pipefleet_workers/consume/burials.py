@@ -11,6 +11,8 @@ import queue as queues
 import threading
 from collections.abc import Callable, Sequence
 
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.wrong_type import is_wrong_type
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Shard, is_id
@@ -19,7 +21,6 @@ from pipefleet.contract.uris import shard_fault
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet.jobs.letters import read_content
 from pipefleet.patience import Patience
-from pipefleet.queues import broker
 from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
 from pipefleet.runs.planner import read_plan
 from pipefleet.runs.refusals import Noted, Refusals, note
@@ -53,7 +54,7 @@ class Burials:
         self._queue = queue
         self._gate = UriGate(allowed, settings.store)
         self._on_refused = on_refused
-        self._redis = broker.connect(settings)
+        self._redis = connect(settings)
         self._store = ObjectStore()
         self._shards: queues.SimpleQueue[tuple[Shard, JobFailure, Noted]] = queues.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -86,7 +87,7 @@ class Burials:
         """Note that no worker will run a shard; with `letter`, as long as that is there. Raises ServiceUnavailableError."""
         if shard_fault(shard, self._settings.store) is not None:
             return  # the run that it names has another shard there
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             noted = note(self._redis, shard, failure, ttl=self._settings.run_ttl, queue=self._queue, letter=letter)
         if noted and self._gate.shard(shard) is None:
             self._shards.put((shard, failure, noted))

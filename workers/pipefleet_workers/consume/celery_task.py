@@ -25,9 +25,9 @@ from celery.worker import state
 from celery.worker.request import Request, create_request_cls
 
 from pipefleet.contract.messages import JobState, is_id
-from pipefleet.queues import broker
-from pipefleet.queues.broker import TIME_HEADER
+from pipefleet.queues.celery import TIME_HEADER
 from pipefleet.queues.dead_letters import kills
+from pipefleet.queues.keys import queue_list
 from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.delivery.envelope import check_message
 from pipefleet_workers.delivery.headers import MalformedError, checked_headers
@@ -242,7 +242,7 @@ class CeleryDelivery:
     def hand_over(self, queue: str) -> None:
         """Move the message to another queue."""
         if self.lease is not None:
-            self.lease.hand_over(queue, broker.queue_list(queue, self.priority))
+            self.lease.hand_over(queue, queue_list(queue, self.priority))
         self._soon(lambda: self._move(queue))
 
     def refuse(self, reason: str) -> None:

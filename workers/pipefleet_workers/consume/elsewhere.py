@@ -12,13 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 from pipefleet.connection.clock import ServerClock
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import JobMessage
 from pipefleet.errors import UnknownModelError
 from pipefleet.fleet.announcements import announced_fleet
 from pipefleet.fleet.followed_file import FleetFile
 from pipefleet.fleet.pools import Fleet
 from pipefleet.fleet.routing import work_queue
-from pipefleet.queues import broker
+from pipefleet.queues.revision_notes import note_revision
 from pipefleet.settings import Settings
 
 FRESH_SECONDS = 2.0
@@ -37,7 +39,7 @@ class Elsewhere:
     ) -> None:
         self._settings = settings
         self._fleet_file = fleet_file
-        self._redis: Any = broker.connect(settings)
+        self._redis: Any = connect(settings)
         self._server = ServerClock(self._redis)
         self._clock = clock
         self._announced = Fleet({})
@@ -53,12 +55,12 @@ class Elsewhere:
         if found is None and self._fleet_file is not None:
             found = _find(message, self._fleet_file.fleet(at_once=True))
         if found is not None:
-            with broker.redis_errors(self._settings.redis_url):
-                broker.note_revision(self._redis, found, message.model, message.revision, now=self._server.now())
+            with redis_errors(self._settings.redis_url):
+                note_revision(self._redis, found, message.model, message.revision, now=self._server.now())
         return found
 
     def _announced_now(self) -> Fleet:
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             self._announced = announced_fleet(self._redis)
         self._read_at = self._clock()
         return self._announced

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import JobMessage
 from pipefleet.contract.references import split_uri
 from pipefleet.fleet.announcements import MOST_PLACES, announced_workers, refused_places
-from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.storage.store import RefusedHereError
 
@@ -83,11 +84,11 @@ class Others:
         self._settings = settings
         self._queue = queue
         self._worker = worker
-        self._redis: Any = broker.connect(settings)
+        self._redis: Any = connect(settings)
 
     def __call__(self, bucket: str) -> bool:
         """Whether one of them takes jobs and does not tell that this bucket is refused. Raises ServiceUnavailableError."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             workers = announced_workers(self._redis)
         return any(
             facts.get("queue") == self._queue and not facts.get("barred") and bucket not in refused_places(facts)

@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import JobItem, JobMessage, Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
 from pipefleet.foreign import read_json
-from pipefleet.queues import broker
+from pipefleet.queues.keys import run_key
 from pipefleet.settings import Settings
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.shards import Shards, refused
@@ -64,11 +65,11 @@ class Journal:
         self._redis = redis
         self._settings = settings
         self._count = shard.count
-        self._key = broker.run_key(shard.run_id, f"suspects:{shard.index}")
+        self._key = run_key(shard.run_id, f"suspects:{shard.index}")
 
     def read(self, reader: str) -> Finding:
         """What is known, but for what `reader` itself noted of an item that it was trying."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             raw = self._redis.hgetall(self._key)
         position, _, process = raw.get(b"trying", b"").decode(errors="replace").partition(":")
         found = [] if process == reader else self._positions([position])
@@ -88,12 +89,12 @@ class Journal:
 
     def opens(self) -> int:
         """The list of items is read next; how often that has begun, this time included, without being over."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             return int(self._redis.eval(_OPEN, 1, self._key, int(self._settings.run_ttl)))
 
     def opened(self) -> None:
         """The list of items is read, or was given up, and the worker lives."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             self._redis.hdel(self._key, "openings")
 
     def tries(self, position: int, worker: str) -> None:
@@ -101,17 +102,17 @@ class Journal:
         self._note("trying", f"{position}:{worker}")
 
     def _note(self, field: str, text: str) -> None:
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             self._redis.eval(_NOTE, 1, self._key, field, text, int(self._settings.run_ttl))
 
     def tried(self) -> None:
         """The item that was running has ended, or was given up, and the worker lives."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             self._redis.hdel(self._key, "trying")
 
     def forget(self) -> None:
         """The shard has ended."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             self._redis.delete(self._key)
 
 

@@ -18,7 +18,7 @@ after its `visibility_timeout`, and what woke one of them in the instant in whic
 not run both at once on the same `unacked` keys: a stock worker does not renew, so our sweep would take its messages after
 `lease_seconds`, its sweep would take ours if they were ever older than its `visibility_timeout`, and it counts no deliveries.
 
-**Rights.** The least that a Redis user needs for one queue Q (with keys from `pipefleet.queues.broker.unacked_keys`) is, as a worker,
+**Rights.** The least that a Redis user needs for one queue Q (with keys from `pipefleet.queues.keys.ledger_keys`) is, as a worker,
 
     ~Q* ~pipefleet:*:Q ~_kombu.binding.* &/0.celery.pidbox &/0.celeryev/worker.* &/0.celeryev/* -@all
     +ping +client +select +eval +time +blmove +lmove +lrange +rpop +rpush +lpush +llen +lrem +hget +hset +hdel +hincrby

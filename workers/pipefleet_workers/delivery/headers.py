@@ -12,7 +12,7 @@ from typing import Any
 
 from celery.utils.time import maybe_iso8601
 
-from pipefleet.queues.broker import COST_HEADER, SHARD_HEADER, TIME_HEADER
+from pipefleet.queues.celery import COST_HEADER, SHARD_HEADER, TIME_HEADER
 
 MOST_ID = 200
 """Characters of an id."""

@@ -7,10 +7,11 @@ import logging
 from typing import Any
 
 from pipefleet.connection import answers
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.errors import PipefleetError, ServiceUnavailableError, UsageError
-from pipefleet.fleet.announcements import WORKERS_KEY
 from pipefleet.patience import Patience
-from pipefleet.queues import broker
+from pipefleet.queues.keys import WORKERS_KEY
 from pipefleet.settings import Settings, without_credentials
 from pipefleet_workers.settings import WorkerSettings
 
@@ -23,11 +24,11 @@ def connect_patiently(settings: Settings, worker_settings: WorkerSettings) -> An
 
     Raises ServiceUnavailableError after `start_patience` seconds, UsageError for a node of a Redis Cluster.
     """
-    redis = broker.connect(settings)
+    redis = connect(settings)
     patience = Patience(seconds=worker_settings.start_patience, longest=LONGEST_PAUSE, told=_Once())
 
     def look() -> None:
-        with broker.redis_errors(settings.redis_url):
+        with redis_errors(settings.redis_url):
             refuse_cluster(redis, settings)
             redis.hdel(WORKERS_KEY, "")
 
@@ -37,8 +38,8 @@ def connect_patiently(settings: Settings, worker_settings: WorkerSettings) -> An
 
 def refuse_unusable(settings: Settings) -> None:
     """Raise UsageError for a server that will never serve; whoever waits for one that is away looks no further."""
-    with contextlib.suppress(ServiceUnavailableError), broker.redis_errors(settings.redis_url):
-        refuse_cluster(broker.connect(settings), settings)
+    with contextlib.suppress(ServiceUnavailableError), redis_errors(settings.redis_url):
+        refuse_cluster(connect(settings), settings)
 
 
 def refuse_cluster(redis: Any, settings: Settings) -> None:

@@ -9,8 +9,8 @@ somebody else took the message over, changes nothing.
 from __future__ import annotations
 
 from pipefleet.contract.messages import MAX_WIRE_BYTES
-from pipefleet.queues.broker import ARRIVING
 from pipefleet.queues.dead_letters import MOST_LETTER_BYTES, MOST_READ_BYTES
+from pipefleet.queues.keys import ARRIVING
 
 _COMMON = (
     f"local ARRIVING, MOST = '{ARRIVING}', {MAX_WIRE_BYTES}"

@@ -17,7 +17,7 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
                             raises where it is to be called again
     only_tasks       None   names of the tasks that are delivered; a message that asks for another goes to the dead letters
     on_lost          None   called with each Lease that was lost, by the ledger's thread
-    deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.queues.broker.unacked_keys`
+    deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.queues.keys.ledger_keys`
 """
 
 from __future__ import annotations

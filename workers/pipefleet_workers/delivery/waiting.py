@@ -18,7 +18,7 @@ from typing import Any
 
 from kombu.transport.redis import MultiChannelPoller
 
-from pipefleet.queues.broker import ARRIVING
+from pipefleet.queues.keys import ARRIVING
 
 BELL = "BELL"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipefleet import __version__
 from pipefleet.contract.messages import JobMessage
-from pipefleet.queues.broker import TIME_HEADER
+from pipefleet.queues.celery import TIME_HEADER
 from pipefleet_workers.items import Outcome
 
 log = logging.getLogger(__name__)

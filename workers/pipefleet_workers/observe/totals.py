@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.foreign import number
-from pipefleet.queues.broker import KEY
+from pipefleet.queues.keys import work_key
 
 log = logging.getLogger(__name__)
 MOST_COST = 1e9
@@ -65,16 +65,6 @@ class Done:
 
     cost: float = 0.0
     seconds: float = 0.0
-
-
-def work_key(pool: str) -> str:
-    """The hash that holds a pool's totals."""
-    return f"{KEY}work:{pool}"
-
-
-def state_key(pool: str) -> str:
-    """Where the scaler keeps what it remembers of a pool."""
-    return f"{KEY}scaler:{pool}"
 
 
 def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import JobMessage, JobState, Shard, encode_json, is_reply
 from pipefleet.contract.records import (
@@ -16,10 +17,9 @@ from pipefleet.contract.records import (
     finish_arguments,
 )
 from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError
-from pipefleet.fleet.announcements import WORKERS_KEY
 from pipefleet.jobs.letters import BURY
-from pipefleet.queues import broker
 from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
+from pipefleet.queues.keys import WORKERS_KEY, job_key, ledger_keys, run_key
 from pipefleet.runs.refusals import Refusals
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
@@ -95,16 +95,16 @@ class Reporter:
 
     def ping(self) -> None:
         """Ask Redis whether it is there and takes writes: a replica, or a server whose disk is full, does not."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             self._redis.hdel(WORKERS_KEY, "")
 
     def count_deliveries(self, leases: Sequence[Lease], *, excused: bool) -> None:
         """Set how often each of these was delivered, without this delivery where it is `excused`; lost ones stay as they are."""
         for queue in {lease.queue for lease in leases}:
-            keys = broker.unacked_keys(queue)
+            keys = ledger_keys(queue)
             ours = [(one.tag, one.owner, one.deliveries - excused) for one in leases if one.queue == queue]
             arguments = [part for one in ours for part in one]
-            with broker.redis_errors(self._settings.redis_url):
+            with redis_errors(self._settings.redis_url):
                 self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *arguments)
 
     def start_many(self, messages: Sequence[JobMessage]) -> list[JobState | Exception]:
@@ -115,8 +115,8 @@ class Reporter:
         pipe = self._redis.pipeline(transaction=False)
         arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
         for message in messages:
-            pipe.eval(START, 1, broker.job_key(message.id), *arguments)
-        with broker.redis_errors(self._settings.redis_url):
+            pipe.eval(START, 1, job_key(message.id), *arguments)
+        with redis_errors(self._settings.redis_url):
             answers = pipe.execute(raise_on_error=False)
             others = self._others(messages, answers)
         return [
@@ -170,7 +170,7 @@ class Reporter:
         if isinstance(answer, Exception):
             raise answer
         if is_reply(message.reply) and answer is not None:  # who ended it may not have known whom to tell
-            with broker.redis_errors(self._settings.redis_url):
+            with redis_errors(self._settings.redis_url):
                 self._redis.publish(message.reply, message.id)
         return answer or single_ending(state, failure)
 
@@ -186,16 +186,16 @@ class Reporter:
         """End a single job that is not in this worker as cancelled, unless it has ended; makes no record of an unknown one."""
         ttl = self._settings.result_ttl
         arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=None, fields=_told(failure))
-        with broker.redis_errors(self._settings.redis_url):
-            self._redis.eval(CANCEL, 1, broker.job_key(job_id), *arguments)
+        with redis_errors(self._settings.redis_url):
+            self._redis.eval(CANCEL, 1, job_key(job_id), *arguments)
 
     def bury(self, letter: DeadLetter, failure: JobFailure, queue: str, reply: str | None) -> None:
         """End the single job of a dead letter, unless the letter was queued again or removed meanwhile."""
         assert letter.job_id is not None
-        ttl, keys = self._settings.result_ttl, broker.unacked_keys(queue)
+        ttl, keys = self._settings.result_ttl, ledger_keys(queue)
         arguments = finish_arguments(letter.job_id, JobState.FAILED, None, ttl=ttl, reply=reply, fields=_told(failure))
-        names = (broker.job_key(letter.job_id), keys["unreported_key"], keys["dead_key"])
-        with broker.redis_errors(self._settings.redis_url):
+        names = (job_key(letter.job_id), keys["unreported_key"], keys["dead_key"])
+        with redis_errors(self._settings.redis_url):
             ended = self._redis.eval(BURY, len(names), *names, *arguments, letter.entry)
         if ended:
             self._on_failed(failure)
@@ -204,18 +204,18 @@ class Reporter:
         """Set the bits of items that have ended, in one command."""
         if not outcomes:
             return
-        keys = [broker.run_key(shard.run_id, name) for name in ("items", "failed")]
+        keys = [run_key(shard.run_id, name) for name in ("items", "failed")]
         places = [(shard.first + outcome.work.position, outcome.failure is not None) for outcome in outcomes]
         failed = [place for place, has_failed in places if has_failed]
         succeeded = [place for place, has_failed in places if not has_failed]
         arguments = [int(self._settings.run_ttl), encode_json(succeeded), encode_json(failed)]
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             self._redis.eval(PROGRESS, len(keys), *keys, *arguments)
 
     def part_written(self, shard: Shard) -> bool:
         """Note that a shard's part is there. True when nothing else is left of a run that is planned to its end."""
-        keys = [broker.run_key(shard.run_id, name) for name in ("parts", "refused", "")]
-        with broker.redis_errors(self._settings.redis_url):
+        keys = [run_key(shard.run_id, name) for name in ("parts", "refused", "")]
+        with redis_errors(self._settings.redis_url):
             ended, shards = self._redis.eval(PART, len(keys), *keys, shard.index, int(self._settings.run_ttl))
         return shards is not None and ended >= int(shards)
 
@@ -228,12 +228,12 @@ class Reporter:
 
         Raises ContractError where Redis knows that the run with this id lies elsewhere: what is noted by the id is not this one's.
         """
-        key = broker.run_key(shard.run_id)
+        key = run_key(shard.run_id)
         pipe = self._redis.pipeline(transaction=False)
         pipe.hexists(key, "cancelled")
         pipe.exists(key)
         pipe.hget(key, "uri")
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             cancelled, known, uri = pipe.execute()
         if uri is not None and uri != shard.run_uri.encode():
             raise ContractError(f"{FOREIGN}the run {shard.run_id} lies elsewhere")
@@ -245,14 +245,14 @@ class Reporter:
             message.id, state, None, ttl=self._settings.result_ttl, reply=message.reply, fields=fields
         )
         script = FINISH_WITH_ROOM if len(fields.get("output", b"")) > LITTLE else FINISH
-        commands.eval(script, 1, broker.job_key(message.id), *arguments)
+        commands.eval(script, 1, job_key(message.id), *arguments)
 
     def _ended(self, messages: Sequence[JobMessage], pipe: Any) -> list[Ending | Exception | None]:
         """Send a FINISH for each of `messages`. None where it took; else how the job had ended before, or why Redis refused.
 
         One that Redis refuses is not the others' affair.
         """
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             answers = pipe.execute(raise_on_error=False)
             others = self._others(messages, answers)
         refused = {place: self._refused(one) for place, one in enumerate(answers) if isinstance(one, Exception)}
@@ -261,7 +261,7 @@ class Reporter:
 
     def _refused(self, answer: Exception) -> Exception:
         try:
-            with broker.redis_errors(self._settings.redis_url):
+            with redis_errors(self._settings.redis_url):
                 raise answer
         except ServiceUnavailableError as error:
             return error
@@ -271,7 +271,7 @@ class Reporter:
         places = [place for place, answer in enumerate(answers) if not answer]
         pipe = self._redis.pipeline(transaction=False)
         for place in places:
-            pipe.hget(broker.job_key(messages[place].id), "state")
+            pipe.hget(job_key(messages[place].id), "state")
         found = pipe.execute() if places else []
         return {place: _state(raw) for place, raw in zip(places, found, strict=True)}
 

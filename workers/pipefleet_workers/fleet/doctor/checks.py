@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.reading import server_time
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet.announcements import announced_workers, refused_places
 from pipefleet.printable import printable
-from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet.storage.s3_errors import clock_sentence
 from pipefleet.storage.store import ObjectStore
@@ -21,8 +23,8 @@ MOST_SECONDS = 300.0
 
 def access_of_workers(settings: Settings) -> str:
     """Raises PipefleetError that names the workers which take no jobs since S3 refuses them, and why."""
-    with broker.redis_errors(settings.redis_url):
-        workers = announced_workers(broker.connect(settings))
+    with redis_errors(settings.redis_url):
+        workers = announced_workers(connect(settings))
     barred = {name: str(facts["barred"]) for name, facts in sorted(workers.items()) if facts.get("barred")}
     told = [f"{printable(name)} takes no jobs: {printable(why, 400)}" for name, why in barred.items()]
     for name, facts in sorted(workers.items()):
@@ -38,10 +40,10 @@ def access_of_workers(settings: Settings) -> str:
 
 def clocks(settings: Settings) -> str:
     """How far this machine's clock is from those of Redis and of the store. Raises PipefleetError where S3 may refuse it."""
-    with broker.redis_errors(settings.redis_url):
-        redis = broker.connect(settings)
+    with redis_errors(settings.redis_url):
+        redis = connect(settings)
         began = time.time()
-        now = broker.server_time(redis)
+        now = server_time(redis)
         behind_redis = now - (began + time.time()) / 2
     told = [_told(behind_redis, "Redis's")]
     behind_store: float | None = None

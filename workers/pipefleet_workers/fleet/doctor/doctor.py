@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.connection import rights
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.references import join_uri
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet.announcements import announced_fleet, announced_workers
 from pipefleet.fleet.identity import Membership
 from pipefleet.printable import printable
-from pipefleet.queues import broker
 from pipefleet.settings import Settings, load_settings, without_credentials
 from pipefleet.storage.s3_errors import endpoint
 from pipefleet.storage.store import ObjectStore
@@ -103,7 +104,7 @@ def _pools(client: Client, troubles: dict[str, str]) -> list[tuple[PoolRow, Pool
     from pipefleet_workers.fleet.top.read import read_fleet
 
     fleet = client.fleet
-    with broker.redis_errors(client.settings.redis_url):
+    with redis_errors(client.settings.redis_url):
         announced = announced_fleet(client.redis)
     others = Fleet({name: pool for name, pool in announced.pools.items() if name not in fleet.pools})
     named = fleet.revisions
@@ -122,7 +123,7 @@ def _unnamed(client: Client, troubles: dict[str, str]) -> list[Check]:
     """A check for each revision of the fleet's pools that messages wait for, and that nobody names nor serves."""
     from pipefleet.fleet.revisions import read_backlogs
 
-    with broker.redis_errors(client.settings.redis_url):
+    with redis_errors(client.settings.redis_url):
         backlogs = read_backlogs(client.redis, client.fleet, troubles=troubles)
     return [
         Check(f"pool {one.part.key}", False, f"{_waits(sum(one.waiting.values()) + one.held.delayed)}: {one.note}")
@@ -178,8 +179,8 @@ def _checked(name: str, check: Callable[[Settings], str], settings: Settings) ->
 
 
 def _redis(settings: Settings) -> str:
-    redis = broker.connect(settings)
-    with broker.redis_errors(settings.redis_url):
+    redis = connect(settings)
+    with redis_errors(settings.redis_url):
         begin = time.perf_counter()
         redis.ping()
         milliseconds = (time.perf_counter() - begin) * 1000
@@ -204,18 +205,18 @@ def _information(redis: Any) -> Any:
 
 
 def _rights(settings: Settings) -> str:
-    with broker.redis_errors(settings.redis_url):
-        return rights.describe(broker.connect(settings))
+    with redis_errors(settings.redis_url):
+        return rights.describe(connect(settings))
 
 
 def _identity(settings: Settings) -> str:
-    return Membership(broker.connect(settings), ObjectStore(), settings).prove()
+    return Membership(connect(settings), ObjectStore(), settings).prove()
 
 
 def adopt_store() -> str:
     """Make the store of these settings that of Redis's fleet; what became of it. Raises PipefleetError."""
     settings = load_settings()
-    return Membership(broker.connect(settings), ObjectStore(), settings).adopt()
+    return Membership(connect(settings), ObjectStore(), settings).adopt()
 
 
 def _store(settings: Settings) -> str:
@@ -262,8 +263,8 @@ def _producer(settings: Settings) -> str:
 
 
 def _workers(settings: Settings, *, needed: bool) -> str:
-    with broker.redis_errors(settings.redis_url):
-        workers = announced_workers(broker.connect(settings))
+    with redis_errors(settings.redis_url):
+        workers = announced_workers(connect(settings))
     if not workers and not needed:
         return "none is alive, and none is needed now"
     if not workers:

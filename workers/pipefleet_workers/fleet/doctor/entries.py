@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from pipefleet import foreign
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.errors import PipefleetError
-from pipefleet.fleet.announcements import POOLS_KEY, WORKERS_KEY, read_pool, read_worker
+from pipefleet.fleet.announcements import read_pool, read_worker
 from pipefleet.printable import printable
-from pipefleet.queues import broker
+from pipefleet.queues.keys import PARKED_KEY, POOLS_KEY, REVISIONS_KEY, WORKERS_KEY
 from pipefleet.settings import Settings
-from pipefleet_workers.fleet.local.parked import PARKED_KEY
 
 SHOWN = 5
 """Entries of a hash that are named."""
@@ -20,9 +21,9 @@ Readable = Callable[[bytes, bytes], bool]
 
 def check_entries(settings: Settings) -> str:
     """A sentence where every entry can be read. Raises PipefleetError that names the others and says how to remove them."""
-    redis: Any = broker.connect(settings)
+    redis: Any = connect(settings)
     found = []
-    with broker.redis_errors(settings.redis_url):
+    with redis_errors(settings.redis_url):
         for key, is_readable in _HASHES.items():
             names = [field for field, value in redis.hgetall(key).items() if not is_readable(field, value)]
             found += [_told(key, names)] if names else []
@@ -56,6 +57,6 @@ def _is_object(field: bytes, value: bytes) -> bool:
 _HASHES: dict[str, Readable] = {
     POOLS_KEY: lambda field, value: read_pool(field, value) is not None,
     WORKERS_KEY: lambda field, value: read_worker(field, value) is not None,
-    broker.REVISIONS_KEY: _is_revision,
+    REVISIONS_KEY: _is_revision,
     PARKED_KEY: _is_object,
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.errors import PipefleetError
-from pipefleet.queues import broker
 from pipefleet.settings import Settings
 from pipefleet_workers.delivery.redis_start import refuse_cluster
 
@@ -18,8 +19,8 @@ def check_memory(settings: Settings) -> str:
     """How much memory Redis uses, of how much. Raises PipefleetError with what to do where that will lose or refuse work."""
     from redis.exceptions import NoPermissionError
 
-    redis = broker.connect(settings)
-    with broker.redis_errors(settings.redis_url):
+    redis = connect(settings)
+    with redis_errors(settings.redis_url):
         try:
             refuse_cluster(redis, settings)
             found: Any = redis.info("memory")

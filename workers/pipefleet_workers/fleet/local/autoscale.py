@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet.announcements import announce_pool
 from pipefleet.fleet.pools import Fleet, Pool, WorkerRange
 from pipefleet.fleet.routing import announcement, queue_name
-from pipefleet.queues import broker
+from pipefleet.queues.keys import ledger_keys
 from pipefleet.settings import Settings
 from pipefleet_workers.fleet.scaling.service import PoolStatus, Scaler, ScalerService
 from pipefleet_workers.observe.logs import say
@@ -53,7 +55,7 @@ class Autoscaler:
         self._settings = settings
         self._pace = pace
         self._crew = crew
-        self._redis: Any = broker.connect(settings)
+        self._redis: Any = connect(settings)
         self._seen = 0.0
         scaler = Scaler(self._fleet, settings, cold_start=pace.cold_start, hold=pace.hold, from_zero=True)
         try:
@@ -118,8 +120,8 @@ class Autoscaler:
 
     def _held(self, name: str) -> Counter[int]:
         """How many messages each process of this machine holds."""
-        key = broker.unacked_keys(queue_name(self._fleet.pool(name), self._fleet))["owners_key"]
-        with broker.redis_errors(self._settings.redis_url):
+        key = ledger_keys(queue_name(self._fleet.pool(name), self._fleet))["owners_key"]
+        with redis_errors(self._settings.redis_url):
             owners = [value.decode(errors="replace").split(":") for value in self._redis.hvals(key)]
         here = socket.gethostname()
         return Counter(int(one[1]) for one in owners if one[0] == here and len(one) > 1 and one[1].isdecimal())
@@ -131,7 +133,7 @@ class Autoscaler:
 
     def _announce(self) -> None:
         """Tell producers without a fleet file what can be had here, also while no worker is there to tell it."""
-        with broker.redis_errors(self._settings.redis_url):
+        with redis_errors(self._settings.redis_url):
             for pool in self._fleet.revisions.values():
                 fields = announcement(pool, self._fleet)
                 announce_pool(self._redis, pool.name, fields, seconds=self.announced_seconds)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from pipefleet.connection.errors import redis_errors
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet.pools import Fleet, Pool, model_label
 from pipefleet.fleet.revisions import waiting
-from pipefleet.queues import broker
 from pipefleet_workers.observe.logs import say
 
 from .files import write_private
@@ -210,7 +210,7 @@ class Follower:
 
 def outstanding(redis: Any, url: str, queues: Iterable[str]) -> int:
     """How many messages of `queues` wait or are with workers. Raises ServiceUnavailableError."""
-    with broker.redis_errors(url):
+    with redis_errors(url):
         return sum(waiting(redis, queue) for queue in queues)
 
 

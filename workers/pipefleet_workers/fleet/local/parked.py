@@ -12,9 +12,8 @@ from typing import Any
 from pipefleet.contract.messages import encode_json
 from pipefleet.foreign import read_object, whole
 from pipefleet.printable import printable
-from pipefleet.queues.broker import KEY
+from pipefleet.queues.keys import PARKED_KEY
 
-PARKED_KEY = f"{KEY}parked"
 TOLD_SECONDS = 30.0
 """How long what was told holds: three times as long as the pause between two tellings."""
 

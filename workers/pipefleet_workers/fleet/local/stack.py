@@ -262,7 +262,7 @@ class Stack:
 
     def _forget_store(self) -> None:
         """Let the first worker note the store anew: this Redis has no other, also where its folder was emptied."""
-        from pipefleet.fleet.identity import FLEET_KEY
+        from pipefleet.queues.keys import FLEET_KEY
 
         try:
             self._connection().delete(FLEET_KEY)
@@ -340,10 +340,10 @@ class Stack:
 
     def _connection(self) -> Any:
         """A connection to the stack's Redis that does not wait long."""
-        from pipefleet.queues import broker
+        from pipefleet.connection.connect import connect
         from pipefleet.settings import Settings
 
-        return broker.connect(Settings(redis_url=self.redis.url, redis_timeout=1.0))
+        return connect(Settings(redis_url=self.redis.url, redis_timeout=1.0))
 
 
 def _wait_for_one(workers: Sequence[WorkerProcess], timeout: float) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from pipefleet.connection.rights import may
 from pipefleet.foreign import mapping, number, read_json
-from pipefleet.queues import broker
+from pipefleet.queues.celery import COST_HEADER, TIME_HEADER
+from pipefleet.queues.keys import ledger_keys, waiting_lists
 from pipefleet_workers.observe.totals import MOST_COST
 
 SAMPLE = 64
@@ -60,8 +61,8 @@ class Content:
 
 def places(*queues: str) -> list[Place]:
     """Every place where the messages of queues of one pool can be. The one function that knows the transport's keys."""
-    keys = broker.unacked_keys(queues[0])
-    waiting = [Place(name, "queued") for queue in queues for name in broker.waiting_lists(queue)]
+    keys = ledger_keys(queues[0])
+    waiting = [Place(name, "queued") for queue in queues for name in waiting_lists(queue)]
     return [*waiting, Place(keys["unacked_key"], "leased", "hash"), Place(keys["delayed_key"], "delayed", "tags")]
 
 
@@ -166,7 +167,7 @@ def _cost_and_time(raw: bytes) -> tuple[float, float | None]:
         headers = mapping(message["headers"])
     except (ValueError, LookupError):
         return 1.0, None
-    return _cost(message, headers.get(broker.COST_HEADER)), _time(headers.get(broker.TIME_HEADER))
+    return _cost(message, headers.get(COST_HEADER)), _time(headers.get(TIME_HEADER))
 
 
 def _cost(message: Mapping[str, Any], told: Any) -> float:

@@ -26,6 +26,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.reading import server_time
 from pipefleet.connection.wrong_type import passed_over
 from pipefleet.contract.messages import encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
@@ -33,12 +36,11 @@ from pipefleet.fleet.announcements import announced_workers, workers_of
 from pipefleet.fleet.pools import Fleet, Pool, model_label
 from pipefleet.fleet.revisions import Part, parts_of
 from pipefleet.foreign import read_object
-from pipefleet.queues import broker
 from pipefleet.queues import dead_letters as deadletters
+from pipefleet.queues.keys import scaler_key
 from pipefleet.settings import Settings
 from pipefleet_workers.fleet.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide, replacing
 from pipefleet_workers.fleet.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
-from pipefleet_workers.observe.totals import state_key
 
 log = logging.getLogger(__name__)
 KEEP = "redis.call('EXPIRE', KEYS[1], ARGV[2]) redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
@@ -107,11 +109,11 @@ class Scaler:
     ) -> None:
         self._fleet = fleet
         self._url = settings.redis_url
-        self._redis: Any = broker.connect(settings)
+        self._redis: Any = connect(settings)
         self._cold_start = cold_start
         self._hold = hold
         self._from_zero = from_zero
-        self._clock = clock or functools.partial(broker.server_time, self._redis)
+        self._clock = clock or functools.partial(server_time, self._redis)
         self._minds: dict[str, tuple[Memory, State]] = {}
         self._statuses: Mapping[str, PoolStatus] = {}
         self._read_at: float | None = None
@@ -127,7 +129,7 @@ class Scaler:
 
         A pool whose keys hold something else is left out, see `troubles`; the others are read all the same.
         """
-        with broker.redis_errors(self._url):
+        with redis_errors(self._url):
             workers = announced_workers(self._redis)
             statuses, troubles = {}, dict[str, str]()
             for one in parts_of(self._redis, self._fleet, troubles=troubles):
@@ -158,14 +160,14 @@ class Scaler:
         self._minds[part.key] = memory, state
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
-            self._redis.eval(KEEP, 1, state_key(part.key), content, int(60 * GAP_SECONDS))
+            self._redis.eval(KEEP, 1, scaler_key(part.key), content, int(60 * GAP_SECONDS))
         dead = 0 if pool.generation else deadletters.count_dead_letters(self._redis, part.queue)
         return PoolStatus(pool, reading, measured, decision, dead, barred)
 
     def _recall(self, pool: str) -> tuple[Memory, State]:
         """What an earlier scaler left in Redis; a fresh start where there is nothing that can be read."""
         try:
-            content = read_object(self._redis.get(state_key(pool)))
+            content = read_object(self._redis.get(scaler_key(pool)))
             state = State() if self._from_zero else State.from_json(content["state"])
             return Memory.from_json(content["memory"]), state
         except (ValueError, LookupError, TypeError):

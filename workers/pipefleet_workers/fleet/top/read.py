@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipefleet.client import Client
+from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.reading import server_time
 from pipefleet.connection.wrong_type import passed_over
 from pipefleet.fleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.fleet.pools import Fleet, model_label
 from pipefleet.fleet.revisions import Backlog, Held, Part, every_part, parts_of
 from pipefleet.foreign import read_object
-from pipefleet.queues import broker
 from pipefleet.queues import dead_letters as deadletters
+from pipefleet.queues.keys import scaler_key
 from pipefleet_workers.fleet.local.parked import parked_pools
 from pipefleet_workers.fleet.scaling.decide import State
 from pipefleet_workers.fleet.scaling.signal import STATES, Memory, Reading, read_pool
-from pipefleet_workers.observe.totals import Done, Items, read_items, state_key
+from pipefleet_workers.observe.totals import Done, Items, read_items
 
 SCALER_SECONDS = 90.0
 """What a scaler wanted longer ago than this is not shown: it looks at least once a minute."""
@@ -102,8 +104,8 @@ def read_fleet(client: Client, fleet: Fleet | None = None, *, unnamed: bool = Tr
     Raises ServiceUnavailableError when Redis is away, UsageError for a wrong fleet file.
     """
     fleet = client.fleet if fleet is None else fleet
-    with broker.redis_errors(client.settings.redis_url):
-        now = broker.server_time(client.redis)
+    with redis_errors(client.settings.redis_url):
+        now = server_time(client.redis)
         announced = announced_workers(client.redis)
         workers = {one.worker: one for one in _workers(announced)}
         pools, troubles = [], dict[str, str]()
@@ -181,7 +183,7 @@ def _pool(redis: Any, part: Part, workers: list[WorkerRow], now: float) -> PoolR
 def _scaler(redis: Any, pool: str, now: float) -> tuple[Memory, int | None]:
     """What a scaler measured of a pool, and how many workers it wants if it still looks."""
     try:
-        content = read_object(redis.get(state_key(pool)))
+        content = read_object(redis.get(scaler_key(pool)))
         memory, state = Memory.from_json(content["memory"]), State.from_json(content["state"])
     except (ValueError, LookupError, TypeError):
         return Memory(), None

@@ -1,0 +1,49 @@
+"""Which model and revision each queue `<queue>@…` is for: noted by who sends and who consumes, read by who counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipefleet import foreign
+from pipefleet.connection.reading import server_time
+from pipefleet.contract.messages import encode_json
+from pipefleet.queues.keys import REVISION_MARK, REVISIONS_KEY, base_queue
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+
+_NOTE = "redis.call('PERSIST', KEYS[1]) return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
+"""The first write takes no memory: see `records.NEEDS_NO_MEMORY`."""
+
+
+def note_revision(redis: Any, queue: str, model: str | None, revision: str | None, *, now: float | None = None) -> None:
+    """Note which revision `queue` is for, so that `queues_of` finds it; a pool's own needs none.
+
+    `now` is in seconds since 1970 by the server's clock, which is asked where it is not given; with it `redis` may be a pipeline.
+    """
+    if REVISION_MARK in queue:
+        at = server_time(redis) if now is None else now
+        note = encode_json({"model": model, "revision": revision, "at": at})
+        redis.eval(_NOTE, 1, REVISIONS_KEY, queue, note)
+
+
+def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
+    """Model and revision of every queue that is for one. Entries that cannot be read are passed over, which is said once."""
+    entries: Any = redis.hgetall(REVISIONS_KEY)
+    found = {}
+    for name, value in entries.items():
+        try:
+            note = foreign.read_object(value)
+            known = foreign.names(note, "model", "revision")
+            found[foreign.own_queue(name.decode())] = (known["model"] or "", known["revision"])
+        except (ValueError, LookupError):
+            foreign.passed.say(REVISIONS_KEY, name)
+    return found
+
+
+def queues_of(redis: Redis, queue: str) -> list[str]:
+    """Every queue of a pool: its own, which any Celery client may use, and those of the revisions that are known of."""
+    base = base_queue(queue)
+    known = (name for name in known_revisions(redis) if base_queue(name) == base)
+    return list(dict.fromkeys([base, queue, *known]))
