@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
-from pipefleet.connection.clock import ServerClock
-from pipefleet.connection.connect import connect, renew_connections
 from pipefleet.connection.errors import redis_errors
-from pipefleet.contract.artifacts import resolve
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import (
     CONTRACT_VERSION,
@@ -31,67 +27,39 @@ from pipefleet.contract.messages import (
     Priority,
 )
 from pipefleet.contract.parts import FORMATS, JsonLines
-from pipefleet.contract.records import CANCEL, SUBMIT, JobRecord, finish_arguments, read_record, request_digest
+from pipefleet.contract.records import SUBMIT, request_digest
 from pipefleet.contract.references import REF_KEY
 from pipefleet.contract.uris import output_fault, run_fault
-from pipefleet.errors import ConflictError, InputError, JobError, RunError, UnknownModelError
-from pipefleet.fleet.announcements import announced_fleet
-from pipefleet.fleet.followed_file import FleetFile
-from pipefleet.fleet.identity import Membership
+from pipefleet.errors import ConflictError, InputError, RunError
 from pipefleet.fleet.model_names import model_name
-from pipefleet.fleet.pools import Fleet, Pool
-from pipefleet.fleet.routing import route, work_queue
-from pipefleet.fleet.waiting import Lookout
+from pipefleet.fleet.routing import work_queue
 from pipefleet.fleet.writers import require_writer
-from pipefleet.forking import renew_after_fork
-from pipefleet.inputs.prepare import InputPreparer
-from pipefleet.jobs import job as jobs
 from pipefleet.jobs.job import Job
-from pipefleet.jobs.watcher import Watcher
 from pipefleet.patience import Patience
 from pipefleet.queues import trace_context
-from pipefleet.queues.celery import celery_message, push_job
-from pipefleet.queues.keys import CANCELLED_CHANNEL, idempotency_key, job_key, queue_list
+from pipefleet.queues.celery import celery_message
+from pipefleet.queues.keys import idempotency_key, job_key, queue_list
 from pipefleet.queues.revision_notes import note_revision
-from pipefleet.runs.losses import Losses
 from pipefleet.runs.run import Run
 from pipefleet.runs.start import plan_run
+from pipefleet.session import Session
 from pipefleet.settings import Settings, load_settings
-from pipefleet.storage.store import ObjectStore
-from pipefleet.tasks import TaskSpec, implied_parameters, task_spec
+from pipefleet.tasks import TaskSpec, implied_parameters
 from pipefleet.tasks.parameters import called_parameters, layered
-from pipefleet.tasks.requirements import Known
 
-ANNOUNCED_SECONDS = 5.0
-"""How long what the workers announce is taken as it was read."""
 NOTED_SECONDS = 10.0
 """How often a client that submits single jobs notes which revision their queue is for."""
 
 
-class Client:
+class Client(Session):
     """A producer. Thread-safe; opens its connections when they are first needed; a context manager.
 
     Settings come from the environment (see `pipefleet.settings`) unless they are passed.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or load_settings()
-        self.store = ObjectStore()
-        self.redis = connect(self.settings)
-        self.clock = ServerClock(self.redis)
-        """The clock that deadlines and records are told in."""
-        self._membership = Membership(self.redis, self.store, self.settings)
-        self._lookout = Lookout(self.redis)
-        self.losses = Losses(self.redis, self.settings.redis_url)
-        """Shards of runs that Redis has lost."""
-        self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
-        self._planning: list[Run] = []
-        self._fleet_file: FleetFile | None = None
+        super().__init__(settings or load_settings())
         self._note_at: dict[str, float] = {}
-        self._announced: Fleet | None = None
-        self._announced_until = 0.0
-        self._lock = threading.Lock()
-        renew_after_fork(self)
 
     def __enter__(self) -> Self:
         return self
@@ -264,89 +232,6 @@ class Client:
         """The handle of a job that was submitted elsewhere or earlier."""
         return Job(self, job_id)
 
-    def route(self, task: str, model: str | None, revision: str | None) -> tuple[TaskSpec, Pool]:
-        """The row of `task` and the pool that serves it. Raises UnknownTaskError or UnknownModelError."""
-        spec = task_spec(task)
-        try:
-            return spec, route(spec.name, model, revision, self.fleet)
-        except UnknownModelError:
-            return spec, route(spec.name, model, revision, self._read_fleet(at_once=True))  # or it came a moment ago
-
-    @property
-    def fleet(self) -> Fleet:
-        """The fleet: from the fleet file where there is one, else what the workers announce; both as of a moment ago."""
-        return self._read_fleet()
-
-    def _read_fleet(self, *, at_once: bool = False) -> Fleet:
-        path = self.settings.fleet_path
-        if path is not None:
-            if self._fleet_file is None or self._fleet_file.path != path:
-                self._fleet_file = FleetFile(path)
-            return self._fleet_file.fleet(at_once=at_once)
-        known = self._announced
-        if known is None or at_once or time.monotonic() >= self._announced_until:
-            self._announced_until = time.monotonic() + ANNOUNCED_SECONDS
-            with redis_errors(self.settings.redis_url):
-                known = self._announced = announced_fleet(self.redis)
-        return known
-
-    def ping(self) -> None:
-        """Raise ServiceUnavailableError unless Redis answers."""
-        with redis_errors(self.settings.redis_url):
-            self.redis.ping()
-
-    def preparer(
-        self, spec: TaskSpec, pool: Pool | None = None, parameters: Mapping[str, Any] | None = None
-    ) -> InputPreparer:
-        """What turns a user's inputs for this task into JSON with references.
-
-        With the pool and the parameters of a call, it refuses what cannot go with them. Workers that announce a pool do not tell
-        its parameters, so only with a fleet file is it known that one is missing.
-        """
-        complete = pool is not None and self.settings.fleet_path is not None
-        known = Known(layered(spec, pool.parameters if pool else {}, parameters or {}), complete)
-        return InputPreparer(
-            spec, self.store, self.settings.store, inline_bytes=self.settings.inline_bytes, known=known
-        )
-
-    def read_records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
-        """The records of jobs, in one round trip; None for those nothing is known of."""
-        pipe = self.redis.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipe.hgetall(job_key(job_id))
-        with redis_errors(self.settings.redis_url):
-            return [read_record(raw) for raw in pipe.execute()]
-
-    def output_of(self, job_id: str, record: JobRecord, *, resolved: bool = True) -> Any:
-        """The output of a record in a final state, its artifacts read if `resolved`. Raises the error of a job that has none."""
-        self.watcher.forget(job_id)
-        jobs.raise_for(job_id, record)
-        text = record.output if record.output_ref is None else self.store.get(record.output_ref.uri)
-        if text is None:
-            raise JobError(f"the record of job {job_id} holds no output")
-        output = jobs.decode_output(text)
-        return resolve(output, self.store.get) if resolved else output
-
-    def cancel_job(self, job_id: str) -> bool:
-        """See `Job.cancel`."""
-        ttl, key = self.settings.result_ttl, job_key(job_id)
-        reply = self.watcher.channel
-        arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=reply, fields={})
-        with redis_errors(self.settings.redis_url):
-            ended = bool(self.redis.eval(CANCEL, 1, key, *arguments))
-            if ended:
-                self.redis.publish(CANCELLED_CHANNEL, job_id)
-        return ended
-
-    def publish(self, messages: Iterable[JobMessage], queue: str, priority: Priority) -> None:
-        """Queue messages in one round trip. Raises ServiceUnavailableError; then none or all of them are queued."""
-        self.check_fleet()
-        pipe, now = self.redis.pipeline(transaction=True), self.now()
-        for message in messages:
-            push_job(pipe, message, queue, priority, now=now)
-        with redis_errors(self.settings.redis_url):
-            pipe.execute()
-
     def _enqueue(self, message: JobMessage, queue: str, priority: Priority, once: Once | None) -> Job:
         job = Job(self, message.id)
         keys = [job_key(job.id), queue_list(queue, priority)]
@@ -365,36 +250,12 @@ class Client:
             raise _conflict(once.key, queued.decode())
         return job if queued == job.id.encode() else Job(self, queued.decode())
 
-    def check_fleet(self, *, uses_store: bool = True) -> None:
-        """Raise FleetMismatchError where Redis belongs to another fleet; asked once. Without `uses_store`, only Redis is asked."""
-        self._membership.check(uses_store=uses_store)
-
-    def hold(self, run: Run) -> None:
-        """Let `close` wait for the planning of a run."""
-        with self._lock:
-            self._planning = [*(one for one in self._planning if one.planning and one is not run), run]
-
-    def now(self) -> float:
-        """Seconds since 1970 by the Redis server's clock. Raises ServiceUnavailableError where it could never be asked."""
-        with redis_errors(self.settings.redis_url):
-            return self.clock.now()
-
-    def after_fork(self) -> None:
-        """In a forked process: the connections and the planning of runs stay the parent's. See `pipefleet.forking`."""
-        self._lock = threading.Lock()
-        renew_connections(self.redis, self.settings)
-        self._planning = []
-
     def _note_revision(self, message: JobMessage, queue: str) -> None:
         """Note what a queue is for, now and then: Redis may have been emptied since."""
         now = time.monotonic()
         if now >= self._note_at.get(queue, 0.0):
             note_revision(self.redis, queue, message.model, message.revision, now=self.clock.peek())
             self._note_at[queue] = now + NOTED_SECONDS
-
-    def _runs_in_planning(self) -> list[Run]:
-        with self._lock:
-            return list(self._planning)
 
 
 @dataclass(frozen=True, slots=True)

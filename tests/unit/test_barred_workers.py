@@ -12,7 +12,7 @@ from pipefleet.client import Client
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet.announcements import announce_worker
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.fleet.waiting import why_waiting
+from pipefleet.waiting.lookout import why_waiting
 from pipefleet_workers.fleet.doctor.checks import access_of_workers
 from pipefleet_workers.fleet.top.read import read_fleet
 from pipefleet_workers.fleet.top.view import plain

@@ -13,9 +13,9 @@ import pytest
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import JobRecord
-from pipefleet.jobs.callbacks import Callbacks
 from pipefleet.jobs.job import Job
-from pipefleet.jobs.watcher import JobFuture, _resolve
+from pipefleet.waiting.callbacks import Callbacks
+from pipefleet.waiting.watcher import JobFuture, _resolve
 from tests.unit.test_producer_jobs import TEXTS, Worker
 
 

@@ -333,8 +333,8 @@ class TestOutput:
     def test_what_is_waited_for_is_told_on_stderr(
         self, capsys: pytest.CaptureFixture[str], client: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
-        monkeypatch.setattr("pipefleet.jobs.watcher.LOOK_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.waiting.watcher.LOOK_AFTER_SECONDS", 0.0)
         code, _, told = run(capsys, "submit", "text-classification", "a", "--timeout", "1.5")
         assert code == 4
         served, start = f"{OWN} (model /models/texts)", "`pipefleet worker --pool texts`"

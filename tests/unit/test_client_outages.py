@@ -183,7 +183,7 @@ def test_a_wait_gives_up_after_its_patience(
     client: Client, server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiter, "PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr("pipefleet.jobs.watcher.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("pipefleet.waiting.watcher.PATIENCE_SECONDS", 0.2)
     run = client.map(TASK, ["a"], output=f"{prefix}run/")
     run.join_planner()
     job = client.submit(TASK, "x")

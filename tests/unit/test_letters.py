@@ -15,13 +15,13 @@ from pipefleet.connection.connect import subscribed
 from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority, Shard
 from pipefleet.errors import JobFailedError
 from pipefleet.jobs.job import Job
-from pipefleet.jobs.letters import MOST_INPUT, read_content
 from pipefleet.printable import printable
 from pipefleet.queues import dead_letters
 from pipefleet.queues.celery import celery_message
 from pipefleet.queues.keys import job_key, ledger_keys, queue_lists
 from pipefleet.queues.looking import queue_depth
 from pipefleet.queues.revision_notes import queues_of
+from pipefleet.runs.letters import MOST_INPUT, read_content
 from pipefleet_workers.build import Undertaker
 from pipefleet_workers.consume.jobs import work_of
 from pipefleet_workers.consume.outcomes import Outcomes

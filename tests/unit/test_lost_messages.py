@@ -11,10 +11,10 @@ from redis import Redis
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import RunError
+from pipefleet.queues import losses
 from pipefleet.queues.celery import celery_app
 from pipefleet.queues.keys import ARRIVING, base_queue, ledger_keys, queue_lists, run_key
-from pipefleet.runs import losses
-from pipefleet.runs.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
+from pipefleet.queues.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
 from pipefleet.runs.run import Run
 from tests.unit.shard_worker import ShardWorker
 

@@ -179,7 +179,7 @@ class TestResult:
     def test_the_channel_alone_delivers_it(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 3600.0)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 3600.0)
         job = client.submit(TEXTS, "good")
         future = client.watcher.watch(job.id)
         worker.answer("heard")
@@ -188,7 +188,7 @@ class TestResult:
     def test_a_missed_message_is_found_by_the_sweep(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.1)
         job = client.submit(TEXTS, "good")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result, 30)
@@ -198,7 +198,7 @@ class TestResult:
     def test_a_lost_connection_of_the_watcher_loses_no_result(
         self, client: Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.1)
         job = client.submit(TEXTS, "good")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result, 30)

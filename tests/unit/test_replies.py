@@ -12,9 +12,9 @@ from redis import Redis
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, JobState, Priority
 from pipefleet.contract.records import JobFailure
-from pipefleet.jobs.letters import read_content
 from pipefleet.queues.celery import celery_message
 from pipefleet.queues.keys import CANCELLED_CHANNEL, job_key, reply_channel
+from pipefleet.runs.letters import read_content
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome, Work
 from tests.unit.shard_worker import ShardWorker

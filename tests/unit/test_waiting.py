@@ -17,13 +17,13 @@ from pipefleet.contract.messages import JobMessage, Priority
 from pipefleet.errors import JobCancelledError, ResultTimeoutError
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import revision_queue
-from pipefleet.fleet.waiting import LOOK_SECONDS, SAY_SECONDS, Lookout, why_waiting
 from pipefleet.jobs.job import Job
 from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.queues.celery import push_job
 from pipefleet.queues.keys import POOLS_KEY, WORKERS_KEY, ledger_keys, scaler_key
 from pipefleet.queues.looking import queued_ids
 from pipefleet.queues.revision_notes import note_revision
+from pipefleet.waiting.lookout import LOOK_SECONDS, SAY_SECONDS, Lookout, why_waiting
 from tests.unit.conftest import eventually
 
 TASK = "text-classification"
@@ -188,8 +188,8 @@ class TestWaiting:
 
     @pytest.fixture
     def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
-        monkeypatch.setattr("pipefleet.jobs.watcher.LOOK_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.waiting.watcher.LOOK_AFTER_SECONDS", 0.0)
 
     def told(self, client: Client, caplog: pytest.LogCaptureFixture, wait: Callable[[], object]) -> float:
         """Seconds until a waiting was told of; then it ends."""

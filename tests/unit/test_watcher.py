@@ -47,14 +47,14 @@ class TestUnknown:
     def test_without_a_timeout_it_is_given_up_after_a_while(
         self, client: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
-        monkeypatch.setattr("pipefleet.jobs.watcher.UNKNOWN_SECONDS", 0.2)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.waiting.watcher.UNKNOWN_SECONDS", 0.2)
         with ThreadPoolExecutor(1) as threads, pytest.raises(JobError, match="nothing is known of job none"):
             threads.submit(client.job("none").result).result(20)
 
     def test_so_is_one_whose_record_was_lost(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
-        monkeypatch.setattr("pipefleet.jobs.watcher.UNKNOWN_SECONDS", 0.2)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.waiting.watcher.UNKNOWN_SECONDS", 0.2)
         job = client.submit(TEXTS, "x")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result)
@@ -65,7 +65,7 @@ class TestUnknown:
     def test_a_job_that_another_celery_client_queued_may_get_its_record_later(
         self, client: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.05)
         job = client.job("from-celery")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(job.result, 20)
@@ -88,7 +88,7 @@ class TestMemory:
         assert job._future is None
 
     def test_results_that_nobody_reads_are_not_kept(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.1)
+        monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.1)
         jobs = [client.submit(TEXTS, "x") for _ in range(50)]
         assert len(client.watcher._futures) == 50
         for job in jobs:
@@ -152,7 +152,7 @@ def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) ->
 def test_what_is_no_text_on_the_clients_channel_and_errors_end_no_waiting(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipefleet.jobs.watcher.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("pipefleet.waiting.watcher.SWEEP_SECONDS", 0.05)
     whole, failed = client.watcher._sweep, threading.Event()
 
     def sweep() -> None:

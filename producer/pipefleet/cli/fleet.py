@@ -172,8 +172,8 @@ def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, st
 
 def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argparse.Namespace) -> str:
     from pipefleet.connection.errors import redis_errors
-    from pipefleet.jobs.letters import requeue
     from pipefleet.queues import dead_letters as deadletters
+    from pipefleet.runs.letters import requeue
 
     if arguments.requeue:
         return requeue(client, letter, queue)
@@ -185,7 +185,7 @@ def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argpar
 
 def _letter_row(pool: str, letter: DeadLetter, became: str) -> dict[str, Any]:
     """A letter as `--json` prints it; `result` is where the result of a job that is queued again goes besides its record."""
-    from pipefleet.jobs.letters import read_content
+    from pipefleet.runs.letters import read_content
 
     content = read_content(letter)
     shard = content.shard

@@ -110,7 +110,7 @@ def map_(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     """Print the progress of a run, a few seconds later where shards seem to be lost. 1 when it has ended with failed items."""
     from pipefleet.client import Client
-    from pipefleet.runs.losses import LOOK_SECONDS
+    from pipefleet.queues.losses import LOOK_SECONDS
 
     with Client() as client:
         run = client.run(arguments.uri)

@@ -9,16 +9,16 @@ from pipefleet.connection import answers
 from pipefleet.settings import without_credentials
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
+    from redis import Redis
 
 
-def old_figures(client: Client) -> str | None:
+def old_figures(redis: Redis, url: str) -> str | None:
     """One sentence where the server is a replica; None where it is none, or may not be asked. Raises redis-py's other errors."""
     from redis.exceptions import ResponseError
 
     with suppress(ResponseError):
-        found: Any = client.redis.info("replication")
+        found: Any = redis.info("replication")
         if found.get("role") == "slave":
-            place = without_credentials(client.settings.redis_url)
+            place = without_credentials(url)
             return f"what is told may be old: Redis at {place} {answers.sentence_of(answers.READ_ONLY)}"
     return None

@@ -12,20 +12,22 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.contract.artifacts import resolve
 from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import JobRecord
 from pipefleet.errors import (
     JobCancelledError,
+    JobError,
     JobExpiredError,
     JobFailedError,
     PipefleetError,
     ResultTimeoutError,
 )
-from pipefleet.jobs.watcher import JobFuture, nothing_known
 from pipefleet.patience import PATIENCE_SECONDS, Patience, within
+from pipefleet.waiting.watcher import JobFuture, nothing_known
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
+    from pipefleet.session import Session
 
 
 SHORTEST_LOOK = 1.0
@@ -35,8 +37,8 @@ SHORTEST_LOOK = 1.0
 class Job:
     """One submitted job. Thread-safe; awaitable (`await job` is `job.result()` without blocking the event loop)."""
 
-    def __init__(self, client: Client, job_id: str) -> None:
-        self._client = client
+    def __init__(self, session: Session, job_id: str) -> None:
+        self._session = session
         self._future: JobFuture | None = None
         """Held here alone: of a job whose handle is gone, the client keeps nothing."""
         self._warnings: list[str] | None = None
@@ -51,7 +53,7 @@ class Job:
 
     def record(self) -> JobRecord:
         """State, times, worker, stage timings and what the model ran with. Raises JobError when nothing is known of the job."""
-        found = self._client.read_records([self.id])[0]
+        found = self._session.read_records([self.id])[0]
         if found is None:
             raise nothing_known(self.id)
         return found
@@ -93,7 +95,7 @@ class Job:
 
         A look takes about `redis_timeout` then; only a caller who has less time needs a thread for it.
         """
-        if timeout is None or timeout > 2 * self._client.settings.redis_timeout:
+        if timeout is None or timeout > 2 * self._session.settings.redis_timeout:
             return self.watch()
         try:
             return within(max(SHORTEST_LOOK, timeout), self.watch)
@@ -104,16 +106,16 @@ class Job:
 
     def cancel(self) -> bool:
         """Cancel the job wherever it is. True if that ended it; False if it had ended before or nothing is known of it."""
-        return self._client.cancel_job(self.id)
+        return self._session.cancel_job(self.id)
 
     def why_waiting(self) -> str | None:
         """One sentence when nobody served the job's queue a moment ago; None also in its first few seconds. No I/O."""
         future = self._future
-        return None if future is None else self._client.watcher.why_waiting(future)
+        return None if future is None else self._session.watcher.why_waiting(future)
 
     def watch(self, *, submitting: bool = False) -> JobFuture:
         """The future of the job's final record; see `Watcher.watch`, and `JobFuture` for its callbacks."""
-        future = self._client.watcher.watch(self.id, submitting=submitting)
+        future = self._session.watcher.watch(self.id, submitting=submitting)
         self._future = future
         return future  # another thread that took the result may have let go of it by now
 
@@ -133,8 +135,15 @@ class Job:
         return await asyncio.to_thread(self._output, future.result())
 
     def _output(self, record: JobRecord, *, resolved: bool = True) -> Any:
+        """The output of a record in a final state, its artifacts read if `resolved`. Raises the error of a job that has none."""
         self._future, self._warnings = None, list(record.warnings)
-        return self._client.output_of(self.id, record, resolved=resolved)
+        self._session.watcher.forget(self.id)
+        raise_for(self.id, record)
+        text = record.output if record.output_ref is None else self._session.store.get(record.output_ref.uri)
+        if text is None:
+            raise JobError(f"the record of job {self.id} holds no output")
+        output = decode_output(text)
+        return resolve(output, self._session.store.get) if resolved else output
 
 
 def raise_for(job_id: str, record: JobRecord) -> None:

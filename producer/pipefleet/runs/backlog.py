@@ -37,7 +37,7 @@ from pipefleet.runs.moving import MOVED, moved_by, read_moved
 from pipefleet.runs.refusals import Refusals
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
+    from pipefleet.session import Session
 
 LOOK_SECONDS = 1.0
 """How long what Redis said of the run is taken as it was read, while there is room."""
@@ -59,19 +59,19 @@ class Backlog:
 
     def __init__(
         self,
-        client: Client,
+        session: Session,
         layout: RunLayout,
         plan: RunPlan,
         patience: Patience,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client = client
+        self._session = session
         self._layout = layout
         self._plan = plan
         self._patience = patience
         self._clock = clock
-        self._refusals = Refusals(client.redis, client.settings, client.store, layout, plan.id)
+        self._refusals = Refusals(session.redis, session.settings, session.store, layout, plan.id)
         self._lock = threading.RLock()
         self._sure = False
         """Whether object storage and Redis were compared since this object was made or Redis was emptied."""
@@ -103,8 +103,8 @@ class Backlog:
 
     def forget(self) -> None:
         """Remove what `begin` has written."""
-        with redis_errors(self._client.settings.redis_url):
-            self._client.redis.delete(run_key(self._plan.id))
+        with redis_errors(self._session.settings.redis_url):
+            self._session.redis.delete(run_key(self._plan.id))
 
     def doubt(self) -> None:
         """Compare object storage and Redis again before anything else is queued."""
@@ -130,11 +130,11 @@ class Backlog:
         """Compare object storage and Redis now; how many shards are missing. They are queued by `room`."""
         with self._lock:
             moved = read_moved(
-                self._client.store, self._layout
+                self._session.store, self._layout
             )  # Redis may have forgotten this, and that it was cancelled
             self._plan = self._plan if moved is None else moved.applied(self._plan)
             self._mark({} if moved is None else {MOVED: encode_json(moved.to_json())})
-            if self._client.store.head(self._layout.cancelled) is not None:
+            if self._session.store.head(self._layout.cancelled) is not None:
                 self._cancel()
             # The queue first: a shard that ends meanwhile is found by its part.
             accounted = self._queued(planned)
@@ -159,7 +159,7 @@ class Backlog:
         A failover loses the last writes of Redis: a part may be forgotten whose message was acknowledged by the new primary.
         """
         with self._lock:
-            if not may(self._client.redis, ("SETBIT", run_key(self._plan.id, "parts"), "0", "1")):
+            if not may(self._session.redis, ("SETBIT", run_key(self._plan.id, "parts"), "0", "1")):
                 return 0
             self._compare_parts(planned)
             found = self.unrestored
@@ -172,7 +172,7 @@ class Backlog:
         with self._lock:
             for index in indexes:
                 message = next(self._messages(array("Q", (index,)), index + 1))
-                self._client.publish([message], self._plan.queue, Priority.LOW)
+                self._session.publish([message], self._plan.queue, Priority.LOW)
             self._missing = array("Q", (index for index in self._missing if index not in indexes))
             self._note_missing()
 
@@ -184,10 +184,10 @@ class Backlog:
                 return
             with ThreadPoolExecutor(READERS, thread_name_prefix="pipefleet-restore") as pool:
                 list(pool.map(self._restore_part, some))
-            ttl = int(self._client.settings.run_ttl)
-            with redis_errors(self._client.settings.redis_url):
+            ttl = int(self._session.settings.run_ttl)
+            with redis_errors(self._session.settings.redis_url):
                 for bitmap in ("items", "failed", "parts"):
-                    self._client.redis.expire(run_key(self._plan.id, bitmap), ttl)
+                    self._session.redis.expire(run_key(self._plan.id, bitmap), ttl)
             del self._unrestored[: len(some)]
 
     def _catch_up(self, planned: int) -> None:
@@ -205,11 +205,11 @@ class Backlog:
 
         Whoever moved the run took its messages out of their queue, and whoever took up refused shards leaves them to be found.
         """
-        pipe = self._client.redis.pipeline(transaction=False)
+        pipe = self._session.redis.pipeline(transaction=False)
         pipe.hmget(run_key(self._plan.id), ["since", "cancelled", MOVED, "resumed"])
         pipe.bitcount(run_key(self._plan.id, "parts"))
         pipe.hlen(run_key(self._plan.id, "refused"))
-        with redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._session.settings.redis_url):
             (mark, cancelled, moved, word), written, refused = pipe.execute()
         before, self._plan = self._plan, moved_by(moved, self._plan)
         if before != self._plan or word != (word if self._word is False else self._word):
@@ -224,7 +224,7 @@ class Backlog:
 
     def _free(self, planned: int) -> int:
         outstanding = planned - len(self._missing) - len(self._unrestored) - self._ended
-        return self._client.settings.outstanding_shards - outstanding
+        return self._session.settings.outstanding_shards - outstanding
 
     def _stands_still(self, planned: int) -> bool:
         if self._missing or self._free(planned) > 0 or self._clock() < self._still_since + STALLED_SECONDS:
@@ -234,9 +234,9 @@ class Backlog:
 
     def _is_short(self, planned: int) -> bool:
         """Whether fewer shards are with the fleet than should be: a queue was purged, or Redis lost its last writes."""
-        with redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._session.settings.redis_url):
             if not self._reads_queue():
-                there = sum(queue_depth(self._client.redis, self._plan.queue).values())
+                there = sum(queue_depth(self._session.redis, self._plan.queue).values())
                 return there < planned - len(self._unrestored) - self._ended
         return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
 
@@ -244,29 +244,29 @@ class Backlog:
         """Whether this client has the right to see whose messages wait; a producer has not, see `pipefleet.connection.rights`."""
         queue = self._plan.queue
         ledger = ledger_keys(queue)["unacked_key"]
-        return may(self._client.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
+        return may(self._session.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
 
     def _require_place(self) -> None:
         """Raise RunError for a copy of a run that is still where Redis knows it: what is noted by its id is that one's."""
-        with redis_errors(self._client.settings.redis_url):
-            found: Any = self._client.redis.hget(run_key(self._plan.id), "uri")
+        with redis_errors(self._session.settings.redis_url):
+            found: Any = self._session.redis.hget(run_key(self._plan.id), "uri")
         known = (found or b"").decode(errors="replace")
         if known in ("", self._layout.uri) or uri_fault(known) is not None:
             return
-        if self._client.store.head(RunLayout(known).plan) is not None:
+        if self._session.store.head(RunLayout(known).plan) is not None:
             raise RunError(f"{shown(self._layout.uri)} is a copy of the run at {shown(known)}; go on with that one")
 
     def _mark(self, more: Mapping[Any, Any] | None = None) -> None:
         self._require_place()
         key = run_key(self._plan.id)
-        with redis_errors(self._client.settings.redis_url):
-            known: dict[Any, Any] = {"uri": self._layout.uri, "since": self._client.now()}
-            self._client.redis.hset(key, mapping={**(more or {}), **known})
-            self._client.redis.expire(key, int(self._client.settings.run_ttl))
+        with redis_errors(self._session.settings.redis_url):
+            known: dict[Any, Any] = {"uri": self._layout.uri, "since": self._session.now()}
+            self._session.redis.hset(key, mapping={**(more or {}), **known})
+            self._session.redis.expire(key, int(self._session.settings.run_ttl))
 
     def _cancel(self) -> None:
-        with redis_errors(self._client.settings.redis_url):
-            self._client.redis.hset(run_key(self._plan.id), "cancelled", 1)
+        with redis_errors(self._session.settings.redis_url):
+            self._session.redis.hset(run_key(self._plan.id), "cancelled", 1)
         self.cancelled = True
 
     def _queued(self, planned: int) -> bytearray:
@@ -275,10 +275,10 @@ class Backlog:
         Then what waits is queued once more, behind itself: a worker finds its part there and does nothing.
         """
         found = bytearray(planned)
-        with redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._session.settings.redis_url):
             if not self._reads_queue():
                 return found
-            for job_id in queued_ids(self._client.redis, self._plan.queue):
+            for job_id in queued_ids(self._session.redis, self._plan.queue):
                 index = shard_index(self._plan.id, job_id)
                 if index is not None and index < planned:
                     found[index] = 1
@@ -295,30 +295,30 @@ class Backlog:
 
     def _known_parts(self) -> bytes:
         """The bitmap of parts, the first one in the highest bit."""
-        with redis_errors(self._client.settings.redis_url):
-            found: Any = self._client.redis.get(run_key(self._plan.id, "parts"))
+        with redis_errors(self._session.settings.redis_url):
+            found: Any = self._session.redis.get(run_key(self._plan.id, "parts"))
         return found or b""
 
     def _parts(self) -> Iterator[int]:
-        indexes = (self._layout.part_of(entry.key) for entry in self._client.store.list(self._layout.parts))
+        indexes = (self._layout.part_of(entry.key) for entry in self._session.store.list(self._layout.parts))
         return (index for index in indexes if index is not None)
 
     def _queue(self, planned: int) -> None:
         """Queue as many of the missing shards as there is room for."""
         while self._missing and (room := self._free(planned)) > 0:
             some = self._missing[: min(room, MESSAGES)]
-            self._client.publish(list(self._messages(some, planned)), self._plan.queue, Priority.LOW)
+            self._session.publish(list(self._messages(some, planned)), self._plan.queue, Priority.LOW)
             del self._missing[: len(some)]
             self._note_missing()
 
     def _note_missing(self) -> None:
         """Tell other clients how many shards wait for this one, so that they see when it ends before it has queued them."""
         key = run_key(self._plan.id)
-        with redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._session.settings.redis_url):
             if self._missing:
-                self._client.redis.hset(key, "unqueued", self.missing)
+                self._session.redis.hset(key, "unqueued", self.missing)
             else:
-                self._client.redis.hdel(key, "unqueued")
+                self._session.redis.hdel(key, "unqueued")
 
     def _messages(self, indexes: array[int], planned: int) -> Iterator[JobMessage]:
         """Each shard begins where the next one's items do, so the beginnings of objects tell all sizes but the last."""
@@ -333,28 +333,28 @@ class Backlog:
     def _first(self, index: int) -> int:
         """The position of the first item of a shard."""
         uri = self._layout.shard(index)
-        found = _FIRST.match(self._client.store.start(uri, 64))
+        found = _FIRST.match(self._session.store.start(uri, 64))
         with readable(uri):
-            first = int(found[1]) if found else decode_shard_line(next(self._client.store.lines(uri)))[0]
+            first = int(found[1]) if found else decode_shard_line(next(self._session.store.lines(uri)))[0]
             return whole(first, most=MAX_RUN_ITEMS)
 
     def _end(self, index: int) -> int:
         """The position behind the last item of a shard."""
         uri = self._layout.shard(index)
         with readable(uri):
-            *_, last = self._client.store.lines(uri)
+            *_, last = self._session.store.lines(uri)
             return whole(decode_shard_line(last)[0], most=MAX_RUN_ITEMS) + 1
 
     def _restore_part(self, index: int) -> None:
-        layout, store = self._layout, self._client.store
+        layout, store = self._layout, self._session.store
         part = store.get(layout.part(index), max_bytes=MAX_PART_BYTES)
         with readable(layout.part(index)):
             rows = list(itertools.islice(part_format(layout.format).rows(part), MAX_SHARD_ITEMS))
             write_failed_rows(store, layout, index, rows)
-        pipe = self._client.redis.pipeline(transaction=False)
+        pipe = self._session.redis.pipeline(transaction=False)
         for position, row in enumerate(rows, start=self._first(index)):
             pipe.setbit(run_key(self._plan.id, "items"), position, 1)
             pipe.setbit(run_key(self._plan.id, "failed"), position, int("error" in row))
         pipe.setbit(run_key(self._plan.id, "parts"), index, 1)
-        with redis_errors(self._client.settings.redis_url):
+        with redis_errors(self._session.settings.redis_url):
             pipe.execute()

@@ -26,7 +26,7 @@ from pipefleet.runs.files import read_file
 from pipefleet.storage.store import ObjectStore
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
+    from pipefleet.session import Session
 
 MOVED = "moved"
 """Field of a run's hash in Redis: the content of moved.json."""
@@ -87,10 +87,10 @@ def read_moved(store: ObjectStore, layout: RunLayout) -> Moved | None:
         return None
 
 
-def moved_plan(client: Client, plan: RunPlan) -> RunPlan:
+def moved_plan(session: Session, plan: RunPlan) -> RunPlan:
     """The plan as another client may have moved it, from Redis: for a planner, which asks before every shard."""
-    with redis_errors(client.settings.redis_url):
-        found: Any = client.redis.hget(run_key(plan.id), MOVED)
+    with redis_errors(session.settings.redis_url):
+        found: Any = session.redis.hget(run_key(plan.id), MOVED)
     return moved_by(found, plan)
 
 
@@ -104,41 +104,41 @@ def moved_by(content: bytes | None, plan: RunPlan) -> RunPlan:
     return Moved.from_json(value, where).applied(plan)
 
 
-def move_run(client: Client, layout: RunLayout, plan: RunPlan, pool: Pool) -> RunPlan:
+def move_run(session: Session, layout: RunLayout, plan: RunPlan, pool: Pool) -> RunPlan:
     """Note that the rest of a run goes to `pool`, and take its messages out of every other queue. Returns the plan as moved.
 
     Raises AccessDeniedError, before anything is noted, where the Redis user may not take messages out.
     """
-    with redis_errors(client.settings.redis_url):
-        require(client.redis, "moving a run to another model", "operator", *_commands(plan.queue))
-    before = read_moved(client.store, layout)
-    queue = work_queue(pool, client.fleet)
+    with redis_errors(session.settings.redis_url):
+        require(session.redis, "moving a run to another model", "operator", *_commands(plan.queue))
+    before = read_moved(session.store, layout)
+    queue = work_queue(pool, session.fleet)
     bases = (base_queue(one) for one in (*(before.pools if before else ()), plan.queue, queue))
     moved = Moved(pool.model, pool.revision, queue, tuple(dict.fromkeys(bases)))
-    client.store.put(layout.moved, encode_json(moved.to_json()).encode())
-    with redis_errors(client.settings.redis_url):
-        client.redis.hset(run_key(plan.id), MOVED, encode_json(moved.to_json()))
-        client.redis.expire(run_key(plan.id), int(client.settings.run_ttl))
-    take_back(client, moved, plan.id)
+    session.store.put(layout.moved, encode_json(moved.to_json()).encode())
+    with redis_errors(session.settings.redis_url):
+        session.redis.hset(run_key(plan.id), MOVED, encode_json(moved.to_json()))
+        session.redis.expire(run_key(plan.id), int(session.settings.run_ttl))
+    take_back(session, moved, plan.id)
     return moved.applied(plan)
 
 
-def take_back(client: Client, moved: Moved, run_id: str) -> None:
+def take_back(session: Session, moved: Moved, run_id: str) -> None:
     """Take the messages of a run out of every queue but the one that it was moved to.
 
     What a live worker of another revision holds stays with it; it will be done there. A mere producer takes nothing out: who moved
     the run has.
     """
-    with redis_errors(client.settings.redis_url):
+    with redis_errors(session.settings.redis_url):
         for base in moved.pools:
-            if not may(client.redis, *_commands(base)):
+            if not may(session.redis, *_commands(base)):
                 continue
             keys = ledger_keys(base)
             ledger = [keys[f"{name}_key"] for name in ("unacked", "unacked_index", "deliveries", "retries", "owners")]
-            client.redis.eval(_TAKE, 5, *ledger, moved.queue, f"{run_id}-", STALE_SECONDS)
-            for queue in queues_of(client.redis, base):
+            session.redis.eval(_TAKE, 5, *ledger, moved.queue, f"{run_id}-", STALE_SECONDS)
+            for queue in queues_of(session.redis, base):
                 if queue != moved.queue:
-                    _remove(client.redis, queue, run_id)
+                    _remove(session.redis, queue, run_id)
 
 
 def _commands(queue: str) -> list[tuple[str, ...]]:
@@ -161,9 +161,9 @@ def _of_run(raw: bytes, run_id: str) -> bool:
     return (message_id(raw) or "").startswith(f"{run_id}-")
 
 
-def pool_of(client: Client, plan: RunPlan) -> Pool:
+def pool_of(session: Session, plan: RunPlan) -> Pool:
     """The pool that a run is for; where the fleet does not name its revision (any more), one that does not take new work."""
-    fleet, base = client.fleet, base_queue(plan.queue)
+    fleet, base = session.fleet, base_queue(plan.queue)
     try:
         return fleet.find(plan.task, plan.model, plan.revision)
     except UnknownModelError:
@@ -179,20 +179,20 @@ def pool_of(client: Client, plan: RunPlan) -> Pool:
         )
 
 
-def known_pool(client: Client, plan: RunPlan) -> Pool | None:
+def known_pool(session: Session, plan: RunPlan) -> Pool | None:
     """As `pool_of`; None where the fleet file cannot be read, which a run needs not."""
     try:
-        return pool_of(client, plan)
+        return pool_of(session, plan)
     except UsageError:
         return None
 
 
-def unserved(client: Client, plan: RunPlan, uri: str) -> str | None:
+def unserved(session: Session, plan: RunPlan, uri: str) -> str | None:
     """One sentence with what to do, where no worker serves the revision that a run is for; None where one does."""
-    pool = pool_of(client, plan)
-    queue = work_queue(pool, client.fleet)
-    with redis_errors(client.settings.redis_url):
-        workers = announced_workers(client.redis)
+    pool = pool_of(session, plan)
+    queue = work_queue(pool, session.fleet)
+    with redis_errors(session.settings.redis_url):
+        workers = announced_workers(session.redis)
     if any(facts.get("queue") in (queue, plan.queue) for facts in workers.values()):
         return None
     label = model_label(plan.model, plan.revision)

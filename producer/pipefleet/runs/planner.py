@@ -38,7 +38,7 @@ from pipefleet.runs.refusals import Refusals
 from pipefleet.storage.store import ObjectStore
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
+    from pipefleet.session import Session
 
 log = logging.getLogger(__name__)
 ALIVE_SECONDS = 10.0
@@ -56,8 +56,8 @@ class Planner:
     if its parts are all there.
     """
 
-    def __init__(self, client: Client, layout: RunLayout, plan: RunPlan, source: Source | None) -> None:
-        self._client = client
+    def __init__(self, session: Session, layout: RunLayout, plan: RunPlan, source: Source | None) -> None:
+        self._session = session
         self._layout = layout
         self._source = source
         self.plan = plan
@@ -75,7 +75,7 @@ class Planner:
         self._media = False
         self._stopped = threading.Event()
         self._patience = Patience(self._stopped)
-        self.backlog = Backlog(client, layout, plan, self._patience)
+        self.backlog = Backlog(session, layout, plan, self._patience)
 
     def prepare(self) -> None:
         """Find the place behind what an earlier planner wrote, and mark a new run. `step` and `run` do this themselves."""
@@ -148,8 +148,8 @@ class Planner:
         if self.alone and not self.items and not self.continued:
             # In this order: a plan without shards is harmless, a shard without a plan is not.
             with suppress(PipefleetError):
-                self._client.store.delete(self._layout.shard(0))
-                self._client.store.delete(self._layout.plan)
+                self._session.store.delete(self._layout.shard(0))
+                self._session.store.delete(self._layout.plan)
                 self.backlog.forget()
 
     @contextmanager
@@ -172,7 +172,7 @@ class Planner:
             signs.join()
             tending.join(ALIVE_SECONDS)  # it may be waiting for a service that is away
             if self.alone and (claimed or self._wrote):
-                release_planning(self._client, self.plan)
+                release_planning(self._session, self.plan)
 
     def _give_signs(self, ended: threading.Event) -> None:
         while not ended.wait(ALIVE_SECONDS / 3):
@@ -198,13 +198,13 @@ class Planner:
 
     def _give_sign(self) -> None:
         key = run_key(self.plan.id, "planner")
-        with redis_errors(self._client.settings.redis_url):
-            self._client.redis.set(key, f"{self.items} {self.shards}", ex=int(ALIVE_SECONDS))
+        with redis_errors(self._session.settings.redis_url):
+            self._session.redis.set(key, f"{self.items} {self.shards}", ex=int(ALIVE_SECONDS))
 
     def _resume_point(self) -> SourceItem | None:
         """Count what an earlier, interrupted planner wrote, and find its last item: one listing, and the last shard."""
         shards = 0
-        for entry in self._client.store.list(self._layout.shards):
+        for entry in self._session.store.list(self._layout.shards):
             if index_of(entry.key) != shards:
                 raise RunError(f"shards are missing before {entry.key}; start the run anew under another output")
             shards += 1
@@ -212,7 +212,7 @@ class Planner:
             return None
         where = self._layout.shard(shards - 1)
         with readable(where):
-            *_, line = self._client.store.lines(where)
+            *_, line = self._session.store.lines(where)
             position, item, _ = decode_shard_line(line)
         self.items, self.shards, self.continued = position + 1, shards, True
         return SourceItem(item.id, item.inputs, 0)
@@ -273,28 +273,28 @@ class Planner:
             self.alone = False
             raise RunError(f"another client plans the run at {self._layout.uri}; open it with `client.run(uri)`")
         self._wrote = True
-        self.plan = self._patience.call(lambda: moved_plan(self._client, self.plan))
+        self.plan = self._patience.call(lambda: moved_plan(self._session, self.plan))
         message = shard_message(self.plan, self._layout, self.shards, self.items, len(batch))
-        self._patience.call(lambda: self._client.publish([message], self.plan.queue, Priority.LOW))
+        self._patience.call(lambda: self._session.publish([message], self.plan.queue, Priority.LOW))
         self.items += len(batch)
         self.shards += 1
 
     def _put(self, body: bytes) -> bool:
         """Write the next shard; True when it is there and ours."""
         uri = self._layout.shard(self.shards)
-        return self._client.store.put_new(uri, body, content_type="application/x-ndjson", writer=self._writer)
+        return self._session.store.put_new(uri, body, content_type="application/x-ndjson", writer=self._writer)
 
     def _finish(self) -> None:
         """Write the totals where both sides look for them. Workers may have written every part before this."""
-        redis, store = self._client.redis, self._client.store
+        redis, store = self._session.redis, self._session.store
         total = replace(self.plan, shards=self.shards, items=self.items)
         store.put_new(self._layout.run, encode_json(total.to_json()).encode())
-        with redis_errors(self._client.settings.redis_url):
-            remember_totals(redis, total, ttl=self._client.settings.run_ttl)
+        with redis_errors(self._session.settings.redis_url):
+            remember_totals(redis, total, ttl=self._session.settings.run_ttl)
             written = redis.bitcount(run_key(total.id, "parts"))
             written += redis.hlen(run_key(total.id, "refused"))
         if written >= self.shards:
-            Refusals(redis, self._client.settings, store, self._layout, total.id).end(total)
+            Refusals(redis, self._session.settings, store, self._layout, total.id).end(total)
         self.plan = total
 
 
@@ -311,19 +311,19 @@ def remember_totals(redis: Any, plan: RunPlan, *, ttl: float) -> None:
     redis.expire(key, int(ttl))
 
 
-def write_plan(client: Client, layout: RunLayout, plan: RunPlan) -> RunPlan:
+def write_plan(session: Session, layout: RunLayout, plan: RunPlan) -> RunPlan:
     """Write plan.json, or take the one of an interrupted client if it asks for the same.
 
     Raises RunError where there is another run, or something that is left of one.
     """
-    client.store.require_bucket(layout.uri)
-    if client.store.put_new(layout.plan, encode_json(plan.to_json()).encode(), writer=plan.id):
-        leftover = _leftover(client.store, layout)
+    session.store.require_bucket(layout.uri)
+    if session.store.put_new(layout.plan, encode_json(plan.to_json()).encode(), writer=plan.id):
+        leftover = _leftover(session.store, layout)
         if leftover is not None:
-            client.store.delete(layout.plan)
+            session.store.delete(layout.plan)
             raise RunError(f"{leftover} is left of another run at {layout.uri}; choose another output, or remove it")
         return plan
-    earlier = read_plan(client.store, layout)
+    earlier = read_plan(session.store, layout)
     asked = replace(
         plan, id=earlier.id, created=earlier.created, queue=earlier.queue
     )  # the queue follows from the model
@@ -358,17 +358,17 @@ def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
     raise RunError(f"there is no run at {layout.uri}; name the output that map was given")
 
 
-def claim_planning(client: Client, plan: RunPlan) -> bool:
+def claim_planning(session: Session, plan: RunPlan) -> bool:
     """Give the first sign of life of a planner, for ALIVE_SECONDS; False when there is one of another."""
     key = run_key(plan.id, "planner")
-    with redis_errors(client.settings.redis_url):
-        return bool(client.redis.set(key, "0 0", ex=int(ALIVE_SECONDS), nx=True))
+    with redis_errors(session.settings.redis_url):
+        return bool(session.redis.set(key, "0 0", ex=int(ALIVE_SECONDS), nx=True))
 
 
-def release_planning(client: Client, plan: RunPlan) -> None:
+def release_planning(session: Session, plan: RunPlan) -> None:
     """Take the sign of life back. Does nothing while Redis is away: it expires by itself."""
-    with suppress(ServiceUnavailableError), redis_errors(client.settings.redis_url):
-        client.redis.delete(run_key(plan.id, "planner"))
+    with suppress(ServiceUnavailableError), redis_errors(session.settings.redis_url):
+        session.redis.delete(run_key(plan.id, "planner"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,10 +379,10 @@ class SignOfLife:
     shards: int
 
 
-def planner_alive(client: Client, plan: RunPlan) -> SignOfLife | None:
+def planner_alive(session: Session, plan: RunPlan) -> SignOfLife | None:
     """What a live planner of this run has queued; None when there is no live planner."""
-    with redis_errors(client.settings.redis_url):
-        found: Any = client.redis.get(run_key(plan.id, "planner"))
+    with redis_errors(session.settings.redis_url):
+        found: Any = session.redis.get(run_key(plan.id, "planner"))
     if found is None:
         return None
     try:
@@ -392,17 +392,17 @@ def planner_alive(client: Client, plan: RunPlan) -> SignOfLife | None:
     return SignOfLife(items, shards)
 
 
-def planner_gone(client: Client, plan: RunPlan) -> bool:
+def planner_gone(session: Session, plan: RunPlan) -> bool:
     """True when nobody plans this run.
 
     Where Redis knows nothing of the run it may have been emptied a moment ago, and a live planner gives its next sign soon:
     that is waited for, for half of ALIVE_SECONDS.
     """
     key = run_key(plan.id)
-    return _comes_no_planner(client, plan, marked=lambda: bool(client.redis.exists(key)))
+    return _comes_no_planner(session, plan, marked=lambda: bool(session.redis.exists(key)))
 
 
-def is_forgotten(client: Client, plan: RunPlan) -> bool:
+def is_forgotten(session: Session, plan: RunPlan) -> bool:
     """True when Redis has lost the mark of a run, and with it the shards that waited, and nobody is there to mend it.
 
     Waits for a live planner as `planner_gone` does.
@@ -410,17 +410,17 @@ def is_forgotten(client: Client, plan: RunPlan) -> bool:
     key = run_key(plan.id)
 
     def is_marked() -> bool:
-        with redis_errors(client.settings.redis_url):
-            return bool(client.redis.hexists(key, "since"))
+        with redis_errors(session.settings.redis_url):
+            return bool(session.redis.hexists(key, "since"))
 
-    return _comes_no_planner(client, plan, marked=is_marked) and not is_marked()
+    return _comes_no_planner(session, plan, marked=is_marked) and not is_marked()
 
 
-def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], bool]) -> bool:
+def _comes_no_planner(session: Session, plan: RunPlan, *, marked: Callable[[], bool]) -> bool:
     """True when no planner gives a sign of life for half of ALIVE_SECONDS; at once when Redis is known to have its data."""
     deadline = time.monotonic() + ALIVE_SECONDS / 2
-    while planner_alive(client, plan) is None:
-        with redis_errors(client.settings.redis_url):
+    while planner_alive(session, plan) is None:
+        with redis_errors(session.settings.redis_url):
             known = marked()
         if known or time.monotonic() >= deadline:
             return True
@@ -428,12 +428,12 @@ def _comes_no_planner(client: Client, plan: RunPlan, *, marked: Callable[[], boo
     return False
 
 
-def left_unqueued(client: Client, plan: RunPlan) -> int:
+def left_unqueued(session: Session, plan: RunPlan) -> int:
     """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
-    pipe = reading(client.redis)
+    pipe = reading(session.redis)
     pipe.hget(run_key(plan.id), "unqueued")
     pipe.exists(run_key(plan.id, "planner"))
-    with redis_errors(client.settings.redis_url):
+    with redis_errors(session.settings.redis_url):
         unqueued, alive = pipe.execute()
     try:
         return 0 if alive else whole(unqueued or 0)

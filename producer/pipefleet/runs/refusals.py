@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from pipefleet import __version__
+from pipefleet._version import __version__
 from pipefleet.connection.clock import ServerClock
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.reading import reading

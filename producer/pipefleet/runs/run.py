@@ -23,7 +23,6 @@ from pipefleet.contract.parts import JsonLines, part_format
 from pipefleet.contract.records import CANCEL_RUN
 from pipefleet.errors import PipefleetError, RunError
 from pipefleet.fleet.pools import Pool
-from pipefleet.fleet.waiting import why_waiting
 from pipefleet.forking import renew_after_fork
 from pipefleet.inputs.sources import Source, open_source
 from pipefleet.patience import PATIENCE_SECONDS, Patience
@@ -48,9 +47,10 @@ from pipefleet.runs.refusals import Refusals
 from pipefleet.runs.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.runs.wait import POLL_SECONDS, Waiter
 from pipefleet.tasks import task_spec
+from pipefleet.waiting.lookout import why_waiting
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
+    from pipefleet.session import Session
 
 LOOK_AT_STORE_SECONDS = 5.0
 """How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
@@ -64,8 +64,8 @@ TAKE_OVER_SECONDS = 30.0
 class Run:
     """One bulk run. Thread-safe. Made by `Client.map` and `Client.run`."""
 
-    def __init__(self, client: Client, layout: RunLayout, plan: RunPlan, planner: Planner | None = None) -> None:
-        self._client = client
+    def __init__(self, session: Session, layout: RunLayout, plan: RunPlan, planner: Planner | None = None) -> None:
+        self._session = session
         self._layout = layout
         self._plan = plan
         self._planner = planner
@@ -78,10 +78,10 @@ class Run:
         self._locks()
 
     @classmethod
-    def open(cls, client: Client, layout: RunLayout) -> Run:
+    def open(cls, session: Session, layout: RunLayout) -> Run:
         """The run at a URI. Raises RunError where there is none."""
-        plan = read_plan(client.store, layout)
-        return cls(client, replace(layout, format=plan.format), plan)
+        plan = read_plan(session.store, layout)
+        return cls(session, replace(layout, format=plan.format), plan)
 
     def __repr__(self) -> str:
         return f"Run({self.uri!r})"
@@ -123,8 +123,8 @@ class Run:
             ended = self._refusals.end(self._plan)
             if ended is not None:
                 return ended
-            is_cancelled = self._client.store.head(self._layout.cancelled) is not None
-        queued = planner_alive(self._client, self._plan) if self._plan.items is None else None
+            is_cancelled = self._session.store.head(self._layout.cancelled) is not None
+        queued = planner_alive(self._session, self._plan) if self._plan.items is None else None
         reason = None if queued or is_cancelled else self._why_stopped(forgotten=not counts.known)
         total = queued.items if queued else self._plan.items
         going = "planning" if self._plan.shards is None else "running"
@@ -136,7 +136,7 @@ class Run:
             failed=counts.failed,
             shards=max(self._plan.shards or shards or (queued.shards if queued else 0), counts.parts + counts.refused),
             parts=counts.parts,
-            seconds=max(0.0, self._client.now() - self._plan.created),
+            seconds=max(0.0, self._session.now() - self._plan.created),
             reason=reason,
             refused=counts.refused,
             refused_reason=counts.reason,
@@ -146,25 +146,25 @@ class Run:
     def _look_at_store(self, *, forgotten: bool) -> RunProgress | None:
         """The totals of an ended run. Brings what is known of another one up to date; `forgotten`: Redis knows nothing of it."""
         self._next_look = time.monotonic() + LOOK_AT_STORE_SECONDS
-        ended = read_totals(self._client.store, self._layout)
+        ended = read_totals(self._session.store, self._layout)
         if ended is None:
             self._refresh_plan()
-            self._cancelled_in_store = forgotten and self._client.store.head(self._layout.cancelled) is not None
+            self._cancelled_in_store = forgotten and self._session.store.head(self._layout.cancelled) is not None
         return ended
 
     def _why_waiting(self) -> str | None:
         """One sentence where no worker serves the queue, as it was found a moment ago."""
         if time.monotonic() >= self._ask_why_at:
             self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
-            with redis_errors(self._client.settings.redis_url):
-                self._waiting = old_figures(self._client) or why_waiting(
-                    self._client.redis, self._plan.queue, pool=known_pool(self._client, self._plan)
+            with redis_errors(self._session.settings.redis_url):
+                self._waiting = old_figures(self._session.redis, self._session.settings.redis_url) or why_waiting(
+                    self._session.redis, self._plan.queue, pool=known_pool(self._session, self._plan)
                 )
         return self._waiting
 
     @property
     def _refusals(self) -> Refusals:
-        return Refusals(self._client.redis, self._client.settings, self._client.store, self._layout, self.id)
+        return Refusals(self._session.redis, self._session.settings, self._session.store, self._layout, self.id)
 
     def wait(self, *, progress: bool = False, timeout: float | None = None) -> RunProgress:
         """Wait for the end of the run, at most `timeout` seconds; with `progress`, show it as it goes.
@@ -199,20 +199,20 @@ class Run:
 
     def _part(self, index: int) -> Iterator[dict[str, Any]]:
         """The rows of a part: lines as they come, of another format from the whole part."""
-        uri, store = self._layout.part(index), self._client.store
+        uri, store = self._layout.part(index), self._session.store
         if self._plan.format == JsonLines.name:
             return rows_of(store.lines(uri), uri)
         return part_format(self._plan.format).rows(store.get(uri))
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "output": resolve(row["output"], self._client.store.get)} if "output" in row else row
+        return {**row, "output": resolve(row["output"], self._session.store.get)} if "output" in row else row
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """The failed items so far, as manifest rows with an `error` of code, message and stage. Waits for S3 as `wait` does."""
         return failed_rows(self._waiter.patience().each(self._failed_lines), self._layout.failed)
 
     def _failed_lines(self, read: int) -> Iterator[bytes]:
-        return itertools.islice(failed_lines(self._client.store, self._layout), read, None)
+        return itertools.islice(failed_lines(self._session.store, self._layout), read, None)
 
     @property
     def failures_uri(self) -> str:
@@ -226,10 +226,10 @@ class Run:
         """
         self.stop_planning()
         key = run_key(self.id)
-        self._client.store.put(self._layout.cancelled, b"{}")
-        with redis_errors(self._client.settings.redis_url):
-            self._client.redis.eval(CANCEL_RUN, 1, key, int(self._client.settings.run_ttl))
-            self._client.redis.publish(CANCELLED_CHANNEL, self.id)
+        self._session.store.put(self._layout.cancelled, b"{}")
+        with redis_errors(self._session.settings.redis_url):
+            self._session.redis.eval(CANCEL_RUN, 1, key, int(self._session.settings.run_ttl))
+            self._session.redis.publish(CANCELLED_CHANNEL, self.id)
 
     def resume(self, *, model: str | None = None, revision: str | None = None) -> int:
         """Queue again every shard that no queue, worker or part accounts for, or that was refused; returns how many those are.
@@ -246,13 +246,13 @@ class Run:
         (UnknownModelError where it does not): for a run whose own revision nobody serves any more. Another client that goes on
         planning the run follows, and queues what is moved; then the number is that of the refused shards.
         """
-        self._client.check_fleet()
-        pool = None if model is None else self._client.route(self._plan.task, model, revision)[1]
+        self._session.check_fleet()
+        pool = None if model is None else self._session.route(self._plan.task, model, revision)[1]
         with self._resuming:
             return Patience(seconds=PATIENCE_SECONDS).call(lambda: self._resume(pool))
 
     def _resume(self, pool: Pool | None) -> int:
-        ended = read_totals(self._client.store, self._layout) is not None
+        ended = read_totals(self._session.store, self._layout) is not None
         if ended and not self._refusals.all():
             return 0
         self._refresh_plan()
@@ -265,7 +265,7 @@ class Run:
             self._uncancel()
             if planner is None:
                 return len(taken)
-            forget_stopped(self._client.store, self._layout)
+            forget_stopped(self._session.store, self._layout)
             self._planning_error = None
             planner.prepare()
             return self._go_on(planner, alive)
@@ -288,50 +288,50 @@ class Run:
 
         Raises RunError for a cancelled run.
         """
-        ended = read_totals(self._client.store, self._layout) is not None
-        if not ended and self._client.store.head(self._layout.cancelled) is not None:
+        ended = read_totals(self._session.store, self._layout) is not None
+        if not ended and self._session.store.head(self._layout.cancelled) is not None:
             raise RunError(f"the run at {self.uri} was cancelled; go on with `pipefleet resume {self.uri}`")
         taken = self._refusals.take_up(self._plan, only=shards)
         if not taken:
             return []
-        backlog = Backlog(self._client, self._layout, self._plan, Patience(threading.Event()))
+        backlog = Backlog(self._session, self._layout, self._plan, Patience(threading.Event()))
         if ended:
             self._uncancel()
-            with redis_errors(self._client.settings.redis_url):
-                remember_totals(self._client.redis, self._plan, ttl=self._client.settings.run_ttl)
+            with redis_errors(self._session.settings.redis_url):
+                remember_totals(self._session.redis, self._plan, ttl=self._session.settings.run_ttl)
             backlog.recall(self._plan.shards or 0)
         backlog.publish(taken)
         return taken
 
     def follow(self, shard: int, queue: str | None) -> bool:
         """Queue a shard of a run that was moved away from `queue` where it was moved to; False where there is no such shard."""
-        if queue == self._plan.queue or self._client.store.head(self._layout.shard(shard)) is None:
+        if queue == self._plan.queue or self._session.store.head(self._layout.shard(shard)) is None:
             return False
-        if read_moved(self._client.store, self._layout) is None:
+        if read_moved(self._session.store, self._layout) is None:
             return False
-        Backlog(self._client, self._layout, self._plan, Patience(threading.Event())).publish([shard])
+        Backlog(self._session, self._layout, self._plan, Patience(threading.Event())).publish([shard])
         return True
 
     def has_part(self, shard: int) -> bool:
         """Whether the part of a shard is there."""
-        return self._client.store.head(self._layout.part(shard)) is not None
+        return self._session.store.head(self._layout.part(shard)) is not None
 
     def unserved(self) -> str | None:
         """One sentence with what to do, where no worker serves the revision that the run is for; None where one does."""
-        return unserved(self._client, self._plan, self.uri)
+        return unserved(self._session, self._plan, self.uri)
 
     def _move(self, pool: Pool | None) -> None:
         """Move what is not done to `pool`, or keep a run that was moved before together."""
         if pool is not None:
-            self._plan = move_run(self._client, self._layout, self._plan, pool)
-        elif (moved := read_moved(self._client.store, self._layout)) is not None:
+            self._plan = move_run(self._session, self._layout, self._plan, pool)
+        elif (moved := read_moved(self._session.store, self._layout)) is not None:
             self._plan = moved.applied(self._plan)
-            take_back(self._client, moved, self.id)
+            take_back(self._session, moved, self.id)
 
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
         name = f"pipefleet-plan-{self.id[:8]}"
-        self._client.hold(self)
+        self._session.hold(self)
         self._has_ended = False
         self._thread = threading.Thread(target=self._plan_rest, args=(alive,), name=name, daemon=False)
         self._thread.start()
@@ -385,7 +385,7 @@ class Run:
         """Keep the error that ended the planning, for this client and, under the run, for every other."""
         self._planning_error = error
         if self._planner is not None and self._planner.alone:
-            note_stopped(self._client.store, self._layout, error, at=self._client.clock.peek())
+            note_stopped(self._session.store, self._layout, error, at=self._session.clock.peek())
 
     def _raise_planning_error(self) -> None:
         if self._planning_error is not None:
@@ -403,34 +403,34 @@ class Run:
         """
         if self.planning:
             return None
-        if self._plan.shards is None and planner_gone(self._client, self._plan):
+        if self._plan.shards is None and planner_gone(self._session, self._plan):
             self._refresh_plan()  # its last act may have been to write the totals
             if self._plan.shards is None:
-                return read_stopped(self._client.store, self._layout) or UNKNOWN
+                return read_stopped(self._session.store, self._layout) or UNKNOWN
         if self._plan.shards is None:
             return None
-        if forgotten and is_forgotten(self._client, self._plan):
+        if forgotten and is_forgotten(self._session, self._plan):
             return FORGOTTEN
-        if left := left_unqueued(self._client, self._plan):
+        if left := left_unqueued(self._session, self._plan):
             return f"{left} shards are not queued, and the client that queued them has ended"
-        lost = self._client.losses.why(self._plan)
+        lost = self._session.losses.why(self._plan)
         if lost is None or lost == self._lost:
             return lost
-        backlog = Backlog(self._client, self._layout, self._plan, Patience(threading.Event()))
+        backlog = Backlog(self._session, self._layout, self._plan, Patience(threading.Event()))
         self._lost = None if backlog.restore_unknown(self._plan.shards) else lost
         return self._lost
 
     def _refresh_plan(self) -> None:
         if self._plan.shards is None and not self.planning:
-            self._plan = read_plan(self._client.store, self._layout)
-        elif (moved := read_moved(self._client.store, self._layout)) is not None:
+            self._plan = read_plan(self._session.store, self._layout)
+        elif (moved := read_moved(self._session.store, self._layout)) is not None:
             self._plan = moved.applied(self._plan)
 
     def _wait_for_part(self, index: int) -> bool:
         """True when part `index` is there; False when the run has fewer parts."""
         patience = self._waiter.patience()
         while True:
-            if patience.call(lambda: self._client.store.head(self._layout.part(index))) is not None:
+            if patience.call(lambda: self._session.store.head(self._layout.part(index))) is not None:
                 return True
             now = patience.call(self.progress)
             if self._plan.shards is not None and index >= self._plan.shards:
@@ -441,9 +441,9 @@ class Run:
             time.sleep(POLL_SECONDS)
 
     def _uncancel(self) -> None:
-        self._client.store.delete(self._layout.cancelled)
-        with redis_errors(self._client.settings.redis_url):
-            self._client.redis.hdel(run_key(self.id), "cancelled")
+        self._session.store.delete(self._layout.cancelled)
+        with redis_errors(self._session.settings.redis_url):
+            self._session.redis.hdel(run_key(self.id), "cancelled")
         self._cancelled_in_store = False
 
     def _planner_to_go_on(self, alive: ExitStack, *, moved: bool) -> Planner | None:
@@ -465,18 +465,18 @@ class Run:
             reads = self._plan.shards is None
             if planner is None or not usable or not reads:
                 source = self._reopened() if reads else None
-                planner = Planner(self._client, self._layout, self._plan, source)
+                planner = Planner(self._session, self._layout, self._plan, source)
             planner.go_on()
             alive.enter_context(planner.alive())
         except BaseException:
-            release_planning(self._client, self._plan)
+            release_planning(self._session, self._plan)
             raise
         return planner
 
     def _wait_until_alone(self, *, moved: bool) -> bool:
         """Claim the planning; False where another client plans a run that was `moved`."""
         deadline = time.monotonic() + TAKE_OVER_SECONDS
-        while not claim_planning(self._client, self._plan):  # another one may have died a moment ago
+        while not claim_planning(self._session, self._plan):  # another one may have died a moment ago
             if time.monotonic() >= deadline:
                 if moved:
                     return False
@@ -490,11 +490,11 @@ class Run:
     def _reopened(self) -> Source:
         """The source once more."""
         if self._plan.source is None:
-            reason = read_stopped(self._client.store, self._layout)
+            reason = read_stopped(self._session.store, self._layout)
             raise RunError(
                 f"the source of the run at {self.uri} was an iterable that ended with its client"
                 f"{f' ({reason})' if reason else ''}; call map again with the same arguments to go on"
             )
         spec = task_spec(self._plan.task)
-        preparer = self._client.preparer(spec, parameters=self._plan.parameters)
-        return open_source(self._plan.source, spec, self._client.store, preparer, output=self.uri)
+        preparer = self._session.preparer(spec, parameters=self._plan.parameters)
+        return open_source(self._plan.source, spec, self._session.store, preparer, output=self.uri)

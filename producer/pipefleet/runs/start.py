@@ -15,37 +15,37 @@ from pipefleet.runs.stopped import forget_stopped, note_stopped
 from pipefleet.tasks import task_spec
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
     from pipefleet.fleet.pools import Pool
+    from pipefleet.session import Session
 
 
-def plan_run(client: Client, layout: RunLayout, plan: RunPlan, source: Any, pool: Pool | None = None) -> Run:
+def plan_run(session: Session, layout: RunLayout, plan: RunPlan, source: Any, pool: Pool | None = None) -> Run:
     """Start a run: check the source, write the plan, queue the first shard; the rest goes on in a thread.
 
     When the first shard fails, nothing stays behind.
     """
     spec = task_spec(plan.task)
-    preparer = client.preparer(spec, pool, plan.parameters)
-    opened = open_source(source, spec, client.store, preparer, output=layout.uri, strict=plan.strict)
+    preparer = session.preparer(spec, pool, plan.parameters)
+    opened = open_source(source, spec, session.store, preparer, output=layout.uri, strict=plan.strict)
     opened.check()
-    client.ping()
+    session.ping()
     asked = replace(plan, source=opened.describe())
-    plan = write_plan(client, layout, asked)
-    planner = Planner(client, layout, plan, opened)
+    plan = write_plan(session, layout, asked)
+    planner = Planner(session, layout, plan, opened)
     with ExitStack() as alive:
         try:
-            alive.enter_context(planner.alive(claimed=claim_planning(client, plan)))
+            alive.enter_context(planner.alive(claimed=claim_planning(session, plan)))
             more = planner.step()
         except BaseException as error:
             if plan.id == asked.id:
                 planner.undo()
             elif isinstance(error, PipefleetError) and planner.alone:
-                note_stopped(client.store, layout, error, at=client.clock.peek())
+                note_stopped(session.store, layout, error, at=session.clock.peek())
             raise
         if plan.id != asked.id:
-            forget_stopped(client.store, layout)
+            forget_stopped(session.store, layout)
         if not more and not planner.continued:
-            return Run(client, layout, planner.plan, planner)
-        run = Run(client, layout, plan, planner)
+            return Run(session, layout, planner.plan, planner)
+        run = Run(session, layout, plan, planner)
         run.start_planning(alive.pop_all())
     return run

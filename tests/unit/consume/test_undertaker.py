@@ -5,8 +5,8 @@ from __future__ import annotations
 from pipefleet.client import Client
 from pipefleet.contract.messages import MAX_MESSAGE_BYTES, JobItem, JobMessage, Shard, is_id
 from pipefleet.contract.uris import output_fault
-from pipefleet.jobs.letters import read_content
 from pipefleet.queues import dead_letters
+from pipefleet.runs.letters import read_content
 from pipefleet_workers.build import Undertaker
 from tests.unit.consume.fakes import TASK
 

@@ -19,9 +19,9 @@ from pipefleet.contract.messages import Shard, is_id
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.uris import shard_fault
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
-from pipefleet.jobs.letters import read_content
 from pipefleet.patience import Patience
 from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
+from pipefleet.runs.letters import read_content
 from pipefleet.runs.planner import read_plan
 from pipefleet.runs.refusals import Noted, Refusals, note
 from pipefleet.settings import Settings

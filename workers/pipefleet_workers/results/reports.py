@@ -17,9 +17,9 @@ from pipefleet.contract.records import (
     finish_arguments,
 )
 from pipefleet.errors import ContractError, ServiceFullError, ServiceUnavailableError
-from pipefleet.jobs.letters import BURY
 from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
 from pipefleet.queues.keys import WORKERS_KEY, job_key, ledger_keys, run_key
+from pipefleet.runs.letters import BURY
 from pipefleet.runs.refusals import Refusals
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.connection.errors import redis_errors
+from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Shard, is_reply
 from pipefleet.contract.records import FINISH
 from pipefleet.contract.references import map_refs
 from pipefleet.errors import ContractError, RunError, UsageError
 from pipefleet.queues import dead_letters
+from pipefleet.runs.run import Run
 
 if TYPE_CHECKING:
-    from pipefleet.client import Client
     from pipefleet.queues.dead_letters import DeadLetter
+    from pipefleet.session import Session
 
 MOST_INPUT = 10_000
 """Characters of an input that are read of a letter."""
@@ -96,7 +98,7 @@ def _shard(value: Any) -> Shard | None:
         return None
 
 
-def requeue(client: Client, letter: DeadLetter, queue: str) -> str:
+def requeue(session: Session, letter: DeadLetter, queue: str) -> str:
     """Queue the job of a letter once more; what became of it, in words. The letter is gone then, unless it cannot be queued.
 
     The record of a single job is made new, so that whoever waits for it anew gets the new result. A shard is a part of its run
@@ -105,11 +107,11 @@ def requeue(client: Client, letter: DeadLetter, queue: str) -> str:
     """
     content = read_content(letter)
     try:
-        if content.shard is not None and (became := _requeue_shard(client, letter, queue, content.shard)):
+        if content.shard is not None and (became := _requeue_shard(session, letter, queue, content.shard)):
             return became
-        with redis_errors(client.settings.redis_url):
+        with redis_errors(session.settings.redis_url):
             state = dead_letters.requeue_dead_letter(
-                client.redis, letter, queue, ttl=client.settings.result_ttl, shard=content.shard is not None
+                session.redis, letter, queue, ttl=session.settings.result_ttl, shard=content.shard is not None
             )
     except UsageError as error:
         return f"cannot be queued: {error}"
@@ -124,10 +126,10 @@ _BECAME = {
 }
 
 
-def _requeue_shard(client: Client, letter: DeadLetter, queue: str, shard: Shard) -> str | None:
+def _requeue_shard(session: Session, letter: DeadLetter, queue: str, shard: Shard) -> str | None:
     """What became of the shard of a letter; None where only its message has to be queued."""
     try:
-        run = client.run(shard.run_uri)
+        run = Run.open(session, RunLayout.at(shard.run_uri))
     except RunError:
         raise UsageError(f"there is no run at {shard.run_uri} any more; remove the letter") from None
     if run.id != shard.run_id:
@@ -137,6 +139,6 @@ def _requeue_shard(client: Client, letter: DeadLetter, queue: str, shard: Shard)
         if not run.follow(shard.index, letter.queue):
             return None
         taken = [shard.index]
-    with redis_errors(client.settings.redis_url):
-        dead_letters.remove_dead_letter(client.redis, letter, queue)
+    with redis_errors(session.settings.redis_url):
+        dead_letters.remove_dead_letter(session.redis, letter, queue)
     return "queued again" if taken else "has ended meanwhile"

@@ -17,11 +17,11 @@ from pipefleet.connection.connect import subscribed
 from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.records import JobRecord, read_record
 from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
-from pipefleet.fleet.waiting import Lookout
 from pipefleet.forking import renew_after_fork
-from pipefleet.jobs.callbacks import Callbacks
 from pipefleet.patience import PATIENCE_SECONDS
 from pipefleet.queues.keys import job_key, reply_channel
+from pipefleet.waiting.callbacks import Callbacks
+from pipefleet.waiting.lookout import Lookout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -167,7 +167,7 @@ def _noted(redis: Redis, queue: str) -> Pool | None:
 def _is_wanted(redis: Redis, pool: str | None, now: float) -> bool:
     """Whether a scaler decided a moment ago that the pool should have workers: one is starting then."""
     try:
-        content: Any = redis.get(scaler_key(pool))
+        content: Any = redis.get(scaler_key(pool or ""))
         state = mapping(read_object(content)["state"])
         return whole(state["workers"]) > 0 and abs(now - number(state["at"])) < SCALER_SECONDS
     except (ValueError, LookupError):
