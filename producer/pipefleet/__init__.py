@@ -28,14 +28,14 @@ if TYPE_CHECKING:
         UsageError,
     )
     from pipefleet.jobs.job import Job
-    from pipefleet.pipelines.fleet_pipeline import FleetPipeline, pipeline
+    from pipefleet.pipelines import FleetPipeline, pipeline
     from pipefleet.runs.progress import RunProgress
     from pipefleet.runs.run import Run
     from pipefleet.settings import Settings
 
 _HOMES = {
     "client": ("Client",),
-    "contract": ("JobState",),
+    "contract.messages": ("JobState",),
     "errors": (
         "JobCancelledError",
         "JobError",
@@ -46,10 +46,10 @@ _HOMES = {
         "ServiceUnavailableError",
         "UsageError",
     ),
-    "jobs": ("Job",),
+    "jobs.job": ("Job",),
     "pipelines": ("FleetPipeline", "pipeline"),
-    "progress": ("RunProgress",),
-    "runs": ("Run",),
+    "runs.progress": ("RunProgress",),
+    "runs.run": ("Run",),
     "settings": ("Settings",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

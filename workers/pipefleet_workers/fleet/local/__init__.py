@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import StackError
-from .stack import Stack
+from pipefleet_workers.fleet.local.errors import StackError
+from pipefleet_workers.fleet.local.stack import Stack
 
 __all__ = ["Stack", "StackError"]

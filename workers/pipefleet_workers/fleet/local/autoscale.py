@@ -24,11 +24,10 @@ from pipefleet.fleet.pools import Fleet, Pool, WorkerRange
 from pipefleet.fleet.routing import announcement, queue_name
 from pipefleet.queues.keys import ledger_keys
 from pipefleet.settings import Settings
+from pipefleet_workers.fleet.local.ports import LOOPBACK
+from pipefleet_workers.fleet.local.workers import Crew, WorkerProcess
 from pipefleet_workers.fleet.scaling.service import PoolStatus, Scaler, ScalerService
 from pipefleet_workers.observe.logs import say
-
-from .ports import LOOPBACK
-from .workers import Crew, WorkerProcess
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipefleet.printable import printable
+from pipefleet_workers.fleet.local.errors import StackError
+from pipefleet_workers.fleet.local.files import private_folder
+from pipefleet_workers.process import tether
 
-from .errors import StackError
-from .files import private_folder
-
-_TETHER = Path(__file__).with_name("tether.py")
+_TETHER = Path(tether.__file__)
 _POLL_SECONDS = 0.02
 _TAIL_BYTES = 16384
 _LINE = 1000

@@ -7,8 +7,8 @@ import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .errors import StackError
-from .files import write_private
+from pipefleet_workers.fleet.local.errors import StackError
+from pipefleet_workers.fleet.local.files import write_private
 
 
 @dataclass(frozen=True, repr=False)

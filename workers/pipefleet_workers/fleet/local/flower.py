@@ -6,9 +6,9 @@ import http.client
 import sys
 from collections.abc import Mapping
 
-from .children import ChildSpec
-from .ports import LOOPBACK
-from .service import ChildService, Site
+from pipefleet_workers.fleet.local.children import ChildSpec
+from pipefleet_workers.fleet.local.ports import LOOPBACK
+from pipefleet_workers.fleet.local.service import ChildService, Site
 
 USER = "pipefleet"
 _SAVE_MILLISECONDS = 30_000

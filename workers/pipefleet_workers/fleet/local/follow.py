@@ -20,11 +20,10 @@ from pipefleet.connection.errors import redis_errors
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet.pools import Fleet, Pool, model_label
 from pipefleet.fleet.revisions import waiting
+from pipefleet_workers.fleet.local.files import write_private
+from pipefleet_workers.fleet.local.fleet_file import Description, Duty, WatchedFile
+from pipefleet_workers.fleet.local.workers import Crew, Squad, WorkerProcess
 from pipefleet_workers.observe.logs import say
-
-from .files import write_private
-from .fleet_file import Description, Duty, WatchedFile
-from .workers import Crew, Squad, WorkerProcess
 
 LOOK_SECONDS = 1.0
 """Between two looks at what waits for replaced workers."""

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from .errors import StackError
+from pipefleet_workers.fleet.local.errors import StackError
 
 _ORPHAN_SECONDS = 5.0
 _DYING_SECONDS = 0.5

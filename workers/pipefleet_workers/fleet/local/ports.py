@@ -8,8 +8,8 @@ import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import StackError
-from .files import write_private
+from pipefleet_workers.fleet.local.errors import StackError
+from pipefleet_workers.fleet.local.files import write_private
 
 LOOPBACK = "127.0.0.1"
 # Below the kernel's ephemeral range (32768 and up), which outgoing connections draw from.

@@ -20,12 +20,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from .children import ChildSpec
-from .credentials import Credentials
-from .errors import StackError
-from .files import write_private
-from .ports import LOOPBACK
-from .service import ChildService, Site
+from pipefleet_workers.fleet.local.children import ChildSpec
+from pipefleet_workers.fleet.local.credentials import Credentials
+from pipefleet_workers.fleet.local.errors import StackError
+from pipefleet_workers.fleet.local.files import write_private
+from pipefleet_workers.fleet.local.ports import LOOPBACK
+from pipefleet_workers.fleet.local.service import ChildService, Site
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client

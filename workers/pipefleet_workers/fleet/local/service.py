@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .children import Child, Children
-from .credentials import Credentials
-from .errors import PortTakenError, StackError
-from .files import private_folder
-from .ports import PortBook
+from pipefleet_workers.fleet.local.children import Child, Children
+from pipefleet_workers.fleet.local.credentials import Credentials
+from pipefleet_workers.fleet.local.errors import PortTakenError, StackError
+from pipefleet_workers.fleet.local.files import private_folder
+from pipefleet_workers.fleet.local.ports import PortBook
 
 _POLL_SECONDS = 0.03
 _TAKEN = ("address already in use", "is not available on 127.0.0.1")

@@ -11,24 +11,23 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from redis.exceptions import RedisError
 
+from pipefleet_workers.fleet.local.children import Children
+from pipefleet_workers.fleet.local.credentials import Credentials
+from pipefleet_workers.fleet.local.errors import PortTakenError, StackError
+from pipefleet_workers.fleet.local.files import env_lines, private_folder, write_private
+from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+from pipefleet_workers.fleet.local.flower import Flower
+from pipefleet_workers.fleet.local.follow import Follower, outstanding
+from pipefleet_workers.fleet.local.lock import DataLock
 from pipefleet_workers.fleet.local.parked import TOLD_SECONDS, Parked, tell_parked
+from pipefleet_workers.fleet.local.ports import LOOPBACK, PortBook
+from pipefleet_workers.fleet.local.servers import BUCKET, REGION, RedisServer, S3Server
+from pipefleet_workers.fleet.local.service import Service, Site, wait_ready
+from pipefleet_workers.fleet.local.workers import Crew, WorkerCommand, WorkerProcess, worker_command
 from pipefleet_workers.observe.logs import say
 
-from .children import Children
-from .credentials import Credentials
-from .errors import PortTakenError, StackError
-from .files import env_lines, private_folder, write_private
-from .fleet_file import WatchedFile
-from .flower import Flower
-from .follow import Follower, outstanding
-from .lock import DataLock
-from .ports import LOOPBACK, PortBook
-from .servers import BUCKET, REGION, RedisServer, S3Server
-from .service import Service, Site, wait_ready
-from .workers import Crew, WorkerCommand, WorkerProcess, worker_command
-
 if TYPE_CHECKING:
-    from .autoscale import Autoscaler, Pace
+    from pipefleet_workers.fleet.local.autoscale import Autoscaler, Pace
 
 _Part = TypeVar("_Part", RedisServer, S3Server)
 
@@ -317,8 +316,7 @@ class Stack:
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
         from pipefleet.fleet.pools import load_fleet
         from pipefleet.settings import Settings
-
-        from .autoscale import Autoscaler
+        from pipefleet_workers.fleet.local.autoscale import Autoscaler
 
         assert self._fleet is not None
         port = site.ports.take(["scaler"])["scaler"] if pace.port is None else pace.port

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipefleet_workers.fleet.local.children import Child, ChildSpec
+from pipefleet_workers.fleet.local.fleet_file import Duty
 from pipefleet_workers.fleet.local.parked import Parked
+from pipefleet_workers.fleet.local.restarts import Restarts
+from pipefleet_workers.fleet.local.service import ChildService, Site
 from pipefleet_workers.observe.logs import say
-
-from .children import Child, ChildSpec
-from .fleet_file import Duty
-from .restarts import Restarts
-from .service import ChildService, Site
 
 WorkerCommand = Callable[[str, Path], Sequence[str]]
 """(pool, ready file) -> the command line of one worker, which creates the file once it consumes."""
