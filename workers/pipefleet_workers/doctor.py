@@ -252,8 +252,9 @@ def _fleet(settings: Settings) -> str:
     path = settings.fleet_path
     if path is None:
         return "no fleet file; producers route by what workers announce"
-    pools = load_fleet(path, allow_unpinned=True).pools
-    return f"{path}: " + ", ".join(f"{pool.name} ({pool.task})" for pool in pools.values())
+    fleet = load_fleet(path, allow_unpinned=True)
+    named = ", ".join(f"{pool.name} ({pool.task})" for pool in fleet.pools.values())
+    return "; ".join((f"{path}: {named}", *fleet.idle_pools().values()))
 
 
 def _producer(settings: Settings) -> str:
