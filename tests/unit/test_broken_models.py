@@ -80,6 +80,10 @@ def only_an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
 
 
+def under_another_name(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+
+
 def only_an_empty_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
@@ -94,9 +98,9 @@ def only_an_empty_tokenizer(folder: Path) -> None:
         (write("tokenizer.json", "{}"), "the tokenizer in .* cannot be read .KeyError: 'added_tokens'"),
         (only_an_empty_tokenizer, "holds no tokenizer, which text-classification needs"),
         (only_an_adapter, r"holds an adapter \(LoRA\) and no model; merge the two"),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"), "into model.safetensors or shards with their index"),
+        (under_another_name, "into model.safetensors or shards with their index"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_folder(folder: Path, damage: Callable[[Path], Any], words: str) -> None:
     damage(folder)
     assert re.search(words, refusal(folder))
