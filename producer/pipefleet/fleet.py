@@ -16,7 +16,7 @@ from typing import Any
 from pipefleet.contract import MAX_NAME, is_name
 from pipefleet.errors import FleetFileError, UnknownModelError, UsageError, nearest
 from pipefleet.foreign import MOST_NUMBER
-from pipefleet.loading import DTYPES, checked_attention, checked_model_kwargs, checked_quantization
+from pipefleet.loading import DTYPES, checked_attention, checked_model_kwargs, checked_quantization, misplaced
 from pipefleet.tasks import implied_parameters, task_spec
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -266,6 +266,9 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
     if not isinstance(table, Mapping):
         raise FleetFileError(f"{where} must be a table")
     known = {one.name for one in fields(Pool)} - {"name", "generation", "queue", "revision_queue"}
+    for key in sorted(table.keys() - known):
+        if hint := misplaced(key):
+            raise FleetFileError(f"{where} has no key {key!r}: {hint}")
     _known_keys(where, table, known)
     for required in ("task", "model"):
         if required not in table:
