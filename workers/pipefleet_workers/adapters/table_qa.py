@@ -58,7 +58,7 @@ class TableReader(Adapter):
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """The inputs of TAPAS padded on the right, where its mask hides them; those of others stacked."""
-        longest = max(unit.length for unit in units)
+        longest = max(unit.features["input_ids"].shape[1] for unit in units)
         names = units[0].features
         return {name: torch.cat([self._padded(name, unit, longest) for unit in units]) for name in names}
 
@@ -143,5 +143,5 @@ class TableReader(Adapter):
         value: torch.Tensor = unit.features[name]
         filler = self.pipe.tokenizer.pad_token_id if name == "input_ids" else 0
         padded = value.new_full((len(value), longest, *value.shape[2:]), filler or 0)
-        padded[:, : unit.length] = value
+        padded[:, : value.shape[1]] = value
         return padded
