@@ -21,7 +21,7 @@ from pipefleet_workers.adapters.zero_shot_audio import ZeroShotAudio, content_se
 from pipefleet_workers.items import Outcome
 from pipefleet_workers.service_fit import ServiceFit
 from pipefleet_workers.stages.artifacts import Audio
-from pipefleet_workers.warmup import warm_up
+from pipefleet_workers.warmup import example_units, warm_up
 from tests.checkpoints import audio as checkpoints
 from tests.checkpoints.media import audio
 from tests.checkpoints.parts import amplify, labels, save
@@ -38,6 +38,19 @@ SPEAK = "text-to-audio"
 def failure(outcome: Outcome) -> tuple[str, str]:
     assert outcome.failure is not None
     return outcome.failure.code, outcome.failure.message
+
+
+# --- cost
+
+
+@pytest.mark.parametrize(("asked", "times"), [({}, 1), ({"num_beams": 1}, 1), ({"num_beams": 20}, 4)])
+def test_more_beams_than_usual_take_more_of_a_batch(asked: dict[str, Any], times: int) -> None:
+    adapter = SpeechRecogniser(load(f"{SPEECH}:whisper"))
+    (usual,) = example_units(adapter, TASKS[SPEECH], {}, 20)
+    (unit,) = example_units(adapter, TASKS[SPEECH], asked, 20)
+    assert usual.fixed == unit.fixed
+    assert unit.length == usual.length * times
+    assert unit.features["sounding"] == usual.length
 
 
 # --- padding
