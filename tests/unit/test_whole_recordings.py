@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipefleet_workers.items import ItemError, OutgrownError
 from pipefleet_workers.media.containers import missing_of
@@ -124,6 +125,38 @@ def test_a_layout_sounds_the_same_from_every_container(form: str, channels: int)
     sound = np.stack([tone(RATE, 0.5, 250.0 * (index + 1)) for index in range(channels)], axis=1)
     found, wav = (decode(by_libsndfile(one, sound, RATE, "PCM_16")) for one in (form, "WAV"))
     assert np.allclose(found, wav, atol=1e-3)
+
+
+def caf(tag: int, samples: NDArray[np.int16], labels: Sequence[int] = ()) -> bytes:
+    """A CAF of samples `[samples, channels]` at 16 kHz, whose channels have the order of a tag of Apple's, or of labels."""
+    channels = samples.shape[1]
+    form = struct.pack(">d4sIIIII", RATE, b"lpcm", 0, 2 * channels, 1, channels, 16)
+    order = struct.pack(">III", tag, 0, len(labels)) + b"".join(struct.pack(">I16x", one) for one in labels)
+    chunks = ((b"desc", form), (b"chan", order), (b"data", bytes(4) + samples.astype(">i2").tobytes()))
+    return b"caff\0\1\0\0" + b"".join(struct.pack(">4sq", name, len(chunk)) + chunk for name, chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("tag", "labels", "gains"),
+    [
+        (121 << 16 | 6, (), "L R C LFE S S"),
+        (122 << 16 | 6, (), "L R S S C LFE"),
+        (123 << 16 | 6, (), "L C R S S LFE"),
+        (124 << 16 | 6, (), "C L R S S LFE"),
+        (128 << 16 | 8, (), "L R C LFE S S S S"),
+        (0, (5, 6, 1, 2), "S S L R"),
+        (0, (2, 1), "R L"),
+    ],
+)
+def test_channels_in_an_order_of_their_own_are_heard_as_what_they_are(
+    tag: int, labels: Sequence[int], gains: str
+) -> None:
+    weights = {"L": 0.5**0.5, "R": 0.5**0.5, "C": 1.0, "S": 0.5, "LFE": 0.0}
+    wanted = [0.5 * weights[one] for one in gains.split()]
+    silent_but_one = np.repeat(np.eye(len(wanted), dtype=np.int16) * (1 << 14), RATE // 10, axis=0)
+    for _ in range(4):  # a list of channels that is freed twice ends the process sooner or later
+        heard = decode(caf(tag, silent_but_one, labels))
+        assert heard[RATE // 20 :: RATE // 10] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_channels_without_a_layout_are_heard_as_their_mean() -> None:
