@@ -165,6 +165,30 @@ def test_channels_without_a_layout_are_heard_as_their_mean() -> None:
         assert np.allclose(decode(by_libsndfile(form, sound, RATE, "PCM_16")), sound.mean(axis=1), atol=1e-3)
 
 
+@pytest.mark.parametrize("form", ["matroska", "mov"])
+def test_a_track_without_packets_is_passed_over(form: str) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        with av.open(file.name, "w", format=form) as container:
+            tracks = [container.add_stream("aac", rate=RATE, layout=layout) for layout in ("5.1", "stereo")]
+            container.start_encoding()
+            fill(container, tracks[1], np.stack([tone(RATE)] * 2, axis=1), RATE, "stereo")
+        content = file.read()
+    warnings = list[str]()
+    assert gain(decode(content, warnings=warnings), RATE) == pytest.approx(2**0.5, rel=0.05)
+    assert warnings == []
+
+
+@pytest.mark.parametrize("flags", [0, 1 << 31])
+def test_a_tag_behind_the_last_frame_is_no_damage(flags: int) -> None:
+    item = struct.pack("<II", 5, 0) + b"Title\0hello"
+    head, foot = (b"APETAGEX" + struct.pack("<4I8x", 2000, len(item) + 32, 1, one) for one in (flags | 1 << 29, flags))
+    content = by_ffmpeg("mp3", "libmp3lame", tone(RATE), RATE)
+    warnings = list[str]()
+    heard = decode(content + (head if flags else b"") + item + foot, warnings=warnings)
+    assert np.array_equal(heard, decode(content))
+    assert warnings == []
+
+
 # Joined files
 
 
@@ -281,6 +305,16 @@ def test_a_file_is_refused_where_more_than_a_tenth_is_missing(kept: float, refus
     missing = missing_of(content[: int(len(content) * kept)])
     assert missing is not None
     assert (missing.share > 0.1) is refused
+
+
+def test_an_avi_says_how_large_it_is() -> None:
+    content = by_ffmpeg("avi", "libmp3lame", tone(RATE), RATE)
+    assert missing_of(content) is None
+    assert missing_of(content[:4] + bytes(4) + content[8:-100]) is None  # a recorder that was stopped
+    assert code(content[: len(content) // 2]) == "truncated_media"
+    warnings = list[str]()
+    decode(content[:-200], warnings=warnings)
+    assert warnings[0].startswith("s3://bucket/key ends too early: ")
 
 
 def test_an_mp4_without_its_index_is_refused() -> None:

@@ -53,14 +53,25 @@ def _read(blob: Blob, track: Track, losses: Losses) -> None:
 
 
 def _read_one(blob: Blob, content: bytes, track: Track, losses: Losses) -> None:
+    """Add one file to the track: the stream that `ffmpeg` would take, else the next one where that holds nothing at all."""
+    before, empty = losses.packets, list[int]()
+    while not _read_stream(blob, content, track, losses, empty) and losses.packets == before:
+        pass
+
+
+def _read_stream(blob: Blob, content: bytes, track: Track, losses: Losses, empty: list[int]) -> bool:
+    """Add the frames of the best stream; the empty ones are passed over by index. Whether it was the last one."""
     try:
         with av.open(io.BytesIO(content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
-            stream, order = chosen(container.streams.audio)
+            known = [one for one in container.streams.audio if one.index not in empty]
+            stream, order = chosen(known)
             if stream is None:
                 raise CannotOpenError(ItemError("bad_media", f"{blob.uri} has no audio track", STAGE))
             decode = _second_choice(content, stream, track.most_seconds)
             for frame in frames(container, stream, losses, decode):
                 track.add(frame, order)
+            empty.append(stream.index)
+            return len(known) == 1
     except av.error.EOFError:
         raise CannotOpenError(ItemError("truncated_media", f"{blob.uri} ends too early", STAGE)) from None
     except (av.FFmpegError, ValueError) as error:
