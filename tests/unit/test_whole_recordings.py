@@ -70,6 +70,35 @@ def test_a_packet_that_cannot_be_decoded_is_left_out_and_counted() -> None:
     assert code(case("damaged_middle.ts"), strict=True) == "bad_media"
 
 
+def pages_of(content: bytes) -> list[bytes]:
+    return [b"OggS" + one for one in content.split(b"OggS")[1:]]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+@pytest.mark.parametrize("form", ["opus", "vorbis"])
+def test_a_page_of_an_ogg_that_is_missing_or_damaged_is_told(form: str, damage: str) -> None:
+    content = (
+        by_ffmpeg("ogg", "libopus", tone(48_000, 20.0), 48_000)
+        if form == "opus"
+        else by_libsndfile("OGG", tone(RATE, 20.0), RATE)
+    )
+    pages = pages_of(content)
+    at = len(pages) - 2
+    pages[at] = b"" if damage == "missing" else pages[at][:-1] + bytes([pages[at][-1] ^ 1])
+    warnings = list[str]()
+    assert len(decode(b"".join(pages), warnings=warnings)) < 19.9 * RATE
+    assert warnings == ["s3://bucket/key is damaged: a page is missing or damaged; the result is of the rest"]
+    assert code(b"".join(pages), strict=True) == "bad_media"
+
+
+def test_a_broadcast_that_was_recorded_from_its_middle_on_lacks_no_page() -> None:
+    pages = pages_of(by_ffmpeg("ogg", "libopus", tone(48_000, 6.0), 48_000))
+    warnings = list[str]()
+    decode(b"".join(pages[:2] + pages[3:]), warnings=warnings)
+    decode(case("chained_vorbis.ogg"), warnings=warnings)
+    assert warnings == []
+
+
 def test_the_default_track_is_heard_else_the_one_with_most_channels() -> None:
     assert len(decode(case("second_track_default.mkv"), 44_100)) == 86_016
     tracks = (("mono", 440.0), ("stereo", HIGH), ("stereo", 440.0))
