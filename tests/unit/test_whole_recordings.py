@@ -354,7 +354,7 @@ def test_an_mp4_without_its_index_is_refused() -> None:
 def test_a_flac_that_lacks_frames_says_how_much() -> None:
     content, warnings = by_libsndfile("FLAC", tone(RATE, 20.0), RATE), list[str]()
     assert len(decode(content[: int(len(content) * 0.95)], warnings=warnings)) < 20 * RATE
-    assert "of 20.0 s are there" in warnings[0]
+    assert "of 20.000 s are there" in warnings[0]
     assert code(content[: len(content) // 2]) == "truncated_media"
 
 

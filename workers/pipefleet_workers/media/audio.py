@@ -80,7 +80,7 @@ def _shortfall(content: bytes, seconds: float) -> Missing | None:
     promised = flac_seconds(content)
     if promised is None or seconds >= promised - 0.001:
         return None
-    return Missing(f"{seconds:.1f} s of {promised:.1f} s are there", 1 - seconds / promised)
+    return Missing(f"{seconds:.3f} s of {promised:.3f} s are there", 1 - seconds / promised)
 
 
 def _raw(blob: Blob, bounds: Bounds) -> Samples:
