@@ -292,8 +292,7 @@ def _images(settings: Settings) -> str:
 
 def _audio(settings: Settings) -> str:
     soundfile, av = importlib.import_module("soundfile"), importlib.import_module("av")
-    importlib.import_module("soxr")
-    return f"libsndfile {soundfile.__libsndfile_version__}, FFmpeg through PyAV {av.__version__}, soxr"
+    return f"libsndfile {soundfile.__libsndfile_version__}, FFmpeg through PyAV {av.__version__}"
 
 
 def _device(settings: Settings) -> str:
