@@ -21,7 +21,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.watchdog import working_on
 
-_PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
+_PER_THREAD = ("tokenizer", "processor", "image_processor", "video_processor", "feature_extractor")
 _OWN_PARAMETERS = ("pooling", "normalize", "strict_media")
 
 
