@@ -246,6 +246,7 @@ CALLS: list[tuple[str, Callable[[Pipe], Any]]] = [
     ("zero-shot-image-classification", lambda pipe: pipe([_A, _B], ["a cat", "sky"])),
     ("zero-shot-object-detection", lambda pipe: pipe([_A, _B], [["a cat"], ["a dog", "sky"]], threshold=0.0)),
     ("zero-shot-object-detection", lambda pipe: pipe(image=_A, candidate_labels=["a cat"], threshold=0.0)),
+    ("zero-shot-object-detection", lambda pipe: pipe(_A, text_queries=["a cat", "sky"], threshold=0.0)),
     ("keypoint-matching", lambda pipe: pipe([_A, _B], 0.01)),
     ("keypoint-matching", lambda pipe: pipe([[_A, _B], [_B, _A]], 0.0)),
     ("document-question-answering", lambda pipe: pipe(image=None, **_WIDE)),
