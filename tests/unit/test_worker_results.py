@@ -237,6 +237,7 @@ def same(found: Any, wanted: Any) -> None:
             value = (value.float() if value.is_floating_point() else value).numpy()
             assert found.dtype == value.dtype
         assert np.array_equal(np.asarray(found), np.asarray(value))
+        assert not isinstance(value, Image.Image) or found == value
 
 
 class Odd:
