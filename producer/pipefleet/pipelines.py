@@ -10,12 +10,14 @@ import math
 import os
 import threading
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
 from pipefleet.called import called_parameters, layered
 from pipefleet.calls import Beside, Joined, arguments_of, each_of, is_dataset
+from pipefleet.chats import with_media
 from pipefleet.client import Client
 from pipefleet.errors import (
     ParameterError,
@@ -93,7 +95,7 @@ class FleetPipeline:
         if called.get(_SPLIT) and _is_words(given):
             given = [given]
         if self._is_one_input(given):
-            return self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
+            return self._restored(self._answer(given, wanted, wait), wanted)
         if isinstance(given, list | tuple):
             with closing(self._stream(given, wanted, wait, eager=True)) as stream_of_results:
                 answers = [self._restored(one, wanted, listed=True) for one in stream_of_results]
@@ -103,7 +105,7 @@ class FleetPipeline:
         if is_dataset(given):
             results = (self._restored(one, wanted, streamed=True) for one in self._stream(given, wanted, wait))
             return Results(results, len(given)) if hasattr(given, "__len__") else results
-        result = self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
+        result = self._restored(self._answer(given, wanted, wait), wanted)
         return [result] if self._is_nested(given, called) else result
 
     def predict(self, inputs: Any) -> Any:
@@ -154,6 +156,13 @@ class FleetPipeline:
             expires=expires,
         )
 
+    def _answer(self, given: Any, wanted: Mapping[str, Any], wait: float | None) -> Any:
+        """The result of one input."""
+        return self._completed(_result(self._submit(given, Patience(), **wanted), wait), given)
+
+    def _completed(self, output: Any, given: Any) -> Any:
+        return with_media(output, given) if self._spec.media is Media.PROMPT else output
+
     def _stream(
         self, inputs: Iterable[Any], parameters: Mapping[str, Any], timeout: float | None, *, eager: bool = False
     ) -> Generator[Any]:
@@ -163,15 +172,20 @@ class FleetPipeline:
         """
         stopped = threading.Event()
         patience = Patience(stopped)
+        chats: deque[Any] = deque()  # those under way, in the order of their results
 
         def submit(one: Any) -> Job:
             job = self._submit(one, patience, **parameters)
             patience.seconds = PATIENCE_SECONDS
+            chats.append(one if self._spec.media is Media.PROMPT else None)
             return job
+
+        def result(job: Job) -> Any:
+            return self._completed(_result(job, timeout), chats.popleft())
 
         bound = self._client.settings.in_flight
         try:
-            yield from stream(each_of(inputs), submit, lambda job: _result(job, timeout), bound=bound, eager=eager)
+            yield from stream(each_of(inputs), submit, result, bound=bound, eager=eager)
         finally:
             stopped.set()
 

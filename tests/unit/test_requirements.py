@@ -22,6 +22,8 @@ from pipefleet_workers.media.tables import decode_table
 CASES = Path(__file__).resolve().parents[1] / "cases"
 PICTURE = "s3://media/a.png"
 TABLE = {"a": ["1"]}
+CHAT = [{"role": "user", "content": "a"}]
+TWICE = {"max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 4}}
 EMPTY = np.zeros(0, dtype="f4")
 ZERO, ASR, BOXES = "zero-shot-classification", "automatic-speech-recognition", "document-question-answering"
 
@@ -70,6 +72,15 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     (BOXES, {"image": PICTURE, "question": "a", "word_boxes": [["a", [9, 0, 0, 10]]]}, {}, "0 <= x0 <= x1 <= 1000"),
     (BOXES, {"image": PICTURE, "question": "a", "word_boxes": [["a", [0, 0, 9]]]}, {}, "0 <= x0 <= x1 <= 1000"),
     (BOXES, {"image": PICTURE, "question": "a", "word_boxes": ["a"]}, {}, "0 <= x0 <= x1 <= 1000"),
+    (BOXES, {"image": PICTURE, "question": "a", "word_boxes": "abc"}, {}, "0 <= x0 <= x1 <= 1000"),
+    (BOXES, {"image": PICTURE, "question": "a", "word_boxes": {"a": [0, 0, 9, 9]}}, {}, "0 <= x0 <= x1 <= 1000"),
+    ("image-text-to-text", {"text": CHAT, "images": PICTURE}, {}, "inside its messages"),
+    ("any-to-any", {"text": CHAT, "audio": "s3://media/a.wav"}, {}, "inside its messages"),
+    ("image-text-to-text", "a", TWICE, "given twice"),
+    ("any-to-any", "a", TWICE, "given twice"),
+    ("image-to-text", PICTURE, TWICE, "given twice"),
+    ("image-text-to-text", "a", {"return_full_text": False, "return_tensors": True}, "not both"),
+    ("any-to-any", "a", {"return_full_text": True, "return_tensors": False}, "not both"),
 ]
 
 TAKEN: list[tuple[str, Any, dict[str, Any]]] = [
@@ -97,6 +108,10 @@ TAKEN: list[tuple[str, Any, dict[str, Any]]] = [
     ("table-question-answering", {"table": TABLE, "query": ["", "a"]}, {}),
     ("visual-question-answering", {"image": PICTURE, "question": ""}, {}),
     (BOXES, {"image": PICTURE, "question": "", "word_boxes": [["", [0, 0, 10, 10.5]]]}, {}),
+    (BOXES, {"image": PICTURE, "question": "", "word_boxes": {"$ref": "s3://media/boxes.json"}}, {}),
+    ("image-text-to-text", {"text": CHAT, "images": None}, {}),
+    ("image-text-to-text", "a", {"max_new_tokens": 3, "generate_kwargs": {"num_beams": 2}}),
+    ("any-to-any", "a", {"return_full_text": True, "return_tensors": True, "return_type": 0}),
     (ASR, "s3://media/a.wav", {"chunk_length_s": 0, "stride_length_s": 3}),
     (ASR, "s3://media/a.wav", {"chunk_length_s": 10, "stride_length_s": [4, 2]}),
     ("decision", "s3://media/request.json", {}),

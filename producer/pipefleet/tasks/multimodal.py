@@ -7,7 +7,14 @@ from typing import Any
 from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
 from pipefleet.refused_parameters import REASONS
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
-from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
+from pipefleet.tasks.requirements import (
+    asked_once,
+    boxes_on_page,
+    labels_given,
+    media_in_chat,
+    picture_given,
+    prompt_filled,
+)
 from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -44,7 +51,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled,),
+        requires=(prompt_filled, media_in_chat, asked_once),
     ),
     TaskSpec(
         name="any-to-any",
@@ -58,7 +65,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled,),
+        requires=(prompt_filled, media_in_chat, asked_once),
     ),
     TaskSpec(
         name="image-to-text",
@@ -72,7 +79,7 @@ ROWS = (
         nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns="[{generated_text}]",
         cost_unit=CostUnit.IMAGES,
-        requires=(picture_given,),
+        requires=(picture_given, asked_once),
     ),
     TaskSpec(
         name="visual-question-answering",
@@ -126,6 +133,7 @@ ROWS = (
         fields={"image": Media.IMAGE, "candidate_labels": Media.LABELS},
         required=("image",),
         positional=("image", "candidate_labels"),
+        renamed={"text_queries": "candidate_labels"},
         parameters={
             "candidate_labels": ANY_LABELS,
             "threshold": number(0.0, 1.0),

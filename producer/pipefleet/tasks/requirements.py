@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipefleet.errors import InputError, ParameterError
-from pipefleet.storage import is_text_uri
+from pipefleet.storage import is_ref, is_text_uri
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,22 @@ def prompt_filled(task: str, inputs: Any, known: Known) -> None:
         raise InputError(f"the prompt of {task} is empty")
 
 
+def media_in_chat(task: str, inputs: Any, known: Known) -> None:
+    """Media of a chat stand inside its messages, and not beside them."""
+    if isinstance(inputs, Mapping) and isinstance(inputs.get("text"), list | tuple) and len(inputs) > 1:
+        raise InputError(f"{task} takes the media of a chat inside its messages, not beside them")
+
+
+def asked_once(task: str, inputs: Any, known: Known) -> None:
+    """No parameter is given twice, and none beside another that it excludes, as far as transformers refuses it."""
+    asked, nested = known.parameters, known.parameters.get("generate_kwargs")
+    if "max_new_tokens" in asked and isinstance(nested, Mapping) and "max_new_tokens" in nested:
+        raise ParameterError(f"max_new_tokens of {task} is given twice, once in generate_kwargs; pass it once")
+    shown = ("return_full_text", "return_tensors")
+    if all(asked.get(name) is not None for name in shown) and asked.get("return_type") is None:
+        raise ParameterError(f"{task} takes either return_full_text or return_tensors, not both")
+
+
 def picture_given(task: str, inputs: Any, known: Known) -> None:
     """A dict holds a picture, under one of its two names."""
     if isinstance(inputs, Mapping) and inputs.keys() <= {"text"}:
@@ -104,7 +120,9 @@ def pieces_longer_than_strides(task: str, inputs: Any, known: Known) -> None:
 def boxes_on_page(task: str, inputs: Any, known: Known) -> None:
     """`word_boxes`, where they are given, are words with boxes in thousandths of the page."""
     boxes = inputs.get("word_boxes") if isinstance(inputs, Mapping) else None
-    if isinstance(boxes, list | tuple) and not all(map(_is_boxed, boxes)):
+    if boxes is None or is_ref(boxes):
+        return
+    if not (isinstance(boxes, list | tuple) and all(map(_is_boxed, boxes))):
         raise InputError(
             "word_boxes are a list of [word, [x0, y0, x1, y1]] with 0 <= x0 <= x1 <= 1000 and 0 <= y0 <= y1 <= 1000"
         )
