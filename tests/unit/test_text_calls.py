@@ -82,7 +82,7 @@ def test_cells_have_tuples_as_coordinates() -> None:
     pipe = Echo("table-question-answering", {"answer": "1", "coordinates": [[0, 1], [2, 3]], "cells": ["1", "2"]})
     assert pipe({"table": {}, "query": "q"})["coordinates"] == [(0, 1), (2, 3)]
     pipe.answer = {"answer": "", "coordinates": [], "cells": []}
-    assert not pipe({"table": {}, "query": "q"})["coordinates"]
+    assert pipe({"table": {}, "query": "q"})["coordinates"] == []
 
 
 def test_a_list_of_words_is_one_text_and_a_list_of_such_lists_is_several() -> None:
