@@ -107,7 +107,7 @@ def test_values_of_numpy_torch_and_transformers_are_those_of_json(task: str, giv
         ("text-generation", {"bad_words_ids": np.zeros((1000, 1000))}, "1000000 numbers"),
         ("text-generation", {"generation_config": GenerationConfig(max_time=3.0)}, "'max_time', which text-generation takes"),
         ("text-generation", {"tools": [{}]}, "chat template"),
-        ("text-classification", {"generation_config": GenerationConfig()}, "takes no parameter 'generation_config'"),
+        ("text-classification", {"generation_config": GenerationConfig(top_k=2)}, "takes no parameter 'generation_config'"),
         ("text-classification", {"top_k": object()}, "whole number"),
     ],
 )  # fmt: skip

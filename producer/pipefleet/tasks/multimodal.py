@@ -7,7 +7,14 @@ from typing import Any
 from pipefleet.parameters import Check, boolean, either, integer, mapping_of, null, number, template, text
 from pipefleet.refused_parameters import REASONS
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
-from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
+from pipefleet.tasks.requirements import (
+    boxes_on_page,
+    labels_given,
+    one_way_of_showing,
+    picture_given,
+    prompt_filled,
+    writable,
+)
 from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -44,7 +51,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled,),
+        requires=(prompt_filled, one_way_of_showing, writable),
     ),
     TaskSpec(
         name="any-to-any",
@@ -58,7 +65,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled,),
+        requires=(prompt_filled, one_way_of_showing, writable),
     ),
     TaskSpec(
         name="image-to-text",
@@ -72,7 +79,7 @@ ROWS = (
         nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns="[{generated_text}]",
         cost_unit=CostUnit.IMAGES,
-        requires=(picture_given,),
+        requires=(picture_given, writable),
     ),
     TaskSpec(
         name="visual-question-answering",

@@ -77,6 +77,46 @@ def labels_given(task: str, inputs: Any, known: Known) -> None:
         raise ParameterError(f"{task} needs candidate_labels: a list of texts, or one text with commas")
 
 
+def one_way_of_showing(task: str, inputs: Any, known: Known) -> None:
+    """The parameters that say how a written text is shown do not contradict each other."""
+    said = {name for name, value in known.parameters.items() if value is not None}
+    if "return_type" in said:
+        return
+    both = [
+        ("return_full_text", "return_text"),
+        ("return_full_text", "return_tensors"),
+        ("return_tensors", "return_text"),
+    ]
+    for one, other in both:
+        if {one, other} <= said:
+            raise ParameterError(f"{task} takes {one} or {other}, not both")
+
+
+def writable(task: str, inputs: Any, known: Known) -> None:
+    """The arguments of generate() that stand side by side go together, whatever the model."""
+    said = {**(known.parameters.get("generate_kwargs") or {}), **known.parameters}
+    beams, sequences, sampled = (said.get(name) for name in ("num_beams", "num_return_sequences", "do_sample"))
+    if beams and sequences and 1 < beams < sequences:
+        raise ParameterError(
+            f"{task} gives at most num_beams sequences: num_return_sequences is {sequences} and num_beams {beams}"
+        )
+    if beams == 1 and sampled is False and sequences and sequences > 1:
+        raise ParameterError(
+            f"{task} with do_sample=False and num_beams=1 gives one sequence, not num_return_sequences={sequences}"
+        )
+    if sampled and said.get("temperature") == 0:
+        raise ParameterError(
+            f"{task} with do_sample=True takes a temperature above 0; pass do_sample=False for the most probable tokens"
+        )
+
+
+def one_truncation(task: str, inputs: Any, known: Known) -> None:
+    """How a text is cut is said once."""
+    own = known.parameters.get("tokenize_kwargs") or {}
+    if known.parameters.get("truncation") is not None and "truncation" in own:
+        raise ParameterError(f"{task} takes truncation or a truncation in tokenize_kwargs, not both")
+
+
 def words_or_text(task: str, inputs: Any, known: Known) -> None:
     """A list of words comes with `is_split_into_words`, a text without it."""
     split = known.parameters.get("is_split_into_words")
