@@ -130,3 +130,26 @@ def test_zero_shot_classification_takes_a_truncation_that_changes_nothing() -> N
         outcomes = engine.run([Call(text, {**labels, **own}) for own in ({}, {"truncation": True})])
     for outcome in outcomes:
         assert_same(outcome.output, pipe(text, **labels, truncation=True))
+
+
+FILLED = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12, "do_sample": False}
+WRITTEN: list[tuple[str, dict[str, Any]]] = [
+    ("summarization", {"decoder_start_token_id": 3, "max_new_tokens": 4, "num_beams": 1}),
+    ("text2text-generation", {**FILLED, "pad_token_id": 7, "eos_token_id": list(range(40, 200))}),
+    ("text2text-generation", {**FILLED, "eos_token_id": list(range(40, 200))}),
+    ("text2text-generation", {**FILLED, "eos_token_id": list(range(200, 40, -1)), "return_tensors": True}),
+    ("text-generation", {**FILLED, "pad_token_id": 7, "eos_token_id": list(range(40, 200))}),
+    ("text-generation", {**FILLED, "eos_token_id": list(range(40, 200)), "return_tensors": True}),
+]
+
+
+@pytest.mark.parametrize(("task", "asked"), WRITTEN)
+def test_tokens_that_begin_or_fill_a_text_show_as_in_transformers(task: str, asked: dict[str, Any]) -> None:
+    pipe = load(task)
+    with running(recording(RUNTIME[task].adapter, pipe), task) as engine:
+        (outcome,) = engine.run([Call("a b c", asked)])
+    assert outcome.failure is None, outcome.failure
+    wanted = pipe("a b c", **asked)
+    for record in wanted if "return_tensors" in asked else ():
+        record["generated_token_ids"] = [int(token) for token in record["generated_token_ids"]]
+    assert_same(outcome.output, wanted)
