@@ -153,3 +153,19 @@ def test_tokens_that_begin_or_fill_a_text_show_as_in_transformers(task: str, ask
     for record in wanted if "return_tensors" in asked else ():
         record["generated_token_ids"] = [int(token) for token in record["generated_token_ids"]]
     assert_same(outcome.output, wanted)
+
+
+def test_vectors_of_a_text_that_is_padded_to_a_length() -> None:
+    task, padded = "feature-extraction", {"padding": "max_length", "truncation": True, "max_length": 9}
+    pipe, texts = load(task), ["the sea", "the sea of trees and " * 9, ""]
+    asked = called_parameters(task_spec(task), {"tokenize_kwargs": padded})
+    beyond = {"tokenize_kwargs": {"padding": "max_length", "max_length": 100_000}}
+    with running(recording(RUNTIME[task].adapter, pipe), task) as engine:
+        outcomes = engine.run([Call(one, asked) for one in texts])
+        pooled = engine.run([Call("the sea", {**own, "pooling": "mean"}) for own in (asked, {})])
+        (refused,) = engine.run([Call("a", beyond)])
+    for text, outcome in zip(texts, outcomes, strict=True):
+        assert_same(outcome.output, pipe(text, tokenize_kwargs=dict(padded)))
+    assert_same(pooled[0].output, pooled[1].output)
+    assert refused.failure is not None
+    assert refused.failure.code == "too_long"

@@ -45,7 +45,7 @@ from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 _LABEL = text(1000)
 _PADDING = either(boolean, choice("longest", "max_length", "do_not_pad"))
 _TOKENIZE: dict[str, Check] = {**TOKENIZE, "padding": _PADDING}
-"""Padding is accepted because people pass it; texts are padded to their batches whatever it says."""
+"""Texts are padded to their batches whatever it says; only vectors of tokens show it, where they are padded to max_length."""
 _REWRITE: dict[str, Check] = {
     **{name: check for name, check in WRITE.items() if name not in ("guidance_scale", "watermarking_config")},
     "truncation": TRUNCATION,
@@ -85,7 +85,7 @@ ROWS = (
         media=Media.TEXT,
         parameters={
             "truncation": TRUNCATION,
-            "tokenize_kwargs": mapping_of({**_TOKENIZE, "padding": either(boolean, choice("longest", "do_not_pad"))}),
+            "tokenize_kwargs": mapping_of(_TOKENIZE),
             "return_tensors": boolean,
             "pooling": either(null, choice("mean", "cls", "last")),
             "normalize": boolean,
