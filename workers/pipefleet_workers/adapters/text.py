@@ -195,7 +195,9 @@ class FeatureExtractor(TextEncoder):
             length = asked.get("max_length") or self.pipe.tokenizer.model_max_length
             longest = self.longest(self._positions)
             if length > longest:
-                text = f"padding to max_length makes {length} tokens, the model takes {longest}; pass a lower max_length"
+                text = (
+                    f"padding to max_length makes {length} tokens, the model takes {longest}; pass a lower max_length"
+                )
                 raise ItemError("too_long", text, STAGE)
         return super().encode(values, arguments)
 
