@@ -327,5 +327,5 @@ def _is_words(value: Any) -> bool:
 
 
 def _tuples(value: list[Any]) -> Any:
-    """A list as a tuple, a list of lists as a list of tuples."""
-    return [tuple(one) for one in value] if value and isinstance(value[0], list) else tuple(value)
+    """A list as a tuple, a list of lists as a list of tuples; an empty one is the latter."""
+    return tuple(value) if value and not isinstance(value[0], list) else [tuple(one) for one in value]

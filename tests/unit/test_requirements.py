@@ -48,6 +48,8 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("zero-shot-object-detection", {"image": PICTURE, "candidate_labels": []}, {}, "1 to 1000 texts"),
     ("zero-shot-object-detection", {"image": PICTURE}, {}, "needs candidate_labels"),
     ("table-question-answering", {"table": {}, "query": "a"}, {}, "not empty"),
+    ("table-question-answering", {"table": "", "query": "a"}, {}, "an empty text"),
+    ("image-classification", "", {}, "an empty text"),
     ("table-question-answering", {"table": {"a": []}, "query": "a"}, {}, "not empty"),
     ("table-question-answering", {"table": [], "query": "a"}, {}, "not empty"),
     ("table-question-answering", {"table": TABLE, "query": ""}, {}, "a query that is not empty"),

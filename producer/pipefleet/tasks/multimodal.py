@@ -12,8 +12,10 @@ from pipefleet.tasks.requirements import (
     boxes_on_page,
     labels_given,
     media_in_chat,
+    one_way_of_showing,
     picture_given,
     prompt_filled,
+    writable,
 )
 from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
@@ -51,7 +53,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled, media_in_chat, asked_once),
+        requires=(prompt_filled, media_in_chat, asked_once, one_way_of_showing, writable),
     ),
     TaskSpec(
         name="any-to-any",
@@ -65,7 +67,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled, media_in_chat, asked_once),
+        requires=(prompt_filled, media_in_chat, asked_once, one_way_of_showing, writable),
     ),
     TaskSpec(
         name="image-to-text",
@@ -79,7 +81,7 @@ ROWS = (
         nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns="[{generated_text}]",
         cost_unit=CostUnit.IMAGES,
-        requires=(picture_given, asked_once),
+        requires=(picture_given, asked_once, writable),
     ),
     TaskSpec(
         name="visual-question-answering",

@@ -71,13 +71,10 @@ def media_in_chat(task: str, inputs: Any, known: Known) -> None:
 
 
 def asked_once(task: str, inputs: Any, known: Known) -> None:
-    """No parameter is given twice, and none beside another that it excludes, as far as transformers refuses it."""
+    """No parameter is given twice, as far as transformers refuses it."""
     asked, nested = known.parameters, known.parameters.get("generate_kwargs")
     if "max_new_tokens" in asked and isinstance(nested, Mapping) and "max_new_tokens" in nested:
         raise ParameterError(f"max_new_tokens of {task} is given twice, once in generate_kwargs; pass it once")
-    shown = ("return_full_text", "return_tensors")
-    if all(asked.get(name) is not None for name in shown) and asked.get("return_type") is None:
-        raise ParameterError(f"{task} takes either return_full_text or return_tensors, not both")
 
 
 def picture_given(task: str, inputs: Any, known: Known) -> None:
@@ -91,6 +88,46 @@ def labels_given(task: str, inputs: Any, known: Known) -> None:
     own = isinstance(inputs, Mapping) and inputs.get("candidate_labels") is not None
     if known.complete and not own and known.parameters.get("candidate_labels") is None:
         raise ParameterError(f"{task} needs candidate_labels: a list of texts, or one text with commas")
+
+
+def one_way_of_showing(task: str, inputs: Any, known: Known) -> None:
+    """The parameters that say how a written text is shown do not contradict each other."""
+    said = {name for name, value in known.parameters.items() if value is not None}
+    if "return_type" in said:
+        return
+    both = [
+        ("return_full_text", "return_text"),
+        ("return_full_text", "return_tensors"),
+        ("return_tensors", "return_text"),
+    ]
+    for one, other in both:
+        if {one, other} <= said:
+            raise ParameterError(f"{task} takes {one} or {other}, not both")
+
+
+def writable(task: str, inputs: Any, known: Known) -> None:
+    """The arguments of generate() that stand side by side go together, whatever the model."""
+    said = {**(known.parameters.get("generate_kwargs") or {}), **known.parameters}
+    beams, sequences, sampled = (said.get(name) for name in ("num_beams", "num_return_sequences", "do_sample"))
+    if beams and sequences and 1 < beams < sequences:
+        raise ParameterError(
+            f"{task} gives at most num_beams sequences: num_return_sequences is {sequences} and num_beams {beams}"
+        )
+    if beams == 1 and sampled is False and sequences and sequences > 1:
+        raise ParameterError(
+            f"{task} with do_sample=False and num_beams=1 gives one sequence, not num_return_sequences={sequences}"
+        )
+    if sampled and said.get("temperature") == 0:
+        raise ParameterError(
+            f"{task} with do_sample=True takes a temperature above 0; pass do_sample=False for the most probable tokens"
+        )
+
+
+def one_truncation(task: str, inputs: Any, known: Known) -> None:
+    """How a text is cut is said once."""
+    own = known.parameters.get("tokenize_kwargs") or {}
+    if known.parameters.get("truncation") is not None and "truncation" in own:
+        raise ParameterError(f"{task} takes truncation or a truncation in tokenize_kwargs, not both")
 
 
 def words_or_text(task: str, inputs: Any, known: Known) -> None:

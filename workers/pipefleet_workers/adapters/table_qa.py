@@ -58,7 +58,7 @@ class TableReader(Adapter):
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """The inputs of TAPAS padded on the right, where its mask hides them; those of others stacked."""
-        longest = max(unit.features["input_ids"].shape[1] for unit in units)
+        longest = max(_tokens(unit) for unit in units)  # a unit's length counts the rows that are written, too
         names = units[0].features
         return {name: torch.cat([self._padded(name, unit, longest) for unit in units]) for name in names}
 
@@ -143,5 +143,10 @@ class TableReader(Adapter):
         value: torch.Tensor = unit.features[name]
         filler = self.pipe.tokenizer.pad_token_id if name == "input_ids" else 0
         padded = value.new_full((len(value), longest, *value.shape[2:]), filler or 0)
-        padded[:, : value.shape[1]] = value
+        padded[:, : _tokens(unit)] = value
         return padded
+
+
+def _tokens(unit: Unit) -> int:
+    """Tokens of a unit's table with its question."""
+    return int(unit.features["input_ids"].shape[1])
