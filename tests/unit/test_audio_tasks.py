@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,25 @@ def test_the_moments_of_words_are_proven_or_recordings_that_ask_for_them_run_alo
     with running(adapter, SPEECH) as engine:
         engine.run_together([Call(audio(1.0, seed=seed), words) for seed in (1, 2)])
     assert {len(batch.units) for batch in adapter.batches} == {1}
+
+
+def test_no_more_of_the_attention_is_held_than_times_the_words() -> None:
+    adapter = recording(SpeechRecogniser, load(f"{SPEECH}:whisper"))
+    model, held = adapter.pipe.model, list[int]()
+    positions = model.config.max_source_positions
+
+    def weigh(*_: Any) -> None:
+        tensors = (one for one in gc.get_objects() if type(one) is torch.Tensor and one.dim() == 4)
+        held.append(sum(one.numel() for one in tensors if one.shape[-1] == positions))
+
+    model.register_forward_hook(weigh)
+    words = {"return_timestamps": "word", "generate_kwargs": {"num_beams": 1, "max_new_tokens": 4}}
+    sound = audio(31.0)
+    with running(adapter, SPEECH) as engine:
+        (outcome,) = engine.run([Call(sound, words)])
+    prompt, heads = 4, len(model.generation_config.alignment_heads)
+    assert 0 < max(held) <= (prompt + 4) * heads * positions, "that of one half minute, of these heads"
+    assert_same(outcome.output, load(f"{SPEECH}:whisper")(sound, **copy.deepcopy(words)))
 
 
 @pytest.fixture
