@@ -18,6 +18,7 @@ import torch
 
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.carried import heard
+from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.waveforms import (
     SAMPLES_PER_FRAME,
@@ -27,7 +28,7 @@ from pipefleet_workers.adapters.waveforms import (
     require_frames,
     require_piece,
 )
-from pipefleet_workers.adapters.whisper_rows import Draws, WhisperRows, timed
+from pipefleet_workers.adapters.whisper_rows import WhisperRows, timed
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation import default_seed, row_seed
 from pipefleet_workers.generation_parameters import generation_of, vocabulary_of
@@ -161,7 +162,7 @@ class SpeechRecogniser(Adapter):
         if self._rows is not None:
             self._rows.seed(seeds)
         elif self.pipe.type in _DRAWING and len(units) == 1:
-            return Draws(seeds[0], self.pipe.device).current()
+            return drawing(seeds[0], self.pipe.device, loads=True)
         return contextlib.nullcontext()
 
     def _goes_alone(self, forward: Mapping[str, Any]) -> bool:

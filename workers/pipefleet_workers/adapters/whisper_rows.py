@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
+
+from pipefleet_workers.adapters.draws import Draws
 
 _Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
 """What generate_with_fallback() returns: tokens, outputs and whether nobody speaks, by row; then what is known of the batch."""
@@ -47,7 +49,7 @@ class WhisperRows:
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Let each row of the next generate() draw as if torch had been seeded before a pipeline is called with it alone."""
-        self._draws = [Draws(seed, self._model.device) for seed in seeds]
+        self._draws = [Draws(seed, self._model.device, loads=True) for seed in seeds]
 
     def languages(self, rows: int) -> list[torch.Tensor | None]:
         """The language token of each row of the last generate(), `[1]`, where its segments were returned and tell one."""
@@ -211,30 +213,6 @@ class _EndsAt(LogitsProcessor):  # type: ignore[misc]
         scores[ended] = -torch.inf
         scores[:, self._end] = torch.where(ended, 0.0, -torch.inf)
         return scores
-
-
-class Draws:
-    """The random numbers of one row, which go on from call to call: those of a pipeline called with torch seeded before."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._devices = [device] if device.type == "cuda" else []
-        self._state: tuple[torch.Tensor, list[torch.Tensor]] | None = None
-
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """What is drawn inside comes from this row's numbers."""
-        with torch.random.fork_rng(devices=self._devices):
-            if self._state is None:
-                torch.manual_seed(self._seed)
-                # A call of the pipeline begins with its DataLoader's own seed.
-                torch.empty((), dtype=torch.int64).random_()
-            else:
-                torch.set_rng_state(self._state[0])
-                for device, state in zip(self._devices, self._state[1], strict=True):
-                    torch.cuda.set_rng_state(state, device)
-            yield
-            self._state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
 
 
 class _Output(dict[str, Any]):
