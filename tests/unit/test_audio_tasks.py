@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from pipefleet.called import called_parameters
 from pipefleet.errors import ParameterError, UsageError
 from pipefleet.tasks import TASKS
 from pipefleet_workers.adapters import zero_shot_audio
@@ -99,6 +100,40 @@ def test_no_more_of_the_attention_is_held_than_times_the_words() -> None:
     prompt, heads = 4, len(model.generation_config.alignment_heads)
     assert 0 < max(held) <= (prompt + 4) * heads * positions, "that of one half minute, of these heads"
     assert_same(outcome.output, load(f"{SPEECH}:whisper")(sound, **copy.deepcopy(words)))
+
+
+MODEL_CARD = {
+    "max_new_tokens": 6,
+    "num_beams": 1,
+    "condition_on_prev_tokens": False,
+    "compression_ratio_threshold": 1.35,
+    "temperature": (0.0, 0.2),
+    "logprob_threshold": -100.0,
+    "no_speech_threshold": 0.6,
+    "return_timestamps": True,
+    "forced_decoder_ids": None,
+}
+"""As the card of whisper-large-v3 writes it, with one of the older arguments."""
+
+
+@pytest.mark.parametrize("given", [MODEL_CARD, {"max_new_tokens": 6, "return_timestamps": "word"}])
+@pytest.mark.parametrize("beside", [{}, {"return_timestamps": False}, {"return_timestamps": True}])
+def test_timestamps_are_also_asked_for_inside_generate_kwargs(given: dict[str, Any], beside: dict[str, Any]) -> None:
+    pipe, sound = load(f"{SPEECH}:whisper"), audio(1.0, "speech")
+    asked = {"generate_kwargs": given, **beside}
+    wanted = pipe(sound.copy(), **copy.deepcopy(asked))
+    called = called_parameters(TASKS[SPEECH], {**asked, "seed": 0})
+    with running(recording(SpeechRecogniser, pipe), SPEECH) as engine:
+        (outcome,) = engine.run([Call(sound, called)])
+    assert outcome.failure is None, outcome.failure
+    assert_same(outcome.output, wanted)
+
+
+def test_what_generate_kwargs_may_not_hold_is_said_with_its_reason() -> None:
+    with pytest.raises(
+        ParameterError, match="may not hold 'forced_decoder_ids': it is an older way to say the language"
+    ):
+        TASKS[SPEECH].check({"generate_kwargs": {"forced_decoder_ids": [[1, 2]]}})
 
 
 @pytest.fixture
