@@ -136,6 +136,25 @@ def test_what_generate_kwargs_may_not_hold_is_said_with_its_reason() -> None:
         TASKS[SPEECH].check({"generate_kwargs": {"forced_decoder_ids": [[1, 2]]}})
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"language": "xx"}, "Unsupported language: xx"),
+        ({"language": "spanish"}, "<|es|> is not supported by this specific model"),
+        ({"max_new_tokens": 600}, "max_new_tokens"),
+        ({"prompt_ids": [5], "prompt_condition_type": "all-segments"}, "condition_on_prev_tokens=True"),
+    ],
+)
+def test_a_parameter_that_the_model_refuses_is_the_callers_mistake(given: dict[str, Any], words: str) -> None:
+    calls = [Call(audio(1.0, seed=seed), {"generate_kwargs": {"max_new_tokens": 6, **given}}) for seed in (1, 2)]
+    with running(recording(SpeechRecogniser, load(f"{SPEECH}:whisper")), SPEECH) as engine:
+        outcomes = engine.run_together(calls)
+    for outcome in outcomes:
+        assert failure(outcome)[0] == "bad_parameter"
+        assert "the model refuses the parameters: " in failure(outcome)[1]
+        assert words in failure(outcome)[1]
+
+
 @pytest.fixture
 def moonshine(tmp_path: Path) -> Any:
     """A model that is neither Whisper nor CTC: it writes with generate() itself."""

@@ -9,14 +9,14 @@ only, as all others do.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.base import Adapter, brief, shape_key
 from pipefleet_workers.adapters.carried import heard
 from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.spectrograms import read_in_blocks
@@ -75,7 +75,7 @@ class SpeechRecogniser(Adapter):
         if units[0].features["long"]:
             # Beyond 30 s Whisper finds its way by timestamps; postprocess still drops them unless they were asked for.
             forward["return_timestamps"] = forward.get("return_timestamps") or True
-        with self._drawing(units):
+        with self._drawing(units), _parameters_judged():
             outputs = self.pipe.forward(inputs, **forward)
         if self._rows is not None and forward.get("return_language"):
             outputs["lang_id"] = self._rows.languages(len(units))
@@ -219,6 +219,15 @@ class SpeechRecogniser(Adapter):
             # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
             return Unit(assembly, index, key, _sounding(chunk, main), features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
+
+
+@contextlib.contextmanager
+def _parameters_judged() -> Iterator[None]:
+    """Raise ItemError (bad_parameter) for what generate() refuses before it begins: a language, a task, too great a length."""
+    try:
+        yield
+    except ValueError as error:
+        raise ItemError("bad_parameter", f"the model refuses the parameters: {brief(error)}", "forward") from error
 
 
 def _samples(unit: Unit) -> int:
