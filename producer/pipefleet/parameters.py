@@ -154,7 +154,9 @@ def mapping_of(allowed: Mapping[str, Check]) -> Check:
             return "must be an object"
         for name, item in value.items():
             if name not in allowed:
-                return f"may not hold {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}"
+                reason = why_refused("", str(name))
+                why = f": {reason}" if reason else nearest(str(name)[:40], allowed)
+                return f"may not hold {str(name)[:40]!r}{why}"
             problem = None if item is None else allowed[name](item)
             if problem:
                 return f"holds {name!r}, which {problem}"

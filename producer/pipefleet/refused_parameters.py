@@ -78,6 +78,7 @@ REASONS: Mapping[str, str] = {
     "load_audio_from_video": "send the sound and the film as two parts of the message",
     "generation_mode": "models write text here; text-to-audio is the task for sound",
     "parameters": _KEYWORDS,
+    "forced_decoder_ids": "it is an older way to say the language and the task; pass those",
     "return_all_scores": "transformers 5 has it no more; pass top_k=None",
     "grouped_entities": 'transformers 5 has it no more; pass aggregation_strategy="simple"',
     "ignore_subwords": 'transformers 5 has it no more; pass aggregation_strategy="first"',

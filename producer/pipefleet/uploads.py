@@ -42,8 +42,8 @@ class Uploader:
         text = os.fsdecode(value)
         if text.startswith(("http://", "https://")):
             raise InputError(f"workers fetch nothing from the web: copy {text[:80]!r} to a bucket, or pass its bytes")
-        if not text:
-            raise InputError("cannot read the input: its path is an empty text")
+        if not text:  # which Path reads as the folder one is in
+            raise InputError("an empty text names no file")
         path = Path(text)
         try:
             content = self._read(path)

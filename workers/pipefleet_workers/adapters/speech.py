@@ -9,15 +9,16 @@ only, as all others do.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.base import Adapter, brief, shape_key
 from pipefleet_workers.adapters.carried import heard
+from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.waveforms import (
     SAMPLES_PER_FRAME,
@@ -27,7 +28,7 @@ from pipefleet_workers.adapters.waveforms import (
     require_frames,
     require_piece,
 )
-from pipefleet_workers.adapters.whisper_rows import Draws, WhisperRows, timed
+from pipefleet_workers.adapters.whisper_rows import WhisperRows, timed
 from pipefleet_workers.arguments import STAGE, Arguments
 from pipefleet_workers.generation import default_seed, row_seed
 from pipefleet_workers.generation_parameters import generation_of, vocabulary_of
@@ -74,7 +75,7 @@ class SpeechRecogniser(Adapter):
         if units[0].features["long"]:
             # Beyond 30 s Whisper finds its way by timestamps; postprocess still drops them unless they were asked for.
             forward["return_timestamps"] = forward.get("return_timestamps") or True
-        with self._drawing(units):
+        with self._drawing(units), _parameters_judged():
             outputs = self.pipe.forward(inputs, **forward)
         if self._rows is not None and forward.get("return_language"):
             outputs["lang_id"] = self._rows.languages(len(units))
@@ -162,7 +163,7 @@ class SpeechRecogniser(Adapter):
         if self._rows is not None:
             self._rows.seed(seeds)
         elif self.pipe.type in _DRAWING and len(units) == 1:
-            return Draws(seeds[0], self.pipe.device).current()
+            return drawing(seeds[0], self.pipe.device, loads=True)
         return contextlib.nullcontext()
 
     def _goes_alone(self, forward: Mapping[str, Any]) -> bool:
@@ -228,6 +229,15 @@ class SpeechRecogniser(Adapter):
             features["sounding"] = _sounding(chunk, main)
             return Unit(assembly, index, key, features["sounding"], features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
+
+
+@contextlib.contextmanager
+def _parameters_judged() -> Iterator[None]:
+    """Raise ItemError (bad_parameter) for what generate() refuses before it begins: a language, a task, too great a length."""
+    try:
+        yield
+    except ValueError as error:
+        raise ItemError("bad_parameter", f"the model refuses the parameters: {brief(error)}", "forward") from error
 
 
 def _samples(unit: Unit) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from pipefleet.contract import encode_json
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.equal_writer import drawing
+from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.text import position_limit
 from pipefleet_workers.arguments import STAGE, Arguments, with_forward
 from pipefleet_workers.generation import default_seed
@@ -104,7 +104,7 @@ class TableReader(Adapter):
     def _written(self, tensors: dict[str, torch.Tensor], units: Sequence[Unit]) -> torch.Tensor:
         """The tokens of the answers, as many rows for each unit as it asks for."""
         request: TableQuestions = units[0].assembly.context
-        with drawing(request.seed, self.pipe.device):
+        with drawing(request.seed, self.pipe.device, loads=True):
             written: torch.Tensor = self.pipe.model.generate(**tensors, **copy.deepcopy(dict(request.generation)))
         return written
 

@@ -12,7 +12,7 @@ import torch
 
 from pipefleet.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
-from pipefleet_workers.items import Batch, Unit
+from pipefleet_workers.items import Batch, ItemError, Unit
 from pipefleet_workers.precision import half_advice
 from pipefleet_workers.transfer import Staged, Transfer
 
@@ -100,6 +100,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _failure(unit: Unit, error: BaseException, adapter: Adapter) -> JobFailure:
+    if isinstance(error, ItemError):
+        return error.failure
     code = "out_of_memory" if _out_of_memory(error) else "model_error"
     advice = half_advice(error, getattr(getattr(adapter, "pipe", None), "model", None))
     further = f"; {advice}" if advice else ""
