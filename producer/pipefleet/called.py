@@ -38,7 +38,17 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
     if found.get("return_tensors") in _LIBRARIES and "return_tensors" in spec.parameters:
         found["return_tensors"] = True
     spec.check(found)
+    _check_shown(spec, found)
     return found
+
+
+def _check_shown(spec: TaskSpec, found: Mapping[str, Any]) -> None:
+    """Raise ParameterError where one call asks for two forms of its result, as transformers does."""
+    if "return_full_text" not in spec.parameters or found.get("return_type") is not None:
+        return
+    said = [name for name in ("return_text", "return_full_text", "return_tensors") if found.get(name) is not None]
+    if len(said) > 1:
+        raise ParameterError(f"`{said[0]}` is mutually exclusive with `{said[1]}`")
 
 
 def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipefleet.errors import InputError, ParameterError
-from pipefleet.storage import is_text_uri
+from pipefleet.storage import is_ref, is_text_uri
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,9 @@ def pieces_longer_than_strides(task: str, inputs: Any, known: Known) -> None:
 def boxes_on_page(task: str, inputs: Any, known: Known) -> None:
     """`word_boxes`, where they are given, are words with boxes in thousandths of the page."""
     boxes = inputs.get("word_boxes") if isinstance(inputs, Mapping) else None
-    if isinstance(boxes, list | tuple) and not all(map(_is_boxed, boxes)):
+    if boxes is None or is_ref(boxes):
+        return
+    if not isinstance(boxes, list | tuple) or not all(map(_is_boxed, boxes)):
         raise InputError(
             "word_boxes are a list of [word, [x0, y0, x1, y1]] with 0 <= x0 <= x1 <= 1000 and 0 <= y0 <= y1 <= 1000"
         )
