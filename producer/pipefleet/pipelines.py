@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
+from pipefleet.arguments import seconds_of
 from pipefleet.called import called_parameters, layered
 from pipefleet.calls import Beside, Joined, arguments_of, each_of, is_dataset
 from pipefleet.chats import with_media
@@ -295,8 +296,8 @@ def _result(job: Job, timeout: float | None) -> Any:
             if not job.cancel():
                 return job.result(timeout)  # it ended in this very moment
         except ServiceUnavailableError as error:
-            raise ResultTimeoutError(f"job {job.id} had no result within {timeout} s; {error}") from None
-        text = f"job {job.id} had no result within {timeout} s and was cancelled" + (f": {why}" if why else "")
+            raise ResultTimeoutError(f"job {job.id} had no result within {timeout:g} s; {error}") from None
+        text = f"job {job.id} had no result within {timeout:g} s and was cancelled" + (f": {why}" if why else "")
         raise ResultTimeoutError(text) from None
     except KeyboardInterrupt:
         with suppress(PipefleetError):
@@ -307,9 +308,10 @@ def _result(job: Job, timeout: float | None) -> Any:
 def _checked_timeout(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    found = seconds_of(value)
+    if found is None or not 0 <= found < math.inf:
         raise ParameterError("timeout must be a number of seconds, finite and not below 0, or None")
-    return value
+    return found
 
 
 def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:

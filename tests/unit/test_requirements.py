@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipefleet.called import called_parameters
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError, UsageError
@@ -83,6 +84,12 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("image-to-text", PICTURE, TWICE, "given twice"),
     ("image-text-to-text", "a", {"return_full_text": False, "return_tensors": True}, "not both"),
     ("any-to-any", "a", {"return_full_text": True, "return_tensors": False}, "not both"),
+    (BOXES, {"image": PICTURE, "question": "a", "word_boxes": 5}, {}, "0 <= x0 <= x1 <= 1000"),
+    ("text-generation", "a", {"return_full_text": True, "return_text": True}, "not both"),
+    ("text-generation", "a", {"return_text": True, "return_tensors": True}, "not both"),
+    ("image-text-to-text", "a", {"return_full_text": False, "return_tensors": True}, "not both"),
+    ("text-generation", "a", {"bad_words_ids": []}, "1 to 1000 values"),
+    ("summarization", "a", {"sequence_bias": []}, "1 to 1000 values"),
 ]
 
 TAKEN: list[tuple[str, Any, dict[str, Any]]] = [
@@ -96,6 +103,9 @@ TAKEN: list[tuple[str, Any, dict[str, Any]]] = [
     ("any-to-any", [{"role": "user", "content": []}], {}),
     ("image-text-to-text", {"text": "", "images": [PICTURE]}, {}),
     ("summarization", "", {}),
+    ("summarization", "a", {"return_text": True, "return_tensors": False}),
+    ("text-generation", "a", {"return_type": 1, "return_full_text": True}),
+    ("text-generation", "a", {"return_text": None, "return_tensors": True}),
     ("translation", "", {}),
     ("text-to-audio", "", {}),
     ("fill-mask", "[MASK]", {"targets": ["sea", ""]}),
@@ -125,7 +135,7 @@ def prepared(
 ) -> Any:
     """What a call of the task would queue, in a fleet whose pool for it is described."""
     spec = task_spec(task)
-    spec.check(parameters)
+    parameters = called_parameters(spec, parameters)
     return client.preparer(spec, Pool("one", task, "/models/one", parameters=pool or {}), parameters).prepare(inputs)
 
 
