@@ -13,8 +13,9 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
+from pipefleet.arguments import seconds_of, text_of, whole_of
 from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import (
@@ -71,6 +72,12 @@ class Client(Session):
             for run in self._runs_in_planning():
                 run.stop_planning()
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a client holds connections, so neither it nor its pipelines, jobs and runs can be pickled: make one in each process, "
+            "and open a run by its URI, a job by its id; a client may be used before and after os.fork()"
+        )
 
     def close(self) -> None:
         """Finish planning what `map` has begun, then close the connections. May be called twice.
@@ -140,9 +147,11 @@ class Client(Session):
         parameters = _checked(task, spec, parameters)
         job_id = uuid.uuid4().hex
         if output is not None:
-            _require(output_fault(output, job_id, self.settings.store))
-        if expires is not None and not (_is_number(expires) and 0 < expires < math.inf):
-            raise InputError("expires must be above 0 seconds, a finite number")
+            _require(output_fault(text_of("output", output), job_id, self.settings.store))
+        if expires is not None:
+            expires = seconds_of(expires)
+            if expires is None or not 0 < expires < math.inf:
+                raise InputError("expires must be above 0 seconds, a finite number")
         if not isinstance(idempotency_key, str | None):
             raise InputError(f"idempotency_key must be a text, not {type(idempotency_key).__name__}")
         deadline = None if expires is None else patience.call(self.now) + expires
@@ -195,11 +204,12 @@ class Client(Session):
         model = model_name(model)
         spec, pool = self.route(task, model, revision)
         parameters = _checked(task, spec, parameters)
-        if format not in FORMATS:
+        if text_of("format", format) not in FORMATS:
             raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
         FORMATS[format].require()
         if format != JsonLines.name:
             require_writer(self.redis, self.settings.redis_url, pool.name, format)
+        shard_size = None if shard_size is None else whole_of("shard_size", shard_size)
         if shard_size is not None and not 1 <= shard_size <= MAX_SHARD_ITEMS:
             raise RunError(
                 f"shard_size must be from 1 to {MAX_SHARD_ITEMS}, not {shard_size}: a worker holds a shard in memory"
@@ -264,10 +274,6 @@ class Once:
 
     key: str
     digest: str
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _digest(message: JobMessage, model: str | None, revision: str | None) -> str:

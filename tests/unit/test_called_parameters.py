@@ -86,6 +86,7 @@ VALUES = [
     ("text-classification", {"function_to_apply": ClassificationFunction.SIGMOID}, {"function_to_apply": "sigmoid"}),
     ("text-classification", {"function_to_apply": "SoftMax"}, {"function_to_apply": "SoftMax"}),
     ("token-classification", {"aggregation_strategy": AggregationStrategy.MAX}, {"aggregation_strategy": "max"}),
+    ("token-classification", {"ignore_labels": {"O", "B-PER"}}, {"ignore_labels": ["B-PER", "O"]}),
     ("automatic-speech-recognition", {"stride_length_s": (4, 2)}, {"stride_length_s": [4, 2]}),
     ("automatic-speech-recognition", {"prompt_ids": np.array([5, 6])}, {"prompt_ids": [5, 6]}),
     ("automatic-speech-recognition", {"temperature": (0.0, 0.4)}, {"temperature": [0.0, 0.4]}),
@@ -107,7 +108,7 @@ def test_values_of_numpy_torch_and_transformers_are_those_of_json(task: str, giv
         ("text-generation", {"bad_words_ids": np.zeros((1000, 1000))}, "1000000 numbers"),
         ("text-generation", {"generation_config": GenerationConfig(max_time=3.0)}, "'max_time', which text-generation takes"),
         ("text-generation", {"tools": [{}]}, "chat template"),
-        ("text-classification", {"generation_config": GenerationConfig()}, "takes no parameter 'generation_config'"),
+        ("text-classification", {"generation_config": GenerationConfig(top_k=2)}, "takes no parameter 'generation_config'"),
         ("text-classification", {"top_k": object()}, "whole number"),
     ],
 )  # fmt: skip

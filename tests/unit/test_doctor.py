@@ -28,7 +28,7 @@ PRODUCER_ONLY = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "numpy", "PIL", "soundfile", "soxr", "av", "obstore", "orjson"):
+        if name.partition(".")[0] in ("torch", "transformers", "numpy", "PIL", "soundfile", "av", "obstore", "orjson"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
 from pipefleet.cli import main

@@ -255,4 +255,28 @@ def test_a_model_by_name_is_that_of_the_default_pool_where_two_pools_load_it_dif
     fleet = parse_fleet({"pools": pools}, base=Path("/"))
     assert fleet.find("text-classification", "/models/x", None).name == "whole"
     pools["whole"] |= {"model": "/models/y", "previous": {"model": "/models/x"}}
-    assert parse_fleet({"pools": pools}, base=Path("/")).find("text-classification", "/models/x", None).name == "half"
+    other = parse_fleet({"pools": pools}, base=Path("/"))
+    assert other.find("text-classification", "/models/x", None).name == "half"
+    assert other.idle_pools() == {}
+
+
+def test_a_pool_that_gets_no_jobs_is_named() -> None:
+    table = {"task": "text-classification", "model": "/models/x", "revision": "1"}
+    pools = {
+        "half": {**table, "dtype": "float16"},
+        "whole": {**table, "default": True},
+        "new": {**table, "revision": "2"},
+    }
+    (sentence,) = parse_fleet({"pools": pools}, base=Path("/")).idle_pools().values()
+    assert sentence.startswith(
+        "pool half gets no jobs: those for /models/x@1 go to the pool whole, which serves it for"
+    )
+
+
+def test_a_job_goes_to_a_pool_of_its_model_before_one_that_is_leaving_it() -> None:
+    table = {"task": "text-classification", "model": "/models/x"}
+    moving = {**table, "model": "/models/y", "previous": {"model": "/models/x"}, "default": True}
+    pools = {"moving": moving, "staying": table}
+    fleet = parse_fleet({"pools": pools}, base=Path("/"))
+    assert fleet.find("text-classification", "/models/x", None).key == "staying"
+    assert fleet.find("text-classification", "/models/y", None).key == "moving"

@@ -161,6 +161,7 @@ def test_nothing_is_fetched_from_the_web(prepare: Prepare, task: str, url: str) 
 
 
 REFUSED = [
+    (PICTURES, "", "an empty text names no file"),
     (PICTURES, "none.jpg", r"cannot read the input 'none\.jpg': No such file"),
     (PICTURES, "a\x00b.jpg", "cannot read the input .*: embedded null byte"),
     (PICTURES, Path(), "cannot read the input '.'"),

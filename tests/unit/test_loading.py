@@ -371,6 +371,28 @@ def test_a_call_is_told_no_line_that_a_fleet_file_refuses(given: dict[str, Any],
     assert "hf_secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("variant", "fp16", "has no key 'variant': write it as model_kwargs = { variant = … }"),
+        ("low_cpu_mem_usage", True, "write it as model_kwargs = { low_cpu_mem_usage = … }"),
+        ("load_in_4bit", True, 'write quantization = { method = "bitsandbytes", load_in_4bit = true }'),
+        ("quantization_config", {}, 'write quantization = { method = "…", … }'),
+        ("torch_dtype", "float16", 'write dtype = "…"'),
+        ("token", "hf_secret", "set HF_TOKEN where the workers run"),
+        ("use_fast", False, "so leave it out"),
+        ("rope_scaling", {}, "write it as rope_parameters"),
+        ("ignore_mismatched_sizes", True, "it makes weights up"),
+        ("modle", "x", "did you mean 'model'"),
+    ],
+)
+def test_an_argument_of_from_pretrained_in_a_pool_itself_is_told_its_place(key: str, value: Any, words: str) -> None:
+    with pytest.raises(FleetFileError, match=re.escape(words)) as caught:
+        read(**{key: value})
+    assert "hf_secret" not in str(caught.value)
+    assert "beside model_kwargs" not in str(caught.value)
+
+
 def test_empty_model_kwargs_say_nothing() -> None:
     check_loading({"model_kwargs": {}}, {"model_kwargs"}, None)
 

@@ -44,6 +44,14 @@ def test_a_pool_more_starts_and_the_others_are_not_touched(world: FakeCrew, caps
     assert "pool pictures: added, image-classification with " in capsys.readouterr().out
 
 
+def test_a_pool_that_gets_no_jobs_is_named_when_the_file_is_read(
+    world: FakeCrew, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "gets no jobs" not in capsys.readouterr().err
+    world.take(TEXTS + "default = true\n", VECTORS, table("halves", "a", 'dtype = "float16"'))
+    assert "pool halves gets no jobs: those for " in capsys.readouterr().err
+
+
 def test_a_pool_that_is_removed_ends_once_its_queue_is_empty(
     world: FakeCrew, capsys: pytest.CaptureFixture[str]
 ) -> None:

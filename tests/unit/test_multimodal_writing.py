@@ -13,6 +13,7 @@ import transformers
 
 from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.vision.document_question_answering import DocumentAnswerer
 from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter
 from pipefleet_workers.adapters.writing.multimodal import EqualMultimodal, ImageTextWriter, MultimodalGenerator
 from pipefleet_workers.consume.outcomes import Outcomes
@@ -24,7 +25,7 @@ from tests.checkpoints.media import image
 from tests.parity.cases.multimodal import without_media
 from tests.parity.harness import Call, Running, finished, load, recording, running
 
-CHAT, CAPTION = "image-text-to-text", "image-to-text"
+CHAT, CAPTION, PAGES = "image-text-to-text", "image-to-text", "document-question-answering"
 PICTURES = [image(40, 30), image(30, 40, 1), image(64, 64, 2), image(20, 50, 3)]
 
 
@@ -203,6 +204,21 @@ def test_captions_that_sample_are_repeatable_and_have_a_call_for_themselves() ->
     assert other[0] != alone[0]
     assert max(len(batch.units) for batch in adapter.batches) == 1
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_seed_is_what_torch_is_seeded_with_before_a_page_is_read() -> None:
+    page, seeds = {"image": PICTURES[2], "question": "what is it"}, (3, 4)
+    wanted = []
+    pipe = transformers.pipeline(
+        "document-question-answering", model=str(cached(f"{PAGES}:donut")), device="cpu", dtype=torch.float32, **SAMPLED
+    )
+    for seed in seeds:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wanted.append(pipe(**page))
+    assert wanted[0] != wanted[1]
+    with running(recording(DocumentAnswerer, load(f"{PAGES}:donut")), PAGES) as engine:
+        assert outputs(engine.run_together([Call(page, {**SAMPLED, "seed": seed}) for seed in seeds])) == wanted
 
 
 def test_a_caption_ends_at_a_stop_string_and_a_cancelled_one_fails_alone() -> None:

@@ -192,6 +192,21 @@ def test_pictures_of_the_cases_are_as_transformers_sees_them(name: str) -> None:
     assert_as_transformers((CASES / name).read_bytes())
 
 
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+        (b"\xff\x0a" + bytes(50), "JPEG XL"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"%PDF-1.7\n", "PDF"),
+    ],
+)
+def test_a_format_that_people_have_is_named_where_it_is_not_read(content: bytes, name: str) -> None:
+    with pytest.raises(ItemError, match=f"is {name}, which is not read; convert it to PNG") as caught:
+        decode_image(Blob("s3://bucket/key", content, None), max_pixels=1 << 20)
+    assert caught.value.failure.code == "bad_media"
+
+
 def test_what_runs_programs_or_opens_any_format_stays_closed() -> None:
     assert not {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"} & set(PICTURE_FORMATS)
     assert refusal(encoded("EPS")) == "bad_media"

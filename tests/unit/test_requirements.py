@@ -16,12 +16,15 @@ from pipefleet.errors import InputError, ParameterError, UsageError
 from pipefleet.fleet.pools import Pool
 from pipefleet.inputs.rows import item_or_failure
 from pipefleet.tasks import task_spec
+from pipefleet.tasks.parameters import called_parameters
 from pipefleet_workers.inputs.tables import decode_table
 from pipefleet_workers.items import Blob
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
 PICTURE = "s3://media/a.png"
 TABLE = {"a": ["1"]}
+CHAT = [{"role": "user", "content": "a"}]
+TWICE = {"max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 4}}
 EMPTY = np.zeros(0, dtype="f4")
 ZERO, ASR, BOXES = "zero-shot-classification", "automatic-speech-recognition", "document-question-answering"
 
@@ -46,6 +49,8 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("zero-shot-object-detection", {"image": PICTURE, "candidate_labels": []}, {}, "1 to 1000 texts"),
     ("zero-shot-object-detection", {"image": PICTURE}, {}, "needs candidate_labels"),
     ("table-question-answering", {"table": {}, "query": "a"}, {}, "not empty"),
+    ("table-question-answering", {"table": "", "query": "a"}, {}, "an empty text"),
+    ("image-classification", "", {}, "an empty text"),
     ("table-question-answering", {"table": {"a": []}, "query": "a"}, {}, "not empty"),
     ("table-question-answering", {"table": [], "query": "a"}, {}, "not empty"),
     ("table-question-answering", {"table": TABLE, "query": ""}, {}, "a query that is not empty"),
@@ -70,6 +75,21 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     (BOXES, {"image": PICTURE, "question": "a", "word_boxes": [["a", [9, 0, 0, 10]]]}, {}, "0 <= x0 <= x1 <= 1000"),
     (BOXES, {"image": PICTURE, "question": "a", "word_boxes": [["a", [0, 0, 9]]]}, {}, "0 <= x0 <= x1 <= 1000"),
     (BOXES, {"image": PICTURE, "question": "a", "word_boxes": ["a"]}, {}, "0 <= x0 <= x1 <= 1000"),
+    (BOXES, {"image": PICTURE, "question": "a", "word_boxes": "abc"}, {}, "0 <= x0 <= x1 <= 1000"),
+    (BOXES, {"image": PICTURE, "question": "a", "word_boxes": {"a": [0, 0, 9, 9]}}, {}, "0 <= x0 <= x1 <= 1000"),
+    ("image-text-to-text", {"text": CHAT, "images": PICTURE}, {}, "inside its messages"),
+    ("any-to-any", {"text": CHAT, "audio": "s3://media/a.wav"}, {}, "inside its messages"),
+    ("image-text-to-text", "a", TWICE, "given twice"),
+    ("any-to-any", "a", TWICE, "given twice"),
+    ("image-to-text", PICTURE, TWICE, "given twice"),
+    ("image-text-to-text", "a", {"return_full_text": False, "return_tensors": True}, "not both"),
+    ("any-to-any", "a", {"return_full_text": True, "return_tensors": False}, "not both"),
+    (BOXES, {"image": PICTURE, "question": "a", "word_boxes": 5}, {}, "0 <= x0 <= x1 <= 1000"),
+    ("text-generation", "a", {"return_full_text": True, "return_text": True}, "not both"),
+    ("text-generation", "a", {"return_text": True, "return_tensors": True}, "not both"),
+    ("image-text-to-text", "a", {"return_full_text": False, "return_tensors": True}, "not both"),
+    ("text-generation", "a", {"bad_words_ids": []}, "1 to 1000 values"),
+    ("summarization", "a", {"sequence_bias": []}, "1 to 1000 values"),
 ]
 
 TAKEN: list[tuple[str, Any, dict[str, Any]]] = [
@@ -83,6 +103,9 @@ TAKEN: list[tuple[str, Any, dict[str, Any]]] = [
     ("any-to-any", [{"role": "user", "content": []}], {}),
     ("image-text-to-text", {"text": "", "images": [PICTURE]}, {}),
     ("summarization", "", {}),
+    ("summarization", "a", {"return_text": True, "return_tensors": False}),
+    ("text-generation", "a", {"return_type": 1, "return_full_text": True}),
+    ("text-generation", "a", {"return_text": None, "return_tensors": True}),
     ("translation", "", {}),
     ("text-to-audio", "", {}),
     ("fill-mask", "[MASK]", {"targets": ["sea", ""]}),
@@ -97,6 +120,10 @@ TAKEN: list[tuple[str, Any, dict[str, Any]]] = [
     ("table-question-answering", {"table": TABLE, "query": ["", "a"]}, {}),
     ("visual-question-answering", {"image": PICTURE, "question": ""}, {}),
     (BOXES, {"image": PICTURE, "question": "", "word_boxes": [["", [0, 0, 10, 10.5]]]}, {}),
+    (BOXES, {"image": PICTURE, "question": "", "word_boxes": {"$ref": "s3://media/boxes.json"}}, {}),
+    ("image-text-to-text", {"text": CHAT, "images": None}, {}),
+    ("image-text-to-text", "a", {"max_new_tokens": 3, "generate_kwargs": {"num_beams": 2}}),
+    ("any-to-any", "a", {"return_full_text": True, "return_tensors": True, "return_type": 0}),
     (ASR, "s3://media/a.wav", {"chunk_length_s": 0, "stride_length_s": 3}),
     (ASR, "s3://media/a.wav", {"chunk_length_s": 10, "stride_length_s": [4, 2]}),
     ("decision", "s3://media/request.json", {}),
@@ -108,7 +135,7 @@ def prepared(
 ) -> Any:
     """What a call of the task would queue, in a fleet whose pool for it is described."""
     spec = task_spec(task)
-    spec.check(parameters)
+    parameters = called_parameters(spec, parameters)
     return client.preparer(spec, Pool("one", task, "/models/one", parameters=pool or {}), parameters).prepare(inputs)
 
 

@@ -33,6 +33,7 @@ FLEET = Fleet(
         ("text-classification", "/texts", None, "pipefleet.text-classification"),
         (SPEECH, None, None, f"pipefleet.{SPEECH}"),
         (SPEECH, "/speech", None, f"pipefleet.{SPEECH}"),
+        ("text-classification", None, "main", "pipefleet.text-classification"),
         (SPEECH, "org/large", "1", f"pipefleet.{SPEECH}.accurate"),
         (SPEECH, "org/large", "2", f"pipefleet.{SPEECH}.newest"),
     ],
@@ -48,6 +49,13 @@ def test_the_queue_of_a_pool_does_not_depend_on_which_workers_are_alive() -> Non
     announced = Pool.announced("accurate", accurate.to_json() | {"queue": queue_name(accurate, FLEET)})
     alone = Fleet({"accurate": announced})
     assert queue_name(route(SPEECH, "org/large", None, alone), alone) == f"pipefleet.{SPEECH}.accurate"
+
+
+def test_a_revision_holds_without_a_model_too() -> None:
+    pinned = Fleet({"large": FLEET.pool("accurate")})
+    assert route(SPEECH, None, "1", pinned).revision == "1"
+    with pytest.raises(UnknownModelError, match="org/large@2"):
+        route(SPEECH, None, "2", pinned)
 
 
 def test_a_job_that_nobody_serves_is_refused() -> None:

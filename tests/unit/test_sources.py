@@ -241,6 +241,8 @@ class TestManifests:
             r"line 1, column 1: unknown key 'inptus' \(did you mean 'inputs'\?\)",
         ),
         ("m.jsonl", b'{"id": "a"}', "line 1, column 1: the key 'inputs' is missing"),
+        ("m.jsonl", b'{"text": "a"}', "unknown key 'text'; an item is {inputs, id[?], parameters[?]}"),
+        ("m.jsonl", b'{"inputs": "a"\r\n', "line 1, column 15: Expecting"),
         ("m.jsonl", b'{"inputs": "a", "id": [1]}', "line 1, column 1: id must be a text"),
         ("m.jsonl", b'{"inputs": "a", "parameters": 3}', "parameters an object"),
         ("m.csv", b"", "line 1, column 1: a column `inputs` is missing"),

@@ -82,7 +82,7 @@ def test_cells_have_tuples_as_coordinates() -> None:
     pipe = Echo("table-question-answering", {"answer": "1", "coordinates": [[0, 1], [2, 3]], "cells": ["1", "2"]})
     assert pipe({"table": {}, "query": "q"})["coordinates"] == [(0, 1), (2, 3)]
     pipe.answer = {"answer": "", "coordinates": [], "cells": []}
-    assert not pipe({"table": {}, "query": "q"})["coordinates"]
+    assert pipe({"table": {}, "query": "q"})["coordinates"] == []
 
 
 def test_a_list_of_words_is_one_text_and_a_list_of_such_lists_is_several() -> None:
@@ -146,12 +146,12 @@ def test_words_travel_as_they_are_and_never_become_references() -> None:
     preparer = InputPreparer(TASKS["token-classification"], ObjectStore.__new__(ObjectStore), "x/", inline_bytes=100)
     words = ["see", "s3://bucket/text.txt"]
     assert preparer.prepare(words) == words
-    for wrong in ([], ["a", 3], [["a"]]):
+    for wrong in (["a", 3], [["a"]]):
         with pytest.raises(InputError, match="token-classification takes"):
             preparer.prepare(wrong)
     decoder = Decoder(TASKS["token-classification"], WorkerSettings(), sampling_rate=None)
     assert decoder._value(words) == words
-    for wrong in ([], [3], 3):
+    for wrong in ([3], 3):
         with pytest.raises(ItemError):
             decoder._value(wrong)
 

@@ -120,3 +120,14 @@ def test_a_missing_pooler_fails_the_request_that_asked_for_it_alone() -> None:
     assert pooled.failure is not None
     assert pooled.failure.code == "bad_parameter"
     assert plain.failure is None
+
+
+def test_a_setting_of_a_processor_that_it_refuses_is_named_with_its_reason() -> None:
+    """The first line of the error only says that there is one; the reason stands on the next."""
+    pipe = load(TASK)
+    call = Call(image(32, 32), {"image_processor_kwargs": {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}})
+    with running(recording(ImageFeatures, pipe), TASK) as engine:
+        (outcome,) = engine.run([call])
+    assert outcome.failure is not None
+    assert outcome.failure.code == "bad_input"
+    assert "Field 'image_mean' with value [0, 0, 0]" in outcome.failure.message

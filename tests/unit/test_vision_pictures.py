@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
 from pipefleet.tasks import TASKS
 from pipefleet_workers.adapters.table import RUNTIME
@@ -128,22 +128,40 @@ def test_a_clip_that_is_too_short_says_so(tmp_path: Path) -> None:
         assert "num_frames" in one.failure.message
 
 
-def test_a_model_with_a_video_processor_gets_the_same_frames(tmp_path: Path) -> None:
-    """Newer checkpoints have no image processor; theirs must neither choose frames nor open files."""
+class VideoProcessor:
+    """As the video processors of transformers, which need torchvision; here it makes pictures as `images` does."""
 
-    class VideoProcessor:
-        def __call__(self, video: Any, *, do_sample_frames: bool, return_tensors: str) -> Any:
-            assert isinstance(video, np.ndarray)
-            assert not do_sample_frames
-            return images(list(video), return_tensors=return_tensors)
+    fps = None
 
-    pipe, file = load("video-classification"), clip_of(12, tmp_path)
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def sample_frames(self, metadata: VideoMetadata, **asked: Any) -> Any:
+        return default_sample_indices_fn(metadata, **asked)
+
+    def __call__(self, video: Any, *, do_sample_frames: bool, return_tensors: str, **asked: Any) -> Any:
+        if do_sample_frames:  # as transformers' pipeline calls it, with a path
+            video, _ = load_video(video, sample_indices_fn=lambda metadata, **_: self.sample_frames(metadata, **asked))
+        return self.images(list(video), return_tensors=return_tensors)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_video_processor_spreads_the_frames_over_the_clip(tmp_path: Path, alone: bool) -> None:
+    """Also where the model has an image processor beside it. It must open no file."""
+    pipe, file = load("video-classification"), clip_of(40, tmp_path)
+    first = pipe(str(file))
+    pipe.video_processor = VideoProcessor(pipe.image_processor)
+    pipe.image_processor = None if alone else pipe.image_processor
     wanted = pipe(str(file))
-    images, pipe.image_processor, pipe.video_processor = pipe.image_processor, None, VideoProcessor()
+    calls = [Call(file), Call(clip_of(5, tmp_path)), Call(file, {"frame_sampling_rate": 3})]
     with running(recording(VideoClassifier, pipe), "video-classification") as engine:
-        (outcome,) = engine.run([Call(file)])
-    assert outcome.failure is None, outcome.failure
-    assert_same(outcome.output, wanted)
+        spread, short, further = engine.run(calls)
+    assert spread.failure is None, spread.failure
+    assert_same(spread.output, wanted)
+    assert_same(further.output, wanted)
+    assert first != wanted
+    assert short.failure is not None
+    assert (short.failure.code, "exceeds total_num_frames=5" in short.failure.message) == ("too_short", True)
 
 
 def test_boxes_are_in_the_pixels_of_their_own_picture(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "mpeg-ts": cache(lambda: muxed("mpegts", "mpeg2video")),
     "flv": cache(lambda: muxed("flv", "flv")),
     "asf": cache(lambda: muxed("asf", "mpeg4")),
+    "mpeg-4 of a camera": cache(lambda: muxed("m4v", "mpeg4")),
+    "ivf": cache(lambda: muxed("ivf", "libvpx")),
     "gif": cache(lambda: gif_bytes(frames(COUNT, WIDTH, HEIGHT))),
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipefleet_workers.inputs.containers import missing_of
 from pipefleet_workers.inputs.declared import SAMPLE
@@ -69,6 +70,35 @@ def test_a_packet_that_cannot_be_decoded_is_left_out_and_counted() -> None:
     assert code(case("damaged_middle.ts"), strict=True) == "bad_media"
 
 
+def pages_of(content: bytes) -> list[bytes]:
+    return [b"OggS" + one for one in content.split(b"OggS")[1:]]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+@pytest.mark.parametrize("form", ["opus", "vorbis"])
+def test_a_page_of_an_ogg_that_is_missing_or_damaged_is_told(form: str, damage: str) -> None:
+    content = (
+        by_ffmpeg("ogg", "libopus", tone(48_000, 20.0), 48_000)
+        if form == "opus"
+        else by_libsndfile("OGG", tone(RATE, 20.0), RATE)
+    )
+    pages = pages_of(content)
+    at = len(pages) - 2
+    pages[at] = b"" if damage == "missing" else pages[at][:-1] + bytes([pages[at][-1] ^ 1])
+    warnings = list[str]()
+    assert len(decode(b"".join(pages), warnings=warnings)) < 19.9 * RATE
+    assert warnings == ["s3://bucket/key is damaged: a page is missing or damaged; the result is of the rest"]
+    assert code(b"".join(pages), strict=True) == "bad_media"
+
+
+def test_a_broadcast_that_was_recorded_from_its_middle_on_lacks_no_page() -> None:
+    pages = pages_of(by_ffmpeg("ogg", "libopus", tone(48_000, 6.0), 48_000))
+    warnings = list[str]()
+    decode(b"".join(pages[:2] + pages[3:]), warnings=warnings)
+    decode(case("chained_vorbis.ogg"), warnings=warnings)
+    assert warnings == []
+
+
 def test_the_default_track_is_heard_else_the_one_with_most_channels() -> None:
     assert len(decode(case("second_track_default.mkv"), 44_100)) == 86_016
     tracks = (("mono", 440.0), ("stereo", HIGH), ("stereo", 440.0))
@@ -126,10 +156,66 @@ def test_a_layout_sounds_the_same_from_every_container(form: str, channels: int)
     assert np.allclose(found, wav, atol=1e-3)
 
 
+def caf(tag: int, samples: NDArray[np.int16], labels: Sequence[int] = ()) -> bytes:
+    """A CAF of samples `[samples, channels]` at 16 kHz, whose channels have the order of a tag of Apple's, or of labels."""
+    channels = samples.shape[1]
+    form = struct.pack(">d4sIIIII", RATE, b"lpcm", 0, 2 * channels, 1, channels, 16)
+    order = struct.pack(">III", tag, 0, len(labels)) + b"".join(struct.pack(">I16x", one) for one in labels)
+    chunks = ((b"desc", form), (b"chan", order), (b"data", bytes(4) + samples.astype(">i2").tobytes()))
+    return b"caff\0\1\0\0" + b"".join(struct.pack(">4sq", name, len(chunk)) + chunk for name, chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("tag", "labels", "gains"),
+    [
+        (121 << 16 | 6, (), "L R C LFE S S"),
+        (122 << 16 | 6, (), "L R S S C LFE"),
+        (123 << 16 | 6, (), "L C R S S LFE"),
+        (124 << 16 | 6, (), "C L R S S LFE"),
+        (128 << 16 | 8, (), "L R C LFE S S S S"),
+        (0, (5, 6, 1, 2), "S S L R"),
+        (0, (2, 1), "R L"),
+    ],
+)
+def test_channels_in_an_order_of_their_own_are_heard_as_what_they_are(
+    tag: int, labels: Sequence[int], gains: str
+) -> None:
+    weights = {"L": 0.5**0.5, "R": 0.5**0.5, "C": 1.0, "S": 0.5, "LFE": 0.0}
+    wanted = [0.5 * weights[one] for one in gains.split()]
+    silent_but_one = np.repeat(np.eye(len(wanted), dtype=np.int16) * (1 << 14), RATE // 10, axis=0)
+    for _ in range(4):  # a list of channels that is freed twice ends the process sooner or later
+        heard = decode(caf(tag, silent_but_one, labels))
+        assert heard[RATE // 20 :: RATE // 10] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_channels_without_a_layout_are_heard_as_their_mean() -> None:
     sound = np.stack([tone(RATE, 0.5, 250.0 * (index + 1)) for index in range(9)], axis=1)
     for form in ("WAV", "MAT5"):
         assert np.allclose(decode(by_libsndfile(form, sound, RATE, "PCM_16")), sound.mean(axis=1), atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["matroska", "mov"])
+def test_a_track_without_packets_is_passed_over(form: str) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        with av.open(file.name, "w", format=form) as container:
+            tracks = [container.add_stream("aac", rate=RATE, layout=layout) for layout in ("5.1", "stereo")]
+            container.start_encoding()
+            fill(container, tracks[1], np.stack([tone(RATE)] * 2, axis=1), RATE, "stereo")
+        content = file.read()
+    warnings = list[str]()
+    assert gain(decode(content, warnings=warnings), RATE) == pytest.approx(2**0.5, rel=0.05)
+    assert warnings == []
+
+
+@pytest.mark.parametrize("flags", [0, 1 << 31])
+def test_a_tag_behind_the_last_frame_is_no_damage(flags: int) -> None:
+    item = struct.pack("<II", 5, 0) + b"Title\0hello"
+    head, foot = (b"APETAGEX" + struct.pack("<4I8x", 2000, len(item) + 32, 1, one) for one in (flags | 1 << 29, flags))
+    content = by_ffmpeg("mp3", "libmp3lame", tone(RATE), RATE)
+    warnings = list[str]()
+    heard = decode(content + (head if flags else b"") + item + foot, warnings=warnings)
+    assert np.array_equal(heard, decode(content))
+    assert warnings == []
 
 
 # Joined files
@@ -250,6 +336,16 @@ def test_a_file_is_refused_where_more_than_a_tenth_is_missing(kept: float, refus
     assert (missing.share > 0.1) is refused
 
 
+def test_an_avi_says_how_large_it_is() -> None:
+    content = by_ffmpeg("avi", "libmp3lame", tone(RATE), RATE)
+    assert missing_of(content) is None
+    assert missing_of(content[:4] + bytes(4) + content[8:-100]) is None  # a recorder that was stopped
+    assert code(content[: len(content) // 2]) == "truncated_media"
+    warnings = list[str]()
+    decode(content[:-200], warnings=warnings)
+    assert warnings[0].startswith("s3://bucket/key ends too early: ")
+
+
 def test_an_mp4_without_its_index_is_refused() -> None:
     content = by_ffmpeg("mp4", "aac", tone(RATE), RATE)
     assert code(content[: content.find(b"moov") - 4]) == "truncated_media"
@@ -258,7 +354,7 @@ def test_an_mp4_without_its_index_is_refused() -> None:
 def test_a_flac_that_lacks_frames_says_how_much() -> None:
     content, warnings = by_libsndfile("FLAC", tone(RATE, 20.0), RATE), list[str]()
     assert len(decode(content[: int(len(content) * 0.95)], warnings=warnings)) < 20 * RATE
-    assert "of 20.0 s are there" in warnings[0]
+    assert "of 20.000 s are there" in warnings[0]
     assert code(content[: len(content) // 2]) == "truncated_media"
 
 

@@ -198,6 +198,7 @@ MASK = np.arange(35).reshape(5, 7) % 3 == 0
         (NUMBERS_OF_A_RESULT.tolist()[0], []),
         (torch.tensor([0.5, -1.5]), ["output.npy"]),
         (torch.tensor([1, 2], dtype=torch.bfloat16), ["output.npy"]),
+        (torch.tensor([[0, 0, 16_777_217, 9]]), ["output.npy"]),
         (SOUND, ["output.wav"]),
         ({"audio": STEREO, "sampling_rate": 44_100}, ["audio.wav"]),
         (PICTURE, ["output.png"]),
@@ -232,8 +233,11 @@ def same(found: Any, wanted: Any) -> None:
             same(left, right)
     else:
         value = wanted.samples if isinstance(wanted, Audio) else wanted
-        value = value.float() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            value = (value.float() if value.is_floating_point() else value).numpy()
+            assert found.dtype == value.dtype
         assert np.array_equal(np.asarray(found), np.asarray(value))
+        assert not isinstance(value, Image.Image) or found == value
 
 
 class Odd:

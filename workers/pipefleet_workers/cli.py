@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pipefleet_workers.fleet.local import Stack
     from pipefleet_workers.fleet.local.fleet_file import WatchedFile
 
+log = logging.getLogger(__name__)
 DEFAULT_DATA = Path(".pipefleet")
 UP = """\
 Start Redis, S3, the fleet's workers and Flower on this machine, until Ctrl-C.
@@ -124,6 +126,8 @@ def worker(arguments: argparse.Namespace) -> int:
     now = worker_settings.fleet_now or path
     one = Worker(fleet, pool, settings, worker_settings, None if now is None else FleetFile(now, known=fleet))
     logs.configure(pool=pool.name, worker=one.name)
+    if idle := fleet.idle_pools().get(pool.key):
+        log.warning("%s", idle)
     with logs.errors_as_lines():
         return one.run(device=arguments.device, ready_file=arguments.ready_file)
 

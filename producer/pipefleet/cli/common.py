@@ -69,6 +69,17 @@ def read_parameters(pairs: Sequence[str]) -> dict[str, Any]:
     return parameters
 
 
+def seconds(text: str) -> float:
+    """A time-out as the shell gives it. Raises ArgumentTypeError for what is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no number of seconds")
+    return value
+
+
 @contextmanager
 def warnings_on_stderr() -> Iterator[None]:
     """Print what the package warns of inside, such as a queue that nobody serves, as lines on stderr."""

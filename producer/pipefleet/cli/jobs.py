@@ -15,9 +15,11 @@ from pipefleet.cli.common import (
     print_error,
     print_json,
     read_call,
+    seconds,
     warnings_on_stderr,
 )
 from pipefleet.errors import ResultTimeoutError
+from pipefleet.inputs.local_files import is_readable_once
 from pipefleet.printable import printable_json
 from pipefleet.tasks import Media, TaskSpec, task_spec
 
@@ -39,7 +41,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--priority", choices=("high", "normal", "low"), default="normal")
     parser.add_argument("--expires", type=float, metavar="SECONDS", help="give up after this many seconds")
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS",
+        "--timeout", type=seconds, metavar="SECONDS",
         help="wait at most this long for each result; the job goes on (exit code 4)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON list, in input order")
@@ -87,7 +89,7 @@ def _input(spec: TaskSpec, text: str) -> Any:
             return json.loads(text)
         except (ValueError, RecursionError):
             return text
-    return Path(text) if text.startswith(("./", "../", "/")) and Path(text).is_file() else text
+    return Path(text) if text.startswith(("./", "../", "/")) and is_readable_once(text) else text
 
 
 def _outcome(job: Any, timeout: float | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pipefleet.cli.common import (
     print_json,
     print_line,
     read_call,
+    seconds,
 )
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.patience import PATIENCE_SECONDS, Patience
@@ -69,20 +70,10 @@ def _add_waiting(parser: argparse.ArgumentParser, detach: str) -> None:
     how.add_argument("--detach", action="store_true", help=detach)
     how.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="once the run is queued, wait at most this long for its end, then leave with exit code 4",
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no number of seconds")
-    return value
 
 
 def map_(arguments: argparse.Namespace) -> int:

@@ -80,9 +80,8 @@ def _audio(content: bytes, reference: Mapping[str, Any]) -> Any:
 def _image(content: bytes, _: Mapping[str, Any]) -> Any:
     from PIL import Image
 
-    image = Image.open(io.BytesIO(content), formats=("PNG",))
-    image.load()
-    return image
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as file:
+        return file.copy()  # a picture and not a file: Pillow holds the two for unequal whatever they show
 
 
 def _package(error: ImportError) -> str:

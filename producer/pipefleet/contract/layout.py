@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipefleet.arguments import text_of
 from pipefleet.contract.messages import CONTRACT_VERSION, MAX_RUN_ITEMS, RUN_ID_FORM
 from pipefleet.contract.references import MAX_KEY_BYTES, directory_uri, split_uri
 from pipefleet.errors import RunError, UsageError
@@ -43,7 +44,7 @@ class RunLayout:
     @classmethod
     def at(cls, uri: str) -> RunLayout:
         """The layout under `uri`. Raises InputError unless it is an `s3://` URI."""
-        return cls(directory_uri(uri))
+        return cls(directory_uri(text_of("the URI of a run", uri)))
 
     def require_room(self) -> None:
         """Raise UsageError for an output so long that the keys below it are longer than object storage takes."""

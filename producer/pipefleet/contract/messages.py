@@ -96,9 +96,9 @@ class Priority(IntEnum):
     def named(cls, name: str) -> Priority:
         """`"high"`, `"normal"` or `"low"`. Raises ContractError for another word."""
         try:
-            return cls[name.upper()]
+            return cls[str(name).upper()]
         except KeyError:
-            raise ContractError(f"priority must be high, normal or low, not {name[:40]!r}") from None
+            raise ContractError(f"priority must be high, normal or low, not {str(name)[:40]!r}") from None
 
 
 @dataclass(frozen=True, slots=True)

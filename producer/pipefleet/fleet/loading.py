@@ -155,7 +155,7 @@ _ELSEWHERE = {
     "offload_folder": 'write offload_folder = "…" beside model_kwargs',
     "quantization_config": 'write quantization = { method = "…", … } beside model_kwargs',
     "revision": 'write revision = "…" beside model_kwargs',
-    "rope_scaling": "write it as rope_parameters",
+    "rope_scaling": "write it as rope_parameters in model_kwargs",
     "torch_dtype": 'write dtype = "…" beside model_kwargs',
     "trust_remote_code": "it runs code of the model's repository: write trust_remote_code = true beside model_kwargs if you have "
     "read that code",
@@ -224,6 +224,15 @@ def _check(where: str, table: Mapping[str, Any], rules: Mapping[str, _Rule]) -> 
         allowed, what = rules[name]
         if not allowed(value):
             raise FleetFileError(f"{where}.{name} must be {what}")
+
+
+def misplaced(name: str) -> str | None:
+    """What to do with an argument of `from_pretrained` that stands in a pool's table itself; None for any other name."""
+    if name in OF_THE_CONFIG or name in OF_THE_WEIGHTS:
+        return f"write it as model_kwargs = {{ {name} = … }}"
+    if name in _REFUSED:
+        return f"it is refused, since {_REFUSED[name]}; take it out"
+    return _OF_THE_WORKERS.get(name) or _ELSEWHERE.get(name, "").removesuffix(" beside model_kwargs") or None
 
 
 def instead(name: str, value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipefleet.contract.messages import MAX_NAME, is_name
 from pipefleet.errors import FleetFileError, UnknownModelError, UsageError, nearest
-from pipefleet.fleet.loading import DTYPES, checked_attention, checked_model_kwargs, checked_quantization
+from pipefleet.fleet.loading import DTYPES, checked_attention, checked_model_kwargs, checked_quantization, misplaced
 from pipefleet.foreign import MOST_NUMBER
 from pipefleet.tasks import implied_parameters, task_spec
 
@@ -159,10 +159,25 @@ class Fleet:
     def find(self, task: str, model: str, revision: str | None) -> Pool:
         """The pool that serves `model` for `task`. Raises UnknownModelError that lists what is served."""
         found = [pool for pool in self.revisions.values() if pool.serves(task, model, revision)]
-        if found:  # the first of the foremost: the default pool, as for a call that names no model
-            return max(found, key=lambda pool: pool.default and not pool.generation)
+        if (
+            found
+        ):  # the first of the foremost: the default pool, as for a call that names no model; retired ones come last
+            return max(found, key=lambda pool: (not pool.generation, pool.default))
         wanted = model + (f"@{revision}" if revision else "")
         raise UnknownModelError(f"no pool of the fleet serves {wanted} for {task}; {self._served()}")
+
+    def idle_pools(self) -> dict[str, str]:
+        """By name why a pool gets no job of any client: a job names a task, a model and a revision, and another pool has these."""
+        found: dict[str, str] = {}
+        for name, pool in self.pools.items():
+            taken = self.find(pool.task, pool.model, pool.revision).name
+            if taken != name and not pool.default:
+                label = model_label(pool.model, pool.revision)
+                found[name] = (
+                    f"pool {name} gets no jobs: those for {label} go to the pool {taken}, which serves it for {pool.task} too; "
+                    "take one of the two out, or copy the model into another folder for the second"
+                )
+        return found
 
     def _served(self) -> str:
         served = ", ".join(f"{p.task}: {model_label(p.model, p.revision)}" for p in self.revisions.values())
@@ -251,6 +266,9 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
     if not isinstance(table, Mapping):
         raise FleetFileError(f"{where} must be a table")
     known = {one.name for one in fields(Pool)} - {"name", "generation", "queue", "revision_queue"}
+    for key in sorted(table.keys() - known):
+        if hint := misplaced(key):
+            raise FleetFileError(f"{where} has no key {key!r}: {hint}")
     _known_keys(where, table, known)
     for required in ("task", "model"):
         if required not in table:

@@ -24,7 +24,10 @@ PREFIX = QUEUE_PREFIX
 def route(task: str, model: str | None, revision: str | None, fleet: Fleet) -> Pool:
     """The pool that a job goes to. Raises UnknownTaskError or UnknownModelError."""
     name = task_spec(task).name
-    return fleet.default_pool(name) if model is None else fleet.find(name, model, revision)
+    if model is not None:
+        return fleet.find(name, model, revision)
+    pool = fleet.default_pool(name)  # of a local model, which has no revision, transformers passes over one as well
+    return pool if revision is None or pool.revision is None else fleet.find(name, pool.model, revision)
 
 
 def queue_name(pool: Pool, fleet: Fleet) -> str:

@@ -92,7 +92,7 @@ def _lines(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 def _loaded(line: str, where: str, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise ManifestError(f"{where}, {_place(number, error.colno, error.msg)}") from None
     except RecursionError:

@@ -144,8 +144,11 @@ class InputPreparer:
     def _texts(self, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             return self._text(value)
-        if not 0 < len(value) <= _MOST_TEXTS:
-            raise InputError(f"{self.spec.name} takes lists of 1 to {_MOST_TEXTS} texts, not of {len(value)}")
+        least = (
+            0 if self.spec.media is Media.TEXTS else 1
+        )  # a text of no words has no entities; no questions have no answer
+        if not least <= len(value) <= _MOST_TEXTS:
+            raise InputError(f"{self.spec.name} takes lists of {least} to {_MOST_TEXTS} texts, not of {len(value)}")
         return [self._words(one) for one in value]
 
     def _words(self, value: Any) -> str:

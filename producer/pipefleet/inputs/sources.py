@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from pipefleet.contract.references import StorageRef, is_uri, refs_in, split_uri
 from pipefleet.errors import InputError, ManifestError, RunError, SourceError, UsageError, nearest
+from pipefleet.inputs.local_files import is_file, is_folder, why_no_source
 from pipefleet.inputs.manifests import ANNOTATIONS, FORMATS, KEYS, Row, Unreadable, rows, suffix_of
 from pipefleet.inputs.prepare import InputPreparer
 from pipefleet.inputs.rows import SourceItem, failed_item, in_utf8, item_or_failure, row_item
@@ -22,6 +23,8 @@ from pipefleet.storage.store import ListedObject, ObjectStore
 from pipefleet.tasks import Media, TaskSpec
 
 _CHUNK = 1 << 16
+_ROW = "an item is {inputs, id?, parameters?}, its fields inside inputs"
+"""What a row looks like, for messages."""
 _TEXTS = (Media.TEXT, Media.TEXTS, Media.PROMPT, None)
 """Tasks with such inputs take no single file as a source: it would be one text."""
 
@@ -136,9 +139,11 @@ class ManifestSource:
         if is_uri(self.location):
             yield from self.store.chunks(self.location)
             return
-        with open(self.location, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+        try:
+            with open(self.location, "rb") as file:
+                yield from iter(lambda: file.read(_CHUNK), b"")
+        except OSError as error:
+            raise SourceError(f"cannot read the manifest {self.location}: {error.strerror}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,7 @@ class FolderSource:
         return in_utf8(str(self.folder.resolve()))
 
     def check(self) -> None:
-        """Raise SourceError unless there is a file in the folder."""
+        """Raise SourceError unless there is a file in the folder, and where a folder in it cannot be read."""
         if not self._files():
             raise SourceError(f"there is no file in the folder {self.folder}")
 
@@ -164,7 +169,8 @@ class FolderSource:
             yield item_or_failure({"inputs": path, "id": identity}, self.preparer)
 
     def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+        found = (Path(folder, name) for folder, _, names in os.walk(self.folder, onerror=_unread) for name in names)
+        return sorted(path for path in found if is_file(path))
 
 
 @dataclass(slots=True)
@@ -230,13 +236,16 @@ def _named_source(name: str, spec: TaskSpec, store: ObjectStore, preparer: Input
         if is_manifest:
             return ManifestSource(name, store, spec, preparer)
         return PrefixSource(name, store, output, texts=spec.media in _TEXTS)
-    path = Path(name)
-    if name and path.is_dir():
-        return FolderSource(path, preparer)
-    if path.is_file() and is_manifest:
+    if name and is_folder(name):
+        return FolderSource(Path(name), preparer)
+    if is_file(name) and is_manifest:
         return ManifestSource(name, store, spec, preparer)
-    what = f"{name[:200]!r} is no manifest" if name and path.is_file() else f"no such source {name[:200]!r}"
-    raise SourceError(f"{what}: give an s3:// prefix, {FORMATS}, or a folder")
+    raise SourceError(f"{why_no_source(name)}: give an s3:// prefix, {FORMATS}, or a folder")
+
+
+def _unread(error: OSError) -> None:
+    """Refuse a folder of which a part would be missing without a word."""
+    raise SourceError(f"cannot read the folder {error.filename}: {error.strerror}") from None
 
 
 def _object_item(bucket: str, entry: ListedObject) -> SourceItem:
@@ -269,8 +278,8 @@ def _check_keys(row: Mapping[str, Any]) -> None:
     unknown = set(row) - KEYS
     if unknown:
         word = sorted(unknown)[0]
-        raise SourceError(f"unknown key {word!r}{nearest(word, KEYS)}")
+        raise SourceError(f"unknown key {word!r}{nearest(word, KEYS)}; {_ROW}")
     if "inputs" not in row:
-        raise SourceError("the key 'inputs' is missing")
+        raise SourceError(f"the key 'inputs' is missing; {_ROW}")
     if not isinstance(row.get("id"), str | int | None) or not isinstance(row.get("parameters"), Mapping | None):
         raise SourceError("id must be a text, parameters an object")

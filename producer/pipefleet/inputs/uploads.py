@@ -11,6 +11,7 @@ from typing import Any
 
 from pipefleet.contract.references import StorageRef, join_uri
 from pipefleet.errors import InputError
+from pipefleet.inputs.local_files import fault, is_file
 from pipefleet.inputs.pictures import LONGEST_PATH, inline, picture_file
 from pipefleet.inputs.recordings import Recording, wav
 from pipefleet.storage.store import ObjectStore
@@ -42,6 +43,10 @@ class Uploader:
         text = os.fsdecode(value)
         if text.startswith(("http://", "https://")):
             raise InputError(f"workers fetch nothing from the web: copy {text[:80]!r} to a bucket, or pass its bytes")
+        if not text:  # which Path reads as the folder one is in
+            raise InputError("an empty text names no file")
+        if (why := fault(text)) is not None:
+            raise InputError(f"cannot read the input {text[:200]!r}: {why}")
         path = Path(text)
         try:
             content = self._read(path)
@@ -56,7 +61,7 @@ class Uploader:
 
     def picture(self, value: str) -> dict[str, Any]:
         """A text that names a local file, or holds a picture in base64 or as a `data:` URI. Raises as `file` does."""
-        held = None if _is_file(value) else inline(value)
+        held = None if len(value) <= LONGEST_PATH and is_file(value) else inline(value)
         return self.file(value) if held is None else self.content(*held)
 
     def samples(self, recording: Recording) -> dict[str, Any]:
@@ -104,13 +109,6 @@ def _filled(content: bytes) -> bytes:
     if not content:
         raise ValueError("it is empty")
     return content
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return len(text) <= LONGEST_PATH and Path(text).is_file()
-    except (OSError, ValueError):  # a component that is too long, a NUL
-        return False
 
 
 def _suffix(path: Path) -> str:

@@ -12,6 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from pipefleet.arguments import timeout_of
 from pipefleet.contract.artifacts import resolve
 from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import JobRecord
@@ -76,6 +77,7 @@ class Job:
         for `watcher.UNKNOWN_SECONDS` or until the timeout; ServiceUnavailableError when Redis or S3 was away for
         `patience.PATIENCE_SECONDS`.
         """
+        timeout = timeout_of(timeout)
         late = math.inf if timeout is None else time.monotonic() + timeout
         future = self._watched(timeout)
         try:
@@ -86,7 +88,7 @@ class Job:
             if future.unknown_since is not None:
                 raise nothing_known(self.id) from None
             why = self.why_waiting()
-            text = f"job {self.id} has not finished within {timeout} s; it goes on" + (f": {why}" if why else "")
+            text = f"job {self.id} has not finished within {timeout:g} s; it goes on" + (f": {why}" if why else "")
             raise ResultTimeoutError(text) from None
         return Patience(seconds=PATIENCE_SECONDS).call(lambda: self._output(record, resolved=resolved), until=late)
 
@@ -101,7 +103,7 @@ class Job:
             return within(max(SHORTEST_LOOK, timeout), self.watch)
         except TimeoutError:
             raise ResultTimeoutError(
-                f"job {self.id} has not finished within {timeout} s, and Redis does not answer"
+                f"job {self.id} has not finished within {timeout:g} s, and Redis does not answer"
             ) from None
 
     def cancel(self) -> bool:

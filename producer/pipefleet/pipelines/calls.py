@@ -35,7 +35,7 @@ def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[st
 
     The inputs are one, a list of them, a `Joined`, a `Beside`, or a lazy iterable; its first item is taken where a chat may begin.
     """
-    wanted = dict(parameters)
+    wanted = {spec.renamed.get(name, name): value for name, value in parameters.items()}
     inputs, fields = _named(spec, _ordered(spec, inputs, wanted), wanted)
     if inputs and fields:
         raise InputError(f"{spec.name} was given an input and {', '.join(fields)} beside it; put them into one dict")

@@ -10,10 +10,12 @@ import math
 import os
 import threading
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
+from pipefleet.arguments import seconds_of
 from pipefleet.client import Client
 from pipefleet.errors import (
     ParameterError,
@@ -27,6 +29,7 @@ from pipefleet.inputs.prepare import is_message, is_pair
 from pipefleet.jobs.job import Job
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.pipelines.calls import Beside, Joined, arguments_of, each_of, is_dataset
+from pipefleet.pipelines.chats import with_media
 from pipefleet.pipelines.streaming import stream
 from pipefleet.pipelines.tensors import with_tensors
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
@@ -93,7 +96,7 @@ class FleetPipeline:
         if called.get(_SPLIT) and _is_words(given):
             given = [given]
         if self._is_one_input(given):
-            return self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
+            return self._restored(self._answer(given, wanted, wait), wanted)
         if isinstance(given, list | tuple):
             with closing(self._stream(given, wanted, wait, eager=True)) as stream_of_results:
                 answers = [self._restored(one, wanted, listed=True) for one in stream_of_results]
@@ -103,7 +106,7 @@ class FleetPipeline:
         if is_dataset(given):
             results = (self._restored(one, wanted, streamed=True) for one in self._stream(given, wanted, wait))
             return Results(results, len(given)) if hasattr(given, "__len__") else results
-        result = self._restored(_result(self._submit(given, Patience(), **wanted), wait), wanted)
+        result = self._restored(self._answer(given, wanted, wait), wanted)
         return [result] if self._is_nested(given, called) else result
 
     def predict(self, inputs: Any) -> Any:
@@ -154,6 +157,13 @@ class FleetPipeline:
             expires=expires,
         )
 
+    def _answer(self, given: Any, wanted: Mapping[str, Any], wait: float | None) -> Any:
+        """The result of one input."""
+        return self._completed(_result(self._submit(given, Patience(), **wanted), wait), given)
+
+    def _completed(self, output: Any, given: Any) -> Any:
+        return with_media(output, given) if self._spec.media is Media.PROMPT else output
+
     def _stream(
         self, inputs: Iterable[Any], parameters: Mapping[str, Any], timeout: float | None, *, eager: bool = False
     ) -> Generator[Any]:
@@ -163,15 +173,20 @@ class FleetPipeline:
         """
         stopped = threading.Event()
         patience = Patience(stopped)
+        chats: deque[Any] = deque()  # those under way, in the order of their results
 
         def submit(one: Any) -> Job:
             job = self._submit(one, patience, **parameters)
             patience.seconds = PATIENCE_SECONDS
+            chats.append(one if self._spec.media is Media.PROMPT else None)
             return job
+
+        def result(job: Job) -> Any:
+            return self._completed(_result(job, timeout), chats.popleft())
 
         bound = self._client.settings.in_flight
         try:
-            yield from stream(each_of(inputs), submit, lambda job: _result(job, timeout), bound=bound, eager=eager)
+            yield from stream(each_of(inputs), submit, result, bound=bound, eager=eager)
         finally:
             stopped.set()
 
@@ -281,8 +296,8 @@ def _result(job: Job, timeout: float | None) -> Any:
             if not job.cancel():
                 return job.result(timeout)  # it ended in this very moment
         except ServiceUnavailableError as error:
-            raise ResultTimeoutError(f"job {job.id} had no result within {timeout} s; {error}") from None
-        text = f"job {job.id} had no result within {timeout} s and was cancelled" + (f": {why}" if why else "")
+            raise ResultTimeoutError(f"job {job.id} had no result within {timeout:g} s; {error}") from None
+        text = f"job {job.id} had no result within {timeout:g} s and was cancelled" + (f": {why}" if why else "")
         raise ResultTimeoutError(text) from None
     except KeyboardInterrupt:
         with suppress(PipefleetError):
@@ -293,9 +308,10 @@ def _result(job: Job, timeout: float | None) -> Any:
 def _checked_timeout(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    found = seconds_of(value)
+    if found is None or not 0 <= found < math.inf:
         raise ParameterError("timeout must be a number of seconds, finite and not below 0, or None")
-    return value
+    return found
 
 
 def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:
@@ -313,5 +329,5 @@ def _is_words(value: Any) -> bool:
 
 
 def _tuples(value: list[Any]) -> Any:
-    """A list as a tuple, a list of lists as a list of tuples."""
-    return [tuple(one) for one in value] if value and isinstance(value[0], list) else tuple(value)
+    """A list as a tuple, a list of lists as a list of tuples; an empty one is the latter."""
+    return tuple(value) if value and not isinstance(value[0], list) else [tuple(one) for one in value]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from pipefleet.arguments import timeout_of
 from pipefleet.errors import PipefleetError, ResultTimeoutError, ServiceUnavailableError
 from pipefleet.patience import PATIENCE_SECONDS, Patience, within
 from pipefleet.runs.progress import RunProgress, Show, show_progress
@@ -30,6 +31,7 @@ class Waiter:
 
     def wait(self, *, show: bool, timeout: float | None) -> RunProgress:
         """See `Run.wait`."""
+        timeout = timeout_of(timeout)
         late = math.inf if timeout is None else time.monotonic() + timeout
         with show_progress(enabled=show) as shown:
             patience = self.patience(lambda error: shown(self._away(error)))

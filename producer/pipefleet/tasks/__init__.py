@@ -31,6 +31,8 @@ def task_spec(name: str) -> TaskSpec:
 
     Raises UnknownTaskError with the nearest name there is.
     """
+    if not isinstance(name, str):
+        raise UnknownTaskError(f"a task is named by a text, not by a value of type {type(name).__name__}")
     canonical = _TRANSLATION_ROW if _TRANSLATION.fullmatch(name) else ALIASES.get(name, name)
     if canonical not in TASKS:
         known = [*TASKS, *ALIASES]

@@ -54,12 +54,12 @@ def choice(*words: str) -> Check:
     return check
 
 
-def text(longest: int = 10_000) -> Check:
-    """A string of at most `longest` characters."""
+def text(longest: int = 10_000, *, least: int = 0) -> Check:
+    """A string of at least `least` and at most `longest` characters."""
 
     def check(value: Any) -> str | None:
-        ok = isinstance(value, str) and len(value) <= longest
-        return None if ok else f"must be a text of at most {longest} characters"
+        ok = isinstance(value, str) and least <= len(value) <= longest
+        return None if ok else f"must be a text of {f'{least} to' if least else 'at most'} {longest} characters"
 
     return check
 
@@ -154,7 +154,9 @@ def mapping_of(allowed: Mapping[str, Check]) -> Check:
             return "must be an object"
         for name, item in value.items():
             if name not in allowed:
-                return f"may not hold {str(name)[:40]!r}{nearest(str(name)[:40], allowed)}"
+                reason = why_refused("", str(name))
+                why = f": {reason}" if reason else nearest(str(name)[:40], allowed)
+                return f"may not hold {str(name)[:40]!r}{why}"
             problem = None if item is None else allowed[name](item)
             if problem:
                 return f"holds {name!r}, which {problem}"

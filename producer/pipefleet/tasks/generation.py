@@ -24,7 +24,9 @@ _TOKEN = integer(0, 10_000_000)
 _TOKENS = list_of(_TOKEN, 10_000)
 _END = integer(-1, 10_000_000)
 """-1 is no token, so that nothing ends a text but its length."""
-_STRINGS = either(text(200), list_of(text(200), 16))
+_STOP = text(200, least=1)
+"""An empty text stands behind every token: nothing could be written."""
+_STRINGS = either(_STOP, list_of(_STOP, 16))
 _SEQUENCE = list_of(_TOKEN, 100)
 _WATERMARK = mapping_of(
     {
@@ -59,8 +61,8 @@ _ALL: dict[str, Check] = {
     "no_repeat_ngram_size": integer(0, 1000),
     "encoder_no_repeat_ngram_size": integer(0, 1000),
     "exponential_decay_length_penalty": pair_of(integer(0, 32_768), number(-100.0, 100.0)),
-    "bad_words_ids": list_of(_SEQUENCE, 1000),
-    "sequence_bias": list_of(pair_of(_SEQUENCE, number(-1e6, 1e6)), 1000),
+    "bad_words_ids": list_of(_SEQUENCE, 1000, least=1),
+    "sequence_bias": list_of(pair_of(_SEQUENCE, number(-1e6, 1e6)), 1000, least=1),
     "suppress_tokens": _TOKENS,
     "begin_suppress_tokens": _TOKENS,
     "forced_bos_token_id": _TOKEN,
@@ -78,7 +80,7 @@ _ALL: dict[str, Check] = {
 }
 GENERATION: dict[str, Check] = {name: optional(check) for name, check in _ALL.items()}
 """Every argument of `generate()` that some task takes."""
-STOP: dict[str, Check] = {"stop": list_of(text(200), 16), "stop_sequence": optional(_STRINGS)}
+STOP: dict[str, Check] = {"stop": list_of(_STOP, 16), "stop_sequence": optional(_STRINGS)}
 SEED: dict[str, Check] = {"seed": integer(-(2**63), 2**63 - 1)}
 """What is drawn at random; ours, since transformers takes torch's own state."""
 

@@ -7,7 +7,16 @@ from typing import Any
 from pipefleet.tasks.checks import Check, boolean, either, integer, mapping_of, null, number, template, text
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
 from pipefleet.tasks.refused import REASONS
-from pipefleet.tasks.requirements import boxes_on_page, labels_given, picture_given, prompt_filled
+from pipefleet.tasks.requirements import (
+    asked_once,
+    boxes_on_page,
+    labels_given,
+    media_in_chat,
+    one_way_of_showing,
+    picture_given,
+    prompt_filled,
+    writable,
+)
 from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
 from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 
@@ -44,7 +53,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled,),
+        requires=(prompt_filled, media_in_chat, asked_once, one_way_of_showing, writable),
     ),
     TaskSpec(
         name="any-to-any",
@@ -58,7 +67,7 @@ ROWS = (
         returns=_CHAT_RETURNS,
         cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
-        requires=(prompt_filled,),
+        requires=(prompt_filled, media_in_chat, asked_once, one_way_of_showing, writable),
     ),
     TaskSpec(
         name="image-to-text",
@@ -72,7 +81,7 @@ ROWS = (
         nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns="[{generated_text}]",
         cost_unit=CostUnit.IMAGES,
-        requires=(picture_given,),
+        requires=(picture_given, asked_once, writable),
     ),
     TaskSpec(
         name="visual-question-answering",
@@ -126,6 +135,7 @@ ROWS = (
         fields={"image": Media.IMAGE, "candidate_labels": Media.LABELS},
         required=("image",),
         positional=("image", "candidate_labels"),
+        renamed={"text_queries": "candidate_labels"},
         parameters={
             "candidate_labels": ANY_LABELS,
             "threshold": number(0.0, 1.0),

@@ -2,7 +2,7 @@
 
 Arguments of generate() come in three ways there: as keywords, inside `generate_kwargs`, and as a GenerationConfig. A keyword of a
 call goes before its `generate_kwargs`, these before its config, and a call before its pipeline. A config takes the place of
-what the pipeline had asked for.
+what the pipeline had asked for, and so does a None for one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from pipefleet.errors import ParameterError
 from pipefleet.tasks import TaskSpec
 from pipefleet.tasks.generation import GENERATION
-from pipefleet.tasks.refused import why_refused
+from pipefleet.tasks.refused import asks_for_nothing, why_refused
 from pipefleet.tasks.values import plain
 
 _LIBRARIES = ("pt", "np")
@@ -72,7 +72,7 @@ def _said(spec: TaskSpec, called: Mapping[str, Any]) -> set[str]:
     said = called.keys() - _NESTS - spec.merges
     for name in _NESTS & called.keys():
         said |= set(called[name]) if isinstance(called[name], Mapping) else set()
-    if called.get(_CONFIG) is not None and _takes_config(spec):
+    if _CONFIG in called and _takes_config(spec):
         said |= _NESTS | {name for name in GENERATION if name in spec.parameters}
     if said & _STOPS:
         said |= _STOPS
@@ -88,12 +88,11 @@ def _takes_config(spec: TaskSpec) -> bool:
 
 
 def _without_nothing(spec: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters without those that are refused and None, which ask for nothing."""
-    taken = spec.parameters
+    """The parameters without those that are refused and ask for nothing."""
     return {
         name: value
         for name, value in given.items()
-        if value is not None or name in taken or not why_refused(spec.name, str(name))
+        if name in spec.parameters or not asks_for_nothing(str(name), value) or not why_refused(spec.name, str(name))
     }
 
 

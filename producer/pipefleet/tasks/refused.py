@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 _POOL = "it belongs to how a pool loads and runs its model; say it in fleet.toml"
 _ASSISTANT = "assisted generation belongs to how a pool runs its model, and changes only how fast a text is written"
@@ -77,6 +78,7 @@ REASONS: Mapping[str, str] = {
     "load_audio_from_video": "send the sound and the film as two parts of the message",
     "generation_mode": "models write text here; text-to-audio is the task for sound",
     "parameters": _KEYWORDS,
+    "forced_decoder_ids": "it is an older way to say the language and the task; pass those",
     "return_all_scores": "transformers 5 has it no more; pass top_k=None",
     "grouped_entities": 'transformers 5 has it no more; pass aggregation_strategy="simple"',
     "ignore_subwords": 'transformers 5 has it no more; pass aggregation_strategy="first"',
@@ -107,6 +109,15 @@ _WRITERS = frozenset({"automatic-speech-recognition", "text-to-audio", "table-qu
                       "document-question-answering", "summarization", "translation", "translation_xx_to_yy",
                       "text2text-generation", "image-to-text", "visual-question-answering"})  # fmt: skip
 _UNHEARD = "the models of this task do not hear it, or it has not been shown to leave neighbours in a batch alone"
+_NOTHING: Mapping[str, float] = {"num_beam_groups": 1, "diversity_penalty": 0}
+"""Numbers with which generate() does as it does without the parameter."""
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a refused parameter has the value of a call without it: None, False, nothing in it, or a neutral number."""
+    if isinstance(value, str | list | Mapping):
+        return not value
+    return value is None or value is False or (name in _NOTHING and value == _NOTHING[name])
 
 
 def why_refused(task: str, name: str) -> str | None:

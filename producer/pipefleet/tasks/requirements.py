@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipefleet.contract.references import is_text_uri
+from pipefleet.contract.references import is_ref, is_text_uri
 from pipefleet.errors import InputError, ParameterError
 
 
@@ -64,6 +64,19 @@ def prompt_filled(task: str, inputs: Any, known: Known) -> None:
         raise InputError(f"the prompt of {task} is empty")
 
 
+def media_in_chat(task: str, inputs: Any, known: Known) -> None:
+    """Media of a chat stand inside its messages, and not beside them."""
+    if isinstance(inputs, Mapping) and isinstance(inputs.get("text"), list | tuple) and len(inputs) > 1:
+        raise InputError(f"{task} takes the media of a chat inside its messages, not beside them")
+
+
+def asked_once(task: str, inputs: Any, known: Known) -> None:
+    """No parameter is given twice, as far as transformers refuses it."""
+    asked, nested = known.parameters, known.parameters.get("generate_kwargs")
+    if "max_new_tokens" in asked and isinstance(nested, Mapping) and "max_new_tokens" in nested:
+        raise ParameterError(f"max_new_tokens of {task} is given twice, once in generate_kwargs; pass it once")
+
+
 def picture_given(task: str, inputs: Any, known: Known) -> None:
     """A dict holds a picture, under one of its two names."""
     if isinstance(inputs, Mapping) and inputs.keys() <= {"text"}:
@@ -75,6 +88,46 @@ def labels_given(task: str, inputs: Any, known: Known) -> None:
     own = isinstance(inputs, Mapping) and inputs.get("candidate_labels") is not None
     if known.complete and not own and known.parameters.get("candidate_labels") is None:
         raise ParameterError(f"{task} needs candidate_labels: a list of texts, or one text with commas")
+
+
+def one_way_of_showing(task: str, inputs: Any, known: Known) -> None:
+    """The parameters that say how a written text is shown do not contradict each other."""
+    said = {name for name, value in known.parameters.items() if value is not None}
+    if "return_type" in said:
+        return
+    both = [
+        ("return_full_text", "return_text"),
+        ("return_full_text", "return_tensors"),
+        ("return_tensors", "return_text"),
+    ]
+    for one, other in both:
+        if {one, other} <= said:
+            raise ParameterError(f"{task} takes {one} or {other}, not both")
+
+
+def writable(task: str, inputs: Any, known: Known) -> None:
+    """The arguments of generate() that stand side by side go together, whatever the model."""
+    said = {**(known.parameters.get("generate_kwargs") or {}), **known.parameters}
+    beams, sequences, sampled = (said.get(name) for name in ("num_beams", "num_return_sequences", "do_sample"))
+    if beams and sequences and 1 < beams < sequences:
+        raise ParameterError(
+            f"{task} gives at most num_beams sequences: num_return_sequences is {sequences} and num_beams {beams}"
+        )
+    if beams == 1 and sampled is False and sequences and sequences > 1:
+        raise ParameterError(
+            f"{task} with do_sample=False and num_beams=1 gives one sequence, not num_return_sequences={sequences}"
+        )
+    if sampled and said.get("temperature") == 0:
+        raise ParameterError(
+            f"{task} with do_sample=True takes a temperature above 0; pass do_sample=False for the most probable tokens"
+        )
+
+
+def one_truncation(task: str, inputs: Any, known: Known) -> None:
+    """How a text is cut is said once."""
+    own = known.parameters.get("tokenize_kwargs") or {}
+    if known.parameters.get("truncation") is not None and "truncation" in own:
+        raise ParameterError(f"{task} takes truncation or a truncation in tokenize_kwargs, not both")
 
 
 def words_or_text(task: str, inputs: Any, known: Known) -> None:
@@ -104,7 +157,9 @@ def pieces_longer_than_strides(task: str, inputs: Any, known: Known) -> None:
 def boxes_on_page(task: str, inputs: Any, known: Known) -> None:
     """`word_boxes`, where they are given, are words with boxes in thousandths of the page."""
     boxes = inputs.get("word_boxes") if isinstance(inputs, Mapping) else None
-    if isinstance(boxes, list | tuple) and not all(map(_is_boxed, boxes)):
+    if boxes is None or is_ref(boxes):
+        return
+    if not (isinstance(boxes, list | tuple) and all(map(_is_boxed, boxes))):
         raise InputError(
             "word_boxes are a list of [word, [x0, y0, x1, y1]] with 0 <= x0 <= x1 <= 1000 and 0 <= y0 <= y1 <= 1000"
         )

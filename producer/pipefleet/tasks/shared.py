@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list_of, null, some_text, text, word
+from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list_of, null, number, some_text, text, word
 from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
 STRICT_MEDIA: dict[str, Check] = {"strict_media": boolean}
@@ -16,8 +16,9 @@ TOKENIZE: dict[str, Check] = {
     "add_special_tokens": boolean,
 }
 _LABEL_LIST = list_of(text(1000), 1000, least=1)
-CANDIDATE_LABELS = either(_LABEL_LIST, some_text(text(100_000), commas=True))
-"""Labels of zero-shot tasks: a list, or one text with commas."""
+_LABELS_OR_NUMBERS = list_of(either(text(1000), boolean, number(-1e300, 1e300)), 1000, least=1)
+CANDIDATE_LABELS = either(_LABELS_OR_NUMBERS, some_text(text(100_000), commas=True))
+"""Labels of zero-shot tasks that a template makes texts of: a list, whose numbers come back as numbers, or one text with commas."""
 ANY_LABELS = either(_LABEL_LIST, text(100_000))
 """As those, where a text is cut at its commas and nothing else: an empty label is one too."""
 SWITCHES: dict[str, Check] = {

@@ -57,6 +57,8 @@ class TaskSpec:
     """Fields of an input on the wire where something goes with its recording: `{audio, stride, …}`; empty where nothing can."""
     positional: tuple[str, ...] = ()
     """Names of the call's positional arguments where it has several, or fields beside the first: `pipe(image, question)`."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Earlier names of what a call takes, which transformers takes too, and the names they stand for."""
     crosses: bool = False
     """Whether fields that are lists are combined each with each, rather than one to one."""
     chat_media: tuple[Media, ...] = (Media.TEXT,)

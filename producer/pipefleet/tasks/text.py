@@ -22,10 +22,13 @@ from pipefleet.tasks.generation import GENERATION, SEED, generation_without
 from pipefleet.tasks.requirements import (
     fields_filled,
     labels_given,
+    one_truncation,
+    one_way_of_showing,
     request_in_json,
     text_filled,
     text_not_blank,
     words_or_text,
+    writable,
 )
 from pipefleet.tasks.shared import (
     ACTIVATION,
@@ -42,7 +45,7 @@ from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 _LABEL = text(1000)
 _PADDING = either(boolean, choice("longest", "max_length", "do_not_pad"))
 _TOKENIZE: dict[str, Check] = {**TOKENIZE, "padding": _PADDING}
-"""Padding is accepted because people pass it; texts are padded to their batches whatever it says."""
+"""Texts are padded to their batches whatever it says; only vectors of tokens show it, where they are padded to max_length."""
 _REWRITE: dict[str, Check] = {
     **{name: check for name, check in WRITE.items() if name not in ("guidance_scale", "watermarking_config")},
     "truncation": TRUNCATION,
@@ -60,6 +63,7 @@ _TRANSLATION = TaskSpec(
     nones=frozenset(GENERATION),
     returns="[{translation_text}]",
     cost_unit=CostUnit.TOKENS,
+    requires=(writable,),
     tensors=("translation_token_ids",),
     bare_in_lists=True,
 )
@@ -81,12 +85,13 @@ ROWS = (
         media=Media.TEXT,
         parameters={
             "truncation": TRUNCATION,
-            "tokenize_kwargs": mapping_of({**_TOKENIZE, "padding": either(boolean, choice("longest", "do_not_pad"))}),
+            "tokenize_kwargs": mapping_of(_TOKENIZE),
             "return_tensors": boolean,
             "pooling": either(null, choice("mean", "cls", "last")),
             "normalize": boolean,
         },
         merges=frozenset({"tokenize_kwargs"}),
+        requires=(one_truncation,),
         returns="[[[number]]] tokens by width, or [number] with pooling",
         cost_unit=CostUnit.TOKENS,
         tensors=("",),
@@ -132,6 +137,7 @@ ROWS = (
         nones=frozenset(GENERATION),
         returns="[{summary_text}]",
         cost_unit=CostUnit.TOKENS,
+        requires=(writable,),
         tensors=("summary_token_ids",),
         bare_in_lists=True,
     ),
@@ -186,6 +192,7 @@ ROWS = (
         nones=frozenset({*GENERATION, "add_special_tokens", "padding"}) - {"max_length"},
         returns="[{generated_text}], or [{generated_token_ids}]",
         cost_unit=CostUnit.TOKENS,
+        requires=(one_way_of_showing, writable),
     ),
     TaskSpec(
         name="text2text-generation",
@@ -194,6 +201,7 @@ ROWS = (
         nones=frozenset(GENERATION),
         returns="[{generated_text}]",
         cost_unit=CostUnit.TOKENS,
+        requires=(writable,),
         tensors=("generated_token_ids",),
         bare_in_lists=True,
     ),
@@ -222,6 +230,7 @@ ROWS = (
             "candidate_labels": CANDIDATE_LABELS,
             "hypothesis_template": template(),
             "multi_label": boolean,
+            "truncation": TRUNCATION,  # without effect, as in transformers: the text is cut and the label is not
         },
         nones=frozenset({"multi_label"}),
         returns="{sequence, labels, scores}",

@@ -1,4 +1,4 @@
-"""Values of parameters as JSON has them: numbers of numpy and torch, arrays, enums, tuples, generation configs."""
+"""Values of parameters as JSON has them: numbers of numpy and torch, arrays, enums, tuples, sets, generation configs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def plain(value: Any) -> Any:
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return [plain(one) for one in sorted(value, key=str)]
     if hasattr(value, "to_diff_dict"):
         return _settings(value)
     if hasattr(value, "tolist") and hasattr(value, "shape"):

@@ -34,6 +34,7 @@ ROWS = (
         parameters={},
         returns="{predicted_depth: array of the picture's size, depth: image}",
         cost_unit=CostUnit.IMAGES,
+        tensors=("predicted_depth",),
     ),
     TaskSpec(
         name="image-classification",
@@ -80,6 +81,7 @@ ROWS = (
     TaskSpec(
         name="keypoint-matching",
         media=Media.IMAGE_PAIR,
+        positional=("inputs", "threshold"),
         parameters={"threshold": _SHARE},
         returns="[{keypoint_image_0: {x, y}, keypoint_image_1: {x, y}, score}]",
         cost_unit=CostUnit.IMAGES,
@@ -105,6 +107,7 @@ ROWS = (
         nones=frozenset({"points_per_batch", "output_rle_mask", "output_bboxes_mask"}),
         returns="{masks: [array of booleans], scores: array, rle_mask?, bounding_boxes?}",
         cost_unit=CostUnit.IMAGES,
+        tensors=("scores", "bounding_boxes"),
     ),
     TaskSpec(
         name="object-detection",

@@ -17,12 +17,16 @@ from tests.parity.harness import Call
 
 
 def told(pipe: Any, call: Call) -> Any:
-    """The pipeline's records, with the media of a chat named but left out."""
+    """The pipeline's records, with the media of a chat named but left out: what a worker writes."""
+    return [{name: without_media(value) for name, value in record.items()} for record in whole(pipe, call)]
+
+
+def whole(pipe: Any, call: Call) -> Any:
+    """The pipeline's records as they are: what a call of the fleet gives back."""
     parameters = dict(call.parameters)
     if "stop" in parameters:
         parameters["stop_sequence"] = parameters.pop("stop")
-    records = _called(pipe, Call(call.inputs, parameters))
-    return [{name: without_media(value) for name, value in record.items()} for record in records]
+    return _called(pipe, Call(call.inputs, parameters))
 
 
 def _called(pipe: Any, call: Call) -> Any:

@@ -21,7 +21,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.process.watchdog import working_on
 from pipefleet_workers.settings import WorkerSettings
 
-_PER_THREAD = ("tokenizer", "processor", "image_processor", "feature_extractor")
+_PER_THREAD = ("tokenizer", "processor", "image_processor", "video_processor", "feature_extractor")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest difference, relative to the largest output, between a padded row and the same input alone."""
 _OWN_PARAMETERS = ("pooling", "normalize", "strict_media")
@@ -195,9 +195,13 @@ def shape_key(features: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def brief(error: BaseException) -> str:
-    """The class of an error and the first 300 characters of its first line; whole payloads never reach a message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    """The class of an error and the first 300 characters of its first line; whole payloads never reach a message.
+
+    A line that ends with a colon says nothing without the next one.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
 
 
 def _size(features: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ import torch
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.engine.transfer import Staged, Transfer
-from pipefleet_workers.items import Batch, Unit
+from pipefleet_workers.items import Batch, ItemError, Unit
 from pipefleet_workers.models.precision import half_advice
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _failure(unit: Unit, error: BaseException, adapter: Adapter) -> JobFailure:
+    if isinstance(error, ItemError):
+        return error.failure
     code = "out_of_memory" if _out_of_memory(error) else "model_error"
     advice = half_advice(error, getattr(getattr(adapter, "pipe", None), "model", None))
     further = f"; {advice}" if advice else ""

@@ -2,7 +2,7 @@
 
 The rule: where more than a tenth of what a file promises is missing, or its index, it was cut and is refused. Where less is
 missing, or the file does not say how long it is and its last piece is broken off, the rest is taken, with a warning. MPEG-TS,
-MPEG-PS, ADTS, AMR, ASF, AVI, FLV, and MP3 without its encoder's tag are not looked at: most do not say how long they are.
+MPEG-PS, ADTS, AMR, ASF, FLV, and MP3 without its encoder's tag are not looked at: most do not say how long they are.
 """
 
 from __future__ import annotations
@@ -89,7 +89,20 @@ def chunk_of(content: bytes, name: bytes, *, at: int, layout: str, align: int = 
     return None
 
 
+def _avi(content: bytes) -> Missing | None:
+    """A large one has several parts, each with a size of its own; a recorder that was stopped has left 0."""
+    at = 0
+    while content[at : at + 4] == b"RIFF" and at + 12 <= len(content):
+        (size,) = struct.unpack_from("<I", content, at + 4)
+        if is_placeholder(size):
+            return None
+        at += 8 + size + size % 2
+    return _bytes_missing(content, at - 1)  # the last byte may be the padding of an odd size
+
+
 def _riff(content: bytes) -> Missing | None:
+    if content[8:12] == b"AVI ":
+        return _avi(content)
     if content[8:12] != b"WAVE":
         return None
     data = chunk_of(content, b"data", at=12, layout="<4sI")

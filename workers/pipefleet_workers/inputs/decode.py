@@ -184,7 +184,8 @@ class Decoder:
             raise ItemError("bad_media", f"{value.uri} is not UTF-8 text (byte {error.start})", STAGE) from None
 
     def _texts(self, value: Any) -> Any:
-        return [self._text(one) for one in value] if isinstance(value, list) and value else self._text(value)
+        several = isinstance(value, list) and (value or self._spec.media is Media.TEXTS)
+        return [self._text(one) for one in value] if several else self._text(value)
 
     def _prompt(self, value: Any) -> Any:
         """A text, or the messages of a chat; a content that was too long for the message has come as an object."""

@@ -48,9 +48,9 @@ drawn on Windows only; and those for which Pillow has no decoder of its own (BUF
 AUDIO_FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,wtv,rm,dv,"
     "wav,w64,aiff,caf,au,voc,ircam,nistsphere,iff,"
-    "mp3,flac,aac,loas,ac3,eac3,dts,dtshd,truehd,mlp,amr,gsm,qcp,"
+    "mp3,flac,aac,loas,ac3,eac3,dts,dtshd,truehd,mlp,amr,gsm,qcp,sox,"
     "wv,tta,ape,tak,shn,mpc,mpc8,dsf"
 )
 """Demuxers that FFmpeg may choose for a recording. libsndfile opens a few kinds beside them."""
-VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,gif,asf,ogg,mxf,nut,wtv,rm,dv"
+VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,ivf,flv,gif,asf,ogg,mxf,nut,wtv,rm,dv"
 """Demuxers that FFmpeg may choose for a film."""

@@ -20,6 +20,8 @@ class Losses:
     """Packets that could not be decoded."""
     packets: int = 0
     """All packets."""
+    pages: int = 0
+    """Pages of an Ogg that are missing or damaged: their packets never came."""
     stopped: str = ""
     """Why reading ended before the end of the data."""
 
@@ -29,6 +31,10 @@ class Losses:
         told = []
         if self.lost:
             told.append(f"{self.lost} of {self.packets} packets could not be decoded")
+        if self.pages:
+            told.append(
+                f"{self.pages} pages are missing or damaged" if self.pages > 1 else "a page is missing or damaged"
+            )
         if self.stopped:
             told.append(f"its data cannot be read to the end ({self.stopped})")
         return ", and ".join(told)

@@ -87,6 +87,12 @@ class Clip:
             raise self._too_large("it has more frames", str(self.max_frames))
         return found
 
+    def rate(self) -> float | None:
+        """Frames in a second, on average; None where the container does not say. Raises ItemError as `frames` does."""
+        with self._open() as container:
+            found = _film(container).average_rate
+        return float(found) if found else None
+
     def _decoded(self, wanted: int, losses: Losses) -> Iterator[av.VideoFrame]:
         """The frames. Refused before the first, where `wanted` of them have too many pixels."""
         with self._open() as container:

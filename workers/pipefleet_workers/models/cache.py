@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".ot")
 """Weights in forms that are never loaded: most of them can run code while they load."""
 _UNUSED = (*UNSAFE, ".onnx", ".tflite", ".gguf", ".mlmodel")
+_ADAPTER = "adapter_model"
 _MANIFEST = ".pipefleet.json"
 _AT_ONCE = 4
 """Files that are downloaded or verified at once: the shards of a large model."""
@@ -75,7 +76,13 @@ def _files(store: ObjectStore, prefix: str) -> dict[str, ListedObject]:
 
 def require_safetensors(where: str, names: Sequence[str] | Mapping[str, object]) -> None:
     """Raise ModelError unless one of the files `names` holds weights as safetensors."""
-    if any(name.endswith(".safetensors") for name in names):
+    safe = [name for name in names if name.endswith(".safetensors")]
+    if safe and all(name.rpartition("/")[2].startswith(_ADAPTER) for name in safe):
+        raise ModelError(
+            f"{where} holds an adapter (LoRA) and no model; merge the two where you trained it (merge_and_unload), and name the "
+            "folder that save_pretrained wrote then"
+        )
+    if safe:
         return
     unsafe = next((name for name in names if name.endswith(UNSAFE)), None)
     if unsafe is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
+from pipefleet.fleet.loading import OF_THE_CONFIG
 from pipefleet.fleet.pools import Pool
 
+log = logging.getLogger(__name__)
 _TOKEN = "set HF_TOKEN to a token that may read it"
 _HUB = {
     "GatedRepoError": f"it is gated: accept its terms on the hub, and {_TOKEN}",
@@ -19,7 +22,7 @@ _WORDS = {
     "trust_remote_code": "it brings code of its own, which is not run; use a model that transformers knows, or set "
     "trust_remote_code = true for this pool if you have read that code",
     "model.safetensors": "it has no weights as safetensors, and other forms can run code while they load; convert them "
-    "(load and save_pretrained them where you trust them)",
+    "(load and save_pretrained them where you trust them), into model.safetensors or shards with their index",
     "ignore_mismatched_sizes": "the sizes that its config names are not those of its weights; take those that differ out of "
     "model_kwargs, or copy the model again",
     "out of memory": 'its weights do not fit there; choose a smaller dtype, or device_map = "auto"',
@@ -28,24 +31,48 @@ _WORDS = {
 }
 
 
+_BARE = (KeyError, AttributeError, TypeError, IndexError, AssertionError, ArithmeticError, RecursionError)
+"""What Python raises where transformers relies on a value that a file or the pool gave it: the text names no cause."""
+
+
 def explained(pool: Pool, device: str, error: Exception) -> str:
-    """What happened to which model, and what to do. Never a traceback, at most 300 characters of foreign text."""
+    """What happened to which model, and what to do. Never a traceback, at most 300 characters of foreign text.
+
+    The traceback of what has no sentence of its own goes to the log.
+    """
     model = f"{pool.model}@{pool.revision}" if pool.revision else pool.model
-    return f"pool {pool.name}: cannot load {model} for {pool.task} on {device}: {_reason(error)}"
+    reason = _known_reason(error)
+    if reason is None:
+        log.info("pool %s: loading %s failed so", pool.name, model, exc_info=error)
+        reason = _values(pool, error) if isinstance(error, _BARE) else said(error)
+    return f"pool {pool.name}: cannot load {model} for {pool.task} on {device}: {reason}"
 
 
-def _reason(error: Exception) -> str:
+def said(error: BaseException) -> str:
+    """The kind of an error and the first of its lines that says something, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _known_reason(error: Exception) -> str | None:
     causes = list(_chain(error))
     for name, sentence in _HUB.items():
         if any(name in [kind.__name__ for kind in type(one).__mro__] for one in causes):
             return sentence
     if any(type(one).__name__ == "SafetensorError" for one in causes):
         return "a file of its weights is damaged or cut short; copy it again"
-    for words, sentence in _WORDS.items():
-        if any(words in str(one) for one in causes):
-            return sentence
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    if any(type(one).__name__ == "JSONDecodeError" for one in causes):
+        return f"one of its files should be JSON and is not ({said(error)}); copy it again"
+    return next((sentence for words, sentence in _WORDS.items() if any(words in str(one) for one in causes)), None)
+
+
+def _values(pool: Pool, error: Exception) -> str:
+    """Which values may be to blame: those that the pool lays over config.json, else that file's own."""
+    own = " and ".join(sorted(pool.model_kwargs.keys() & OF_THE_CONFIG.keys()))
+    if own:
+        return f"transformers cannot use {own} of model_kwargs ({said(error)}); correct it, or take it out"
+    return f"transformers cannot use a value in its config.json or another of its files ({said(error)}); copy it again"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -17,7 +17,7 @@ from typing import Any
 from pipefleet.errors import PipefleetError, UsageError
 from pipefleet.fleet.pools import Pool, pinned
 from pipefleet_workers.models.cache import ModelError, cache_folder, downloaded_model, require_safetensors
-from pipefleet_workers.models.errors import explained
+from pipefleet_workers.models.errors import explained, said
 from pipefleet_workers.models.precision import config_arguments, in_dtype, loading, warn_of_half
 
 __all__ = ["ModelError", "load_pipeline", "local_model", "require_folder"]
@@ -25,6 +25,8 @@ __all__ = ["ModelError", "load_pipeline", "local_model", "require_folder"]
 log = logging.getLogger(__name__)
 _UNREAD = ("masked_spec_embed",)
 """Weights that only training reads."""
+_BARE = {"▁"}
+"""The tokens of a tokenizer of SentencePiece's kind that was made from nothing."""
 _POOLER = "pooler."
 _FEATURES = ("feature-extraction", "image-feature-extraction")
 """Tasks that read the tokens of a model, and its pooler only where a request asks for it."""
@@ -96,13 +98,19 @@ def _config(pool: Pool, source: str, hub: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, __version__
 
     content, _ = PretrainedConfig.get_config_dict(source, revision=pool.revision)
-    if not content:
+    if content == {}:
         raise ModelError(f"{pool.model} has no config.json; name the folder that save_pretrained wrote")
-    kind, own = content.get("model_type"), "auto_map" in content or bool(content.get("custom_pipelines"))
+    if not isinstance(content, dict):
+        raise ModelError(f"the config.json of {pool.model} holds no object; copy the model again")
+    kind, own = str(content.get("model_type")), "auto_map" in content or bool(content.get("custom_pipelines"))
     if own and not pool.trust_remote_code and (kind not in CONFIG_MAPPING or content.get("custom_pipelines")):
         raise ModelError(
             f"{pool.model} brings code of its own, which is not run; use a model that transformers knows, or set "
             "trust_remote_code = true for this pool if you have read that code"
+        )
+    if content.get("model_type") is None and not own:
+        raise ModelError(
+            f"the config.json of {pool.model} names no model_type; name the folder that save_pretrained wrote"
         )
     if kind not in CONFIG_MAPPING and not own:
         raise ModelError(f"{pool.model} is of the type {kind!r}, which transformers {__version__} does not know")
@@ -173,8 +181,25 @@ def _pipeline(pool: Pool, source: str, task: str, model: Any, device: str) -> An
     placed = {"device": model.device if pool.device_map else device}
     if getattr(model, "hf_device_map", None):  # absent where everything has found room on one device
         placed, model.hf_device_map = {}, _main_first(model.hf_device_map)
+    _require_known(pool, task, implementation, model)
     parts = {**_parts(pool, source, implementation), **_vocoder(pool, source, model)}
     return implementation(model=model, task=task, **placed, **parts)
+
+
+def _require_known(pool: Pool, task: str, implementation: Any, model: Any) -> None:
+    """Raise ModelError for a model of another task where the pipeline would take any."""
+    from transformers.pipelines import check_task
+
+    if pool.trust_remote_code or _asks(implementation):
+        return
+    if not any(type(model.config) in one._model_mapping for one in check_task(task)[1]["pt"]):
+        raise _wrong_task(pool, type(model).__name__)
+
+
+def _asks(implementation: Any) -> bool:
+    """Whether a pipeline class looks at the model that it is made with, which it does in its `__init__` or not at all."""
+    made = [vars(one)["__init__"] for one in implementation.__mro__ if "__init__" in vars(one) and one is not object]
+    return any("check_model_type" in one.__code__.co_names for one in made)
 
 
 def _strict(pool: Pool, task: str) -> Any:
@@ -228,7 +253,7 @@ def _parts(pool: Pool, source: str, implementation: Any) -> dict[str, Any]:
             place, revision = _pinned_source(pool, name) if name else (source, pool.revision)
             with _required(pool, part, place) if wanted else contextlib.suppress(Exception):
                 one = loader.from_pretrained(place, revision=revision, trust_remote_code=pool.trust_remote_code)
-                if part == "tokenizer" and not set(one.get_vocab()) - set(one.all_special_tokens):
+                if part == "tokenizer" and set(one.get_vocab()) - set(one.all_special_tokens) <= _BARE:
                     raise ValueError("made without any vocabulary, since the folder holds none")
                 if part != "processor" or isinstance(one, transformers.ProcessorMixin):
                     found[part] = one
@@ -241,13 +266,15 @@ def _parts(pool: Pool, source: str, implementation: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _required(pool: Pool, part: str, place: str) -> Iterator[None]:
-    """Raise ModelError where a folder lacks a part; what comes from the hub has reasons of its own."""
+    """Raise ModelError where a folder lacks a part or holds it damaged; what comes from the hub has reasons of its own."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if not Path(place).is_dir() or "trust_remote_code" in str(error):
+    except Exception as error:
+        if not Path(place).is_dir() or isinstance(error, ImportError) or "trust_remote_code" in str(error):
             raise
         words = part.replace("_", " ")
+        if not isinstance(error, OSError | ValueError) or "JSON" in f"{type(error).__name__} {error}":
+            raise ModelError(f"the {words} in {place} cannot be read ({said(error)}); copy the model again") from error
         key = "tokenizer" if part == "tokenizer" else "processor"
         raise ModelError(
             f"{place} holds no {words}, which {pool.task} needs; name a model for this task, or the folder of its {words} "

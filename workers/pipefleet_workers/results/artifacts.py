@@ -69,8 +69,8 @@ class TakenApart:
             facts = {"kind": "audio", "sampling_rate": value.rate, "shape": list(value.samples.shape)}
             return self._refer(lambda: _wav(value), value.samples, f"{name}.wav", **facts)
         if isinstance(value, torch.Tensor):
-            facts = {"kind": "array", "shape": list(value.shape), "dtype": "float32"}
-            return self._refer(lambda: _numbers(value.detach().float().cpu().numpy()), value, f"{name}.npy", **facts)
+            facts = {"kind": "array", "shape": list(value.shape), "dtype": "int64" if _is_whole(value) else "float32"}
+            return self._refer(lambda: _numbers(_as_array(value)), value, f"{name}.npy", **facts)
         if isinstance(value, np.ndarray) and value.dtype == np.bool_:
             facts = {"kind": "mask", "shape": list(value.shape)}
             return self._refer(lambda: _npy(np.packbits(value)), value, f"{name}.npy", **facts)
@@ -123,6 +123,15 @@ def _wav(audio: Audio) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, audio.samples.astype(np.float32).T, audio.rate, format="WAV", subtype="FLOAT")
     return buffer.getvalue()
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.dtype != torch.bool
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu()
+    return (tensor.long() if _is_whole(tensor) else tensor.float()).numpy()
 
 
 def _numbers(array: np.ndarray[Any, Any]) -> bytes:

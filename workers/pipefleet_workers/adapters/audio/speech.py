@@ -9,7 +9,7 @@ only, as all others do.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +27,9 @@ from pipefleet_workers.adapters.audio.waveforms import (
     require_frames,
     require_piece,
 )
-from pipefleet_workers.adapters.audio.whisper_rows import Draws, WhisperRows, timed
-from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.audio.whisper_rows import WhisperRows, timed
+from pipefleet_workers.adapters.base import Adapter, brief, shape_key
+from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.writing.parameters import generation_of, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed, row_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit, Work
@@ -74,7 +75,7 @@ class SpeechRecogniser(Adapter):
         if units[0].features["long"]:
             # Beyond 30 s Whisper finds its way by timestamps; postprocess still drops them unless they were asked for.
             forward["return_timestamps"] = forward.get("return_timestamps") or True
-        with self._drawing(units):
+        with self._drawing(units), _parameters_judged():
             outputs = self.pipe.forward(inputs, **forward)
         if self._rows is not None and forward.get("return_language"):
             outputs["lang_id"] = self._rows.languages(len(units))
@@ -95,7 +96,7 @@ class SpeechRecogniser(Adapter):
 
     def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """Each unit writes the more tokens the longer it is, so that rows of a batch are filled up."""
-        frames = [unit.length for unit in units]
+        frames = [unit.features["sounding"] for unit in units]
         with torch.inference_mode():
             return timed(self.pipe.model, frames, [4 + count // 50 for count in frames])
 
@@ -140,11 +141,12 @@ class SpeechRecogniser(Adapter):
         if given.stride is not None and self.pipe.type == "seq2seq" and not arguments.preprocess.get("chunk_length_s"):
             raise ItemError("bad_input", "this model takes no stride, which is for CTC models; leave it out", STAGE)
         forward = generation_of(arguments.fresh().forward, self._vocabulary)
-        seed, alone = self._seed(asked, decoded.work), self._goes_alone(forward)
+        seed, alone, width = self._seed(asked, decoded.work), self._goes_alone(forward), self._width(forward)
         chunks = list(self.copies.get().preprocess(given.given(), **arguments.fresh().preprocess))
         assembly = Assembly(decoded.work, expected=len(chunks), context=arguments)
         units = [self._unit(assembly, index, dict(chunk), arguments, alone=alone) for index, chunk in enumerate(chunks)]
         for unit in units:
+            unit.length = round(unit.length * width)
             unit.features["seed"] = row_seed(seed, unit.index) if unit.index else seed
             unit.features["extra"] = given.extra
         return units
@@ -161,19 +163,14 @@ class SpeechRecogniser(Adapter):
         if self._rows is not None:
             self._rows.seed(seeds)
         elif self.pipe.type in _DRAWING and len(units) == 1:
-            return Draws(seeds[0], self.pipe.device).current()
+            return drawing(seeds[0], self.pipe.device, loads=True)
         return contextlib.nullcontext()
 
     def _goes_alone(self, forward: Mapping[str, Any]) -> bool:
         """Whether what is asked for mixes the rows of a batch."""
         if self.pipe.type not in _DRAWING:
             return False
-        given = self.pipe._prepare_generate_kwargs(dict(forward))
-        config = given.get("generation_config") or self.pipe.model.generation_config
-
-        def asked(name: str) -> Any:
-            return getattr(config, name, None) if given.get(name) is None else given[name]
-
+        given, asked = self._asked(forward)
         # Shorter rows are filled up with it, and only special tokens are left out of the text.
         pad = asked("pad_token_id")
         if pad is not None and pad not in self.pipe.tokenizer.all_special_ids:
@@ -187,6 +184,19 @@ class SpeechRecogniser(Adapter):
             return True
         # Once a row has been sampled, the beams are given up for all; the silence is looked for in the rows of beams.
         return (asked("num_beams") or 1) > 1 and bool(given.get("temperature") or asked("no_speech_threshold"))
+
+    def _asked(self, forward: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
+        """The arguments of generate(), and by name what they or else the model's own generation config say."""
+        given = self.pipe._prepare_generate_kwargs(dict(forward))
+        config = given.get("generation_config") or self.pipe.model.generation_config
+        return given, lambda name: getattr(config, name, None) if given.get(name) is None else given[name]
+
+    def _width(self, forward: Mapping[str, Any]) -> float:
+        """How many times the beams of an ordinary call, for which the cost of a batch is measured, are asked for; at least 1."""
+        if self.pipe.type not in _DRAWING:
+            return 1.0
+        beams, usual = self._asked(forward)[1]("num_beams") or 1, self.pipe._default_generation_config.num_beams or 1
+        return max(1.0, float(beams / usual))
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
         """Whisper hears half a minute at a time, filled up with silence; all others what they are given."""
@@ -216,8 +226,18 @@ class SpeechRecogniser(Adapter):
         features = {"tensors": chunk, "stride": stride, "long": long}
         if self.pipe.type == WHISPER:
             # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
-            return Unit(assembly, index, key, _sounding(chunk, main), features, fixed=int(main.shape[-1]))
+            features["sounding"] = _sounding(chunk, main)
+            return Unit(assembly, index, key, features["sounding"], features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
+
+
+@contextlib.contextmanager
+def _parameters_judged() -> Iterator[None]:
+    """Raise ItemError (bad_parameter) for what generate() refuses before it begins: a language, a task, too great a length."""
+    try:
+        yield
+    except ValueError as error:
+        raise ItemError("bad_parameter", f"the model refuses the parameters: {brief(error)}", "forward") from error
 
 
 def _samples(unit: Unit) -> int:

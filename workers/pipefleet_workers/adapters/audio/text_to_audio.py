@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import StoppingCriteria
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.audio.waveforms import padded
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.writing.parameters import generation_of, nested, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed
 from pipefleet_workers.items import Assembly, Audio, Decoded, ItemError, JobContext, Unit
@@ -134,17 +135,9 @@ class TextToAudio(Adapter):
         rows = max(asked.get("num_return_sequences") or 1, asked.get("num_beams") or 1)
         return int(asked.get("max_new_tokens") or asked.get("max_length") or 256) * rows
 
-    @contextlib.contextmanager
-    def _drawing(self, seeds: Sequence[int]) -> Iterator[None]:
+    def _drawing(self, seeds: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
         """Random numbers of each request as if torch had been seeded for it alone."""
-        device = self.pipe.device
-        if len(seeds) > 1:
-            with _RowDraws(seeds, device):
-                yield
-            return
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seeds[0])
-            yield
+        return _RowDraws(seeds, self.pipe.device) if len(seeds) > 1 else drawing(seeds[0], self.pipe.device)
 
 
 class _RowDraws(TorchFunctionMode):

@@ -2,14 +2,15 @@
 
 transformers fills shorter rows with padding and then reads the filled rows: the attention that times the words is normalised over
 padding too, a row that is decoded again at a higher temperature gets the bounds of another, and all draw from one generator.
-`WhisperRows` cuts each row to its own tokens, decodes it again by itself, and draws from the row's own seed.
+`WhisperRows` cuts each row to its own tokens, decodes it again by itself, and draws from the row's own seed. It also keeps no more
+of the attention than times the words: all of it takes 3 GB for half a minute with the largest model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
+
+from pipefleet_workers.adapters.draws import Draws
 
 _Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
 """What generate_with_fallback() returns: tokens, outputs and whether nobody speaks, by row; then what is known of the batch."""
@@ -26,14 +29,15 @@ class WhisperRows:
     """Stands in front of the generation of one Whisper model, and is in use from then on. For one thread at a time."""
 
     def __init__(self, model: Any) -> None:
-        """Replaces three methods of `model`, this object alone, not its class."""
+        """Replaces four methods of `model`, this object alone, not its class, and what its forward gives of the attention."""
         self._languages: list[torch.Tensor | None] | None = None
-        """Those of the last generate(), whose outputs are let go: with timed words they hold the attention of every step."""
+        """Those of the last generate(), whose outputs are let go."""
         self._model = model
         self._ends: Sequence[int] = ()
         self._falls_back: dict[int, bool] = {}
         self._draws: list[Draws] = []
         self._attention = model.config._attn_implementation
+        self._heads = _AlignmentHeads(model)
         self._generate: Callable[..., Any] = model.generate
         self._decode: Callable[..., Any] = model.generate_with_fallback
         self._moments: Callable[..., torch.Tensor] = model._extract_token_timestamps
@@ -45,7 +49,7 @@ class WhisperRows:
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Let each row of the next generate() draw as if torch had been seeded before a pipeline is called with it alone."""
-        self._draws = [Draws(seed, self._model.device) for seed in seeds]
+        self._draws = [Draws(seed, self._model.device, loads=True) for seed in seeds]
 
     def languages(self, rows: int) -> list[torch.Tensor | None]:
         """The language token of each row of the last generate(), `[1]`, where its segments were returned and tell one."""
@@ -77,6 +81,8 @@ class WhisperRows:
         else:
             self._falls_back = {}
             sequences, outputs, skipped, _, kind = self._decode(**{**call, "temperatures": temperatures[:1]})
+            for output in outputs:
+                _let_go(output)
             left = temperatures[1:]
             again = [row for row in range(rows) if self._falls_back.get(row)] if left else []
         for row in again:
@@ -100,6 +106,8 @@ class WhisperRows:
             }
         with self._draws[place].current() if self._draws and any(temperatures) else contextlib.nullcontext():
             found: _Decoded = self._decode(**mine)
+        for output in found[1]:
+            _let_go(output)
         return found
 
     def _note_fallback(self, sequence: Any, outputs: Any, index: int, *rest: Any) -> tuple[bool, bool]:
@@ -117,6 +125,7 @@ class WhisperRows:
     ) -> torch.Tensor:
         """When each token was spoken, in seconds, for each row from its own tokens; shorter rows repeat their last moment."""
         count = generate_outputs.sequences.shape[0]
+        alignment_heads = self._heads.places(alignment_heads)
         if count == 1:
             return self._moments(generate_outputs, alignment_heads, time_precision, num_frames, num_input_ids)
         rows = []
@@ -126,6 +135,42 @@ class WhisperRows:
             rows.append(self._moments(output, alignment_heads, time_precision, own, num_input_ids)[0])
         longest = max(len(one) for one in rows)
         return torch.stack([F.pad(one, (0, longest - len(one)), value=float(one[-1])) for one in rows])
+
+
+class _AlignmentHeads:
+    """Takes all else out of the attention that a model's forward gives: only these heads tell when a word was spoken."""
+
+    def __init__(self, model: Any) -> None:
+        """In use from then on. Does nothing for a model that names no such heads, which cannot time words either."""
+        self._kept: list[list[int]] = [[] for _ in range(model.config.decoder_layers)]
+        for layer, head in getattr(model.generation_config, "alignment_heads", None) or ():
+            self._kept[layer].append(head)
+        self._indices = [torch.tensor(heads, dtype=torch.long, device=model.device) for heads in self._kept]
+        if any(self._kept):
+            model.get_encoder().register_forward_pre_hook(_without_attention, with_kwargs=True)
+            model.register_forward_hook(self._narrow)
+
+    def places(self, heads: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """Where each of `heads`, a layer and a head, stands in what is kept."""
+        return [(layer, self._kept[layer].index(head)) for layer, head in heads]
+
+    def _narrow(self, model: Any, arguments: Any, output: Any) -> None:
+        if getattr(output, "cross_attentions", None) is None:
+            return
+        layers = zip(output.cross_attentions, self._indices, strict=True)
+        output["cross_attentions"] = tuple(layer.index_select(1, heads) for layer, heads in layers)
+        output["decoder_attentions"] = ()
+
+
+def _without_attention(module: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return arguments, {**named, "output_attentions": False}
+
+
+def _let_go(output: Any) -> None:
+    """Take the attention out of what is known of a row: long recordings keep that of all their half minutes to the end."""
+    if isinstance(output, dict):
+        for name in [name for name in output if name.endswith("_attentions")]:
+            del output[name]
 
 
 def timed(model: Any, frames: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray[Any, Any]]:
@@ -168,30 +213,6 @@ class _EndsAt(LogitsProcessor):  # type: ignore[misc]
         scores[ended] = -torch.inf
         scores[:, self._end] = torch.where(ended, 0.0, -torch.inf)
         return scores
-
-
-class Draws:
-    """The random numbers of one row, which go on from call to call: those of a pipeline called with torch seeded before."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._devices = [device] if device.type == "cuda" else []
-        self._state: tuple[torch.Tensor, list[torch.Tensor]] | None = None
-
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """What is drawn inside comes from this row's numbers."""
-        with torch.random.fork_rng(devices=self._devices):
-            if self._state is None:
-                torch.manual_seed(self._seed)
-                # A call of the pipeline begins with its DataLoader's own seed.
-                torch.empty((), dtype=torch.int64).random_()
-            else:
-                torch.set_rng_state(self._state[0])
-                for device, state in zip(self._devices, self._state[1], strict=True):
-                    torch.cuda.set_rng_state(state, device)
-            yield
-            self._state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
 
 
 class _Output(dict[str, Any]):

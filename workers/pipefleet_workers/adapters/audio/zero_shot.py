@@ -89,10 +89,10 @@ class ZeroShotAudio(Adapter):
         length = max(1, self.pipe.feature_extractor.nb_max_samples // SAMPLES_PER_FRAME)
         return [Unit(assembly, 0, shape_key(sound), length, Features(sound, texts))]
 
-    def _tokens(self, labels: Sequence[str], template: str) -> list[Tokens]:
+    def _tokens(self, labels: Sequence[Any], template: str) -> list[Tokens]:
         # Not str.format: it would read attributes that a template names.
-        require_labels(labels, self.max_whole_characters)
-        texts = [template.replace("{}", label) for label in labels]
+        require_labels([str(label) for label in labels], self.max_whole_characters)
+        texts = [template.replace("{}", str(label)) for label in labels]
         if self._positions is not None:
             for text in texts:
                 self.long_texts().require(text, self._positions)
@@ -161,7 +161,7 @@ def cropped_by_content(samples: np.ndarray[Any, Any]) -> Iterator[None]:
             np.random.set_state(state)
 
 
-def _labels(given: Any) -> list[str]:
+def _labels(given: Any) -> list[Any]:
     """Labels as a list; one text holds them with commas between."""
     labels = [one.strip() for one in given.split(",") if one.strip()] if isinstance(given, str) else list(given or ())
     if not labels:

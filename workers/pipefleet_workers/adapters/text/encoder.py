@@ -23,6 +23,7 @@ from pipefleet_workers.process.watchdog import working_on
 
 _PADDING = {"attention_mask": 0, "special_tokens_mask": 1}
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+_TO_LENGTH = "max_length"
 _SIGMOID, _SOFTMAX, _NONE = "sigmoid", "softmax", "none"
 
 
@@ -187,6 +188,30 @@ def _unused_positions(table: Any) -> int:
 class FeatureExtractor(TextEncoder):
     """feature-extraction: one vector a token, or one a text with `pooling`, pooled on the device."""
 
+    def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
+        """As of any text. Raises ItemError (too_long) where it would be padded beyond the model's positions."""
+        asked = self.keywords(arguments)
+        if asked.get("padding") == _TO_LENGTH:
+            length = asked.get("max_length") or self.pipe.tokenizer.model_max_length
+            longest = self.longest(self._positions)
+            if length > longest:
+                text = (
+                    f"padding to max_length makes {length} tokens, the model takes {longest}; pass a lower max_length"
+                )
+                raise ItemError("too_long", text, STAGE)
+        return super().encode(values, arguments)
+
+    def keywords(self, arguments: Arguments) -> dict[str, Any]:
+        """The tokenizer's arguments; padding to one length stays, for its tokens have vectors like any other."""
+        padding = arguments.fresh().preprocess.get("padding")
+        return {**super().keywords(arguments), **({"padding": padding} if padding == _TO_LENGTH else {})}
+
+    def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
+        """The units of one item; one vector for a text is made of its own tokens."""
+        if decoded.work.parameters.get("pooling") is not None:
+            encoded = _unpadded(encoded)
+        return super().units(decoded, arguments, encoded)
+
     def key(self, work_parameters: Mapping[str, Any]) -> Any:
         """Pooled and unpooled texts take different ways on the device."""
         return work_parameters.get("pooling"), bool(work_parameters.get("normalize", False))
@@ -220,6 +245,14 @@ class FeatureExtractor(TextEncoder):
             return (hidden * own[:, :, None]).sum(1) / lengths[:, None]
         chosen = first if pooling == "cls" else first + lengths - 1
         return hidden[torch.arange(len(units), device=hidden.device), chosen]
+
+
+def _unpadded(encoded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The features of a text's own tokens."""
+    mask = encoded.get("attention_mask", ())
+    if all(mask):
+        return encoded
+    return {name: [one for one, own in zip(row, mask, strict=True) if own] for name, row in encoded.items()}
 
 
 class TextClassifier(TextEncoder):

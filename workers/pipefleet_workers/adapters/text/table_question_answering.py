@@ -18,8 +18,8 @@ import torch
 from pipefleet.contract.messages import encode_json
 from pipefleet_workers.adapters.arguments import STAGE, Arguments, with_forward
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.text.encoder import position_limit
-from pipefleet_workers.adapters.writing.equal_shapes import drawing
 from pipefleet_workers.adapters.writing.parameters import apart
 from pipefleet_workers.adapters.writing.plan import Planner
 from pipefleet_workers.adapters.writing.rows import default_seed
@@ -58,7 +58,7 @@ class TableReader(Adapter):
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """The inputs of TAPAS padded on the right, where its mask hides them; those of others stacked."""
-        longest = max(unit.length for unit in units)
+        longest = max(_tokens(unit) for unit in units)  # a unit's length counts the rows that are written, too
         names = units[0].features
         return {name: torch.cat([self._padded(name, unit, longest) for unit in units]) for name in names}
 
@@ -104,7 +104,7 @@ class TableReader(Adapter):
     def _written(self, tensors: dict[str, torch.Tensor], units: Sequence[Unit]) -> torch.Tensor:
         """The tokens of the answers, as many rows for each unit as it asks for."""
         request: TableQuestions = units[0].assembly.context
-        with drawing(request.seed, self.pipe.device):
+        with drawing(request.seed, self.pipe.device, loads=True):
             written: torch.Tensor = self.pipe.model.generate(**tensors, **copy.deepcopy(dict(request.generation)))
         return written
 
@@ -143,5 +143,10 @@ class TableReader(Adapter):
         value: torch.Tensor = unit.features[name]
         filler = self.pipe.tokenizer.pad_token_id if name == "input_ids" else 0
         padded = value.new_full((len(value), longest, *value.shape[2:]), filler or 0)
-        padded[:, : unit.length] = value
+        padded[:, : _tokens(unit)] = value
         return padded
+
+
+def _tokens(unit: Unit) -> int:
+    """Tokens of a unit's table with its question."""
+    return int(unit.features["input_ids"].shape[1])

@@ -26,7 +26,7 @@ class Question:
     """One text and its labels."""
 
     text: str
-    labels: list[str]
+    labels: list[Any]
     arguments: Arguments
 
 

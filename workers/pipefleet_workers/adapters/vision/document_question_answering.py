@@ -167,6 +167,8 @@ class PageReader(Adapter):
 class PageWriter(EqualWriter):
     """Donut: continues a prompt that holds the question; equal prompts only, padding would change its answer."""
 
+    loads = True
+
     def parse(self, parameters: Mapping[str, Any]) -> Arguments:
         """The pipeline's arguments, with those of generate(), which it takes from no call."""
         rest, generation = apart(parameters, but=("top_k",))

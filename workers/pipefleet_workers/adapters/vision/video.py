@@ -1,10 +1,11 @@
-"""The adapter of video-classification: the first frames of a clip, decoded here and handed to the image processor as pictures."""
+"""The adapter of video-classification: frames of a clip, decoded here and handed to the model's processor as pictures."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from transformers.video_utils import VideoMetadata
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, shape_key
@@ -13,7 +14,11 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 
 class VideoClassifier(Adapter):
-    """video-classification. Frames are the first `num_frames` of a clip, `frame_sampling_rate` apart, as in transformers."""
+    """video-classification. Frames are those of transformers.
+
+    The first `num_frames` of a clip, `frame_sampling_rate` apart; or, where the model has a video processor, as many as that
+    spreads over the whole clip.
+    """
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         arguments = self.parse(decoded.work.parameters)
@@ -26,17 +31,28 @@ class VideoClassifier(Adapter):
         wanted = arguments.preprocess.get("num_frames") or getattr(self.pipe.model.config, "num_frames", None)
         if wanted is None:
             raise ItemError("bad_parameter", "the model does not say how many frames it takes; pass num_frames", STAGE)
-        rate = arguments.preprocess.get("frame_sampling_rate", 1)
-        frames = clip.frames(np.linspace(0, wanted * rate - 1, num=wanted, dtype=np.int64).tolist())
+        places = self._places(clip, wanted, arguments.preprocess.get("frame_sampling_rate", 1))
+        frames = clip.frames(places)
         if len(frames) < wanted:
-            text = f"{clip.blob.uri} ends before frame {wanted * rate}: {len(frames)} of {wanted} frames are there"
+            text = f"{clip.blob.uri} ends before frame {places[-1] + 1}: {len(frames)} of {wanted} frames are there"
             raise ItemError("too_short", text + "; pass a smaller num_frames or frame_sampling_rate", STAGE)
         return frames
 
+    def _places(self, clip: Clip, wanted: int, rate: int) -> list[int]:
+        processor = self.copies.get().video_processor
+        if processor is None:
+            return [int(place) for place in np.linspace(0, wanted * rate - 1, num=wanted, dtype=np.int64)]
+        about = VideoMetadata(total_num_frames=clip.count(), fps=clip.rate())
+        try:
+            found = processor.sample_frames(metadata=about, num_frames=wanted, fps=getattr(processor, "fps", None))
+        except ValueError as error:
+            raise ItemError("too_short", f"{clip.blob.uri}: {error}", STAGE) from None
+        return [int(place) for place in found]
+
     def _features(self, frames: list[Frame]) -> dict[str, Any]:
         pipe = self.copies.get()
-        if pipe.image_processor is not None:
+        if pipe.video_processor is None:
             found = pipe.image_processor(frames, return_tensors="pt")
-        else:  # a video processor would choose frames of its own, and open files
+        else:  # told not to choose, for that would open a file
             found = pipe.video_processor(np.stack(frames), do_sample_frames=False, return_tensors="pt")
         return dict(found.to(pipe.dtype))

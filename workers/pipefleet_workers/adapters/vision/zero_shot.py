@@ -78,7 +78,7 @@ class ImageLabeller(Adapter):
         names = labels(asked.get("candidate_labels"))
         template = asked.get("hypothesis_template") or TEMPLATE
         # Not str.format: it would read attributes that a template names.
-        texts = tuple(template.replace("{}", name) for name in names)
+        texts = tuple(template.replace("{}", str(name)) for name in names)
         self._require_room([text for text in texts if text not in self._known])
         picture = self._seen(decoded.value)
         assembly = Assembly(decoded.work, expected=1, context=names)
@@ -161,7 +161,7 @@ class ImageLabeller(Adapter):
         return bool((whole[0] - apart).abs().max() <= limit)
 
 
-def labels(given: Any) -> list[str]:
+def labels(given: Any) -> list[Any]:
     """Labels as a list; one text holds them with commas between. Raises ItemError (bad_parameter) for none."""
     found = [one.strip() for one in given.split(",") if one.strip()] if isinstance(given, str) else list(given or ())
     if not found:

@@ -6,9 +6,8 @@ each, seeded by the request.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipefleet.contract.messages import encode_json
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.writing.generate import context_length, learnt_positions, on_device
 from pipefleet_workers.adapters.writing.parameters import without_stops
 from pipefleet_workers.adapters.writing.plan import Planner
@@ -47,6 +47,8 @@ class EqualWriter(Adapter):
     """Writes with generate(). `finish` gets, as output of an item, its sequences `[sequences, tokens]`."""
 
     typical_size = 0  # made-up pictures say nothing of how long the answers are: the row's own budget holds
+    loads = False
+    """Whether transformers' pipeline reads a single input through a DataLoader."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -60,7 +62,7 @@ class EqualWriter(Adapter):
         arguments: dict[str, Any] = copy.deepcopy(dict(request.generation))
         if request.stop:
             arguments |= {"stop_strings": list(request.stop), "tokenizer": self.pipe.tokenizer}
-        with torch.inference_mode(), drawing(request.seed, device):
+        with torch.inference_mode(), drawing(request.seed, device, loads=self.loads):
             sequences = model.generate(
                 **on_device(inputs, device), stopping_criteria=StoppingCriteriaList([stops]), **arguments
             )
@@ -149,14 +151,3 @@ def _apart(sequences: torch.Tensor, stops: RowStops, units: Sequence[Unit]) -> l
         stops.stopped[index][1] if index in stops.stopped else sequences[index * each : (index + 1) * each]
         for index in range(len(units))
     ]
-
-
-@contextlib.contextmanager
-def drawing(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Torch's own random numbers from a seed, and afterwards as they were."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

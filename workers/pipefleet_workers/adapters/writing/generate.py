@@ -135,11 +135,16 @@ class TextGenerator(Adapter):
         request: Request = assembly.context
         pipe, prompt = self.copies.get(), request.ids[None]
         records: list[Any] = []
-        for tokens in filled(assembly.outputs[0], request):
+        for tokens in filled(assembly.outputs[0], request, self.hidden):
             sequence = torch.cat([request.ids, torch.tensor(tokens, dtype=torch.long)])
             outputs = {"generated_sequence": sequence[None, None], "input_ids": prompt, "prompt_text": request.prompt}
             records += pipe.postprocess(outputs, **request.arguments.fresh().postprocess)
         return records
+
+    @cached_property
+    def hidden(self) -> frozenset[int]:
+        """Tokens that do not show in a text."""
+        return frozenset(self.pipe.tokenizer.all_special_ids)
 
     @property
     def _pad(self) -> int:
@@ -372,15 +377,21 @@ def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
     return tokens, end > 0
 
 
-def filled(sequences: Sequence[list[int]], request: Request, *, all_shown: bool = False) -> Sequence[list[int]]:
-    """Sequences of one request as generate() gives them, of one length, where somebody would see what they are filled with."""
+def filled(
+    sequences: Sequence[list[int]], request: Request, hidden: frozenset[int], *, all_shown: bool = False
+) -> Sequence[list[int]]:
+    """Sequences of one request as generate() gives them, of one length, where somebody would see what they are filled with.
+
+    With `hidden` tokens nobody does, unless `all_shown` or the request shows them.
+    """
+    if len(sequences) < 2:
+        return sequences
     post = request.arguments.postprocess
     shown = all_shown or _is_tensors(post.get("return_type")) or post.get("skip_special_tokens") is False
-    if not shown or len(sequences) < 2:
+    if not shown and request.plan.fill in hidden:
         return sequences
-    fill = min([one for one in request.plan.fills if one >= 0], default=min(request.plan.ends, default=0))
     longest = max(len(one) for one in sequences)
-    return [[*one, *[fill] * (longest - len(one))] for one in sequences]
+    return [[*one, *[request.plan.fill] * (longest - len(one))] for one in sequences]
 
 
 def _is_tensors(kind: Any) -> bool:

@@ -70,7 +70,7 @@ class MultimodalGenerator(TextGenerator):
         """`[{"input_text": …, "generated_text": …}]`, one for each sequence; media are left out of what is repeated."""
         request: Request = assembly.context
         records: list[Any] = []
-        for tokens in filled(assembly.outputs[0], request):
+        for tokens in filled(assembly.outputs[0], request, self.hidden):
             sequence = torch.cat([request.ids, torch.tensor(tokens, dtype=torch.long)])
             records += _records(self.copies.get(), sequence[None], request.ids[None], request.prompt, request.arguments)
         return records

@@ -60,6 +60,8 @@ class Plan:
     """Tokens that end a sequence."""
     fills: frozenset[int]
     """Tokens that stand behind an end."""
+    fill: int
+    """The token with which generate() makes the sequences of one input equally long."""
     penalty: float = 1.0
     """The repetition penalty of a batch, where our own takes the place of transformers', which hears padding; 1.0 for none."""
     reads_encoder: bool = False
@@ -145,6 +147,7 @@ class Planner:
             alone=mode not in (_Mode.SAMPLE, _Mode.GREEDY_SEARCH, _Mode.BEAM_SEARCH) or _is_unusual(config),
             ends=frozenset(_ids(config.eos_token_id)),
             fills=frozenset({*_ids(config.pad_token_id), -1}),
+            fill=_fill(config, beams),
             penalty=penalty,
             reads_encoder=_reads_encoder(config),
             first=first,
@@ -233,6 +236,13 @@ def _is_unusual(config: Any) -> bool:
     """Whether the model's config asks for what is not known to leave neighbours alone."""
     guided = getattr(config, "guidance_scale", None) not in (None, 1, 1.0)
     return guided or getattr(config, "watermarking_config", None) is not None
+
+
+def _fill(config: Any, beams: int) -> int:
+    """The padding, or the first token that ends a sequence; for beams also where the padding is token 0."""
+    padding, ends = _ids(config.pad_token_id), [one for one in _ids(config.eos_token_id) if one >= 0]
+    known = [one for one in padding if one or beams == 1] + ends + padding
+    return known[0] if known else 0
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

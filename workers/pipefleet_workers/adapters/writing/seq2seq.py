@@ -43,10 +43,9 @@ class TextRewriter(TextGenerator):
     def finish(self, assembly: Assembly) -> Any:
         """`[{"summary_text": …}]` or as the task calls it, one for each sequence."""
         request: Request = assembly.context
-        sequences = assembly.outputs[0]
-        if request.arguments.postprocess.get("return_tensors"):
-            sequences = [[self._begin(request), *one] for one in filled(sequences, request, all_shown=True)]
-        outputs = {"output_ids": [sequences]}
+        tensors = bool(request.arguments.postprocess.get("return_tensors"))
+        written = filled(assembly.outputs[0], request, self.hidden, all_shown=tensors)
+        outputs = {"output_ids": [[[self._begin(request), *one] for one in written]]}
         return self.copies.get().postprocess(outputs, **request.arguments.fresh().postprocess)
 
     def _nested(self, parameters: dict[str, Any]) -> dict[str, Any]:

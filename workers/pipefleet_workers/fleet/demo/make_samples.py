@@ -19,7 +19,6 @@ import av
 import numpy as np
 import numpy.typing as npt
 import soundfile
-import soxr
 
 from pipefleet_workers.fleet.demo.make_pictures import make_pictures
 
@@ -116,8 +115,17 @@ def speak(text: str) -> Samples:
     """Synthesise `text` at 16 kHz, one channel; raises `CalledProcessError` when espeak-ng fails."""
     command = ["espeak-ng", "-v", _VOICE, "-s", str(_WORDS_PER_MINUTE), "--stdout", text]
     wav = subprocess.run(command, check=True, capture_output=True).stdout
-    audio, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
-    return np.asarray(np.clip(soxr.resample(audio, rate, RATE) * 32767, -32768, 32767), dtype=np.int16)
+    audio, rate = soundfile.read(io.BytesIO(wav), dtype="int16")
+    return resampled(audio, rate)
+
+
+def resampled(samples: Samples, rate: int) -> Samples:
+    """`samples` of one channel at `rate` Hz, at 16 kHz."""
+    frame = av.AudioFrame.from_ndarray(samples[np.newaxis, :], format="s16", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
+    pieces = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([piece.to_ndarray()[0] for piece in pieces])
 
 
 def store(samples: Samples, path: Path) -> None:

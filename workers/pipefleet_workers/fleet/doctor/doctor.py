@@ -254,8 +254,9 @@ def _fleet(settings: Settings) -> str:
     path = settings.fleet_path
     if path is None:
         return "no fleet file; producers route by what workers announce"
-    pools = load_fleet(path, allow_unpinned=True).pools
-    return f"{path}: " + ", ".join(f"{pool.name} ({pool.task})" for pool in pools.values())
+    fleet = load_fleet(path, allow_unpinned=True)
+    named = ", ".join(f"{pool.name} ({pool.task})" for pool in fleet.pools.values())
+    return "; ".join((f"{path}: {named}", *fleet.idle_pools().values()))
 
 
 def _producer(settings: Settings) -> str:
@@ -293,8 +294,7 @@ def _images(settings: Settings) -> str:
 
 def _audio(settings: Settings) -> str:
     soundfile, av = importlib.import_module("soundfile"), importlib.import_module("av")
-    importlib.import_module("soxr")
-    return f"libsndfile {soundfile.__libsndfile_version__}, FFmpeg through PyAV {av.__version__}, soxr"
+    return f"libsndfile {soundfile.__libsndfile_version__}, FFmpeg through PyAV {av.__version__}"
 
 
 def _device(settings: Settings) -> str:

@@ -76,6 +76,7 @@ class Follower:
         for name in self._now.fleet.revisions:
             self._assign(crew, self._now, name)
         self._changed(self._copy, self._now.fleet)
+        _say_idle(self._now.fleet)
         pools = self._now.fleet.revisions
         return [crew.start(name) for name, pool in pools.items() for _ in range(self._wanted(pool))]
 
@@ -119,6 +120,7 @@ class Follower:
             elif new.table(name) != old.table(name):
                 self._resize(crew, pool)
         self._changed(self._copy, new.fleet)
+        _say_idle(new.fleet)
 
     def _add(self, crew: Crew, new: Description, pool: Pool) -> None:
         self._assign(crew, new, pool.key)
@@ -211,6 +213,11 @@ def outstanding(redis: Any, url: str, queues: Iterable[str]) -> int:
     """How many messages of `queues` wait or are with workers. Raises ServiceUnavailableError."""
     with redis_errors(url):
         return sum(waiting(redis, queue) for queue in queues)
+
+
+def _say_idle(fleet: Fleet) -> None:
+    for name, sentence in fleet.idle_pools().items():
+        say(sentence, trouble=True, pool=name)
 
 
 def _difference(old: Duty, new: Duty) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -15,6 +16,13 @@ from pipefleet_workers.items import Blob, ItemError
 STAGE = "decode"
 MOST_SLOW_PIXELS = 1 << 25
 """Pixels of a form that Pillow decodes in Python, 1 to 2 µs each (PPM of odd depths, QOI, BLP, masked DDS …)."""
+_UNREAD = {
+    rb"(?s)....ftyp(hei[cmsx]|hev[cx]|mif1|msf1)": "HEIC",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"(?s)\s*(<\?xml.{0,1000})?<svg": "SVG",
+    rb"%PDF-": "PDF",
+}
+"""What people have that Pillow does not open, by how it begins."""
 # Pillow cuts large pictures into blocks of 16 MB, which malloc keeps for the thread; those above 32 MB always go back at once.
 Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 
@@ -49,7 +57,9 @@ def _opened(blob: Blob, max_pixels: int) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise ItemError("bad_media", f"{blob.uri} is not a picture ({', '.join(FORMATS)})", STAGE) from None
+        named = next((name for found, name in _UNREAD.items() if re.match(found, blob.content)), None)
+        why = f"{named}, which is not read; convert it to PNG" if named else f"not a picture ({', '.join(FORMATS)})"
+        raise ItemError("bad_media", f"{blob.uri} is {why}", STAGE) from None
     except Image.DecompressionBombError:
         raise _too_large(blob, "more pixels than are opened at all", max_pixels) from None
     except Exception as error:  # noqa: BLE001 - as above

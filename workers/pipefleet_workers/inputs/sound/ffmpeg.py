@@ -53,14 +53,25 @@ def _read(blob: Blob, track: Track, losses: Losses) -> None:
 
 
 def _read_one(blob: Blob, content: bytes, track: Track, losses: Losses) -> None:
+    """Add one file to the track: the stream that `ffmpeg` would take, else the next one where that holds nothing at all."""
+    before, empty = losses.packets, list[int]()
+    while not _read_stream(blob, content, track, losses, empty) and losses.packets == before:
+        pass
+
+
+def _read_stream(blob: Blob, content: bytes, track: Track, losses: Losses, empty: list[int]) -> bool:
+    """Add the frames of the best stream; the empty ones are passed over by index. Whether it was the last one."""
     try:
         with av.open(io.BytesIO(content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
-            stream = chosen(container.streams.audio)
+            known = [one for one in container.streams.audio if one.index not in empty]
+            stream, order = chosen(known)
             if stream is None:
                 raise CannotOpenError(ItemError("bad_media", f"{blob.uri} has no audio track", STAGE))
             decode = _second_choice(content, stream, track.most_seconds)
             for frame in frames(container, stream, losses, decode):
-                track.add(frame)
+                track.add(frame, order)
+            empty.append(stream.index)
+            return len(known) == 1
     except av.error.EOFError:
         raise CannotOpenError(ItemError("truncated_media", f"{blob.uri} ends too early", STAGE)) from None
     except (av.FFmpegError, ValueError) as error:
@@ -68,15 +79,35 @@ def _read_one(blob: Blob, content: bytes, track: Track, losses: Losses) -> None:
         raise CannotOpenError(ItemError("bad_media", text, STAGE)) from None
 
 
-def chosen(streams: Sequence[Any]) -> Any:
-    """The track that `ffmpeg` takes: the default one, else the one with most channels, else the first; None without any."""
-    known = [one for one in streams if one.codec_context is not None and one.codec_context.layout.nb_channels]
-    scored = [bool(one.disposition & av.stream.Disposition.default) * _DEFAULT + _channels(one) for one in known]
-    return known[scored.index(max(scored))] if known else None
+def chosen(streams: Sequence[Any]) -> tuple[Any, str | None]:
+    """The track that `ffmpeg` takes: the default one, else the one with most channels, else the first; None without any.
+
+    With the order of its channels, where that is none of FFmpeg's layouts: its frames only say how many they are.
+    """
+    orders = [None if one.codec_context is None else _own_order(one.codec_context) for one in streams]
+    scores = [_score(one) for one in streams]
+    if not any(scores):
+        return None, None
+    best = scores.index(max(scores))
+    return streams[best], orders[best]
 
 
-def _channels(stream: Any) -> int:
-    return int(stream.codec_context.layout.nb_channels)
+def _score(stream: Any) -> int:
+    channels = 0 if stream.codec_context is None else int(stream.codec_context.layout.nb_channels)
+    return channels and channels + bool(stream.disposition & av.stream.Disposition.default) * _DEFAULT
+
+
+def _own_order(context: Any) -> str | None:
+    """The names of channels that have an order of their own, of which the context then knows the number only.
+
+    PyAV frees a list of channels once for each object that was made of it, and so would end the process.
+    """
+    shared = context.layout
+    count = f"{shared.nb_channels} channels"
+    if not shared.name.startswith(f"{count} ("):
+        return None
+    context.layout = count
+    return str(shared.name.removeprefix(f"{count} (").removesuffix(")"))
 
 
 def frames(container: Any, stream: Any, losses: Losses, decode: _Decode | None = None) -> Iterator[Any]:
@@ -95,7 +126,7 @@ def _second_choice(content: bytes, stream: Any, most_seconds: float) -> _Decode 
         return None
     losses = Losses()
     with av.open(io.BytesIO(content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
-        for _ in frames(container, chosen(container.streams.audio), losses):
+        for _ in frames(container, chosen(container.streams.audio)[0], losses):
             if losses.lost or losses.packets * _PHONE_SECONDS > most_seconds:
                 break
     return _decoder(name) if losses.lost else None

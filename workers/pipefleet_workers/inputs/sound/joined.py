@@ -23,7 +23,7 @@ _MOST_TAGS = 1 << 14
 _ID3 = re.compile(rb"ID3[\x02-\x04][\x00-\x0f][\x00\x10\x20\x40\x50\x60\x80\x90\xa0\xc0\xd0\xe0][\x00-\x7f]{4}")
 _APE = re.compile(rb"APETAGEX[\xd0\xe8][\x03\x07]\x00\x00")
 _APE_HEAD = 32
-_APE_IS_HEAD = 1 << 29
+_APE_IS_HEAD, _APE_HAS_HEAD = 1 << 29, 1 << 31
 _BEHIND_TAGS = re.compile(rb"\xff[\xe0-\xff]|fLaC|ID3|TAG|APETAGEX|LYRICSBEGIN|\x00|$")
 """What stands behind a tag: a frame, another tag, padding, or nothing."""
 
@@ -110,6 +110,8 @@ def _ape_tags(content: bytes) -> Iterator[tuple[int, int]]:
             size, _, flags = struct.unpack_from("<III", content, found.end())
             if flags & _APE_IS_HEAD:
                 yield found.start(), found.start() + _APE_HEAD + size
+            elif not flags & _APE_HAS_HEAD:  # its foot alone, which counts itself
+                yield found.start() + _APE_HEAD - size, found.start() + _APE_HEAD
 
 
 def _with_size(content: bytes) -> bytes:

@@ -16,6 +16,7 @@ from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet_workers.inputs.containers import MOST_MISSING, Missing, flac_seconds, missing_of
 from pipefleet_workers.inputs.losses import Losses, note
 from pipefleet_workers.inputs.sound.ffmpeg import CannotOpenError, read_sound
+from pipefleet_workers.inputs.sound.pages import lost_pages
 from pipefleet_workers.inputs.sound.plain_wav import plain_samples
 from pipefleet_workers.inputs.sound.tracks import STAGE, Bounds, Samples, Track, sound_frame
 from pipefleet_workers.items import Blob, ItemError
@@ -54,7 +55,7 @@ def _from_file(blob: Blob, bounds: Bounds, notes: list[str], *, strict: bool) ->
     missing = missing_of(blob.content)
     if missing and (strict or missing.share > MOST_MISSING):
         raise _truncated(blob, missing)
-    track, losses = Track(bounds), Losses()
+    track, losses = Track(bounds), Losses(pages=lost_pages(blob.content))
     samples = _decoded(blob, track, losses)
     if not samples.size:
         raise _truncated(blob, missing) if missing else ItemError("bad_media", f"{blob.uri} holds no audio", STAGE)
@@ -79,7 +80,7 @@ def _shortfall(content: bytes, seconds: float) -> Missing | None:
     promised = flac_seconds(content)
     if promised is None or seconds >= promised - 0.001:
         return None
-    return Missing(f"{seconds:.1f} s of {promised:.1f} s are there", 1 - seconds / promised)
+    return Missing(f"{seconds:.3f} s of {promised:.3f} s are there", 1 - seconds / promised)
 
 
 def _raw(blob: Blob, bounds: Bounds) -> Samples:

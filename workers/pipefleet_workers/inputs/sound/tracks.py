@@ -66,15 +66,19 @@ class Track:
         """How long a recording may last."""
         return self._bounds.max_seconds
 
-    def add(self, frame: av.AudioFrame) -> None:
-        """Take one frame. Raises ItemError: too_large, or bad_media for a rate beyond belief."""
+    def add(self, frame: av.AudioFrame, order: str | None = None) -> None:
+        """Take one frame; `order` names its channels where it only says how many they are.
+
+        Raises ItemError: too_large, or bad_media for a rate beyond belief.
+        """
         kind = (frame.sample_rate, frame.layout.name, frame.format.name)
+        order = order if kind[1] == f"{frame.layout.nb_channels} channels" else None
         if kind != self._kind:
             self._finish()
             if not _RATES[0] <= frame.sample_rate <= _RATES[1]:
                 text = f"{self._bounds.uri} has a sampling rate of {frame.sample_rate} Hz"
                 raise ItemError("bad_media", text, STAGE)
-            self._kind, self._mixer = kind, _Mixer(self._bounds.rate)
+            self._kind, self._mixer = kind, _Mixer(self._bounds.rate, order)
         self._count(frame.samples / frame.sample_rate)
         if not self._outgrown and self._mixer is not None:
             self._pieces += self._mixer.mix(frame)
@@ -112,8 +116,12 @@ class Track:
 class _Mixer:
     """FFmpeg's own filter (swresample), with its matrix for the layout. A layout without a matrix is mixed to its mean."""
 
-    def __init__(self, rate: int) -> None:
-        self._swresample = av.AudioResampler(format="flt", layout="mono", rate=rate, frame_size=_BLOCK)
+    def __init__(self, rate: int, order: str | None = None) -> None:
+        self._swresample: Any = (
+            _Ordered(rate, order)
+            if order
+            else av.AudioResampler(format="flt", layout="mono", rate=rate, frame_size=_BLOCK)
+        )
         self._packed = av.AudioResampler(format="flt")
         self._to_mean = False
 
@@ -142,6 +150,38 @@ class _Mixer:
             samples = one.to_ndarray().reshape(-1, frame.layout.nb_channels)
             found.append(sound_frame(samples.mean(axis=1, dtype=np.float32), frame.sample_rate))
         return found
+
+
+class _Ordered:
+    """As av.AudioResampler, for frames that say their number of channels only, while `order` names the channels."""
+
+    def __init__(self, rate: int, order: str) -> None:
+        self.rate = rate
+        self._order = order
+        self._graph: av.filter.Graph | None = None
+
+    def resample(self, frame: av.AudioFrame | None) -> list[Any]:
+        """What is ready after one more frame; all that is left after None."""
+        if self._graph is None:
+            if frame is None:
+                return []
+            self._graph = self._made_for(frame)
+        self._graph.push(frame)
+        found: list[Any] = []
+        while True:
+            try:
+                found.append(self._graph.pull())
+            except (av.error.EOFError, av.error.BlockingIOError):
+                return found
+
+    def _made_for(self, frame: av.AudioFrame) -> av.filter.Graph:
+        graph = av.filter.Graph()
+        given = {"sample_rate": str(frame.sample_rate), "sample_fmt": frame.format.name, "channel_layout": self._order}
+        wanted = {"sample_rates": str(self.rate), "sample_fmts": "flt", "channel_layouts": "mono"}
+        graph.link_nodes(graph.add("abuffer", **given), graph.add("aformat", **wanted), graph.add("abuffersink"))
+        graph.configure()
+        graph.set_audio_frame_size(_BLOCK)
+        return graph
 
 
 def sound_frame(samples: Samples, rate: int, layout: str = "mono") -> av.AudioFrame:
