@@ -110,6 +110,7 @@ class TestLosses:
         assert self.later(seen, run, clock) is None
         assert seen.suspected(run.id)
         assert str(self.later(seen, run, clock)).startswith("1 shard is neither done nor queued")
+        assert seen.suspected(run.id)  # a caller that was told nothing a moment before looks once more
 
     def test_it_is_certain_only_when_nothing_of_the_run_ends_meanwhile(
         self, redis: Redis, run: Run, seen: Losses, clock: list[float]

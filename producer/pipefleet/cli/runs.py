@@ -106,7 +106,7 @@ def status(arguments: argparse.Namespace) -> int:
     with Client() as client:
         run = client.run(arguments.uri)
         progress = run.progress()
-        while not progress.ended and client.losses.suspected(run.id):
+        while not progress.ended and progress.reason is None and client.losses.suspected(run.id):
             time.sleep(LOOK_SECONDS)
             progress = run.progress()
         return _report(run, progress, as_json=arguments.json)

@@ -70,9 +70,9 @@ class Losses:
         )
 
     def suspected(self, run_id: str) -> bool:
-        """Whether shards of the run seem to be lost, and GRACE_SECONDS have not passed since that was seen first."""
+        """Whether shards of the run seemed to be lost at the last look, be it certain or not."""
         seen = self._seen.get(run_id)
-        return seen is not None and bool(seen.lost) and self._monotonic() < seen.since + GRACE_SECONDS
+        return seen is not None and seen.lost > 0
 
     def after_fork(self) -> None:
         """Nobody is looking in a child."""
