@@ -86,7 +86,7 @@ VALUES = [
     ("text-classification", {"function_to_apply": ClassificationFunction.SIGMOID}, {"function_to_apply": "sigmoid"}),
     ("text-classification", {"function_to_apply": "SoftMax"}, {"function_to_apply": "SoftMax"}),
     ("token-classification", {"aggregation_strategy": AggregationStrategy.MAX}, {"aggregation_strategy": "max"}),
-    ("token-classification", {"ignore_labels": {"O", "B-PER"}}, {"ignore_labels": ["B-PER", "O"]}),
+    pytest.param("token-classification", {"ignore_labels": {"O", "B-PER"}}, {"ignore_labels": ["B-PER", "O"]}, id="a set"),
     ("automatic-speech-recognition", {"stride_length_s": (4, 2)}, {"stride_length_s": [4, 2]}),
     ("automatic-speech-recognition", {"prompt_ids": np.array([5, 6])}, {"prompt_ids": [5, 6]}),
     ("automatic-speech-recognition", {"temperature": (0.0, 0.4)}, {"temperature": [0.0, 0.4]}),

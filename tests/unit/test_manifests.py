@@ -63,8 +63,8 @@ READ = {
     "Semicolon.CSV": b"id;inputs\r\n1;a\r\n2;b\r\n",
     "excel.csv": "inputs\tid\r\na\t1\r\nb\t2\r\n".encode("utf-16"),
     "big-endian.csv": b"\xfe\xff" + "inputs\na\nb\n".encode("utf-16-be"),
-    "m.jsonl.gz": gzip.compress(b'{"inputs": "a"}\n') + gzip.compress(b'{"inputs": "b"}\n'),
-    "m.csv.GZ": gzip.compress(b"inputs\na\nb\n"),
+    "m.jsonl.gz": gzip.compress(b'{"inputs": "a"}\n', mtime=0) + gzip.compress(b'{"inputs": "b"}\n', mtime=0),
+    "m.csv.GZ": gzip.compress(b"inputs\na\nb\n", mtime=0),
 }
 
 
@@ -140,7 +140,7 @@ def test_a_line_that_is_no_text_fails_alone_with_its_number(
         ("m.txt", b"\x89PNG\r\n\x1a\n", "line 1, column 1: not UTF-8"),
         ("m.txt", b" \n\n", "is empty"),
         ("m.txt.gz", b"no gzip", "not a gzip file"),
-        ("m.txt.gz", gzip.compress(b"a\nb\n" * 1000)[:-9], "a gzip file that ends too early"),
+        ("m.txt.gz", gzip.compress(b"a\nb\n" * 1000, mtime=0)[:-9], "a gzip file that ends too early"),
     ],
 )
 def test_what_is_no_manifest_is_refused_in_one_sentence(
