@@ -1,4 +1,4 @@
-"""Tasks whose input is text alone."""
+"""The rows of tasks whose input is text alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
 _LABEL = text(1000)
 _PADDING = either(boolean, choice("longest", "max_length", "do_not_pad"))
 _TOKENIZE: dict[str, Check] = {**TOKENIZE, "padding": _PADDING}
-"""Padding is accepted because people pass it; texts are padded to their batches whatever it says."""
+"""Padding is accepted because callers pass it. Workers pad texts to their batches for any value."""
 _REWRITE: dict[str, Check] = {
     **{name: check for name, check in WRITE.items() if name not in ("guidance_scale", "watermarking_config")},
     "truncation": TRUNCATION,
