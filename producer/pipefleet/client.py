@@ -273,7 +273,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _digest(message: JobMessage, model: str | None, revision: str | None) -> str:
-    """The digest of a request. The model is the one of the call, so the digest stays the same when the default model changes."""
+    """The digest of a request. It holds the model as the call names it, so it stays the same when the default model changes."""
     return request_digest(
         task=message.task,
         model=model,

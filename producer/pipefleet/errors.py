@@ -107,7 +107,7 @@ class ObjectChangedError(ObjectMissingError):
 
 
 class ObjectRefusedError(SourceError):
-    """S3 refuses this request for good, whoever asks: a key that is too long, an archived object, a disabled encryption key."""
+    """S3 refuses this request for good, from any caller: a key that is too long, an archived object, a disabled encryption key."""
 
     code = "bad_object"
 

@@ -62,10 +62,10 @@ def sentence_of(word: str | None) -> str | None:
 
 
 def is_of_replica(word: str | None) -> bool:
-    """Whether the word is that of a replica, or of a server that has just become a replica."""
+    """Whether a replica answers with this word, or a server that has just become a replica."""
     return word in _OF_REPLICAS
 
 
 def is_of_cluster(word: str | None) -> bool:
-    """Whether the word is that of a node of a Redis Cluster."""
+    """Whether a node of a Redis Cluster answers with this word."""
     return word in _OF_CLUSTERS

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def server_time(redis: Redis) -> float:
-    """Seconds since 1970 by the clock of the Redis server, the one clock that all parts of a fleet share."""
+    """Seconds since 1970 by the clock of the Redis server. All parts of a fleet share this clock."""
     seconds, micros = list(redis.time())
     return int(seconds) + int(micros) / 1e6
 

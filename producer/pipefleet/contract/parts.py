@@ -32,7 +32,7 @@ class PartFormat(Protocol):
     media_type: ClassVar[str]
 
     def require(self) -> None:
-        """Raise RunError unless what the format needs is installed here."""
+        """Raise RunError unless the library of the format is installed here."""
 
     def encode(self, lines: Sequence[bytes]) -> bytes:
         """The part that holds these rows, each a JSON object."""

@@ -1,6 +1,6 @@
 """Notes of the model and revision that each queue `<queue>@…` is for, in the hash `pipefleet:revisions`.
 
-Clients that send and workers that consume write a note; whoever counts messages reads them, to find every queue of a pool.
+Clients that send and workers that consume write a note. Code that counts messages reads the notes, to find every queue of a pool.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _SHOWN = {"return_full_text", "return_tensors", "return_type"}
 
 
 def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The parameters of a call as JSON. Raises ParameterError for those that the task does not take."""
+    """The parameters of a call as JSON. Raises ParameterError for a parameter that the task does not take."""
     if not isinstance(given, Mapping | None):
         spec.check(given)
     found = _without_nothing(spec, {name: plain(value) for name, value in (given or {}).items()})
@@ -91,7 +91,7 @@ def _takes_config(spec: TaskSpec) -> bool:
 
 
 def _without_nothing(spec: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters without refused ones that are None: those ask for nothing."""
+    """The parameters, without refused parameters that are None: these ask for nothing."""
     taken = spec.parameters
     return {
         name: value

@@ -32,7 +32,7 @@ class Media(StrEnum):
 
 
 class CostUnit(StrEnum):
-    """What the work of one item grows with."""
+    """The unit in which the work of one item grows."""
 
     TOKENS = "tokens"
     SECONDS = "seconds"

@@ -1,1 +1,1 @@
-"""Waiting for single jobs: the futures of their ends, the callbacks of those, and warnings of queues that nobody serves."""
+"""Waiting for single jobs: the futures of their ends, callbacks, and warnings of queues that nobody serves."""
