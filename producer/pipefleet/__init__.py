@@ -4,7 +4,8 @@
 >>> pipe = pipefleet.pipeline("text-classification")  # doctest: +SKIP
 >>> pipe("s3://reviews/1.txt", top_k=2)  # doctest: +SKIP
 
-Nothing heavy is imported before it is used: no torch, no transformers, ever; celery, redis and boto3 with the first Client.
+The names in `__all__` are the public API; each is imported from its module when it is first used. torch and transformers are
+never imported; celery, redis and boto3 are imported with the first `Client`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m pipefleet` is the same command as `pipefleet`."""
+"""`python -m pipefleet` runs the command `pipefleet`."""
 
 from pipefleet.cli import main
 

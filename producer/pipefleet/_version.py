@@ -1,3 +1,3 @@
-"""The one place that holds the version."""
+"""The version of pipefleet. The build reads it here."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,9 @@
-"""`Client`, the one class a user meets: submit single jobs, start bulk runs, open either again.
+"""`Client`, the class that users make: submit single jobs, start bulk runs, open either again.
 
 submit → route → prepare inputs → record + queue (one round trip) → Job
 map    → route → plan shards in object storage → queue them       → Run
+
+Both raise UsageError before anything is queued, and ServiceUnavailableError when Redis or S3 is away.
 """
 
 from __future__ import annotations
@@ -49,11 +51,11 @@ from pipefleet.tasks import TaskSpec, implied_parameters
 from pipefleet.tasks.parameters import called_parameters, layered
 
 NOTED_SECONDS = 10.0
-"""How often a client that submits single jobs notes which revision their queue is for."""
+"""Seconds after which a client that submits single jobs notes again which revision their queue is for."""
 
 
 class Client(Session):
-    """A producer. Thread-safe; opens its connections when they are first needed; a context manager.
+    """A producer. Thread-safe; a context manager; it opens its connections when they are first needed.
 
     Settings come from the environment (see `pipefleet.settings`) unless they are passed.
     """
@@ -80,9 +82,9 @@ class Client(Session):
         )
 
     def close(self) -> None:
-        """Finish planning what `map` has begun, then close the connections. May be called twice.
+        """Wait for the planning that `map` has begun, then close the connections. May be called twice.
 
-        A `with` block that ends with an exception stops the planning instead; such a run can be resumed.
+        A `with` block that ends with an exception stops the planning instead; its runs can be resumed.
         """
         for run in self._runs_in_planning():
             run.join_planner()
@@ -104,12 +106,12 @@ class Client(Session):
     ) -> Job:
         """Queue one input and return at once.
 
-        `inputs` is what the pipeline call takes for one input; `expires` is in seconds from now; `output` is an `s3://` URI
-        (or prefix ending in a slash) where the result is written as JSON as well, and lies inside of no run. With
-        `idempotency_key`, a second call within a day that asks for the same returns the first call's job, whatever its
-        `priority` and `expires`; one that asks for something else (task, inputs, model, revision, parameters or output) raises
-        ConflictError. Raises UsageError or ServiceUnavailableError; after the former nothing is queued, after the latter at
-        most once.
+        `inputs` is one input of the pipeline call. `expires` is in seconds from now. `output` is an `s3://` URI outside of any
+        run, or a prefix with a slash at its end, where the result is written as JSON too. With `idempotency_key`, a second call
+        within a day for the same request returns the first call's job, for any `priority` and `expires`; a call for another
+        request (task, inputs, model, revision, parameters or output) raises ConflictError.
+
+        Raises UsageError, and then nothing is queued; or ServiceUnavailableError, and then the job is queued at most once.
 
         >>> client.submit("text-classification", "I like it").result(timeout=30)  # doctest: +SKIP
         [{'label': 'POSITIVE', 'score': 0.999}]
@@ -141,7 +143,7 @@ class Client(Session):
         expires: float | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """As `submit`, where each step is repeated as `patience` has it. The job is queued once."""
+        """As `submit`, but `patience` repeats each step while a service is away. The job is queued once."""
         model = model_name(model)
         spec, pool = patience.call(lambda: self.route(task, model, revision))
         parameters = _checked(task, spec, parameters)
@@ -193,12 +195,12 @@ class Client(Session):
         `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.txt`, each also with
         `.gz`) there or here, a local folder, or any iterable of
         inputs. Returns when the first shard is queued; planning goes on in a thread that `close` waits for. `shard_size`
-        bounds the items of a shard, from 1 to 10,000 (default: growing from 16 to 512). `format` is that of the parts: `jsonl`,
-        or `parquet`, where embeddings are vectors (it needs pyarrow here and on the workers).
+        bounds the items of a shard, from 1 to 10,000 (default: growing from 16 to 512). `format` is the format of the parts:
+        `jsonl`, or `parquet`, where embeddings are vectors (it needs pyarrow here and on the workers).
 
-        An item that cannot be prepared (null, of a wrong type, a local file that is missing …) is a failed item of the run, code
-        `bad_input`, stage `plan`; with `strict` it ends the planning instead, with an InputError that names its row. Raises
-        UsageError for anything wrong with the arguments, the source or the output, and leaves nothing behind then;
+        An item that cannot be prepared (null, a wrong type, a missing local file …) is a failed item of the run, with code
+        `bad_input` and stage `plan`. With `strict` it ends the planning instead, with an InputError that names its row. Raises
+        UsageError for a fault of the arguments, the source or the output, and then leaves nothing behind;
         ServiceUnavailableError when Redis or S3 is away.
         """
         model = model_name(model)
@@ -235,11 +237,11 @@ class Client(Session):
         return plan_run(self, layout, plan, source, pool)
 
     def run(self, uri: str) -> Run:
-        """Open the run whose output lies at `uri`. Raises RunError where there is none."""
+        """Open the run whose output lies at `uri`. Raises RunError where there is no run."""
         return Run.open(self, RunLayout.at(uri))
 
     def job(self, job_id: str) -> Job:
-        """The handle of a job that was submitted elsewhere or earlier."""
+        """The handle of a job that another client, or an earlier one, submitted."""
         return Job(self, job_id)
 
     def _enqueue(self, message: JobMessage, queue: str, priority: Priority, once: Once | None) -> Job:
@@ -261,7 +263,7 @@ class Client(Session):
         return job if queued == job.id.encode() else Job(self, queued.decode())
 
     def _note_revision(self, message: JobMessage, queue: str) -> None:
-        """Note what a queue is for, now and then: Redis may have been emptied since."""
+        """Note which revision a queue is for, once in NOTED_SECONDS: Redis may have been emptied since."""
         now = time.monotonic()
         if now >= self._note_at.get(queue, 0.0):
             note_revision(self.redis, queue, message.model, message.revision, now=self.clock.peek())
@@ -270,14 +272,14 @@ class Client(Session):
 
 @dataclass(frozen=True, slots=True)
 class Once:
-    """An idempotency key, and the digest of the request that it stands for."""
+    """An idempotency key, and the digest of its request."""
 
     key: str
     digest: str
 
 
 def _digest(message: JobMessage, model: str | None, revision: str | None) -> str:
-    """The digest of a request: of the model as it was asked for, so a call stays the same when another becomes the default."""
+    """The digest of a request. It holds the model as the call names it, so it stays the same when the default model changes."""
     return request_digest(
         task=message.task,
         model=model,
@@ -294,11 +296,11 @@ def _conflict(key: str, job_id: str) -> ConflictError:
 
 
 def _require(fault: str | None) -> None:
-    """Raise InputError that says why an output cannot be taken, where there is a reason."""
+    """Raise InputError with the fault of an output, if it has one."""
     if fault is not None:
         raise InputError(fault)
 
 
 def _checked(task: str, spec: TaskSpec, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The parameters of a call with those that the task's name stands for. Raises ParameterError."""
+    """The parameters of a call over the parameters in the task's name. Raises ParameterError."""
     return layered(spec, implied_parameters(task), called_parameters(spec, parameters))

@@ -1,4 +1,4 @@
-"""Every error that pipefleet raises, as one tree; the command line turns each into one sentence and an exit code.
+"""Every error that pipefleet raises, as one tree. The command line turns each into one sentence and an exit code.
 
     PipefleetError
     ├── UsageError                  exit 2: the caller can mend it; also a ValueError
@@ -25,7 +25,8 @@
         ├── JobExpiredError         its deadline passed before it could finish
         └── ResultTimeoutError      exit 4: it has not finished yet; also a TimeoutError
 
-`code` is a stable word for programs, `retryable` tells whether the same call may succeed later.
+`code` is a stable word for programs. `retryable` tells whether the same call may succeed later. Errors of redis-py and botocore
+become errors of this tree in `pipefleet.connection.errors` and `pipefleet.storage.s3_errors`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pipefleet.printable import printable_lines
 class PipefleetError(Exception):
     """Base of all errors of this package. The message is one sentence that names cause and next step.
 
-    As a text it is fit to be shown, in a traceback too: what a terminal would obey is escaped, further lines are indented.
+    `str()` is safe for a terminal, in a traceback too: control characters are escaped, lines after the first are indented.
     """
 
     code: ClassVar[str] = "error"
@@ -52,7 +53,7 @@ class PipefleetError(Exception):
 
 
 class UsageError(PipefleetError, ValueError):
-    """The call cannot work as it was made; nothing was started. Also Python's own ValueError, for code that catches that."""
+    """The call cannot work as it was made; nothing was started. Also a ValueError, for code that catches Python's own."""
 
     code = "usage"
 
@@ -100,19 +101,19 @@ class ObjectMissingError(SourceError):
 
 
 class ObjectChangedError(ObjectMissingError):
-    """The object is there, but no longer the version that was meant."""
+    """The object is there, but not in the version that was asked for."""
 
     code = "changed"
 
 
 class ObjectRefusedError(SourceError):
-    """S3 refuses this for good, whoever asks: a key that is too long, an archived object, a disabled encryption key."""
+    """S3 refuses this request for good, from any caller: a key that is too long, an archived object, a disabled encryption key."""
 
     code = "bad_object"
 
 
 class AccessDeniedError(SourceError):
-    """The credentials do not allow this, or are not valid; or the clock or the region of this machine is wrong."""
+    """The credentials do not allow this or are not valid, or this machine's clock or region is wrong."""
 
     code = "forbidden"
 
@@ -136,25 +137,23 @@ class FleetMismatchError(UsageError):
 
 
 class ConflictError(UsageError):
-    """The idempotency key stands for another request; the message names it and that request's job, `job_id`."""
+    """The idempotency key stands for another request. The message names the key and that request's job, `job_id`."""
 
     code = "conflict"
 
     def __init__(self, message: str, *, job_id: str = "") -> None:
         super().__init__(message)
-        self.job_id = (
-            job_id  # a copy, or what comes out of pickle, is made of the message alone and gets this afterwards
-        )
+        self.job_id = job_id  # copy and pickle make the error of its message alone and set this afterwards
 
 
 class ContractError(UsageError):
-    """A message that does not follow the contract, or follows a version this code does not know."""
+    """A message does not follow the contract, or follows a version that this release does not know."""
 
     code = "bad_contract"
 
 
 class ServiceUnavailableError(PipefleetError):
-    """Redis or the object store does not answer, or not with what was asked; the message names the URL without credentials."""
+    """Redis or the object store does not answer, or answers with a passing error. The message names the URL without credentials."""
 
     code = "unavailable"
     exit_code = 3
@@ -162,7 +161,7 @@ class ServiceUnavailableError(PipefleetError):
 
 
 class ServiceFullError(ServiceUnavailableError):
-    """Redis is at its `maxmemory`, and what was asked needs room."""
+    """Redis is at its `maxmemory`, and the command needs memory."""
 
     code = "full"
 

@@ -1,4 +1,7 @@
-"""The Celery application for Flower, which wants to be given one by name: `celery --app pipefleet.flower:app flower`."""
+"""The Celery application for Flower, which takes one by name: `celery --app pipefleet.flower:app flower`.
+
+Importing this module reads the settings; it raises UsageError where they are wrong.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Reading what others wrote to Redis or object storage: what is not as expected is a ValueError, and no value is beyond bounds."""
+"""Checks of values that other programs may have written to Redis or to object storage.
+
+Bytes or JSON values come in; values of the right type, within bounds, go out. Every reader of Redis and of a run's files calls
+these functions. They raise ValueError for a wrong value; inside of `readable` that becomes RunError, which names the file.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ log = logging.getLogger("pipefleet")
 MOST_BYTES = 1 << 20
 """Bytes of JSON that one entry of Redis may have."""
 MOST_NUMBER = 1e15
-"""Largest number that is believed: sums and products of such numbers stay finite."""
+"""Largest number that readers accept: sums and products of such numbers stay finite."""
 MOST_TEXT = 2_000
 """Characters of a name: of a pool, a model or a queue."""
 QUEUE_PREFIX = "pipefleet."
@@ -27,7 +31,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def read_json(raw: bytes | str | None, *, most: int = MOST_BYTES) -> Any:
-    """The JSON of an entry. Raises ValueError for what is not JSON, NaN and infinity among it, and above `most` bytes."""
+    """The JSON of an entry. Raises ValueError for text that is not JSON (NaN and infinity are not), and above `most` bytes."""
     if raw is None or len(raw) > most:
         raise ValueError("missing, or too long")
     try:
@@ -41,12 +45,12 @@ def _refused(name: str) -> Any:
 
 
 def read_object(raw: bytes | str | None, *, most: int = MOST_BYTES) -> Mapping[str, Any]:
-    """As `read_json`, and ValueError for everything but an object."""
+    """The JSON object of an entry. Raises ValueError as `read_json` does, and for JSON that is not an object."""
     return mapping(read_json(raw, most=most))
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """`value`, where it is an object. Raises ValueError."""
+    """`value`. Raises ValueError unless it is a JSON object."""
     if not isinstance(value, Mapping):
         raise ValueError("not an object")
     return value
@@ -76,7 +80,7 @@ def whole(value: Any, *, least: int = 0, most: int = int(MOST_NUMBER)) -> int:
 
 
 def name(value: Any) -> str:
-    """A text of 1 to MOST_TEXT characters without control characters, which Redis can hold. Raises ValueError."""
+    """`value`. Raises ValueError unless it is a text of 1 to MOST_TEXT characters, in UTF-8, without control characters."""
     if not isinstance(value, str) or not 0 < len(value) <= MOST_TEXT or _CONTROL.search(value):
         raise ValueError("not a name")
     value.encode()
@@ -84,27 +88,27 @@ def name(value: Any) -> str:
 
 
 def own_queue(value: Any) -> str:
-    """The name of a queue, which readers make keys of: those of our queues, and no others. Raises ValueError."""
+    """`value`. Raises ValueError unless it names a queue of pipefleet: readers make Redis keys of it."""
     if not name(value).startswith(QUEUE_PREFIX):
         raise ValueError("not a queue")
     return str(value)
 
 
 def names(content: Mapping[str, Any], *fields: str) -> dict[str, str | None]:
-    """Those of the fields that are there: each a name or null. Raises ValueError."""
+    """The given fields, without those that `content` lacks. Raises ValueError unless each is a name or null."""
     found = {field: content[field] for field in fields if field in content}
     return {field: None if value is None else name(value) for field, value in found.items()}
 
 
 class Passed:
-    """What was passed over, each said once by the logger `pipefleet`. Thread-safe."""
+    """Warns of entries that readers pass over, once for each entry, by the logger `pipefleet`. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._said: set[tuple[str, bytes]] = set()
 
     def say(self, key: str, field: bytes | str) -> None:
-        """Warn that the entry `field` of the hash `key` cannot be read, unless that was said before."""
+        """Warn that the entry `field` of the hash `key` cannot be read, unless this entry was warned of before."""
         entry = key, (field.encode(errors="replace") if isinstance(field, str) else field)[:200]
         with self._lock:
             if entry in self._said or len(self._said) >= _MOST_SAID:
@@ -114,7 +118,7 @@ class Passed:
 
 
 def unreadable(key: str, field: bytes | str) -> str:
-    """One sentence about an entry of a hash that is passed over, with the next step."""
+    """One sentence about an entry of a hash that readers pass over, with the next step."""
     shown = printable(field.decode(errors="replace") if isinstance(field, bytes) else field)
     return (
         f"the entry {shown!r} of {printable(key, 200)} was not written by pipefleet and is passed over; "
@@ -127,7 +131,7 @@ passed = Passed()
 
 @contextmanager
 def readable(where: str) -> Iterator[None]:
-    """Turn what reading a wrong file raises inside into RunError that names `where`."""
+    """Turn the errors that a wrong file raises inside of the block into RunError, which names `where`."""
     try:
         yield
     except PipefleetError:

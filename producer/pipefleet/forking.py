@@ -1,6 +1,7 @@
-"""After `os.fork()`: the child has one thread, copies of locks that others may have held, and connections that it must not share.
+"""Objects that make their state anew after `os.fork()`.
 
-Whatever keeps such state calls `renew_after_fork(self)` once, and its `after_fork` makes the state anew in each child.
+A child process has one thread, copies of locks that other threads may have held, and connections that it must not share. An
+object with such state calls `renew_after_fork(self)` once. Python then calls its `after_fork` in each child.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from weakref import WeakSet
 
 
 class Forkable(Protocol):
-    """Something whose locks, threads or connections do not survive a fork."""
+    """An object whose locks, threads or connections do not survive a fork."""
 
     def after_fork(self) -> None:
-        """Make them anew. Called in the child, by its only thread, before anything else runs; must not wait for anything."""
+        """Make them anew. Python calls this in the child, on its only thread, before other code runs. It must not wait."""
 
 
 _known: WeakSet[Forkable] = WeakSet()
 
 
 def renew_after_fork(one: Forkable) -> None:
-    """Have `one.after_fork()` called in every child process from now on; `one` is not kept alive by this."""
+    """Call `one.after_fork()` in every child process from now on. Only a weak reference to `one` is kept."""
     _known.add(one)
 
 

@@ -1,4 +1,7 @@
-"""Waiting for a service that is away: bounded, with growing pauses and jitter, and given up at once when told to stop."""
+"""Waiting for a service that is away: bounded in time, with growing pauses and jitter, and ended at once by a stop event.
+
+Planners, handles and workers wrap their calls in `Patience.call`. Only retryable errors are waited for; the last one is raised.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,18 @@ from pipefleet.errors import PipefleetError, ResultTimeoutError
 _T = TypeVar("_T")
 LONGEST_PAUSE = 20.0
 PATIENCE_SECONDS = 300.0
-"""How long whoever plans a run, or waits for results, goes on while Redis or S3 is away."""
+"""Seconds for which a planner, or a caller that waits for results, goes on while Redis or S3 is away."""
 
 
 def pause(attempt: int, *, first: float = 0.5, longest: float = LONGEST_PAUSE) -> float:
-    """Seconds before the next try after `attempt` (from 0): doubled each time up to `longest`, with jitter."""
+    """Seconds before the next try after `attempt` (from 0): `first`, doubled each time up to `longest`, with jitter."""
     return random.uniform(0.5, 1.0) * min(longest, first * 2.0 ** min(attempt, 30))
 
 
 class Patience:
     """Repeats calls that fail with a retryable error, each for at most `seconds`, until `stopped` is set. Thread-safe.
 
-    Its pauses grow up to `longest` seconds; `told` is called with the error before each, and may raise.
+    The pauses grow up to `longest` seconds. Before each pause `told` is called with the error; it may raise.
     """
 
     def __init__(
@@ -44,9 +47,9 @@ class Patience:
         self.seconds = seconds
 
     def call(self, function: Callable[[], _T], *, until: float = math.inf) -> _T:
-        """What `function` returns. Raises its last error: one that is not retryable at once, another when time is up.
+        """The result of `function`. Raises an error that is not retryable at once, and a retryable error when time is up.
 
-        Time is up at the latest at `until`, in seconds of the monotonic clock; ResultTimeoutError is never waited for.
+        Time is up at `until` at the latest, in seconds of the monotonic clock. ResultTimeoutError is never waited for.
         """
         deadline: float | None = None
         for attempt in itertools.count():
@@ -63,7 +66,7 @@ class Patience:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def each(self, items: Callable[[int], Iterator[_T]]) -> Iterator[_T]:
-        """The items of an iterator that fails when a service is away; `items(count)` opens it behind the first `count`."""
+        """The items of an iterator that may fail when a service is away; `items(count)` opens it again after the first `count`."""
         read = 0
         rest: Iterator[_T] | None = None
 
@@ -82,18 +85,18 @@ class Patience:
 
 
 def is_outage(error: PipefleetError) -> bool:
-    """Whether a service is away, so that the same call may succeed later."""
+    """Whether the error says that a service is away: then the same call may succeed later."""
     return error.retryable and not isinstance(error, ResultTimeoutError)
 
 
 def within(seconds: float, function: Callable[[], _T]) -> _T:
-    """What `function` returns. Raises TimeoutError after `seconds`; the call goes on then in a thread that nobody waits for."""
+    """The result of `function`. Raises TimeoutError after `seconds`; then the call goes on in a thread that nobody waits for."""
     answered: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             answered.put((True, function()))
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
             answered.put((False, error))
 
     threading.Thread(target=run, name="pipefleet-within", daemon=True).start()

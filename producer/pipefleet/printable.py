@@ -1,4 +1,8 @@
-"""Text of others, made fit for a terminal and for lines of a log: nothing of it is obeyed, and no line of it passes for ours."""
+"""Foreign text made safe for a terminal and for a log.
+
+Text of a message, a file or a server comes in. Text goes out in which every character that a terminal would obey is escaped,
+and in which no line looks like the first line of a log entry. Error messages, loggers and the command line use it. Nothing fails.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +16,28 @@ from typing import Any
 MOST_MESSAGE = 8_000
 """Characters of one message, or of one line of a traceback, in a log."""
 MOST_TRACE = 40_000
-"""Characters of a traceback in a log; of a longer one, the beginning and the end are kept."""
+"""Characters of a traceback in a log. A longer traceback keeps its beginning and its end."""
 INDENT = "    "
-"""What every further line of a message begins with, so that it cannot pass for the first line of another one."""
+"""Every line of a message after the first begins with this, so that it does not look like another message."""
 
 
 def printable(text: str, most: int = 80) -> str:
-    """`text` on one line of at most `most` characters; what a terminal would obey is escaped."""
+    """`text` on one line of at most `most` characters; characters that a terminal would obey are escaped."""
     shown = _escaped(text[: most + 1])
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def printable_lines(text: str, most: int = MOST_MESSAGE, *, indent: str = INDENT) -> str:
-    """`text` with its line feeds, every further line indented; each line as of `printable`, all within about `most` characters."""
+    """`text` with its line feeds: each line as of `printable`, lines after the first indented, about `most` characters in all."""
     first, *others = text[: most + 1].split("\n")
     kept = [one if one.startswith("  ") or not one else indent + one for one in others]
     return "\n".join(printable(one, most) for one in (first, *kept))
 
 
 def printable_json(value: Any, *, indent: int | None = None, encoding: str | None = None) -> str:
-    """`value` as JSON that says exactly the same and holds no character that a terminal obeys, or that `encoding` lacks.
+    """`value` as JSON without characters that a terminal obeys, or that `encoding` lacks: those are escaped.
 
-    JSON has no word for NaN and infinity: they become null.
+    The JSON has the same value, but NaN and infinity become null, because JSON has no words for them.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
@@ -78,15 +82,15 @@ _JOINERS = frozenset("\u200c\u200d")
 
 
 def _is_shown(one: str, before: str) -> bool:
-    """Whether a character is shown as it is: joiners where Persian, Indic scripts and emoji have them, and not inside of ASCII."""
+    """Whether a character is shown as it is. Joiners are shown where Persian, Indic scripts and emoji use them, not after ASCII."""
     return one.isprintable() or one in _SPACES or (one in _JOINERS and not before.isascii())
 
 
 class LineFormatter(logging.Formatter):
-    """Records as text in which nothing is obeyed: the message on one line, the lines of a traceback indented below it."""
+    """Formats log records: the message on one line, the traceback indented below, every control character escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line without its end, and below it the traceback where there is one."""
+        """The line of the record without a line end, and below it the traceback where there is one."""
         record.message = message_of(record)
         if self.usesTime():
             record.asctime = self.formatTime(record, self.datefmt)
@@ -96,15 +100,15 @@ class LineFormatter(logging.Formatter):
 
 
 def message_of(record: logging.LogRecord) -> str:
-    """The message of a record with its arguments; without them where they do not fit, which must not end the logging."""
+    """The message of a record with its arguments. Arguments that do not fit are left out: a wrong call must not end the logging."""
     try:
         return record.getMessage()
-    except Exception:  # noqa: BLE001 - whatever the arguments raise when they are made texts
+    except Exception:  # noqa: BLE001 - arguments may raise anything when they become text
         return str(record.msg)
 
 
 def trace_of(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    """The traceback and the stack of a record, each line made fit to be shown; empty where it has none."""
+    """The traceback and the stack of a record, each line as of `printable`; empty where the record has neither."""
     has_error = record.exc_info and record.exc_info[0] is not None
     parts = [formatter.formatException(record.exc_info) if has_error and record.exc_info else record.exc_text or ""]
     parts.append(record.stack_info or "")

@@ -1,7 +1,7 @@
-"""`Session`: one client's connections, and what every job, run and planner asks of them.
+"""`Session`: one client's connections, and the calls that jobs, runs and planners share.
 
-Settings come in. Jobs, runs and planners take a session; `Client` is one, with the calls that users make. What Redis or S3
-raises leaves as an error of this package: ServiceUnavailableError where one does not answer.
+Settings come in. Jobs, runs and planners take a session. `Client` is a session with the calls of users. Errors of Redis and S3
+leave as errors of this package: ServiceUnavailableError where one does not answer.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ from pipefleet.waiting.lookout import Lookout
 from pipefleet.waiting.watcher import Watcher
 
 ANNOUNCED_SECONDS = 5.0
-"""How long what the workers announce is taken as it was read."""
+"""Seconds between two reads of the workers' announcements."""
 
 
 class Planning(Protocol):
-    """A run that this client plans, as `close` and a failed `with` block see it."""
+    """A run that this client plans. `close` joins it; a failed `with` block stops it."""
 
     @property
     def planning(self) -> bool:
-        """Whether it still does."""
+        """Whether the planning goes on."""
 
     def stop_planning(self) -> None:
-        """Let it end early."""
+        """Let the planning end early."""
 
     def join_planner(self) -> None:
-        """Wait for its end."""
+        """Wait for the end of the planning."""
 
 
 class Session:
-    """Connections to one fleet. Thread-safe; they are opened when they are first needed."""
+    """Connections to one fleet. Thread-safe; connections open when they are first needed."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = ObjectStore()
         self.redis = connect(self.settings)
         self.clock = ServerClock(self.redis)
-        """The clock that deadlines and records are told in."""
+        """The clock of deadlines and records."""
         self._membership = Membership(self.redis, self.store, self.settings)
         self._lookout = Lookout(self.redis)
         self.losses = Losses(self.redis, self.settings.redis_url)
@@ -80,11 +80,11 @@ class Session:
         try:
             return spec, route(spec.name, model, revision, self.fleet)
         except UnknownModelError:
-            return spec, route(spec.name, model, revision, self._read_fleet(at_once=True))  # or it came a moment ago
+            return spec, route(spec.name, model, revision, self._read_fleet(at_once=True))  # the pool may be new
 
     @property
     def fleet(self) -> Fleet:
-        """The fleet: from the fleet file where there is one, else what the workers announce; both as of a moment ago."""
+        """The fleet, as of a few seconds ago: from the fleet file if there is one, else from the workers' announcements."""
         return self._read_fleet()
 
     def _read_fleet(self, *, at_once: bool = False) -> Fleet:
@@ -108,10 +108,10 @@ class Session:
     def preparer(
         self, spec: TaskSpec, pool: Pool | None = None, parameters: Mapping[str, Any] | None = None
     ) -> InputPreparer:
-        """What turns a user's inputs for this task into JSON with references.
+        """A preparer, which turns a user's inputs for this task into JSON with references.
 
-        With the pool and the parameters of a call, it refuses what cannot go with them. Workers that announce a pool do not tell
-        its parameters, so only with a fleet file is it known that one is missing.
+        With the pool and the parameters of a call it refuses inputs that do not go with them. Workers do not announce the
+        parameters of their pool, so a missing parameter is known only with a fleet file.
         """
         complete = pool is not None and self.settings.fleet_path is not None
         known = Known(layered(spec, pool.parameters if pool else {}, parameters or {}), complete)
@@ -120,7 +120,7 @@ class Session:
         )
 
     def read_records(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
-        """The records of jobs, in one round trip; None for those nothing is known of."""
+        """The records of jobs, in one round trip; None for an unknown job."""
         pipe = self.redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipe.hgetall(job_key(job_id))
@@ -139,7 +139,7 @@ class Session:
         return ended
 
     def publish(self, messages: Iterable[JobMessage], queue: str, priority: Priority) -> None:
-        """Queue messages in one round trip. Raises ServiceUnavailableError; then none or all of them are queued."""
+        """Queue messages in one round trip. Raises ServiceUnavailableError; then either none or all of them are queued."""
         self.check_fleet()
         pipe, now = self.redis.pipeline(transaction=True), self.now()
         for message in messages:
@@ -148,21 +148,21 @@ class Session:
             pipe.execute()
 
     def check_fleet(self, *, uses_store: bool = True) -> None:
-        """Raise FleetMismatchError where Redis belongs to another fleet; asked once. Without `uses_store`, only Redis is asked."""
+        """Raise FleetMismatchError if Redis belongs to another fleet. Looks once; without `uses_store` only at Redis."""
         self._membership.check(uses_store=uses_store)
 
     def hold(self, run: Planning) -> None:
-        """Let `close` wait for the planning of a run."""
+        """Remember a run that is being planned, so that `close` waits for it."""
         with self._lock:
             self._planning = [*(one for one in self._planning if one.planning and one is not run), run]
 
     def now(self) -> float:
-        """Seconds since 1970 by the Redis server's clock. Raises ServiceUnavailableError where it could never be asked."""
+        """Seconds since 1970 by the Redis server's clock. Raises ServiceUnavailableError if Redis never answered."""
         with redis_errors(self.settings.redis_url):
             return self.clock.now()
 
     def after_fork(self) -> None:
-        """In a forked process: the connections and the planning of runs stay the parent's. See `pipefleet.forking`."""
+        """In a forked process: make new connections; the parent's connections and its planning stay the parent's."""
         self._lock = threading.Lock()
         renew_connections(self.redis, self.settings)
         self._planning = []

@@ -1,5 +1,6 @@
 """The `pipefleet` command. Other packages add subcommands through the entry-point group `pipefleet.commands`.
 
+Each module here has a `register` that adds its commands; `main` runs the chosen one and prints its error as one line on stderr.
 Exit codes: 0 done; 1 items failed; 2 usage or bad input; 3 a service or a pool is away; 4 not ended in time; 130 interrupted.
 """
 
@@ -25,11 +26,11 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; every error of this package is one line on stderr."""
+    """Run one command. Returns its exit code. An error of this package becomes one line on stderr."""
     _show_every_character()
     parser = build_parser()
     chosen = parser.parse_args(arguments)
-    if logging.lastResort is not None:  # what shows warnings until a command sets up logs of its own
+    if logging.lastResort is not None:  # it shows warnings until a command sets up logs of its own
         logging.lastResort.setFormatter(LineFormatter("pipefleet: %(message)s"))
     try:
         return int(chosen.run(chosen))
@@ -40,25 +41,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("pipefleet: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; so do we, quietly
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader of our output has ended, so end without a word
         return 0
 
 
 def _show_every_character() -> None:
-    """Escape what the encoding of the terminal lacks, as Python does on stderr: a name in it must not end a command."""
+    """Escape characters that the terminal's encoding lacks, as Python does on stderr: a name must not end a command."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats arguments, which may be names of files that others chose, so that no terminal obeys them."""
+    """Escapes the arguments that its errors repeat: they may be names of files that others chose."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message, MOST_MESSAGE))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with the commands of every installed package."""
+    """The parser, with the commands of every installed package."""
     parser: argparse.ArgumentParser = _Parser(
         prog="pipefleet",
         description="Hugging Face pipelines over buckets of media and text, on a fleet of workers.",

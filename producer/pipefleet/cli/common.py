@@ -1,4 +1,4 @@
-"""What the commands share: how they are declared, how parameters are read and results printed."""
+"""Shared parts of the commands: declaring a command, reading parameters, printing results and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
 def command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], int], *, help: str, example: str
 ) -> argparse.ArgumentParser:
-    """Declare one command; `example` is shown under its help."""
+    """Declare one command. `example` stands under its help."""
     parser = commands.add_parser(
         name,
         help=help,
@@ -36,7 +36,7 @@ def command(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--revision`, `--param` and `--strict-media`."""
+    """Add `--model`, `--revision`, `--param` and `--strict-media`."""
     parser.add_argument("--model", help="a model that a pool of the fleet serves (default: the task's default pool)")
     parser.add_argument("--revision", help="its revision")
     parser.add_argument(
@@ -50,7 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_call(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The parameters of a call, of `--param` and `--strict-media`. Raises ParameterError."""
+    """The parameters of a call, from `--param` and `--strict-media`. Raises ParameterError."""
     parameters = read_parameters(arguments.param)
     return {**parameters, "strict_media": True} if arguments.strict_media else parameters
 
@@ -82,7 +82,7 @@ def seconds(text: str) -> float:
 
 @contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Print what the package warns of inside, such as a queue that nobody serves, as lines on stderr."""
+    """Print the package's warnings inside of the block, such as a queue that nobody serves, as lines on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("pipefleet: %(message)s"))
     handler.setLevel(logging.WARNING)
@@ -95,22 +95,22 @@ def warnings_on_stderr() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, of characters that no terminal obeys."""
+    """Print one JSON document on stdout, safe for a terminal."""
     print(printable_json(value, indent=2, encoding=sys.stdout.encoding))
 
 
 def print_error(text: object) -> None:
-    """An error, a warning or a remark of a command on stderr, fit to be shown."""
+    """Print an error, a warning or a remark of a command on stderr, safe for a terminal."""
     print(printable_lines(str(text)), file=sys.stderr)
 
 
 def print_line(text: str) -> None:
-    """One line of what a command answers on stdout, fit to be shown."""
+    """Print one line of a command's answer on stdout, safe for a terminal."""
     print(printable(text, MOST_MESSAGE))
 
 
 def print_troubles(troubles: Iterable[str]) -> int:
-    """Say on stderr which parts of an answer could not be read, and why. The exit code: 3 where there are any, else 0."""
+    """Print on stderr which parts of an answer could not be read, and why. Returns the exit code: 3 if there are any, else 0."""
     found = list(troubles)
     for trouble in found:
         print_error(f"pipefleet: {trouble}")
@@ -118,7 +118,7 @@ def print_troubles(troubles: Iterable[str]) -> int:
 
 
 def interrupt_on_sigterm() -> None:
-    """Let SIGTERM do what Ctrl-C does: unwind, so that everything that was started is stopped."""
+    """Let SIGTERM act as Ctrl-C: it unwinds, so that everything that was started is stopped."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

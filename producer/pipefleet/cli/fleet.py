@@ -1,4 +1,4 @@
-"""`pipefleet tasks`, `queues` and `dead-letters`: what can be run, what waits, and what no worker will run."""
+"""`pipefleet tasks`, `queues` and `dead-letters`: the task table, the messages that wait, and those that no worker will run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_CELL = 400
 """Characters of one cell of a table."""
 MOST_LETTERS = 10_000
-"""Dead letters of one queue that are queued again or removed in one go."""
+"""Dead letters of one queue that are queued again or removed in one step."""
 
 
 def register(commands: Commands) -> None:
@@ -87,9 +87,9 @@ def _input(spec: TaskSpec) -> str:
 
 
 def queues(arguments: argparse.Namespace) -> int:
-    """Print what waits for every pool and revision, by priority, with workers, kept aside, and given up; and who serves it.
+    """Print for every pool and revision its messages (waiting, with workers, delayed, dead) and its workers.
 
-    3 where a pool cannot be read; the others are printed.
+    Exit code 3 if a pool cannot be read; the others are printed.
     """
     from pipefleet.client import Client
     from pipefleet.connection.errors import redis_errors
@@ -108,7 +108,7 @@ def queues(arguments: argparse.Namespace) -> int:
 
 
 def _backlog_rows(client: Client) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows, and why pools that cannot be read have none."""
+    """The rows, and the reasons why some pools cannot be read."""
     from pipefleet.fleet.pools import model_label
     from pipefleet.fleet.revisions import read_backlogs
     from pipefleet.fleet.routing import queue_name
@@ -128,7 +128,7 @@ def _backlog_rows(client: Client) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def dead_letters(arguments: argparse.Namespace) -> int:
-    """Print, queue again or remove the messages that no worker will run. Exit code 1 when one could not be queued again."""
+    """Print, queue again or remove dead letters. Exit code 1 if one could not be queued again."""
     from pipefleet.client import Client
 
     with Client() as client:
@@ -147,7 +147,7 @@ _LETTER_COLUMNS = ("pool", "job", "task", "item", "input", "run", "shard", "deli
 
 
 def _chosen(client: Client, arguments: argparse.Namespace) -> list[tuple[str, str, DeadLetter]]:
-    """Pool, queue and letter of all that is to be dealt with. Raises UsageError for an id that no letter has."""
+    """Pool, queue and letter of every chosen dead letter. Raises UsageError for an id that no letter has."""
     from pipefleet.connection.errors import redis_errors
     from pipefleet.queues import dead_letters as deadletters
 
@@ -184,7 +184,7 @@ def _deal_with(client: Client, letter: DeadLetter, queue: str, arguments: argpar
 
 
 def _letter_row(pool: str, letter: DeadLetter, became: str) -> dict[str, Any]:
-    """A letter as `--json` prints it; `result` is where the result of a job that is queued again goes besides its record."""
+    """A letter as `--json` prints it. `result` is the URI for the result of a requeued job, beside its record."""
     from pipefleet.runs.letters import read_content
 
     content = read_content(letter)
@@ -207,7 +207,7 @@ def _letter_row(pool: str, letter: DeadLetter, became: str) -> dict[str, Any]:
 
 
 def _letter_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the table. What comes out of a message may hold anything, so nothing of it reaches the terminal as it is."""
+    """A row of the table. The fields of a message may hold anything, so all are escaped for the terminal."""
     became = row["became"]
     if became == "queued again" and row["result"]:
         became += f"; the result goes to {row['result']}"
@@ -219,7 +219,7 @@ def _letter_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _queues(client: Client, *, only: str | None = None) -> list[tuple[Pool, str]]:
-    """Every pool with its queue. Raises UsageError for a pool that is not there."""
+    """Every pool with its queue. Raises UsageError for an unknown pool."""
     from pipefleet.fleet.routing import queue_name
 
     pools = client.fleet.pools
@@ -229,7 +229,7 @@ def _queues(client: Client, *, only: str | None = None) -> list[tuple[Pool, str]
 
 
 def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Aligned columns, fit to be shown: folded to the width of a terminal, whole lines where another program reads them."""
+    """Print aligned columns: folded to the width of a terminal, in whole lines for another program."""
     rows = [tuple(printable(cell, MOST_CELL) for cell in row) for row in rows]
     if not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
@@ -242,5 +242,5 @@ def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
     table = Table(*names, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row))  # as they are: in plain strings rich takes [words] for markup
+        table.add_row(*map(Text, row))  # Text, because rich reads [words] in plain strings as markup
     Console().print(table)

@@ -48,7 +48,7 @@ def register(commands: Commands) -> None:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """Submit every input, wait for all, print in order. 1 when one of them failed, else 4 when one has not finished in time."""
+    """Submit every input, wait for all, print in order. Exit code 1 if one failed, else 4 if one did not finish in time."""
     from pipefleet.client import Client
 
     parameters, spec = read_call(arguments), task_spec(arguments.task)
@@ -82,7 +82,7 @@ def _exit_code(states: set[str]) -> int:
 
 
 def _input(spec: TaskSpec, text: str) -> Any:
-    """JSON where the task takes what JSON has; a file for a path where the task would take any words; else the text itself."""
+    """An argument as an input: JSON in the form of an object or list that the task takes, an existing file, or else the text."""
     objects, lists = bool(spec.fields), spec.media in (Media.PROMPT, Media.IMAGE_PAIR)
     if (objects and text.lstrip().startswith("{")) or (lists and text.lstrip().startswith("[")):
         try:

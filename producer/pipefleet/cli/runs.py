@@ -99,7 +99,7 @@ def map_(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Print the progress of a run, a few seconds later where shards seem to be lost. 1 when it has ended with failed items."""
+    """Print the progress of a run, some seconds later if shards seem to be lost. Exit code 1 if it ended with failed items."""
     from pipefleet.client import Client
     from pipefleet.queues.losses import LOOK_SECONDS
 
@@ -133,7 +133,7 @@ def resume(arguments: argparse.Namespace) -> int:
 
 
 def cancel(arguments: argparse.Namespace) -> int:
-    """Stop a run; what it has written stays."""
+    """Stop a run. Its written parts stay."""
     from pipefleet.client import Client
 
     with Client() as client:
@@ -143,7 +143,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 
 def failures(arguments: argparse.Namespace) -> int:
-    """List failed items, a line each."""
+    """Print failed items, one line each."""
     from pipefleet.client import Client
 
     with Client() as client:
@@ -159,7 +159,7 @@ def failures(arguments: argparse.Namespace) -> int:
 
 
 def _wait(run: Run, arguments: argparse.Namespace) -> int:
-    """Wait for the end and report it. 1 for a run that somebody cancelled meanwhile, as for one with failed items."""
+    """Wait for the end of a run and report it. Exit code 1 if it has failed items or was cancelled meanwhile."""
     from pipefleet.errors import ResultTimeoutError
 
     try:
@@ -174,12 +174,12 @@ def _wait(run: Run, arguments: argparse.Namespace) -> int:
 
 
 def _progress(run: Run) -> RunProgress:
-    """How far a run is that was just queued or resumed: an outage after that is waited for, as `Run.wait` does."""
+    """The progress of a run that was just queued or resumed. It waits for an outage as `Run.wait` does."""
     return Patience(seconds=PATIENCE_SECONDS).call(run.progress)
 
 
 def _tell_unserved(run: Run) -> None:
-    """Say where nobody serves a run. A courtesy: an outage meanwhile ends nothing."""
+    """Print a sentence if no worker serves a run. An outage meanwhile is passed over: the hint is not essential."""
     with suppress(ServiceUnavailableError):
         if not run.progress().ended and (waits := run.unserved()):
             print_error(f"pipefleet: {waits}")
@@ -207,7 +207,7 @@ def _report(run: Run, progress: RunProgress, *, as_json: bool) -> int:
 
 
 def _advice(run: Run, progress: RunProgress) -> list[str]:
-    """What can be done about what went wrong, a line each."""
+    """The next steps after failures, one line each."""
     lines = []
     if progress.reason:
         lines.append(f"{progress.reason}; go on with `pipefleet resume {run.uri}`")

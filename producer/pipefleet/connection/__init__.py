@@ -1,1 +1,1 @@
-"""Redis as a server: how it is reached and left, what its answers mean, what its user may do, and its clock."""
+"""Redis as a server: connections, retries, errors, the rights of a user, and the server's clock."""

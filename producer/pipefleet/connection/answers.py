@@ -1,6 +1,7 @@
-"""Answers of a Redis server that will not do what was asked now, by one word each, whatever release wrote them.
+"""The refusals of a Redis server, each told by one word, such as `READONLY`, in any release of the server.
 
-redis-py has classes for some of them only, and a server before 7.0 hides all of them in the text of a script's error.
+An exception of redis-py comes in; its word, or a sentence about the word, goes out. `errors`, `failover` and `retries` ask here.
+redis-py has classes for some refusals only, and a server before 7.0 puts the word into the text of a script's error.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 
 FULL = "OOM"
-"""The server is at `maxmemory`: whatever may need memory is refused."""
+"""The server is at `maxmemory`: it refuses every command that may need memory."""
 READ_ONLY = "READONLY"
 UNSAVED = "MISCONF"
 NO_DATABASE = "DB"
@@ -29,7 +30,7 @@ _OF_CLUSTERS = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN", "TRYAGAIN")
 CLUSTER = "is a node of a Redis Cluster, which pipefleet cannot use; name a single server, or the primary of replicas"
 DATABASE = "has no database of this number; take a smaller one in PIPEFLEET_REDIS_URL, or raise its `databases`"
 _TEXTS = {"DB index is out of range": NO_DATABASE, "max number of clients reached": _CLIENTS}
-"""Answers that begin with no word of their own."""
+"""Answers without a word at their beginning."""
 _CLASSES = {
     "OutOfMemoryError": FULL,
     "ReadOnlyError": READ_ONLY,
@@ -56,15 +57,15 @@ def word_of(error: BaseException) -> str | None:
 
 
 def sentence_of(word: str | None) -> str | None:
-    """What a server is that answers so, as the end of a sentence about it; None for a word that is none of these."""
+    """The end of a sentence about a server that answers so; None for any other word."""
     return _SENTENCES.get(word or "")
 
 
 def is_of_replica(word: str | None) -> bool:
-    """Whether a replica answers so, or a server that has just become one."""
+    """Whether a replica answers with this word, or a server that has just become a replica."""
     return word in _OF_REPLICAS
 
 
 def is_of_cluster(word: str | None) -> bool:
-    """Whether only a node of a Redis Cluster answers so."""
+    """Whether a node of a Redis Cluster answers with this word."""
     return word in _OF_CLUSTERS

@@ -1,6 +1,7 @@
-"""One clock for the whole fleet: the Redis server's. Deadlines, records and the times of messages are told in it.
+"""One clock for the whole fleet: the Redis server's. Deadlines, records and the times of messages are in its time.
 
-Machines whose own clocks are wrong agree in this way, and a local clock that is set while a process runs changes nothing.
+So machines agree although their own clocks are wrong, and setting a local clock while a process runs changes nothing. Clients
+and workers call `ServerClock`; only its first measurement can fail.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
     from redis import Redis
 
 REFRESH_SECONDS = 60.0
-"""How long a measurement holds: clocks drift, and the server's may be set."""
+"""Seconds for which a measurement holds: clocks drift, and the server's clock may be set."""
 AGAIN_SECONDS = 5.0
-"""How long after a measurement that failed the next one is tried."""
+"""Seconds between a measurement that failed and the next try."""
 CLOSE_SECONDS = 0.01
-"""A measurement whose round trip took longer is made again, TRIES times at most; the shortest one counts."""
+"""A measurement with a longer round trip is made again, TRIES times at most. The measurement with the shortest one counts."""
 TRIES = 3
 
 
 class ServerClock:
     """The time of the Redis server, right within half a round trip. Thread-safe.
 
-    It asks the server at the first `now()` and then once in REFRESH_SECONDS, in the call that happens to come; between these it
-    counts on the monotonic clock, which nobody can set.
+    The first `now()` asks the server; later one call of `now()` in REFRESH_SECONDS does so. Between these it counts on the
+    monotonic clock, which nobody can set.
     """
 
     def __init__(self, redis: Redis, *, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +43,7 @@ class ServerClock:
     def now(self) -> float:
         """Seconds since 1970 (UTC) by the server's clock.
 
-        Raises redis-py's errors where the server cannot be asked the first time; later the last measurement goes on to hold.
+        Raises redis-py's errors where the first measurement fails. Later, the last measurement goes on to hold.
         """
         if self._offset is None:
             with self._measuring:
@@ -57,11 +58,11 @@ class ServerClock:
         return self._monotonic() + self._offset
 
     def peek(self) -> float:
-        """As `now`, but asks nobody: by the last measurement, however old, or by the local clock where there was none."""
+        """The time without I/O: by the last measurement, of any age, or by the local clock before the first."""
         return time.time() if self._offset is None else self._monotonic() + self._offset
 
     def after_fork(self) -> None:
-        """Nobody is measuring in a child; what was measured holds."""
+        """No thread measures in a child. The last measurement holds."""
         self._measuring = threading.Lock()
 
     def _refresh(self) -> None:
@@ -71,7 +72,7 @@ class ServerClock:
         try:
             self._measure()
         except (RedisError, OSError):
-            return  # an outage: clocks hardly drift while it lasts
+            return  # during an outage clocks hardly drift
 
     def _measure(self) -> None:
         shortest = float("inf")

@@ -1,4 +1,8 @@
-"""A client of Redis: its time-outs and retries, its connections after a fork, and a subscription."""
+"""Clients of Redis: their time-outs and retries, their connections after a fork, and subscriptions.
+
+Settings come in, redis-py clients go out; sessions and workers call `connect`. A client raises redis-py's errors; `redis_errors`
+turns these into errors of this package.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 def connect(settings: Settings) -> Redis:
     """A thread-safe Redis client that connects at its first command, not here.
 
-    A command waits for at most twice `redis_timeout`, its connection included.
+    A command waits for at most twice `redis_timeout`, the making of its connection included.
 
     Raises UsageError for a URL with an option that redis-py does not take.
     """
@@ -40,11 +44,12 @@ def connect(settings: Settings) -> Redis:
 
 
 _left_to_parents: list[Any] = []
-"""Pools of connections that forked processes inherited: closing one could wait for a lock that a thread of the parent held."""
+"""Connection pools that this process inherited by a fork. They stay open: closing one could wait for a lock that a thread of the
+parent held."""
 
 
 def renew_connections(redis: Redis, settings: Settings) -> None:
-    """In a forked process: give `redis` connections of its own, and leave the parent's alone. Opens none here."""
+    """In a forked process: give `redis` a pool of its own, and leave the parent's connections alone. Opens no connection."""
     fresh = connect(settings)
     fresh.auto_close_connection_pool = False
     _left_to_parents.append(redis.connection_pool)

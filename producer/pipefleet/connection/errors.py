@@ -1,4 +1,7 @@
-"""What redis-py raises, as an error of this package: one sentence, without credentials."""
+"""redis-py's errors become errors of this package, each with one sentence without credentials.
+
+Every caller of Redis wraps its commands in `redis_errors`, which raises ServiceUnavailableError, ServiceFullError or UsageError.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from pipefleet.settings import without_credentials
 
 @contextmanager
 def redis_errors(url: str) -> Iterator[None]:
-    """Turn what redis-py raises inside into ServiceUnavailableError that names the URL without credentials.
+    """Turn redis-py's errors inside of the block into ServiceUnavailableError, which names the URL without credentials.
 
-    That is ServiceFullError where the server is at `maxmemory`. Raises UsageError for a node of a Redis Cluster, and for
-    a database that the server does not have.
+    A server at `maxmemory` gives ServiceFullError. A node of a Redis Cluster gives UsageError, as does a database that the server
+    does not have.
     """
     from redis.exceptions import RedisError
 
@@ -39,7 +42,7 @@ _REFUSED = {
 
 
 def _explained(error: Exception, word: str | None, url: str) -> str:
-    """One sentence. The server's own words are left out: they may repeat what was sent."""
+    """One sentence. It leaves the server's own words out: they may repeat the command's arguments."""
     from redis.exceptions import ConnectionError as NoConnectionError
     from redis.exceptions import TimeoutError as NoAnswerError
 

@@ -1,6 +1,7 @@
-"""Connections that leave a server which has become a replica: their address may lead to the primary by now.
+"""Connections that leave a server once it has become a replica, because their address may lead to the primary by now.
 
-Whoever moves an address after a failover often leaves the connections to the old primary open, and redis-py keeps them.
+A failover that moves an address often leaves the connections to the old primary open, and redis-py would keep them. `connect`
+applies this to every client. The answer of the replica is still raised; the next command connects anew.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pipefleet.connection.answers import is_of_replica, word_of
 
 
 class _Leaving:
-    """Beside a class of redis-py's connections: the answer of a replica ends the connection once its command has ended."""
+    """A mix-in for redis-py's connections: after the answer of a replica the connection is closed with the end of its command."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         """The next answer. Raises redis-py's errors."""
@@ -26,12 +27,12 @@ class _Leaving:
 
 @functools.cache
 def leaving(kind: type[Any]) -> type[Any]:
-    """The class of connections `kind`, whose connections leave a replica."""
+    """A subclass of the connection class `kind`, whose connections leave a replica."""
     return type(f"Leaving{kind.__name__}", (_Leaving, kind), {})
 
 
 def leave_replicas(redis: Any) -> Any:
-    """`redis`, whose pool makes connections that leave a replica. It must not have connected yet."""
+    """`redis`, changed: its pool makes connections that leave a replica. `redis` must not have connected yet."""
     pool = redis.connection_pool
     pool.connection_class = leaving(pool.connection_class)
     return redis

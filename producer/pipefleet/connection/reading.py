@@ -1,4 +1,4 @@
-"""Reading from Redis: many commands in one transaction, and the server's clock."""
+"""Reading from Redis: many commands in one transaction, and the server's clock. Raises redis-py's errors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def server_time(redis: Redis) -> float:
-    """Seconds since 1970 by the clock of the Redis server, the one clock that all parts of a fleet share."""
+    """Seconds since 1970 by the clock of the Redis server. All parts of a fleet share this clock."""
     seconds, micros = list(redis.time())
     return int(seconds) + int(micros) / 1e6
 
 
 class Reading:
-    """Commands that only read, sent together in one transaction: `execute` returns their answers.
+    """Commands that only read. `execute` sends them in one transaction and returns their answers.
 
-    A server of Redis before 7.2 that is full queues no command of a transaction, not even these. There they are sent one by one.
+    A full server of Redis before 7.2 queues no command of a transaction, not even a read. There the commands go one by one.
     """
 
     def __init__(self, redis: Any) -> None:
@@ -31,7 +31,7 @@ class Reading:
         return lambda *args, **kwargs: self._commands.append((name, args, kwargs))
 
     def execute(self) -> list[Any]:
-        """The answers, in order. Raises what redis-py raises."""
+        """The answers, in order. Raises redis-py's errors."""
         from redis.exceptions import ResponseError
 
         try:

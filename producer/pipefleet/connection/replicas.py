@@ -1,4 +1,4 @@
-"""Whether a Redis that answers is a replica: what it tells may be old, and nobody can work through it."""
+"""Whether a Redis that answers is a replica: its figures may be old, and it takes no writes. `queues` and `doctor` ask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def old_figures(redis: Redis, url: str) -> str | None:
-    """One sentence where the server is a replica; None where it is none, or may not be asked. Raises redis-py's other errors."""
+    """One sentence if the server is a replica; None for a primary, and without the right to ask. Raises redis-py's other errors."""
     from redis.exceptions import ResponseError
 
     with suppress(ResponseError):

@@ -1,4 +1,8 @@
-"""Retries of redis-py that end with the time of one answer, however many of them are inside of each other."""
+"""Retries of redis-py that end after the time of one answer. `connect` gives them to every client.
+
+redis-py nests retries: a command, the connection that it opens and the health check of that connection each try again. Here all
+of them together end after `seconds`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,11 @@ from pipefleet.connection.answers import is_of_replica, word_of
 
 _T = TypeVar("_T")
 RETRIES = 2
-"""A connection that was cut or refused is tried again so often."""
+"""How often a connection that was cut or refused is tried again."""
 
 
 class _WrongServer(NoConnectionError):
-    """A replica refused a command: the connection is closed, and the command is sent once more through a new one."""
+    """A replica refused a command. redis-py closes the connection and sends the command once more through a new one."""
 
     def __init__(self, answer: ResponseError) -> None:
         super().__init__("a replica answered")
@@ -27,11 +31,10 @@ class _WrongServer(NoConnectionError):
 
 
 class BoundedRetry(Retry):
-    """Tries again while `seconds` have not passed since the first try, and once more after the refusal of a replica.
+    """Tries again until `seconds` have passed since the first try, and once more after the refusal of a replica.
 
-    A command, the connection that it opens and the health check of that connection each retry by themselves: with a server that
-    hangs, three time-outs in each would make a minute and more of ten seconds. A replica did nothing of what it refused, and
-    after a failover the address of an old connection leads to the primary.
+    With a server that hangs, three time-outs in each of the nested retries would make more than a minute of ten seconds. A
+    command that a replica refused had no effect, and after a failover the address of an old connection leads to the primary.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -39,7 +42,7 @@ class BoundedRetry(Retry):
         self._seconds = seconds
 
     def call_with_retry(self, do: Callable[[], _T], fail: Callable[..., Any], *args: Any, **options: Any) -> _T:
-        """As redis-py's; raises the last error once the time is over."""
+        """As redis-py's method; raises the last error once the time is over."""
         began = time.monotonic()
 
         def failed(error: Exception, *count: int) -> None:
@@ -54,7 +57,7 @@ class BoundedRetry(Retry):
 
 
 def _once_more(do: Callable[[], _T]) -> Callable[[], _T]:
-    """`do`, whose first refusal by a replica is an error that is retried."""
+    """`do`, changed: its first refusal by a replica becomes an error that is retried."""
     refused = False
 
     def call() -> _T:

@@ -1,6 +1,7 @@
-"""What the Redis user of this process may do. Redis is asked before, since what it refuses it writes down as an attack.
+"""The rights of this process's Redis user.
 
-deploy/redis/users.acl has the roles of a fleet: producer, operator, worker, control.
+Code that can do with less asks here before it runs a command, because Redis logs every refused command as an attack.
+deploy/redis/users.acl has the roles of a fleet: producer, operator, worker, control. `require` raises AccessDeniedError.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ for _, command in ipairs(cjson.decode(ARGV[1])) do
 end
 return 1
 """
-"""ARGV: a JSON list of commands, each a list of texts. Redis before 7.0 does not tell, and counts as giving every right."""
+"""ARGV: a JSON list of commands, each a list of texts. Redis before 7.0 cannot be asked; there every right counts as given."""
 _COMMAND = re.compile(r"'([a-z]+(?:[|-][a-z]+)*)' command")
 
 
 def may(redis: Any, *commands: tuple[str, ...]) -> bool:
-    """Whether the user of `redis` may run every one of these commands. One round trip; raises redis-py's errors."""
+    """Whether the user of `redis` may run all of these commands. One round trip; raises redis-py's errors."""
     return bool(redis.eval(_MAY, 0, encode_json([list(one) for one in commands])))
 
 
 def require(redis: Any, what: str, role: str, *commands: tuple[str, ...]) -> None:
-    """Raise AccessDeniedError where the user may not run these: it names the first one missing, and the role that may do `what`."""
+    """Raise AccessDeniedError unless the user may run all commands. It names the first missing command, and `role` for `what`."""
     for name, *arguments in () if may(redis, *commands) else commands:
         if not may(redis, (name, *arguments)):
             raise AccessDeniedError(
@@ -44,7 +45,7 @@ def user_of(redis: Any) -> str:
 
 
 def refused_command(error: Exception) -> str | None:
-    """The command in Redis's refusal of a right, also inside of a script: empty where it does not tell; None for another error."""
+    """The command that Redis refused to this user, also in a script. Empty where Redis names none; None for another error."""
     text = str(error)
     denied = type(error).__name__ == "NoPermissionError"
     in_script = "ACL failure in script" in text or "The user executing the script can't" in text
@@ -66,7 +67,7 @@ _ACTS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def describe(redis: Any) -> str:
-    """One sentence on what the user of `redis` may do and what not. Raises redis-py's errors."""
+    """One sentence that lists what the user of `redis` may do, and what it may not. Raises redis-py's errors."""
     able = {act: may(redis, *commands) for act, commands in _ACTS.items()}
     lists = [", ".join(act for act in able if able[act] is wanted) for wanted in (True, False)]
     return f"user {user_of(redis)} may {lists[0] or 'do nothing'}" + (f"; it may not {lists[1]}" if lists[1] else "")

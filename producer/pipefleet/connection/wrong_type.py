@@ -1,4 +1,7 @@
-"""A key of ours that holds another type of value than ours: found from what Redis answered, and told in one sentence."""
+"""Keys of pipefleet that hold another type of value, because another program wrote them.
+
+Redis answers WRONGTYPE. The functions take that error and return one sentence with the key and the next step, or None.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _MOST_KEYS = 5
 
 
 def wrong_type(error: Exception) -> str | None:
-    """One sentence that names the key and the next step, where Redis said WRONGTYPE; None for another error."""
+    """One sentence that names the key and the next step, if Redis answered WRONGTYPE; None for another error."""
     if "WRONGTYPE" not in str(error):
         return None
     keys = " or ".join(printable(key, 120) for key in _keys(error)) or "a key of pipefleet"
@@ -27,7 +30,7 @@ def wrong_type(error: Exception) -> str | None:
 
 @contextmanager
 def passed_over(troubles: dict[str, str] | None, pool: str) -> Iterator[None]:
-    """Note in `troubles` why `pool` cannot be read, where a key of it holds another type; without `troubles` that is raised."""
+    """Pass over a pool with a key of another type: note the reason in `troubles`. Without `troubles` the error is raised."""
     from redis.exceptions import ResponseError
 
     try:
@@ -40,12 +43,12 @@ def passed_over(troubles: dict[str, str] | None, pool: str) -> Iterator[None]:
 
 
 def is_wrong_type(error: BaseException) -> bool:
-    """Whether an error of ours came of such a key: trying again is of no use until somebody has removed it."""
+    """Whether an error of this package comes from such a key. A new try is of no use until somebody has removed the key."""
     return error.__context__ is not None and "WRONGTYPE" in str(error.__context__)
 
 
 def _keys(error: Exception) -> list[str]:
-    """The keys of the command that failed. redis-py names a command only where it was one of a pipeline."""
+    """The keys of the command that failed. redis-py names the command only in a pipeline; else its frame is searched."""
     if found := _PIPELINED.match(str(error)):
         return [found[2]]
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -1,1 +1,1 @@
-"""What producers and workers agree on, pure and without a network: messages, references, the layout and the files of a run."""
+"""The contract between producers and workers: messages, references, records, the layout and the files of a run. No network."""

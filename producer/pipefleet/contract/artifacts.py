@@ -1,6 +1,8 @@
-"""Artifacts: parts of a result that lie beside its JSON line, and their way back to values.
+"""Artifacts: pictures, sound and long arrays that lie in objects beside a result's JSON, and how they become values again.
 
-A line refers to one as `{"$artifact": "s3://…/output.npy", "kind": "array", …}`. Reading needs the library of its kind only then.
+The JSON refers to an artifact as `{"$artifact": "s3://…/output.npy", "kind": "array", …}`. `Job.result` and `Run.results` call
+`resolve`. It imports numpy or pillow only when an artifact of that kind is read; UsageError says that the library is missing,
+ContractError that the kind is unknown. Workers write artifacts in `pipefleet_workers.results.artifacts`.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ ARTIFACT_KEY = "$artifact"
 
 
 def is_artifact(value: object) -> bool:
-    """True for what stands in a line for an artifact."""
+    """True for the JSON that stands for an artifact."""
     return isinstance(value, Mapping) and ARTIFACT_KEY in value
 
 
 def resolve(value: Any, read: Callable[[str], bytes]) -> Any:
-    """`value` with every artifact replaced by what it holds. `read` gives the bytes of a URI.
+    """`value` with every artifact replaced by its content. `read` returns the bytes of a URI.
 
     An array for the kinds array, mask (booleans; mask_list: a list of them) and audio (float32 `[frames]` or
     `[channels, frames]`), a PIL image for the kind image. Raises UsageError when the library for a kind is not installed,
@@ -31,7 +33,7 @@ def resolve(value: Any, read: Callable[[str], bytes]) -> Any:
     if isinstance(value, Mapping):
         return {name: resolve(item, read) for name, item in value.items()}
     if isinstance(value, list):
-        # Lists of numbers are most of what there is, and hold no artifacts.
+        # Most lists are lists of numbers, which hold no artifacts.
         return [resolve(item, read) for item in value] if value and isinstance(value[0], Mapping | list) else value
     return value
 
@@ -67,7 +69,7 @@ def _mask_list(content: bytes, reference: Mapping[str, Any]) -> Any:
 
 
 def _audio(content: bytes, reference: Mapping[str, Any]) -> Any:
-    """The samples of a WAV of float32 as the worker writes it: frames of interleaved channels behind the data chunk's header."""
+    """The samples of a WAV of float32 as workers write it: after the data chunk's header come frames of interleaved channels."""
     import numpy
 
     size = 4 * int(numpy.prod([int(one) for one in reference["shape"]]))

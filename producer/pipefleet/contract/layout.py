@@ -1,19 +1,22 @@
-"""The layout of a bulk run in object storage. Pure names; both halves of the system agree here.
+"""The layout of a bulk run in object storage: the names of its files, and the plan that two of them hold. No network.
 
-<output>/_run/plan.json             what is to be run, written first
+<output>/_run/plan.json             the plan, written first
 <output>/_run/shards/00000.jsonl    the items of a shard
 <output>/_run/run.json              the plan with its totals, written when every shard is there; never changed
-<output>/_run/moved.json            the model, revision and queue that the rest of it was moved to, where `resume` was told one
+<output>/_run/moved.json            the model, revision and queue that `resume --model` moved the rest of the run to
 <output>/part-00000.jsonl           (or .parquet) the results of a shard, a line for each item, in the shard's order
-<output>/artifacts/<position>/…     what does not fit a JSON line
+<output>/artifacts/<position>/…     pictures, sound and long arrays of a result, which fit no JSON line
 <output>/requeued/<job>.json        the result of an item that killed its workers and was queued again by itself
 <output>/_run/failed/00000.jsonl    the failed items of a shard, as manifest lines
-<output>/_run/failures.jsonl        all of those, when the run has ended: a source for the next run
+<output>/_run/failures.jsonl        the failed items of all shards, when the run has ended: a source for the next run
 <output>/_run/refused/00000.json    why no worker will run a shard; its items are failed items when the run has ended
-<output>/_run/resumed.json          which refused shards were taken up, and a word: `_SUCCESS` with another one is void
+<output>/_run/resumed.json          the refused shards that were taken up, and a word: a `_SUCCESS` with another word is void
 <output>/_run/cancelled             the run was cancelled
-<output>/_run/stopped.json          why its planning ended before the source; gone when somebody goes on
-<output>/_SUCCESS                   totals; there when the run has ended
+<output>/_run/stopped.json          why the planning ended before the source; removed when somebody goes on
+<output>/_SUCCESS                   the totals; there when the run has ended
+
+Planner, clients and workers write these files; docs/architecture.md says after which event each is there. Other programs may
+write to the bucket too: `RunPlan.from_json` raises RunError for a file that is not a plan.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ from pipefleet.errors import RunError, UsageError
 from pipefleet.foreign import mapping, name, number, readable, whole
 
 BELOW_OUTPUT = 124
-"""Bytes that are kept for what lies below an output."""
+"""Bytes of a key that are kept for the names below an output."""
 _NUMBERED = re.compile(r"(\d{5,})\.(?:jsonl|parquet)$")
 
 
 @dataclass(frozen=True, slots=True)
 class RunLayout:
-    """The names of one run. `uri` is its output prefix, with a slash at the end; `format` that of its parts."""
+    """The names of one run. `uri` is the output prefix of the run, with a slash at the end; `format` is the format of its parts."""
 
     uri: str
     format: str = "jsonl"
@@ -47,7 +50,7 @@ class RunLayout:
         return cls(directory_uri(text_of("the URI of a run", uri)))
 
     def require_room(self) -> None:
-        """Raise UsageError for an output so long that the keys below it are longer than object storage takes."""
+        """Raise UsageError where the keys below the output would be longer than object storage takes."""
         _, key = split_uri(self.uri)
         if len(key.encode()) > MAX_KEY_BYTES - BELOW_OUTPUT:
             raise UsageError(
@@ -57,7 +60,7 @@ class RunLayout:
 
     @property
     def plan(self) -> str:
-        """What is to be run."""
+        """The plan."""
         return f"{self.uri}_run/plan.json"
 
     @property
@@ -67,12 +70,12 @@ class RunLayout:
 
     @property
     def moved(self) -> str:
-        """Where the rest of the run was moved to."""
+        """The model, revision and queue that the rest of the run was moved to."""
         return f"{self.uri}_run/moved.json"
 
     @property
     def control(self) -> str:
-        """The prefix of all that describes the run."""
+        """The prefix of the files that describe the run."""
         return f"{self.uri}_run/"
 
     @property
@@ -87,17 +90,17 @@ class RunLayout:
 
     @property
     def failed(self) -> str:
-        """The prefix of the failed items of each shard."""
+        """The prefix of the lists of failed items."""
         return f"{self.uri}_run/failed/"
 
     @property
     def refused(self) -> str:
-        """The prefix of what is noted of shards that no worker will run."""
+        """The prefix of the notes of refused shards."""
         return f"{self.uri}_run/refused/"
 
     @property
     def failures(self) -> str:
-        """All failed items."""
+        """The list of all failed items."""
         return f"{self.uri}_run/failures.jsonl"
 
     @property
@@ -107,7 +110,7 @@ class RunLayout:
 
     @property
     def resumed(self) -> str:
-        """Which refused shards were taken up, and the word that tells `_SUCCESS` from one of before that."""
+        """The refused shards that were taken up, and the word that tells a `_SUCCESS` of now from an earlier one."""
         return f"{self.uri}_run/resumed.json"
 
     @property
@@ -129,7 +132,7 @@ class RunLayout:
         return f"{self.parts}{index:05d}.{self.format}"
 
     def part_of(self, key: str) -> int | None:
-        """The number of the part with this key; None for a neighbour whose name begins as those of parts do."""
+        """The number of the part with this key; None for another object whose name begins like a part's."""
         index = index_of(key)
         return index if index is not None and split_uri(self.part(index))[1] == key else None
 
@@ -159,7 +162,7 @@ def index_of(key: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run does; the content of plan.json and, with totals, of run.json. `created` in seconds since 1970."""
+    """The plan of a run: the content of plan.json and, with totals, of run.json. `created` is in seconds since 1970."""
 
     id: str
     task: str
@@ -178,14 +181,14 @@ class RunPlan:
     """Whether an item that cannot be prepared ends the planning."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form; totals only where they are known, `strict` only where it is asked for."""
+        """The JSON form. It has totals only where they are known, and `strict` only where it is true."""
         unknown = {"shards", "items"} if self.shards is None else set()
         lenient = set() if self.strict else {"strict"}
         return {field: value for field, value in asdict(self).items() if field not in unknown | lenient}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> RunPlan:
-        """The reverse of `to_json`. Raises RunError naming `where` for anything else, another contract version too."""
+        """The reverse of `to_json`. Raises RunError, which names `where`, for any other value and any other contract version."""
         with readable(where):
             plan = cls(**value)
             plan._check()

@@ -1,8 +1,9 @@
-"""The message contract between producers and workers: `JobMessage`, its JSON form, and the states a job can be in. No I/O.
+"""The messages between producers and workers: `JobMessage`, its JSON form, and the states of a job. No I/O.
 
-One message is one Celery task `pipefleet.infer` with this JSON object as its only argument. It carries either `items`
-(a single submission) or `shard` (a slice of a bulk run whose items lie in object storage), never both. A version this code
-does not know is refused; every version has a golden file in tests/contract/.
+A message is one Celery task `pipefleet.infer`; this JSON object is its only argument. It carries either `items` (a single job)
+or `shard` (a slice of a bulk run, whose items lie in object storage), never both. `client` and `shards` make messages;
+workers decode them. Decoding raises ContractError for a wrong message and for an unknown version. Every version has a golden
+file in tests/contract/.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ CONTRACT_VERSION = 1
 TASK_NAME = "pipefleet.infer"
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_WIRE_BYTES = 5 * MAX_MESSAGE_BYTES
-"""Most bytes of a message as it lies in Redis; a larger one goes to the dead letters without reaching a worker. A body of
-MAX_MESSAGE_BYTES becomes 130 KB when it is quoted once more, and 254 KB where Celery escapes each letter that is not ASCII and
-writes base64; the rest is for headers."""
+"""Most bytes of a message as it lies in Redis. A larger message goes to the dead letters without reaching a worker. A body of
+MAX_MESSAGE_BYTES becomes 130 KB with our client, and 254 KB with Celery's, which escapes each letter that is not ASCII and
+writes base64. The rest is for headers."""
 MAX_SHARD_ITEMS = 10_000
-"""Most items of a shard: a worker holds the rows of one in memory until its part is written."""
+"""Most items of a shard: a worker holds all rows of a shard in memory until the part is written."""
 MAX_SHARD_BYTES = 128 << 20
 """Most bytes of the object that lists the items of a shard."""
 MAX_RUN_ITEMS = 1 << 28
-"""Most items of a run: Redis allocates a bitmap up to its highest bit, so 32 MiB for this many."""
+"""Most items of a run. Redis allocates a bitmap up to its highest bit: 32 MiB for this many items."""
 MAX_COST = 1e12
-"""Highest cost of a job: sums over the longest queue stay exact enough, and far from infinity."""
+"""Highest cost of a job. Sums over the longest queue stay exact enough, and far from infinity."""
 MAX_DEADLINE = 4_102_444_800.0
-"""Latest deadline of a job, 1 January 2100: what is left until then is a time that a thread can wait for."""
+"""Latest deadline of a job, 1 January 2100. A thread can still wait for as many seconds."""
 MAX_NAME = 1024
 """Most characters of a task, a model or a revision."""
 MAX_URI = 1100
 """Most characters of a URI: the scheme, the longest bucket name and the longest key."""
 REPLY_FORM = re.compile(r"pipefleet:done:[0-9a-f]{32}")
-"""The channels that the end of a job may be published on. Any other could be a channel on which workers take orders."""
+"""The channels on which a worker may publish the end of a job. Another channel could be one on which workers take orders."""
 ID_FORM = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,200}")
 """Ids of jobs: 1 to 200 characters with a UTF-8 form, without control characters and line breaks."""
 RUN_ID_FORM = re.compile(r"[0-9A-Za-z._-]{1,100}")
-"""Ids of runs. Without a colon, or one run's id could name another run's keys in Redis."""
+"""Ids of runs. They have no colon: with one, the id of a run could name the Redis keys of another run."""
 _NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _MOST_NAMED = 5
 """Unknown fields that a refusal names at most."""
@@ -60,7 +61,7 @@ def is_name(value: object) -> bool:
 
 
 def is_reply(value: object) -> bool:
-    """Whether a value is a channel that the end of a job may be published on."""
+    """Whether a worker may publish the end of a job on the channel `value`."""
     return isinstance(value, str) and REPLY_FORM.fullmatch(value) is not None
 
 
@@ -70,7 +71,7 @@ def as_id(text: str, *, most: int = 200) -> str:
 
 
 class JobState(StrEnum):
-    """Where a job is; the last four are final and a job reaches exactly one of them."""
+    """The states of a job. The last four are final; a job reaches exactly one of them."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -103,7 +104,7 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobItem:
-    """One input of a job, as JSON with storage references, and the parameters that hold for it alone."""
+    """One input of a job: JSON with storage references, and the parameters of this item alone."""
 
     id: str
     inputs: Any
@@ -128,9 +129,9 @@ class JobItem:
 class Shard:
     """A slice of a bulk run: `count` items from position `first`, listed at `uri`; `run_uri` is the run's output.
 
-    No run has more than MAX_RUN_ITEMS. Workers refuse a shard of more than MAX_SHARD_ITEMS, and one that is none of its run's
-    (see `pipefleet.contract.uris.shard_fault`).
-    `format` is that of its part; on the wire it is left out where it is JSON lines.
+    A run has at most MAX_RUN_ITEMS. Workers refuse a shard of more than MAX_SHARD_ITEMS, and a shard that does not belong to the
+    run that it names (see `pipefleet.contract.uris.shard_fault`). `format` is the format of its part; the wire form leaves
+    `jsonl` out.
     """
 
     run_id: str
@@ -170,10 +171,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class JobMessage:
-    """One job as it travels. `cost` is in the task's own unit, roughly, and at most MAX_COST.
+    """One job as it travels. `cost` is roughly in the task's own unit, and at most MAX_COST.
 
-    `deadline` is in seconds since 1970 (UTC) by the clock of the Redis server (`TIME`), whoever sets it: a Celery client of another
-    kind whose clock may be wrong asks the server too. It is MAX_DEADLINE at the latest.
+    `deadline` is in seconds since 1970 (UTC) by the clock of the Redis server (`TIME`), and at most MAX_DEADLINE. Any other
+    Celery client has to ask the server for that time too, because its own clock may be wrong.
     """
 
     id: str
@@ -187,15 +188,15 @@ class JobMessage:
     deadline: float | None = None
     cost: float = 0.0
     reply: str | None = None
-    """Redis channel on which the client waits to hear that the job has ended, of the form REPLY_FORM."""
+    """The Redis channel on which the client hears that the job has ended, of the form REPLY_FORM."""
 
     @property
     def work(self) -> float:
-        """What the job costs as far as it says; else the number of its items."""
+        """The cost that the message states; the number of its items where it states none."""
         return self.cost or float(self.shard.count if self.shard else len(self.items))
 
     def to_json(self) -> dict[str, Any]:
-        """The wire form; fields that say nothing are left out."""
+        """The wire form; empty fields are left out."""
         body: dict[str, Any] = {"version": CONTRACT_VERSION, "id": self.id, "task": self.task}
         for name in ("model", "revision", "output", "deadline", "reply"):
             if getattr(self, name) is not None:
@@ -215,7 +216,7 @@ _OPTIONAL = {"model", "revision", "parameters", "items", "shard", "output", "dea
 
 
 def decode_message(value: Any) -> JobMessage:
-    """A JobMessage from its JSON form. Raises ContractError that says what is wrong, never echoing the content."""
+    """A JobMessage from its JSON form. Raises ContractError, which names the fault and never repeats the content."""
     version = value.get("version") if isinstance(value, Mapping) else None
     if type(version) is not int or version != CONTRACT_VERSION:  # True and 1.0 are equal to 1
         raise ContractError(
@@ -273,14 +274,14 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
 
 
 def _check_text(name: str, text: str, most: int) -> None:
-    if not _has_utf8(text):  # Redis could hold neither its record nor those that are written with it
+    if not _has_utf8(text):  # Redis could hold neither this record nor others of the same round trip
         raise ContractError(f"{name} must have a UTF-8 form")
     if len(text) > most:
         raise ContractError(f"{name} must have {'1 to ' if name == 'id' else 'at most '}{most} characters")
 
 
 def _version(value: object) -> str:
-    """A version for a sentence; of what may be long or nested only its type."""
+    """A version for a sentence. A value that may be long or nested is named by its type alone."""
     if type(value) is int and abs(value) >= 10**20:  # Python refuses to write the longest
         return "20 digits and more"
     return printable(str(value), 20) if value is None or isinstance(value, str | int | float) else type(value).__name__
@@ -305,7 +306,7 @@ def _object(value: Any, what: str, *, required: set[str], optional: set[str] = f
 
 
 def _named(fields: Collection[object]) -> str:
-    """Names of fields for a sentence, which is of bounded length and has a UTF-8 form whatever they are."""
+    """Names of fields for a sentence. The sentence has a bounded length and a UTF-8 form for any names."""
     shown = sorted(printable(str(name), 40) for name in fields)
     return ", ".join(shown[:_MOST_NAMED]) + (
         f" and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""

@@ -1,6 +1,8 @@
-"""The formats of a run's parts: JSON lines, or Parquet with embeddings as vectors. Bytes in, rows out, and back; no network.
+"""The formats of a run's parts: JSON lines, or Parquet with embeddings as vectors. No network.
 
-Workers make a row for every item as a line of JSON; a format makes a part of the lines of a shard, and rows of a part.
+A worker makes one line of JSON for each item; `encode` turns the lines of a shard into the bytes of a part. Clients turn a part
+into rows again with `rows` and `failed`. RunError says that pyarrow is missing, ContractError that a format is unknown. A new
+format is one class here and one entry of FORMATS.
 """
 
 from __future__ import annotations
@@ -17,20 +19,20 @@ from pipefleet.errors import ContractError, RunError
 
 INSTALL = "pip install 'pipefleet[parquet]'"
 MAX_PART_BYTES = 2 << 30
-"""Most bytes of a part that is read whole; a worker has the rows of one in memory before it writes it, in a single PUT."""
+"""Most bytes of a part that is read whole. A worker holds all rows of a part in memory and writes it with a single PUT."""
 FLOAT32 = 3.4028234e38
 """Largest number that a vector may hold."""
 _ERROR = ("code", "message", "stage")
 
 
 class PartFormat(Protocol):
-    """How a part is written. `name` is also the suffix of its object."""
+    """A format of parts. `name` is also the suffix of a part's object."""
 
     name: ClassVar[str]
     media_type: ClassVar[str]
 
     def require(self) -> None:
-        """Raise RunError unless what the format needs is installed here."""
+        """Raise RunError unless the library of the format is installed here."""
 
     def encode(self, lines: Sequence[bytes]) -> bytes:
         """The part that holds these rows, each a JSON object."""
@@ -43,7 +45,7 @@ class PartFormat(Protocol):
 
 
 class JsonLines:
-    """A row for each line, as `datasets` and pandas read them."""
+    """One row for each line, as `datasets` and pandas read them."""
 
     name: ClassVar[str] = "jsonl"
     media_type: ClassVar[str] = "application/x-ndjson"
@@ -60,16 +62,16 @@ class JsonLines:
         return map(json.loads, part.splitlines())
 
     def failed(self, part: bytes) -> list[dict[str, Any]]:
-        """The rows with an error, the others unread."""
+        """The rows with an error. The other lines are not parsed."""
         return [json.loads(line) for line in part.splitlines() if b'"error":' in line]
 
 
 class Parquet:
     """Columns id, input, parameters, output, error, provenance and warnings; error is a struct, warnings a list, the rest texts.
 
-    `output` is a list of float32 of fixed size where every output of the part is a vector of that size and within the range of
-    float32, else JSON. `input` is the text or URI itself where every input of the part is one, else JSON. Which it is stands in the
-    metadata of the column.
+    `output` is a list of float32 of fixed size where every output of the part is a vector of that size within the range of
+    float32, else JSON. `input` is the text or URI itself where every input of the part is a text, else JSON; the metadata of the
+    column tells which.
     """
 
     name: ClassVar[str] = "parquet"
@@ -125,7 +127,7 @@ FORMATS: Mapping[str, PartFormat] = MappingProxyType({one.name: one for one in (
 
 
 def part_format(name: str) -> PartFormat:
-    """The format of a run. Raises ContractError for one that this version does not know."""
+    """The format with this name. Raises ContractError for a name that this version does not know."""
     if name not in FORMATS:
         raise ContractError(f"parts in the format {name[:40]!r}: use a newer pipefleet")
     return FORMATS[name]
@@ -155,7 +157,7 @@ def _texts(values: list[Any]) -> Any:
 
 
 def _outputs(rows: list[dict[str, Any]]) -> Any:
-    """Vectors where all outputs are of one length, else JSON; nothing at all where every item failed."""
+    """The column of outputs: vectors where all have one length, else JSON; nulls where every item failed."""
     import pyarrow
 
     outputs = [row.get("output") for row in rows]

@@ -1,9 +1,13 @@
-"""The record of a single job in Redis: one hash, changed only by the scripts here, so that a final state stays final.
+"""The record of a single job: one Redis hash. Only the scripts of this module change it, so a final state stays final.
+
+    SUBMIT ─▶ queued ── START ─▶ running ── FINISH ─▶ succeeded, failed or expired
+                 └───────────────────┴───── CANCEL ─▶ cancelled
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
-StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), warnings (JSON: a list of sentences, where
-there are some), loaded (JSON: what the model ran with). Times are of the Redis server: where a script is given an empty text as a
-time, it writes the server's own.
+StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), warnings (JSON: a list of sentences, if
+there are any), loaded (JSON: dtype, device … of the model). Times are the Redis server's: a script that gets an empty text as a
+time writes the server's own. Clients submit and cancel; workers start and finish. `read_record` raises ContractError for a
+record that no known version wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from pipefleet.errors import ContractError
 from pipefleet.foreign import number, read_object
 
 MOST_WARNINGS = 10
-"""Sentences that go with one result at most, of 300 characters each as workers write them."""
+"""Most sentences that go with one result. Workers write up to 300 characters for each."""
 
 _TIME = """
 local function time(given)
@@ -31,10 +35,11 @@ end
 """
 
 NEEDS_NO_MEMORY = "redis.call('EXPIRE', KEYS[1], 86400)"
-"""The first write of a script that a server at `maxmemory` is to run: it takes no memory, and the script's last write sets its own.
+"""The first write of each script that a full server has to run. The script's last write sets the real lifetime.
 
-Such a server refuses a script whose first write may take memory, and lets one that has begun go on. So a worker ends the jobs that
-are there, each of which frees more than its end takes. (Redis 6.2 knows no `allow-oom`.)
+A server at `maxmemory` refuses a script whose first write may take memory. It lets a script go on that has begun with a write
+that takes none, such as this one. So workers can end the jobs that are there, and each job frees more memory than its end
+takes. (Redis 6.2 knows no `allow-oom`.)
 """
 
 SUBMIT = f"""{_TIME}
@@ -55,8 +60,9 @@ if KEYS[3] then redis.call('SET', KEYS[3], ARGV[2] .. ' ' .. ARGV[4], 'EX', ARGV
 return {{ARGV[2], 1}}
 """
 """KEYS: job, list of the queue, idempotency key or none. ARGV: ttl, id, message, digest of the request, then fields and values.
-The id of the job that is queued now, or was before, and 0 when that was for another request: a command that is sent again queues
-nothing twice and sets nothing back. A key without a digest, of an earlier release, stands for any request."""
+Returns the id of the job that is queued now or was queued before, and 1; 0 instead of 1 when the earlier job was for another
+request. So a command that is sent again queues nothing twice and sets nothing back. A key without a digest, of an earlier
+release, stands for any request."""
 
 START = f"""{_TIME}
 local state = redis.call('HGET', KEYS[1], 'state')
@@ -66,7 +72,7 @@ redis.call('HSET', KEYS[1], 'state', 'running', 'started', time(ARGV[1]), 'worke
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """
-"""KEYS: job. ARGV: time, worker, ttl. 0 when the job has ended already (cancelled, or finished elsewhere)."""
+"""KEYS: job. ARGV: time, worker, ttl. Returns 0 when the job has ended already (cancelled, or finished elsewhere)."""
 
 _FINISH = f"""{_TIME}
 local state = redis.call('HGET', KEYS[1], 'state')
@@ -79,18 +85,18 @@ if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
 return 1
 """
 FINISH = _FINISH.replace("-- the first write", NEEDS_NO_MEMORY)
-"""KEYS: job. ARGV: ttl, reply channel or '', id, time, then fields and values. 0 when another final state was there first."""
+"""KEYS: job. ARGV: ttl, reply channel or '', id, time, then fields and values. Returns 0 when another final state was first."""
 
 FINISH_WITH_ROOM = _FINISH
-"""As FINISH, for fields that are large: a server at `maxmemory` refuses it, and nothing is written."""
+"""As FINISH, for large fields: a server at `maxmemory` refuses this script and writes nothing."""
 
 CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{FINISH}"
-"""As FINISH, but it makes no record of a job nothing is known of. Its first write takes no memory, and is a producer's right."""
+"""As FINISH, but it makes no record of an unknown job. Its first write takes no memory, and producers have the right to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobFailure:
-    """Why a job or an item failed: a stable `code`, a sentence, and the stage of the worker it happened in."""
+    """Why a job or an item failed: a stable `code`, a sentence, and the stage of the worker in which it failed."""
 
     code: str
     message: str
@@ -103,7 +109,7 @@ class JobFailure:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job's record as it was read. Times in seconds since 1970."""
+    """A job's record as it was read. Times are in seconds since 1970."""
 
     state: JobState
     submitted: float | None = None
@@ -117,13 +123,13 @@ class JobRecord:
     timings: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     loaded: Mapping[str, str] = field(default_factory=dict)
-    """What the model ran with: `dtype`, `device`, and where they are known `attention` and `quantization`."""
+    """How the model was loaded: `dtype`, `device`, and where they are known `attention` and `quantization`."""
 
 
 def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
-    """The record in a hash as redis-py returns it; None when there is no such job (any more).
+    """The record in a hash as redis-py returns it; None when there is no such job, or no longer.
 
-    Raises ContractError for a record that no version known here wrote.
+    Raises ContractError for a record that no known version wrote.
     """
     if b"state" not in raw:
         return None
@@ -173,7 +179,7 @@ def _seconds(fields: Mapping[str, str], name: str) -> float | None:
 def finish_arguments(
     job_id: str, state: JobState, finished: float | None, *, ttl: float, reply: str | None, fields: Mapping[str, Any]
 ) -> list[Any]:
-    """ARGV of FINISH. `finished` None: now, by the server's clock. A `reply` that is no client's channel is left out."""
+    """The ARGV of FINISH. `finished` None is now, by the server's clock. A `reply` that is no client's channel is left out."""
     values = {"state": str(state), **fields}
     time = "" if finished is None else finished
     return [
@@ -186,9 +192,9 @@ def finish_arguments(
 
 
 def request_digest(**request: Any) -> str:
-    """A digest of what a call asks for, equal for equal JSON, however the fields of its objects are ordered.
+    """A digest of a request. Equal JSON has equal digests, in any order of the fields.
 
-    Raises ContractError for what is not JSON.
+    Raises ContractError for a value that is not JSON.
     """
     plain = json.loads(encode_json(request))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -199,4 +205,4 @@ CANCEL_RUN = f"""
 redis.call('HSET', KEYS[1], 'cancelled', 1)
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
-"""KEYS: run. ARGV: ttl. Also where Redis is full: what is cancelled makes room."""
+"""KEYS: run. ARGV: ttl. A full server runs it too, because cancelled work makes room."""

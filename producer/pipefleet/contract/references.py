@@ -1,7 +1,8 @@
-"""Where an input or a result lies: `StorageRef`, and the grammar of `s3://` URIs. Pure; no network.
+"""References to objects: `StorageRef`, and the grammar of `s3://` URIs. No network.
 
-On the wire a reference is a JSON object with the one reserved key `$ref`, so that it can stand anywhere inside the inputs
-of a job: `{"$ref": "s3://media/cat.jpg", "etag": "…", "size": 12345, "type": "image/jpeg"}`.
+On the wire a reference is a JSON object with the reserved key `$ref`. It may stand anywhere inside of a job's inputs:
+`{"$ref": "s3://media/cat.jpg", "etag": "…", "size": 12345, "type": "image/jpeg"}`. Both halves of the system parse references
+and URIs here. A bad URI raises InputError; a bad reference raises ContractError.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ REF_KEY = "$ref"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
 MAX_KEY_BYTES = 1024  # S3's own bound
 _ETAG = re.compile(r"[\x20-\x7e]{0,256}")
-"""What may stand in a header of HTTP."""
+"""Characters that a header of HTTP may hold."""
 _MAX_TYPE = 256
 _MAX_SIZE = 1 << 53
 MAX_DEPTH = 100
@@ -27,7 +28,7 @@ MAX_DEPTH = 100
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """One object in object storage. `size` in bytes; `etag` is opaque and pins the version that is meant."""
+    """One object in object storage. `size` is in bytes; `etag` is opaque and pins one version of the object."""
 
     uri: str
     etag: str | None = None
@@ -72,13 +73,13 @@ class StorageRef:
 
     @classmethod
     def of(cls, uri: str) -> StorageRef:
-        """A reference to `uri` with the media type its suffix suggests. Raises InputError for a bad URI."""
+        """A reference to `uri` with the media type of its suffix. Raises InputError for a bad URI."""
         split_uri(uri)
         return cls(uri, type=mimetypes.guess_type(uri)[0])
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """`s3://bucket/key` as `(bucket, key)`; the key may be empty. Raises InputError with what is wrong."""
+    """`s3://bucket/key` as `(bucket, key)`; the key may be empty. Raises InputError, which names the fault."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme != "s3":
         raise InputError(f"not an s3:// URI: {uri[:80]!r}")
@@ -97,12 +98,12 @@ def _has_utf8(text: str) -> bool:
 
 
 def is_uri(value: object) -> bool:
-    """True for a string that begins with `s3://`; `split_uri` says whether the rest is right. Keys may hold spaces."""
+    """True for a string that begins with `s3://`; `split_uri` checks the rest. Keys may hold spaces."""
     return isinstance(value, str) and value.startswith("s3://")
 
 
 def is_text_uri(value: object) -> bool:
-    """True where a text may stand, for one line that begins with `s3://`; a text that only mentions a URI is none."""
+    """True for one line that begins with `s3://`, where a text may stand too. A text that only mentions a URI is not a URI."""
     return isinstance(value, str) and is_uri(value) and len(value.splitlines()) == 1
 
 
@@ -125,11 +126,11 @@ def directory_uri(uri: str) -> str:
 def map_refs(value: Any, change: Callable[[StorageRef], Any], *, depth: int = MAX_DEPTH) -> Any:
     """A copy of a JSON value in which every reference is replaced by what `change` returns for it.
 
-    Raises ContractError for a reference that is none, and for a value of more than `depth` levels.
+    Raises ContractError for a malformed reference, and for a value of more than `depth` levels.
     """
     if depth < 0:
         raise ContractError(f"the input is nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, str):  # most of what there is, and quick to tell
+    if isinstance(value, str):  # most values are strings, and this test is quick
         return value
     if is_ref(value):
         return change(StorageRef.from_json(value))

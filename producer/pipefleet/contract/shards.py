@@ -1,7 +1,8 @@
-"""What a shard is: its bounds, its lines in object storage, and the message that queues it. Pure; no network.
+"""Shards: their bounds, their lines in object storage, and the message that queues one. No network.
 
 A line is `{"position": …, "id": …, "inputs": …, "parameters"?: …, "failure"?: {code, message, stage}}`. An item with a `failure`
-could not be prepared: a worker writes the failure into the item's row and runs the other items.
+could not be prepared: a worker writes the failure into the item's row and runs the other items. The planner writes lines and
+messages; workers and `backlog` read lines. A wrong line raises ContractError or ValueError.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ class Limits:
 def shard_limits(index: int, shard_size: int | None, *, media: bool) -> Limits:
     """The bounds of shard `index`.
 
-    Sizes double every 8 shards from 16 to 512: a small run spreads over many workers and shows results at once, a
-    large one has few messages and parts. `shard_size` fixes the count instead, up to MAX_SHARD_ITEMS.
+    Sizes double every 8 shards, from 16 to 512. So a small run spreads over many workers and shows results at once, and a large
+    run has few messages and parts. `shard_size` fixes the count instead, up to MAX_SHARD_ITEMS.
     """
     grown = min(LARGEST_SHARD, SMALLEST_SHARD << min(index // SHARDS_OF_A_SIZE, 10))
     return Limits(min(shard_size or grown, MAX_SHARD_ITEMS), MEDIA_BYTES if media else TEXT_BYTES)
 
 
 def shard_id(run_id: str, index: int) -> str:
-    """The job id of a shard: the same whoever queues it, so that a duplicate can be told."""
+    """The job id of a shard. It does not depend on who queues the shard, so duplicates can be told."""
     return f"{run_id}-{index:05d}"
 
 
@@ -67,7 +68,7 @@ def shard_message(plan: RunPlan, layout: RunLayout, index: int, first: int, coun
 
 
 def encode_shard_line(position: int, item: JobItem, failure: JobFailure | None = None) -> str:
-    """One line of a shard; `position` comes first, so that the beginning of an object tells its first position."""
+    """One line of a shard. `position` comes first, so that the first bytes of the object tell its first position."""
     failed = {} if failure is None else {"failure": failure.to_json()}
     return encode_json({"position": position, **item.to_json(), **failed})
 
@@ -75,9 +76,9 @@ def encode_shard_line(position: int, item: JobItem, failure: JobFailure | None =
 def decode_shard_line(
     line: bytes, loads: Callable[[bytes], Any] = json.loads
 ) -> tuple[int, JobItem, JobFailure | None]:
-    """Position in the run, item, and why the item could not be prepared (None for most), of one line of a shard.
+    """The position in the run, the item, and the failure to prepare it (None for most items), of one line of a shard.
 
-    Raises ContractError or ValueError for anything else.
+    Raises ContractError or ValueError for any other line.
     """
     fields = loads(line)
     failure = fields.pop("failure", None)

@@ -1,11 +1,12 @@
-"""Which URIs a message may name, and what for. Pure; producers ask here too, so that none sends what a worker refuses.
+"""The URIs that a message may name. No network; producers ask here too, so that they send nothing that a worker refuses.
 
     output of a single job     not inside a run, and not among the uploads and results of the fleet's store
     output of a run            not inside another run either
     list of a shard's items    where the layout of its run has it, and nowhere else
 
-A run is told by the names of its layout, wherever they stand: no message can be trusted to say whose they are. Whether a worker may
-reach a URI at all is for its own settings to say.
+The functions return a sentence that names the fault, or None. A URI lies in a run when it has names of a run's layout, wherever
+they stand: no message can be trusted to say which run they belong to. The settings of a worker decide besides whether it may
+reach a URI at all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def shown(uri: str) -> str:
 def uri_fault(uri: str) -> str | None:
     """Why no message may name a URI, or None.
 
-    `.` and `..` between slashes are refused however they are written: some servers resolve them, so that the object lies elsewhere.
+    `.` and `..` between slashes are refused in every spelling: some servers resolve them, and then the object lies elsewhere.
     """
     try:
         _, key = split_uri(uri)
@@ -48,10 +49,10 @@ def uri_fault(uri: str) -> str | None:
 
 
 def lies_in_run(uri: str) -> bool:
-    """Whether a URI, which has no fault, has one of the names that make up a run: its parts, artifacts, `_SUCCESS` and `_run/`.
+    """Whether a URI without a fault has a name of a run's layout: a part, an artifact, `_SUCCESS` or `_run/`.
 
-    The results of items that were queued again by themselves have a folder of their own in a run, `requeued/`, and none of these
-    names. A folder `artifacts/20261231/` is taken for one of a date, where no object lies that has the name of an artifact.
+    `requeued/`, the folder of items that were queued again by themselves, has none of these names. A folder `artifacts/20261231/`
+    counts as a date, unless the URI ends like an artifact.
     """
     names = _names(uri)
     if any(name in ("_run", "_success") or _PART.fullmatch(name) for name in names):
@@ -64,7 +65,7 @@ def lies_in_run(uri: str) -> bool:
 
 
 def _names(uri: str) -> list[str]:
-    """The names in a key without the disguises that some servers fold: empty ones, capitals, percent signs, dots at the end."""
+    """The names in a key, as servers that fold spellings see them: no empty names, capitals, percent signs or dots at the end."""
     segments = split_uri(uri)[1].split("/")
     return [name for segment in segments if (name := unquote(segment).rstrip(". ").casefold())]
 
@@ -76,7 +77,7 @@ def output_fault(output: str, job_id: str, store: str) -> str | None:
 
 
 def run_fault(uri: str, store: str) -> str | None:
-    """Why no run may have its output under `uri`, or None; a run's own URI has one slash at its end."""
+    """Why no run may have its output under `uri`, or None. The URI of a run ends with one slash."""
     fault = uri_fault(uri)
     if fault is None and (not uri.endswith("/") or uri.endswith("//")):
         fault = f"{shown(uri)} is no output of a run, which ends with one slash"
@@ -84,7 +85,7 @@ def run_fault(uri: str, store: str) -> str | None:
 
 
 def shard_fault(shard: Shard, store: str) -> str | None:
-    """Why a shard is none of the run that it names, or None; what the run itself says is not looked at."""
+    """Why a shard cannot belong to the run that it names, or None. Only the message is checked, not the run's own files."""
     fault = run_fault(shard.run_uri, store)
     if fault is not None:
         return fault
@@ -106,7 +107,7 @@ def _place_fault(uri: str, store: str) -> str | None:
 
 
 def _in_store(uri: str, store: str) -> bool:
-    """Whether a URI lies where the fleet keeps uploads and results, under any of its disguises."""
+    """Whether a URI, in any spelling, lies where the fleet keeps uploads and results."""
     above, names = _names(store), _names(uri)
     rest = names[len(above) :]
     same = split_uri(uri)[0] == split_uri(store)[0] and names[: len(above)] == above

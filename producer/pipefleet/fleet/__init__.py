@@ -1,1 +1,1 @@
-"""The fleet as producers know it: `fleet.toml`, what workers announce, which queue serves which job, and why one waits."""
+"""The fleet as producers know it: `fleet.toml`, the announcements of workers, the queue of each job, and the store of the fleet."""

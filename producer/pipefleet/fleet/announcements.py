@@ -1,8 +1,9 @@
-"""What workers tell the fleet of themselves, in two hashes of Redis: what can be had, by pool and revision, and who is alive.
+"""Announcements in two Redis hashes: the pools and revisions that are served, and the facts of each live worker.
 
-Every entry ends by itself, `until` then, in the time of the Redis server: no worker's clock and no reader's counts. Entries that
-cannot be read are passed over, which the logger `pipefleet` says once of each. Whoever announces needs no memory of Redis for it:
-the first write takes none (see `records`).
+Workers announce, and repeat it every ten seconds. Clients without a fleet file, `queues`, `top` and the scaler read. An entry
+counts until its field `until`, in the time of the Redis server, so nobody's own clock counts. Entries that cannot be read are
+passed over, each with one warning of the logger `pipefleet`. A full server takes announcements too (see
+`contract.records.NEEDS_NO_MEMORY`). All functions raise redis-py's errors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pipefleet.foreign import mapping, name, names, number, own_queue, passed, r
 from pipefleet.queues.keys import POOLS_KEY, WORKERS_KEY
 
 MOST_PLACES = 20
-"""Refused buckets that one worker tells at most."""
+"""Most refused buckets that are read of one worker."""
 
 _CLOCK = """
 local t = redis.call('TIME')
@@ -42,7 +43,7 @@ redis.call('HSET', KEYS[1], ARGV[1],
   '{"pool":' .. ARGV[2] .. ',"until":' .. stamp(now + ARGV[3]) .. ',"since":' .. stamp(since) .. '}')
 """
 )
-"""KEYS: pools. ARGV: field, the pool as JSON, seconds. `since` stays while the entry is renewed before it ends."""
+"""KEYS: pools. ARGV: field, the pool as JSON, seconds. `since` stays the same while the entry is renewed before it ends."""
 
 _ANNOUNCE_WORKER = (
     _CLOCK
@@ -57,34 +58,34 @@ redis.call('HSET', KEYS[1], ARGV[1],
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """A revision of a pool that somebody serves. Times in seconds since 1970 by the Redis server's clock."""
+    """A revision of a pool that a worker serves. Times are in seconds since 1970 by the Redis server's clock."""
 
     pool: Pool
     since: float
-    """When it was first announced, without a gap since; 0 from workers that do not tell."""
+    """The begin of an announcement without gaps; 0 from workers that do not tell it."""
     until: float
 
 
 def announce_pool(redis: Any, name: str, fields: Mapping[str, Any], *, seconds: float) -> None:
-    """Announce what `routing.announcement` says of a pool for `seconds`; workers repeat this well before the time is over."""
+    """Announce the `fields` of a pool, from `fleet.routing.announcement`, for `seconds`. Workers repeat this well before."""
     redis.eval(_ANNOUNCE_POOL, 1, POOLS_KEY, _field(name, fields), encode_json(dict(fields)), seconds)
 
 
 def withdraw_pool(redis: Any, name: str, fields: Mapping[str, Any]) -> None:
-    """Announce a revision no more, unless a worker of it is alive: one that is started later is new then, not a late neighbour."""
+    """Remove the announcement of a revision without live workers. So a worker that starts later counts as new."""
     alive = announced_workers(redis).values()
     if not any(facts.get("queue") == fields["revision_queue"] for facts in alive):
         redis.hdel(POOLS_KEY, *(_field(name, {**fields, "retired": retired}) for retired in (False, True)))
 
 
 def _field(name: str, fields: Mapping[str, Any]) -> str:
-    """One entry for each revision; another while it is being retired, so that it is new work's again once it is taken back."""
+    """The field of a revision. A retired revision has another field, so that it counts as new once it is no longer retired."""
     key = revision_queue(name, fields["model"], fields.get("revision"))
     return f"{key}.retired" if fields.get("retired") else key
 
 
 def announcements(redis: Any) -> list[Announcement]:
-    """What is announced now, the newest first."""
+    """The announcements that count now, newest first."""
     pipe = reading(redis)
     pipe.time()
     pipe.hgetall(POOLS_KEY)
@@ -95,14 +96,14 @@ def announcements(redis: Any) -> list[Announcement]:
 
 
 def takes_new_work(redis: Any, pool: Pool) -> bool:
-    """Whether this revision of a pool is announced as the one that new work goes to."""
+    """Whether this revision of a pool is announced as the revision for new work."""
     wanted = (pool.name, pool.model, pool.revision, 0)
     found = (one.pool for one in announcements(redis))
     return any((one.name, one.model, one.revision, one.generation) == wanted for one in found)
 
 
 def read_pool(field: bytes, value: bytes) -> Announcement | None:
-    """An entry of POOLS_KEY; None of one that cannot be read, which is said once."""
+    """An entry of POOLS_KEY; None, with one warning, for an entry that cannot be read."""
     try:
         entry = read_object(value)
         content = mapping(entry["pool"])
@@ -120,7 +121,7 @@ def read_pool(field: bytes, value: bytes) -> Announcement | None:
 
 
 def announced_fleet(redis: Any) -> Fleet:
-    """The fleet that workers announce: of the revisions of one pool, new work goes to the one that came last."""
+    """The fleet that workers announce. Of the revisions of one pool, new work goes to the one that came last."""
     pools: dict[str, Pool] = {}
     for one in sorted(announcements(redis), key=lambda one: one.pool.generation):
         pool = one.pool
@@ -136,14 +137,14 @@ def announced_fleet(redis: Any) -> Fleet:
 
 
 def announce_worker(redis: Any, name: str, facts: Mapping[str, Any], *, seconds: float) -> None:
-    """Tell that a worker lives, for `seconds`, with what it says of itself: not nothing."""
+    """Announce a live worker with its `facts`, which are not empty, for `seconds`."""
     redis.eval(_ANNOUNCE_WORKER, 1, WORKERS_KEY, name, encode_json(dict(facts)), seconds)
 
 
 def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:
-    """What every worker that is alive tells of itself, by name, and its `age`: how many seconds ago it did. Changes nothing.
+    """The facts of every live worker, by name, and their `age` in seconds. Changes nothing.
 
-    Entries that cannot be read are said once and stay, for `pipefleet doctor` to list.
+    Entries that cannot be read are warned of once and stay, for `pipefleet doctor` to list.
     """
     found, now = _workers(redis)
     return {
@@ -154,13 +155,13 @@ def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:
 
 
 def refused_places(facts: Mapping[str, Any]) -> list[str]:
-    """The buckets that a worker tells of as refused to it alone: jobs there go back for others."""
+    """The buckets that S3 refuses to this worker alone: jobs there go back for others."""
     told = facts.get("refused")
     return [str(one) for one in told[:MOST_PLACES]] if isinstance(told, list) else []
 
 
 def forget_dead_workers(redis: Any) -> None:
-    """Remove the entries of workers that are gone: for who has the right to it."""
+    """Remove the entries of dead workers. Needs a worker's right."""
     found, now = _workers(redis)
     gone = [field for field, facts in found.items() if facts is not None and facts["until"] < now]
     if gone:
@@ -168,7 +169,7 @@ def forget_dead_workers(redis: Any) -> None:
 
 
 def _workers(redis: Any) -> tuple[dict[bytes, dict[str, Any] | None], float]:
-    """The facts of every entry, None for one that cannot be read; and the server's time."""
+    """The facts of every entry, None for an unreadable entry; and the server's time."""
     pipe = reading(redis)
     pipe.time()
     pipe.hgetall(WORKERS_KEY)
@@ -181,7 +182,7 @@ _OPTIONAL_NUMBERS = ("base", "per_cost")
 
 
 def read_worker(field: bytes, value: bytes) -> dict[str, Any] | None:
-    """An entry of WORKERS_KEY, of a live worker or a dead one; None of one that cannot be read, which is said once."""
+    """An entry of WORKERS_KEY, of a live or dead worker; None, with one warning, for an entry that cannot be read."""
     try:
         facts = dict(read_object(value))
         name(field.decode()), name(facts["pool"]), number(facts["until"])
@@ -196,7 +197,7 @@ def read_worker(field: bytes, value: bytes) -> dict[str, Any] | None:
 
 
 _ROUNDING = 1e-9
-"""A number this little below 0 is 0: workers of earlier releases tell such ones of their fits."""
+"""A number this close below 0 counts as 0: workers of earlier releases announce such numbers of their fits."""
 
 
 def _number(value: Any) -> float:
@@ -209,10 +210,10 @@ def _number(value: Any) -> float:
 
 
 def workers_of(workers: Mapping[str, Mapping[str, Any]], pool: Pool, queue: str) -> list[str]:
-    """Which of these workers serve the revision of `pool` that `queue` (its `routing.work_queue`) is for, by name.
+    """The names of the workers that serve the revision of `pool` whose `fleet.routing.work_queue` is `queue`.
 
-    The queue decides, since a worker that was started by hand may call its pool otherwise. Workers of a release that told no
-    queue count for the revision that new work goes to.
+    The queue decides, because a worker that was started by hand may have another name for its pool. Workers of a release that
+    announced no queue count for the revision of new work.
     """
     silent = None if pool.generation else pool.name
     return [

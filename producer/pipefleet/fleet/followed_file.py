@@ -1,4 +1,8 @@
-"""The fleet file as a process that lives long reads it: again whenever it changes, so that clients follow a roll-out."""
+"""The fleet file in a process that lives long: it is read again when it changes, so that clients follow a roll-out.
+
+Sessions, workers and the scaler ask `FleetFile.fleet`. A wrong file after a change is passed over with a warning; only the first
+read raises FleetFileError.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from pipefleet.fleet.pools import Fleet, load_fleet
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
-"""How often at most the file is looked at."""
+"""Seconds between two looks at the file."""
 
 
 class FleetFile:
-    """A fleet file that may change. Thread-safe. Hub models may be unpinned in it: that is for the workers to refuse.
+    """A fleet file that may change. Thread-safe. Hub models may be unpinned here: only workers refuse them.
 
-    `known` is the fleet until the file can be read, where there is one.
+    `known`, if given, is the fleet until the file can be read.
     """
 
     def __init__(self, path: Path, *, known: Fleet | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -31,10 +35,10 @@ class FleetFile:
         self._lock = threading.Lock()
 
     def fleet(self, *, at_once: bool = False) -> Fleet:
-        """The fleet as the file describes it, or did LOOK_SECONDS ago; with `at_once`, as it does now.
+        """The fleet of the file, as of the last LOOK_SECONDS; with `at_once` as of now.
 
         A file that is wrong after a change, or gone, is passed over with a warning: the fleet stays as it was. Raises
-        FleetFileError where it cannot be read the first time and no fleet is known.
+        FleetFileError if the first read fails and no fleet is known.
         """
         with self._lock:
             now = self._clock()
@@ -57,7 +61,7 @@ class FleetFile:
             return known
 
     def _signature(self) -> tuple[int, int, int] | None:
-        """What changes with the file; None where there is none. A mounted file is replaced, so its number counts too."""
+        """Numbers that change with the file; None without a file. The inode is one of them, because a mounted file is replaced."""
         try:
             found = self.path.stat()
         except OSError:

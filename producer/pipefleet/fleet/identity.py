@@ -1,11 +1,12 @@
-"""Which store a fleet has: two fleets with other stores on one Redis would give each other jobs that neither can run.
+"""The identity of a fleet: one Redis belongs to one store. Two fleets on one Redis would get jobs that they cannot run.
 
-    <store>/_fleet.json   the id of the store, at random, written once with a conditional PUT
-    pipefleet:fleet       that id, and the store's URI, its endpoint and the contract's version as of who wrote it
+    <store>/_fleet.json   a random id of the store, written once with a conditional PUT
+    pipefleet:fleet       that id, and the store's URI, its endpoint and the contract's version, as of the writer
 
-The id decides, since an endpoint may have one name inside a cluster and another outside. Redis may be emptied: whoever comes
-next with the store writes the key again. A worker's store goes before one that a client alone has noted, or a client with a
-wrong setting, which came first after Redis was emptied, would end the whole fleet.
+The id decides, because an endpoint may have one name inside of a cluster and another outside. When Redis was emptied, the next
+process writes the key again. A worker's store replaces a store that only a client has noted: else one client with a wrong setting,
+first after Redis was emptied, would end the whole fleet. Clients `check` before they queue; workers `prove` at their start and
+look again while they run. FleetMismatchError names both stores.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ log = logging.getLogger(__name__)
 OBJECT = "_fleet.json"
 WORKER, CLIENT = "worker", "client"
 _REPLACE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end"
-"""KEYS: fleet. ARGV: what it holds, what it is to hold. Of workers that come at once the first decides."""
+"""KEYS: fleet. ARGV: the expected content, the new content. Of several workers at the same time the first decides."""
 AGAIN_SECONDS = 60.0
-"""How long after a look that failed, since S3 was away, a client looks again."""
+"""Seconds between a client's look that failed because S3 was away, and the next look."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What Redis holds of its fleet."""
+    """The content of the key `pipefleet:fleet`."""
 
     id: str
     store: str
     endpoint: str
     contract: int
     by: str = WORKER
-    """Who has noted it: CLIENT as long as no worker has."""
+    """The kind of the writer: CLIENT until a worker has written it."""
 
     @classmethod
     def read(cls, content: bytes | None) -> Identity | None:
-        """The identity in the key's content; None where there is none. What cannot be read is a fleet that nobody belongs to."""
+        """The identity in the key's content; None for an empty key. Unreadable content is a fleet to which nobody belongs."""
         if content is None:
             return None
         try:
@@ -81,10 +82,10 @@ class Identity:
 
 
 class Membership:
-    """Whether this process belongs to the fleet of its Redis. Not for several threads at once, though nothing breaks.
+    """Checks that this process belongs to the fleet of its Redis. Not for several threads at once, though nothing breaks.
 
-    Raises FleetMismatchError, which names both stores. S3 that is away, or refuses access, is no reason to refuse anything:
-    then the URIs alone are compared, which cannot tell two servers that have a store of one name.
+    Raises FleetMismatchError, which names both stores. If S3 is away or refuses access, nothing is refused: then only the URIs are
+    compared, and they cannot tell two servers with stores of the same name.
     """
 
     def __init__(
@@ -95,14 +96,14 @@ class Membership:
         self._settings = settings
         self._clock = clock
         self._compared = False
-        """Whether the URIs were compared."""
+        """Whether the URIs and versions were compared."""
         self._proved = False
-        """Whether all was compared that these credentials allow."""
+        """Whether everything was compared that these credentials allow."""
         self._next_look = 0.0
         self._seen: bytes | None = None
 
     def check(self, *, uses_store: bool) -> None:
-        """For a client, before it queues anything; asks only the first time. One Redis read; with `uses_store` also one S3 GET."""
+        """A client's check before it queues. The first call does one Redis read, with `uses_store` also one S3 GET."""
         if self._proved or (self._compared and (not uses_store or self._clock() < self._next_look)):
             return
         if not uses_store:
@@ -115,7 +116,7 @@ class Membership:
             log.info("the store of the fleet is not compared yet: %s", error)
 
     def prove(self, *, works: bool = False) -> str:
-        """Compare all; what was found, in one sentence. `works` for a worker, which also tells Redis its contract's version.
+        """Compare everything. Returns the finding in one sentence. A worker (`works`) also writes its contract's version to Redis.
 
         Raises ServiceUnavailableError where Redis or S3 is away, ObjectMissingError where there is no bucket.
         """
@@ -143,12 +144,12 @@ class Membership:
         return f"{where} is the store of this Redis's fleet, contract version {known.contract}"
 
     def changed(self) -> bool:
-        """Whether Redis holds something else than at the last `prove`, or that could not compare all. One Redis read."""
+        """Whether Redis holds another content than at the last `prove`, or `prove` could not compare everything. One Redis read."""
         with self._errors():
             return not self._proved or self._redis.get(FLEET_KEY) != self._seen
 
     def adopt(self) -> str:
-        """Make this process's store the fleet's; what became of it, in one sentence. Workers with another one end soon."""
+        """Make this process's store the fleet's. Returns one sentence about it. Workers with another store end soon."""
         with self._errors():
             require(self._redis, "--adopt-store", "operator", ("SET", FLEET_KEY, ""))
         mine = self._mine(self._own_id(None), WORKER)
@@ -162,7 +163,7 @@ class Membership:
         return Identity.read(self._seen)
 
     def _compare(self, known: Identity | None, *, works: bool = False) -> None:
-        """What needs no store."""
+        """Compare URIs and versions, without the store."""
         self._compared = False
         self._check_names(known, works=works)
         self._compared = True
@@ -184,7 +185,7 @@ class Membership:
             )
 
     def _own_id(self, known: Identity | None) -> str:
-        """The id in the store, which is written where there is none. An object that was expired gets the id that it had."""
+        """The id in the store. A missing object is written; if it only expired, it gets the id that it had."""
         uri = join_uri(self._settings.store, OBJECT)
         try:
             return _id_in(self._store.get(uri), uri)
@@ -194,13 +195,13 @@ class Membership:
             return _id_in(self._store.get(uri), uri)
 
     def _is_named_alike(self, known: Identity) -> bool:
-        """Whether Redis's fleet has a store of this name at an endpoint whose name means the same everywhere."""
+        """Whether Redis's fleet has a store of this URI at this endpoint, and the endpoint means the same server everywhere."""
         host = urlsplit(known.endpoint).hostname or known.endpoint
         local = host == "localhost" or host.startswith("127.") or host == "::1"
         return known.endpoint == endpoint() and known.store == self._settings.store and not local
 
     def _outranked(self, known: Identity) -> Identity | None:
-        """What Redis holds once this worker's store stands in the place of a client's."""
+        """Replace a client's store in Redis by this worker's. Returns the identity that Redis holds then."""
         try:
             mine = self._mine(self._own_id(known), WORKER)
         except (AccessDeniedError, ObjectRefusedError):
@@ -215,7 +216,7 @@ class Membership:
         return self._known()
 
     def _noted(self, known: Identity | None, own: str, *, works: bool) -> Identity | None:
-        """What Redis holds, written first where that is nothing."""
+        """The identity in Redis; an empty key is written first."""
         if known is not None:
             return known
         with self._errors():

@@ -1,7 +1,8 @@
-"""How a pool's model is loaded, as `fleet.toml` says it: quantization, attention, arguments of `from_pretrained`. Pure.
+"""The keys of a pool about loading its model: quantization, attention, arguments of `from_pretrained`. No I/O.
 
-Each is an allow-list of plain values, so that no fleet file names code by them: what is missing here could run some, make weights
-up, or has a key of its own in the pool.
+Each is an allow-list of plain values, so that a fleet file cannot name code by them. Arguments that are missing here could run code
+or make weights up, or have a key of their own in the pool. `pools` checks with these functions, which raise FleetFileError;
+`model_names` takes the advice of `instead`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ METHODS: Mapping[str, Mapping[str, _Rule]] = {
     },
     "mxfp4": {"dequantize": _BOOL, "modules_to_not_convert": _NAMES},
 }
-"""By method the fields of transformers' class for it that a pool may set."""
+"""For each method, the fields of transformers' class that a pool may set."""
 
 OF_THE_CONFIG: Mapping[str, _Rule] = {
     "max_position_embeddings": _COUNT,
@@ -121,7 +122,7 @@ OF_THE_CONFIG: Mapping[str, _Rule] = {
     "rope_parameters": _TABLE,
     "sliding_window": _COUNT,
 }
-"""Arguments of `from_pretrained` that replace what the model's config.json says."""
+"""Arguments of `from_pretrained` that replace values of the model's config.json."""
 OF_THE_WEIGHTS: Mapping[str, _Rule] = {
     "experts_implementation": _one_of("eager", "batched_mm", "grouped_mm"),
     "low_cpu_mem_usage": _BOOL,
@@ -143,7 +144,7 @@ _OF_THE_WORKERS = {
     "use_auth_token": "set HF_TOKEN where the workers run",
     "use_fast": "the workers take what the model's folder names, so leave it out",
 }
-"""Arguments of transformers that no pool has a key for, and what to do in their place."""
+"""Arguments of transformers without a key in a pool, and what to do instead."""
 _ELSEWHERE = {
     **_OF_THE_WORKERS,
     "attn_implementation": 'write attn_implementation = "…" beside model_kwargs',
@@ -236,7 +237,7 @@ def misplaced(name: str) -> str | None:
 
 
 def instead(name: str, value: Any) -> str:
-    """What to do in the place of an argument of `pipeline()` that says how a model is loaded; a fleet file takes what is named."""
+    """The advice for an argument of `pipeline()` that says how a model is loaded, such as the line for the fleet file."""
     parts = {str(key): one for key, one in value.items()} if name == "model_kwargs" else {name: value}
     for key, one in parts.items():
         if why := _without_line(_KEYS.get(key, key), one):
@@ -246,7 +247,7 @@ def instead(name: str, value: Any) -> str:
 
 
 def _without_line(name: str, value: Any) -> str | None:
-    """What to do where no line of a pool says this; None where one does."""
+    """The advice for an argument that no line of a pool can say; None if one can."""
     if name in _OF_THE_WORKERS:
         return _OF_THE_WORKERS[name]
     if name in _REFUSED:
@@ -291,7 +292,7 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return str(value)
-    text = str(value).removeprefix("torch.")  # a dtype of torch names itself so
+    text = str(value).removeprefix("torch.")  # the text of a torch dtype begins so
     plain = isinstance(value, str) or text != str(value)
     return (
         f'"{text}"'

@@ -1,4 +1,7 @@
-"""The `model` of a call as people pass it to transformers: a name, a path, or an object, which no message can hold."""
+"""The arguments about the model of a call, as users pass them to transformers: names and paths pass, objects are refused.
+
+`Client` and `pipeline()` call these functions. ParameterError says what to do with an object: no message can hold it.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from pipefleet.errors import ParameterError
 from pipefleet.fleet.loading import instead
 
 _DEFAULTS = {"trust_remote_code": False, "use_fast": True}
-"""Values with which transformers behaves as it does without the argument."""
+"""Values that change nothing in transformers."""
 _NAMED = ("config", "pipeline_class", "quantization_config")
 """Arguments whose objects are no part of a model's folder."""
 
 
 def model_name(model: Any) -> str | None:
-    """The name by which pools know a model: a text as it is, a path in full where it names a folder here.
+    """The name by which pools know a model: a text unchanged, a path to a local folder in full.
 
-    Raises ParameterError for an object, and says what to do with it.
+    Raises ParameterError for an object, with the next step.
     """
     if model is None:
         return None
@@ -41,7 +44,7 @@ def model_name(model: Any) -> str | None:
 def check_loading(parameters: Mapping[str, Any], names: set[str], model: str | None) -> None:
     """Raise ParameterError for an argument of `names` that would change how the pool loads its model.
 
-    Passed over: defaults of transformers, and a tokenizer or processor by the name of the model, beside which the pool finds it.
+    Passed over are defaults of transformers, and a tokenizer or processor with the name of the model: the pool finds it there.
     """
     for name in sorted(names & parameters.keys()):
         value = parameters[name]
@@ -61,6 +64,6 @@ def check_loading(parameters: Mapping[str, Any], names: set[str], model: str | N
 
 
 def _name_of(model: Any) -> str | None:
-    """Where an object of transformers was loaded from."""
+    """The name or path from which an object of transformers was loaded."""
     known = getattr(model, "name_or_path", None)
     return known if isinstance(known, str) and known else None

@@ -1,7 +1,7 @@
-"""`fleet.toml`, the one description of the fleet: which pool of workers serves which task with which model. Pure.
+"""`fleet.toml`, the description of the fleet: each pool of workers serves one task with one model.
 
-Read by the producer (routing), `pipefleet up`, the workers and the scaler. A wrong key is an error that names the key and the
-nearest right one; a model by hub name needs a revision, so that a fleet cannot change under its users.
+The file comes in; a `Fleet` of `Pool`s goes out. Producers, `pipefleet up`, the workers and the scaler read it. FleetFileError
+names a wrong key and the nearest right one. A model by hub name needs a revision, so that a fleet cannot change under its users.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OF_A_REVISION = {
 }  # fmt: skip
 _MOST_PREVIOUS = 3
 UNNAMED = _MOST_PREVIOUS + 1
-"""`Pool.generation` of a revision that no fleet file names: behind all that one may name."""
+"""The `Pool.generation` of a revision that no fleet file names: higher than any that a file can name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class WorkerRange:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One pool of workers: they pin `model` and serve `task`."""
+    """One pool of workers, which pin `model` and serve `task`."""
 
     name: str
     task: str
@@ -54,7 +54,7 @@ class Pool:
     device: str = "auto"
     device_map: str | None = None
     dtype: str = "auto"
-    """`auto` is that of the checkpoint, on every device, as transformers.pipeline takes it."""
+    """`auto` is the dtype of the checkpoint, on every device, as in transformers.pipeline."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     max_batch_cost: int | None = None
     """Padded cost of a batch; None measures it at warm-up."""
@@ -64,31 +64,32 @@ class Pool:
     """Seconds that a job may wait before the pool counts as too small."""
     trust_remote_code: bool = False
     processor: str | None = None
-    """What makes inputs of recordings and pictures, where it does not lie beside the model; `tokenizer` does so for texts."""
+    """The processor of recordings and pictures, if it does not lie beside the model. `tokenizer` is the same for texts."""
     max_memory: Mapping[str, str] = field(default_factory=dict)
-    """With `device_map`: what it may use of each GPU, by its number, and of the host, as `cpu`: "20GiB". The disk has the rest."""
+    """With `device_map`: the memory, such as "20GiB", that it may use of each GPU (by number) and of the host (`cpu`). The rest of
+    the weights goes to disk."""
     offload_folder: str | None = None
-    """With `device_map`: where the rest of the weights lies; None for a folder in the cache."""
+    """With `device_map`: the folder for the rest of the weights; None for a folder in the cache."""
     compile: bool = False
-    """Whether the model goes through torch.compile before the first job; for models that answer in one forward."""
+    """Whether torch.compile compiles the model before the first job; for models that answer in one forward."""
     quantization: Mapping[str, Any] = field(default_factory=dict)
-    """`method` and the fields of its class in transformers (see `loading.METHODS`); empty leaves the weights as they are."""
+    """`method` and fields of its class in transformers (see `fleet.loading.METHODS`). An empty table changes no weights."""
     attn_implementation: str | None = None
-    """One of `loading.ATTENTIONS`; None leaves the choice to transformers."""
+    """One of `fleet.loading.ATTENTIONS`; None leaves the choice to transformers."""
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of `from_pretrained`: those of `loading.OF_THE_CONFIG` and `loading.OF_THE_WEIGHTS`."""
+    """Further arguments of `from_pretrained`: those of `OF_THE_CONFIG` and `OF_THE_WEIGHTS` in `fleet.loading`."""
     previous: tuple[Pool, ...] = ()
-    """The revisions that are being retired, newest first: served where a job names them, never by default."""
+    """The revisions that are being retired, newest first. They serve jobs that name them, and no others."""
     generation: int = 0
-    """0 for the revision that new work goes to, 1 and more for those in `previous`."""
+    """0 for the revision of new work, 1 and more for those in `previous`."""
     queue: str | None = None
-    """The queue that a worker announces for its pool; None where the fleet file decides (see `routing`)."""
+    """The queue that a worker announces for its pool; None if the fleet file decides (see `fleet.routing`)."""
     revision_queue: str | None = None
-    """The same for its revision."""
+    """The queue that a worker announces for its revision; None as above."""
 
     @classmethod
     def announced(cls, name: str, content: Mapping[str, Any]) -> Pool:
-        """The pool that a worker announces. What a later version announces besides is passed over.
+        """The pool that a worker announces. Unknown fields, of a later version, are passed over.
 
         Raises TypeError for an entry without a task or a model.
         """
@@ -98,26 +99,26 @@ class Pool:
 
     @property
     def key(self) -> str:
-        """The name of the pool, for a retired revision with `@previous` (or `@previous-2`, …) behind it."""
+        """The name of the pool. A retired revision has `@previous` (or `@previous-2`, …) behind it."""
         number = "" if self.generation < 2 else f"-{self.generation}"
         return f"{self.name}@previous{number}" if self.generation else self.name
 
     def serves(self, task: str, model: str, revision: str | None) -> bool:
-        """Whether a job that wants this model is for this pool; one that names no revision takes any."""
+        """Whether a job for this model goes to this pool. A job without a revision takes any revision."""
         return (self.task, self.model) == (task, model) and revision in (None, self.revision)
 
     @property
     def is_hub(self) -> bool:
-        """True when `model` is a name on the hub rather than a folder or an s3:// prefix."""
+        """True if `model` is a name on the hub, not a folder or an s3:// prefix."""
         return is_hub_name(self.model)
 
     def to_json(self) -> dict[str, Any]:
-        """What a worker announces of its pool; with the name of its queue, enough to route by."""
+        """The fields that a worker announces of its pool. With its queue they suffice for routing."""
         return {"task": self.task, "model": self.model, "revision": self.revision, "default": self.default}
 
 
 def pinned(name: str) -> tuple[str, str | None]:
-    """Name and revision of a tokenizer or processor given as `org/name@revision`; folders and prefixes have none."""
+    """Name and revision of a tokenizer or processor of the form `org/name@revision`; folders and prefixes have no revision."""
     if not is_hub_name(name):
         return name, None
     plain, _, revision = name.partition("@")
@@ -125,7 +126,7 @@ def pinned(name: str) -> tuple[str, str | None]:
 
 
 def is_hub_name(name: str) -> bool:
-    """True for a name on the hub rather than a folder or an s3:// prefix."""
+    """True for a name on the hub; False for a folder or an s3:// prefix."""
     return not (name.startswith(("s3://", "/", ".", "~")) or Path(name).is_dir())
 
 
@@ -141,7 +142,7 @@ class Fleet:
         return {one.key: one for pool in self.pools.values() for one in (pool, *pool.previous)}
 
     def pool(self, name: str) -> Pool:
-        """The pool of this name, or the retired revision of this key. Raises FleetFileError with the nearest one."""
+        """The pool of this name, or the retired revision of this key. Raises FleetFileError, which names the nearest one."""
         revisions = self.revisions
         if name not in revisions:
             known = ", ".join(sorted(revisions)) or "none"
@@ -149,7 +150,7 @@ class Fleet:
         return revisions[name]
 
     def default_pool(self, task: str) -> Pool:
-        """The pool that serves `task` when no model is named. Raises UnknownModelError where there is none."""
+        """The pool that serves `task` for calls without a model. Raises UnknownModelError if there is none."""
         serving = [pool for pool in self.pools.values() if pool.task == task and not pool.generation]
         chosen = next((pool for pool in serving if pool.default or len(serving) == 1), None)
         if chosen is None:
@@ -157,11 +158,9 @@ class Fleet:
         return chosen
 
     def find(self, task: str, model: str, revision: str | None) -> Pool:
-        """The pool that serves `model` for `task`. Raises UnknownModelError that lists what is served."""
+        """The pool that serves `model` for `task`. Raises UnknownModelError, which lists the served models."""
         found = [pool for pool in self.revisions.values() if pool.serves(task, model, revision)]
-        if (
-            found
-        ):  # the first of the foremost: the default pool, as for a call that names no model; retired ones come last
+        if found:  # the default pool first, as for a call that names no model; a retired pool comes last
             return max(found, key=lambda pool: (not pool.generation, pool.default))
         wanted = model + (f"@{revision}" if revision else "")
         raise UnknownModelError(f"no pool of the fleet serves {wanted} for {task}; {self._served()}")
@@ -185,7 +184,7 @@ class Fleet:
 
 
 def with_revision(pool: Pool, model: str, revision: str | None, *, allow_unpinned: bool = False) -> Pool:
-    """The revision of a pool that a worker is started for by hand: one that the fleet file names, or any other, as a retired one.
+    """The revision of a pool for a worker that is started by hand. A revision that the fleet file lacks counts as retired.
 
     Raises FleetFileError for a hub model without a revision.
     """
@@ -201,12 +200,12 @@ def with_revision(pool: Pool, model: str, revision: str | None, *, allow_unpinne
 
 
 def model_label(model: str, revision: str | None) -> str:
-    """`model@revision`, or the model alone where it needs no revision."""
+    """`model@revision`, or the model alone if it has no revision."""
     return f"{model}@{revision}" if revision else model
 
 
 def load_fleet(path: Path, *, allow_unpinned: bool = False) -> Fleet:
-    """Read `path`. Model folders and tokenizers given as relative paths are relative to the file.
+    """Read the fleet file `path`. Relative paths of models and tokenizers are relative to the file.
 
     Raises FleetFileError: file missing, not TOML, unknown key, value out of range, unpinned model.
     """
@@ -293,7 +292,7 @@ def _parse_pool(name: str, table: Any, base: Path) -> Pool:
 
 
 def _previous(where: str, pool: Pool, tables: Any, base: Path) -> tuple[Pool, ...]:
-    """The retired revisions of a pool: what a table does not say is as in the pool."""
+    """The retired revisions of a pool. Keys that a table lacks are as in the pool."""
     found: list[Pool] = []
     for generation, table in enumerate([tables] if isinstance(tables, Mapping) else tables, 1):
         _require(
@@ -324,7 +323,7 @@ def _resolve(model: str, base: Path) -> str:
 
 
 def _value(where: str, key: str, value: Any) -> Any:
-    """The value of one key, checked against the field's type and its own rules."""
+    """The value of one key, checked against its type and bounds."""
     match key:
         case "workers":
             return _workers(f"{where}.workers", value)

@@ -1,7 +1,8 @@
-"""The revisions of every pool as they lie in Redis: what waits for each, what of it is with workers, who serves it.
+"""The revisions of every pool in Redis: for each its waiting messages, its messages with workers, and its workers.
 
-The one that new work goes to has the pool's own queue besides its own. The messages that are with workers lie together for all of
-a pool; each of them says which queue it came from.
+The revision of new work has the pool's own queue beside the revision's queue. Messages with workers lie in one ledger for the whole
+pool; each tells the queue that it came from. `queues`, `top`, `doctor`, the scaler and `up` read with these functions, which raise
+redis-py's errors.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ for _, queue in ipairs(order) do
 end
 return answer
 """
-"""ARGV: unacked and delayed of a pool, not as KEYS, since who only reads has no right to more. Queue, held, delayed of each.
-Who may not read messages learns their number alone: all of them under a queue without a name."""
+"""ARGV: unacked and delayed of a pool. They are not KEYS, because KEYS need the right to write. Returns queue, held and delayed for
+each queue. A user without the right to read messages learns only their number: all count under a queue without a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Messages that wait in no list: those that workers hold, and those that are kept aside for a while."""
+    """Numbers of messages that are in no list: `leased` by workers, and `delayed` for a while."""
 
     leased: int = 0
     delayed: int = 0
@@ -57,31 +58,31 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One revision of a pool, and where its messages lie."""
+    """One revision of a pool, and the places of its messages."""
 
     pool: Pool
     queue: str
-    """Where producers put its jobs."""
+    """The queue that producers send its jobs to."""
     queues: tuple[str, ...]
-    """Every queue whose lists are its own."""
+    """Every queue that belongs to it."""
     held: Held | None = None
-    """What of the pool's messages in no list is its own; None for all of them."""
+    """Its share of the pool's messages that are in no list; None for all of them."""
     named: bool = True
-    """False for a revision that neither the fleet file nor, without one, a live worker names."""
+    """False for a revision that the fleet file does not name, or without a file no live worker."""
 
     @property
     def key(self) -> str:
-        """`Pool.key`; for a revision that nobody names the pool with the digits of its queue."""
+        """`Pool.key`; for a revision that nobody names, the pool's name with the digits of its queue."""
         return self.pool.key if self.named else f"{self.pool.name}@{self.queue.partition(REVISION_MARK)[2]}"
 
     @property
     def work_key(self) -> str:
-        """Under which name its workers' totals are kept; see `scaling.ledger`. Alone, a revision has those of its pool."""
+        """The name of its workers' totals, for `queues.keys.work_key`. The only revision of a pool has the totals of the pool."""
         return self.pool.name if self.held is None else f"{self.pool.name}@{self.queue.partition('@')[2]}"
 
 
 def held_by_queue(redis: Any, queue: str) -> dict[str, Held]:
-    """What of the messages of a pool is with workers or kept aside, by the queue that it came from."""
+    """The messages of a pool that are with workers or delayed, by the queue that they came from."""
     keys = ledger_keys(queue)
     answer = redis.eval(_HELD, 0, keys["unacked_key"], keys["delayed_key"])
     triples = zip(answer[::3], answer[1::3], answer[2::3], strict=True)
@@ -89,9 +90,9 @@ def held_by_queue(redis: Any, queue: str) -> dict[str, Held]:
 
 
 def parts_of(redis: Any, fleet: Fleet, *, unnamed: bool = False, troubles: dict[str, str] | None = None) -> list[Part]:
-    """Every revision of every pool of a fleet; with `unnamed`, those too that messages wait for and nobody names.
+    """Every revision of every pool of a fleet; with `unnamed` also the noted revisions that nobody names.
 
-    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    With `troubles`, a pool with a key of another type is left out, and the reason is noted there.
     """
     known = known_revisions(redis)
     found: list[Part] = []
@@ -127,24 +128,24 @@ def _sum(held: Iterable[Held]) -> Held:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What waits for one revision."""
+    """The backlog and the workers of one revision."""
 
     part: Part
     waiting: Mapping[str, int]
     """Messages by `high`, `normal` and `low` priority."""
     held: Held
     workers: int
-    """Workers alive that serve it."""
+    """Number of live workers that serve it."""
     first: Pool | None
-    """The revision of the pool that new work goes to; None where nothing is known of the pool but this."""
+    """The pool's revision of new work; None if nothing else is known of the pool."""
     barred: tuple[str, ...] = ()
-    """Of these workers, why those that S3 refuses take no jobs."""
+    """The reasons of the workers that take no jobs because S3 refuses them."""
     refused: tuple[tuple[str, ...], ...] = ()
-    """Of these workers, the buckets of each that S3 refuses only some."""
+    """The refused buckets of each worker to which S3 refuses only some."""
 
     @property
     def note(self) -> str | None:
-        """Why this waits and what to do, where nobody serves it; and which of its workers take no jobs."""
+        """A sentence if nobody serves this although messages wait, or if some workers take no jobs; else None."""
         if self.barred:
             count = (
                 "no worker takes"
@@ -171,7 +172,7 @@ class Backlog:
 
 
 def worker_command(pool: Pool) -> str:
-    """The command that starts a worker for a revision, whether or not the fleet file names it; without a name, for its task."""
+    """The command that starts a worker for a revision, named by the fleet file or not. A pool without a name goes by its task."""
     start = f"pipefleet worker --pool {pool.name}" if pool.name else f"pipefleet worker --task {pool.task}"
     return f"{start} {model_options(pool)}" if pool.generation or not pool.name else start
 
@@ -183,14 +184,14 @@ def start_command(part: Part) -> str:
 
 
 def model_options(pool: Pool) -> str:
-    """The options that name the model and revision of a pool to a command."""
+    """The options of a command that name the model and revision of a pool."""
     return f"--model {pool.model}" + (f" --revision {pool.revision}" if pool.revision else "")
 
 
 def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Backlog]:
-    """What waits for every revision: those of the fleet, and others that something waits for or somebody serves.
+    """The backlog of every revision of the fleet, and of others that have messages or workers.
 
-    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    With `troubles`, a pool with a key of another type is left out, and the reason is noted there.
     """
     workers = announced_workers(redis)
     found = []
@@ -218,9 +219,9 @@ def _waiting_of(redis: Any, part: Part) -> Mapping[str, int]:
 
 
 def every_part(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Part]:
-    """Every revision of the fleet, and every other that Redis knows of, whether or not something waits for it.
+    """Every revision of the fleet, and every other revision that Redis knows, with or without messages.
 
-    With `troubles`, a pool whose keys hold something else is left out, and told there.
+    With `troubles`, a pool with a key of another type is left out, and the reason is noted there.
     """
     return [*parts_of(redis, fleet, unnamed=True, troubles=troubles), *_forgotten(redis, fleet, troubles)]
 
@@ -235,9 +236,9 @@ def _all_held(redis: Any, queue: str) -> Held:
 
 
 def waiting(redis: Any, queue: str) -> int:
-    """How many messages wait for one revision, are with its workers, or are kept aside: 0 once it is drained.
+    """The number of messages that wait for one revision, are with its workers, or are delayed: 0 once it is drained.
 
-    `queue` is a `routing.work_queue`.
+    `queue` is a `fleet.routing.work_queue`.
     """
     pipe = redis.pipeline(transaction=False)
     for name in waiting_lists(queue):
@@ -248,7 +249,7 @@ def waiting(redis: Any, queue: str) -> int:
 
 
 def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> list[Part]:
-    """What waits in queues of pools that no fleet file and no live worker tells of."""
+    """The noted queues of pools that no fleet file and no live worker names."""
     known = {queue_name(pool, fleet) for pool in fleet.pools.values()}
     found = []
     for name, (model, revision) in known_revisions(redis).items():
@@ -262,9 +263,9 @@ def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> lis
 
 
 def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
-    """Forget the queues that nothing was put into and nobody consumed for so many days, and that are empty.
+    """Forget the notes of empty queues that nobody sent to or consumed for so many days.
 
-    Forgets what is no queue, too. A key of a queue that holds another type is left for others to tell of.
+    Notes of other names are forgotten too. A queue whose key holds another type is left: other commands tell of it.
     """
     entries: Any = redis.hgetall(REVISIONS_KEY)
     before = server_time(redis) - 86_400 * days if entries else 0.0
@@ -278,7 +279,7 @@ def _forgettable(redis: Any, name: bytes, value: bytes, before: float) -> bool:
     try:
         lists = waiting_lists(own_queue(name.decode()))
     except ValueError:
-        return True  # as a key, it may be one that we have no right to
+        return True  # it must not be used as a key: the user may have no right to it
     try:
         old = number(read_object(value)["at"]) < before
     except (ValueError, LookupError):

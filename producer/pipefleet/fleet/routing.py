@@ -1,11 +1,11 @@
-"""From a job to its queue and back: pure functions of the job and the fleet.
+"""The queue of a job: functions of the job and the fleet, without I/O.
 
-pipefleet.<task>           the task's default pool: messages that name no model, from any Celery client
-pipefleet.<task>.<pool>    the same of every other pool
-<either>@<8 hex digits>    the messages of one model and revision
+pipefleet.<task>           the queue of the task's default pool: messages without a model, from any Celery client
+pipefleet.<task>.<pool>    the queue of any other pool
+<either>@<8 hex digits>    the queue of one model and revision
 
-Workers consume the queue of their pool and that of the revision they serve. So workers of two revisions of a pool serve side by
-side, and what is queued for a revision waits for a worker of it.
+A worker consumes the queue of its pool and the queue of its revision. So workers of two revisions of a pool serve side by side, and
+a message for a revision waits for a worker of that revision. Clients call `route` and `work_queue`; workers announce the names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def route(task: str, model: str | None, revision: str | None, fleet: Fleet) -> P
 
 
 def queue_name(pool: Pool, fleet: Fleet) -> str:
-    """The queue of a pool, without a revision: what its workers announce, else what follows from the whole fleet."""
+    """The queue of a pool, without a revision: the name that its workers announce, else the name that follows from the fleet."""
     if pool.queue is not None:
         return pool.queue
     shared = [other for other in fleet.pools.values() if other.task == pool.task]
@@ -40,15 +40,15 @@ def queue_name(pool: Pool, fleet: Fleet) -> str:
 
 
 def revision_queue(queue: str, model: str, revision: str | None) -> str:
-    """The queue of one revision, from that of its pool."""
+    """The queue of one revision, from the queue of its pool."""
     digest = hashlib.blake2b(json.dumps([model, revision]).encode(), digest_size=4).hexdigest()
     return f"{queue}@{digest}"
 
 
 def work_queue(pool: Pool, fleet: Fleet) -> str:
-    """The queue that producers send the jobs of `pool` to: that of its revision.
+    """The queue that producers send the jobs of `pool` to: the queue of its revision.
 
-    A worker of a release that knew no such queues announces that of its pool alone.
+    If a worker of a release without queues of revisions announces the pool, it is the queue of the pool.
     """
     if pool.queue is not None:
         return pool.revision_queue or pool.queue
@@ -56,7 +56,7 @@ def work_queue(pool: Pool, fleet: Fleet) -> str:
 
 
 def announcement(pool: Pool, fleet: Fleet) -> dict[str, Any]:
-    """What workers announce of their pool: enough to route by."""
+    """The fields that workers announce of their pool. They suffice for routing."""
     queue = queue_name(pool, fleet)
     further = {"revision_queue": revision_queue(queue, pool.model, pool.revision), "retired": pool.generation > 0}
     return pool.to_json() | {"default": queue.count(".") == 1, "queue": queue} | further

@@ -1,4 +1,4 @@
-"""Which live workers of a pool can write the parts of a run, by what they announce."""
+"""The live workers of a pool that can write parts in a format, from their announcements. `map` and workers ask."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pipefleet.fleet.announcements import announced_workers
 
 
 def writers(redis: Any, pool: str, format: str, *, but: str = "") -> tuple[int, int]:
-    """How many live workers of `pool` there are, and how many of them can write parts in `format`, without the worker `but`.
+    """The number of live workers of `pool`, and of those that can write parts in `format`; without the worker `but`.
 
-    A worker that does not tell, as those of earlier releases, counts as one that can. Raises what redis-py raises.
+    A worker that does not announce its formats, of an earlier release, counts as able. Raises redis-py's errors.
     """
     live = [one for name, one in announced_workers(redis).items() if one["pool"] == pool and name != but]
     return len(live), sum(format in one.get("formats", [format]) for one in live)
 
 
 def require_writer(redis: Any, url: str, pool: str, format: str) -> None:
-    """Raise RunError where workers of the pool are alive and none of them can write parts in `format`."""
+    """Raise RunError if the pool has live workers and none of them can write parts in `format`."""
     with redis_errors(url):
         live, able = writers(redis, pool, format)
     if live and not able:

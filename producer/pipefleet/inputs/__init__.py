@@ -1,1 +1,1 @@
-"""From what a user holds to what travels: values, files, manifests and buckets become JSON with references."""
+"""Inputs: a user's values, files, manifests and buckets become JSON with references, and items of a run."""

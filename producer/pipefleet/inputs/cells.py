@@ -1,4 +1,4 @@
-"""Cells of a column of `datasets` that is not decoded, for pictures and for sound: `{"bytes", "path"}`, or one of the two."""
+"""Cells of `datasets` columns that are not decoded: `{"bytes", "path"}` or one of the two, for pictures and for sound."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _KEYS = {"bytes", "path"}
 
 
 def is_cell(value: object) -> bool:
-    """Whether it is such a cell."""
+    """Whether `value` is such a cell."""
     return isinstance(value, Mapping) and bool(value) and set(value) <= _KEYS
 
 
 def cell_content(value: Mapping[str, Any]) -> Any:
-    """The file's bytes, or where there are none its path. Raises InputError where a cell holds neither, or other types."""
+    """The bytes of a cell, or else its path. Raises InputError if it holds neither, or values of other types."""
     content, path = value.get("bytes"), value.get("path")
     if content is not None:
         if not isinstance(content, bytes | bytearray | memoryview):

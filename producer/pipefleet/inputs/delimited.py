@@ -1,4 +1,7 @@
-"""Texts and tables in files: which characters a file is written in, its lines, and which delimiter its cells have."""
+"""Text files in pieces: their encoding, their lines, the delimiter of their tables, and gzip. Memory is bounded.
+
+Chunks of bytes come in, texts and lines go out; `manifests` reads with these functions. ValueError names the fault of a file.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,22 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 LONGEST_LINE = 64 << 20
-"""Characters that one line, or one cell, may have: as much as an item."""
+"""Most characters of one line or one cell: as many as an item may have."""
 _DELIMITERS = ",;\t"
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _PIECE = 1 << 16
 
 
 def allow_long_cells() -> None:
-    """Let the csv module take cells of up to LONGEST_LINE characters; its bound is one of the process, at first 131,072."""
+    """Let the csv module take cells of up to LONGEST_LINE characters. Its bound, at first 131,072, holds for the whole process."""
     if csv.field_size_limit() < LONGEST_LINE:
         csv.field_size_limit(LONGEST_LINE)
 
 
 def text_of(chunks: Iterable[bytes]) -> Iterator[str]:
-    """A file as text, in pieces, without its byte order mark: UTF-8, or UTF-16 where the mark says so, as Excel writes it.
+    """A file as text, in pieces, without its byte order mark: UTF-8, or UTF-16 if the mark says so (Excel writes it).
 
-    Bytes that are no text stay as lone surrogates, so that one line with such bytes spoils no other.
+    Bytes that are not text become lone surrogates, so that they spoil only their own line.
     """
     chunks = iter(chunks)
     head = b""
@@ -43,9 +46,9 @@ def text_of(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def with_line_feeds(texts: Iterable[str]) -> Iterator[str]:
-    """A text in pieces as it is, or with LF where its lines end with CR alone, as Excel's "CSV (Macintosh)" and old programs write.
+    """A text in pieces. If its lines end with CR alone, as in Excel's "CSV (Macintosh)", they end with LF here.
 
-    The first 65,536 characters tell: they hold a CR and no LF.
+    The first 65,536 characters decide: such a text has a CR there and no LF.
     """
     texts, head = iter(texts), ""
     while len(head) < _PIECE and "\n" not in head and (more := next(texts, None)) is not None:
@@ -57,7 +60,7 @@ def with_line_feeds(texts: Iterable[str]) -> Iterator[str]:
 
 
 def lines_of(texts: Iterable[str], *, most: int = LONGEST_LINE) -> Iterator[str]:
-    """The lines of a text that comes in pieces, with their ends (LF or CRLF). Raises ValueError above `most` characters."""
+    """The lines of a text in pieces, with their ends (LF or CRLF). Raises ValueError for a line of more than `most` characters."""
     left: list[str] = []
     held = 0
     for text in texts:
@@ -74,7 +77,7 @@ def lines_of(texts: Iterable[str], *, most: int = LONGEST_LINE) -> Iterator[str]
 
 
 def unreadable_at(line: str) -> int | None:
-    """The column, from 1, where a line of `text_of` holds what is no text; None where there is nothing of that kind."""
+    """The column, from 1, of the first character in a line of `text_of` that is not text; None if all are."""
     if line.isascii():
         return None if "\0" not in line else line.index("\0") + 1
     try:
@@ -85,13 +88,13 @@ def unreadable_at(line: str) -> int | None:
 
 
 def delimiter_of(header: str) -> str:
-    """The delimiter of a table, told from its first line: a comma, or the semicolon or tab that Excel writes in some countries."""
+    """The delimiter of a table, from its first line: a comma, or the semicolon or tab that Excel writes in some countries."""
     outside = "".join(header.split('"')[::2])
     return next((one for one in _DELIMITERS if one in outside), ",")
 
 
 def unzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The content of a gzip file, in pieces of bounded size. Raises ValueError for what is none, or is cut off."""
+    """The content of a gzip file, in pieces of bounded size. Raises ValueError for any other file, and for one that is cut off."""
     engine, begun = zlib.decompressobj(wbits=31), False
     for chunk in chunks:
         while chunk:

@@ -1,6 +1,8 @@
-"""The rows of a manifest, whatever it is written in, one by one and with bounded memory.
+"""The rows of a manifest, one by one, with bounded memory.
 
-JSON lines (`.jsonl`, `.ndjson`), a JSON array (`.json`), a table (`.csv`, `.tsv`) or a text a line (`.txt`); each also with `.gz`.
+A manifest is JSON lines (`.jsonl`, `.ndjson`), a JSON array (`.json`), a table (`.csv`, `.tsv`) or one text a line (`.txt`), each
+also with `.gz`. Chunks of bytes come in, rows with their line numbers go out. `sources` calls `rows`. ManifestError names the
+line; a row that is not text becomes `Unreadable` and fails alone.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from pipefleet.tasks import TaskSpec
 
 KEYS = {"inputs", "id", "parameters"}
 ANNOTATIONS = {"error", "input", "output", "provenance", "warnings"}
-"""Keys that a failures file has beside those of a manifest, and that are passed over when it is read as one."""
+"""Keys that a failures file has beside those of a manifest. They are passed over when the file is read as a manifest."""
 FORMATS = "a .jsonl, .ndjson, .json, .csv, .tsv or .txt manifest (also with .gz)"
-"""What may be a manifest, for messages."""
+"""The kinds of manifests, for messages."""
 _SUFFIXES = ("jsonl", "ndjson", "json", "csv", "tsv", "txt")
 _FIRST_PIECE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A row that is no text; it fails alone."""
+    """A row that is not text. It fails alone."""
 
     reason: str
 
@@ -45,13 +47,13 @@ Row = Mapping[str, Any] | Unreadable
 
 
 def suffix_of(name: str) -> str | None:
-    """Which of the formats a name stands for, in whatever case; None for that of no manifest."""
+    """The suffix of a manifest's name, in lower case, without `.gz`; None for a name of no manifest."""
     suffix = name.lower().removesuffix(".gz").rpartition("/")[2].rpartition(".")[2]
     return suffix if suffix in _SUFFIXES and "." in name else None
 
 
 def rows(chunks: Iterable[bytes], where: str, spec: TaskSpec) -> Iterator[tuple[int, Row]]:
-    """Line number and row of each item of the manifest at `where`. Raises ManifestError for what cannot be used."""
+    """Line number and row of each item of the manifest at `where`. Raises ManifestError for a line that cannot be used."""
     if where.lower().endswith(".gz"):
         chunks = unzipped(chunks)
     suffix, texts = suffix_of(where), with_line_feeds(text_of(chunks))
@@ -59,7 +61,7 @@ def rows(chunks: Iterable[bytes], where: str, spec: TaskSpec) -> Iterator[tuple[
     try:
         for line, row in _READERS[suffix or ""](texts, where, spec):
             yield line, row
-    except PipefleetError:  # also what S3 said: that is not about a line
+    except PipefleetError:  # an error of S3 too, which is about no line
         raise
     except ValueError as error:
         raise ManifestError(f"{where}, behind line {line}: {error}") from None
@@ -102,7 +104,7 @@ def _loaded(line: str, where: str, number: int) -> Any:
 
 
 def _json_file(texts: Iterator[str], where: str, spec: TaskSpec) -> Iterator[tuple[int, Row]]:
-    """A JSON array of inputs or of rows; or, as many programs write them, JSON lines in a `.json` file."""
+    """A JSON array of inputs or of rows; or JSON lines in a `.json` file, as many programs write them."""
     head = next((text for text in texts if text.strip()), "")
     texts = itertools.chain([head], texts)
     if head.lstrip().startswith("["):
@@ -115,7 +117,7 @@ def _json_file(texts: Iterator[str], where: str, spec: TaskSpec) -> Iterator[tup
 
 
 def _row_of(value: Any, line: int) -> Row:
-    """An element of an array: a row where it has the key `inputs`, else the inputs of one."""
+    """The row of an array's element: the element itself if it has the key `inputs`; else the element is the inputs."""
     if not _is_text(value):
         return Unreadable(f"the element that begins in line {line}: not UTF-8")
     if not isinstance(value, Mapping) or "inputs" not in value:
@@ -124,18 +126,18 @@ def _row_of(value: Any, line: int) -> Row:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether all texts in a value of JSON are such, without bytes that `text_of` could not read."""
+    """Whether all texts in a JSON value are free of bytes that `text_of` could not read."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
-    except RecursionError:  # preparing it says so
+    except RecursionError:  # preparing the item will say so
         return True
     return True
 
 
 class Array:
-    """The values of a JSON array that comes in pieces: no more is held than the longest value takes, and at most LONGEST_LINE."""
+    """The values of a JSON array that comes in pieces. It holds one value at a time, of at most LONGEST_LINE characters."""
 
     def __init__(self, texts: Iterator[str], where: str) -> None:
         self._texts = texts
@@ -167,7 +169,7 @@ class Array:
         return found
 
     def _next(self) -> str:
-        """The next character that is no space; nothing at the end."""
+        """The next character that is not a space; empty at the end."""
         while True:
             while self._place < len(self._text):
                 character = self._text[self._place]
@@ -194,7 +196,7 @@ class Array:
                     self._place += length
                     return line, value
             except json.JSONDecodeError as error:
-                held = len(self._text) - self._place  # as much again, so that a long value is not tried too often
+                held = len(self._text) - self._place  # read as much again, so that a long value is not parsed too often
                 if held > LONGEST_LINE and error.msg.startswith("Unterminated"):
                     raise self._error(f"a text has more than {LONGEST_LINE} characters") from None
                 if held > LONGEST_LINE or not self._more(max(held, _FIRST_PIECE)):
@@ -203,7 +205,7 @@ class Array:
                 raise self._error("nested too deeply") from None
 
     def _more(self, size: int) -> bool:
-        """Read `size` characters or more behind those that are held, and drop those that are done. False at the end."""
+        """Read at least `size` more characters, and drop the finished ones. False at the end."""
         pieces, found = [self._text[self._place :]], 0
         while found < size and (piece := next(self._texts, None)) is not None:
             pieces.append(piece)
@@ -225,7 +227,7 @@ def _tsv_table(texts: Iterator[str], where: str, spec: TaskSpec) -> Iterator[tup
 
 
 def _table(texts: Iterator[str], where: str, spec: TaskSpec, delimiter: str | None) -> Iterator[tuple[int, Row]]:
-    """Line number and row of each record. csv gets lines with their ends, which it has to see inside quoted fields."""
+    """Line number and row of each record. csv gets lines with their ends, because quoted fields may hold line ends."""
     allow_long_cells()
     lines = lines_of(texts)
     header = next(lines, "")
@@ -248,7 +250,7 @@ def _table(texts: Iterator[str], where: str, spec: TaskSpec, delimiter: str | No
 
 
 class _Marked:
-    """Lines for csv; `unreadable` says where those of the record under way hold what is no text."""
+    """Lines for csv. `unreadable` names the place in the current record that is not text."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = enumerate(lines, start=1)

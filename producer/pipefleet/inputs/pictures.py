@@ -1,6 +1,7 @@
-"""Pictures as people hold them: PIL objects, `data:` URIs, base64. From each, the bytes that travel.
+"""Pictures as users hold them: PIL objects, arrays, `data:` URIs, base64. Out come the bytes of a file, its suffix and type.
 
-The rules are those of `transformers.image_utils.load_image`.
+The rules are those of `transformers.image_utils.load_image`. `uploads` and `prepare` call these functions. InputError names the
+fault of a picture. Pillow and numpy are needed only for objects of theirs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from urllib.parse import unquote_to_bytes
 from pipefleet.errors import InputError
 
 MOST_INLINE = 256 << 20
-"""Characters of a picture that stands inside a text, as base64."""
+"""Most characters of a picture inside of a text, as base64."""
 LONGEST_PATH = 4096
-"""Characters of a path on Linux; a longer text is no file's name."""
+"""Most characters of a path on Linux. A longer text names no file."""
 _DATA = re.compile(r"data:([^,;]{0,100})[^,]{0,200},", re.IGNORECASE)
 _SPACE = re.compile(rb"\s+")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
@@ -39,12 +40,12 @@ _TIFF_MODES = {"I", "F", "CMYK", "I;16", "I;16L", "I;16B", "I;16N"}
 
 
 def is_picture(value: Any) -> bool:
-    """Whether it is a PIL image; looks at what it has, so that nobody needs Pillow for anything else."""
+    """Whether `value` is a PIL image. Its attributes tell, so Pillow need not be installed."""
     return hasattr(value, "save") and hasattr(value, "mode")
 
 
 def inline(text: str) -> tuple[bytes, str, str | None] | None:
-    """Bytes, suffix and media type of a picture inside a text; None for a text that is anything else, such as a path.
+    """Bytes, suffix and media type of a picture inside of a text; None for any other text, such as a path.
 
     Raises InputError for a `data:` URI that cannot be read.
     """
@@ -59,21 +60,21 @@ def inline(text: str) -> tuple[bytes, str, str | None] | None:
 def picture_file(image: Any) -> tuple[bytes, str, str]:
     """Bytes, suffix and media type of a file that holds a PIL image: its current frame, upright, and without loss.
 
-    PNG or TIFF where one of them holds its mode; else RGB, to which every pipeline converts it (YCbCr, HSV, LAB, La …). What the
-    object came with beside its pixels (profiles, EXIF) stays behind. Raises InputError for one that cannot be read.
+    The file is PNG or TIFF, if one of them holds the image's mode. Other modes (YCbCr, HSV, LAB, La …) become RGB, as in every
+    pipeline. Profiles and EXIF stay behind. Raises InputError for an image that cannot be read.
     """
-    from PIL import ImageOps  # whoever has such an object has Pillow
+    from PIL import ImageOps  # a caller with such an object has Pillow
 
     try:
         image = ImageOps.exif_transpose(image)
         image = image if image.mode in _PNG_MODES | _TIFF_MODES else image.convert("RGB")
     except (
         Exception
-    ) as error:  # a damaged file raises here, as it is lazily read, and a mode that Pillow does not convert (La)
+    ) as error:  # files are read lazily, so a damaged one raises here; so does a mode that Pillow does not convert (La)
         raise InputError(f"the picture cannot be read: {type(error).__name__}: {error}") from error
     if not all(image.size):
         raise InputError(f"the picture has no pixels: its size is {image.width} x {image.height}")
-    if image.mode == "I;16N":  # the byte order of this machine, for which TIFF has another name
+    if image.mode == "I;16N":  # this machine's byte order, under a name that TIFF does not take
         from PIL import Image
 
         image = Image.frombytes("I;16" if sys.byteorder == "little" else "I;16B", image.size, image.tobytes())
@@ -88,9 +89,9 @@ def picture_file(image: Any) -> tuple[bytes, str, str]:
 
 
 def picture_of_array(value: Any) -> Any:
-    """The PIL image in an array or tensor of bytes with three channels, which stand where transformers looks for them.
+    """The PIL image of an array or tensor of uint8 with three channels, on an axis where transformers looks for channels.
 
-    Raises InputError for any other, for it does not say how bright its numbers are.
+    Raises InputError for any other array: it does not tell how bright its numbers are.
     """
     shape, kind = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", "")).removeprefix("torch.")
     first = len(shape) == 3 and shape[0] == 3
@@ -109,7 +110,7 @@ def picture_of_array(value: Any) -> Any:
 
 
 def _transparency(image: Any) -> dict[str, Any]:
-    """Which colours of a palette are transparent."""
+    """The transparent colours of a palette, as Pillow's info."""
     found = image.info.get("transparency")
     return {"transparency": found} if image.mode == "P" and isinstance(found, int | bytes) else {}
 
@@ -130,7 +131,7 @@ def _from_data_uri(text: str, head: re.Match[str]) -> tuple[bytes, str, str | No
 
 
 def _from_base64(text: str) -> tuple[bytes, str, None] | None:
-    """A text that is a picture in base64: one that begins like a file of pictures, or that is too long for a path."""
+    """The picture in a base64 text; None for other texts. It begins like a picture's file, or is too long for a path."""
     if len(text) < 32 or not _BASE64.match(text[:64]):
         return None
     begin = _decoded("".join(text[:120].split())[:64])

@@ -1,4 +1,8 @@
-"""From what a user passes to what travels: JSON with references where media stood. One method for each kind of `Media`."""
+"""`InputPreparer`: one input as a user passes it becomes JSON with references in the place of media.
+
+It has a method for each kind of `Media`. Clients call `prepare` and `spill` before they queue; sources call them for each item.
+Local files and values are uploaded on the way. InputError says that the task does not take the input.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ from pipefleet.tasks.shared import may_stand_in_a_message
 from pipefleet.tasks.values import plain
 
 _PARTS = {"image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
-"""Types of the parts of a chat's message that hold media; a part holds it under its type's name, or under `url`."""
+"""Types of parts of a chat's message that hold media. A part holds its medium under the type's name or `url`."""
 _VALUES = (Media.DATA, Media.LABELS)
 _PICTURES = (Media.IMAGE, Media.IMAGES)
 _NAMES = {"image": ("image", "url", "path", "base64")}
-"""Under which names a part of a chat holds its medium, where they are others than its type, `url` and `path`."""
+"""Names under which a part of a chat may hold its medium, if they differ from the type's name, `url` and `path`."""
 _MOST_LABELS = 1000
 _MOST_TEXTS = 100_000
-"""Words of one pre-tokenised text, or questions about one table."""
+"""Most words of one pre-tokenised text, or questions about one table."""
 
 
 class InputPreparer:
@@ -67,7 +71,7 @@ class InputPreparer:
     def prepare(self, value: Any, parameters: Mapping[str, Any] | None = None) -> Any:
         """The JSON form of one input, which may have `parameters` of its own.
 
-        Raises InputError for a kind that the task does not take, and with ParameterError for what can only fail with the model.
+        Raises InputError for a kind that the task does not take; InputError or ParameterError for an input that can only fail.
         """
         if self.spec.fields and isinstance(value, Mapping):
             value = self._in_json(self.spec.given(value))
@@ -83,7 +87,7 @@ class InputPreparer:
         return self._kinds[self.spec.media](value)
 
     def spill(self, prepared: Any) -> Any:
-        """`prepared` itself, or with texts too long for a message moved to the store."""
+        """`prepared`, with texts that are too long for a message moved into the store."""
         if len(encode_json(prepared).encode()) <= self._inline_bytes:
             return prepared
         if isinstance(prepared, str):
@@ -95,7 +99,7 @@ class InputPreparer:
         return prepared
 
     def dry(self) -> InputPreparer:
-        """One that refuses what this one refuses, but reads no local file and uploads nothing."""
+        """A preparer that refuses the same inputs, but reads no local file and uploads nothing."""
         return InputPreparer(
             self.spec,
             self._store,
@@ -106,7 +110,7 @@ class InputPreparer:
         )
 
     def _spill_field(self, name: str, item: Any) -> Any:
-        """Long data and tables are spilled whole, as JSON; texts inside chats one by one."""
+        """A field after spilling. Long data and tables move whole, as JSON; texts inside of chats move one by one."""
         whole = {**self.spec.fields, **self.spec.carried}.get(name) in (Media.DATA, Media.TABLE, Media.LABELS)
         text = encode_json(item)
         if whole and not is_ref(item) and len(text.encode()) > self._inline_bytes:
@@ -126,7 +130,7 @@ class InputPreparer:
         return {name: self._kinds[fields[name]](item) for name, item in value.items()}
 
     def _in_json(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields with data and labels of numpy, torch and pandas as JSON has them."""
+        """The fields, with data and labels of numpy, torch and pandas as JSON."""
         fields = self.spec.fields
         return {name: in_json(name, one) if fields.get(name) in _VALUES else one for name, one in value.items()}
 
@@ -152,7 +156,7 @@ class InputPreparer:
         return [self._words(one) for one in value]
 
     def _words(self, value: Any) -> str:
-        """What somebody says in a chat, or one of a list of texts: never a reference, whatever it looks like."""
+        """A text of a chat or of a list of texts. It is never a reference, even if it looks like a URI."""
         if isinstance(value, str):
             return value
         where = "in a list" if self.spec.media is not Media.PROMPT else "as role and content of a message"
@@ -200,7 +204,7 @@ class InputPreparer:
             return self._upload.image(value)
         if isinstance(value, str) and not is_uri(value):
             return self._upload.picture(value)
-        if hasattr(value, "__array__") and not isinstance(value, str):  # texts of numpy have it too
+        if hasattr(value, "__array__") and not isinstance(value, str):  # numpy's texts have this attribute too
             return self._upload.image(picture_of_array(value))
         return self._media(value)
 
@@ -231,7 +235,7 @@ class InputPreparer:
         return {"audio": reference, **beside} if beside else reference
 
     def _carried(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """A recording with what goes with it, as it stands on the wire and in the list of a run's failures."""
+        """A recording with its stride and extra keys, in the form of the wire and of a run's list of failures."""
         for name in value:
             if name not in self.spec.carried:
                 known = ", ".join(self.spec.carried)
@@ -245,7 +249,7 @@ class InputPreparer:
         return prepared | ({"extra": extra_of(value["extra"])} if "extra" in value else {})
 
     def _media(self, value: Any) -> Any:
-        """What every kind of media may be: a URI, a reference, a local file, bytes."""
+        """Media of any kind: a URI, a reference, a local file, bytes, an open file."""
         if is_uri(value):
             return StorageRef.of(value.rstrip("\r\n")).to_json()
         if is_ref(value):
@@ -297,7 +301,7 @@ class InputPreparer:
 
 
 def in_json(name: str, value: Any) -> Any:
-    """A field's value as JSON has it. Raises InputError where it has no form for it."""
+    """A field's value as JSON. Raises InputError for a value without a JSON form."""
     try:
         found = plain(value)
         encode_json(found)
@@ -309,19 +313,19 @@ def in_json(name: str, value: Any) -> Any:
 
 
 def is_message(value: object) -> bool:
-    """True for a message of a chat, as transformers tells it: a list that begins with one is a chat, not a batch."""
+    """True for a message of a chat, by transformers' rule. A list that begins with a message is a chat, not a batch."""
     return isinstance(value, Mapping) and "role" in value and "content" in value
 
 
 def is_pair(value: object) -> bool:
-    """True for a text with its pair as a tuple, or as transformers' `[[text, pair]]`; a flat list of two is neither."""
+    """True for a text with its pair, as a tuple or as transformers' `[[text, pair]]`. A flat list of two texts is no pair."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = tuple(value[0])
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, str | os.PathLike) for one in value)
 
 
 def plain_part(part: Any) -> Any:
-    """A part of a chat's message without names of nothing (None), and OpenAI's `image_url` as a part of type image."""
+    """A part of a chat's message without fields that are None, and with OpenAI's `image_url` as a part of type image."""
     if not isinstance(part, Mapping):
         return part
     part = {name: one for name, one in part.items() if one is not None}
@@ -338,12 +342,12 @@ def plain_part(part: Any) -> Any:
 
 
 def is_file(value: object) -> bool:
-    """True for an open file, which is one input though it gives lines: also one in memory, or a response of HTTP."""
+    """True for an open file, a file in memory, or a response of HTTP. Each is one input, though it gives lines."""
     return callable(getattr(value, "read", None))
 
 
 def is_table(value: object) -> bool:
-    """True for a table of pandas, which is one input: that a table has columns is not enough, sets of `datasets` have them too."""
+    """True for a table of pandas, which is one input. `iloc` tells it from sets of `datasets`, which have columns too."""
     return hasattr(value, "columns") and hasattr(value, "iloc")
 
 

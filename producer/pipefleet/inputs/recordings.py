@@ -1,8 +1,9 @@
-"""Recordings that are values: arrays, tensors, lists and dicts of samples become float32 as transformers hears them.
+"""Recordings that are values: arrays, tensors, lists and dicts of samples become float32, by transformers' rules.
 
-    what a user passes → `recording_of` → samples, their rate, and what else a dict says about them
+    array, tensor, list, dict, decoder → `recording_of` → `Recording`: samples, rate, stride, extra keys → `wav`
 
-Needs neither numpy nor torch: what holds an array brings its own library.
+`prepare` and `uploads` call these functions. InputError names the fault. numpy and torch need not be installed: a caller with an
+array has its library.
 """
 
 from __future__ import annotations
@@ -21,47 +22,47 @@ from pipefleet.contract.references import refs_in
 from pipefleet.errors import ContractError, InputError
 
 RATES = (1_000, 1_000_000)
-"""Sampling rates in Hz that workers believe."""
+"""Lowest and highest sampling rate in Hz that workers accept."""
 LARGEST = (1 << 32) - 64
-"""Bytes of samples that a WAV file can hold."""
+"""Most bytes of samples in a WAV file."""
 _RESERVED = {
     "attention_mask", "chunks", "input_features", "input_values", "is_last", "lang_id", "logits", "text",
     "token_timestamps", "tokens",
 }  # fmt: skip
-"""Keys that would replace parts of a result, or of what the model hears."""
+"""Keys that would replace parts of a result, or of the model's input."""
 _ARRAYS = ("astype", "detach", "get_all_samples", "sample_rate", "to_numpy")
-"""What tells an array, a tensor, a decoder or the samples of torchcodec, or a column of a table."""
+"""Attributes of arrays, tensors, decoders and samples of torchcodec, and columns of tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Mono samples as little-endian float32; `rate` in Hz, None where it is the model's own."""
+    """Mono samples as little-endian float32. `rate` is in Hz; None stands for the model's own rate."""
 
     samples: bytes
     rate: int | None = None
     stride: tuple[float, float] | None = None
-    """Samples at both ends that the model hears and whose text is left out."""
+    """Numbers of samples at both ends that the model hears and whose text is left out."""
     extra: Mapping[str, Any] | None = None
-    """What goes into the result as it is."""
+    """The user's own keys, which go into the result unchanged."""
 
 
 def is_samples(value: object) -> bool:
-    """True for what holds samples as numbers rather than a file. Open files have a `detach` too, texts of numpy an `astype`."""
+    """True for a value that holds samples as numbers, not a file. Open files have a `detach` too, numpy's texts an `astype`."""
     if isinstance(value, str | bytes) or hasattr(value, "read"):
         return False
     return isinstance(value, list | tuple) or any(hasattr(value, name) for name in _ARRAYS)
 
 
 def has_samples(value: Mapping[Any, Any]) -> bool:
-    """True for a dict of samples and their rate, whatever other keys it has."""
+    """True for a dict of samples and their rate, with or without other keys."""
     return "sampling_rate" in value and ("raw" in value or "array" in value)
 
 
 def recording_of(value: Any, *, extras: bool = False) -> Recording:
     """The recording in an array, a tensor, a list, a decoder of torchcodec, or a dict `{"raw" or "array", "sampling_rate"}`.
 
-    With `extras`, a dict may hold a stride and keys of the user's own, as for speech recognition. Raises InputError that names a
-    key, or says what is wrong with the samples.
+    With `extras` a dict may hold a stride and keys of the user's own, as for speech recognition. Raises InputError, which names
+    the wrong key or the fault of the samples.
     """
     if hasattr(value, "get_all_samples"):
         value = value.get_all_samples()
@@ -73,7 +74,7 @@ def recording_of(value: Any, *, extras: bool = False) -> Recording:
 
 
 def wav(recording: Recording) -> bytes:
-    """A RIFF file of mono IEEE-float samples (format 3), as the WAVE specification of 1991 and its 1994 update give it."""
+    """A RIFF file of mono IEEE-float samples (format 3), by the WAVE specification of 1991 and its update of 1994."""
     size, rate = len(recording.samples), recording.rate
     assert rate is not None
     fmt = struct.pack("<HHIIHH", 3, 1, rate, rate * 4, 4, 32)
@@ -82,7 +83,7 @@ def wav(recording: Recording) -> bytes:
 
 
 def stride_of(value: Any) -> tuple[float, float] | None:
-    """Two numbers of samples, or None. Raises InputError for anything else."""
+    """Two numbers of samples, or None. Raises InputError for any other value."""
     if value is None:
         return None
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -96,7 +97,7 @@ def stride_of(value: Any) -> tuple[float, float] | None:
 
 
 def extra_of(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Keys of the user's own that go into the result. Raises InputError that names one that cannot."""
+    """The user's own keys that go into the result. Raises InputError, which names a key that cannot go there."""
     return {_free_key(key): _json(key, value) for key, value in values.items()}
 
 
@@ -104,7 +105,7 @@ def _of_dict(value: Mapping[Any, Any], extras: bool) -> Recording:
     given = dict(value)
     samples = given.pop("raw", None)
     if samples is None:
-        given.pop("path", None)  # of `datasets`, where nobody reads it
+        given.pop("path", None)  # a field of `datasets` that nobody reads
         samples = given.pop("array", None)
     if samples is None or "sampling_rate" not in given:
         raise InputError("an audio dict needs `raw` (or `array`) with samples and a whole `sampling_rate`")
@@ -120,7 +121,7 @@ def _of_dict(value: Mapping[Any, Any], extras: bool) -> Recording:
     stride = stride_of(given.pop("stride", None))
     if "num_frames" in given and stride is not None:
         raise InputError("an audio dict has `num_frames` or a `stride`, not both")
-    given.pop("num_frames", None)  # transformers only looks whether it stands beside a stride
+    given.pop("num_frames", None)  # transformers only checks that it does not stand beside a stride
     return Recording(content, rate, stride, extra_of(given) or None)
 
 
@@ -147,7 +148,7 @@ def _json(key: str, value: Any) -> Any:
 
 
 def _scalar(value: Any) -> Any:
-    """A number of numpy or torch, or an array that holds only one without an axis, as Python's own."""
+    """A number of numpy or torch, or an array without an axis, as a number of Python."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
@@ -189,18 +190,18 @@ def _of_array(samples: Any) -> bytes:
 def _narrow(samples: Any) -> Any:
     import numpy
 
-    with numpy.errstate(over="ignore"):  # what becomes infinite is refused
+    with numpy.errstate(over="ignore"):  # the caller refuses infinite samples
         return samples.astype("<f4")
 
 
 def _as_numpy(samples: Any) -> Any:
-    """An array of numpy that holds the same numbers, wherever they lie."""
+    """A numpy array of the same numbers, which may lie on another device."""
     try:
         import numpy
 
         if hasattr(samples, "detach"):
             samples = samples.detach().cpu()
-            if str(samples.dtype) == "torch.bfloat16":  # which numpy lacks
+            if str(samples.dtype) == "torch.bfloat16":  # numpy has no such type
                 samples = samples.float()
             return samples.resolve_conj().resolve_neg().numpy() if hasattr(samples, "resolve_neg") else samples.numpy()
         return numpy.asarray(samples)

@@ -1,4 +1,8 @@
-"""From a row of a source to a `SourceItem`; a row that cannot be prepared becomes an item that has failed, not an error."""
+"""A row of a source becomes a `SourceItem`. Sources call these functions; the planner takes the items.
+
+A row that cannot be prepared becomes an item with a `failure`, so that it fails alone. An outage, or a refusal of the credentials,
+is raised: it says nothing about the item.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +18,26 @@ from pipefleet.inputs.prepare import InputPreparer
 from pipefleet.tasks.parameters import called_parameters
 
 LARGEST_ITEM = 64 << 20
-"""Bytes of JSON of an item that a shard takes: references, texts, id and parameters."""
+"""Most bytes of JSON of an item in a shard: references, texts, id and parameters."""
 LARGEST_SHOWN = 1 << 20
-"""Bytes of JSON above which the input of a failed item is left out of its row."""
+"""Most bytes of JSON of an input in the row of a failed item. A larger input is left out."""
 _LONGEST_REASON = 400
 
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """One item before it is numbered: `inputs` as JSON with references; `size` in bytes, what it weighs in a shard."""
+    """One item without a number yet: `inputs` as JSON with references, and `size`, its bytes that count in a shard."""
 
     id: str | None
     inputs: Any
     size: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
-    """Why it could not be prepared, as a sentence; None for an item that a worker can run."""
+    """Why the item could not be prepared, as a sentence; None for an item that a worker can run."""
 
 
 def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
-    """The item of one manifest row. Without an id, the key of its one reference serves, else its position (None).
+    """The item of one row. Without an id, the key of its only reference is the id; else None stands for its position.
 
     Raises UsageError for inputs, parameters or an id that a shard cannot hold.
     """
@@ -53,9 +57,9 @@ def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
 
 
 def item_or_failure(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
-    """The item of one row, or one with a `failure` when its inputs, parameters or id cannot be used.
+    """The item of one row; with a `failure` if its inputs, parameters or id cannot be used.
 
-    Raises what says nothing about this item: ServiceUnavailableError, AccessDeniedError, ObjectMissingError.
+    Raises errors that say nothing about this item: ServiceUnavailableError, AccessDeniedError, ObjectMissingError.
     """
     try:
         return row_item(row, preparer)
@@ -68,7 +72,7 @@ def item_or_failure(row: Mapping[str, Any], preparer: InputPreparer) -> SourceIt
 
 
 def in_utf8(name: str) -> str:
-    r"""A name as it is, or one whose bytes are not UTF-8 with those as `\xe9`: rows are JSON, which has no form for them."""
+    r"""A name, with bytes that are not UTF-8 written as `\xe9`: rows are JSON, which has no form for such bytes."""
     try:
         return os.fsencode(name).decode(errors="backslashreplace")
     except UnicodeEncodeError:
@@ -76,7 +80,7 @@ def in_utf8(name: str) -> str:
 
 
 def failed_item(row: Mapping[str, Any], reason: str) -> SourceItem:
-    """The item of a row that cannot be used: its inputs, id and parameters as far as they are JSON."""
+    """The failed item of a row that cannot be used: its inputs, id and parameters, as far as they are JSON."""
     inputs, identity, parameters = (_shown(row, name) for name in ("inputs", "id", "parameters"))
     return SourceItem(
         None if identity is None else str(identity),
@@ -88,12 +92,12 @@ def failed_item(row: Mapping[str, Any], reason: str) -> SourceItem:
 
 
 def _shown(row: Mapping[str, Any], name: str) -> Any:
-    """A value of a row where it is JSON that a row can hold, a path as its text; else None."""
+    """A value of a row if it is JSON that a row can hold, a path as its text; else None."""
     try:
         value = row.get(name)
         shown = os.fspath(value) if isinstance(value, os.PathLike) else value
         shown = in_utf8(shown) if name == "id" and isinstance(shown, str) else shown
         refs_in(shown)
         return shown if len(encode_json(shown)) <= LARGEST_SHOWN else None
-    except Exception:  # noqa: BLE001 - a row that is decoded as it is read may raise anything, and once more here
+    except Exception:  # noqa: BLE001 - a row that decodes itself when it is read may raise anything, here once more
         return None

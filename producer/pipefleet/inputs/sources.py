@@ -1,7 +1,8 @@
-"""Where the items of a bulk run come from: a bucket prefix, a manifest, a folder, or any iterable.
+"""Sources of a bulk run's items: a bucket prefix, a manifest, a folder, or any iterable. A new source is a `Source` here.
 
-Every source yields `SourceItem`s one by one, in a fixed order, with constant memory. An item that cannot be prepared is yielded
-with its `failure`. A manifest is read through once before anything is written, so a malformed line refuses the run.
+The planner calls `check` once, then `items`. A source yields `SourceItem`s one by one, in a fixed order, with constant memory.
+An item that cannot be prepared is yielded with its `failure`. `check` reads a manifest through before anything is written, so a
+malformed line refuses the run. SourceError and ManifestError name the fault.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ _CHUNK = 1 << 16
 _ROW = "an item is {inputs, id?, parameters?}, its fields inside inputs"
 """What a row looks like, for messages."""
 _TEXTS = (Media.TEXT, Media.TEXTS, Media.PROMPT, None)
-"""Tasks with such inputs take no single file as a source: it would be one text."""
+"""Tasks with such inputs take no single object as a source: it would be one text."""
 
 
 class Source(Protocol):
-    """A source of items. `describe` is what the run remembers of it; None when it cannot be read a second time."""
+    """A source of items. `describe` names it for the run; None says that it cannot be read a second time."""
 
     def describe(self) -> str | None:
         """The URI or path, for `run.json`."""
 
     def check(self) -> None:
-        """Raise SourceError when the source is missing or malformed; reads it through where that is needed."""
+        """Raise SourceError when the source is missing or malformed. Reads it through if that is needed."""
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """The items after the first `skip`, the last of which was `last`. Called again when a service was away."""
+        """The items after the first `skip`, whose last was `last`. Called again when a service was away."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixSource:
-    """Every object under an `s3://` prefix, in the order of the keys, but nothing under `exclude`."""
+    """Every object under an `s3://` prefix, in the order of the keys, without the objects under `exclude`."""
 
     uri: str
     store: ObjectStore
     exclude: str
     texts: bool = False
-    """Whether each object would be a text: then the URI of a single one is refused, for it is more likely a list of them."""
+    """Whether each object would be one text. Then a URI of a single object is refused: it is more likely a list of texts."""
 
     def describe(self) -> str:
         """The prefix."""
@@ -73,7 +74,7 @@ class PrefixSource:
             )
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Objects after `last`; keys ending in a slash are folder marks and are passed over."""
+        """The objects after `last`. A key that ends in a slash marks a folder and is passed over."""
         bucket, _ = split_uri(self.uri)
         excluded_bucket, excluded = split_uri(self.exclude)
         after = _key(last) if last else ""
@@ -93,20 +94,20 @@ class ManifestSource:
     spec: TaskSpec
     preparer: InputPreparer
     strict: bool = False
-    """Whether `check` refuses lines whose items cannot be prepared as well."""
+    """Whether `check` also refuses lines whose items cannot be prepared."""
 
     def describe(self) -> str:
         """The manifest's URI, or its absolute path."""
         return self.location if is_uri(self.location) else in_utf8(str(Path(self.location).resolve()))
 
     def check(self) -> None:
-        """Read it through. Raise ManifestError for the first line that is malformed; nothing is uploaded."""
+        """Read the manifest through, and upload nothing. Raise ManifestError for the first malformed line."""
         dry, count = self.preparer.dry(), 0
         for line, row in self._rows():
             count += 1
             try:
                 if isinstance(row, Unreadable):
-                    if self.strict or count == 1:  # a file that begins so is none of texts
+                    if self.strict or count == 1:  # a file that begins so is not a text file
                         raise ManifestError(f"{self.location}, {row.reason}")
                     continue
                 _check_keys(row)
@@ -120,7 +121,7 @@ class ManifestSource:
             raise SourceError(f"the manifest {self.location} is empty")
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Items after the first `skip` rows; a line that is no text has failed. Raises ManifestError for a malformed line."""
+        """The items after the first `skip` rows. A line that is not text fails alone. Raises ManifestError for a malformed line."""
         for line, row in itertools.islice(self._rows(), skip, None):
             if isinstance(row, Unreadable):
                 yield failed_item({}, f"{row.reason}; the line is left out")
@@ -148,7 +149,7 @@ class ManifestSource:
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """Every file under a local folder, in the order of their names; each is uploaded, and named by its path in the folder."""
+    """Every file under a local folder, in the order of names. Each is uploaded; its id is its path in the folder."""
 
     folder: Path
     preparer: InputPreparer
@@ -163,7 +164,7 @@ class FolderSource:
             raise SourceError(f"there is no file in the folder {self.folder}")
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Items after the first `skip` files."""
+        """The items after the first `skip` files."""
         for path in self._files()[skip:]:
             identity = in_utf8(path.relative_to(self.folder).as_posix())
             yield item_or_failure({"inputs": path, "id": identity}, self.preparer)
@@ -175,25 +176,25 @@ class FolderSource:
 
 @dataclass(slots=True)
 class IterableSource:
-    """Any iterable of inputs, or of rows shaped like manifest lines. It is read once, lazily."""
+    """Any iterable of inputs, or of rows with the keys of a manifest. It is read once, lazily."""
 
     values: Iterable[Any]
     preparer: InputPreparer
     _iterator: Iterator[Any] | None = None
     _held: list[Any] = field(default_factory=list)
-    """The value that was taken and did not become an item yet."""
+    """The value that was taken from the iterable and is not an item yet."""
 
     def describe(self) -> None:
-        """Nothing: it cannot be opened again."""
+        """None: an iterable cannot be opened again."""
         return
 
     def check(self) -> None:
-        """Nothing to look at without consuming it."""
+        """Nothing: a look would consume values."""
 
     def items(self, skip: int, last: SourceItem | None) -> Iterator[SourceItem]:
-        """Items after the first `skip` values; called again, those after the last item, whatever `skip` is.
+        """The items after the first `skip` values; a second call goes on after the last item, for any `skip`.
 
-        Raises RunError for what the iterable itself raises.
+        Raises RunError for an error of the iterable itself.
         """
         if self._iterator is None:
             self._iterator = itertools.islice(self.values, skip, None)
@@ -217,7 +218,7 @@ class IterableSource:
 def open_source(
     source: Any, spec: TaskSpec, store: ObjectStore, preparer: InputPreparer, *, output: str, strict: bool = False
 ) -> Source:
-    """The Source for what a user named. Raises SourceError for a string that is neither a URI nor a local path.
+    """The source that a user named. Raises SourceError for a string that is neither a URI nor a local path.
 
     With `strict`, the `check` of a manifest also refuses items that cannot be prepared.
     """
@@ -259,22 +260,22 @@ def _object_item(bucket: str, entry: ListedObject) -> SourceItem:
 
 
 def _key(item: SourceItem) -> str:
-    """The key of an object's item; that of one that failed is its id."""
+    """The key of an object's item. A failed item has it as its id."""
     references = refs_in(item.inputs)
     return references[0].key if references else item.id or ""
 
 
 def _row_of(value: Any) -> Mapping[str, Any]:
-    """A value of an iterable as a row: itself where it has the keys of one, else the inputs of one."""
+    """The row of an iterable's value: the value itself if it has the keys of a row; else the value is the inputs."""
     try:
         is_row = isinstance(value, Mapping) and "inputs" in value and set(value) <= KEYS | ANNOTATIONS
-    except Exception:  # noqa: BLE001 - a mapping of the user's own may raise anything; preparing it says what
+    except Exception:  # noqa: BLE001 - a mapping of the user's own may raise anything; preparing it will say so
         is_row = False
     return value if is_row else {"inputs": value}
 
 
 def _check_keys(row: Mapping[str, Any]) -> None:
-    """Raise SourceError for a row whose keys, or the types of their values, are not those of a manifest."""
+    """Raise SourceError unless the keys of a row, and the types of their values, are those of a manifest."""
     unknown = set(row) - KEYS
     if unknown:
         word = sorted(unknown)[0]

@@ -1,4 +1,4 @@
-"""What a table is, inline or in a JSON file: columns of texts. Producer and workers share it, so both make the same of a table."""
+"""Tables, inline or in a JSON file, become columns of texts. Producer and workers share these rules, so both read a table alike."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from numbers import Real
 from typing import Any
 
 _MISSING = ("NAType", "NaTType")
-"""Types of the marks that pandas has for a missing value."""
+"""Types of pandas' marks of a missing value."""
 
 
 def columns_of(value: Any) -> dict[str, list[str]] | None:
-    """The columns of a dict of columns or of a list of rows, all cells as texts; None for what is no table, or holds no cell.
+    """The columns of a dict of columns or of a list of rows, all cells as texts; None for another value or an empty table.
 
-    A missing cell (null, NaN, a row without this key) is an empty text, which models know as an empty cell.
+    A missing cell (null, NaN, a row without this key) becomes an empty text, which models read as an empty cell.
     """
     if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
         names = dict.fromkeys(name for row in value for name in row)
@@ -31,7 +31,7 @@ def texts_of(cells: Iterable[Any]) -> list[str]:
 
 
 def distinct(names: list[str]) -> list[str]:
-    """Names of columns, a second one of the same name with a number behind it."""
+    """Names of columns; a number makes a repeated name distinct."""
     found: list[str] = []
     for name in names:
         number, one = 0, name

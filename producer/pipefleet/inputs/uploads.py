@@ -1,4 +1,8 @@
-"""From local files, bytes, images and arrays to objects under the store, by content hash: the same picture is sent once."""
+"""Uploads: local files, bytes, images and samples become objects below the fleet's store.
+
+`prepare` calls `Uploader`; each method returns the JSON of a reference. The name of an object is the hash of its content, so the
+same picture is sent once. InputError says that a file cannot be read; errors of S3 are those of `storage`.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +28,14 @@ _SUFFIX = re.compile(r"[a-z0-9]{1,16}")
 
 
 class Uploader:
-    """Uploads what has no place in a message. Thread-safe. Every method returns the JSON of a StorageRef."""
+    """Uploads inputs that do not fit into a message. Thread-safe. Every method returns the JSON of a StorageRef."""
 
     def __init__(self, store: ObjectStore, prefix: str) -> None:
         self._store = store
         self._prefix = prefix
 
     def content(self, content: bytes, suffix: str = "bin", media_type: str | None = BYTES_TYPE) -> dict[str, Any]:
-        """Bytes as they are."""
+        """Bytes, unchanged."""
         digest = hashlib.sha256(content).hexdigest()
         uri = join_uri(self._prefix, "uploads", digest[:2], f"{digest}.{suffix}")
         if self._store.head(uri) is None:
@@ -39,7 +43,7 @@ class Uploader:
         return StorageRef(uri, size=len(content), type=media_type).to_json()
 
     def file(self, value: str | os.PathLike[Any]) -> dict[str, Any]:
-        """A local file. Raises InputError where it cannot be read, and for an address on the web."""
+        """A local file. Raises InputError if it cannot be read, and for an address on the web."""
         text = os.fsdecode(value)
         if text.startswith(("http://", "https://")):
             raise InputError(f"workers fetch nothing from the web: copy {text[:80]!r} to a bucket, or pass its bytes")
@@ -50,7 +54,7 @@ class Uploader:
         path = Path(text)
         try:
             content = self._read(path)
-        except (OSError, ValueError) as error:  # ValueError: a NUL, or what has no form on this file system
+        except (OSError, ValueError) as error:  # ValueError: a NUL, or characters that this file system lacks
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read the input {text[:200]!r}: {reason}") from None
         return self.content(content, _suffix(path), mimetypes.guess_type(path.name)[0])
@@ -65,15 +69,15 @@ class Uploader:
         return self.file(value) if held is None else self.content(*held)
 
     def samples(self, recording: Recording) -> dict[str, Any]:
-        """Mono samples: bare where they have no rate of their own, else as WAV."""
+        """Mono samples: as WAV if they have a rate of their own, else bare."""
         if recording.rate is None:
             return self.content(recording.samples, "f32", RAW_AUDIO)
         return self.content(wav(recording), "wav", "audio/wav")
 
     def opened(self, file: Any) -> dict[str, Any]:
-        """What is left to read of an open binary file, which stands where it stood afterwards if it can.
+        """The rest of an open binary file. Afterwards the file stands at its old place, if it can seek.
 
-        Raises InputError for a file of text, for one that cannot be read, and for one with nothing left.
+        Raises InputError for a text file, for a file that cannot be read, and for a file with nothing left.
         """
         name = getattr(file, "name", None)
         path = Path(os.fsdecode(name) if isinstance(name, str | bytes) else "")
@@ -89,13 +93,13 @@ class Uploader:
 
 
 class DryUploader(Uploader):
-    """One that refuses what an Uploader refuses, but reads no local file and uploads nothing."""
+    """Refuses the same inputs as an Uploader, but reads no local file and uploads nothing."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
 
     def content(self, content: bytes, suffix: str = "bin", media_type: str | None = BYTES_TYPE) -> dict[str, Any]:
-        """What the reference would look like."""
+        """A reference of the form that an upload would have."""
         return StorageRef(join_uri(self._prefix, "uploads", f"any.{suffix}"), type=media_type).to_json()
 
     def _read(self, path: Path) -> bytes:
@@ -105,20 +109,20 @@ class DryUploader(Uploader):
 
 
 def _filled(content: bytes) -> bytes:
-    """`content` itself. Raises ValueError where there is none, for no worker takes an empty object."""
+    """`content`. Raises ValueError if it is empty: no worker takes an empty object."""
     if not content:
         raise ValueError("it is empty")
     return content
 
 
 def _suffix(path: Path) -> str:
-    """The suffix of an upload: that of the file where it is an ordinary one, for a URI cannot hold any bytes."""
+    """The suffix of an upload: the file's suffix if it is plain ASCII, because a URI cannot hold all bytes; else `bin`."""
     suffix = path.suffix.lstrip(".").lower()
     return suffix if _SUFFIX.fullmatch(suffix) else "bin"
 
 
 def _rest(file: Any) -> Any:
-    """What is left of a file; it goes back to its place, so that an upload that is tried again finds the same."""
+    """The rest of a file. The file goes back to its place, so that a second try uploads the same bytes."""
     try:
         place = file.tell() if getattr(file, "seekable", lambda: False)() else None
         content = file.read()

@@ -1,1 +1,1 @@
-"""Single jobs: their handle, who hears of their ends, and queuing dead letters again."""
+"""Single jobs: the handle that waits for a job, cancels it and reads its result."""

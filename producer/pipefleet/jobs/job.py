@@ -1,4 +1,9 @@
-"""Single jobs as the producer sees them: the `Job` handle. `watcher` hears when they end."""
+"""`Job`, the handle of a single job: state, result, cancel.
+
+`Client.submit` and `Client.job` make handles. The state comes from the job's record in Redis, the end from a future of
+`waiting.watcher`, a long result from object storage. Errors are the branch JobError of `pipefleet.errors`, and
+ServiceUnavailableError.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
 
 SHORTEST_LOOK = 1.0
-"""Seconds for which Redis is asked at least, however short a time-out."""
+"""Shortest time in seconds that a look at Redis gets, for any time-out of the caller."""
 
 
 class Job:
@@ -41,7 +46,7 @@ class Job:
     def __init__(self, session: Session, job_id: str) -> None:
         self._session = session
         self._future: JobFuture | None = None
-        """Held here alone: of a job whose handle is gone, the client keeps nothing."""
+        """The only strong reference to the future: without the handle, the watcher drops the job."""
         self._warnings: list[str] | None = None
         self.id = job_id
 
@@ -49,11 +54,11 @@ class Job:
         return f"Job({self.id!r})"
 
     def status(self) -> JobState:
-        """Where the job is now. Raises JobError when nothing is known of it (its record is kept for a day)."""
+        """The state of the job now. Raises JobError when nothing is known of it (its record is kept for a day)."""
         return self.record().state
 
     def record(self) -> JobRecord:
-        """State, times, worker, stage timings and what the model ran with. Raises JobError when nothing is known of the job."""
+        """State, times, worker, seconds by stage, how the model was loaded. Raises JobError when nothing is known of the job."""
         found = self._session.read_records([self.id])[0]
         if found is None:
             raise nothing_known(self.id)
@@ -61,21 +66,21 @@ class Job:
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences on what is missing of the result, such as packets of a damaged recording; empty for most jobs.
+        """Sentences on missing pieces of the result, such as packets of a damaged recording; empty for most jobs.
 
-        Asks Redis where the result was not taken by this handle. Raises JobError when nothing is known of the job.
+        Asks Redis unless this handle took the result. Raises JobError when nothing is known of the job.
         """
         return list(self.record().warnings if self._warnings is None else self._warnings)
 
     def result(self, timeout: float | None = None, *, resolved: bool = True) -> Any:
         """The output, as the pipeline call returns it; waits up to `timeout` seconds (None: without end).
 
-        Unless `resolved`, pictures, sound and long arrays in it stay references to their objects (see `artifacts`).
-        While nobody serves the job's queue, a warning of the logger `pipefleet` says so. Raises JobFailedError,
-        JobCancelledError, JobExpiredError or ResultTimeoutError; after the last one the job goes on and can be waited for again.
-        Raises JobError when the client is closed, and when nothing is known of the job
-        for `watcher.UNKNOWN_SECONDS` or until the timeout; ServiceUnavailableError when Redis or S3 was away for
-        `patience.PATIENCE_SECONDS`.
+        Unless `resolved`, pictures, sound and long arrays in it stay references to their objects (see `contract.artifacts`).
+        While nobody serves the job's queue, the logger `pipefleet` warns of it.
+
+        Raises JobFailedError, JobCancelledError, JobExpiredError or ResultTimeoutError; after the last one the job goes on and can
+        be waited for again. Raises JobError when the client is closed, and when nothing is known of the job for 30 s or until the
+        timeout; ServiceUnavailableError when Redis or S3 was away for five minutes (`pipefleet.patience.PATIENCE_SECONDS`).
         """
         timeout = timeout_of(timeout)
         late = math.inf if timeout is None else time.monotonic() + timeout
@@ -93,9 +98,9 @@ class Job:
         return Patience(seconds=PATIENCE_SECONDS).call(lambda: self._output(record, resolved=resolved), until=late)
 
     def _watched(self, timeout: float | None) -> JobFuture:
-        """As `watch`, but no server that does not answer holds up a caller with a time-out for longer than that.
+        """As `watch`, but a server that does not answer never delays the caller beyond `timeout`.
 
-        A look takes about `redis_timeout` then; only a caller who has less time needs a thread for it.
+        A look at such a server takes about `redis_timeout`. So only a caller with less time needs a thread for the look.
         """
         if timeout is None or timeout > 2 * self._session.settings.redis_timeout:
             return self.watch()
@@ -107,19 +112,19 @@ class Job:
             ) from None
 
     def cancel(self) -> bool:
-        """Cancel the job wherever it is. True if that ended it; False if it had ended before or nothing is known of it."""
+        """Cancel the job, wherever it is. True if this call ended it; False if it had ended before or nothing is known of it."""
         return self._session.cancel_job(self.id)
 
     def why_waiting(self) -> str | None:
-        """One sentence when nobody served the job's queue a moment ago; None also in its first few seconds. No I/O."""
+        """One sentence if nobody served the job's queue a moment ago; None also in the job's first few seconds. No I/O."""
         future = self._future
         return None if future is None else self._session.watcher.why_waiting(future)
 
     def watch(self, *, submitting: bool = False) -> JobFuture:
-        """The future of the job's final record; see `Watcher.watch`, and `JobFuture` for its callbacks."""
+        """The future of the job's final record. See `Watcher.watch`; see `JobFuture` for callbacks."""
         future = self._session.watcher.watch(self.id, submitting=submitting)
         self._future = future
-        return future  # another thread that took the result may have let go of it by now
+        return future  # not self._future: another thread that took the result may have cleared it
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._wait().__await__()
@@ -129,7 +134,7 @@ class Job:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def wake(_: object) -> None:
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(ended.set)
 
         future.add_quick_callback(wake)
@@ -137,7 +142,7 @@ class Job:
         return await asyncio.to_thread(self._output, future.result())
 
     def _output(self, record: JobRecord, *, resolved: bool = True) -> Any:
-        """The output of a record in a final state, its artifacts read if `resolved`. Raises the error of a job that has none."""
+        """The output of a final record; with `resolved` its artifacts are read. Raises the error of a job without a result."""
         self._future, self._warnings = None, list(record.warnings)
         self._session.watcher.forget(self.id)
         raise_for(self.id, record)

@@ -1,4 +1,4 @@
-"""`pipefleet.pipeline(...)`: the call people know from transformers, served by the fleet."""
+"""`pipefleet.pipeline(...)`: the call of transformers, served by the fleet."""
 
 from pipefleet.pipelines.fleet_pipeline import FleetPipeline, Results, pipeline
 

@@ -1,6 +1,7 @@
-"""From the arguments of a call to its inputs and parameters, as transformers' own pipelines read them.
+"""The arguments of a pipeline's call become inputs and parameters, by the rules of transformers' own pipelines.
 
-Fields come as keywords, in their order, or in a dict, each of them one value, a list, a generator or a data set.
+Fields come as keywords, in their order, or in a dict. Each is one value, a list, a generator or a data set. `FleetPipeline` calls
+`arguments_of`. InputError says that arguments do not go together.
 """
 
 from __future__ import annotations
@@ -15,25 +16,26 @@ from pipefleet.inputs.prepare import is_file, is_message, is_table
 from pipefleet.tasks import Media, TaskSpec
 
 _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio", "audios", "videos", "video")
-"""Names that transformers' pipelines have for their first argument."""
+"""Names of the first argument in transformers' pipelines."""
 _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
-"""Fields that hold one value, so that a list of them means several inputs."""
+"""Kinds of fields that hold one value, so that a list means several inputs."""
 _OF_ONE = ("__array_interface__", "detach", "save", "get_all_samples", "get_frame_at")
-"""Attributes of objects that are one input though they have items: arrays, tensors, pictures, decoders of torchcodec."""
+"""Attributes of arrays, tensors, pictures and decoders of torchcodec. Each is one input, though it has items."""
 
 
 class Joined(list[Any]):
-    """Inputs that transformers takes for one, so that their results make one list."""
+    """Inputs that transformers takes for one input. Their results are joined into one list."""
 
 
 class Beside(dict[str, Any]):
-    """The fields of a text that was given as such, with others beside it: its result has the form of a text's."""
+    """The fields of a call with a plain text and other fields beside it. The result has the form of a text's result."""
 
 
 def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The inputs and the parameters of a call. Raises InputError for none, and for inputs that are given twice.
+    """The inputs and the parameters of a call. Raises InputError if there is no input, or an input is given twice.
 
-    The inputs are one, a list of them, a `Joined`, a `Beside`, or a lazy iterable; its first item is taken where a chat may begin.
+    The inputs are one input, a list, a `Joined`, a `Beside`, or a lazy iterable. If a generator may be a chat, its first item is
+    taken to see.
     """
     wanted = {spec.renamed.get(name, name): value for name, value in parameters.items()}
     inputs, fields = _named(spec, _ordered(spec, inputs, wanted), wanted)
@@ -50,12 +52,12 @@ def arguments_of(spec: TaskSpec, inputs: tuple[Any, ...], parameters: Mapping[st
 
 
 def is_dataset(value: Any) -> bool:
-    """Whether `value` holds inputs to be taken one by one: an iterator, a column or set of `datasets`, a torch data set.
+    """Whether `value` gives inputs one by one: an iterator, a column or set of `datasets`, a torch data set.
 
-    Not a text, bytes, a dict, an open binary file, a picture, an array, a tensor, a decoder or a table: each is one input.
+    A text, bytes, a dict, an open binary file, a picture, an array, a tensor, a decoder and a table are one input each.
     """
     single = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
-    single = single or (is_file(value) and not hasattr(value, "encoding"))  # one open for text gives lines
+    single = single or (is_file(value) and not hasattr(value, "encoding"))  # a text file gives lines
     if single or is_table(value) or any(hasattr(value, name) for name in _OF_ONE):
         return False
     return hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
@@ -67,7 +69,7 @@ def each_of(values: Any) -> Iterator[Any]:
 
 
 def _ordered(spec: TaskSpec, inputs: tuple[Any, ...], wanted: dict[str, Any]) -> tuple[Any, ...]:
-    """The first argument, if there is one; `wanted` gets what comes behind it, by its name."""
+    """The first argument, if there is one. The arguments behind it go into `wanted`, by name."""
     if len(inputs) > max(1, len(spec.positional)):
         raise InputError(f"{spec.name} takes {max(1, len(spec.positional))} positional arguments, not {len(inputs)}")
     if len(inputs) < 2:
@@ -83,7 +85,7 @@ def _ordered(spec: TaskSpec, inputs: tuple[Any, ...], wanted: dict[str, Any]) ->
 def _named(
     spec: TaskSpec, inputs: tuple[Any, ...], wanted: dict[str, Any]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The first argument and the fields; the first argument is one of the fields where others stand beside it."""
+    """The first argument and the fields. With fields beside it, the first argument is one of the fields."""
     fields = spec.given(
         {
             name: wanted.pop(name)
@@ -99,7 +101,7 @@ def _named(
 
 
 def _each(spec: TaskSpec, given: Mapping[str, Any]) -> Any:
-    """One dict, or as many as the fields of one value hold where they come as lists or lazily; single values go with each."""
+    """One dict, or a dict for each position of the fields that are lists or lazy. Single values go into every dict."""
     kinds = spec.fields
     fields = {name: _opened(spec, name, value) for name, value in spec.given(given).items()}
     if spec.crosses and any(isinstance(value, list | tuple) for value in fields.values()):
@@ -110,7 +112,7 @@ def _each(spec: TaskSpec, given: Mapping[str, Any]) -> Any:
         return _together(spec, fields, {**lists, **lazy})
     if not lists:
         return given if isinstance(given, Beside) else fields
-    # Beside several texts, a list of pictures holds one for each; beside one text they all belong to it.
+    # Beside several texts, a list of pictures has one picture for each text; beside one text, all pictures belong to it.
     lists |= {name: fields[name] for name in fields if _is_list_of_images(kinds.get(name), fields[name])}
     if len({len(value) for value in lists.values()}) > 1:
         raise InputError(f"{', '.join(lists)} are lists of different lengths")
@@ -119,7 +121,7 @@ def _each(spec: TaskSpec, given: Mapping[str, Any]) -> Any:
 
 
 def _together(spec: TaskSpec, fields: Mapping[str, Any], several: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A dict for each position of the fields in `several`. Raises InputError where one ends before another."""
+    """A dict for each position of the fields in `several`. Raises InputError if one field ends before another."""
     try:
         for values in zip(*map(each_of, several.values()), strict=True):
             yield {**fields, **dict(zip(several, values, strict=True))}
@@ -130,7 +132,7 @@ def _together(spec: TaskSpec, fields: Mapping[str, Any], several: Mapping[str, A
 
 
 def _crossed(spec: TaskSpec, fields: Mapping[str, Any]) -> Any:
-    """Each value of one field with each of the others; those of the last field vary least."""
+    """Each value of one field with each value of the others. The values of the last field vary least."""
     if endless := [name for name, value in fields.items() if _is_lazy(spec.fields.get(name), value)]:
         raise InputError(f"{endless[0]} of {spec.name} is taken lazily and cannot be combined with a list; pass dicts")
     names = [name for name in spec.fields if name in fields][::-1]
@@ -139,7 +141,7 @@ def _crossed(spec: TaskSpec, fields: Mapping[str, Any]) -> Any:
 
 
 def _opened(spec: TaskSpec, name: str, value: Any) -> Any:
-    """A field's value as a list where transformers reads it at once, rather than one by one."""
+    """A field's value; as a list if transformers reads it at once and not one by one."""
     if spec.crosses and _is_key_dataset(value):
         return list(each_of(value))
     return _chats_of(value) if spec.fields.get(name) is Media.PROMPT else value
@@ -151,7 +153,7 @@ def _prompts(spec: TaskSpec, given: Any) -> Any:
 
 
 def _chats_of(value: Any) -> Any:
-    """`value` itself, or a list where it is a generator of messages, or a `KeyDataset` of messages or chats."""
+    """`value`; as a list if it is a generator of messages, or a `KeyDataset` of messages or chats."""
     if _is_key_dataset(value):
         first = value[0] if len(value) else None
         return list(each_of(value)) if is_message(first) or _is_chat(first) else value
@@ -167,7 +169,7 @@ def _again(taken: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def _is_key_dataset(value: Any) -> bool:
-    """Whether `value` is transformers' KeyDataset, which need not be installed here."""
+    """Whether `value` is transformers' KeyDataset. transformers need not be installed here."""
     return any(
         (one.__module__, one.__name__) == ("transformers.pipelines.pt_utils", "KeyDataset")
         for one in type(value).__mro__
@@ -175,7 +177,7 @@ def _is_key_dataset(value: Any) -> bool:
 
 
 def _is_one_call(spec: TaskSpec, fields: Mapping[str, Any]) -> bool:
-    """Whether transformers takes these texts for one input: those beside something else, and any where texts come first."""
+    """Whether transformers takes these texts for one input: texts beside other fields, or of a task where texts come first."""
     if spec.media is not Media.PROMPT or not _is_text_list(fields.get("text")):
         return False
     return len(fields) > 1 or isinstance(fields["text"], tuple) or spec.positional[:1] == ("text",)
@@ -191,7 +193,7 @@ def _is_several(kind: Media | None, value: Any) -> bool:
 
 
 def _is_lazy(kind: Media | None, value: Any) -> bool:
-    """Whether the value of a field is taken one by one."""
+    """Whether the value of a field gives its items one by one."""
     return kind in (*_SINGLE, Media.PROMPT, Media.IMAGES) and not isinstance(value, list | tuple) and is_dataset(value)
 
 

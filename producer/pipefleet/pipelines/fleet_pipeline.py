@@ -1,7 +1,8 @@
-"""`pipefleet.pipeline(...)`: the call people know from transformers, served by the fleet.
+"""`pipeline()` and `FleetPipeline`: the call of transformers, with the same arguments and results, served by the fleet.
 
-Same arguments, same return values: one input gives one result, a list gives a list, and a generator (or a data set) gives a
-generator that keeps a bounded number of inputs under way and yields in order.
+One input gives one result, a list gives a list, and a generator (or a data set) gives a generator, which keeps a bounded number of
+inputs under way and yields in order. Each input is a single job of a `Client`. UsageError says that a call cannot work;
+JobFailedError that an input failed.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ from pipefleet.tasks import Media, TaskSpec, implied_parameters
 from pipefleet.tasks.parameters import called_parameters, layered
 
 _ACCEPTED = {"batch_size", "num_workers", "device", "device_map", "dtype", "torch_dtype", "framework"}
-"""Arguments of transformers that choose hardware or batching, which the fleet decides: accepted, without effect."""
+"""Arguments of transformers that choose hardware or batching. The fleet decides those, so they are accepted without effect."""
 _OF_THE_POOL = {
     "attn_implementation", "config", "feature_extractor", "image_processor", "model_kwargs", "pipeline_class", "processor",
     "quantization_config", "token", "tokenizer", "trust_remote_code", "use_fast",
 }  # fmt: skip
-"""Arguments of transformers that say how the model is loaded, which the fleet file does."""
+"""Arguments of transformers that say how the model is loaded. The fleet file says that."""
 _PARTS = {
     "model", "tokenizer", "feature_extractor", "image_processor", "processor", "device", "dtype", "torch_dtype",
     "generation_config", "save_pretrained", "call_count", "preprocess", "forward", "postprocess",
 }  # fmt: skip
-"""Attributes of a transformers pipeline that only its own process has."""
+"""Attributes of a transformers pipeline that exist only in the process of the model."""
 _SPLIT = "is_split_into_words"
 _DEFAULT: Any = object()
-"""A call without a time-out of its own; None is one without end."""
+"""The time-out of a call that names none. None means without end."""
 
 
 class FleetPipeline:
     """A task on the fleet, callable like a transformers pipeline. Thread-safe.
 
-    `defaults` are parameters of every call, `timeout` is that of a call that names none.
+    `defaults` are parameters of every call. `timeout` holds for a call that names none.
     """
 
     def __init__(
@@ -81,14 +82,16 @@ class FleetPipeline:
         return self._spec.name
 
     def __call__(self, *inputs: Any, timeout: float | None = _DEFAULT, **parameters: Any) -> Any:
-        """Run one input, a list, or a lazy iterable; parameters are those of the transformers call.
+        """Run one input, a list, or a lazy iterable, with the parameters of the transformers call.
 
-        Fields of an input may come as keywords or in order (`pipe(image, question)`), each of them one value, a list, or a lazy
-        iterable. Where a chat may come, the first item of a generator is taken at once, to see whether its items are messages.
-        `timeout` is in seconds for each result, from when it is the next one due (default: that of the pipeline; None: without
-        end). Inputs of an iterable are taken by a thread of its own, so a result is there when its job has ended, however long the
-        next input takes. Raises UsageError for what cannot work, JobFailedError for the first input that fails, and
-        ResultTimeoutError; jobs that are under way then are cancelled, for nobody has a handle on them.
+        Fields of an input may come as keywords or in order (`pipe(image, question)`); each is one value, a list, or a lazy
+        iterable. If the task takes chats, the first item of a generator is taken at once, to see whether the items are messages.
+        `timeout` is in seconds for each result, from the moment when it is the next one due (default: that of the pipeline; None:
+        without end). A thread takes the inputs of an iterable, so a result is there when its job has ended, although the next
+        input may take long.
+
+        Raises UsageError for a call that cannot work, JobFailedError for the first input that fails, and ResultTimeoutError. Jobs
+        under way are cancelled then, because nobody has a handle on them.
         """
         wait = self._timeout if timeout is _DEFAULT else _checked_timeout(timeout)
         given, called = arguments_of(self._spec, inputs, parameters)
@@ -110,7 +113,7 @@ class FleetPipeline:
         return [result] if self._is_nested(given, called) else result
 
     def predict(self, inputs: Any) -> Any:
-        """As a call without parameters, for code that is written for scikit-learn."""
+        """A call without parameters, for code that is written for scikit-learn."""
         return self(inputs)
 
     def transform(self, inputs: Any) -> Any:
@@ -118,7 +121,7 @@ class FleetPipeline:
         return self(inputs)
 
     def __getattr__(self, name: str) -> Any:
-        """Say where the parts of a transformers pipeline are. Raises AttributeError for every name."""
+        """Raise AttributeError for every name. For parts of a transformers pipeline the message says where they are."""
         where = "; the model is with the workers, load it with transformers to look at it" if name in _PARTS else ""
         raise AttributeError(f"a pipeline of the fleet has no {name!r}{where}")
 
@@ -143,7 +146,7 @@ class FleetPipeline:
         if reserved:
             raise ParameterError(f"{sorted(reserved)[0]} is an argument of Client.submit, not of a pipeline")
         if self._defaults.get(_SPLIT) and isinstance(inputs, str):
-            parameters.pop(_SPLIT, None)  # what a pipeline says of lists of words is nothing to its texts
+            parameters.pop(_SPLIT, None)  # the pipeline's default is for lists of words, and this input is a text
         if "timeout" in parameters:
             raise ParameterError("submit() does not wait: say timeout to the result() of the job that it returns")
         return self._client.submit_patiently(
@@ -169,7 +172,7 @@ class FleetPipeline:
     ) -> Generator[Any]:
         """Results in order, with at most `in_flight` inputs under way. `eager` as in `stream`.
 
-        Once an input is under way, services that are away are waited for.
+        After the first input is under way, services that are away are waited for.
         """
         stopped = threading.Event()
         patience = Patience(stopped)
@@ -191,7 +194,7 @@ class FleetPipeline:
             stopped.set()
 
     def _is_one_input(self, inputs: Any) -> bool:
-        """Whether a list is one input by itself: the messages of a chat, a pair of images, a tuple of a text and its pair."""
+        """Whether a list is one input: the messages of a chat, a pair of images, a tuple of a text and its pair."""
         if not isinstance(inputs, list | tuple):
             return False
         if self._spec.media is Media.IMAGE_PAIR:
@@ -201,7 +204,14 @@ class FleetPipeline:
         return self._spec.media is Media.PROMPT and bool(inputs) and is_message(inputs[0])
 
     def _is_nested(self, given: Any, called: Mapping[str, Any]) -> bool:
-        """Whether the result of a text stands in a list: transformers looks for top_k in the call alone, not in pipeline()."""
+        """Whether one more list goes around a result. transformers adds it to a text's result unless the call names top_k.
+
+        call                               result of the worker    answer
+        pipeline(task)(text)               [{…}]                   [{…}]           False
+        pipeline(task)(text, text_pair=t)  {…}                     [{…}]           True: a text, given beside a field
+        pipeline(task, top_k=2)(text)      [{…}, {…}]              [[{…}, {…}]]    True: the call names no top_k
+        pipeline(task)(text, top_k=2)      [{…}, {…}]              [{…}, {…}]      False
+        """
         kept_with = self._spec.kept_with
         if not kept_with or any(name in called for name in kept_with):
             return False
@@ -212,7 +222,7 @@ class FleetPipeline:
     def _restored(
         self, output: Any, parameters: Mapping[str, Any], *, listed: bool = False, streamed: bool = False
     ) -> Any:
-        """A result in the very form of transformers: its tuples, and without the list around the only one of a list or stream."""
+        """A result in transformers' form: with tensors and tuples, without the list around a single answer in a list or stream."""
         if self._spec.tensors and ("" not in self._spec.tensors or parameters.get("return_tensors")):
             output = with_tensors(output, self._spec.tensors)
         if self._spec.tuples:
@@ -224,7 +234,7 @@ class FleetPipeline:
 
 
 class Results(Iterator[Any]):
-    """The results of a data set: an iterator that knows how many it yields in all, for progress bars. For one thread."""
+    """The results of a data set: an iterator with a length, for progress bars. For one thread."""
 
     def __init__(self, results: Generator[Any], count: int) -> None:
         self._results = results
@@ -250,11 +260,11 @@ def pipeline(
     timeout: float | None = None,
     **parameters: Any,
 ) -> FleetPipeline:
-    """A pipeline whose model runs on the fleet; `timeout` is the default of its calls, see `FleetPipeline.__call__`.
+    """A pipeline whose model runs on the fleet. `timeout` is the default of its calls, see `FleetPipeline.__call__`.
 
-    Without `model`, the task's default pool serves; without `task`, the one that the model is served for. Parameters of the task
-    hold for every call that does not say otherwise; those that choose hardware (`device`, `dtype`, `batch_size` …) are accepted
-    and left to the fleet. Raises UnknownModelError with a list of what is served, ParameterError for anything else.
+    Without `model`, the task's default pool serves. Without `task`, it is the task that the model is served for. Parameters of the
+    task hold for every call that does not replace them. Parameters that choose hardware (`device`, `dtype`, `batch_size` …) are
+    accepted and left to the fleet. Raises UnknownModelError, which lists the served models, and ParameterError.
     """
     model = model_name(model)
     check_loading(parameters, _OF_THE_POOL, model)
@@ -268,7 +278,7 @@ def pipeline(
 
 
 def _task_of(client: Client, model: str | None, revision: str | None) -> str:
-    """The one task that a model is served for."""
+    """The task that a model is served for. Raises UnknownModelError for none, ParameterError for several."""
     if model is None:
         raise ParameterError("pipeline() needs a task, a model, or both")
     pools = [one for one in client.fleet.pools.values() if one.model == model and revision in (None, one.revision)]
@@ -281,9 +291,9 @@ def _task_of(client: Client, model: str | None, revision: str | None) -> str:
 
 
 def _result(job: Job, timeout: float | None) -> Any:
-    """The result of a job that nobody else knows of: it is cancelled when it is not waited for any longer.
+    """The result of a job without another handle. After the time-out, or Ctrl-C, the job is cancelled.
 
-    What is missing of the result becomes a warning of Python's.
+    Missing pieces of the result become warnings of Python's.
     """
     try:
         result = job.result(timeout)
@@ -294,7 +304,7 @@ def _result(job: Job, timeout: float | None) -> Any:
         why = job.why_waiting()
         try:
             if not job.cancel():
-                return job.result(timeout)  # it ended in this very moment
+                return job.result(timeout)  # the job ended in between
         except ServiceUnavailableError as error:
             raise ResultTimeoutError(f"job {job.id} had no result within {timeout:g} s; {error}") from None
         text = f"job {job.id} had no result within {timeout:g} s and was cancelled" + (f": {why}" if why else "")
@@ -324,7 +334,7 @@ def _with_tuples(value: Any, keys: tuple[str, ...]) -> Any:
 
 
 def _is_words(value: Any) -> bool:
-    """A flat list of words, which is one text."""
+    """Whether `value` is a flat list of words, which is one text."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, str) for one in value)
 
 

@@ -1,6 +1,8 @@
-"""A call over many inputs: one thread takes the inputs and submits them, the caller takes the results, in order.
+"""A call over many inputs: a thread takes inputs and submits them; the caller takes the results, in order.
 
 inputs ─▶ feeder thread: submit ─▶ jobs under way, at most `bound` ─▶ caller: result of the oldest
+
+`FleetPipeline` calls `stream`. Errors of the inputs and of submitting are raised to the caller, after the results before them.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ def stream(
     bound: int,
     eager: bool = False,
 ) -> Generator[Any]:
-    """`result` of each input's job, in the order of the inputs, with at most `bound` of them taken and not yielded.
+    """The `result` of each input's job, in the order of the inputs. At most `bound` inputs are taken and not yielded.
 
-    A result is yielded as soon as it is there, however long the next input takes. What `source` or `submit` raises is raised
-    after the results before it; with `eager`, at the first chance, and once more before the first result is waited for. When the
-    caller stops, or an error ends it, jobs under way are cancelled, and a generator that was the source is closed.
+    A result is yielded as soon as it is there, although the next input may take long. An error of `source` or `submit` is raised
+    after the results before it; with `eager` as soon as possible, and first before any result is waited for. When the caller
+    stops, or an error ends the call, jobs under way are cancelled, and a source that is a generator is closed.
     """
     feeder = Feeder(source, submit, bound)
     try:
@@ -44,9 +46,9 @@ def stream(
 
 
 class Feeder:
-    """Takes inputs and submits them on a daemon thread. Its thread may stay in the source's code for ever; then it holds no job.
+    """Takes inputs and submits them on a daemon thread. The thread may stay in the source's code for ever; then it holds no job.
 
-    Used by one thread and its own; not usable in a process that was forked from the one that made it.
+    For one caller's thread. A process that was forked after it was made cannot use it.
     """
 
     def __init__(self, source: Iterator[Any], submit: Callable[[Any], Job], bound: int) -> None:
@@ -55,7 +57,7 @@ class Feeder:
         self._bound = bound
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
-        """Jobs that nobody has asked for yet."""
+        """Jobs that the caller has not asked for yet."""
         self._current: Job | None = None
         self._under_way = 0
         self._error: BaseException | None = None
@@ -64,7 +66,7 @@ class Feeder:
         self._process = os.getpid()
 
     def start(self) -> None:
-        """Begin to take inputs."""
+        """Start the thread that takes inputs."""
         threading.Thread(target=self._feed, name="pipefleet-feeder", daemon=True).start()
 
     def wait_until_full(self) -> None:
@@ -73,9 +75,9 @@ class Feeder:
             self._changed.wait_for(lambda: self._done or len(self._jobs) >= self._bound)
 
     def next_job(self, *, eager: bool) -> Job | None:
-        """The job whose result is due next; None at the end of the inputs. Waits for an input where none is under way.
+        """The job whose result is due next; None at the end of the inputs. Waits for an input if no job is under way.
 
-        Raises what ended the inputs, when its turn comes; with `eager`, as soon as it is known.
+        Raises the error that ended the inputs, after the jobs before it; with `eager` at once.
         """
         if os.getpid() != self._process:
             raise UsageError("this iterator of results belongs to the process that made it; call the pipeline anew")
@@ -87,14 +89,14 @@ class Feeder:
             return self._current
 
     def ended(self, job: Job) -> None:
-        """The result of a job was taken: there is room for one more input."""
+        """The caller has taken the result of a job: there is room for another input."""
         with self._changed:
             self._current = None
             self._under_way -= 1
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Take no more inputs, and cancel what is under way. Raises nothing: the caller's own error matters more."""
+        """Take no more inputs, and cancel the jobs under way. Raises nothing: the caller's own error matters more."""
         if os.getpid() != self._process:
             return  # the jobs are the parent's
         with self._changed:
@@ -115,8 +117,8 @@ class Feeder:
                 if self._stopped:
                     break
                 self._add(self._submit(one))
-                del one  # or the last input would live as long as the next one takes
-        except BaseException as error:  # noqa: BLE001 - raised where the results are taken
+                del one  # else this input would live until the next one comes
+        except BaseException as error:  # noqa: BLE001 - raised to the caller, in `next_job`
             self._error = error
         finally:
             with self._changed:
@@ -141,7 +143,7 @@ class Feeder:
 
 
 def _cancel(job: Job) -> bool:
-    """False when Redis is away: then the jobs run for nobody, rather than the caller waiting once for each of them."""
+    """Cancel a job. False when Redis is away: then the caller cancels no more jobs, or it would wait once for each of them."""
     try:
         job.cancel()
     except PipefleetError:

@@ -1,4 +1,4 @@
-"""Results that transformers gives as tensors: a tensor where torch is installed, else an array of numpy, else lists."""
+"""Results that transformers gives as tensors: torch tensors if torch is installed, else numpy arrays, else lists."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def with_tensors(output: Any, keys: Sequence[str]) -> Any:
-    """A result with tensors in the place of the values at `keys`; the key "" stands for the result itself.
+    """A result with tensors in the place of the values at `keys`. The key "" stands for the result itself.
 
-    Numbers become float32, whole numbers int64. Feature maps of unlike shapes are a list of tensors.
+    Numbers become float32, whole numbers int64. Feature maps of unlike shapes become a list of tensors.
     """
     return _tensors(output) if "" in keys else _at(output, keys)
 
@@ -32,7 +32,7 @@ def _tensors(value: Any) -> Any:
         return [_tensors(one) for one in value]
     array = array.astype(numpy.float32 if array.dtype.kind == "f" else numpy.int64)
     try:
-        torch = import_module("torch")  # the producer needs none of it, and takes it where the caller has it
+        torch = import_module("torch")  # the producer does not need torch; it uses the caller's
     except ImportError:
         return array
     return torch.from_numpy(array)

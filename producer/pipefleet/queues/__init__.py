@@ -1,1 +1,1 @@
-"""Jobs in Redis: every key, Celery's messages in their queues, and the dead letters."""
+"""Jobs in Redis: the list of every key, Celery's messages in their queues, dead letters, and losses."""

@@ -1,4 +1,8 @@
-"""Celery: the application, and a job as the message that its Redis transport keeps. The one file that imports celery."""
+"""Celery: the application, and the text of a job's message as Celery's Redis transport keeps it. Only this module imports celery.
+
+A `JobMessage` comes in, a text for a Redis list goes out. Clients and planners queue with it; workers run the application.
+ContractError says that a message is too large.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,10 @@ if TYPE_CHECKING:
 
 
 COST_HEADER, TIME_HEADER = "pipefleet-cost", "pipefleet-at"
-"""What a message costs, see `JobMessage.work`, and when it was queued (the server's seconds since 1970): read without its body."""
+"""The cost of a message (see `JobMessage.work`), and when it was queued, in the server's seconds since 1970. Headers, so that
+readers need not parse the body."""
 SHARD_HEADER = "pipefleet-shard"
-"""Messages with it are delivered again however often they failed: the consumer finds the one item that is to blame."""
+"""Messages with this header are delivered again without a bound: the consumer finds the item that is to blame."""
 
 
 def celery_app(
@@ -34,10 +39,10 @@ def celery_app(
     transport: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Celery:
-    """The Celery application; with `queue`, one that consumes it, and `revision_queue`, and keeps its own ledger of deliveries.
+    """The Celery application. With `queue` it consumes that queue and `revision_queue`, and uses the ledger of the queue's pool.
 
-    `transport` names another than Celery's own for Redis, `options` are added to its options. With Celery's own, a dead worker's
-    messages come back after `visibility_timeout` seconds.
+    `transport` names a transport to use in place of Celery's own for Redis; `options` are added to its options. With Celery's
+    own, a dead worker's messages come back after `visibility_timeout` seconds.
     """
     from celery import Celery
     from kombu import Exchange, Queue
@@ -61,7 +66,7 @@ def celery_app(
         broker_transport_options={
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
-            "queue_order_strategy": "round_robin",  # of queues; a higher priority comes first in any case
+            "queue_order_strategy": "round_robin",  # among queues; a higher priority comes first in any case
             "visibility_timeout": 3600,
             **(ledger_keys(queue) if queue else {}),
             **(options or {}),
@@ -71,7 +76,7 @@ def celery_app(
         app.conf.broker_transport = transport
     if queue:
         app.conf.task_queues = [Queue(queue)]
-        if revision_queue:  # with an exchange of its own, or what is sent to the first queue would reach both
+        if revision_queue:  # it needs an exchange of its own, or messages to the first queue would reach both
             further = Queue(revision_queue, Exchange(revision_queue), routing_key=revision_queue)
             app.conf.task_queues.append(further)
         app.conf.task_default_queue = queue
@@ -80,7 +85,7 @@ def celery_app(
 
 @functools.cache
 def _template() -> dict[str, Any]:
-    """Headers and properties of a protocol 2 message as this Celery writes them, made once and filled in per job."""
+    """Headers and properties of a protocol 2 message as this Celery writes them. Made once; filled in for each job."""
     from celery import Celery
 
     message = Celery("pipefleet", set_as_current=False).amqp.as_task_v2(
@@ -90,9 +95,9 @@ def _template() -> dict[str, Any]:
 
 
 def celery_message(job: JobMessage, queue: str, priority: Priority, *, now: float | None = None) -> str:
-    """`job` as the JSON text that Celery's Redis transport keeps in a list.
+    """The JSON text of `job` that Celery's Redis transport keeps in a list.
 
-    `now` is when it is queued, in seconds since 1970 by the server's clock (default: by the local one).
+    `now` is the time of queueing, in seconds since 1970 by the server's clock (default: by the local clock).
     Raises ContractError above MAX_MESSAGE_BYTES: larger inputs belong in the object store.
     """
     template = _template()
@@ -111,7 +116,7 @@ def celery_message(job: JobMessage, queue: str, priority: Priority, *, now: floa
         "delivery_tag": str(uuid.uuid4()),
         "delivery_info": {"exchange": "", "routing_key": queue},
         "priority": int(priority),
-        # Without body_encoding the body is the JSON text itself: readable with redis-cli, a third smaller.
+        # Without body_encoding the body is plain JSON: readable with redis-cli, and a third smaller than base64.
     }
     return encode_json(
         {

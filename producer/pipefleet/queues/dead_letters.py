@@ -1,4 +1,8 @@
-"""Messages that were given up, and those that workers hold, as an operator sees them. In Redis; raises what redis-py raises."""
+"""Dead letters, and the messages that workers hold, as an operator sees them.
+
+A dead letter is a message that no worker will run. Workers file them; `pipefleet dead-letters` and runs read, remove and requeue
+them. All functions raise redis-py's errors. See `runs.letters` for the jobs inside of letters.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +23,25 @@ if TYPE_CHECKING:
     from redis import Redis
 
 MOST_LETTER_BYTES = 8 * MAX_WIRE_BYTES
-"""Bytes of a letter that are read, as many as the largest message may take when it is quoted; larger ones are only named."""
+"""Bytes of the largest letter that is read: the largest message takes so many when it is quoted. A larger letter is only named."""
 MOST_READ_BYTES = 16 * 1024 * 1024
-"""Bytes of letters that are read at once."""
+"""Bytes of letters that one call reads."""
 KILLED = "delivered {} times"
-"""The reason of a message that was with a worker so often, and never ended."""
+"""The reason of a message that was delivered so often and never ended."""
 TOO_LARGE = "too_large"
-"""What the reason of a message that no worker reads begins with."""
+"""The reason of a message that is too large for any worker begins so."""
 FOREIGN = "this message is none of its run's: "
-"""What the reason of a message begins with that names a run and does not agree with it: of that run nothing was refused."""
+"""The reason of a message begins so if the message names a run and does not agree with it. Nothing of that run was refused."""
 
 
 def kills(reason: str) -> bool:
-    """Whether a reason says that workers died of the message."""
+    """Whether a reason says that the message killed workers."""
     return reason.startswith("delivered ")
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message that no worker will run: why, when (server seconds), its queue, its deliveries, and its text."""
+    """A message that no worker will run: the reason, the time (server seconds), its queue, its deliveries, and its text."""
 
     reason: str
     at: float
@@ -45,11 +49,11 @@ class DeadLetter:
     deliveries: int
     message: str
     entry: bytes = field(repr=False)
-    """The letter as it lies in Redis, which tells it from any other."""
+    """The letter as it lies in Redis. It identifies the letter."""
 
     @classmethod
     def parse(cls, entry: bytes) -> DeadLetter:
-        """Read a letter; what is not one becomes a letter without a message, so that it can be seen and removed."""
+        """Read a letter. Any other entry becomes a letter without a message, so that an operator can see and remove it."""
         try:
             value = read_object(entry.decode(errors="replace"), most=MOST_LETTER_BYTES)
             texts = {name: str(value[name]) for name in ("reason", "queue", "message")}
@@ -59,12 +63,12 @@ class DeadLetter:
 
     @property
     def job_id(self) -> str | None:
-        """The id of the job, or None when the message does not tell."""
+        """The id of the job; None if the message does not tell it."""
         return message_id(self.message.encode(errors="replace"))
 
     @property
     def code(self) -> str:
-        """The code that its job fails with: `killed_worker`, `too_large` or `malformed`."""
+        """The code with which its job fails: `killed_worker`, `too_large` or `malformed`."""
         if self.reason.startswith(TOO_LARGE):
             return TOO_LARGE
         return "killed_worker" if kills(self.reason) else "malformed"
@@ -86,21 +90,21 @@ for _, key in ipairs(KEYS) do
 end
 return found
 """
-"""KEYS: letters not reported, and the others. ARGV: start, count, most bytes of a letter, of all. Returns each letter, of
-one that is too large its SHA-1 and its bytes. One script, or letters that are filed meanwhile would show twice, or not."""
+"""KEYS: unreported letters, and the others. ARGV: start, count, most bytes of a letter, of all. Returns each letter; for a letter
+that is too large its SHA-1 and its number of bytes. One script, or letters that are filed meanwhile would show twice, or never."""
 
 
 def rights(queue: str, *, changes: bool = False) -> list[tuple[str, ...]]:
-    """The commands that reading the dead letters of a queue needs, and taking them out; see `pipefleet.connection.rights`."""
+    """The commands that a reader of a queue's dead letters needs; with `changes` also to remove them. For `connection.rights`."""
     key = ledger_keys(queue)["dead_key"]
     return [("LRANGE", key, "0", "-1"), *([("LREM", key, "1", "")] if changes else [])]
 
 
 def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) -> list[DeadLetter]:
-    """Up to `count` dead letters of a queue, newest first, after leaving out `start`.
+    """Up to `count` dead letters of a queue, newest first, without the first `start`.
 
-    Fewer where they have more than MOST_READ_BYTES, but one at least where there is one. A letter of more than MOST_LETTER_BYTES,
-    which only another program writes, stays in Redis: it is shown without its message, and can be removed.
+    Fewer if they have more than MOST_READ_BYTES together, but at least one if there is one. A letter of more than
+    MOST_LETTER_BYTES, which only another program writes, stays in Redis: it is shown without its message and can be removed.
     """
     keys = ledger_keys(queue)
     names = (keys["unreported_key"], keys["dead_key"])
@@ -117,7 +121,7 @@ _DIGEST = b"sha1:"
 
 
 def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
-    """The dead letters of a queue, newest first; reads a thousand at a time, so that one filed meanwhile may show twice."""
+    """The dead letters of a queue, newest first, read by the thousand. A letter that is filed meanwhile may show twice."""
     start = 0
     while batch := dead_letters(redis, queue, start=start, count=1000):
         yield from batch
@@ -125,9 +129,9 @@ def every_dead_letter(redis: Redis, queue: str) -> Iterator[DeadLetter]:
 
 
 def count_dead_letters(redis: Redis, queue: str) -> int:
-    """How many dead letters a queue has."""
+    """The number of dead letters of a queue."""
     keys = ledger_keys(queue)
-    pipe = reading(redis)  # or letters that are filed meanwhile would count twice
+    pipe = reading(redis)  # one transaction, or a letter that moves between the lists would count twice
     pipe.llen(keys["unreported_key"])
     pipe.llen(keys["dead_key"])
     return sum(pipe.execute())
@@ -137,12 +141,12 @@ _FILE_LETTER = """
 redis.call('PERSIST', KEYS[1])
 redis.call('LPUSH', KEYS[1], ARGV[1])
 """
-"""The first write takes no memory, see `records.NEEDS_NO_MEMORY`: until its culprit has a letter, a suspect runs again and again,
-alone each time."""
+"""KEYS: dead letters. ARGV: letter. The first write takes no memory, see `contract.records.NEEDS_NO_MEMORY`: a full server must
+take the letter, or the suspect of this culprit would run again and again, alone each time."""
 
 
 def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
-    """Put the text of a message to the dead letters of a queue, also on a server that is full."""
+    """Put the text of a message into the dead letters of a queue, also on a full server."""
     entry = {"reason": reason, "at": server_time(redis), "queue": queue, "deliveries": deliveries}
     redis.eval(_FILE_LETTER, 1, ledger_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
 
@@ -172,11 +176,11 @@ if KEYS[4] then
 end
 return 'queued'
 """
-"""KEYS: dead letters, those not reported, list of the queue, record of a single job or none. ARGV: letter, message, ttl, queue."""
+"""KEYS: dead letters, unreported letters, list of the queue, record of a single job or none. ARGV: letter, message, ttl, queue."""
 
 
 def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
-    """Throw a dead letter away; False when it was gone already."""
+    """Remove a dead letter. False when it was gone already."""
     keys = ledger_keys(queue)
     return bool(
         redis.eval(_REMOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry, MOST_LETTER_BYTES)
@@ -186,11 +190,11 @@ def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
 def requeue_dead_letter(
     redis: Redis, letter: DeadLetter, queue: str, *, ttl: float = 86_400.0, shard: bool = False
 ) -> str | None:
-    """Queue the message of a dead letter once more, behind the others, its deliveries counted anew.
+    """Queue the message of a dead letter once more, behind the others. Its deliveries are counted anew.
 
-    A single job, as opposed to a `shard`, has a record: it says `queued` again then, and is kept for `ttl` seconds. Which of both
-    it is, the caller reads from the body. Returns `queued`; `succeeded` or `cancelled` where the job ended so elsewhere, and only
-    the letter goes; None when that was gone. Raises UsageError for a message that no worker could read.
+    A single job has a record, which says `queued` again and is kept for `ttl` seconds; a `shard` has none. The caller knows from
+    the body which it is. Returns `queued`; `succeeded` or `cancelled` if the job ended so elsewhere, and then only the letter is
+    removed; None if the letter was gone. Raises UsageError for a message that no worker could read.
     """
     keys = ledger_keys(queue)
     own = letter.queue if letter.queue and ledger_keys(letter.queue) == keys else queue
@@ -199,7 +203,7 @@ def requeue_dead_letter(
         step = message["properties"].get("priority") or 0
         target = queue_lists(own)[max(place for place, bound in enumerate(PRIORITY_STEPS) if bound <= step)]
         record = [] if shard else [job_key(message["headers"]["id"])]
-        # A worker that was told to revoke a job drops its messages of before: this one is queued now.
+        # A worker that was told to revoke a job drops older messages of the job: this message is queued now.
         text = encode_json({**message, "headers": {**message["headers"], TIME_HEADER: server_time(redis)}})
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ContractError):
         raise UsageError("this dead letter is not a message that can be queued; remove it") from None
@@ -210,16 +214,16 @@ def requeue_dead_letter(
 
 @dataclass(frozen=True, slots=True)
 class LeasedMessage:
-    """A message that is with a worker."""
+    """A message that a worker holds."""
 
     tag: str
     job_id: str | None
     owner: str
     """Host, process, a random part and a number, with colons between."""
     seconds: float
-    """How long the worker has had it."""
+    """Seconds since the worker took it."""
     renewed_seconds: float
-    """How long ago its lease was renewed."""
+    """Seconds since its lease was renewed."""
     deliveries: int
 
 

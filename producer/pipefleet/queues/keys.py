@@ -1,38 +1,55 @@
-"""Every key of pipefleet in Redis, by name; and Celery's lists behind a queue.
+"""Every key of pipefleet in Redis: name, type, content, writer and lifetime; and the functions that make the names.
 
-Keys, all under `pipefleet:` (queues are Celery's own lists, named in `pipefleet.fleet.routing`):
+Other modules take the names from here. docs/architecture.md says which keys exist after each event, deploy/redis/users.acl who
+may touch them. All keys begin with `pipefleet:`. First come jobs and runs. R is `Settings.result_ttl` (a day) and T is
+`Settings.run_ttl` (14 days), both counted from the last write:
 
-    job:<id>                hash    state, output, error … of a single job; kept for `Settings.result_ttl`
-    done:<client>           channel the ids of a client's jobs that reached a final state
-    cancelled               channel ids of jobs and runs that were cancelled
-    idempotency:<key>       string  the id of the job that was submitted with this key, and a digest of what it asks for
-    run:<id>                hash    shards, cancelled, since (a mark that is gone when Redis was emptied), unqueued (missing shards)
-    run:<id>:items          bitmap  items that are finished, by position
-    run:<id>:failed         bitmap  those of them that failed
-    run:<id>:parts          bitmap  shards whose part is written
-    run:<id>:refused        hash    shards without a part that no worker will run: why, by index
-    run:<id>:planner        string  who plans or resumes the run now; ends with its heartbeat
-    run:<id>:suspects:<index> hash  what is known of a shard that killed workers: culprits, and the item that runs alone now
-    pools                   hash    what workers announce, by pool and revision; each entry ends with its heartbeat
-    workers                 hash    what each worker tells of itself; ends with its heartbeat
-    fleet                   string  the store that the fleet has, by its id; see `identity`
-    revisions               hash    model and revision of each queue `<queue>@…` that messages were put into, or a worker consumes
-    parked                  hash    pools whose workers `pipefleet up` starts no more, and why
-    work:<pool>             hash    what a pool's workers have done, as running totals
-    scaler:<pool>           string  what the scaler remembers of a pool
+    job:<id>                hash    record of a single job (see `contract.records`); by clients and workers; ends after R
+    idempotency:<key>       string  id of the job with this key, and digest of its request; by clients; ends after R
+    done:<client>           channel ids of a client's jobs that reached a final state; by workers and clients
+    cancelled               channel ids of jobs and runs that were cancelled; by clients
+    run:<id>                hash    a run, fields below; by clients, read by workers; ends after T
+    run:<id>:items          bitmap  items that have ended, by position; by workers, and clients that restore or seal; ends after T
+    run:<id>:failed         bitmap  the ended items that failed; by the same; ends after T
+    run:<id>:parts          bitmap  shards whose part is written, by index; by the same; ends after T
+    run:<id>:refused        hash    shards without a part that no worker will run: the reason, by index; by workers; ends after T
+    run:<id>:planner        string  items and shards that a live planner has queued; by the planner; ends after 10 s
+    run:<id>:suspects:<index> hash  journal of a shard that killed workers: culprits, trying, openings; by workers; ends after T
 
-and of a pool's queue, shared by the queues of its revisions:
+The fields of `run:<id>`: `uri` and `since` (the mark: they are gone when Redis was emptied), `shards` and `items` (totals, once
+planning has ended), `cancelled`, `unqueued` (missing shards that a client still has to queue), `moved` (content of moved.json),
+`resumed` (word of the last time when refused shards were taken up).
 
-    unacked:<queue>         hash    delivered messages, by delivery tag: Celery's own record of them
-    unacked_index:<queue>   zset    when each was delivered or renewed last; for delayed ones, when they are due
-    deliveries:<queue>      hash    how often each was delivered
-    retries:<queue>         hash    how often each was given back with a delay
+The fleet. The hashes keep their entries until somebody removes them; an entry counts until the time in it:
+
+    pools                   hash    pools and revisions that are served; by workers and `up --autoscale`; an entry counts for 30 s
+    workers                 hash    facts of each live worker, by its name; by the worker; an entry counts for 30 s
+    fleet                   string  id, URI and endpoint of the store (see `fleet.identity`); by the first who comes; never ends
+    revisions               hash    model and revision of each queue `<queue>@…`; by clients and workers; dropped after a week
+    parked                  hash    pools whose workers `pipefleet up` starts no more, and why; by `up`; ends after 30 s
+    work:<pool>             hash    running totals of a pool, or of a revision as `<pool>@<digits>`; by workers; never ends
+    scaler:<pool>           string  state of the scaler for a pool or revision; by the scaler; ends after 2 h
+
+The ledger of a pool: messages that are in no list, by delivery tag. All revisions of the pool share it. Workers write it; an entry
+is removed when its message is acknowledged, buried or put back into its list; the keys have no time to live:
+
+    unacked:<queue>         hash    the messages: Celery's own record of each
+    unacked_index:<queue>   zset    when each was delivered or renewed last; for delayed messages, when they are due
+    unacked_mutex:<queue>   string  lock of Celery's own transport; our transport never writes it; ends after 5 minutes
+    deliveries:<queue>      hash    how often each was delivered; stays when a message is put back
+    retries:<queue>         hash    how often each was given back with a delay; stays when a message is put back
     owners:<queue>          hash    who holds each: host, process, fetch, and since when
-    delayed:<queue>         zset    those that no worker holds and that go back to their list when they are due
-    dead:<queue>            list    dead letters, newest first
-    dead_unreported:<queue> list    dead letters that nobody was told of yet
+    delayed:<queue>         zset    messages that no worker holds, with the time when they go back to their list
+    dead_unreported:<queue> list    dead letters of which nobody was told yet; by workers, which then move them to `dead`
+    dead:<queue>            list    dead letters, newest first; kept until an operator requeues or removes them
 
-Beside each list of a queue lies `<list>:arriving`: messages that woke an idle worker, for the moment until it fetches them.
+The queues themselves are Celery's lists, without the prefix (see `pipefleet.fleet.routing` for `<queue>`):
+
+- `<queue>` for priority 0, and `<queue>`, PRIORITY_SEPARATOR and 3, 6 or 9 for the others: messages that wait; clients push them,
+  workers fetch them
+- each of these with `:arriving` behind it: messages that woke an idle worker, for the milliseconds until it fetches them
+- `_kombu.binding.<exchange>`: sets of Celery's, with the queues of each exchange; `<id>.reply.celery.pidbox`: lists of answers to
+  `celery inspect`; the channels `/<db>.celery.pidbox` and `/<db>.celeryev/…`: Celery's commands and events
 """
 
 from __future__ import annotations
@@ -48,7 +65,7 @@ PARKED_KEY = f"{KEY}parked"
 FLEET_KEY = f"{KEY}fleet"
 REVISIONS_KEY = f"{KEY}revisions"
 REVISION_MARK = "@"
-"""What stands in the name of a revision's queue between the queue of its pool and the rest."""
+"""The mark in the name of a revision's queue: before it stands the queue of its pool."""
 
 
 def job_key(job_id: str) -> str:
@@ -67,7 +84,7 @@ def reply_channel(client_id: str) -> str:
 
 
 def idempotency_key(key: str) -> str:
-    """Where the job of an idempotency key is remembered."""
+    """The key that remembers the job of an idempotency key."""
     return f"{KEY}idempotency:{key}"
 
 
@@ -77,7 +94,7 @@ def work_key(name: str) -> str:
 
 
 def scaler_key(pool: str) -> str:
-    """What the scaler remembers of a pool."""
+    """The key with the scaler's state for a pool."""
     return f"{KEY}scaler:{pool}"
 
 
@@ -87,7 +104,7 @@ def queue_lists(queue: str) -> list[str]:
 
 
 def arriving_lists(queue: str) -> list[str]:
-    """For each of `queue_lists` the list of those of its messages that woke a worker, which has not fetched them yet."""
+    """For each of `queue_lists` its list of messages that woke a worker and are not fetched yet."""
     return [name + ARRIVING for name in queue_lists(queue)]
 
 
@@ -103,10 +120,10 @@ def waiting_lists(queue: str) -> list[str]:
 
 
 def ledger_keys(queue: str) -> dict[str, str]:
-    """The ledger of delivered messages as transport options, apart for each pool: one never restores another's.
+    """The keys of a pool's ledger, as options of Celery's transport. Each pool has its own and never restores another's messages.
 
-    The queues of a pool's revisions share it, so what a dead worker left comes back whichever revision its neighbours serve.
-    The first three are Celery's own; its stock transport leaves the others alone.
+    The queues of a pool's revisions share the ledger: so the messages of a dead worker come back although its neighbours serve
+    another revision. The first three keys are Celery's own; its stock transport does not touch the others.
     """
     queue = base_queue(queue)
     names = ("unacked", "unacked_index", "unacked_mutex", "deliveries", "retries", "owners", "delayed", "dead")
@@ -115,5 +132,5 @@ def ledger_keys(queue: str) -> dict[str, str]:
 
 
 def base_queue(queue: str) -> str:
-    """The queue of a pool, from that of one of its revisions."""
+    """The queue of a pool, from the queue of one of its revisions."""
     return queue.partition(REVISION_MARK)[0]

@@ -1,4 +1,7 @@
-"""What lies in a queue: how many messages, by priority and place, and the ids of their jobs."""
+"""Looking into a queue: the number of its messages by priority and place, and the ids of their jobs.
+
+Callers are `pipefleet queues`, the backlog of a run, the scaler and `up`. Nothing changes. Raises redis-py's errors.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def queued_ids(redis: Redis, queue: str) -> Iterator[str]:
-    """Ids of the jobs of a pool, of whichever revision, that wait, are with a worker or are delayed.
+    """Ids of a pool's jobs, of every revision, that wait, are with a worker or are delayed.
 
-    In no order; reads a thousand at a time.
+    They come in no order, read by the thousand.
     """
     lists = zip(*map(waiting_lists, queues_of(redis, queue)), strict=True)
     for name in itertools.chain(*lists):
@@ -40,18 +43,18 @@ def _ids(raw_messages: Iterable[bytes]) -> Iterator[str]:
             message = message[0] if isinstance(message, list) else message
             yield str(message["headers"]["id"])
         except (ValueError, LookupError, TypeError, RecursionError):
-            continue  # not one of ours; a worker will say so when it meets it
+            continue  # another program's message; the worker that meets it will say so
 
 
 def message_id(raw: bytes) -> str | None:
-    """The id of the job of a message as it lies in Redis; None for what is no message of ours."""
+    """The id of the job in a raw message; None for a message of another program."""
     return next(_ids([raw]), None)
 
 
 def queue_depth(redis: Redis, queue: str) -> Mapping[str, int]:
-    """How many messages of a pool wait, by priority, are with workers (`unacked`), and wait to be tried again (`delayed`).
+    """The numbers of a pool's messages that wait, by priority, are with workers (`unacked`), or wait for a retry (`delayed`).
 
-    Those of all its revisions together; see `pipefleet.fleet.revisions` for each by itself.
+    All revisions count together; `pipefleet.fleet.revisions` counts each by itself.
     """
     keys = ledger_keys(queue)
     pipe = redis.pipeline(transaction=False)
@@ -64,6 +67,6 @@ def queue_depth(redis: Redis, queue: str) -> Mapping[str, int]:
 
 
 def by_priority(lengths: Sequence[int]) -> dict[str, int]:
-    """The lengths of lists by priority; these are `queue_lists` or `waiting_lists` of one queue or more, one after the other."""
+    """The lengths of lists, summed by priority. The lists are `queue_lists` or `waiting_lists` of one or more queues, in order."""
     high, normal, middle, low = (sum(lengths[step :: len(PRIORITY_STEPS)]) for step in range(len(PRIORITY_STEPS)))
     return {"high": high, "normal": normal + middle, "low": low}

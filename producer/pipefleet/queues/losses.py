@@ -1,8 +1,9 @@
-"""Shards that Redis has lost while it kept the rest of their run: their messages were evicted, purged or trimmed.
+"""Shards whose messages Redis has lost while it kept the rest of their run: evicted, purged or trimmed messages.
 
-More shards of a run are missing than messages of its pool are left, whosever they are: some of the missing ones have no message.
-Counting needs no right to read messages, and costs two round trips now and then. While other jobs wait in the same pool, a loss is
-seen once they are fewer than the shards that are missing.
+    lost = shards of the run - ended shards - messages of the pool, if that is above 0
+
+Messages of other jobs count too, because counting needs no right to read messages. So while other jobs wait in the same pool, a
+loss is seen once they are fewer than the missing shards. `Run.progress` asks; one look costs two round trips.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
     from pipefleet.contract.layout import RunPlan
 
 LOOK_SECONDS = 2.0
-"""How long what was counted is taken for true."""
+"""Seconds between two counts of one run."""
 GRACE_SECONDS = 10.0
-"""How long shards must be missing, and nothing of the run end, before they are called lost: messages are also moved by hand."""
+"""Seconds for which shards must be missing, and nothing of the run may end, before they count as lost: operators move messages."""
 MOST_RUNS = 1000
-"""Runs that are remembered."""
+"""Runs that one client remembers."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What was counted: shards that have ended, those that are lost, and since when both were so (monotonic seconds)."""
+    """One count: ended shards, lost shards, and the monotonic time since which both are the same."""
 
     ended: int
     lost: int
@@ -44,7 +45,7 @@ class _Seen:
 
 
 class Losses:
-    """What a client has seen of runs whose planning has ended. Thread-safe. `monotonic` is a clock in seconds."""
+    """The counts of one client, for runs whose planning has ended. Thread-safe. `monotonic` is a clock in seconds."""
 
     def __init__(self, redis: Redis, url: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._redis = redis
@@ -55,9 +56,9 @@ class Losses:
         renew_after_fork(self)
 
     def why(self, plan: RunPlan) -> str | None:
-        """One sentence where shards of the run are lost; None where none are, or they have been missing for too short a time.
+        """One sentence if shards of the run are lost; None if none is, or not yet for GRACE_SECONDS.
 
-        None also where the user of Redis has no right to count. Raises ServiceUnavailableError while Redis is away.
+        None also without the right to count. Raises ServiceUnavailableError while Redis is away.
         """
         seen, now = self._seen.get(plan.id), self._monotonic()
         if seen is None or now >= seen.at + LOOK_SECONDS:
@@ -75,7 +76,7 @@ class Losses:
         return seen is not None and seen.lost > 0
 
     def after_fork(self) -> None:
-        """Nobody is looking in a child."""
+        """No thread looks in a child."""
         self._lock = threading.Lock()
 
     def _look(self, plan: RunPlan) -> _Seen:
@@ -91,9 +92,9 @@ class Losses:
         return seen
 
     def _count(self, plan: RunPlan) -> tuple[int, int]:
-        """How many shards of the run have ended, and how many of the others have no message, as of one moment.
+        """The numbers of ended shards and of lost shards of the run, as of one moment.
 
-        Workers move messages between the queues of a pool's revisions, so those of all are counted.
+        Workers move messages between the queues of a pool's revisions, so the messages of all revisions count.
         """
         from redis.exceptions import ResponseError
 

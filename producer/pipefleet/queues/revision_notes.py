@@ -1,4 +1,7 @@
-"""Which model and revision each queue `<queue>@…` is for: noted by who sends and who consumes, read by who counts."""
+"""Notes of the model and revision that each queue `<queue>@…` is for, in the hash `pipefleet:revisions`.
+
+Clients that send and workers that consume write a note. Code that counts messages reads the notes, to find every queue of a pool.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ if TYPE_CHECKING:
 
 
 _NOTE = "redis.call('PERSIST', KEYS[1]) return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])"
-"""The first write takes no memory: see `records.NEEDS_NO_MEMORY`."""
+"""KEYS: revisions. ARGV: queue, note. The first write takes no memory, see `contract.records.NEEDS_NO_MEMORY`."""
 
 
 def note_revision(redis: Any, queue: str, model: str | None, revision: str | None, *, now: float | None = None) -> None:
-    """Note which revision `queue` is for, so that `queues_of` finds it; a pool's own needs none.
+    """Note which revision `queue` is for, so that `queues_of` finds it. A pool's own queue needs no note.
 
-    `now` is in seconds since 1970 by the server's clock, which is asked where it is not given; with it `redis` may be a pipeline.
+    `now` is in seconds since 1970 by the server's clock; without it the server is asked. With `now`, `redis` may be a pipeline.
     """
     if REVISION_MARK in queue:
         at = server_time(redis) if now is None else now
@@ -29,7 +32,7 @@ def note_revision(redis: Any, queue: str, model: str | None, revision: str | Non
 
 
 def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
-    """Model and revision of every queue that is for one. Entries that cannot be read are passed over, which is said once."""
+    """Model and revision of every queue with a note. Entries that cannot be read are passed over with one warning."""
     entries: Any = redis.hgetall(REVISIONS_KEY)
     found = {}
     for name, value in entries.items():
@@ -43,7 +46,7 @@ def known_revisions(redis: Redis) -> dict[str, tuple[str, str | None]]:
 
 
 def queues_of(redis: Redis, queue: str) -> list[str]:
-    """Every queue of a pool: its own, which any Celery client may use, and those of the revisions that are known of."""
+    """Every queue of a pool: its own, which any Celery client may use, and the noted queues of its revisions."""
     base = base_queue(queue)
     known = (name for name in known_revisions(redis) if base_queue(name) == base)
     return list(dict.fromkeys([base, queue, *known]))

@@ -1,4 +1,7 @@
-"""OpenTelemetry's trace context of a submitted job. Nothing is imported unless the program uses OpenTelemetry itself."""
+"""OpenTelemetry's trace context of a submitted job: a span around the submit, and headers that carry it to the worker.
+
+Nothing is imported, and nothing happens, unless the program uses OpenTelemetry itself. `Client.submit` and `celery` call this.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 HEADERS = ("traceparent", "tracestate")
-"""Message headers that carry it, as W3C defines them."""
+"""Message headers of the trace context, as W3C defines them."""
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def submitting(task: str, job_id: str) -> Iterator[None]:
 
 
 def trace_headers() -> dict[str, str]:
-    """The headers that tie a message to the current span; empty without one."""
+    """The headers that tie a message to the current span; empty without a span."""
     api = _api("propagate")
     if api is None:
         return {}
@@ -36,5 +39,5 @@ def trace_headers() -> dict[str, str]:
 
 
 def _api(name: str) -> Any:
-    """A module of OpenTelemetry's, or None in a program that has not loaded it: then nobody set up where spans go."""
+    """A module of OpenTelemetry's; None in a program that has not loaded OpenTelemetry, where no span would go anywhere."""
     return importlib.import_module(f"opentelemetry.{name}") if "opentelemetry.trace" in sys.modules else None

@@ -1,12 +1,13 @@
-"""What a run still has to give to the fleet: shards that nothing accounts for, and progress that Redis does not know.
+"""The backlog of a run: missing shards, which nothing accounts for, and parts whose progress Redis does not know.
 
     ids in the queue and with workers ─┐
     parts, refused shards ─────────────┼─▶ missing shards ──▶ queued again, within the bound of outstanding ones
                                        └─▶ parts that Redis does not know ──▶ progress bits, lists of failed items
 
-Object storage is the truth. Redis may be emptied at any time, by a restart or by hand: it carries a mark of the run, and when the
-mark is gone, or the fleet stands still although shards are out, everything is compared again. A shard that is queued once too
-often changes nothing, since its part is written once.
+Object storage is the truth. Redis may be emptied at any time, by a restart or by hand. Redis carries a mark of the run: when the
+mark is gone, or when the fleet stands still although shards are outstanding, everything is compared again. A shard that is queued
+once too often changes nothing, because its part is written once. Planners and `Run` use a backlog. RunError says that the run is a
+copy of one elsewhere; ServiceUnavailableError that Redis or S3 is away.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ if TYPE_CHECKING:
     from pipefleet.session import Session
 
 LOOK_SECONDS = 1.0
-"""How long what Redis said of the run is taken as it was read, while there is room."""
+"""Seconds between two looks at the run in Redis, while there is room."""
 STALLED_SECONDS = 60.0
-"""How long nothing may end, with as many shards outstanding as are allowed, before they are looked for in the queue."""
+"""Seconds in which no shard ends, at the bound of outstanding shards, before the shards are looked for in the queue."""
 MESSAGES = 100
 """Messages that are queued in one round trip."""
 PARTS = 64
-"""Parts whose progress is restored before the planner looks at anything else."""
+"""Parts whose progress is restored in one step of the planner."""
 READERS = 8
 _FIRST = re.compile(rb'\{"position":(\d+),')
 
 
 class Backlog:
-    """Shards of one run that are not done. Thread-safe.
+    """The shards of one run that are not done. Thread-safe.
 
-    `planned` is everywhere the number of shards that lie in object storage. Memory is a byte or two for each of them.
+    `planned` is everywhere the number of shards in object storage. Memory is a byte or two for each of them.
     """
 
     def __init__(
@@ -78,48 +79,48 @@ class Backlog:
         self._missing = array("Q")
         self._unrestored = array("Q")
         self._word: bytes | bool | None = False
-        """The word of `Resumed` as of the last look; False before the first."""
+        """The word of `Resumed` at the last look; False before the first look."""
         self._ended = 0
         self._next_look = 0.0
         self._still_since = clock()
         self.cancelled = False
-        """Whether somebody cancelled the run, as of the last look."""
+        """Whether the run was cancelled, at the last look."""
 
     @property
     def missing(self) -> int:
-        """How many shards are still to be queued again."""
+        """The number of shards that are still to be queued again."""
         return len(self._missing)
 
     @property
     def unrestored(self) -> int:
-        """How many parts Redis does not know of yet."""
+        """The number of parts that Redis does not know yet."""
         return len(self._unrestored)
 
     def begin(self) -> None:
-        """Mark a run that has no shards yet: there is nothing to compare."""
+        """Mark a run without shards in Redis. There is nothing to compare yet."""
         with self._lock:
             self._mark()
             self._sure = True
 
     def forget(self) -> None:
-        """Remove what `begin` has written."""
+        """Remove the mark of `begin`."""
         with redis_errors(self._session.settings.redis_url):
             self._session.redis.delete(run_key(self._plan.id))
 
     def doubt(self) -> None:
-        """Compare object storage and Redis again before anything else is queued."""
+        """Compare object storage and Redis again before the next shard is queued."""
         with self._lock:
             self._sure = False
 
     def room(self, planned: int) -> int:
-        """How many new shards may be queued now; 0 while there are missing ones, which are queued first.
+        """The number of new shards that may be queued now; 0 while shards are missing, which are queued first.
 
-        Asks Redis when its last answer is old or leaves no room, through outages. See `cancelled` afterwards.
+        Asks Redis when its last answer is old or leaves no room, through outages. Afterwards `cancelled` is up to date.
         """
         return self._patience.call(lambda: self.tend(planned))
 
     def tend(self, planned: int) -> int:
-        """As `room`, but tried once. Raises ServiceUnavailableError."""
+        """As `room`, but with one try. Raises ServiceUnavailableError."""
         with self._lock:
             old = self._clock() >= self._next_look or not self._sure
             if old or self.cancelled or self._missing or self._unrestored or self._free(planned) <= 0:
@@ -127,16 +128,16 @@ class Backlog:
             return 0 if self._missing else max(0, self._free(planned))
 
     def find(self, planned: int) -> int:
-        """Compare object storage and Redis now; how many shards are missing. They are queued by `room`."""
+        """Compare object storage and Redis now. Returns the number of missing shards; `room` queues them."""
         with self._lock:
             moved = read_moved(
                 self._session.store, self._layout
-            )  # Redis may have forgotten this, and that it was cancelled
+            )  # Redis may have forgotten the move, and the cancellation
             self._plan = self._plan if moved is None else moved.applied(self._plan)
             self._mark({} if moved is None else {MOVED: encode_json(moved.to_json())})
             if self._session.store.head(self._layout.cancelled) is not None:
                 self._cancel()
-            # The queue first: a shard that ends meanwhile is found by its part.
+            # The queue first: a shard that ends meanwhile has a part, which is looked at next.
             accounted = self._queued(planned)
             for index in self._compare_parts(planned):
                 accounted[index] = 1
@@ -148,15 +149,15 @@ class Backlog:
             return self.missing
 
     def recall(self, planned: int) -> None:
-        """Bring all that Redis knows of parts up to date."""
+        """Restore the progress of every part that Redis does not know."""
         self.find(planned)
         while self.unrestored:
             self.restore()
 
     def restore_unknown(self, planned: int) -> int:
-        """Bring all parts that Redis does not know of up to date, and queue nothing; how many those were.
+        """Restore the progress of every part that Redis does not know, and queue nothing. Returns the number of parts.
 
-        A failover loses the last writes of Redis: a part may be forgotten whose message was acknowledged by the new primary.
+        A failover loses the last writes of Redis: it may forget a part whose message the new primary then acknowledged.
         """
         with self._lock:
             if not may(self._session.redis, ("SETBIT", run_key(self._plan.id, "parts"), "0", "1")):
@@ -168,7 +169,7 @@ class Backlog:
             return found
 
     def publish(self, indexes: Collection[int]) -> None:
-        """Queue these shards now, whatever else is outstanding."""
+        """Queue these shards now, beyond the bound of outstanding shards if need be."""
         with self._lock:
             for index in indexes:
                 message = next(self._messages(array("Q", (index,)), index + 1))
@@ -177,7 +178,7 @@ class Backlog:
             self._note_missing()
 
     def restore(self) -> None:
-        """Bring the progress of some parts that Redis does not know of, and their lists of failed items, up to date."""
+        """Restore the progress of up to PARTS parts that Redis does not know, and their lists of failed items."""
         with self._lock:
             some = self._unrestored[:PARTS]
             if not some:
@@ -201,9 +202,10 @@ class Backlog:
             self.restore()
 
     def _look(self) -> bool:
-        """Read how much has ended and whether the run was cancelled; False when the mark of the run is gone.
+        """Read how many shards have ended and whether the run was cancelled. False if the mark of the run is gone.
 
-        Whoever moved the run took its messages out of their queue, and whoever took up refused shards leaves them to be found.
+        A client that moved the run took its messages out of their queue, and a client that took up refused shards left them
+        missing. So after either, everything is compared again.
         """
         pipe = self._session.redis.pipeline(transaction=False)
         pipe.hmget(run_key(self._plan.id), ["since", "cancelled", MOVED, "resumed"])
@@ -233,7 +235,7 @@ class Backlog:
         return True
 
     def _is_short(self, planned: int) -> bool:
-        """Whether fewer shards are with the fleet than should be: a queue was purged, or Redis lost its last writes."""
+        """Whether fewer shards are with the fleet than are outstanding: a queue was purged, or Redis lost its last writes."""
         with redis_errors(self._session.settings.redis_url):
             if not self._reads_queue():
                 there = sum(queue_depth(self._session.redis, self._plan.queue).values())
@@ -241,13 +243,13 @@ class Backlog:
         return sum(self._queued(planned)) < planned - len(self._unrestored) - self._ended
 
     def _reads_queue(self) -> bool:
-        """Whether this client has the right to see whose messages wait; a producer has not, see `pipefleet.connection.rights`."""
+        """Whether this client may read messages. A producer may not, see `pipefleet.connection.rights`."""
         queue = self._plan.queue
         ledger = ledger_keys(queue)["unacked_key"]
         return may(self._session.redis, ("LRANGE", queue, "0", "-1"), ("HSCAN", ledger, "0"))
 
     def _require_place(self) -> None:
-        """Raise RunError for a copy of a run that is still where Redis knows it: what is noted by its id is that one's."""
+        """Raise RunError for a copy of a run whose original is where Redis knows it: the notes in Redis are the original's."""
         with redis_errors(self._session.settings.redis_url):
             found: Any = self._session.redis.hget(run_key(self._plan.id), "uri")
         known = (found or b"").decode(errors="replace")
@@ -270,9 +272,10 @@ class Backlog:
         self.cancelled = True
 
     def _queued(self, planned: int) -> bytearray:
-        """1 for each shard that waits in the queue or is with a worker; none where this client may not see that.
+        """A byte for each shard: 1 if it waits in the queue or is with a worker; all 0 if this client may not read messages.
 
-        Then what waits is queued once more, behind itself: a worker finds its part there and does nothing.
+        Without that right, waiting shards are queued once more. A worker that gets the second message finds the part and does
+        nothing.
         """
         found = bytearray(planned)
         with redis_errors(self._session.settings.redis_url):
@@ -285,9 +288,11 @@ class Backlog:
         return found
 
     def _compare_parts(self, planned: int) -> array[int]:
-        """The shards whose parts are there; those that Redis does not know of are to be restored."""
+        """The shards that have parts. The parts that Redis does not know are noted for `restore`."""
         known = self._known_parts()
-        there = array("Q", (index for index in self._parts() if index < planned))  # others are no parts of this run
+        there = array(
+            "Q", (index for index in self._parts() if index < planned)
+        )  # higher numbers are no parts of this run
         self._unrestored = array(
             "Q", (one for one in there if not (one >> 3 < len(known) and known[one >> 3] & 0x80 >> (one & 7)))
         )
@@ -304,7 +309,7 @@ class Backlog:
         return (index for index in indexes if index is not None)
 
     def _queue(self, planned: int) -> None:
-        """Queue as many of the missing shards as there is room for."""
+        """Queue missing shards, within the bound of outstanding shards."""
         while self._missing and (room := self._free(planned)) > 0:
             some = self._missing[: min(room, MESSAGES)]
             self._session.publish(list(self._messages(some, planned)), self._plan.queue, Priority.LOW)
@@ -312,7 +317,7 @@ class Backlog:
             self._note_missing()
 
     def _note_missing(self) -> None:
-        """Tell other clients how many shards wait for this one, so that they see when it ends before it has queued them."""
+        """Note in Redis how many shards this client still has to queue, so that other clients see if it ends before."""
         key = run_key(self._plan.id)
         with redis_errors(self._session.settings.redis_url):
             if self._missing:
@@ -321,7 +326,7 @@ class Backlog:
                 self._session.redis.hdel(key, "unqueued")
 
     def _messages(self, indexes: array[int], planned: int) -> Iterator[JobMessage]:
-        """Each shard begins where the next one's items do, so the beginnings of objects tell all sizes but the last."""
+        """The messages of shards. A shard ends where the next begins, so the first bytes of objects tell all sizes but the last."""
         known: dict[int, int] = {}
         for index in indexes:
             first = known.get(index)

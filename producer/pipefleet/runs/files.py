@@ -1,4 +1,7 @@
-"""Reading the files of a run, which lie in a bucket that others may write to: what is none of ours is named, in one sentence."""
+"""Reading the files of a run. Other programs may write to the bucket too, so types and bounds are checked.
+
+Every reader of plans, totals and parts calls these functions. RunError names a file that pipefleet did not write.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pipefleet")
 MOST_BYTES = 64 << 20
-"""Bytes of JSON that a file of a run may have."""
+"""Most bytes of JSON in a file of a run."""
 
 
 def read_file(store: ObjectStore, uri: str) -> Mapping[str, Any]:
-    """The JSON object in a file of a run. Raises ObjectMissingError, or RunError that names the file."""
+    """The JSON object in a file of a run. Raises ObjectMissingError, or RunError, which names the file."""
     body = store.get(uri, max_bytes=MOST_BYTES)
     with readable(uri):
         return mapping(read_json(body, most=MOST_BYTES))
 
 
 def rows_of(lines: Iterable[bytes], where: str) -> Iterator[dict[str, Any]]:
-    """The rows of a part, each with an id. Raises RunError that names `where` for a line that is none."""
+    """The rows of a part, each with an id. Raises RunError, which names `where`, for a line that is not a row."""
     for line in lines:
         with readable(where):
             row = json.loads(line)
@@ -35,7 +38,7 @@ def rows_of(lines: Iterable[bytes], where: str) -> Iterator[dict[str, Any]]:
 
 
 def failed_rows(lines: Iterable[bytes], where: str) -> Iterator[dict[str, Any]]:
-    """The failed items of a run, each with id and error; a line that is none is passed over, which is said."""
+    """The failed items of a run, each with id and error. Another line is passed over with a warning."""
     for line in lines:
         try:
             row = dict(mapping(json.loads(line)))

@@ -1,6 +1,9 @@
-"""How a run ends: the failed items of its parts, gathered, and `_SUCCESS` with the totals.
+"""The end of a run: the failed items of its parts are gathered, and `_SUCCESS` is written with the totals.
 
-Everything here is derived from parts that are in object storage, so that each step may be done twice, and by anybody.
+    parts ─▶ _run/failed/NNNNN.jsonl ─▶ _run/failures.jsonl ─▶ _SUCCESS
+
+Everything is derived from parts in object storage. So any worker or client may do each step, also twice and at the same time.
+Errors are those of the store, and RunError for a file that pipefleet did not write.
 """
 
 from __future__ import annotations
@@ -21,16 +24,16 @@ from pipefleet.storage.store import ObjectStore
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Which refused shards of a run were ever taken up, and the word that its `_SUCCESS` has to hold."""
+    """The content of resumed.json: the refused shards that were ever taken up, and the word that a valid `_SUCCESS` holds."""
 
     word: str = ""
     shards: tuple[int, ...] = ()
 
 
 def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
-    """The progress of a run that has ended, from `_SUCCESS`; None while it has not, or not since shards were taken up.
+    """The totals of an ended run, from `_SUCCESS`; None before the end, and after shards were taken up again.
 
-    Raises RunError for a file that is none of ours.
+    Raises RunError for a file that pipefleet did not write.
     """
     try:
         totals = read_file(store, layout.success)
@@ -42,7 +45,7 @@ def read_totals(store: ObjectStore, layout: RunLayout) -> RunProgress | None:
 
 
 def read_resumed(store: ObjectStore, layout: RunLayout) -> Resumed:
-    """What was noted when refused shards were taken up. Raises RunError for a file that is none of ours."""
+    """The content of resumed.json. Raises RunError for a file that pipefleet did not write."""
     try:
         body = read_file(store, layout.resumed)
     except ObjectMissingError:
@@ -61,11 +64,11 @@ def finalise(
     resumed: Resumed | None = None,
     now: float,
 ) -> RunProgress | None:
-    """Gather the failed items and write `_SUCCESS`, when every part is there. Safe to call twice and at the same time.
+    """Gather the failed items and write `_SUCCESS`. The caller has seen every part. Safe to call twice and at the same time.
 
-    `refused` of the parts stand for shards that no worker ran, `reason` says why of one of them; see `refusals`. `resumed` is what
-    `read_resumed` returned before the parts were looked at: None, and nothing has ended, when that has changed since. `now` is in
-    seconds since 1970 by the Redis server's clock, as `RunPlan.created` is.
+    `refused` counts the parts of shards that no worker ran, `reason` is the reason of one of them (see `runs.refusals`). `resumed`
+    is the answer of `read_resumed` from before the caller looked at the parts; if it has changed since, the run has not ended and
+    None is returned. `now` is in seconds since 1970 by the Redis server's clock, as `RunPlan.created` is.
     """
     resumed = resumed or Resumed()
     failed, items = _gather_failures(store, layout), plan.items or 0
@@ -88,7 +91,7 @@ def finalise(
         ended = read_totals(store, layout)
         if ended is not None or read_resumed(store, layout).word != resumed.word:
             return ended
-        store.delete(layout.success)  # of somebody who was slow, and ended what was resumed meanwhile
+        store.delete(layout.success)  # a slow client ended the run although it was resumed meanwhile
     return None
 
 
@@ -99,7 +102,7 @@ def _state(items: int, failed: int) -> str:
 
 
 def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: list[dict[str, Any]]) -> None:
-    """Write the failed rows of a part as manifest lines. Derived from the part alone, so writing twice is harmless."""
+    """Write the failed rows of a part as manifest lines. They follow from the part alone, so a second write is harmless."""
     lines = [encode_json(_manifest_row(row)) for row in rows if "error" in row]
     if lines:
         body = ("\n".join(lines) + "\n").encode()
@@ -107,7 +110,7 @@ def write_failed_rows(store: ObjectStore, layout: RunLayout, index: int, rows: l
 
 
 def failed_lines(store: ObjectStore, layout: RunLayout) -> Iterator[bytes]:
-    """The failed items that are listed so far, as manifest lines, a shard after the other."""
+    """The failed items that are listed so far, as manifest lines, shard by shard."""
     for entry in store.list(layout.failed):
         index = index_of(entry.key)
         if index is not None:
@@ -120,7 +123,7 @@ def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gather_failures(store: ObjectStore, layout: RunLayout) -> int:
-    """Join the failed items of all shards into one file; returns how many there are."""
+    """Join the failed items of all shards into one file. Returns their number."""
     count = 0
     with tempfile.TemporaryFile() as gathered:
         for line in failed_lines(store, layout):

@@ -1,4 +1,9 @@
-"""Dead letters, read: what their jobs were, and queuing these again so that their results are found where they were waited for."""
+"""The jobs inside of dead letters: reading what they ask for, and queueing them again.
+
+`pipefleet dead-letters` calls both. Workers read letters too, to end the jobs inside. After `requeue` the result appears in the
+usual place: in the job's record, or in the run. Any text is readable: wrong fields are left out. `requeue` raises
+ServiceUnavailableError.
+"""
 
 from __future__ import annotations
 
@@ -22,33 +27,33 @@ if TYPE_CHECKING:
     from pipefleet.session import Session
 
 MOST_INPUT = 10_000
-"""Characters of an input that are read of a letter."""
+"""Most characters of an input that `read_content` returns."""
 
 BURY = f"""
 local letter = table.remove(ARGV)
 if not redis.call('LPOS', KEYS[2], letter) and not redis.call('LPOS', KEYS[3], letter) then return 0 end
 {FINISH}"""
-"""As FINISH, with one more argument at the end, a dead letter, and more KEYS: those of its queue that are not reported, and the
-others. 0 as well when the letter is in neither: it was queued again or removed meanwhile."""
+"""As FINISH, with a dead letter as one more ARGV at the end, and the queue's unreported and other letters as more KEYS. Returns 0
+also when the letter is in neither list: it was queued again or removed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What the message of a dead letter asks for, as far as it can be read."""
+    """The readable content of a dead letter's message."""
 
     task: str | None = None
     item: str | None = None
-    """The id of its one item; None for a shard."""
+    """The id of the only item; None for a shard."""
     input: str | None = None
     """The text, the URI, or the JSON of the inputs, cut to MOST_INPUT characters."""
     shard: Shard | None = None
     output: str | None = None
-    """Where its result goes besides the record of the job; None where it goes nowhere else."""
+    """The URI for the result beside the job's record; None if the result goes nowhere else."""
     reply: str | None = None
 
 
 def read_content(letter: DeadLetter) -> Content:
-    """What the message of a letter asks for. Whatever is not as the contract says is left out."""
+    """The content of a letter's message. Fields that break the contract are left out."""
     try:
         payload = _payload(letter.message)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
@@ -70,7 +75,7 @@ def read_content(letter: DeadLetter) -> Content:
 def _payload(message: str) -> Any:
     envelope = json.loads(message)
     body = envelope["body"]
-    if str(envelope["properties"].get("body_encoding")).lower() == "base64":  # as other clients of Celery write it
+    if str(envelope["properties"].get("body_encoding")).lower() == "base64":  # other clients of Celery write it so
         body = base64.b64decode(body)
     return json.loads(body)[0][0]
 
@@ -80,12 +85,12 @@ def _text(value: Any) -> str | None:
 
 
 def _reply(value: Any) -> str | None:
-    """A channel that a client listens on: the message was never checked, and others are not for its author to speak on."""
+    """A client's channel, or None. The message was never checked, and its author must not publish on other channels."""
     return value if is_reply(value) else None
 
 
 def _input(inputs: Any) -> str:
-    with contextlib.suppress(ContractError):  # a reference that is none is shown as it is
+    with contextlib.suppress(ContractError):  # a malformed reference is shown unchanged
         inputs = map_refs(inputs, lambda one: one.uri)
     text = inputs if isinstance(inputs, str) else json.dumps(inputs, ensure_ascii=False)
     return text if len(text) <= MOST_INPUT else text[: MOST_INPUT - 1] + "…"
@@ -99,11 +104,11 @@ def _shard(value: Any) -> Shard | None:
 
 
 def requeue(session: Session, letter: DeadLetter, queue: str) -> str:
-    """Queue the job of a letter once more; what became of it, in words. The letter is gone then, unless it cannot be queued.
+    """Queue the job of a letter once more. Returns the outcome in words. The letter is removed, unless it cannot be queued.
 
-    The record of a single job is made new, so that whoever waits for it anew gets the new result. A shard is a part of its run
-    again, which is running again if it had ended. Raises ServiceUnavailableError; then the letter is still there, or the job is
-    queued, or `Run.resume` queues it.
+    The record of a single job starts afresh, so that callers that wait anew get the new result. A shard belongs to its run again,
+    and an ended run is running again. Raises ServiceUnavailableError; then the letter is still there, or the job is queued, or
+    `Run.resume` will queue it.
     """
     content = read_content(letter)
     try:
@@ -127,7 +132,7 @@ _BECAME = {
 
 
 def _requeue_shard(session: Session, letter: DeadLetter, queue: str, shard: Shard) -> str | None:
-    """What became of the shard of a letter; None where only its message has to be queued."""
+    """The outcome for the shard of a letter, in words; None if only its message has to be queued."""
     try:
         run = Run.open(session, RunLayout.at(shard.run_uri))
     except RunError:

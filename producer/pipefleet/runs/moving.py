@@ -1,7 +1,8 @@
-"""Moving a run to another model or revision: what is not done yet runs there.
+"""Moving a run to another model or revision: the items that are not done yet run there.
 
-plan.json and run.json stay as they are; `_run/moved.json` says where the rest of the run goes, and Redis tells a planner that is
-still at work. Rows that are done keep what they are, and say which model they are from.
+`resume --model` calls `move_run`. plan.json and run.json stay unchanged; `_run/moved.json` names the model, revision and queue for
+the rest of the run, and a field in Redis tells a planner that is still at work. Finished rows stay; each names its model.
+AccessDeniedError says that the Redis user may not take messages out of queues.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from pipefleet.session import Session
 
 MOVED = "moved"
-"""Field of a run's hash in Redis: the content of moved.json."""
+"""The field of a run's hash in Redis with the content of moved.json."""
 STALE_SECONDS = 6.0
-"""A lease that was not renewed for so long is of a worker that has ended: they renew every four seconds."""
+"""Seconds without a renewal after which a lease belongs to a dead worker: live workers renew every four seconds."""
 
 _TAKE = r"""
 local t = redis.call('TIME')
@@ -51,12 +52,13 @@ for i = 1, #all, 2 do
 end
 return taken
 """
-"""KEYS: unacked, its index, the other keys of a pool's ledger. ARGV: the queue that keeps its own, how ids begin, seconds."""
+"""KEYS: unacked, its index, the other keys of a pool's ledger. ARGV: the queue whose messages stay, the prefix of the run's ids,
+seconds. Removes the run's messages that dead workers hold; returns their number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Where a run was moved to, and every pool's queue that messages of it may still be in."""
+    """The model, revision and queue that a run was moved to, and the queue of every pool that may still hold its messages."""
 
     model: str
     revision: str | None
@@ -69,18 +71,18 @@ class Moved:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Moved:
-        """The reverse. Raises RunError naming `where` for anything else."""
+        """The reverse of `to_json`. Raises RunError, which names `where`, for any other value."""
         with readable(where):
             revision = None if value["revision"] is None else name(value["revision"])
             return cls(name(value["model"]), revision, name(value["queue"]), tuple(map(name, value["pools"])))
 
     def applied(self, plan: RunPlan) -> RunPlan:
-        """The plan with what the run was moved to."""
+        """The plan with the model, revision and queue of the move."""
         return replace(plan, model=self.model, revision=self.revision, queue=self.queue)
 
 
 def read_moved(store: ObjectStore, layout: RunLayout) -> Moved | None:
-    """Where a run was moved to; None where it was not."""
+    """The move of a run; None if it was not moved."""
     try:
         return Moved.from_json(read_file(store, layout.moved), layout.moved)
     except ObjectMissingError:
@@ -88,14 +90,14 @@ def read_moved(store: ObjectStore, layout: RunLayout) -> Moved | None:
 
 
 def moved_plan(session: Session, plan: RunPlan) -> RunPlan:
-    """The plan as another client may have moved it, from Redis: for a planner, which asks before every shard."""
+    """The plan after the moves of other clients, from Redis. A planner asks before every shard."""
     with redis_errors(session.settings.redis_url):
         found: Any = session.redis.hget(run_key(plan.id), MOVED)
     return moved_by(found, plan)
 
 
 def moved_by(content: bytes | None, plan: RunPlan) -> RunPlan:
-    """The plan with what the field MOVED of its run says; None where there is none."""
+    """The plan after the move in `content`, the field MOVED of its run; the same plan if the field is empty."""
     if content is None:
         return plan
     where = f"the field {MOVED} of {run_key(plan.id)} in Redis"
@@ -105,9 +107,9 @@ def moved_by(content: bytes | None, plan: RunPlan) -> RunPlan:
 
 
 def move_run(session: Session, layout: RunLayout, plan: RunPlan, pool: Pool) -> RunPlan:
-    """Note that the rest of a run goes to `pool`, and take its messages out of every other queue. Returns the plan as moved.
+    """Note that the rest of a run goes to `pool`, and take its messages out of every other queue. Returns the moved plan.
 
-    Raises AccessDeniedError, before anything is noted, where the Redis user may not take messages out.
+    Raises AccessDeniedError, before anything is noted, if the Redis user may not take messages out.
     """
     with redis_errors(session.settings.redis_url):
         require(session.redis, "moving a run to another model", "operator", *_commands(plan.queue))
@@ -124,10 +126,10 @@ def move_run(session: Session, layout: RunLayout, plan: RunPlan, pool: Pool) -> 
 
 
 def take_back(session: Session, moved: Moved, run_id: str) -> None:
-    """Take the messages of a run out of every queue but the one that it was moved to.
+    """Take the messages of a run out of every queue except the one that it was moved to.
 
-    What a live worker of another revision holds stays with it; it will be done there. A mere producer takes nothing out: who moved
-    the run has.
+    Messages that a live worker of another revision holds stay there and are done there. A user with only a producer's rights
+    takes nothing out: the user who moved the run has done so.
     """
     with redis_errors(session.settings.redis_url):
         for base in moved.pools:
@@ -142,7 +144,7 @@ def take_back(session: Session, moved: Moved, run_id: str) -> None:
 
 
 def _commands(queue: str) -> list[tuple[str, ...]]:
-    """The rights that taking messages out of a queue needs."""
+    """The commands that take messages out of a queue, for a check of rights."""
     ledger = ledger_keys(queue)["unacked_key"]
     return [("LRANGE", queue, "0", "-1"), ("LREM", queue, "-1", ""), ("HGETALL", ledger), ("HDEL", ledger, "")]
 
@@ -162,7 +164,7 @@ def _of_run(raw: bytes, run_id: str) -> bool:
 
 
 def pool_of(session: Session, plan: RunPlan) -> Pool:
-    """The pool that a run is for; where the fleet does not name its revision (any more), one that does not take new work."""
+    """The pool of a run. If the fleet does not name its revision, or no longer, a pool that takes no new work stands for it."""
     fleet, base = session.fleet, base_queue(plan.queue)
     try:
         return fleet.find(plan.task, plan.model, plan.revision)
@@ -180,7 +182,7 @@ def pool_of(session: Session, plan: RunPlan) -> Pool:
 
 
 def known_pool(session: Session, plan: RunPlan) -> Pool | None:
-    """As `pool_of`; None where the fleet file cannot be read, which a run needs not."""
+    """As `pool_of`; None if the fleet file cannot be read. A run can do without it."""
     try:
         return pool_of(session, plan)
     except UsageError:
@@ -188,7 +190,7 @@ def known_pool(session: Session, plan: RunPlan) -> Pool | None:
 
 
 def unserved(session: Session, plan: RunPlan, uri: str) -> str | None:
-    """One sentence with what to do, where no worker serves the revision that a run is for; None where one does."""
+    """One sentence with the next step if no worker serves the revision of a run; else None."""
     pool = pool_of(session, plan)
     queue = work_queue(pool, session.fleet)
     with redis_errors(session.settings.redis_url):

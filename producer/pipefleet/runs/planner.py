@@ -1,9 +1,10 @@
-"""Planning a bulk run: the source, cut into shards that lie in object storage, each queued as soon as it is written.
+"""Planning a bulk run: a source is cut into shards in object storage, and each is queued as soon as it is written.
 
     source items → shards (growing, bounded by count and bytes) → _run/shards/NNNNN.jsonl → one message each → run.json
 
-Memory is one shard, however long the source. A plan that was interrupted goes on behind its last shard. While it plans, a planner
-looks after what it has queued (see `backlog`): it waits for the fleet, and queues again what Redis lost.
+`start` and `Run` make planners. Memory is one shard, for a source of any length. A planning that was interrupted goes on behind its
+last shard. A planner also looks after the shards that it has queued (see `runs.backlog`): it waits for the fleet, and queues again
+those that Redis lost. It raises errors of the source, RunError beside another planner, and ServiceUnavailableError.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ALIVE_SECONDS = 10.0
-"""How long a planner counts as alive after its last sign; it gives one every third of this, however slow its source."""
+"""Seconds for which a planner counts as alive after a sign of life. It gives a sign every third of this, for any source."""
 HELD_BACK_SECONDS = 0.5
-"""How long a planner waits before it looks again whether the fleet has caught up."""
+"""Seconds between two looks of a planner that waits for the fleet."""
 TEND_SECONDS = 5.0
-"""How often a planner looks after its shards though its source gives nothing."""
+"""Seconds between two looks at its shards while the source gives no item."""
 
 
 class Planner:
-    """Plans one run, a shard at a time, and keeps its shards queued. Used by one thread at a time; any thread may call `stop`.
+    """Plans one run, shard by shard, and keeps its shards queued. For one thread at a time; any thread may call `stop`.
 
-    With a plan that has its totals there is nothing to read (`source` is None): what is missing is queued again, and the run ended
-    if its parts are all there.
+    A plan with totals needs no source (`source` is None): then missing shards are queued again, and the run is ended if all its
+    parts are there.
     """
 
     def __init__(self, session: Session, layout: RunLayout, plan: RunPlan, source: Source | None) -> None:
@@ -64,13 +65,13 @@ class Planner:
         self.items = 0
         self.shards = 0
         self.continued = False
-        """True when there were shards of an earlier planner; `run` queues those that are missing first."""
+        """True if an earlier planner wrote shards. Then `run` first queues the missing ones."""
         self.usable = True
-        """False after an error: what was read and not yet written is lost, so another planner has to go on."""
+        """False after an error: items that were read and not written are lost, so another planner has to go on."""
         self._cut: Iterator[list[SourceItem]] | None = None
         self._writer = uuid.uuid4().hex
         self.alone = True
-        """False when another client was seen to plan the same run."""
+        """False once another client was seen to plan the same run."""
         self._wrote = False
         self._media = False
         self._stopped = threading.Event()
@@ -78,7 +79,7 @@ class Planner:
         self.backlog = Backlog(session, layout, plan, self._patience)
 
     def prepare(self) -> None:
-        """Find the place behind what an earlier planner wrote, and mark a new run. `step` and `run` do this themselves."""
+        """Find the place behind the shards of an earlier planner, or mark a new run. `step` and `run` call this themselves."""
         if self._cut is not None:
             return
         if self.plan.shards is not None:
@@ -109,12 +110,11 @@ class Planner:
             raise
 
     def run(self) -> bool:
-        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False when it was stopped or cancelled before.
+        """Plan to the end of the source, through outages of up to PATIENCE_SECONDS. False if it was stopped or cancelled before.
 
-        The first shard is planned by `step`, which tries once: `map` tells its caller.
-
-        Waits while the fleet has `Settings.outstanding_shards` of the run before it, so that a fast source fills no Redis; what
-        Redis lost meanwhile is queued again.
+        `map` plans the first shard by `step`, which tries once, so that its caller sees an error at once. `run` waits while
+        `Settings.outstanding_shards` of the run are outstanding, so that a fast source fills no Redis. Shards that Redis lost
+        meanwhile are queued again.
         """
         self._patience.seconds = PATIENCE_SECONDS
         self._patience.call(self.prepare)
@@ -130,7 +130,7 @@ class Planner:
         return False
 
     def stop(self) -> None:
-        """Let `run` return after the shard it is at."""
+        """Let `run` return after the current shard."""
         self._stopped.set()
 
     @property
@@ -139,12 +139,12 @@ class Planner:
         return self._stopped.is_set()
 
     def go_on(self) -> None:
-        """Undo `stop`: `run` may be called again, and queues what was dropped meanwhile."""
+        """Undo `stop`: `run` may be called again, and queues shards that were dropped meanwhile."""
         self._stopped.clear()
         self.backlog.doubt()
 
     def undo(self) -> None:
-        """Remove what a first step that failed may have written, so that the same call can be made again."""
+        """Remove the objects and keys of a failed first step, so that the same call can be made again."""
         if self.alone and not self.items and not self.continued:
             # In this order: a plan without shards is harmless, a shard without a plan is not.
             with suppress(PipefleetError):
@@ -154,10 +154,10 @@ class Planner:
 
     @contextmanager
     def alive(self, *, claimed: bool = True) -> Iterator[None]:
-        """Give signs of life inside the block, so that nobody else takes the planning over.
+        """Give signs of life inside of the block, so that no other client takes the planning over.
 
-        They are taken back at its end, unless they may be those of another client, which goes on: one was there before
-        (not `claimed`) and this one has written nothing, or it has seen that it is not alone.
+        At the end the sign is removed, unless it may be another client's, which goes on: if another sign was there first (not
+        `claimed`) and this planner wrote nothing, or if this planner saw that it is not alone.
         """
         ended = threading.Event()
         signs = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
@@ -170,7 +170,7 @@ class Planner:
         finally:
             ended.set()
             signs.join()
-            tending.join(ALIVE_SECONDS)  # it may be waiting for a service that is away
+            tending.join(ALIVE_SECONDS)  # bounded, because the thread may wait for a service that is away
             if self.alone and (claimed or self._wrote):
                 release_planning(self._session, self.plan)
 
@@ -178,18 +178,20 @@ class Planner:
         while not ended.wait(ALIVE_SECONDS / 3):
             try:
                 self._give_sign()
-            except ServiceUnavailableError as error:  # the next sign is soon enough; planning itself will say so too
+            except (
+                ServiceUnavailableError
+            ) as error:  # the next sign is soon enough; planning itself meets the outage too
                 log.debug("no sign of life: %s", error)
-            except Exception:  # or another client would take the planning over
+            except Exception:  # it must go on, or another client would take the planning over
                 log.exception("no sign of life of the planning")
 
     def _tend(self, ended: threading.Event) -> None:
-        """Look after the shards that are out while the source keeps its next item back."""
+        """Look after the outstanding shards while the source gives no item."""
         while not ended.wait(TEND_SECONDS):
             if self._cut is not None and not self._stopped.is_set():
                 try:
                     self.backlog.tend(self.shards)
-                except PipefleetError as error:  # planning itself will say so too
+                except PipefleetError as error:  # planning itself meets the error too
                     log.debug("shards are not looked after: %s", error)
                 except Exception:
                     log.exception("looking after shards failed and goes on")
@@ -202,7 +204,7 @@ class Planner:
             self._session.redis.set(key, f"{self.items} {self.shards}", ex=int(ALIVE_SECONDS))
 
     def _resume_point(self) -> SourceItem | None:
-        """Count what an earlier, interrupted planner wrote, and find its last item: one listing, and the last shard."""
+        """Count the shards of an earlier planner and find its last item, with one listing and one read of the last shard."""
         shards = 0
         for entry in self._session.store.list(self._layout.shards):
             if index_of(entry.key) != shards:
@@ -227,19 +229,19 @@ class Planner:
             batch.append(item)
             size += item.size
             limits = self._limits(item)
-            if len(batch) >= limits.items or size >= limits.size:  # at once: a slow source may keep the next item back
+            if len(batch) >= limits.items or size >= limits.size:  # now: a slow source may give no next item for long
                 yield batch
                 batch, size = [], 0
         if batch:
             yield batch
 
     def _limits(self, item: SourceItem) -> Limits:
-        if item.failure is None:  # one that failed may hold anything, and bounds nothing
+        if item.failure is None:  # the input of a failed item may be anything, so it sets no bound
             self._media = not isinstance(item.inputs, str)
         return shard_limits(self.shards, self.plan.shard_size, media=self._media)
 
     def _read(self, last: SourceItem | None) -> Iterator[SourceItem]:
-        """The source after `last`; opened again behind the last item when a service it reads from was away."""
+        """The items of the source after `last`. When a service was away, the source is opened again behind its last item."""
         read = self.items
         items: Iterator[SourceItem] | None = None
 
@@ -280,12 +282,12 @@ class Planner:
         self.shards += 1
 
     def _put(self, body: bytes) -> bool:
-        """Write the next shard; True when it is there and ours."""
+        """Write the next shard. True if the shard that is there is ours."""
         uri = self._layout.shard(self.shards)
         return self._session.store.put_new(uri, body, content_type="application/x-ndjson", writer=self._writer)
 
     def _finish(self) -> None:
-        """Write the totals where both sides look for them. Workers may have written every part before this."""
+        """Write the totals into the bucket and into Redis. If workers have written every part before, end the run here."""
         redis, store = self._session.redis, self._session.store
         total = replace(self.plan, shards=self.shards, items=self.items)
         store.put_new(self._layout.run, encode_json(total.to_json()).encode())
@@ -299,22 +301,22 @@ class Planner:
 
 
 def _sentence(item: SourceItem, position: int) -> str:
-    """Why an item cannot be prepared, with its row (from 1) and its id."""
+    """Why an item cannot be prepared, with its row (counted from 1) and its id."""
     identity = "" if item.id is None else f" (id {item.id[:80]!r})"
     return f"row {position + 1}{identity}: {item.failure}"
 
 
 def remember_totals(redis: Any, plan: RunPlan, *, ttl: float) -> None:
-    """Put a run's totals where workers look for them to see that they wrote the last part."""
+    """Put a run's totals into Redis, where workers see that they wrote the last part."""
     key = run_key(plan.id)
     redis.hset(key, mapping={"shards": plan.shards or 0, "items": plan.items or 0})
     redis.expire(key, int(ttl))
 
 
 def write_plan(session: Session, layout: RunLayout, plan: RunPlan) -> RunPlan:
-    """Write plan.json, or take the one of an interrupted client if it asks for the same.
+    """Write plan.json, or take the plan of an interrupted client if it asks for the same.
 
-    Raises RunError where there is another run, or something that is left of one.
+    Raises RunError if there is another run, or files that are left of one.
     """
     session.store.require_bucket(layout.uri)
     if session.store.put_new(layout.plan, encode_json(plan.to_json()).encode(), writer=plan.id):
@@ -337,7 +339,7 @@ def write_plan(session: Session, layout: RunLayout, plan: RunPlan) -> RunPlan:
 
 
 def _leftover(store: ObjectStore, layout: RunLayout) -> str | None:
-    """The key of something that workers or clients would take for a part of the new run."""
+    """The key of an object that workers or clients would take for a file of the new run; None if no such object is there."""
     _, own = split_uri(layout.plan)
     for entry in itertools.chain(store.list(layout.control), store.list(layout.parts), store.list(layout.success)):
         is_part_of_a_run = index_of(entry.key) is not None or not entry.key.startswith(split_uri(layout.parts)[1])
@@ -347,9 +349,9 @@ def _leftover(store: ObjectStore, layout: RunLayout) -> str | None:
 
 
 def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
-    """run.json, or plan.json while the run is still being planned, with what the run was moved to since.
+    """The plan in run.json, or in plan.json while the run is still being planned, after the moves of the run.
 
-    Raises RunError where there is neither.
+    Raises RunError if there is neither file.
     """
     for uri in (layout.run, layout.plan):
         if store.head(uri) is not None:
@@ -359,28 +361,28 @@ def read_plan(store: ObjectStore, layout: RunLayout) -> RunPlan:
 
 
 def claim_planning(session: Session, plan: RunPlan) -> bool:
-    """Give the first sign of life of a planner, for ALIVE_SECONDS; False when there is one of another."""
+    """Give a planner's first sign of life, for ALIVE_SECONDS. False if there is a sign of another planner."""
     key = run_key(plan.id, "planner")
     with redis_errors(session.settings.redis_url):
         return bool(session.redis.set(key, "0 0", ex=int(ALIVE_SECONDS), nx=True))
 
 
 def release_planning(session: Session, plan: RunPlan) -> None:
-    """Take the sign of life back. Does nothing while Redis is away: it expires by itself."""
+    """Remove the sign of life. Does nothing while Redis is away: the sign expires by itself."""
     with suppress(ServiceUnavailableError), redis_errors(session.settings.redis_url):
         session.redis.delete(run_key(plan.id, "planner"))
 
 
 @dataclass(frozen=True, slots=True)
 class SignOfLife:
-    """What a live planner has queued so far."""
+    """The items and shards that a live planner has queued so far."""
 
     items: int
     shards: int
 
 
 def planner_alive(session: Session, plan: RunPlan) -> SignOfLife | None:
-    """What a live planner of this run has queued; None when there is no live planner."""
+    """The sign of a live planner of this run; None without a live planner."""
     with redis_errors(session.settings.redis_url):
         found: Any = session.redis.get(run_key(plan.id, "planner"))
     if found is None:
@@ -388,24 +390,24 @@ def planner_alive(session: Session, plan: RunPlan) -> SignOfLife | None:
     try:
         items, shards = map(whole, found.split())
     except ValueError:
-        return SignOfLife(0, 0)  # of another release: it lives, and nothing more is known
+        return SignOfLife(0, 0)  # a planner of another release: it lives, and nothing more is known
     return SignOfLife(items, shards)
 
 
 def planner_gone(session: Session, plan: RunPlan) -> bool:
-    """True when nobody plans this run.
+    """True if nobody plans this run.
 
-    Where Redis knows nothing of the run it may have been emptied a moment ago, and a live planner gives its next sign soon:
-    that is waited for, for half of ALIVE_SECONDS.
+    If Redis knows nothing of the run, it may have been emptied a moment ago, and a live planner will give its next sign soon.
+    Then this waits for a sign, for half of ALIVE_SECONDS.
     """
     key = run_key(plan.id)
     return _comes_no_planner(session, plan, marked=lambda: bool(session.redis.exists(key)))
 
 
 def is_forgotten(session: Session, plan: RunPlan) -> bool:
-    """True when Redis has lost the mark of a run, and with it the shards that waited, and nobody is there to mend it.
+    """True if Redis has lost the mark of a run, and with it the waiting shards, and no planner is there to queue them again.
 
-    Waits for a live planner as `planner_gone` does.
+    Waits for a sign of life as `planner_gone` does.
     """
     key = run_key(plan.id)
 
@@ -417,7 +419,7 @@ def is_forgotten(session: Session, plan: RunPlan) -> bool:
 
 
 def _comes_no_planner(session: Session, plan: RunPlan, *, marked: Callable[[], bool]) -> bool:
-    """True when no planner gives a sign of life for half of ALIVE_SECONDS; at once when Redis is known to have its data."""
+    """True if no planner gives a sign of life for half of ALIVE_SECONDS. At once if Redis still has its data (`marked`)."""
     deadline = time.monotonic() + ALIVE_SECONDS / 2
     while planner_alive(session, plan) is None:
         with redis_errors(session.settings.redis_url):
@@ -429,7 +431,7 @@ def _comes_no_planner(session: Session, plan: RunPlan, *, marked: Callable[[], b
 
 
 def left_unqueued(session: Session, plan: RunPlan) -> int:
-    """How many missing shards of a run nobody queues any more, because the client that resumed it ended."""
+    """The number of missing shards that nobody queues any more, because the client that resumed the run has ended."""
     pipe = reading(session.redis)
     pipe.hget(run_key(plan.id), "unqueued")
     pipe.exists(run_key(plan.id, "planner"))

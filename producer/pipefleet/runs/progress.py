@@ -1,4 +1,7 @@
-"""How far a run is, and showing it: a bar on a terminal, plain lines elsewhere, both on stderr."""
+"""`RunProgress`, the state and counts of a run, and its display: a bar on a terminal, plain lines elsewhere, both on stderr.
+
+`Run.progress` makes it, `_SUCCESS` holds it as JSON, `Run.wait` and the command line show it.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from pipefleet.foreign import number, whole
 from pipefleet.printable import printable
 
 PLAIN_SECONDS = 5.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two plain lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is.
+    """The state and the counts of a run.
 
-    `state` is planning, stopped, running, succeeded, partial (some items failed), failed (all did) or cancelled. A run is stopped
-    when its planning ended before its source, or its queueing early, or Redis lost its messages, for the `reason` given; `resume`
-    goes on.
-    `items` counts what is known of the source so far; `succeeded + failed` of them have ended. `seconds` since the start.
-    `refused` counts the shards that no worker will run, `refused_reason` says why of one; their items are failed items once the
-    run has ended. `waiting` says why nothing goes on, where no worker serves the queue or Redis is a replica.
+    `state` is planning, stopped, running, succeeded, partial (some items failed), failed (all items failed) or cancelled. A run is
+    stopped when its planning ended before its source, when its queueing ended early, or when Redis lost its messages; `reason`
+    says which, and `resume` goes on. `items` counts the known items of the source; `succeeded + failed` of them have ended.
+    `seconds` counts from the start. `refused` counts the shards that no worker will run, and `refused_reason` is the reason of one;
+    their items are failed items once the run has ended. `waiting` is a sentence if no worker serves the queue, or if Redis is a
+    replica.
     """
 
     uri: str
@@ -43,20 +46,20 @@ class RunProgress:
 
     @property
     def ended(self) -> bool:
-        """True when nothing will change any more, unless somebody resumes the run."""
+        """True if nothing will change any more, unless somebody resumes the run."""
         return self.state in ("succeeded", "partial", "failed", "cancelled")
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints; `reason`, `refused_reason` and `waiting` only where there is something to say."""
+        """The JSON of `--json`. It has `reason`, `refused_reason` and `waiting` only if they are not empty."""
         names = ("uri", "state", "items", "succeeded", "failed", "shards", "parts", "seconds", "refused")
         said = {name: getattr(self, name) for name in ("reason", "refused_reason", "waiting")}
         return {name: getattr(self, name) for name in names} | {name: one for name, one in said.items() if one}
 
     @classmethod
     def from_json(cls, uri: str, totals: Mapping[str, Any]) -> RunProgress:
-        """The reverse of `to_json`; fields that this version does not know are passed over.
+        """The reverse of `to_json`. Unknown fields are passed over.
 
-        Raises ValueError or LookupError for a field that is wrong or missing.
+        Raises ValueError or LookupError for a wrong or missing field.
         """
         counts: dict[str, Any] = {
             name: whole(totals[name]) for name in ("items", "succeeded", "failed", "shards", "parts")
@@ -73,7 +76,7 @@ Show = Callable[[RunProgress], None]
 
 @contextmanager
 def show_progress(*, enabled: bool, stream: TextIO | None = None) -> Iterator[Show]:
-    """A function that shows one RunProgress after the other; does nothing unless `enabled`."""
+    """A function that shows a RunProgress at each call. Unless `enabled` it shows nothing."""
     stream = stream or sys.stderr
     if not enabled:
         yield lambda progress: None
@@ -85,7 +88,7 @@ def show_progress(*, enabled: bool, stream: TextIO | None = None) -> Iterator[Sh
 
 
 def describe(progress: RunProgress) -> str:
-    """One line: how many of how many items, how many failed, items a second, and what is in the way."""
+    """One line: ended and known items, failed items, items a second, and hindrances."""
     done = progress.succeeded + progress.failed
     total = f"{progress.items}" + ("+" if progress.state == "planning" else "")
     failed = f", {progress.failed} failed" if progress.failed else ""
@@ -97,14 +100,14 @@ def describe(progress: RunProgress) -> str:
 
 
 def _hindrances(progress: RunProgress) -> list[str]:
-    """Why items do not become results, in words."""
+    """Sentences on why items do not become results."""
     shards = "1 shard was" if progress.refused == 1 else f"{progress.refused} shards were"
     refused = f"{shards} refused: {printable(progress.refused_reason or '', 300)}" if progress.refused else None
     return [text for text in (refused, printable(progress.waiting or "", 1000)) if text]
 
 
 class _PlainLines:
-    """Prints a line when something changed, at most one every PLAIN_SECONDS, and always the last."""
+    """Prints a line when a count has changed, at most once in PLAIN_SECONDS; at once for a new hindrance; always the last."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,11 +1,12 @@
-"""Shards that no worker will run: how they are noted, how their run ends all the same, and how they are taken up again.
+"""Refused shards, which no worker will run: they are noted, their run ends without them, and they can be taken up again.
 
     dead letter ─▶ note: run:<id>:refused, then _run/refused/    the run goes on, and says so
                    seal: a part in which every item failed       when nothing else of the run is left to do
                    take up: letter, note and sealed part go      the shard is missing again, and queued
 
-A part decides what became of a shard. Parts are written with a conditional PUT, by workers and by whoever seals, so a shard that
-was refused in one copy of its message and done in another counts once. A sealed part is known by its writer.
+The part decides the fate of a shard. Workers and sealing clients write parts with a conditional PUT. So a shard that was refused in
+one copy of its message and done in another counts once. The metadata of a sealed part name SEALED as its writer. Workers note and
+end; `Run` counts, ends and takes up. Errors are ServiceUnavailableError, and RunError for a part that cannot be written here.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ local new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1 + new
 """
-"""KEYS: refused and parts of the run, dead letters of the queue, those not reported, the run. ARGV: index, refusal, ttl, letter or
-'', URI of the run. Nothing is noted for a letter that was queued again or removed meanwhile, nor of a shard whose part is there or
-that the run does not have, nor for a run that lies elsewhere. Returns a `Noted`. The first write, here and in SEAL, takes no
-memory: see `records.NEEDS_NO_MEMORY`."""
+"""KEYS: refused and parts of the run, dead letters of the queue, unreported ones, the run. ARGV: index, refusal, ttl, letter or '',
+URI of the run. Returns a `Noted`. Nothing is noted for a letter that was queued again or removed meanwhile, for a shard that has a
+part or that the run does not have, and for a run that lies elsewhere. The first write, here and in SEAL, takes no memory: see
+`contract.records.NEEDS_NO_MEMORY`."""
 
 
 SEAL = """
@@ -80,12 +81,12 @@ for key = 2, 4 do redis.call('EXPIRE', KEYS[key], ARGV[3]) end
 return 1
 """
 """KEYS: the run, its bitmaps items, failed and parts, and refused. ARGV: the word of `Resumed`, index, ttl, positions of the items
-that failed with the shard. 0, and nothing is set, when shards were taken up since that word was read."""
+that failed with the shard. Returns 0, and sets nothing, when shards were taken up since that word was read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A shard that no worker will run: its index, its items by position, and why."""
+    """A shard that no worker will run: its index, the positions of its items, and the reason."""
 
     index: int
     first: int
@@ -98,17 +99,17 @@ class Refusal:
         return cls(shard.index, shard.first, shard.count, failure)
 
     def to_json(self) -> dict[str, Any]:
-        """The failure, and beside it the positions of the items."""
+        """The failure with the positions of the items beside it."""
         return {**self.failure.to_json(), "first": self.first, "count": self.count}
 
     @classmethod
     def from_json(cls, index: int, text: bytes) -> Refusal | None:
-        """The reverse of `to_json`; None for anything else."""
+        """The reverse of `to_json`; None for any other text."""
         try:
             whole(index, most=MAX_RUN_ITEMS)
             body = read_object(text)
             failure = JobFailure(*(str(body[name]) for name in ("code", "message", "stage")))
-            # Messages may name any places; those beyond a shard's, or its run's, hold no item.
+            # Messages may name any positions; those beyond the bounds of a shard and of a run hold no item.
             first, count = (whole(body[name], most=sys.maxsize) for name in ("first", "count"))
             return cls(index, min(first, MAX_RUN_ITEMS), min(count, MAX_SHARD_ITEMS), failure)
         except (ValueError, LookupError):
@@ -117,9 +118,9 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What Redis knows of a run; `shards` and `cancelled` are None where it does not. `done` and `failed` count items.
+    """The counts of a run in Redis. `shards` and `cancelled` are None if Redis has none. `done` and `failed` count items.
 
-    `known` is False where Redis lacks the mark of the run: it was emptied.
+    `known` is False if Redis lacks the mark of the run: then it was emptied.
     """
 
     known: bool
@@ -130,16 +131,16 @@ class Counts:
     parts: int
     refused: int
     reason: str | None
-    """Why one of the refused shards was refused."""
+    """The reason of one of the refused shards."""
 
     @property
     def complete(self) -> bool:
-        """Whether every shard of a run that is planned to its end has a part or was refused."""
+        """Whether planning has ended and every shard has a part or was refused."""
         return self.shards is not None and self.parts + self.refused >= self.shards
 
 
 class Noted(IntEnum):
-    """What became of a note; false where a worker may run the shard after all."""
+    """The outcome of NOTE. NOT is false: a worker may run the shard after all."""
 
     NOT = 0
     AGAIN = 1
@@ -149,7 +150,7 @@ class Noted(IntEnum):
 def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: str, letter: bytes = b"") -> Noted:
     """Note in Redis that no worker will run a shard. One round trip.
 
-    With `letter`, the entry of its dead letter in `queue`, only as long as that is there.
+    With `letter`, the entry of its dead letter in `queue`, only while that letter is there.
     """
     run, ledger = shard.run_id, ledger_keys(queue)
     keys = [_key(run), run_key(run, "parts"), ledger["dead_key"], ledger["unreported_key"], run_key(run)]
@@ -172,7 +173,7 @@ class Refusals:
         self._id = run_id
 
     def counts(self) -> Counts:
-        """What Redis knows of the run, in one round trip."""
+        """The counts of the run in Redis, in one round trip."""
         pipe = reading(self._redis)
         pipe.hmget(run_key(self._id), ["since", "shards", "cancelled"])
         for bitmap in ("items", "failed", "parts"):
@@ -188,7 +189,7 @@ class Refusals:
         return Counts(mark is not None, planned, cancelled, done, failed, parts, refused, reason)
 
     def mark(self, index: int) -> None:
-        """Write to object storage what Redis has noted of a shard, in case Redis loses it."""
+        """Copy the note of a shard from Redis into object storage, in case Redis loses it."""
         with self._errors():
             text: Any = self._redis.hget(_key(self._id), str(index))
         refusal = None if text is None else Refusal.from_json(index, text)
@@ -204,14 +205,14 @@ class Refusals:
             self._store.delete(self._layout.refused_shard(index))
 
     def all(self) -> dict[int, Refusal]:
-        """Every refused shard by its index, those that are sealed among them."""
+        """Every refused shard by its index, sealed ones included."""
         with self._errors():
             raw: Any = self._redis.hgetall(_key(self._id))
         noted = (Refusal.from_json(int(field), text) for field, text in raw.items() if field.isdigit())
         return {one.index: one for one in (*self._marked(), *noted) if one is not None and one.index >= 0}
 
     def recall(self, is_accounted: Callable[[int], bool]) -> list[int]:
-        """Note in Redis again what object storage knows; the indexes of refused shards for which `is_accounted` is False."""
+        """Note refused shards of object storage in Redis again, if `is_accounted` is False for them. Returns their indexes."""
         found = [one for index, one in self.all().items() if not is_accounted(index)]
         if found:
             pipe = self._redis.pipeline(transaction=True)
@@ -223,11 +224,11 @@ class Refusals:
         return [one.index for one in found]
 
     def end(self, plan: RunPlan) -> RunProgress | None:
-        """End a run that is complete: seal what was refused, then write the totals. None where it is not, or was cancelled.
+        """End a complete run: seal its refused shards, then write the totals. None for an incomplete or cancelled run.
 
-        May be called by several at once, and again. Raises RunError where a part cannot be written here.
+        Several callers may do this at once, and again. Raises RunError if a part cannot be written here.
         """
-        resumed = read_resumed(self._store, self._layout)  # first: whatever is taken up from here on voids this end
+        resumed = read_resumed(self._store, self._layout)  # first: a shard that is taken up from here on voids this end
         if self._store.head(self._layout.cancelled) is not None or (plan.shards and not self.counts().complete):
             return None
         try:
@@ -252,10 +253,10 @@ class Refusals:
         return finalise(self._store, self._layout, plan, refused=len(sealed), reason=reason, resumed=resumed, now=now)
 
     def take_up(self, plan: RunPlan, only: Collection[int] | None = None) -> list[int]:
-        """Make refused shards missing again, all or `only` these; their indexes. An ended run with such shards is cancelled then.
+        """Make refused shards missing again, all or `only` some. Returns their indexes. An ended run counts as cancelled then.
 
-        A shard whose items are not listed any more stays refused. Interrupted anywhere, it can be called again: the mark of a
-        shard goes last.
+        A shard whose list of items is gone stays refused. After an interruption this can be called again: the mark of a shard is
+        removed last.
         """
         found = [one for index, one in sorted(self.all().items()) if only is None or index in only]
         there = {one.index for one in found if self._store.head(self._layout.shard(one.index)) is not None}
@@ -268,11 +269,11 @@ class Refusals:
         taken = [one for one in found if one.index in there]
         indexes = [one.index for one in taken if self._forget(plan, one, letters.get(one.index, []), word)]
         if there:
-            self._void_end(word, there)  # also what somebody ends who looked at the parts in between
+            self._void_end(word, there)  # again, to void the end of a client that looked at the parts in between
         return indexes
 
     def _reopen(self, shards: Collection[int]) -> None:
-        """The run has not ended any more. Where it had, it counts as cancelled until it is resumed, so that nobody ends it anew."""
+        """Void the end of the run. A run that had ended counts as cancelled until it is resumed, so that nobody ends it anew."""
         if read_totals(self._store, self._layout) is not None:
             self._cancel()
         self._void_end(uuid.uuid4().hex, shards)
@@ -291,7 +292,7 @@ class Refusals:
             self._redis.expire(key, int(self._settings.run_ttl))
 
     def _forget(self, plan: RunPlan, refusal: Refusal, letters: Collection[tuple[str, bytes]], word: str) -> bool:
-        """Take note, sealed part and letters of one shard away; False where a worker's part is there, which stays."""
+        """Remove note, sealed part and letters of one shard. False if a worker's part is there: it stays."""
         index, part = refusal.index, self._layout.part(refusal.index)
         undone = self._store.writer(part) == SEALED or self._store.head(part) is None
         pipe = self._redis.pipeline(transaction=True)
@@ -300,7 +301,7 @@ class Refusals:
                 for position in self._items(plan, refusal):
                     pipe.setbit(run_key(self._id, name), position, 0)
             pipe.setbit(run_key(self._id, "parts"), index, 0)
-            pipe.hset(run_key(self._id), "resumed", word)  # who is sealing this shard sets its bits no more
+            pipe.hset(run_key(self._id), "resumed", word)  # a client that is sealing this shard no longer sets its bits
         pipe.hdel(_key(self._id), str(index))
         for queue, entry in letters:
             for name in ("dead_key", "unreported_key"):
@@ -314,9 +315,9 @@ class Refusals:
         return undone
 
     def _seal(self, plan: RunPlan, refusal: Refusal, resumed: Resumed) -> bool | None:
-        """See to it that a refused shard has a part: True where it is one of failed rows, False where it is a worker's own.
+        """Give a refused shard a part. True if the part is one of failed rows, False if it is a worker's own.
 
-        None when shards were taken up since `resumed` was read.
+        None if shards were taken up since `resumed` was read.
         """
         index = refusal.index
         if read_resumed(self._store, self._layout) != resumed:
@@ -333,12 +334,12 @@ class Refusals:
             )
         if not sealed:
             self._store.delete(self._layout.refused_shard(index))
-        elif not current:  # whoever took the shard up may have removed the mark before our part came
+        elif not current:  # the client that took the shard up may have removed the mark before our part came
             self._put_mark(refusal)
         return sealed if current else None
 
     def _list_failed(self, plan: RunPlan, index: int) -> None:
-        """List the failed items of a shard as its part has them, whatever was listed before."""
+        """List the failed items of a shard from its part, in the place of any earlier list."""
         part = self._store.get(self._layout.part(index), max_bytes=MAX_PART_BYTES)
         with readable(self._layout.part(index)):
             rows = part_format(plan.format).failed(part)
@@ -347,7 +348,7 @@ class Refusals:
             self._store.delete(self._layout.failed_shard(index))
 
     def _put_part(self, plan: RunPlan, refusal: Refusal, items: Mapping[int, dict[str, Any]]) -> bool:
-        """Write the part of failed rows; False where a worker's part is there."""
+        """Write the part of failed rows. False if a worker's part is there."""
         pinned = {"revision": plan.revision} if plan.revision else {}
         provenance = {"model": plan.model, **pinned, "pipefleet": __version__}
         error, written_as = {"error": refusal.failure.to_json()}, part_format(plan.format)
@@ -361,7 +362,7 @@ class Refusals:
         return self._store.put_new(uri, body, content_type=written_as.media_type, writer=SEALED)
 
     def _items(self, plan: RunPlan, refusal: Refusal) -> dict[int, dict[str, Any]]:
-        """The beginning of the row of each item of a shard, by position; what its list does not tell is told by position alone."""
+        """The first fields of each item's row, by position. An item that the list does not tell has its position as its id."""
         listed: dict[int, dict[str, Any]] = {}
         try:
             lines = self._store.lines(self._layout.shard(refusal.index), max_bytes=MAX_SHARD_BYTES)
@@ -382,14 +383,14 @@ class Refusals:
         return {place: listed.get(place, {"id": str(place), "input": None}) for place in places}
 
     def _pools(self, plan: RunPlan) -> list[str]:
-        """The queues of every pool that shards of the run were ever sent to."""
+        """The queue of every pool to which shards of the run were ever sent."""
         moved = read_moved(self._store, self._layout)
         return list(dict.fromkeys((base_queue(plan.queue), *(moved.pools if moved else ()))))
 
     def _letters(self, queues: Collection[str], indexes: Collection[int]) -> dict[int, list[tuple[str, bytes]]]:
-        """The dead letters of shards, as they lie in Redis, each with the queue of its pool; none where they may not be seen.
+        """The raw dead letters of shards, each with the queue of its pool; none without the right to see them.
 
-        A letter that stays is known by whoever deals with it: its shard has ended, or waits.
+        A letter that stays does no harm: a later requeue of it finds that its shard has ended, or waits.
         """
         ids = {f"{self._id}-{index:05d}": index for index in indexes}
         found: dict[int, list[tuple[str, bytes]]] = {}
@@ -406,7 +407,7 @@ class Refusals:
         for entry in self._store.list(self._layout.refused):
             found = _INDEX.search(entry.key)
             if found:
-                with suppress(ObjectMissingError):  # taken up since it was listed
+                with suppress(ObjectMissingError):  # the shard was taken up since the listing
                     uri = self._layout.refused_shard(int(found[1]))
                     yield Refusal.from_json(int(found[1]), self._store.get(uri, max_bytes=MOST_BYTES))
 
@@ -418,7 +419,7 @@ class Refusals:
 
 
 def _listed(line: bytes) -> tuple[int, dict[str, Any]]:
-    """Position of an item, and the beginning of its row, from a line of a shard."""
+    """The position of an item, and the first fields of its row, from a line of a shard."""
     item = json.loads(line)
     more = {"parameters": item["parameters"]} if item.get("parameters") else {}
     more |= {"error": item["failure"]} if "failure" in item else {}  # it could not be prepared either way

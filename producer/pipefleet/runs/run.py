@@ -1,7 +1,8 @@
-"""A bulk run as the producer sees it: progress, waiting, results, failures, cancel, resume.
+"""`Run`, the handle of a bulk run: progress, waiting, results, failures, cancel, resume.
 
-Object storage is the truth: a run can be opened from its URI alone, and finished after Redis was emptied. Redis only makes
-progress cheap to read.
+`Client.map` and `Client.run` make handles. Object storage is the truth: a run can be opened from its URI alone, and finished after
+Redis was emptied. Redis only makes progress cheap to read. Errors are RunError for a run that has stopped, cancelled or foreign
+files, ResultTimeoutError, and ServiceUnavailableError.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ if TYPE_CHECKING:
     from pipefleet.session import Session
 
 LOOK_AT_STORE_SECONDS = 5.0
-"""How often a waiting client looks for the end of the run in object storage, whatever Redis says."""
+"""Seconds between two looks of a waiting client for the end of the run in object storage, for any answer of Redis."""
 ASK_WHY_SECONDS = 2.0
-"""How often it is asked whether any worker serves the queue."""
+"""Seconds between two looks whether a worker serves the queue."""
 FORGOTTEN = "Redis was emptied, and what waited in it is lost"
 TAKE_OVER_SECONDS = 30.0
-"""How long `resume` waits for a planner that gives signs of life; one that died gives them for ten seconds more."""
+"""Seconds for which `resume` waits for a planner that seems alive: the sign of a dead planner lasts ten seconds."""
 
 
 class Run:
@@ -79,7 +80,7 @@ class Run:
 
     @classmethod
     def open(cls, session: Session, layout: RunLayout) -> Run:
-        """The run at a URI. Raises RunError where there is none."""
+        """The run at a URI. Raises RunError where there is no run."""
         plan = read_plan(session.store, layout)
         return cls(session, replace(layout, format=plan.format), plan)
 
@@ -88,12 +89,12 @@ class Run:
 
     @property
     def uri(self) -> str:
-        """The output prefix: all that is needed to open the run again."""
+        """The output prefix. It suffices to open the run again."""
         return self._layout.uri
 
     @property
     def id(self) -> str:
-        """The run's id, which its job ids and artifacts carry."""
+        """The id of the run. The ids of its jobs begin with it."""
         return self._plan.id
 
     @property
@@ -107,9 +108,9 @@ class Run:
         return self._thread is not None and self._thread.is_alive()
 
     def progress(self) -> RunProgress:
-        """How far the run is, from Redis; from object storage once it has ended. Raises what planning raised.
+        """The progress of the run, from Redis; from object storage once it has ended. Raises the error that ended planning here.
 
-        Object storage is asked when Redis has every part noted, and every LOOK_AT_STORE_SECONDS in case Redis lost its data.
+        Object storage is read when Redis has noted every part, and every LOOK_AT_STORE_SECONDS in case Redis lost its data.
         """
         self._raise_planning_error()
         counts = self._refusals.counts()
@@ -131,7 +132,7 @@ class Run:
         return RunProgress(
             uri=self.uri,
             state="cancelled" if is_cancelled else "stopped" if reason else going,
-            items=max(total or 0, counts.done),  # a planner tells every few seconds how far it is
+            items=max(total or 0, counts.done),  # a planner's figure is a few seconds old
             succeeded=counts.done - counts.failed,
             failed=counts.failed,
             shards=max(self._plan.shards or shards or (queued.shards if queued else 0), counts.parts + counts.refused),
@@ -144,7 +145,7 @@ class Run:
         )
 
     def _look_at_store(self, *, forgotten: bool) -> RunProgress | None:
-        """The totals of an ended run. Brings what is known of another one up to date; `forgotten`: Redis knows nothing of it."""
+        """The totals if the run has ended; else None, and the plan is read again. `forgotten`: Redis knows nothing of the run."""
         self._next_look = time.monotonic() + LOOK_AT_STORE_SECONDS
         ended = read_totals(self._session.store, self._layout)
         if ended is None:
@@ -153,7 +154,7 @@ class Run:
         return ended
 
     def _why_waiting(self) -> str | None:
-        """One sentence where no worker serves the queue, as it was found a moment ago."""
+        """One sentence if no worker served the queue at the last look; else None."""
         if time.monotonic() >= self._ask_why_at:
             self._ask_why_at = time.monotonic() + ASK_WHY_SECONDS
             with redis_errors(self._session.settings.redis_url):
@@ -167,11 +168,11 @@ class Run:
         return Refusals(self._session.redis, self._session.settings, self._session.store, self._layout, self.id)
 
     def wait(self, *, progress: bool = False, timeout: float | None = None) -> RunProgress:
-        """Wait for the end of the run, at most `timeout` seconds; with `progress`, show it as it goes.
+        """Wait for the end of the run, at most `timeout` seconds. With `progress` it shows the progress.
 
-        On a terminal that is a bar, elsewhere plain lines on stderr. While Redis or S3 is away it waits for up to
-        PATIENCE_SECONDS, then raises ServiceUnavailableError. Raises ResultTimeoutError (the run goes on), RunError when nobody
-        is planning the rest of it or its messages are lost, or whatever error ended the planning.
+        The progress is a bar on a terminal, and plain lines elsewhere, on stderr. While Redis or S3 is away it waits for up to
+        PATIENCE_SECONDS, then raises ServiceUnavailableError. Raises ResultTimeoutError (the run goes on); RunError if nobody
+        plans the rest of the run or its messages are lost; or the error that ended the planning.
         """
         return self._waiter.wait(show=progress, timeout=timeout)
 
@@ -183,11 +184,10 @@ class Run:
         return Waiter(unseen, self.progress, self._require_planner, self._raise_planning_error)
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """Rows `{id, input, output | error, …}` in source order, a part in memory at a time; waits for parts to come.
+        """Rows `{id, input, output | error, …}` in source order. Waits for each part; one part is in memory at a time.
 
-        Long arrays, which lie beside the line as artifacts, are fetched with their row.
-
-        Raises RunError when the run was cancelled before all its parts were there. Waits for services as `wait` does.
+        Artifacts, such as long arrays, are fetched with their row. Raises RunError if the run was cancelled before all its parts
+        were there. Waits for services as `wait` does.
         """
         index, patience = 0, self._waiter.patience()
         while self._wait_for_part(index):
@@ -198,7 +198,7 @@ class Run:
         return itertools.islice(self._part(index), read, None)
 
     def _part(self, index: int) -> Iterator[dict[str, Any]]:
-        """The rows of a part: lines as they come, of another format from the whole part."""
+        """The rows of a part. JSON lines are streamed; a part of another format is read whole."""
         uri, store = self._layout.part(index), self._session.store
         if self._plan.format == JsonLines.name:
             return rows_of(store.lines(uri), uri)
@@ -220,9 +220,9 @@ class Run:
         return self._layout.failures
 
     def cancel(self) -> None:
-        """Stop the run: what is queued is dropped, what is on a device is not written. `resume` takes it up again.
+        """Stop the run: queued shards are dropped, and shards on a device are not written. `resume` takes it up again.
 
-        Planning in this client stops as well, after the item that its source is at.
+        Planning in this client stops too, after the current item of the source.
         """
         self.stop_planning()
         key = run_key(self.id)
@@ -232,19 +232,18 @@ class Run:
             self._session.redis.publish(CANCELLED_CHANNEL, self.id)
 
     def resume(self, *, model: str | None = None, revision: str | None = None) -> int:
-        """Queue again every shard that no queue, worker or part accounts for, or that was refused; returns how many those are.
+        """Queue again every shard that was refused or that no queue, worker or part accounts for. Returns their number.
 
-        A run that has ended with refused shards is running again then. Returns when they are known: as after `map`, a thread
-        that `Client.close` waits for queues them, with at most `Settings.outstanding_shards` before the fleet at once, and
-        finishes an interrupted planning, whose new shards do not count. The state is that of object storage, so a run whose
-        Redis was emptied is finished as well.
+        A run that had ended with refused shards is running again then. The call returns once the shards are known. As after `map`,
+        a thread that `Client.close` waits for queues them, within `Settings.outstanding_shards`, and finishes an interrupted
+        planning; its new shards do not count. Object storage decides, so a run whose Redis was emptied is finished too.
 
-        Raises RunError when the source was an iterable that ended with its client, or when another client goes on planning
-        or queueing the run: that one queues again by itself what Redis lost.
+        Raises RunError if the source was an iterable that ended with its client, or if another client plans or queues the run:
+        that client queues again by itself the shards that Redis lost.
 
-        With `model` (and `revision`), what is not done yet is moved to that model, which the fleet serves for the run's task
-        (UnknownModelError where it does not): for a run whose own revision nobody serves any more. Another client that goes on
-        planning the run follows, and queues what is moved; then the number is that of the refused shards.
+        With `model` (and `revision`), the items that are not done yet move to that model, for a run whose own revision nobody
+        serves any more. Raises UnknownModelError if the fleet does not serve it for the run's task. Another client that plans the
+        run follows and queues the moved shards; then the number counts the refused shards alone.
         """
         self._session.check_fleet()
         pool = None if model is None else self._session.route(self._plan.task, model, revision)[1]
@@ -271,7 +270,7 @@ class Run:
             return self._go_on(planner, alive)
 
     def _go_on(self, planner: Planner, alive: ExitStack) -> int:
-        """Find what is missing, and have it queued: by the thread that plans where it still looks, else by a new one."""
+        """Find the missing shards, and have them queued: by this client's planning thread if it goes on, else by a new thread."""
         with self._ending:
             missing = planner.backlog.find(planner.shards)
             if planner is self._planner and self.planning:
@@ -284,7 +283,7 @@ class Run:
         return missing
 
     def requeue(self, shards: Collection[int]) -> list[int]:
-        """Queue refused shards again, these alone; the indexes of those that were refused. Their run is running again then.
+        """Queue these refused shards again. Returns the indexes of those that were refused. Their run is running again then.
 
         Raises RunError for a cancelled run.
         """
@@ -304,7 +303,7 @@ class Run:
         return taken
 
     def follow(self, shard: int, queue: str | None) -> bool:
-        """Queue a shard of a run that was moved away from `queue` where it was moved to; False where there is no such shard."""
+        """Queue a shard where its run was moved to, away from `queue`. False if the run did not move, or lacks the shard."""
         if queue == self._plan.queue or self._session.store.head(self._layout.shard(shard)) is None:
             return False
         if read_moved(self._session.store, self._layout) is None:
@@ -317,11 +316,11 @@ class Run:
         return self._session.store.head(self._layout.part(shard)) is not None
 
     def unserved(self) -> str | None:
-        """One sentence with what to do, where no worker serves the revision that the run is for; None where one does."""
+        """One sentence with the next step if no worker serves the revision of the run; else None."""
         return unserved(self._session, self._plan, self.uri)
 
     def _move(self, pool: Pool | None) -> None:
-        """Move what is not done to `pool`, or keep a run that was moved before together."""
+        """Move the rest of the run to `pool`. Without `pool`, take messages that an earlier move left out of their old queues."""
         if pool is not None:
             self._plan = move_run(self._session, self._layout, self._plan, pool)
         elif (moved := read_moved(self._session.store, self._layout)) is not None:
@@ -329,7 +328,7 @@ class Run:
             take_back(self._session, moved, self.id)
 
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
-        """Plan the rest of the source in a thread that keeps the process alive until it is done, inside of `alive`."""
+        """Plan the rest of the source in a thread, inside of `alive`. The thread keeps the process alive until it is done."""
         name = f"pipefleet-plan-{self.id[:8]}"
         self._session.hold(self)
         self._has_ended = False
@@ -338,7 +337,7 @@ class Run:
         renew_after_fork(self)
 
     def stop_planning(self) -> None:
-        """Let this client's planning end early. `resume` goes on with it."""
+        """Let this client's planning end early. `resume` goes on with the run."""
         if self._planner is not None:
             self._planner.stop()
 
@@ -348,16 +347,16 @@ class Run:
             self._thread.join()
 
     def after_fork(self) -> None:
-        """In a forked process: the parent plans the run; here it is as if another client did."""
+        """In a forked process: the parent plans the run. For the child the parent is another client."""
         self._planner, self._thread = None, None
         self._locks()
 
     def _locks(self) -> None:
         self._resuming = threading.Lock()
         self._ending = threading.Lock()
-        """Held while what is missing is found, and while the thread that plans decides that nothing is."""
+        """Held while missing shards are looked for, and while the planning thread decides that none is missing."""
         self._has_ended = True
-        """Whether that thread looks no more, though it may still live."""
+        """Whether the planning thread looks for no more shards. It may still live."""
 
     def _plan_rest(self, alive: AbstractContextManager[object]) -> None:
         assert self._planner is not None
@@ -366,11 +365,11 @@ class Run:
                 self._run(self._planner)
         except PipefleetError as error:
             self._end_planning(error)
-        except Exception as error:  # noqa: BLE001 - nobody else sees what ends this thread; shown by wait()
+        except Exception as error:  # noqa: BLE001 - nobody else sees the error that ends this thread; wait() raises it
             self._end_planning(RunError(f"planning ended with {type(error).__name__}: {error}"))
 
     def _run(self, planner: Planner) -> None:
-        """Plan until nothing is missing, or until it was stopped for good."""
+        """Plan until no shard is missing, or until the planner was stopped."""
         try:
             while not self._has_ended:
                 planned = planner.run()
@@ -382,7 +381,7 @@ class Run:
             self._has_ended = True
 
     def _end_planning(self, error: PipefleetError) -> None:
-        """Keep the error that ended the planning, for this client and, under the run, for every other."""
+        """Keep the error that ended the planning: in this handle, and in stopped.json for every other client."""
         self._planning_error = error
         if self._planner is not None and self._planner.alone:
             note_stopped(self._session.store, self._layout, error, at=self._session.clock.peek())
@@ -397,14 +396,14 @@ class Run:
             raise RunError(f"the run at {self.uri} has stopped: {now.reason}; go on with `pipefleet resume {self.uri}`")
 
     def _why_stopped(self, *, forgotten: bool) -> str | None:
-        """Why nobody plans the rest of the source, or queues the shards that are missing; None while somebody does.
+        """Why nobody plans the rest of the source or queues the missing shards; None while somebody does.
 
-        `forgotten`: the mark of the run is not in Redis.
+        `forgotten`: Redis lacks the mark of the run.
         """
         if self.planning:
             return None
         if self._plan.shards is None and planner_gone(self._session, self._plan):
-            self._refresh_plan()  # its last act may have been to write the totals
+            self._refresh_plan()  # the planner may have written the totals as its last act
             if self._plan.shards is None:
                 return read_stopped(self._session.store, self._layout) or UNKNOWN
         if self._plan.shards is None:
@@ -427,7 +426,7 @@ class Run:
             self._plan = moved.applied(self._plan)
 
     def _wait_for_part(self, index: int) -> bool:
-        """True when part `index` is there; False when the run has fewer parts."""
+        """Wait until part `index` is there. False if the run has fewer parts."""
         patience = self._waiter.patience()
         while True:
             if patience.call(lambda: self._session.store.head(self._layout.part(index))) is not None:
@@ -447,9 +446,9 @@ class Run:
         self._cancelled_in_store = False
 
     def _planner_to_go_on(self, alive: ExitStack, *, moved: bool) -> Planner | None:
-        """The planner of this client where it can go on, else a new one behind what is there; it gives signs of life in `alive`.
+        """The client's planner if it can go on; else a new one, behind the last shard. It gives signs of life inside of `alive`.
 
-        Raises RunError: see `resume`. None where another client plans a run that was `moved`.
+        Raises RunError, see `resume`. None if another client plans a run that was `moved`.
         """
         planner = self._planner
         if planner is not None and planner.stopped:
@@ -474,9 +473,9 @@ class Run:
         return planner
 
     def _wait_until_alone(self, *, moved: bool) -> bool:
-        """Claim the planning; False where another client plans a run that was `moved`."""
+        """Claim the planning. False if another client plans a run that was `moved`; for any other run that raises RunError."""
         deadline = time.monotonic() + TAKE_OVER_SECONDS
-        while not claim_planning(self._session, self._plan):  # another one may have died a moment ago
+        while not claim_planning(self._session, self._plan):  # another planner may have died a moment ago
             if time.monotonic() >= deadline:
                 if moved:
                     return False
@@ -488,7 +487,7 @@ class Run:
         return True
 
     def _reopened(self) -> Source:
-        """The source once more."""
+        """The source, opened again. Raises RunError for an iterable, which cannot be opened again."""
         if self._plan.source is None:
             reason = read_stopped(self._session.store, self._layout)
             raise RunError(

@@ -1,4 +1,8 @@
-"""Starting a bulk run: what `Client.map` does after it has checked its arguments."""
+"""The start of a bulk run. `Client.map` calls `plan_run` with checked arguments and gets a `Run`.
+
+The source is checked, the plan written and the first shard queued; the rest is planned in a thread. Errors of the source, of Redis
+and of S3 are raised, and a new run leaves nothing behind then.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def plan_run(session: Session, layout: RunLayout, plan: RunPlan, source: Any, pool: Pool | None = None) -> Run:
-    """Start a run: check the source, write the plan, queue the first shard; the rest goes on in a thread.
+    """Start a run: check the source, write the plan, queue the first shard, and plan the rest in a thread.
 
-    When the first shard fails, nothing stays behind.
+    When the first shard of a new run fails, nothing stays behind.
     """
     spec = task_spec(plan.task)
     preparer = session.preparer(spec, pool, plan.parameters)

@@ -1,6 +1,7 @@
-"""Why the planning of a run ended before its source: noted under the run, so that every client can say it.
+"""The reason why the planning of a run ended before its source, in `_run/stopped.json`, for every client to show.
 
-A client that is killed notes nothing; its run is known as stopped because its planner gives no sign of life any more.
+`Run` and `start` write and remove the note; `Run.progress` reads it. A client that is killed notes nothing: its run counts as
+stopped because its planner gives no sign of life any more.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pipefleet.runs.files import read_file
 from pipefleet.storage.store import ObjectStore
 
 UNKNOWN = "the client that planned it ended before its source did"
-"""What is said of a planner that left no reason."""
+"""The reason for a planner that left none."""
 
 
 def note_stopped(store: ObjectStore, layout: RunLayout, error: PipefleetError, *, at: float) -> None:
     """Keep the error that ended the planning, `at` seconds since 1970 by the Redis server's clock.
 
-    Does nothing while the store is away: the error itself says so.
+    Does nothing while the store is away: the caller raises the error anyway.
     """
     body = {"code": error.code, "message": str(error), "at": at}
     with suppress(PipefleetError):
@@ -28,7 +29,7 @@ def note_stopped(store: ObjectStore, layout: RunLayout, error: PipefleetError, *
 
 
 def read_stopped(store: ObjectStore, layout: RunLayout) -> str | None:
-    """The sentence of the error that ended the planning; None where none is noted."""
+    """The sentence of the error that ended the planning; None without a note."""
     try:
         return str(read_file(store, layout.stopped)["message"])
     except ObjectMissingError:
@@ -38,5 +39,5 @@ def read_stopped(store: ObjectStore, layout: RunLayout) -> str | None:
 
 
 def forget_stopped(store: ObjectStore, layout: RunLayout) -> None:
-    """Somebody goes on with the planning."""
+    """Remove the note: a client goes on with the planning."""
     store.delete(layout.stopped)

@@ -1,4 +1,8 @@
-"""Waiting for the end of a run, through outages of Redis and S3: bounded, told in the progress, and never beyond a time-out."""
+"""Waiting for the end of a run, through outages of Redis and S3, and never beyond the caller's time-out.
+
+`Run.wait` makes a `Waiter`; `Run.results` and `Run.failures` take its patience. An outage shows in the progress; after
+PATIENCE_SECONDS ServiceUnavailableError is raised, after the time-out ResultTimeoutError.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,14 @@ from pipefleet.runs.progress import RunProgress, Show, show_progress
 
 POLL_SECONDS = 0.25
 LONGEST_PAUSE = 2.0
-"""Most seconds between two looks at a service that is away: people wait for what it says."""
+"""Most seconds between two looks at a service that is away: a person waits for the answer."""
 
 
 @dataclass(slots=True)
 class Waiter:
-    """Waits for one run. `last` is what was seen of it.
+    """Waits for one run. `last` is its progress at the last look.
 
-    `look` reads its progress, `check` raises where nobody goes on with it, `planning` where its planning ended with an error.
+    `look` reads the progress. `check` raises if nobody goes on with the run, `planning` if its planning ended with an error.
     """
 
     last: RunProgress
@@ -48,7 +52,7 @@ class Waiter:
         return self.last
 
     def patience(self, told: Callable[[PipefleetError], object] = lambda error: None) -> Patience:
-        """The patience of whoever waits for the run. The error that ended its planning is no outage."""
+        """Patience for the calls of a caller that waits. An error that ended the planning is raised, not waited for."""
 
         def tell(error: PipefleetError) -> None:
             self.planning()
@@ -68,7 +72,7 @@ class Waiter:
         return within(max(POLL_SECONDS, late - time.monotonic()), self.look)
 
     def _away(self, error: PipefleetError) -> RunProgress:
-        """What was seen last, and what is waited for."""
+        """The last progress, with the outage as its field `waiting`."""
         return replace(self.last, waiting=f"waiting for a service: {error}")
 
     def _late(self, timeout: float, error: Exception) -> ResultTimeoutError:

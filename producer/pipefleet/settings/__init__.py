@@ -1,6 +1,7 @@
 """Settings of the producer, from the environment: every name starts with `PIPEFLEET_`.
 
-S3 access uses the standard `AWS_*` names (`AWS_ENDPOINT_URL_S3` for servers other than AWS), which boto3 reads itself.
+boto3 reads the settings of S3 itself, under the standard `AWS_*` names (`AWS_ENDPOINT_URL_S3` for servers other than AWS).
+Clients, the command line and workers call `load_settings`. UsageError names each wrong variable.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ DEFAULT_FLEET = Path("fleet.toml")
 
 
 class Settings(BaseSettings):
-    """What a producer needs to know. Immutable, so it may be shared by threads."""
+    """The settings of a producer. Immutable, so threads may share them."""
 
     model_config = SettingsConfigDict(env_prefix="PIPEFLEET_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -56,12 +57,12 @@ class Settings(BaseSettings):
 
     @property
     def fleet_path(self) -> Path | None:
-        """The fleet file to read: the one that was named, or ./fleet.toml where there is one."""
+        """The fleet file to read: the file of the setting `fleet`, or ./fleet.toml where it exists; else None."""
         return self.fleet or (DEFAULT_FLEET if DEFAULT_FLEET.is_file() else None)
 
 
 def load_settings() -> Settings:
-    """Settings from the environment. Raises UsageError that names each wrong variable."""
+    """Settings from the environment. Raises UsageError, which names each wrong variable."""
     try:
         return Settings()
     except ValidationError as error:
@@ -73,14 +74,14 @@ def load_settings() -> Settings:
 
 
 def without_credentials(url: str) -> str:
-    """`url` with user, password and query taken out, for messages and logs; of a malformed one only the scheme."""
+    """`url` without user, password and query, for messages and logs. Of a malformed URL only the scheme stays."""
     scheme, separator, _ = url.partition("://")
     host = _host(url)
     return f"{scheme}://{'…' if host is None else host}" if separator else "…"
 
 
 def _host(url: str) -> str | None:
-    """Host, port and path of a URL, without user, password and query; None where it is not clear which is which."""
+    """Host, port and path of a URL, without user, password and query; None where the parts cannot be told apart."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port

@@ -1,4 +1,8 @@
-"""URLs of Redis: those that can be used, in the one form that redis-py and Celery share, and why the others cannot."""
+"""URLs of Redis: checked, and brought to the one form that redis-py and Celery both read.
+
+The setting `PIPEFLEET_REDIS_URL` comes in. `redis_url` returns it for redis-py, `celery_url` for Celery. A URL that cannot be
+used raises ValueError, which never repeats the URL: it may hold a password.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 from pipefleet.errors import nearest
 
 _SAME = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis", "valkeys": "rediss"}
-"""Schemes, and what redis-py and Celery call them."""
+"""Schemes, and the scheme that redis-py and Celery use for each."""
 _SOCKETS = ("redis+socket", "socket", "redis+unix")
-"""What Celery and others call `unix`."""
+"""Other names of the scheme `unix`, Celery's among them."""
 _ANOTHER = re.compile(r";\s*[a-z+]+://", re.IGNORECASE)
 _SENTINEL = "names Redis Sentinel, which pipefleet does not ask; name the primary itself, or an address that follows it"
 _CLUSTER = "names a Redis Cluster, which pipefleet cannot use; name a single server, or the primary of replicas"
@@ -28,14 +32,14 @@ _OPTIONS = (
     ),
     *("protocol", "retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_timeout"),
 )
-"""Options of a URL that redis-py takes and that do not change how pipefleet reads answers, beside `db` and the credentials."""
+"""Options of a URL, beside `db` and the credentials, that redis-py takes and that do not change how answers are read."""
 _SSL = "ssl_"
-"""Celery takes options with this prefix from a URL and fails at every other one."""
+"""Celery takes options with this prefix from a URL and fails at every other option."""
 _CERT_REQS = ("none", "optional", "required")
 
 
 def redis_url(value: str) -> str:
-    """A URL as redis-py takes it. Raises ValueError, which never repeats the URL, for one that cannot be used."""
+    """A URL as redis-py takes it. Raises ValueError, which never repeats the URL, for a URL that cannot be used."""
     value = value.strip()
     scheme, separator, rest = value.partition("://")
     scheme = scheme.lower()
@@ -56,10 +60,10 @@ def redis_url(value: str) -> str:
 
 
 def _plain(url: str) -> str:
-    """The one form of a URL that redis-py and Celery understand alike: a database in the path, or in `db` for a socket."""
+    """The form of a URL that redis-py and Celery read alike: the database in the path, or in `db` for a socket."""
     parts = _parts(url)
     if parts is None:
-        return url  # whoever looks for its host says what is wrong
+        return url  # the check of the host will say what is wrong
     options = dict(parse_qsl(parts.query))
     path = parts.path
     place = options.pop("virtual_host", None)
@@ -96,7 +100,7 @@ def _number(database: str) -> str:
 
 
 def _with_credentials(netloc: str, options: dict[str, str]) -> str:
-    """Credentials stand before the host, where both read them."""
+    """The credentials before the host, where redis-py and Celery both read them."""
     user, password = options.pop("username", ""), options.pop("password", None)
     if password is None or "@" in netloc:
         return netloc
@@ -111,7 +115,7 @@ def _check(options: dict[str, str]) -> None:
 
 
 def _is_host(url: str) -> bool:
-    """Whether the host of a URL can be looked up: Python raises UnicodeError for others, which is no error of a network."""
+    """Whether the host of a URL can be looked up. Python raises UnicodeError for other hosts, which no network error covers."""
     try:
         return bool((urlsplit(url).hostname or "localhost").encode("idna"))
     except ValueError:
@@ -119,7 +123,7 @@ def _is_host(url: str) -> bool:
 
 
 def celery_url(url: str) -> str:
-    """What Celery calls a URL that `redis_url` has returned. Celery fails at options that it does not know: they are left out."""
+    """Celery's form of a URL that `redis_url` has returned, without the options at which Celery fails."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     if parts.scheme == "unix":

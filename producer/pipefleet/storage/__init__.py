@@ -1,1 +1,1 @@
-"""Object storage through boto3: reads, writes, lists, and the errors of S3 in words of this package."""
+"""Object storage through boto3: reads, writes, listings, and the errors of S3 as errors of this package."""

@@ -1,8 +1,8 @@
-"""What S3 answered, as an error of this package: an outage, a refusal of the caller, or a refusal of one object. For both clients.
+"""An error answer of S3 becomes an error of this package. The stores of producers and of workers both call `error_of`.
 
 ServiceUnavailableError   the same request may succeed later: 5xx, throttling, a quota or a disk that is full
-AccessDeniedError         the caller is refused: its keys, its clock, its region, or its rights
-ObjectRefusedError        the request itself is refused for good: another try and another caller change nothing
+AccessDeniedError         S3 refuses the caller: its keys, its clock, its region, or its rights
+ObjectRefusedError        S3 refuses the request for good: another try or another caller changes nothing
 ObjectMissingError        there is no such bucket or object
 """
 
@@ -31,7 +31,7 @@ NO_CREDENTIALS = (
     "`pipefleet up --env-file` writes"
 )
 SKEW_SECONDS = 300.0
-"""A clock that is further off than this is named as the cause of a refusal: S3 refuses requests of 15 minutes off."""
+"""A refusal names this machine's clock as its cause if the clock is further off. S3 refuses requests that are 15 minutes off."""
 _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"))
 _SKEW = {"RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture"}
 _CREDENTIALS = {
@@ -53,7 +53,7 @@ _REGION = {
     "IllegalLocationConstraintException",
 }
 _OUTAGES = {"RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "OperationAborted"}
-"""Answers with 4xx that the same request may not get again."""
+"""Answers with 4xx after which the same request may succeed."""
 _FULL = re.compile(r"quota|storagefull|insufficient|slowdown|throttl|limitexceeded|toomanyrequests|outofcapacity", re.I)
 _REFUSALS = {
     "KeyTooLongError": "the key is longer than 1,024 bytes; rename the object",
@@ -68,18 +68,18 @@ _SERVER_TIME = re.compile(r"<ServerTime>([^<]+)</ServerTime>")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An error that S3 answered with. `code` is empty where the answer has none, as that of a HEAD."""
+    """An error answer of S3. `code` is empty where the answer has none, as the answer to a HEAD."""
 
     status: int
     code: str = ""
     region: str = ""
-    """The region that the server expects, where it says so."""
+    """The region that the server expects, where the answer tells it."""
     behind: float | None = None
     """Seconds that this machine's clock is behind the server's; None where the answer does not tell."""
 
     @property
     def is_vague(self) -> bool:
-        """Whether a request that is answered with a body would say more."""
+        """Whether a request whose answer has a body would tell more."""
         return self.status in (400, 403, 405, 501) and (not self.code or self.code.isdigit())
 
 
@@ -107,18 +107,18 @@ def error_of(answer: Answer, uri: str) -> PipefleetError:
 
 
 def clock_sentence(behind: float, whose: str) -> str:
-    """How far this machine's clock is from another, and what to do."""
+    """A clause with how far this machine's clock is from another, and the next step."""
     return f"the clock of this machine is {_span(abs(behind))} {'behind' if behind > 0 else 'ahead of'} {whose}; set it (NTP)"
 
 
 def _span(seconds: float) -> str:
-    """A length of time in the largest unit of which there are two at least."""
+    """A length of time in the largest unit that gives 2 or more."""
     size, name = next((one for one in _UNITS if seconds >= 2 * one[0]), (1, "seconds"))
     return f"{seconds / size:.0f} {name}"
 
 
 def server_time(headers: Mapping[str, str], body: str = "") -> float | None:
-    """The time of an answer in seconds since 1970 by the server's clock; None where neither its body nor its `date` tells."""
+    """The time of an answer, in seconds since 1970 by the server's clock; None where neither its body nor its `date` tells it."""
     from datetime import datetime
 
     try:

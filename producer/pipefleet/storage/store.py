@@ -1,6 +1,7 @@
-"""The producer's object store: S3 through boto3. Every botocore error is mapped here, and nowhere else.
+"""The producer's object store: S3 through boto3. Only this module maps botocore's errors.
 
-An `ObjectStore` is thread-safe (boto3 clients are); it opens no connection before its first call.
+URIs and bytes come in and go out. Jobs, runs and inputs call `ObjectStore`. It is thread-safe, as boto3 clients are, and opens
+no connection before its first call. It raises errors of `pipefleet.errors`.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 60.0
-"""Seconds. Long, because the losers of a conditional-write race may wait for the winner's lock."""
+"""Seconds. Long, because the losers of a race of conditional writes may wait for the winner's lock."""
 CONFLICT_RETRIES = 8
-"""AWS answers 409 to conditional writes that overlap and asks to try again."""
+"""Tries of a conditional write. AWS answers 409 to conditional writes that overlap, and asks to try again."""
 WRITER = "pipefleet-writer"
-"""Metadata of what was written conditionally: whose write it was."""
+"""The metadata field that names the writer of an object that was written conditionally."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class ListedObject:
 
 @contextmanager
 def s3_errors(uri: str) -> Iterator[None]:
-    """Turn what boto3 raises inside into this package's errors, which name `uri`."""
+    """Turn boto3's errors inside of the block into errors of this package, which name `uri`."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -61,7 +62,7 @@ def s3_errors(uri: str) -> Iterator[None]:
 
 
 def map_s3_error(error: Exception, uri: str) -> PipefleetError:
-    """The error of this package for one of botocore's about `uri`."""
+    """The error of this package for an error of botocore's about `uri`."""
     from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
 
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
@@ -83,7 +84,7 @@ _NO_CREDENTIALS = {
     "NoAuthTokenError", "ProfileNotFound", "SSOTokenLoadError", "TokenRetrievalError", "UnauthorizedSSOTokenError",
     "UnknownCredentialError",
 }  # fmt: skip
-"""Errors of botocore's where the source of credentials is wrong or away."""
+"""Errors of botocore's that say that the source of credentials is wrong or away."""
 
 
 def _answer(error: ClientError) -> Answer:
@@ -96,7 +97,7 @@ def _answer(error: ClientError) -> Answer:
 
 
 def _behind(headers: Any, server: str = "") -> float | None:
-    """Seconds that this machine's clock is behind that of the server which has just answered."""
+    """Seconds that this machine's clock is behind the clock of the server that has just answered."""
     at = server_time(headers, f"<ServerTime>{server}</ServerTime>" if server else "")
     return None if at is None else at - time.time()
 
@@ -114,7 +115,7 @@ _renewals = 0
 
 
 def renew_credentials() -> None:
-    """Let every store of this process read its credentials anew, from the environment, a file or a role, at its next call."""
+    """Let every store of this process read its credentials anew at its next call, from the environment, a file or a role."""
     global _renewals
     _renewals += 1
 
@@ -138,7 +139,7 @@ def _connect() -> S3Client:
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     try:
-        # boto3.client would use a session of the process, which keeps the credentials that it saw first.
+        # boto3.client would use the process's one session, which keeps the first credentials that it saw.
         return boto3.session.Session().client("s3", config=config, region_name=region)
     except ValueError:
         raise UsageError("AWS_ENDPOINT_URL_S3 is no URL: it must be like http://host:port") from None
@@ -160,7 +161,7 @@ class ObjectStore:
 
     @property
     def client(self) -> S3Client:
-        """The boto3 client, for what this class does not offer."""
+        """The boto3 client, for calls that this class does not offer."""
         client = self._client
         if client is None or self._of != renewals():
             with self._lock:
@@ -171,12 +172,12 @@ class ObjectStore:
         return client
 
     def after_fork(self) -> None:
-        """A forked process opens connections of its own, and does not even close the parent's: others may have held their locks."""
+        """A forked process opens its own connections. It does not close the parent's: threads there may have held their locks."""
         self._parents = self._client
         self._client, self._lock = None, threading.Lock()
 
     def put(self, uri: str, body: bytes, *, content_type: str = "application/json") -> None:
-        """Write an object, replacing one that is there."""
+        """Write an object, and replace an object that is there."""
         bucket, key = split_uri(uri)
         with s3_errors(uri):
             self.client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
@@ -186,8 +187,8 @@ class ObjectStore:
     ) -> bool:
         """Write an object unless there is one already, atomically. True if this call wrote it.
 
-        The object is marked with its writer, so that a write whose answer was lost and that was sent again is known as our
-        own. With `writer` (at most 100 ASCII characters) the same holds for a second call by that writer.
+        The object is marked with its writer. So a write that boto3 sent again after a lost answer is known as our own. With
+        `writer` (at most 100 ASCII characters) a second call by the same writer returns True too.
         """
         from botocore.exceptions import ClientError
 
@@ -209,7 +210,7 @@ class ObjectStore:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def writer(self, uri: str) -> str | None:
-        """The writer that `put_new` marked an object with; None where there is no object, or none with such a mark."""
+        """The writer that `put_new` marked an object with; None where there is no object, or no mark."""
         with s3_errors(uri):
             return self._writer_of(uri)
 
@@ -218,13 +219,13 @@ class ObjectStore:
         return None if found is None else found["Metadata"].get(WRITER)
 
     def upload(self, uri: str, file: IO[bytes], *, content_type: str) -> None:
-        """Write a file of any size, in parts where it is large."""
+        """Write a file of any size. boto3 sends a large file in parts."""
         bucket, key = split_uri(uri)
         with s3_errors(uri):
             self.client.upload_fileobj(file, bucket, key, ExtraArgs={"ContentType": content_type})
 
     def get(self, uri: str, *, max_bytes: int | None = None) -> bytes:
-        """The whole object. Raises RunError for one of more than `max_bytes`, before it is read."""
+        """The whole object. Raises RunError, before it reads, for an object of more than `max_bytes`."""
         bucket, key = split_uri(uri)
         with s3_errors(uri):
             found = self.client.get_object(Bucket=bucket, Key=key)
@@ -233,7 +234,7 @@ class ObjectStore:
                 return body.read()
 
     def start(self, uri: str, size: int) -> bytes:
-        """The first `size` bytes of an object that is not empty, or all where it has fewer."""
+        """The first `size` bytes of an object that is not empty; all bytes of a shorter object."""
         bucket, key = split_uri(uri)
         with s3_errors(uri):
             return self.client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")["Body"].read()
@@ -255,7 +256,7 @@ class ObjectStore:
         except ClientError as error:
             if _status(error) == 404:
                 return None
-            if _answer(error).is_vague:  # the answer to a HEAD has no body, and so no reason
+            if _answer(error).is_vague:  # the answer to a HEAD has no body and gives no reason; a GET does
                 self.client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
             raise
 
@@ -270,14 +271,14 @@ class ObjectStore:
             except ClientError as error:
                 if _status(error) == 404:
                     raise error_of(Answer(404, "NoSuchBucket"), uri) from None
-                if _answer(error).is_vague:  # the answer to a HEAD has no body, and so no reason
+                if _answer(error).is_vague:  # the answer to a HEAD has no body and gives no reason; a listing does
                     self.client.list_objects_v2(Bucket=bucket, MaxKeys=1)
                 raise
 
     def clock_behind(self, uri: str) -> float | None:
         """Seconds that this machine's clock is behind the store's, to the second; None where the server tells no time.
 
-        An answer that refuses access tells it too.
+        An answer that refuses access tells the time too.
         """
         from botocore.exceptions import ClientError
 
@@ -290,7 +291,7 @@ class ObjectStore:
         return _behind(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
 
     def list(self, uri: str, *, after: str = "") -> Iterator[ListedObject]:
-        """Objects under a prefix, sorted by key, a page in memory at a time; only keys above `after`."""
+        """Objects under a prefix with keys above `after`, sorted by key. One page is in memory at a time."""
         bucket, prefix = split_uri(uri)
         request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
         if after:
@@ -308,9 +309,9 @@ class ObjectStore:
         return self.client.list_objects_v2(**request)
 
     def lines(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> Iterator[bytes]:
-        """The lines of an object, streamed, without their line ends; of the version `etag` where it is given.
+        """The lines of an object, streamed, without line ends. `etag` pins a version.
 
-        Raises ObjectChangedError when the object is of another version, RunError when it has more than `max_bytes`.
+        Raises ObjectChangedError when the object has another version, RunError when it has more than `max_bytes`.
         """
         bucket, key = split_uri(uri)
         pinned: dict[str, Any] = {"IfMatch": etag} if etag else {}
@@ -344,7 +345,7 @@ class ObjectStore:
                 yield chunk
 
     def delete(self, uri: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object. A missing object is no error."""
         bucket, key = split_uri(uri)
         with s3_errors(uri):
             self.client.delete_object(Bucket=bucket, Key=key)

@@ -1,6 +1,7 @@
-"""The producer's half of the task table: what each task takes, allows and returns. `TASKS` is the whole of it.
+"""The producer's half of the task table: the inputs, parameters and results of each task. `TASKS` is the whole table.
 
 A task is one row in a module here and one row in `pipefleet_workers.adapters.table`; a test holds the two key sets equal.
+Clients and workers look rows up with `task_spec`, which raises UnknownTaskError.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ TASKS: Mapping[str, TaskSpec] = MappingProxyType({row.name: row for row in sorte
 """Every task by its canonical name, in alphabetical order."""
 
 ALIASES: Mapping[str, str] = MappingProxyType({alias: row.name for row in TASKS.values() for alias in row.aliases})
-"""Other names that people know, and the canonical name of each."""
+"""Other names of tasks, each with the canonical name."""
 
 
 def task_spec(name: str) -> TaskSpec:
     """The row of a task given by name, alias, or a name such as `translation_en_to_fr`.
 
-    Raises UnknownTaskError with the nearest name there is.
+    Raises UnknownTaskError, which names the nearest task.
     """
     if not isinstance(name, str):
         raise UnknownTaskError(f"a task is named by a text, not by a value of type {type(name).__name__}")
@@ -43,7 +44,7 @@ def task_spec(name: str) -> TaskSpec:
 
 
 def implied_parameters(name: str) -> dict[str, str]:
-    """Parameters that a task's name stands for: the languages of `translation_en_to_fr`; none for other names."""
+    """The parameters inside of a task's name: the languages of `translation_en_to_fr`; none for other names."""
     found = _TRANSLATION.fullmatch(name)
     if found is None or name == _TRANSLATION_ROW:
         return {}

@@ -1,4 +1,4 @@
-"""Tasks whose input or result is sound."""
+"""The rows of tasks whose input or result is sound."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Checks for job parameters: what a task's row allows, and within which bounds.
+"""Checks of job parameters: small functions that rows of the task table put together.
 
-Hugging Face call arguments can execute code (`custom_generate`), render a caller's template (`chat_template`) or reach a
-command line (`tesseract_config`), and most pipelines ignore what they do not know. So a parameter passes only when a row
-names it and its check accepts the value; a check returns what is wrong, or None.
+A check takes a value and returns the fault, as the end of a sentence, or None. Hugging Face call arguments can run code
+(`custom_generate`), render a caller's template (`chat_template`) or reach a command line (`tesseract_config`), and most pipelines
+ignore arguments that they do not know. So a parameter passes only if a row names it and its check accepts the value.
+`check_parameters` raises ParameterError.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pipefleet.tasks.refused import why_refused
 
 Check = Callable[[Any], "str | None"]
 MOST_OF_THEM = 8
-"""From so many arguments of generate() on, a task's list has one word for all of them."""
+"""A list of parameters has one word for the arguments of generate() if a task takes at least so many of them."""
 
 
 def boolean(value: Any) -> str | None:
@@ -65,7 +66,7 @@ def text(longest: int = 10_000, *, least: int = 0) -> Check:
 
 
 def template(longest: int = 1000) -> Check:
-    """A text with one plain `{}` and no other brace: `str.format` of anything else reads attributes or makes gigabytes."""
+    """A text with one plain `{}` and no other brace. `str.format` of other texts can read attributes or make gigabytes."""
 
     def check(value: Any) -> str | None:
         ok = isinstance(value, str) and len(value) <= longest
@@ -111,7 +112,7 @@ def either(*checks: Check) -> Check:
 
 
 def optional(check: Check) -> Check:
-    """None, which is handed on, or a value that passes `check`."""
+    """None, which is kept as a value, or a value that passes `check`."""
 
     def accepts(value: Any) -> str | None:
         return None if value is None else check(value)
@@ -170,7 +171,8 @@ def check_parameters(
 ) -> None:
     """Raise ParameterError for the first parameter that `allowed` does not name or whose check fails.
 
-    None passes: it stands for what holds without the parameter. The error does not list the `common` ones, arguments of generate().
+    None passes: it asks for the same as leaving the parameter out. The error does not list the `common` parameters (arguments of
+    generate()).
     """
     if not isinstance(given, Mapping):
         raise ParameterError(f"parameters are names with values, not a {type(given).__name__}")
@@ -189,7 +191,7 @@ def check_parameters(
 
 
 def _known(allowed: Mapping[str, Check], common: Collection[str]) -> str:
-    """The names of a task, with one word for those of generate() where it takes most of them."""
+    """The parameters of a task for a sentence, with one word for the arguments of generate() if it takes most of them."""
     shared = allowed.keys() & set(common)
     if len(shared) < MOST_OF_THEM:
         return ", ".join(sorted(allowed)) or "none"

@@ -1,6 +1,6 @@
-"""Arguments of `generate()`: those of transformers' GenerationConfig that neither run code nor take memory without bound.
+"""Checks of the arguments of `generate()`: all of transformers' GenerationConfig that run no code and take bounded memory.
 
-Which a task takes beyond its pipeline's own parameters follows from how its models write. None means what it means in transformers.
+Rows of tasks whose models write take these beside their pipeline's own parameters. None means the same as in transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipefleet.tasks.checks import (
 )
 
 _TOKEN = integer(0, 10_000_000)
-"""A worker refuses those beyond its vocabulary."""
+"""A worker refuses tokens beyond its vocabulary."""
 _TOKENS = list_of(_TOKEN, 10_000)
 _END = integer(-1, 10_000_000)
 """-1 is no token, so that nothing ends a text but its length."""
@@ -82,7 +82,7 @@ GENERATION: dict[str, Check] = {name: optional(check) for name, check in _ALL.it
 """Every argument of `generate()` that some task takes."""
 STOP: dict[str, Check] = {"stop": list_of(_STOP, 16), "stop_sequence": optional(_STRINGS)}
 SEED: dict[str, Check] = {"seed": integer(-(2**63), 2**63 - 1)}
-"""What is drawn at random; ours, since transformers takes torch's own state."""
+"""The seed of random draws. A parameter of pipefleet's own: transformers takes torch's global state."""
 
 
 def generation_without(*names: str) -> dict[str, Check]:
@@ -106,4 +106,4 @@ WHISPER: dict[str, Check] = {
     "logprob_threshold": optional(number(-100.0, 0.0)),
     "no_speech_threshold": optional(number(0.0, 1.0)),
 }  # fmt: skip
-"""What speech models take; the last ones are Whisper's own."""
+"""Arguments of speech models; the last ones are Whisper's own."""

@@ -1,4 +1,4 @@
-"""Tasks that bring text together with pictures, sound or video."""
+"""The rows of tasks that bring text together with pictures, sound or video."""
 
 from __future__ import annotations
 

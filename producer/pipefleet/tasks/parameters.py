@@ -1,4 +1,4 @@
-"""The parameters of a call: as JSON, checked, and laid over those of the pipeline as transformers does it.
+"""The parameters of a call: as JSON, checked, and laid over those of the pipeline in the way of transformers.
 
 Arguments of generate() come in three ways there: as keywords, inside `generate_kwargs`, and as a GenerationConfig. A keyword of a
 call goes before its `generate_kwargs`, these before its config, and a call before its pipeline. A config takes the place of
@@ -20,14 +20,14 @@ _LIBRARIES = ("pt", "np")
 """Names that a tokenizer takes for `return_tensors`. Pipelines read any of them as True."""
 _NESTED, _CONFIG = "generate_kwargs", "generation_config"
 _NESTS = {_NESTED, "forward_params", "tokenize_kwargs"}
-"""Mappings that hold arguments which may also come as keywords."""
+"""Mappings whose arguments may also come as keywords."""
 _STOPS = {"stop", "stop_sequence", "stop_strings"}
 _SHOWN = {"return_full_text", "return_tensors", "return_type"}
-"""Names of one choice each: that of a call takes the place of whatever its pipeline says by another name."""
+"""Three names of one choice. A call that uses one of them replaces the choice of its pipeline under any of the names."""
 
 
 def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The parameters of a call as JSON. Raises ParameterError for those that the task does not take."""
+    """The parameters of a call as JSON. Raises ParameterError for a parameter that the task does not take."""
     if not isinstance(given, Mapping | None):
         spec.check(given)
     found = _without_nothing(spec, {name: plain(value) for name, value in (given or {}).items()})
@@ -44,8 +44,8 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
 def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a call laid over those of its pipeline or pool.
 
-    A None of a call says nothing, unless None is a value of the parameter. An argument counts as said however it is said: as a
-    keyword or inside a mapping, and by any of the names that stand for the same thing.
+    None in a call says nothing, unless None is a value of the parameter. An argument of the call replaces the pipeline's in every
+    form: as a keyword or inside a mapping, and under any of several names of one choice.
     """
     if not below:
         return dict(called)
@@ -59,7 +59,7 @@ def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any])
         name: _without(value, said) if name in _NESTS else value for name, value in below.items() if name not in said
     }
     if _SHOWN & kept.keys() and "return_text" in spec.parameters:
-        called.pop("return_text", None)  # beside them it would be refused, and in a call by itself it changes nothing
+        called.pop("return_text", None)  # it would be refused beside them, and by itself it changes nothing
     merged = {**kept, **called}
     for name in spec.merges & kept.keys() & called.keys():
         if isinstance(called[name], Mapping):
@@ -68,7 +68,7 @@ def layered(spec: TaskSpec, below: Mapping[str, Any], called: Mapping[str, Any])
 
 
 def _said(spec: TaskSpec, called: Mapping[str, Any]) -> set[str]:
-    """The names of which a call leaves nothing of what its pipeline says."""
+    """The names of arguments for which the call alone counts."""
     said = called.keys() - _NESTS - spec.merges
     for name in _NESTS & called.keys():
         said |= set(called[name]) if isinstance(called[name], Mapping) else set()
@@ -97,7 +97,7 @@ def _without_nothing(spec: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _without_config(spec: TaskSpec, found: dict[str, Any]) -> dict[str, Any]:
-    """What a generation config says as parameters, below those that stand beside it."""
+    """The parameters with the arguments of their generation config, which count less than those beside it."""
     if not isinstance(found.get(_CONFIG), Mapping) or not _takes_config(spec):
         return {name: value for name, value in found.items() if name != _CONFIG or value is not None}
     config = dict(found.pop(_CONFIG))

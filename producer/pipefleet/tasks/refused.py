@@ -1,4 +1,4 @@
-"""Why a parameter of transformers is refused: one sentence each. docs/same-as-transformers.md names each of them."""
+"""Why parameters of transformers are refused: one sentence for each. docs/same-as-transformers.md lists them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ REASONS: Mapping[str, str] = {
     "binary_output": "results are JSON",
     "args_parser": _OBJECT,
 }
-"""By name, for every task that does not take it."""
+"""Reasons by parameter, for every task that does not take the parameter."""
 
 OF_A_TASK: Mapping[tuple[str, str], str] = {
     ("automatic-speech-recognition", "num_return_sequences"): "a recording has one transcription",
@@ -101,7 +101,7 @@ OF_A_TASK: Mapping[tuple[str, str], str] = {
     ("document-question-answering", "padding"): "pages are padded to their batch, which the model does not see",
     ("zero-shot-image-classification", "tokenizer_kwargs"): "transformers ignores it as well",
 }
-"""By task and name, where the reason is the task's own."""
+"""Reasons by task and parameter, where the task has a reason of its own."""
 _GENERATION = frozenset({"num_return_sequences", "stop_strings", "encoder_repetition_penalty", "guidance_scale",
                          "encoder_no_repeat_ngram_size", "decoder_start_token_id", "watermarking_config", "early_stopping",
                          "length_penalty", "num_beams"})  # fmt: skip
@@ -121,6 +121,6 @@ def asks_for_nothing(name: str, value: Any) -> bool:
 
 
 def why_refused(task: str, name: str) -> str | None:
-    """Why `task` does not take a parameter that transformers has; None for a name that it has not."""
+    """Why `task` does not take a parameter of transformers; None for a name that transformers does not know."""
     reason = OF_A_TASK.get((task, name), REASONS.get(name))
     return _UNHEARD if reason is None and name in _GENERATION and task in _WRITERS else reason

@@ -1,7 +1,8 @@
-"""What a task requires of an input together with its parameters, as far as that can be told without the model.
+"""Checks of an input together with its parameters, as far as they need no model.
 
-The producer asks before it queues; workers keep checks of their own, for messages of other programs. What transformers takes
-stays taken: an empty text is fine for most tasks. What lies in an object (a reference, a path) is for the worker to see.
+An input and the known parameters come in. A check raises InputError or ParameterError for an input that can only fail. The
+producer calls them before it queues; workers keep checks of their own, for messages of other programs. An input that
+transformers takes passes: an empty text is fine for most tasks. The content of an object (a reference, a path) is not looked at.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from pipefleet.errors import InputError, ParameterError
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of the parameters of an input: `complete` where the pool has no more of its own."""
+    """The known parameters of an input. `complete` says that the pool adds no others."""
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
 
     def of_item(self, own: Mapping[str, Any] | None) -> Known:
-        """With the parameters of one item, which come before those of the call."""
+        """The same with the parameters of one item, which win over those of the call."""
         said = {name: value for name, value in (own or {}).items() if value is not None}
         return Known({**self.parameters, **said}, self.complete) if said else self
 
 
 Requirement = Callable[[str, Any, Known], None]
-"""Called with the name of the task, an input and what is known. Raises InputError or ParameterError."""
+"""A check: it takes the name of the task, an input and the known parameters. Raises InputError or ParameterError."""
 
 
 def text_filled(task: str, inputs: Any, known: Known) -> None:
-    """The text that is the input is not empty."""
+    """An input that is a text is not empty."""
     if isinstance(inputs, str) and not inputs:
         raise InputError(f"{task} takes a text that is not empty")
 
@@ -58,7 +59,7 @@ def fields_filled(*names: str) -> Requirement:
 
 
 def prompt_filled(task: str, inputs: Any, known: Known) -> None:
-    """There is a prompt, or media beside it."""
+    """The input has a prompt, or media beside it."""
     text = inputs.get("text") if isinstance(inputs, Mapping) and set(inputs) == {"text"} else inputs
     if isinstance(text, str) and not text:
         raise InputError(f"the prompt of {task} is empty")
@@ -78,7 +79,7 @@ def asked_once(task: str, inputs: Any, known: Known) -> None:
 
 
 def picture_given(task: str, inputs: Any, known: Known) -> None:
-    """A dict holds a picture, under one of its two names."""
+    """A dict holds a picture, under `image` or `images`."""
     if isinstance(inputs, Mapping) and inputs.keys() <= {"text"}:
         raise InputError(f"{task} takes a dict of image and, if wanted, text; image is missing")
 
@@ -140,7 +141,7 @@ def words_or_text(task: str, inputs: Any, known: Known) -> None:
 
 
 def pieces_longer_than_strides(task: str, inputs: Any, known: Known) -> None:
-    """A recording that is cut into pieces goes on with each of them."""
+    """Pieces of a recording are longer than the strides at both their ends, so that each piece adds to the recording."""
     length, stride = known.parameters.get("chunk_length_s"), known.parameters.get("stride_length_s")
     if not length or stride is None:
         return
@@ -155,7 +156,7 @@ def pieces_longer_than_strides(task: str, inputs: Any, known: Known) -> None:
 
 
 def boxes_on_page(task: str, inputs: Any, known: Known) -> None:
-    """`word_boxes`, where they are given, are words with boxes in thousandths of the page."""
+    """`word_boxes`, if given, are words with boxes in thousandths of the page."""
     boxes = inputs.get("word_boxes") if isinstance(inputs, Mapping) else None
     if boxes is None or is_ref(boxes):
         return
@@ -166,7 +167,7 @@ def boxes_on_page(task: str, inputs: Any, known: Known) -> None:
 
 
 def request_in_json(task: str, inputs: Any, known: Known) -> None:
-    """A request that comes as a text is the JSON of one."""
+    """A text is the JSON of a request."""
     if not isinstance(inputs, str) or is_text_uri(inputs):
         return
     try:

@@ -1,4 +1,4 @@
-"""Checks of parameters that several tasks take."""
+"""Checks of parameters that several rows share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list
 from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
 STRICT_MEDIA: dict[str, Check] = {"strict_media": boolean}
-"""Our own, of tasks that take recordings or films: those that are damaged or lack their end are refused."""
+"""A parameter of pipefleet's own, for tasks that take recordings or films: it refuses media that are damaged or lack their end."""
 LABEL_COUNT = either(null, integer(1, 100_000))
 ACTIVATION = either(null, word("default", "sigmoid", "softmax", "none"))
 TRUNCATION = either(boolean, choice("longest_first", "only_first", "only_second", "do_not_truncate"))
@@ -20,26 +20,26 @@ _LABELS_OR_NUMBERS = list_of(either(text(1000), boolean, number(-1e300, 1e300)),
 CANDIDATE_LABELS = either(_LABELS_OR_NUMBERS, some_text(text(100_000), commas=True))
 """Labels of zero-shot tasks that a template makes texts of: a list, whose numbers come back as numbers, or one text with commas."""
 ANY_LABELS = either(_LABEL_LIST, text(100_000))
-"""As those, where a text is cut at its commas and nothing else: an empty label is one too."""
+"""As CANDIDATE_LABELS, but a text is only cut at its commas, so an empty label counts too."""
 SWITCHES: dict[str, Check] = {
     "enable_thinking": boolean,
     "thinking": boolean,
     "reasoning_effort": choice("minimal", "low", "medium", "high", "none"),
 }
-"""Switches that chat templates know."""
+"""Switches of chat templates."""
 PADDING = either(boolean, choice("longest", "do_not_pad"))
-"""Padding of one input alone, which changes nothing: inputs are padded to their batches whatever it says."""
+"""Padding of one input. It changes nothing: workers pad inputs to their batches for any value."""
 _SAID = frozenset({"name", "reasoning_content", "thinking", "refusal", "tool_call_id"})
 _UNSAID = _SAID | {"tool_calls", "function_call", "audio", "annotations"}
 
 
 def may_stand_in_a_message(name: object, value: object) -> bool:
-    """Whether a message of a chat may hold this beside role and content: a known text, or None as clients add it."""
+    """Whether a message of a chat may hold this field beside role and content: a known text, or a None that clients add."""
     return name in (_UNSAID if value is None else _SAID) and isinstance(value, str | None)
 
 
 WRITE: dict[str, Check] = {**GENERATION, **STOP, **SEED}
-"""Arguments of `generate()`, with what the worker's own generation takes for each row."""
+"""Arguments of `generate()`, and the stop strings and seed that workers apply to each row."""
 SHOWN: dict[str, Check] = {
     "return_full_text": boolean,
     "return_tensors": boolean,
@@ -49,4 +49,4 @@ SHOWN: dict[str, Check] = {
     "skip_special_tokens": boolean,
     "continue_final_message": boolean,
 }
-"""How a written text is shown; `return_type` is a ReturnType of transformers."""
+"""The form of a written text. `return_type` is a ReturnType of transformers."""

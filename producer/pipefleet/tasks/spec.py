@@ -1,4 +1,7 @@
-"""The types of the task table's producer half: `TaskSpec` is a row, `Media` what an input is made of."""
+"""The types of the task table's producer half: `TaskSpec` is a row, `Media` names the kind of a value.
+
+Rows are data. Clients, pipelines and workers read them; `check` raises ParameterError, `require` also InputError.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pipefleet.tasks.requirements import Known, Requirement
 
 
 class Media(StrEnum):
-    """What one value of an input is made of, and so how bytes become that value."""
+    """The kind of one value of an input. It decides how workers turn bytes into that value."""
 
     TEXT = "text"
     TEXTS = "text or list of texts"
@@ -29,7 +32,7 @@ class Media(StrEnum):
 
 
 class CostUnit(StrEnum):
-    """What the work of one item grows with."""
+    """The unit in which the work of one item grows."""
 
     TOKENS = "tokens"
     SECONDS = "seconds"
@@ -38,65 +41,65 @@ class CostUnit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """One row: `media` of the main input, `fields` a dict input may have, allowed `parameters`, what comes back."""
+    """One row: the `media` of the main input, the `fields` of a dict, the allowed `parameters`, and the form of the result."""
 
     name: str
     media: Media | None
-    """None where an input is always a dict of `fields`."""
+    """None if an input is always a dict of `fields`."""
     parameters: Mapping[str, Check]
     returns: str
     cost_unit: CostUnit
     aliases: tuple[str, ...] = ()
     fields: Mapping[str, Media] = field(default_factory=dict)
-    """Fields of an input that is a dict, e.g. a text and its pair; empty when the task takes no dicts."""
+    """Fields of an input that is a dict, such as a text and its pair; empty if the task takes no dicts."""
     required: tuple[str, ...] = ()
     """Fields that a dict must have."""
     instead: Mapping[str, str] = field(default_factory=dict)
-    """Fields that may stand in for a required one, by its name."""
+    """Fields that may replace a required field: the replacement by the name of the required field."""
     carried: Mapping[str, Media] = field(default_factory=dict)
-    """Fields of an input on the wire where something goes with its recording: `{audio, stride, …}`; empty where nothing can."""
+    """Fields of an input on the wire that may go with a recording: `{audio, stride, …}`; empty if the task has none."""
     positional: tuple[str, ...] = ()
     """Names of the call's positional arguments where it has several, or fields beside the first: `pipe(image, question)`."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Earlier names of what a call takes, which transformers takes too, and the names they stand for."""
     crosses: bool = False
-    """Whether fields that are lists are combined each with each, rather than one to one."""
+    """Whether lists in several fields are combined each with each, not one to one."""
     chat_media: tuple[Media, ...] = (Media.TEXT,)
-    """What the parts of a chat's messages may hold."""
+    """The kinds that the parts of a chat's messages may hold."""
     tuples: tuple[str, ...] = ()
-    """Keys of a result whose values transformers returns as tuples; JSON has none, so `pipeline()` makes them again."""
+    """Keys of a result whose values transformers returns as tuples. JSON has no tuples; `pipeline()` restores them."""
     bare_in_lists: bool = False
-    """Whether a result that is a list of one is given without its list when the call was made with a list of inputs."""
+    """Whether a result that is a list of one loses the list in a call with a list of inputs."""
     bare_in_streams: bool = False
-    """The same for a call with a generator or a data set."""
+    """The same in a call with a generator or a data set."""
     kept_with: tuple[str, ...] = ()
-    """Parameters with which such a list stays."""
+    """Parameters with which such a list is kept."""
     nones: frozenset[str] = frozenset()
-    """Parameters of which None is a value: it goes before what the pipeline says. Any other None says nothing."""
+    """Parameters that have None as a value: there None replaces the pipeline's value. None for another parameter says nothing."""
     merges: frozenset[str] = frozenset()
-    """Mappings of a call that are laid over those of its pipeline; any other takes the place of the pipeline's."""
+    """Mappings of a call that are merged with those of its pipeline. Any other mapping replaces the pipeline's."""
     tensors: tuple[str, ...] = ()
-    """Keys of a result whose values are tensors at the caller; an empty one is the result itself, if `return_tensors` is true."""
+    """Keys of a result whose values become tensors at the caller. An empty key is the result itself, with `return_tensors`."""
     answers_one_alone: bool = False
-    """Whether a list of one input is answered as that input alone, without a list around its result."""
+    """Whether a list of one input has the same answer as the input alone, without a list around the result."""
 
     requires: tuple[Requirement, ...] = ()
-    """What an input and its parameters must have together, as far as it can be told without the model."""
+    """Checks of an input together with its parameters, which need no model."""
 
     def require(self, inputs: Any, known: Known) -> None:
-        """Raise InputError or ParameterError where an input, with what is `known` of its parameters, can only fail."""
+        """Raise InputError or ParameterError for an input that can only fail with the `known` parameters."""
         for requirement in self.requires:
             requirement(self.name, inputs, known)
 
     def given(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of an input without those that are None and may be left out: None stands for them."""
+        """The fields of an input without optional fields that are None: None stands for a field that was left out."""
         needed = [name for name in self.required if name not in self.instead]
         return {
             name: one for name, one in value.items() if one is not None or name in needed or name not in self.fields
         }
 
     def missing(self, value: Mapping[str, Any]) -> list[str]:
-        """The required fields that neither stand in `value` nor are replaced by another."""
+        """The required fields that `value` lacks and no other field replaces."""
         return [name for name in self.required if name not in value and self.instead.get(name) not in value]
 
     def check(self, parameters: Mapping[str, Any]) -> None:
@@ -104,7 +107,7 @@ class TaskSpec:
         check_parameters(self.name, self.parameters, parameters, common=WRITTEN)
 
     def settled(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters without each None that stands for what holds without the parameter."""
+        """The parameters without every None that asks for the same as leaving the parameter out."""
         checks = self.parameters
         return {
             name: value

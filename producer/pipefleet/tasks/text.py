@@ -1,4 +1,4 @@
-"""Tasks whose input is text alone."""
+"""The rows of tasks whose input is text alone."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _PLAIN = (str, bool, int, float, type(None))
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it; one that JSON has no form for is given back as it is, and refused by the parameter's check.
+    """The JSON form of a value. A value without a JSON form is returned unchanged; the parameter's check will refuse it.
 
     A mapping whose keys are tuples of tokens, such as `sequence_bias`, becomes a list of pairs. Raises ParameterError for an
     array of more than `MOST_NUMBERS` numbers.
@@ -40,7 +40,7 @@ def plain(value: Any) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """A number of numpy or torch as a number, an array or a tensor as lists of them."""
+    """A number of numpy or torch as a number; an array or a tensor as lists of numbers."""
     count = math.prod(value.shape)
     if count > MOST_NUMBERS:
         raise ParameterError(f"a parameter has {count} numbers, it may have {MOST_NUMBERS}")
@@ -48,6 +48,6 @@ def _numbers(value: Any) -> Any:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What a generation config says beyond transformers' own defaults."""
+    """The settings of a generation config that differ from transformers' own defaults."""
     given = config.to_diff_dict()
     return {name: plain(one) for name, one in given.items() if name != "transformers_version" and name[:1] != "_"}

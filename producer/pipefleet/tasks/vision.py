@@ -1,4 +1,4 @@
-"""Tasks whose input is pictures or video alone."""
+"""The rows of tasks whose input is pictures or video alone."""
 
 from __future__ import annotations
 

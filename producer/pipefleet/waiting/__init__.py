@@ -1,1 +1,1 @@
-"""Waiting for single jobs: who hears that one has ended, and why one has not: nobody serves its queue."""
+"""Waiting for single jobs: the futures of their ends, callbacks, and warnings of queues that nobody serves."""

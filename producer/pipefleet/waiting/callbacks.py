@@ -1,4 +1,7 @@
-"""The callbacks of a client's futures: they run on a thread of their own, so that none of them holds up those who wait."""
+"""The thread that runs the callbacks of a client's futures, so that no callback delays threads that wait for results.
+
+`JobFuture` hands functions in. Their errors are logged and go nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Callbacks:
-    """Runs functions one after another, in the order they came, on a daemon thread that begins with the first. Thread-safe."""
+    """Runs functions one after another, in the order of `run`, on a daemon thread that starts with the first. Thread-safe."""
 
     _lock: threading.Lock
     _thread: threading.Thread | None
@@ -24,7 +27,7 @@ class Callbacks:
         renew_after_fork(self)
 
     def run(self, function: Callable[[], object]) -> None:
-        """Have `function` called soon; what it raises is logged. Never waits."""
+        """Call `function` soon on the thread; log its error. Never waits."""
         with self._lock:
             self._waiting.put(function)
             if self._thread is None:
@@ -34,14 +37,14 @@ class Callbacks:
                 self._thread.start()
 
     def close(self) -> None:
-        """Let the thread end after what has been given so far. A later `run` begins another."""
+        """Let the thread end after the functions given so far. A later `run` starts another thread."""
         with self._lock:
             if self._thread is not None:
                 self._waiting.put(None)
                 self._thread, self._waiting = None, queue.SimpleQueue()
 
     def after_fork(self) -> None:
-        """What waits in the parent is called there."""
+        """Start empty in the child: the parent runs the functions that wait in the parent."""
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -53,5 +56,7 @@ def _call_each(waiting: queue.SimpleQueue[Callable[[], object] | None]) -> None:
     while (function := waiting.get()) is not None:
         try:
             function()
-        except BaseException:  # SystemExit too: the thread is everybody's, and no other begins after it
+        except (
+            BaseException
+        ):  # SystemExit too: all callbacks need this thread, and no other thread would start after it
             log.exception("a callback of a job failed")

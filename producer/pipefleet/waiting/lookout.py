@@ -1,4 +1,8 @@
-"""What a job waits for when nobody serves its queue: one sentence that tells the cause and the next step."""
+"""Warnings of queues that nobody serves: one sentence with the cause and the next step.
+
+A queue comes in; the announcements of workers, and the state of the scaler, are read from Redis. The watcher calls `Lookout`;
+the command line and runs call `why_waiting`. `Lookout` raises nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pipefleet")
 LOOK_SECONDS = 2.0
-"""How long what was seen of a queue is taken for true."""
+"""Seconds between two looks at a queue."""
 SAY_SECONDS = 30.0
-"""How often it is said again that nobody serves a queue."""
+"""Seconds between two warnings that nobody serves a queue."""
 SCALER_SECONDS = 120.0
-"""How old what the scaler decided may be."""
+"""Seconds for which a decision of the scaler counts."""
 
 
 def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | None:
     """One sentence when no live worker serves `queue`; None when one does. Raises redis-py's errors.
 
-    `pool` is the one that the queue belongs to, where the caller knows it; else what workers announced last is told.
+    `pool` is the pool of the queue, if the caller knows it. Otherwise the sentence names the pool that workers announced last.
     """
     pipe = redis.pipeline(transaction=False)
     pipe.time()
@@ -51,9 +55,9 @@ def why_waiting(redis: Redis, queue: str, *, pool: Pool | None = None) -> str | 
 
 
 def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: float) -> set[str]:
-    """The queues that live workers consume: the one that a worker names, and that of its pool.
+    """The queues that live workers consume: for each worker the queue that it names, and the queue of its pool.
 
-    The one function that decides whether a worker serves a queue.
+    Only this function decides whether a worker serves a queue.
     """
     served: set[str] = set()
     for facts in workers.values():
@@ -64,7 +68,7 @@ def served_queues(workers: Mapping[str, Any], pools: Mapping[str, Any], now: flo
 
 
 def _barred(queue: str, workers: Mapping[str, Any], pools: Mapping[str, Any], now: float) -> str | None:
-    """One sentence where S3 refuses every worker that serves a queue; None where it does not."""
+    """One sentence if S3 refuses every worker that serves a queue; else None."""
     serving = [one for name, one in workers.items() if queue in served_queues({name: one}, pools, now)]
     reasons = [str(one["barred"]) for one in serving if one.get("barred")]
     if not reasons or len(reasons) < len(serving):
@@ -73,7 +77,7 @@ def _barred(queue: str, workers: Mapping[str, Any], pools: Mapping[str, Any], no
 
 
 def _count(redis: Redis, queue: str, *, held: bool) -> int:
-    """How many jobs wait in a queue; with `held`, those too that workers of its pool took, who are gone."""
+    """The number of jobs that wait in a queue; with `held` also the jobs that dead workers of its pool still hold."""
     pipe = redis.pipeline(transaction=False)
     for name in waiting_lists(queue):
         pipe.llen(name)
@@ -83,7 +87,7 @@ def _count(redis: Redis, queue: str, *, held: bool) -> int:
 
 
 class Lookout:
-    """Warns, by the logger `pipefleet`, of queues that are waited for and that nobody serves: at once, and again while it lasts.
+    """Warns, by the logger `pipefleet`, that jobs wait in a queue that nobody serves: at once, then once in SAY_SECONDS.
 
     Thread-safe. `monotonic` is a clock in seconds.
     """
@@ -98,11 +102,11 @@ class Lookout:
         renew_after_fork(self)
 
     def name(self, queue: str, pool: Pool) -> None:
-        """Tell `pool` when nobody serves `queue`."""
+        """Remember that `queue` belongs to `pool`, for the warnings."""
         self._pools[queue] = pool
 
     def look(self, queue: str) -> None:
-        """See whether anybody serves `queue`, once in LOOK_SECONDS; warn, once in SAY_SECONDS. Raises nothing: it is a courtesy."""
+        """Look whether a worker serves `queue`, once in LOOK_SECONDS; warn, once in SAY_SECONDS. Raises nothing."""
         now = self._monotonic()
         with self._lock:
             if now < self._seen.get(queue, (now, None))[0]:
@@ -116,19 +120,19 @@ class Lookout:
         with self._lock:
             self._seen[queue] = (now + LOOK_SECONDS, why)
             if why is None:
-                self._said.pop(queue, None)  # when it is lost again, that is news
+                self._said.pop(queue, None)  # losing its workers again is news
             if why is None or now < self._said.get(queue, now):
                 return
             self._said[queue] = now + SAY_SECONDS
         log.warning("%s", why)
 
     def known(self, queue: str) -> str | None:
-        """What `look` found last."""
+        """The sentence that the last `look` found, or None."""
         with self._lock:
             return self._seen.get(queue, (0.0, None))[1]
 
     def after_fork(self) -> None:
-        """Nobody is looking in a child."""
+        """No thread looks in a child."""
         self._lock = threading.Lock()
 
 
@@ -143,7 +147,7 @@ def _sentence(queue: str, pool: Pool | None, waiting: int, *, wanted: bool) -> s
 
 
 def _announced(queue: str, pools: Mapping[str, Any]) -> Pool | None:
-    """The pool behind a queue, from what was announced last, however old."""
+    """The pool of a queue, from the last announcement, of any age."""
     for name, entry in pools.items():
         fields = entry.get("pool")
         if isinstance(fields, Mapping) and queue in (fields.get("queue"), fields.get("revision_queue")):
@@ -155,7 +159,7 @@ def _announced(queue: str, pools: Mapping[str, Any]) -> Pool | None:
 
 
 def _noted(redis: Redis, queue: str) -> Pool | None:
-    """The pool behind a queue, from its name and from what is noted of every revision that was ever queued for."""
+    """The pool of a queue, from the queue's name and from the notes of revisions."""
     task, _, name = base_queue(queue).removeprefix(PREFIX).partition(".")
     known = known_revisions(redis).get(queue)
     if known is None:
@@ -165,7 +169,7 @@ def _noted(redis: Redis, queue: str) -> Pool | None:
 
 
 def _is_wanted(redis: Redis, pool: str | None, now: float) -> bool:
-    """Whether a scaler decided a moment ago that the pool should have workers: one is starting then."""
+    """Whether a scaler decided within SCALER_SECONDS that the pool should have workers: then a worker is starting."""
     try:
         content: Any = redis.get(scaler_key(pool or ""))
         state = mapping(read_object(content)["state"])

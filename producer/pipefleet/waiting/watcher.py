@@ -1,4 +1,11 @@
-"""The watcher hears when jobs end: one thread for each client resolves the futures of its jobs."""
+"""The watcher: one thread for each client hears when jobs end and resolves their futures.
+
+    worker ─ publish ─▶ done:<client> ─▶ the thread ─▶ look up the record ─▶ resolve the future ─▶ Job.result, callbacks
+                                             └── every SWEEP_SECONDS: all jobs under way
+
+Jobs ask for futures with `watch`. Redis may be away for PATIENCE_SECONDS; then the open futures fail with
+ServiceUnavailableError.
+"""
 
 from __future__ import annotations
 
@@ -30,38 +37,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SWEEP_SECONDS = 2.0
-"""How often jobs under way are looked up although nothing was heard: a channel forgets what it sent to nobody."""
+"""Seconds between two sweeps, which look up all jobs under way: a Redis channel keeps no message that nobody received."""
 UNKNOWN_SECONDS = 30.0
-"""How long a job without a record is waited for: one that another Celery client queued has none before a worker starts it."""
+"""Seconds for which a job without a record is waited for. A job that a plain Celery client queued has no record until a worker
+starts it."""
 LOOK_AFTER_SECONDS = 0.5
-"""How old a job under way is when a sweep first asks whether anybody serves its queue: with the sweep, it is told within 3 s."""
+"""Age of a job at which a sweep first asks whether a worker serves its queue. With the sweep the warning comes within 3 s."""
 BATCH = 500
+"""Jobs that are looked up in one round trip."""
 
 
 class JobFuture(Future[JobRecord]):
-    """The final record of one job, or the error that nobody can have it. It cannot be cancelled: many may wait for it.
+    """The final record of one job, or an error if there is none. It cannot be cancelled, because several callers may wait for it.
 
-    Done-callbacks run one after another on a thread that the client keeps for them: they may wait for other jobs, and a slow one
-    holds up other callbacks alone, neither results nor `await`.
+    Done-callbacks run one after another on a thread of the client's. They may wait for other jobs. A slow callback delays other
+    callbacks, but no result and no `await`.
     """
 
     def __init__(self, callbacks: Callbacks) -> None:
         super().__init__()
         self.set_running_or_notify_cancel()
         self.unknown_since: float | None = None
-        """Since when (monotonic seconds) look-ups have found no record; None while there is one."""
+        """The time (monotonic seconds) since which look-ups find no record; None while there is a record."""
         self.queue: str | None = None
-        """The queue that its record names; None before the first look-up."""
+        """The queue that the record names; None before the first look-up."""
         self.since = time.monotonic()
-        """Since when it is waited for."""
+        """The time (monotonic seconds) since which somebody waits for the job."""
         self._callbacks = callbacks
 
     def add_done_callback(self, function: Callable[[Future[JobRecord]], Any]) -> None:
-        """Have `function(self)` called when the job has ended; soon, if it has already."""
+        """Call `function(self)` when the job has ended; soon if it has ended already."""
         self.add_quick_callback(lambda future: self._callbacks.run(lambda: function(future)))
 
     def add_quick_callback(self, function: Callable[[Future[JobRecord]], Any]) -> None:
-        """The same at once, on the thread that hears of the end: for what never waits."""
+        """Call `function(self)` at once, on the thread that hears of the end. Only for functions that never wait."""
         super().add_done_callback(function)
 
 
@@ -73,10 +82,10 @@ def nothing_known(job_id: str) -> JobError:
 
 
 class Watcher:
-    """Resolves futures by the client's channel and, in case that misses one, by sweep. Thread-safe.
+    """Resolves futures when the client's channel names their jobs, and by a sweep if the channel missed one. Thread-safe.
 
-    It holds a future only as long as somebody else does. In a process that was forked it has a thread and a channel of its own;
-    jobs that the parent submitted are found there by sweep.
+    The watcher holds only weak references to futures. In a forked process it has a thread and a channel of its own; there the sweep
+    finds the jobs that the parent submitted.
     """
 
     def __init__(self, redis: Redis, url: str, lookout: Lookout) -> None:
@@ -90,17 +99,17 @@ class Watcher:
 
     def _start_afresh(self) -> None:
         self.channel = reply_channel(uuid.uuid4().hex)
-        """Where this client, in this process, is told of its jobs."""
+        """The Redis channel on which workers publish the ends of this client's jobs, in this process."""
         self._futures: WeakValueDictionary[str, JobFuture] = WeakValueDictionary()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._reached = False
         self._away_since: float | None = None
-        """Since when (monotonic seconds) Redis does not answer; None while it does."""
+        """The time (monotonic seconds) since which Redis does not answer; None while it answers."""
 
     def after_fork(self) -> None:
-        """Whoever waits in the child asks for the future again, and gets one that the child's own thread resolves."""
+        """Start afresh in the child: a caller there asks for the future again, and the child's own thread resolves it."""
         closed = self._closed.is_set()
         self._closed = threading.Event()
         if closed:
@@ -108,10 +117,10 @@ class Watcher:
         self._start_afresh()
 
     def watch(self, job_id: str, *, submitting: bool = False) -> JobFuture:
-        """The future of a job's final record. With `submitting`, returns only when its end cannot be missed.
+        """The future of a job's final record. With `submitting` it waits for the channel's subscription, so that no end is missed.
 
-        Raises JobError when the client is closed; ServiceUnavailableError when Redis was never reached, with `submitting` also
-        when it is away. The future of a job fails with that error when Redis was away for PATIENCE_SECONDS.
+        Raises JobError when the client is closed, and ServiceUnavailableError when Redis was never reached; with `submitting` also
+        when Redis is away. The future fails with ServiceUnavailableError when Redis was away for PATIENCE_SECONDS.
         """
         future = self._future(job_id)
         if submitting:
@@ -119,20 +128,20 @@ class Watcher:
         elif not future.done():
             try:
                 self._look_up([job_id])
-            except ServiceUnavailableError:  # the thread goes on trying, and says when it has waited for too long
+            except ServiceUnavailableError:  # the thread goes on trying, and fails the future after PATIENCE_SECONDS
                 if not self._reached:
-                    raise  # a wrong address or password rather than an outage
+                    raise  # rather a wrong address or password than an outage
         return future
 
     def forget(self, job_id: str) -> None:
-        """Drop a job whose record was read, though its handle may live on. One that somebody began to wait for anew stays."""
+        """Drop the future of a job whose record was read. A future that is not done stays: somebody waits for the job anew."""
         with self._lock:
             future = self._futures.get(job_id)
             if future is not None and future.done():
                 del self._futures[job_id]
 
     def close(self) -> None:
-        """End the thread, and fail the futures that are still open with JobError."""
+        """End the thread, and fail the open futures with JobError."""
         with self._lock:
             self._closed.set()
             thread, futures = self._thread, list(self._futures.items())
@@ -143,7 +152,7 @@ class Watcher:
         self._callbacks.close()
 
     def why_waiting(self, future: JobFuture) -> str | None:
-        """What is known of why a job waits: one sentence when nobody served its queue a moment ago. No I/O."""
+        """One sentence if nobody served the job's queue at the last look; else None. No I/O."""
         return None if future.queue is None else self._lookout.known(future.queue)
 
     def _future(self, job_id: str) -> JobFuture:
@@ -161,7 +170,7 @@ class Watcher:
     def _wait_until_ready(self) -> None:
         if not self._ready.is_set():
             with redis_errors(self._url):
-                self._redis.ping()  # says at once what the thread would go on trying to say
+                self._redis.ping()  # raises at once, where the thread would go on trying
             self._ready.wait(5.0)
 
     def _run(self) -> None:
@@ -170,15 +179,15 @@ class Watcher:
                 with redis_errors(self._url):
                     self._listen()
             except PipefleetError as error:
-                # Nothing is lost: whoever waits goes on waiting, and the sweep after reconnecting looks up all jobs.
+                # Nothing is lost: callers go on waiting, and the sweep after reconnecting looks up all jobs.
                 self._note_outage(error)
                 self._closed.wait(0.5)
-            except Exception:  # without this thread nobody who waits would ever hear
+            except Exception:  # without this thread no caller would ever hear of an end
                 log.exception("watching jobs failed and goes on")
                 self._closed.wait(0.5)
 
     def _note_outage(self, error: PipefleetError) -> None:
-        """Fail every open future once Redis has been away for PATIENCE_SECONDS, or at once where waiting is of no use."""
+        """Fail every open future once Redis was away for PATIENCE_SECONDS, or at once if the error is not retryable."""
         now = time.monotonic()
         self._away_since = now if self._away_since is None else self._away_since
         if error.retryable and now - self._away_since < PATIENCE_SECONDS:
@@ -210,7 +219,7 @@ class Watcher:
                     next_sweep = time.monotonic() + SWEEP_SECONDS
 
     def _sweep(self) -> None:
-        """Look up every job under way, and tell of queues that nobody serves."""
+        """Look up every job under way, and warn of queues that nobody serves."""
         self._look_up(self._open())
         begun = time.monotonic() - LOOK_AFTER_SECONDS
         with self._lock:
@@ -234,11 +243,11 @@ class Watcher:
                 self._take(job_id, raw)
 
     def _take(self, job_id: str, raw: Mapping[bytes, bytes] | Exception) -> None:
-        """Note what a look-up found of one job, or why Redis does not tell, which is not the others' affair."""
+        """Take one job's answer of a look-up: its record, or an error of Redis, which ends this job's future alone."""
         with self._lock:
             future = self._futures.get(job_id)
         if future is None or (isinstance(raw, Exception) and word_of(raw) is not None):
-            return  # or Redis cannot tell now, which the next sweep hears too
+            return  # nobody waits any more, or Redis cannot answer now and the next sweep asks again
         try:
             with redis_errors(self._url):
                 if isinstance(raw, Exception):
@@ -263,7 +272,7 @@ class Watcher:
 
 
 def _resolve(future: JobFuture, end: JobRecord | PipefleetError) -> None:
-    """Resolve a future, unless another thread was faster. Never under a lock: a waker of an event loop runs in here."""
+    """Resolve a future, unless another thread was faster. Never call it under a lock: it runs quick callbacks of event loops."""
     with suppress(InvalidStateError):
         if isinstance(end, JobRecord):
             future.set_result(end)
