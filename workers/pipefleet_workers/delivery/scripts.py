@@ -1,9 +1,9 @@
-"""The Lua that moves messages between a queue's lists, its leases and its dead letters. Each script is atomic.
+"""The Lua that moves messages between the lists of a queue, its leases and its dead letters. Each script is atomic.
 
-KEYS[1..8] are the same in every script, in the order of `leases.LeaseKeys`; times come from the server's clock, in
-microseconds inside the scripts and in seconds in the keys. A lease is held by whoever's owner string stands in `owners`:
-everything that a worker does to a message afterwards compares it first, so repeating a script after a lost reply, or after
-somebody else took the message over, changes nothing.
+KEYS[1..8] are the same in every script, in the order of `leases.LeaseKeys`. Times come from the server's clock, in microseconds
+inside the scripts and in seconds in the keys. The worker whose owner string stands in `owners` holds the lease. Every later step
+of a worker compares this string first, so a script changes nothing when it is repeated after a lost reply, or after another worker
+took the message. `transport` sends FETCH and GATHER; `ledger` and `settlements` send the others.
 """
 
 from __future__ import annotations

@@ -144,9 +144,8 @@ class Device:
         return failure is not None
 
     def _hand_on(self, outputs: Sequence[tuple[Unit, Any | JobFailure]]) -> None:
-        with (
-            self._collecting
-        ):  # one unit of an item may end in the device's thread while another is dropped in the collating thread
+        # The device's thread may end one unit of an item while the collating thread drops another.
+        with self._collecting:
             complete = [unit.assembly for unit, output in outputs if unit.assembly.collect(unit.index, output)]
         if complete:
             self._on_complete(complete)
