@@ -1,4 +1,4 @@
-"""One sentence for whatever transformers, huggingface_hub, safetensors or torch raise while a model is loaded."""
+"""Turns any error of transformers, huggingface_hub, safetensors or torch during loading into one sentence. `load` calls it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HUB = {
     "LocalEntryNotFoundError": "it is not in the cache and the hub cannot be reached; check the network, or name a folder",
     "OfflineModeIsEnabled": "it is not in the cache and HF_HUB_OFFLINE forbids to fetch it; unset that, or name a folder",
 }
-"""By class of huggingface_hub, the special ones first: a gated repository is one that was not found, too."""
+"""By class of huggingface_hub. Special classes come first: a gated repository is also a repository that was not found."""
 _WORDS = {
     "trust_remote_code": "it brings code of its own, which is not run; use a model that transformers knows, or set "
     "trust_remote_code = true for this pool if you have read that code",
@@ -29,7 +29,7 @@ _WORDS = {
 
 
 def explained(pool: Pool, device: str, error: Exception) -> str:
-    """What happened to which model, and what to do. Never a traceback, at most 300 characters of foreign text."""
+    """What happened to which model, and the remedy. Never a traceback; at most 300 characters of foreign text."""
     model = f"{pool.model}@{pool.revision}" if pool.revision else pool.model
     return f"pool {pool.name}: cannot load {model} for {pool.task} on {device}: {_reason(error)}"
 
@@ -49,7 +49,7 @@ def _reason(error: Exception) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it."""
+    """An error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,4 +1,4 @@
-"""The adapter of video-classification: the first frames of a clip, decoded here and handed to the image processor as pictures."""
+"""The adapter of video-classification: the first frames of a clip, decoded here and passed to the image processor as pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 
 class VideoClassifier(Adapter):
-    """video-classification. Frames are the first `num_frames` of a clip, `frame_sampling_rate` apart, as in transformers."""
+    """video-classification. It takes the first `num_frames` of a clip, `frame_sampling_rate` apart, as in transformers."""
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         arguments = self.parse(decoded.work.parameters)
@@ -37,6 +37,6 @@ class VideoClassifier(Adapter):
         pipe = self.copies.get()
         if pipe.image_processor is not None:
             found = pipe.image_processor(frames, return_tensors="pt")
-        else:  # a video processor would choose frames of its own, and open files
+        else:  # a video processor alone would choose its own frames, and open files
             found = pipe.video_processor(np.stack(frames), do_sample_frames=False, return_tensors="pt")
         return dict(found.to(pipe.dtype))
