@@ -56,7 +56,7 @@ def read_envelope(raw: bytes, clock: Callable[[], float] = time.time) -> dict[st
 
 
 def mark(envelope: dict[str, Any], deliveries: int, retries: int) -> None:
-    """Write into the headers how often the message was delivered (this time included), and how often it was put back with a delay."""
+    """Write two counts into the headers: deliveries of the message (with this one), and how often it was put back with a delay."""
     again = deliveries > 1
     envelope["headers"].update({DELIVERIES: deliveries, RETRIES: retries, "redelivered": again})
     envelope["properties"]["delivery_info"]["redelivered"] = again
