@@ -162,7 +162,7 @@ def _fits_memory(adapter: Adapter, rates: dict[int, float]) -> bool:
 
 
 def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], size: int) -> list[Unit]:
-    """The units of one made-up input of about `size`: words, tenths of a second, or eights of pixels a side."""
+    """The units of one made-up input of about `size`: words, tenths of a second, or eight pixels a side for each."""
     parameters = {**adapter.example_parameters(), **parameters}
     context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, _Nowhere())
     work = Work(context, 0, JobItem("warm-up", ""), parameters, 0)

@@ -66,7 +66,7 @@ class RecordWriter:
             return JobFailure("internal_error", brief(error), "write")
 
     def _put(self, message: JobMessage, body: bytes) -> tuple[str, int | None]:
-        """The URI of the result, and its size unless another worker was first: its name is the job, so it is written once."""
+        """The URI of the result, and its size unless another worker was first. The job names the object, so it is written once."""
         uri = message.output
         if uri is not None and not uri.endswith("/"):
             self._store.put(uri, body, content_type="application/json")
