@@ -148,9 +148,8 @@ def build(
     jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
-    lease = (
-        worker_settings.transport != "stock"
-    )  # without leases a message cannot be put off, and would come back at once
+    # Without leases a message cannot be put off: it would come back at once.
+    lease = worker_settings.transport != "stock"
     places = Places(Others(settings, own_queue, name)) if lease else Places()
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally, places=places)
     consumer.health.watchers.append(instruments.metrics.barred)

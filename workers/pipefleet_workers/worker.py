@@ -171,9 +171,8 @@ class Worker:
 
         def dead(letter: dead_letters.DeadLetter) -> None:
             built.bury(letter)
-            if (
-                letter.job_id is not None and letter.code == "killed_worker"
-            ):  # other letters were told by the refusing worker
+            # Celery hears of other letters from the worker that refused the job.
+            if letter.job_id is not None and letter.code == "killed_worker":
                 task.died(letter.job_id, letter.reason)
 
         options = {

@@ -116,9 +116,8 @@ class InferTask(Task):  # type: ignore[misc]
                 decoded=False,
                 utc=app.uses_utc_timezone(),
             )
-            request.name = (
-                task.name
-            )  # Celery keeps a counter for each name for ever, so a message must not choose the name
+            # Celery keeps a counter for each name for ever, so a message must not choose the name.
+            request.name = task.name
             delivery = CeleryDelivery(request, celery, self)
             delivery.revoked = self.is_revoked(request)
             wait = _seconds_until(request, self.clock() if delivery.lease is None else delivery.lease.taken_at)
@@ -176,7 +175,10 @@ class InferTask(Task):  # type: ignore[misc]
             celery.task_consumer.cancel()
 
     def died(self, job_id: str, reason: str) -> None:
-        """Tell Celery that a job went to the dead letters while no worker held it. Called by any thread."""
+        """Tell Celery that a job went to the dead letters after its workers died, so that no worker reports it.
+
+        Called by any thread.
+        """
         celery = self.celery_consumer
         if celery is not None:
             celery.call_soon(lambda: send(celery, "task-failed", job_id, exception=html.escape(reason), traceback=""))

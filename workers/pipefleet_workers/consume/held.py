@@ -3,7 +3,7 @@
     delivered ─┬─ done        acknowledged: its results are written
                ├─ give_back   back to its queue: the worker drains, is barred, or another worker must try
                ├─ hand_over   to the queue of another revision
-               └─ refuse      to the dead letters: it is no job, is revoked, or failed too often
+               └─ refuse      to the dead letters: it is no job, is a revoked shard, or failed too often
 
 `celery_task` implements it; the consumer alone ends it.
 """

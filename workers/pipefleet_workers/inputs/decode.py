@@ -241,9 +241,8 @@ class Decoder:
                 strict=room.strict,
                 warnings=room.warnings,
             )
-        except (
-            OutgrownError
-        ) as error:  # twice as much at least, so that an input of many recordings is not begun again for each
+        except OutgrownError as error:
+            # At least twice as much, so that an input of many recordings is not begun again for each of them.
             error.size = max(2 * room.whole, room.whole - room.left + error.size)
             raise
         if room.left is not None:

@@ -208,9 +208,8 @@ def how_loaded(pipe: Any) -> dict[str, str]:
     if attention := getattr(config, "_attn_implementation", None):
         found["attention"] = str(attention)
     method = quantized_by(getattr(config, "quantization_config", None))
-    if (
-        method and getattr(model, "hf_quantizer", None) is not None
-    ):  # transformers ignores a method that it does not know
+    # transformers ignores a method that it does not know, and then there is no quantizer.
+    if method and getattr(model, "hf_quantizer", None) is not None:
         found["quantization"] = method
     return found
 

@@ -52,11 +52,12 @@ class TakenApart:
     def _walk_list(self, values: list[Any] | tuple[Any, ...], name: str) -> Any:
         if not values or isinstance(values[0], float | int | str):  # the quick way, since most lists hold numbers
             return values
+        # The masks of one picture, hundreds of them, become one object.
         if (
             isinstance(values[0], np.ndarray)
             and values[0].dtype == np.bool_
             and len({one.shape for one in values}) == 1
-        ):  # the masks of one picture, hundreds of them, become one object
+        ):
             facts = {"kind": "mask_list", "shape": [len(values), *values[0].shape]}
             return self._refer(lambda: _npy(np.packbits(np.stack(values))), values, f"{name}.npy", **facts)
         inner = "" if name == "output" else f"{name}-"

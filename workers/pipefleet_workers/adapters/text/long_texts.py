@@ -217,7 +217,10 @@ class LongTexts:
         return not pieces and getattr(self._tokenizer, "truncation_side", "") == "right"
 
     def _beside(self, texts: Mapping[str, str], name: str, cutting: Cutting) -> str:
-        """A text that is cut alone, to the length that its own bound leaves."""
+        """A text that the call cuts alone, shortened to a beginning with more than `cutting.most` tokens.
+
+        Any other text unchanged.
+        """
         others = [one for other, one in texts.items() if other != name]
         if cutting.strategy not in (_ALONE if not others else ("only_first",) if name == "text" else ("only_second",)):
             return texts[name]

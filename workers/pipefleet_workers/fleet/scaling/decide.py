@@ -120,8 +120,8 @@ def decide(state: State, signal: Signal, *, limits: Limits) -> tuple[State, Deci
 def replacing(decision: Decision, *, barred: int, ready: int, most: int) -> Decision:
     """The decision, with substitutes for living workers that take no jobs since S3 refuses them; `most` workers in all.
 
-    At most one worker more than the `ready` workers is replaced. If S3 refuses every worker, the one extra worker shows whether the
-    workers themselves are at fault.
+    At most `ready` + 1 workers are replaced. If S3 refuses every worker, the one extra worker shows whether the workers themselves
+    are at fault.
     """
     spare = min(barred, ready + 1) if decision.desired else 0
     return replace(decision, desired=min(decision.desired + spare, max(most, decision.desired)))
