@@ -219,7 +219,7 @@ def _size(features: Mapping[str, Any]) -> int:
 
 
 def _as_numbers(value: Any) -> np.ndarray[Any, Any]:
-    """The tensor as a NumPy array; bfloat16 becomes float32, since NumPy does not know it."""
+    """The value as a NumPy array; a tensor becomes float32, since NumPy does not know bfloat16."""
     return np.asarray(value.float().cpu() if isinstance(value, torch.Tensor) else value)
 
 

@@ -41,9 +41,12 @@ for _, key in ipairs(KEYS) do
 end
 return anew
 """
-"""KEYS: totals. ARGV: the command that adds, then fields and numbers. What Redis cannot add to, or nobody would
-believe (see `foreign.MOST_NUMBER`), begins anew; its names are returned.
-The first write takes no memory: see `pipefleet.contract.records`."""
+"""KEYS: totals. ARGV: the command that adds, then fields and numbers.
+
+A field that Redis cannot add to, or whose number is not credible
+(see `foreign.MOST_NUMBER`), begins anew; the names of such totals are returned. The first write takes no memory: see
+`pipefleet.contract.records`.
+"""
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and how many of them ended without a result."""
 

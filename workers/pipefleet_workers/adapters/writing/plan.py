@@ -1,8 +1,7 @@
-"""Turns the parameters of a request into a `Plan`: the arguments that all requests of a generate() call share, and its own ones.
+"""Turns the parameters of a request into a `Plan`: arguments that all requests of a generate() call share, and arguments of its own.
 
 Defaults come from three places: the call, the model's generation config, the pipeline. transformers merges them; this module only
-reads the result. `TextGenerator` asks for a plan for each request. Arguments that generate() refuses raise ItemError
-(bad_parameter).
+reads the result. `TextGenerator` asks for a plan for each request. Arguments that generate() refuses raise ItemError (bad_parameter).
 """
 
 from __future__ import annotations
@@ -118,9 +117,8 @@ class Planner:
         prefix = forward.pop("prefix_length", 0)
         arguments, config = self.merged(forward)
         mode, marked = config.get_generation_mode(), config.watermarking_config is not None
-        sampled = (
-            mode == _Mode.SAMPLE and not marked
-        )  # a watermark lies upon scores, of which a row's own draw leaves one
+        # A watermark changes the scores, and `RowSampler` would leave only one score of each row.
+        sampled = mode == _Mode.SAMPLE and not marked
         beams, sequences = config.num_beams or 1, config.num_return_sequences or 1
         if mode != _Mode.SAMPLE and sequences > beams:
             text = f"num_return_sequences is {sequences}, but without sampling it is at most num_beams, {beams}"
