@@ -43,9 +43,8 @@ return anew
 """
 """KEYS: totals. ARGV: the command that adds, then fields and numbers.
 
-A field that Redis cannot add to, or whose number is not credible
-(see `foreign.MOST_NUMBER`), begins anew; the names of such totals are returned. The first write takes no memory: see
-`pipefleet.contract.records`.
+A field that Redis cannot add to, or whose number is not credible (see `foreign.MOST_NUMBER`), begins anew; the names of such
+totals are returned. The first write takes no memory: see `pipefleet.contract.records`.
 """
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
 """Items that ended, and how many of them ended without a result."""
