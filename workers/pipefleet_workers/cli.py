@@ -1,6 +1,7 @@
 """The subcommands that need the worker package: `up`, `worker`, `doctor` and `demo`.
 
 Other rooms register `top`, `render` and others.
+
 `pipefleet.cli` imports this module and calls `register`. A command returns an exit code; PipefleetErrors become its message.
 """
 

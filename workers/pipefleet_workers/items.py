@@ -166,6 +166,7 @@ class Unit:
     """One model input.
 
     Units with an equal `key` may share a batch; `length` is the size that is padded to the longest of the batch.
+
     `fixed` is the cost of a unit beside its length; it is the same for all units of a key.
     """
 

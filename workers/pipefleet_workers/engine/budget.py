@@ -57,6 +57,7 @@ class Budget:
         """Wait until the decoded bytes of these items fit, or no decoded input is held.
 
         False when `stopped` becomes true meanwhile.
+
         A caller must not hold room for decoded inputs of other items while it waits: two such callers could wait for each other.
         """
         size = sum(one for _, one in works)

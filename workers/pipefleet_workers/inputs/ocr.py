@@ -1,6 +1,7 @@
 """Words of a page with their places, for models that read boxes instead of pixels.
 
 It uses RapidOCR, whose wheel contains its weights.
+
 The adapter of document-question-answering calls it for pages without `word_boxes`.
 """
 

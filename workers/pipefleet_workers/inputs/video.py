@@ -1,6 +1,7 @@
 """Video: from bytes to the frames that a model wants.
 
 FFmpeg is inside PyAV's wheel; playlists are refused, since they open other files.
+
 `Decoder` makes a `Clip`; the adapter asks it for frames. Damage becomes a warning, or with `strict` an ItemError.
 """
 

@@ -1,6 +1,7 @@
 """Preprocesses pictures on the device: the host decodes them and sends bytes, three for each pixel.
 
 `models.acceleration` asks for it.
+
     decode ─▶ Pixels (host) ─▶ copied ahead, as they are ─▶ resize, crop, table of levels (device) ─▶ model
 
 Only image processors of the common kind are supported: one size, centre crop, rescale, mean and deviation. Before any job, made-up

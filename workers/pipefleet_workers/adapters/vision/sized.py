@@ -63,7 +63,8 @@ class SizedPictures(Adapter):
     def finish(self, assembly: Assembly) -> Any:
         """The result of the pipeline's postprocessing, in the dtype of the outputs.
 
-        Transformers also gives scores in half precision.
+        transformers also gives scores in half precision.
+
         NumPy knows no bfloat16, so postprocessing that uses NumPy (depth maps) gets float32.
         """
         try:
