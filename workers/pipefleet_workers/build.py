@@ -1,4 +1,8 @@
-"""Putting a worker together: model, warm-up, engine, and the consumer that feeds it. Imports torch, so it is imported late."""
+"""Puts a worker together: model, warm-up, engine, and the consumer that feeds it. `worker` calls `build`.
+
+It imports torch, so it is itself imported late. A model that cannot be served raises ModelError; a metrics port in use raises
+UsageError.
+"""
 
 from __future__ import annotations
 
@@ -61,30 +65,33 @@ from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 MOST_NAME = 100
-"""Characters of an item that stand in the name of its own result; the key fits where the run's keys do."""
+"""Characters of an item's id in the name of its own result; the key fits wherever the run's keys fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A worker without a queue."""
+    """A worker that is not connected to its queue yet."""
 
     consumer: Consumer
     reporter: Reporter
     facts: Facts
     burials: Burials
     clock: ServerClock
-    """The Redis server's clock, which was measured."""
+    """The Redis server's clock, already measured."""
     letters: bool
-    """Whether the transport keeps dead letters: `bury` is told of refused shards then."""
+    """Whether the transport keeps dead letters; `bury` then hears of refused shards."""
 
     def bury(self, letter: dead_letters.DeadLetter) -> None:
-        """Tell who waits for the job of a dead letter that it has failed. Raises ServiceUnavailableError; then it is told again."""
+        """Tell the waiting client that the job of a dead letter has failed.
+
+        Raises ServiceUnavailableError; then the caller repeats it.
+        """
         self.burials.letter(letter)
 
     def refused(self, payload: Any, reason: str) -> None:
-        """Tell who waits for a job that it was refused, where its message says who that is."""
+        """Tell the waiting client that its job was refused, if the message names a job."""
         if self.letters and dead_letters.kills(reason):
-            return  # its dead letter tells, as of any other that kills its workers
+            return  # the dead letter tells the client, as for any job that kills its workers
         try:
             message, failure = decode_message(payload), JobFailure("refused", reason, "consume")
             if message.shard is None:
@@ -92,7 +99,7 @@ class Built:
             elif not self.letters:
                 self.burials.shard(message.shard, failure)
         except ContractError:
-            return  # nobody can wait for what is no job
+            return  # the message is no job, so no client waits for it
         except PipefleetError as error:
             log.warning("a refused job cannot be reported: %s", error)
 
@@ -107,10 +114,10 @@ def build(
     name: str,
     fleet_file: FleetFile | None = None,
 ) -> Built:
-    """The consumer of one pool, its model loaded and warm, its engine running; and what was found out about batching.
+    """The consumer of one pool, with its model loaded and warm and its engine running; and the results of the warm-up.
 
-    `queue` is that of the pool. Jobs of other revisions that come through it go to whom `fleet_file` or a live worker names.
-    Raises ModelError, or UsageError when the metrics port is in use.
+    `queue` is the pool's queue. Jobs of other revisions that come through it go to the queue that `fleet_file` or a live worker
+    names. Raises ModelError, or UsageError when the metrics port is in use.
     """
     row = RUNTIME[pool.task]
     instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
@@ -141,7 +148,8 @@ def build(
     jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
-    lease = worker_settings.transport != "stock"  # where a message cannot be put off, it would come back at once
+    # Without leases a message cannot be put off: it would come back at once.
+    lease = worker_settings.transport != "stock"
     places = Places(Others(settings, own_queue, name)) if lease else Places()
     consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally, places=places)
     consumer.health.watchers.append(instruments.metrics.barred)
@@ -153,7 +161,7 @@ def build(
 
 
 class Undertaker:
-    """Puts single items of shards to the dead letters, and keeps what is known of shards that kill. Thread-safe."""
+    """Moves single items of shards to the dead letters, and keeps the journals of shards that kill workers. Thread-safe."""
 
     def __init__(self, settings: Settings, queue: str, pool: str, worker: str) -> None:
         self._settings = settings
@@ -169,14 +177,14 @@ class Undertaker:
             return writers(self._redis, self._pool, format, but=self._worker)[1] > 0
 
     def journal(self, shard: Shard) -> Journal:
-        """What is known of a shard."""
+        """The journal of a shard."""
         return Journal(self._redis, self._settings, shard)
 
     def bury(self, reason: str, message: JobMessage, position: int, item: JobItem) -> None:
-        """Write a dead letter for one item: the job that it would be by itself, its result to lie beside those of its run.
+        """Write a dead letter for one item: a job of this item alone, whose result lies beside the results of its run.
 
-        Two items of a shard may have one id, so the job is named after the `position` in the shard too. An item that no message can
-        carry, such as a long text, has no letter.
+        Two items of a shard may have one id, so the job's name includes the `position` in the shard. An item that no message can
+        carry, such as a long text, gets no letter.
         """
         assert message.shard is not None
         name = as_id(f"{message.id}-{item.id}", most=190)
@@ -193,7 +201,7 @@ class Undertaker:
         try:
             with redis_errors(self._settings.redis_url):
                 text = celery_message(alone, self._queue, Priority.LOW, now=self._clock.now())
-        except ContractError as error:  # its row says that it failed; there is no message that could run it by itself
+        except ContractError as error:  # no message can carry the item; its row in the part says that it failed
             log.warning("item %d of shard %d has no dead letter: %s", position, message.shard.index, error)
             return
         with redis_errors(self._settings.redis_url):
@@ -221,7 +229,7 @@ def _consumer(
 
 
 def _clock(settings: Settings) -> ServerClock:
-    """The Redis server's clock, measured: from now on it tells the time through outages too."""
+    """The Redis server's clock, measured: from now on it gives the time during outages too."""
     clock = ServerClock(connect(settings))
     with redis_errors(settings.redis_url):
         clock.now()
@@ -229,7 +237,7 @@ def _clock(settings: Settings) -> ServerClock:
 
 
 def _probe(outlets: Outlets) -> Any:
-    """Asks Redis, and writes and reads an object of a few bytes under the prefix of results, as jobs do."""
+    """A probe for `Health`: it asks Redis, and writes and reads a small object under the prefix of results, as jobs do."""
     quick = WorkerStore(retries=0, retry_seconds=5.0)
     uri = join_uri(outlets.reporter.store_uri, "probe")
 

@@ -1,4 +1,9 @@
-"""The subcommands that need the worker package: `up`, `worker`, `doctor` and `demo`."""
+"""The subcommands that need the worker package: `up`, `worker`, `doctor` and `demo`.
+
+Other rooms register `top`, `render` and others.
+
+`pipefleet.cli` imports this module and calls `register`. A command returns an exit code; PipefleetErrors become its message.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +146,7 @@ def up(arguments: argparse.Namespace) -> int:
     if path is None:
         raise UsageError("there is no fleet.toml here; name one with --fleet, or see `pipefleet demo` for a ready one")
     file = WatchedFile(path, allow_unpinned=arguments.allow_unpinned)
-    fleet = file.read().fleet  # a wrong file is told before anything starts
+    fleet = file.read().fleet  # read first, so that a wrong file is reported before anything starts
     stack = _stack(arguments, file)
     logs.configure()
     interrupt_on_sigterm()
@@ -166,7 +171,7 @@ def up(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print every check; 1 when one of them failed."""
+    """Print every check; return 1 if a check failed."""
     from pipefleet_workers.fleet.doctor.doctor import adopt_store, run_checks
 
     if arguments.adopt_store:
@@ -202,10 +207,10 @@ def _stack(arguments: argparse.Namespace, file: WatchedFile) -> Stack:
 
 
 def reload_on_sighup(reload: Callable[[], None]) -> None:
-    """Call `reload` at SIGHUP; unless the terminal of this process is gone, which ends it as Ctrl-C does."""
+    """Call `reload` at SIGHUP. If the terminal of this process is gone, SIGHUP ends the process instead, as Ctrl-C does."""
     terminal = next((number for number in (0, 1, 2) if os.isatty(number)), None)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        terminal = None  # under nohup: goes on without
+        terminal = None  # under nohup the process goes on without a terminal
 
     def hang_up(number: int, frame: Any) -> None:
         if terminal is not None and not os.isatty(terminal):
@@ -231,7 +236,7 @@ def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Flee
 
 
 def _chosen_revision(arguments: argparse.Namespace, pool: Pool) -> Pool:
-    """The revision of a pool of the fleet file that was asked for; new work goes to none but the pool's own."""
+    """The requested revision of a pool of the fleet file; new work goes only to the pool's own revision."""
     from pipefleet.fleet.pools import with_revision
 
     if arguments.previous:

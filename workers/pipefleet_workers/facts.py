@@ -1,7 +1,7 @@
-"""What a worker knows of itself and tells the fleet: its pool, its budget, whether padding is exact, what a batch costs.
+"""The facts that a worker announces to the fleet: its pool, its budget, whether padding is exact, and the cost of a batch.
 
-Kept in the Redis hash `pipefleet:workers` (see `pipefleet.fleet.announcements`). An entry ends with its heartbeat, or when the
-worker signs off.
+They lie in the Redis hash `pipefleet:workers` (see `pipefleet.fleet.announcements`). An entry ends with its heartbeat, or when the
+worker signs off. `worker` announces them again and again; errors are redis-py's.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Facts:
     instruments: Instruments
     pulse: Pulse
     queue: str
-    """That of the revision that the worker serves."""
+    """The queue of the revision that the worker serves."""
     health: Health | None = None
     places: Places | None = None
     loaded: Mapping[str, str] = field(default_factory=dict)
     """What the model runs with, see `precision.how_loaded`."""
 
     def to_json(self) -> dict[str, Any]:
-        """What is announced; `base` and `per_cost` are the fitted seconds of a batch."""
+        """The announced fields; `base` and `per_cost` are the fitted seconds of a batch."""
         service = self.instruments.fit.current()
         fitted = {} if service is None else {"base": service.base, "per_cost": service.per_cost}
         batching = self.found.describe() if self.found.seconds else "not measured"
@@ -64,7 +64,7 @@ class Facts:
         }
 
     def announce(self, redis: Any, *, seconds: float) -> None:
-        """Tell the fleet, for `seconds`; and set the same facts as metrics."""
+        """Announce the facts for `seconds`, and set them as metrics."""
         facts = self.to_json()
         for name in ("max_cost", "pads", "base", "per_cost"):
             if name in facts:
@@ -73,7 +73,7 @@ class Facts:
         announce_worker(redis, self.worker, {**facts, **beat.to_json()}, seconds=seconds)
 
     def withdraw(self, redis: Any) -> None:
-        """The worker ends: take the entry away and tell what it did last."""
+        """The worker ends: remove the entry, and announce its last work."""
         self._tell(redis)
         redis.hdel(WORKERS_KEY, self.worker)
 

@@ -1,8 +1,8 @@
-"""The types between the stages: what each one takes and gives.
+"""The types between the stages: the input and output of each stage.
 
     Work → Fetched → Decoded → Unit(s) → Batch → Finished → Outcome
 
-An item is one input of a job; a unit is one input of the model. Most items are one unit, a long recording is many.
+An item is one input of a job; a unit is one input of the model. Most items are one unit; a long recording is many units.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ItemError(Exception):
 
 
 class OutgrownError(ItemError):
-    """An input decodes to more than its header declared: it is decoded again when the worker's budget has `size` bytes."""
+    """An input decodes to more than its header declared. It is decoded again when the worker's budget has room for `size` bytes."""
 
     def __init__(self, message: str, stage: str, size: int) -> None:
         super().__init__("too_large", message, stage)
@@ -36,7 +36,7 @@ class OutgrownError(ItemError):
 
 
 class Sink(Protocol):
-    """Where the outcomes of one job go. Called by any thread."""
+    """Gets the outcomes of one job. Called by any thread."""
 
     def deliver(self, outcome: Outcome) -> None:
         """Take one outcome."""
@@ -47,9 +47,9 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class JobContext:
-    """What the items of one job share. `priority` counts as in Celery: 0 is served first.
+    """The common data of the items of one job. `priority` counts as in Celery: 0 is served first.
 
-    `deadline` is in seconds of this process's monotonic clock; None where there is none.
+    `deadline` is in seconds of this process's monotonic clock; None for no deadline.
     """
 
     id: str
@@ -60,23 +60,23 @@ class JobContext:
     sink: Sink
     cancelled: bool = False
     patient: bool = True
-    """Whether the job goes back when a service fails one of its items; otherwise that item fails."""
+    """Whether the job goes back when a service fails one of its items; otherwise this item fails."""
     is_away: Callable[[], bool] = lambda: False
-    """Whether a service is away for everybody: then the job goes back in any case, since no try is its last."""
+    """Whether a service is away for every worker. The job then goes back in any case, since this try does not count as its last."""
     shard: Shard | None = None
-    """What a bulk run calls this job."""
+    """The shard, if this job is part of a bulk run."""
     settle: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda below, own: {**below, **own}
-    """Lays the parameters of an item over those of the job."""
+    """Lays the parameters of an item over the parameters of the job."""
     given_back: bool = False
-    """Whether it runs again: then what is left of it here counts as nothing."""
+    """Whether the job runs again; outcomes that still come from here then count as nothing."""
 
     def give_back(self, reason: Exception) -> None:
-        """End the job here without a result, so that it can run again: what comes in from now on is dropped."""
-        self.sink.abandon(reason)  # first: an item that is dropped because of the next line must not count as ended
+        """End the job here without a result, so that it can run again; later outcomes are dropped."""
+        self.sink.abandon(reason)  # abandon first: cancelling first would record the items as cancelled
         self.given_back = self.cancelled = True
 
     def stopped(self, stage: str) -> JobFailure | None:
-        """Why no more work should go into this job, or None. Asked before every stage."""
+        """Why no more work should go into this job, or None. Every stage asks before it begins an item."""
         if self.cancelled:
             return JobFailure("cancelled", "the job was cancelled", stage)
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -86,40 +86,40 @@ class JobContext:
 
 @dataclass(slots=True)
 class Room:
-    """What one item takes of a worker's budget, in bytes."""
+    """The bytes that one item takes of a worker's budget."""
 
     inputs: int | None = None
-    """None for an item that was not counted on its way in."""
+    """Bytes of the inputs; None for an item that was not counted on its way in."""
     decoded: int = 0
-    """Of the decoded input and what the model gets of it, until the model has given its outputs."""
+    """Bytes of the decoded input and of the model's features, until the model has given its outputs."""
     outputs: int = 0
-    """Of what the model gave, until the finish stage has made a result of it."""
+    """Bytes of the model's outputs, until the finish stage has made a result of them."""
     result: int = 0
-    """Of the result, until it is stored."""
+    """Bytes of the result, until it is stored."""
 
 
 @dataclass(slots=True)
 class Work:
-    """One admitted item. `position` counts inside its job; `seconds` by stage grow as it passes through."""
+    """One admitted item. `position` counts inside its job; each stage adds its time to `seconds`."""
 
     job: JobContext
     position: int
     item: JobItem
     parameters: Mapping[str, Any]
     weight: int
-    """Bytes it is counted with while it is in the worker."""
+    """Bytes that it counts for while it is in the worker."""
     seconds: dict[str, float] = field(default_factory=dict)
     fetches: bool = True
-    """Whether its inputs hold references."""
+    """Whether its inputs contain references."""
     room: Room = field(default_factory=Room)
-    """What it takes of the worker's budget. Changed by the budget alone."""
+    """Its room in the worker's budget. Only the budget changes it."""
     warnings: list[str] = field(default_factory=list)
-    """Sentences that go with its result, such as on damage to its recording; see `media.losses.note` for their bounds."""
+    """Sentences that go with its result, for example on damage to its recording; see `inputs.losses.note` for their bounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """The bytes of one object, where a reference stood."""
+    """The bytes of one object, in place of its reference."""
 
     uri: str
     content: bytes
@@ -128,7 +128,7 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """`inputs` with a Blob in the place of every reference."""
+    """`inputs` with a Blob in place of every reference."""
 
     work: Work
     inputs: Any
@@ -136,7 +136,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """`value` as a pipeline's preprocess takes it: text, PIL image, samples, or a dict of those."""
+    """`value` in the form that a pipeline's preprocess takes: text, PIL image, samples, or a dict of those."""
 
     work: Work
     value: Any
@@ -144,17 +144,17 @@ class Decoded:
 
 @dataclass(slots=True)
 class Assembly:
-    """Collects the outputs of the units of one item. `collect` is called by one thread at a time, which `Device` sees to."""
+    """Collects the outputs of the units of one item. Only one thread at a time calls `collect`; `Device` makes sure of this."""
 
     work: Work
     expected: int
     context: Any = None
-    """What the adapter's preprocess keeps for its postprocess."""
+    """Data that the adapter's `prepare` keeps for its `finish`."""
     outputs: dict[int, Any] = field(default_factory=dict)
     failure: JobFailure | None = None
 
     def collect(self, index: int, output: Any | JobFailure) -> bool:
-        """Note the output of unit `index`, or why it has none. True when it was the last one."""
+        """Note the output of unit `index`, or its failure. True if it was the last unit."""
         if isinstance(output, JobFailure):
             self.failure = self.failure or output
         self.outputs[index] = output
@@ -163,9 +163,11 @@ class Assembly:
 
 @dataclass(slots=True)
 class Unit:
-    """One model input. Units with an equal `key` may share a batch; `length` is what is padded to the longest.
+    """One model input.
 
-    `fixed` is what a unit costs beside its length, the same for all units of a key.
+    Units with an equal `key` may share a batch; `length` is the size that is padded to the longest of the batch.
+
+    `fixed` is the cost of a unit beside its length; it is the same for all units of a key.
     """
 
     assembly: Assembly
@@ -176,11 +178,11 @@ class Unit:
     fixed: int = 0
     created: float = 0.0
     released: bool = False
-    """Its output was handed on before its batch had ended. Set by the device's thread alone."""
+    """Whether its output was handed on before its batch ended. Only the device's thread sets it."""
 
     @property
     def priority(self) -> int:
-        """The priority of the job it belongs to."""
+        """The priority of its job."""
         return self.assembly.work.job.priority
 
 
@@ -193,24 +195,24 @@ class Batch:
 
     @property
     def cost(self) -> int:
-        """Padded cost: the longest unit, with its fixed part, times their number."""
+        """Padded cost: the longest unit, with its fixed part, times the number of units."""
         return (max(unit.length for unit in self.units) + self.units[0].fixed) * len(self.units)
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A part of a result that becomes an object of its own. `encode` gives its bytes, and raises what its codec raises."""
+    """A part of a result that becomes an object of its own. `encode` gives its bytes, and raises the errors of its codec."""
 
     uri: str
     media_type: str
     encode: Callable[[], bytes]
     size: int
-    """Bytes of it in memory."""
+    """Its bytes in memory."""
 
 
 @dataclass(slots=True)
 class Finished:
-    """A result on its way to the store: `value` refers to the `artifacts`, which are taken off the list as they are stored."""
+    """A result on its way to the store. `value` refers to the `artifacts`; a stored artifact leaves the list."""
 
     work: Work
     value: Any
@@ -219,14 +221,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A result as it is written: JSON whose artifacts are stored."""
+    """A result as it is written: JSON whose artifacts are already stored."""
 
     body: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of one item: an `output` (Encoded where the engine writes results, else a value), or a `failure`."""
+    """The end of one item: an `output` (Encoded if the engine writes results, else a value), or a `failure`."""
 
     work: Work
     output: Any = None

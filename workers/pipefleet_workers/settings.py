@@ -1,4 +1,4 @@
-"""Settings of a worker, from the environment: names start with `PIPEFLEET_WORKER_`. The producer's settings hold beside them."""
+"""Settings of a worker, from environment variables that start with `PIPEFLEET_WORKER_`. The producer's settings apply as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""The worker process: builds its pool's worker and runs Celery's consumer on its queue until told to stop."""
+"""The worker process: builds its pool's worker, and runs Celery's consumer on its queue until it is told to stop.
+
+    connect to Redis ─▶ join the fleet ─▶ build (model, engine, consumer) ─▶ announce ─▶ Celery consumes ─▶ drain ─▶ withdraw
+
+`pipefleet worker` calls `Worker.run`, which returns an exit code. Before it consumes, it may raise ModelError or
+ServiceUnavailableError.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +48,8 @@ log = logging.getLogger(__name__)
 def prepare_process(*, threads: int | None) -> None:
     """Settings that must be made before torch is imported.
 
-    OpenMP threads that spin while they wait collapse when the cores are shared: MiniLM ran at a third of its speed beside one
-    busy loop until they were told to sleep.
+    OpenMP threads that spin while they wait are very slow on shared cores: MiniLM ran at a third of its speed beside one busy
+    loop, until its threads were told to sleep.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,7 +62,7 @@ def prepare_process(*, threads: int | None) -> None:
 class Worker:
     """One worker process, called `name` in the fleet. `run` blocks until SIGTERM or SIGINT and returns an exit code.
 
-    `fleet_file` is where `fleet` came from: it says later which other revisions have a place in the fleet.
+    `fleet_file` is the source of `fleet`; later it shows which other revisions belong to the fleet.
     """
 
     def __init__(
@@ -80,12 +86,12 @@ class Worker:
         self._refused: FleetMismatchError | None = None
 
     def run(self, *, device: str | None = None, ready_file: Path | None = None) -> int:
-        """Load the model, consume until told to stop. Raises ModelError or ServiceUnavailableError before it begins."""
+        """Load the model and consume until told to stop. Raises ModelError or ServiceUnavailableError before it begins."""
         from pipefleet_workers.build import build
 
         logs.adopt_transformers()
         if ready_file is not None:
-            ready_file.unlink(missing_ok=True)  # of a process before this one
+            ready_file.unlink(missing_ok=True)  # an earlier process may have left it
         connect_patiently(self._settings, self._worker_settings)
         self._join_fleet()
         built = build(
@@ -104,10 +110,10 @@ class Worker:
         self._register(app, task, built)
         self._connect_signals(ready_file)
         built.consumer.start()
-        # Who is refused should say so before the first job; a store that hangs must not keep the others waiting.
+        # A worker that S3 refuses should announce it before its first job; a store that hangs must not delay the start.
         threading.Thread(target=built.consumer.health.check, daemon=True).start()
         opentelemetry.start(self._pool.name, self.name)
-        redis = connect_patiently(self._settings, self._worker_settings)  # loading a model takes long
+        redis = connect_patiently(self._settings, self._worker_settings)  # again, since loading a model takes long
         with redis_errors(self._settings.redis_url):
             forget_revisions(redis)
             forget_dead_workers(redis)
@@ -127,7 +133,7 @@ class Worker:
             quiet=True,
         )
         worker.start()
-        announcer.join(timeout=1.0)  # or it could announce this worker once more
+        announcer.join(timeout=1.0)  # otherwise it could announce this worker once more
         self._withdraw(built.facts)
         opentelemetry.stop()
         if self._refused is not None:
@@ -135,14 +141,14 @@ class Worker:
         return int(worker.exitcode or 0)
 
     def _join_fleet(self) -> None:
-        """Raise FleetMismatchError where Redis belongs to another fleet; while S3 is away, that is asked again later."""
+        """Raise FleetMismatchError if Redis belongs to another fleet; while S3 is away, the check is repeated later."""
         try:
             log.info("%s", self._membership.prove(works=True))
         except (ServiceUnavailableError, ObjectMissingError) as error:
             log.warning("the store of the fleet is not compared yet: %s", error)
 
     def _stay_in_fleet(self) -> None:
-        """Look now and then whether Redis still belongs to this worker's fleet; where it does not, drain and end with code 2."""
+        """Check now and then whether Redis still belongs to this worker's fleet; if it does not, drain and end with code 2."""
         while not self._stopping.wait(self._worker_settings.announce_seconds):
             try:
                 if self._membership.changed():
@@ -158,14 +164,15 @@ class Worker:
                 log.exception("asking whose Redis it is failed")
 
     def _transport(self, built: Built, task: Any) -> dict[str, Any]:
-        """What Celery is told of the transport: ours, or its own, which restores a dead worker's jobs after an hour."""
+        """Celery's options for the transport: ours, or Celery's own, which restores a dead worker's jobs after an hour."""
         if self._worker_settings.transport == "stock":
             log.warning("the stock transport: a killed worker's jobs come back after an hour, and some are lost")
             return {}
 
         def dead(letter: dead_letters.DeadLetter) -> None:
             built.bury(letter)
-            if letter.job_id is not None and letter.code == "killed_worker":  # of the others, who refused them has told
+            # Celery hears of other letters from the worker that refused the job.
+            if letter.job_id is not None and letter.code == "killed_worker":
                 task.died(letter.job_id, letter.reason)
 
         options = {
@@ -178,7 +185,7 @@ class Worker:
         return {"transport": "pipefleet_workers.delivery.transport:Transport", "options": options}
 
     def _task(self, built: Built) -> Any:
-        """What takes messages from Celery."""
+        """The Celery task that takes messages."""
         from pipefleet_workers.consume.celery_task import InferTask
 
         members = {"name": TASK_NAME, "consumer": built.consumer, "refused": staticmethod(built.refused)}
@@ -211,29 +218,29 @@ class Worker:
                 ready_file.unlink(missing_ok=True)
 
         signals.worker_shutting_down.connect(shutting_down, weak=False)
-        # Or Celery raises the root logger's level, and turns each piece of what is printed into a record.
+        # Otherwise Celery changes the root logger's level, and turns all printed text into log records.
         signals.setup_logging.connect(lambda **_: None, weak=False)
 
     def _announce(self, facts: Facts, clock: ServerClock) -> None:
-        """Tell producers without a fleet file what is served here, again and again while this worker lives."""
+        """Announce to producers without a fleet file what this worker serves, again and again while it lives."""
         redis, seconds = connect(self._settings), self._worker_settings.announce_seconds
         while not self._stopping.is_set():
             try:
                 with redis_errors(self._settings.redis_url):
                     announce_pool(redis, self._pool.name, self._announced(redis), seconds=3 * seconds)
-                    now = clock.now()  # measured here now and then, for those that only peek
+                    now = clock.now()  # this call also measures the clock, for code that only reads its last value
                     note_revision(redis, self._revision_queue, self._pool.model, self._pool.revision, now=now)
                     facts.announce(redis, seconds=3 * seconds)
             except PipefleetError as error:
                 log.warning("cannot announce the pool: %s", error)
-            except Exception:  # or the worker would look dead while it works
+            except Exception:  # otherwise the worker would look dead while it works
                 log.exception("cannot announce the pool")
             self._stopping.wait(seconds)
 
     def _announced(self, redis: Any) -> dict[str, Any]:
-        """What is announced now: the fleet file may have changed which revision new work goes to.
+        """The present announcement: the fleet file may have changed which revision new work goes to.
 
-        It goes on coming here until another worker, or a scaler, announces that revision: a model may take long to load.
+        New work still comes here until another worker, or a scaler, announces that revision: a model may take long to load.
         """
         pool = None if self._fleet_file is None else self._fleet_file.fleet().pools.get(self._pool.name)
         if pool is None or pool.task != self._pool.task:
@@ -243,7 +250,7 @@ class Worker:
         return self._announcement | {"retired": self._announcement["retired"] or takes_new_work(redis, pool)}
 
     def _withdraw(self, facts: Facts) -> None:
-        """Tell the fleet that this worker has ended, and what it did last."""
+        """Announce that this worker has ended, and its last work."""
         try:
             with redis_errors(self._settings.redis_url):
                 redis = connect(self._settings)
@@ -253,7 +260,7 @@ class Worker:
             log.warning("cannot sign off: %s", error)
 
     def _listen_for_cancels(self, consumer: Consumer) -> None:
-        """Tell the consumer which jobs and runs are cancelled; after an error, goes on."""
+        """Tell the consumer which jobs and runs are cancelled; goes on after an error."""
         redis = connect(self._settings)
         while not self._stopping.is_set():
             try:
@@ -267,7 +274,7 @@ class Worker:
                             consumer.cancel(message["data"].decode(errors="replace"))
             except PipefleetError as error:
                 log.warning("does not hear which jobs are cancelled: %s", error)
-                self._stopping.wait(1.0)  # cancelled jobs are also told when they start and before they are written
+                self._stopping.wait(1.0)  # cancelled jobs are also found when they start and before they are written
             except Exception:
                 log.exception("hearing which jobs are cancelled failed")
                 self._stopping.wait(1.0)

@@ -1,4 +1,7 @@
-"""From job parameters to the three argument sets of a transformers pipeline: preprocess, forward, postprocess."""
+"""Turns job parameters into the three argument sets of a transformers pipeline: preprocess, forward, postprocess.
+
+`Adapter.parse` calls it. Parameters that the pipeline refuses raise ItemError (bad_parameter).
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from pipefleet_workers.items import ItemError
 
 STAGE = "preprocess"
 REMEMBERED = 1024
-"""Distinct parameter sets whose arguments are kept; jobs of one caller mostly share a few."""
+"""Number of parameter sets whose arguments are kept; the jobs of one caller usually share a few sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The argument sets of one pipeline call. `forward_key` is equal for calls whose forward may be shared."""
+    """The argument sets of one pipeline call. Calls with an equal `forward_key` may share a forward."""
 
     preprocess: Mapping[str, Any]
     forward: Mapping[str, Any]
@@ -27,7 +30,7 @@ class Arguments:
     forward_key: str
 
     def fresh(self) -> Arguments:
-        """A copy that shares nothing that can be written to: pipelines write into what they are given."""
+        """A copy that shares no mutable value with this one: pipelines write into their arguments."""
         return Arguments(_copied(self.preprocess), _copied(self.forward), _copied(self.postprocess), self.forward_key)
 
 
@@ -35,12 +38,12 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy, at a tenth of its cost for the plain values that most arguments are."""
+    """A deep copy, at a tenth of its cost for plain values, which most arguments are."""
     return {name: value if isinstance(value, _PLAIN) else copy.deepcopy(value) for name, value in arguments.items()}
 
 
 def with_forward(arguments: Arguments, more: Mapping[str, Any]) -> Arguments:
-    """The arguments with more of them for the forward."""
+    """The arguments with `more` forward arguments."""
     if not more:
         return arguments
     forward = {**arguments.forward, **more}
@@ -83,7 +86,7 @@ class ArgumentParser:
 
 
 def _with_return_type(pipe: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with a number in the place of a ReturnType as that of the pipeline: each module has its own."""
+    """The parameters with a numeric ReturnType converted to the pipeline's own type: each pipeline module has its own."""
     kind = parameters.get("return_type")
     modules = (sys.modules[one.__module__] for one in type(pipe).__mro__)
     own = next((module.ReturnType for module in modules if hasattr(module, "ReturnType")), None)

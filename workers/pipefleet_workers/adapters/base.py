@@ -1,6 +1,11 @@
-"""The adapter of most tasks: a transformers pipeline taken apart into its stages, batching inputs of equal shape only.
+"""The adapter of most tasks: a transformers pipeline taken apart into its stages. It batches only inputs of equal shape.
 
-Stacking tensors of one shape is exact for every model; adapters that pad do so only where that is exact too.
+    cpu threads:      prepare ─▶ units
+    device's thread:  collate (on a GPU: in a thread beside it) ─▶ run ─▶ split ─▶ the output of each unit
+    finish threads:   finish ─▶ result
+
+The engine calls these methods. Stacking tensors of one shape is exact for every model; adapters that pad do so only where this is
+exact too. `prepare` returns an ItemError for an item that fails; an exception in another method fails only its own item.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ def _keep(unit: Unit, output: Any) -> None:
 
 
 class PipelineCopies:
-    """One pipeline a thread, the model shared: a fast tokenizer that two threads use is silently wrong."""
+    """One copy of the pipeline for each thread, with one model: a fast tokenizer that two threads use is silently wrong."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
@@ -58,7 +63,7 @@ class PipelineCopies:
         return found
 
     def long_texts(self) -> LongTexts:
-        """What looks at long texts with the calling thread's tokenizer."""
+        """The LongTexts of the calling thread's tokenizer."""
         found: LongTexts | None = getattr(self._local, "long_texts", None)
         if found is None:
             found = self._local.long_texts = LongTexts(self.get().tokenizer)
@@ -75,26 +80,34 @@ class Adapter:
     """Prepares, collates, runs and finishes the items of one task. `prepare` and `finish` are thread-safe."""
 
     typical_size = 28
-    """Size of the made-up input that batches are measured with, see `warmup.example_units`."""
+    """Size of the made-up input that the warm-up measures batches with, see `warmup.example_units`. 0: nothing is measured, and the
+    cost of the task table is used.
+    """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.copies = PipelineCopies(pipe)
         self.parser = ArgumentParser(pipe)
         self.tick: Callable[[], None] = _nothing
-        """Called by an adapter whose forward takes many steps, at each of them; the engine lets it feed the watchdog."""
+        """An adapter with a forward of many steps calls this at each step; through it the engine feeds the watchdog."""
         self.release: Callable[[Unit, Any], None] = _keep
-        """Called by an adapter that knows the output of a unit before its batch has ended; the engine hands it on at once."""
+        """An adapter calls this when it knows the output of a unit before the batch has ended.
+
+        The engine hands the output on at once.
+        """
         settings = WorkerSettings()
         self.max_tokens, self.max_whole_seconds = settings.max_tokens, settings.max_whole_seconds
         self.max_whole_pixels = settings.max_whole_pixels
         self.max_whole_characters = settings.max_whole_characters
         self.pads = False
-        """Whether units of unequal length may share a batch; the warm-up takes it back where that changes results."""
+        """Whether units of unequal length may share a batch; the warm-up sets it to False if this changes results."""
         self.tells_moments = False
-        """Whether the model can say when a word was spoken: then `moments` is proved too."""
+        """Whether the model can tell when a word was spoken; then `moments` is proved too."""
         self.times_together = True
-        """Whether units that ask when words were spoken may share a batch; the warm-up takes it back likewise."""
+        """Whether units that ask for the moments of words may share a batch.
+
+        The warm-up sets it to False if this changes results.
+        """
 
     @property
     def sampling_rate(self) -> int | None:
@@ -103,9 +116,9 @@ class Adapter:
         return getattr(extractor, "sampling_rate", None)
 
     def longest(self, positions: int | None) -> int:
-        """Tokens that a text may have: those of a table of positions, else what the settings or the model's config allow.
+        """Tokens that a text may have: the size of the table of positions, else the bound of the settings or of the model's config.
 
-        Without a bound one text could take all memory, which grows with the square of its tokens, and the worker with it.
+        Without a bound one text could take all memory, which grows with the square of its tokens, and end the worker.
         """
         if positions is not None:
             return positions
@@ -113,19 +126,19 @@ class Adapter:
         return max(self.max_tokens, known or 0)
 
     def long_texts(self) -> LongTexts:
-        """What looks at long texts, with the calling thread's copy of the tokenizer."""
+        """The LongTexts of the calling thread's copy of the tokenizer."""
         return self.copies.long_texts()
 
     def example(self, size: int) -> Any:
-        """An input of about `size` for the warm-up; None where one can be made up from the task's media alone."""
+        """An input of about `size` for the warm-up; None if an input can be made up from the task's media alone."""
         return None
 
     def example_parameters(self) -> Mapping[str, Any]:
-        """Parameters without which this model takes no example."""
+        """Parameters that this model needs for any example."""
         return {}
 
     def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
-        """The units of each item, or why it has none. As long as `decoded`, in its order."""
+        """The units or the failure of each item, in the order of `decoded`."""
         prepared: list[list[Unit] | ItemError] = []
         for one in decoded:
             working_on(one.work)
@@ -154,28 +167,28 @@ class Adapter:
         ]
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """The model's raw outputs for each unit, its own part only: what the proof of exactness compares."""
+        """The model's raw outputs for each unit, only its own part; the proof of exactness compares them."""
         rows = self.split(self.run(self.collate(units), units), units)
         return [_as_numbers(next(iter(row.values())) if isinstance(row, Mapping) else row) for row in rows]
 
     def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """When each token that the model writes for a unit was spoken, in seconds, where `tells_moments`."""
+        """When each token that the model writes for a unit was spoken, in seconds; only with `tells_moments`."""
         raise NotImplementedError
 
     def finish(self, assembly: Assembly) -> Any:
-        """The result of an item whose units all have their outputs: what a single pipeline call returns."""
+        """The result of an item whose units all have their outputs: the same value as a single pipeline call returns."""
         arguments: Arguments = assembly.context.fresh()
         (output,) = assembly.outputs.values()
         return self.copies.get().postprocess(output, **arguments.postprocess)
 
     def arguments(self, unit: Unit) -> Arguments:
-        """The parsed parameters of the job a unit belongs to."""
+        """The parsed parameters of the job of a unit."""
         found = unit.assembly.context
         assert isinstance(found, Arguments)
         return found
 
     def parse(self, parameters: Mapping[str, Any]) -> Arguments:
-        """The pipeline's arguments; parameters of our own are left out."""
+        """The pipeline's arguments, without our own parameters."""
         return self.parser.parse({name: value for name, value in parameters.items() if name not in _OWN_PARAMETERS})
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
@@ -187,7 +200,7 @@ class Adapter:
 
 
 def shape_key(features: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Equal for features that can be stacked: the same names, the same shapes beyond the first dimension."""
+    """A key that is equal for features that can be stacked: the same names, and the same shapes beyond the first dimension."""
     return tuple(
         (name, tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else repr(value))
         for name, value in features.items()
@@ -205,12 +218,12 @@ def brief(error: BaseException) -> str:
 
 
 def _size(features: Mapping[str, Any]) -> int:
-    """Elements of the largest tensor: what the cost of a stacked batch grows with."""
+    """Elements of the largest tensor; the cost of a stacked batch grows with them."""
     return max((value.numel() for value in features.values() if isinstance(value, torch.Tensor)), default=1)
 
 
 def _as_numbers(value: Any) -> np.ndarray[Any, Any]:
-    """NumPy knows no bfloat16."""
+    """The value as a NumPy array; a tensor becomes float32, since NumPy does not know bfloat16."""
     return np.asarray(value.float().cpu() if isinstance(value, torch.Tensor) else value)
 
 

@@ -1,7 +1,7 @@
-"""An adapter that leaves all work to another one, chosen by what the loaded model can do.
+"""An adapter that leaves all work to another adapter, which it chooses by the abilities of the loaded model.
 
-Some tasks are served by models of two kinds: ViLT classifies an answer where BLIP writes it, LayoutLM points at words where Donut
-reads the page itself.
+Some tasks are served by two kinds of models: ViLT classifies an answer, BLIP writes it; LayoutLM points at words, Donut reads the
+page itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 
 class Chosen(Adapter):
-    """Subclasses say in `choose` which adapter serves a pipeline. As thread-safe as that one."""
+    """A subclass chooses the adapter of a pipeline in `choose`. It is as thread-safe as the chosen adapter."""
 
     def __init__(self, pipe: Any) -> None:
         self._inner = self.choose(pipe)(pipe)
@@ -63,7 +63,7 @@ class Chosen(Adapter):
         return self._inner.example(size)
 
     def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
-        """The units of each item, or why it has none."""
+        """The units or the failure of each item."""
         return self._inner.prepare(decoded)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Chosen(Adapter):
         return self._inner.split(outputs, units)
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """What the proof of exactness compares."""
+        """The numbers that the proof of exactness compares."""
         return self._inner.numbers(units)
 
     def finish(self, assembly: Assembly) -> Any:

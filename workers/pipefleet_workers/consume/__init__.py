@@ -1,1 +1,4 @@
-"""consume: deliveries of the queue become jobs of the engine, and are acknowledged when their results are written."""
+"""consume: a delivery of the queue becomes a job of the engine, and is acknowledged when its results are written.
+
+`celery_task` gives deliveries to `consumer`, which ends each of them exactly once. Read `consumer.py` first.
+"""

@@ -1,7 +1,10 @@
-"""What follows a dead letter: whoever waits for its job, or for the run of its shard, is told that it has failed.
+"""After a dead letter: tells the waiting client that its job has failed, or tells the run that its shard has failed.
 
-Redis is told at once, in the thread that keeps the leases; object storage, and with it the end of a run whose last shard this
-was, in a thread of its own. Where that does not come about, the next client that looks at the run does it.
+    dead letter ─▶ Redis: the job's record, or the run's refusals     at once, in the thread that keeps the leases
+                └▶ S3: the refusal beside the run, the run's end      in a thread of its own
+
+The ledger calls `Burials.letter` for each dead letter, the consumer for refused shards. If the second step fails, the next client
+that looks at the run does it.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ from pipefleet_workers.storage.gate import UriGate
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0
-"""How long the thread goes on trying while Redis or S3 is away."""
+"""How long the thread keeps trying while Redis or S3 is away."""
 
 
 class Burials:
-    """Notes dead letters of one queue. Thread-safe.
+    """Notes the dead letters of one queue. Thread-safe.
 
-    `on_refused` is called with the failure and the number of items of a shard once it is noted, by the thread that ends runs.
+    Once the refusal of a shard is noted, the thread that ends runs calls `on_refused` with the failure and the number of items.
     """
 
     def __init__(
@@ -61,16 +64,16 @@ class Burials:
         self._lock = threading.Lock()
 
     def letter(self, letter: DeadLetter) -> None:
-        """Tell who waits. Raises ServiceUnavailableError while Redis is away; then it is called again.
+        """Tell the waiting client. Raises ServiceUnavailableError while Redis is away; then the caller calls again later.
 
-        Where the record of the job or of the run is none, nobody can be told, and that is no reason to be called again: such
-        letters would keep those behind them back.
+        If another program has overwritten the record of the job or the run, no one can be told. This raises nothing: repeated calls
+        for such letters would keep later letters back.
         """
         content, reason = read_content(letter), letter.reason.encode(errors="replace").decode()
         try:
             if content.shard is not None:
                 if reason.startswith(FOREIGN):
-                    return  # the shard of the run waits elsewhere, or there is none
+                    return  # the run's own shard of this index is in another message, or does not exist
                 code = letter.code if letter.code == "killed_worker" else "refused"
                 self.shard(content.shard, JobFailure(code, reason, "consume"), letter.entry)
             elif letter.job_id is not None and is_id(letter.job_id):
@@ -84,9 +87,12 @@ class Burials:
             log.error("nobody can be told of a dead letter: %s", error)
 
     def shard(self, shard: Shard, failure: JobFailure, letter: bytes = b"") -> None:
-        """Note that no worker will run a shard; with `letter`, as long as that is there. Raises ServiceUnavailableError."""
+        """Note that no worker will run a shard. With `letter`: only as long as this dead letter exists.
+
+        Raises ServiceUnavailableError.
+        """
         if shard_fault(shard, self._settings.store) is not None:
-            return  # the run that it names has another shard there
+            return  # the named run has another shard at this index
         with redis_errors(self._settings.redis_url):
             noted = note(self._redis, shard, failure, ttl=self._settings.run_ttl, queue=self._queue, letter=letter)
         if noted and self._gate.shard(shard) is None:
@@ -115,7 +121,10 @@ class Burials:
                 log.exception("noting a refused shard failed")
 
     def _end(self, shard: Shard) -> int:
-        """Note the refusal beside the run, and end the run where nothing else of it is left. The number of its items in the run."""
+        """Note the refusal beside the run; end the run if this was its last shard.
+
+        Returns how many items of the run the shard has.
+        """
         plan = read_plan(self._store, RunLayout(shard.run_uri))
         layout = RunLayout(shard.run_uri, plan.format)
         if plan.id != shard.run_id:

@@ -1,8 +1,10 @@
 """Celery's side of a worker: a task whose Strategy hands each message to the consumer instead of a pool.
 
-Requests keep what Celery's tools look at: `inspect active` and `reserved`, and the events that Flower shows. Where Celery would
-decide by itself what becomes of a job (revoked, expired), the consumer does, so that the job's record ends as well. A pool would
-cost a thread hop and several times the time of a small job.
+    Celery's event loop ─▶ Strategy ─▶ CeleryDelivery ─▶ Consumer.take        Consumer ends it ─▶ `_soon` ─▶ event loop
+
+Requests keep the state that Celery's tools read: `inspect active` and `reserved`, and the events that Flower shows. Celery ends
+revoked and expired messages by itself; here the consumer ends them, so that the job's record ends as well. A pool would cost a
+thread hop and several times the time of a small job. A message that is no job raises InvalidTaskError, which Celery handles.
 """
 
 from __future__ import annotations
@@ -36,29 +38,32 @@ from pipefleet_workers.ending import REVOKED, Ending
 
 log = logging.getLogger(__name__)
 Refused = Callable[[Any, str], None]
-"""Called with the payload of a message that is refused, and the reason; by a thread of the consumer."""
+"""A thread of the consumer calls it with the payload of a refused message and the reason."""
 MOST_REVOKED = 50_000
-"""Ids that are remembered as revoked, as many as Celery remembers; and as put off, so that revoking one ends it at once."""
+"""How many revoked ids are remembered, as many as Celery remembers.
+
+Also how many put-off ids, so that `revoke` ends them at once.
+"""
 SHORT_WAIT = 1.0
-"""Seconds for which a message may keep its place here until it is due; for a longer time it waits in Redis."""
+"""A message that is due within these seconds keeps its place here; a message that is due later waits in Redis."""
 
 
 class InferRequest(Request):  # type: ignore[misc]
-    """A request that Celery cannot end by itself: what Celery wants of it goes to the consumer."""
+    """A request that Celery cannot end by itself: Celery's wishes for it go to the consumer."""
 
     def maybe_expire(self) -> bool:
-        """Never: the consumer knows the time too, and ends the job as expired."""
+        """Always False: the consumer knows the time too, and ends the job as expired."""
         return False
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        """Revoke the job; there is no process that could be ended for it."""
+        """Revoke the job; no process exists that could be ended for it."""
         self.task.revoke([self.id])
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """Nothing: at a cold shutdown the job goes back with its lease."""
+        """Do nothing: at a cold shutdown the job goes back with its lease."""
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """Nothing: it is told when the job has ended."""
+        """Do nothing: the event is sent when the job has ended."""
 
 
 class InferTask(Task):  # type: ignore[misc]
@@ -71,13 +76,16 @@ class InferTask(Task):  # type: ignore[misc]
     consumer: Consumer
     refused: Refused
     clock: Callable[[], float] = staticmethod(time.time)
-    """Seconds since 1970 as messages mean them: a worker sets the Redis server's. Called in the event loop, so it asks nobody."""
+    """Seconds since 1970 on the clock of messages; a worker sets the Redis server's clock.
+
+    Runs in the event loop, so it must not do I/O.
+    """
     celery_consumer: Any = None
     """Celery's own consumer, once it runs."""
 
     def __init__(self) -> None:
         self._revoked_at: dict[str, float] = {}
-        """When ids were revoked, by `clock`, the oldest first."""
+        """When each id was revoked, by `clock`; the oldest first."""
         self._put_off: dict[str, Lease] = {}
 
     def Strategy(self, task: Any, app: Any, celery: Any) -> Callable[..., None]:
@@ -92,7 +100,7 @@ class InferTask(Task):  # type: ignore[misc]
         def handle(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **_: Any) -> None:
             if lease_of(message) is None:
                 _check(message, self.clock)
-            if not is_id((message.headers or {}).get("id")):  # Celery before 4 wrote such
+            if not is_id((message.headers or {}).get("id")):  # Celery before 4 wrote no id into the headers
                 raise InvalidTaskError("the message names no id in its headers that a job may have")
             request = request_class(
                 message,
@@ -108,7 +116,8 @@ class InferTask(Task):  # type: ignore[misc]
                 decoded=False,
                 utc=app.uses_utc_timezone(),
             )
-            request.name = task.name  # Celery counts by it for ever, whatever the message calls itself
+            # Celery keeps a counter for each name for ever, so a message must not choose the name.
+            request.name = task.name
             delivery = CeleryDelivery(request, celery, self)
             delivery.revoked = self.is_revoked(request)
             wait = _seconds_until(request, self.clock() if delivery.lease is None else delivery.lease.taken_at)
@@ -116,13 +125,13 @@ class InferTask(Task):  # type: ignore[misc]
                 return self._wait_in_redis(delivery, delivery.lease, wait)
             delivery.received()
             if self.consumer.barred is not None:
-                self.take_or_not(self.consumer.barred)  # Celery has connected anew, and takes again
+                self.take_or_not(self.consumer.barred)  # Celery has reconnected, and takes messages again
             self.consumer.take(delivery, after=wait)
 
         return handle
 
     def _wait_in_redis(self, delivery: CeleryDelivery, lease: Lease, seconds: float) -> None:
-        """Have a message wait beside its queue, where it takes nobody's place."""
+        """Let a message wait beside its queue, where it does not take the place of another message."""
         self._put_off.pop(delivery.id, None)
         self._put_off[delivery.id] = lease
         if len(self._put_off) > MOST_REVOKED:
@@ -131,7 +140,7 @@ class InferTask(Task):  # type: ignore[misc]
         lease.put_off(seconds)
 
     def revoke(self, ids: Iterable[str]) -> None:
-        """End these jobs, those that are here and those that come. In the event loop; returns at once."""
+        """End these jobs: those that are here, and those that come later. Called in the event loop; returns at once."""
         known = self._revoked_at
         for one in ids:
             known.pop(one, None)
@@ -143,7 +152,7 @@ class InferTask(Task):  # type: ignore[misc]
             del known[oldest]
 
     def is_revoked(self, request: Any) -> bool:
-        """Whether a message was revoked, by id or stamp. One that was queued after its id was revoked is wanted again."""
+        """Whether a message was revoked, by id or by stamp. A message that was queued after its id was revoked is wanted again."""
         at = self._revoked_at.get(request.id)
         if at is None:
             return bool(request.stamped_headers) and bool(request.revoked())
@@ -151,29 +160,32 @@ class InferTask(Task):  # type: ignore[misc]
         return not isinstance(queued, int | float) or queued <= at
 
     def take_or_not(self, barred: str | None) -> None:
-        """Let Celery take no messages while the worker is barred. Called by any thread."""
+        """Stop Celery from taking messages while the worker is barred. Called by any thread."""
         celery = self.celery_consumer
         if celery is not None:
             celery.call_soon(lambda: self._obey(celery))
 
     def _obey(self, celery: Any) -> None:
-        """In the event loop: take messages, or none. Both may be repeated."""
+        """In the event loop: take messages, or take none. May be repeated."""
         if celery.task_consumer is None:
-            return  # the connection is lost; with the next one everything is taken, see `Strategy`
+            return  # the connection is lost; after the next connection `Strategy` calls this again
         if self.consumer.barred is None:
             celery.task_consumer.consume()
         else:
             celery.task_consumer.cancel()
 
     def died(self, job_id: str, reason: str) -> None:
-        """Tell Celery that a job went to the dead letters without a worker that could tell. Called by any thread."""
+        """Tell Celery that a job went to the dead letters after its workers died, so that no worker reports it.
+
+        Called by any thread.
+        """
         celery = self.celery_consumer
         if celery is not None:
             celery.call_soon(lambda: send(celery, "task-failed", job_id, exception=html.escape(reason), traceback=""))
 
 
 class CeleryDelivery:
-    """A Delivery whose message came through Celery. What touches Celery's state runs in the thread of its event loop."""
+    """A Delivery whose message came through Celery. Steps that touch Celery's state run in the thread of its event loop."""
 
     def __init__(self, request: Any, celery: Any, task: InferTask) -> None:
         self._request = request
@@ -207,7 +219,7 @@ class CeleryDelivery:
         self.announce()
 
     def announce(self) -> None:
-        """Send the event that the message was received; Celery's books are not changed. In the event loop."""
+        """Send the event that the message was received; Celery's books do not change. In the event loop."""
         request = self._request
         self._send(
             "task-received",
@@ -228,9 +240,9 @@ class CeleryDelivery:
             self._soon(self._accept)
 
     def done(self, ending: Ending) -> None:
-        """Acknowledge."""
+        """Acknowledge the message."""
         if self.lease is not None:
-            self.lease.ack()  # at once, from this thread; the event loop may be waiting for the drain
+            self.lease.ack()  # at once, from this thread, since the event loop may be waiting for the drain
         self._soon(lambda: self._finish(ending))
 
     def give_back(self, delay: float = 0.0) -> None:
@@ -246,14 +258,17 @@ class CeleryDelivery:
         self._soon(lambda: self._move(queue))
 
     def refuse(self, reason: str) -> None:
-        """Put the message to the dead letters, and first tell who waits for the job; asks Redis, so never in the event loop."""
+        """Move the message to the dead letters, after telling the waiting client.
+
+        Asks Redis, so never call it in the event loop.
+        """
         self._task.refused(self.payload, reason)
         if self.lease is not None:
             self.lease.dead_letter(reason)
         self._soon(lambda: self._refuse(reason))
 
     def _soon(self, step: Callable[[], None]) -> None:
-        """Have the event loop do a step after those before it; by itself it keeps no order."""
+        """Let the event loop do a step after the earlier steps of this delivery; the loop alone keeps no order."""
         self._steps.append(step)
         self._celery.call_soon(self._take_steps)
 
@@ -264,12 +279,12 @@ class CeleryDelivery:
                 step()
             except self._celery.connection_errors:
                 raise  # Celery connects again
-            except Exception:  # it would end the worker: Celery's books of one message are not worth the others
+            except Exception:  # it would end the worker, only because Celery's books of one message are wrong
                 log.exception("what Celery is told of message %s failed", self.id)
 
     def _accept(self) -> None:
         if self._ready or self._accepted:
-            return  # revoked while it began
+            return  # the job was revoked while it began
         self._accepted = True
         self._request.time_start, self._request.worker_pid = time.time(), os.getpid()
         state.task_accepted(self._request)
@@ -295,7 +310,7 @@ class CeleryDelivery:
 
     def _move(self, queue: str) -> None:
         if self.lease is not None:
-            return self._hand_back()  # the lease has ended; this closes Celery's own books
+            return self._hand_back()  # the lease has ended already; this closes Celery's own books
         self._task.app.send_task(
             self._request.name, [self.payload], task_id=self._request.id, queue=queue, priority=self.priority
         )
@@ -308,7 +323,7 @@ class CeleryDelivery:
             self._request.reject(requeue=False)
         if reason == REVOKED:
             self._send("task-revoked", terminated=True, signum=None, expired=False)
-        elif not kills(reason):  # of those the dead letter tells, see `InferTask.died`
+        elif not kills(reason):  # the dead letter of a killed worker is announced by `InferTask.died`
             self._send("task-failed", exception=html.escape(reason), traceback="")
 
     def _leave(self, *, successful: bool = False) -> None:
@@ -320,7 +335,7 @@ class CeleryDelivery:
 
 
 def register_alone(app: Any, task: InferTask) -> None:
-    """Make `task` the only one that workers of `app` run: Celery's own send further messages, and delete results."""
+    """Make `task` the only task of workers of `app`. Celery's own tasks would send further messages and delete results."""
     app.finalize()
     app.register_task(task)
     for name in [name for name in app.tasks if name != task.name]:
@@ -328,7 +343,10 @@ def register_alone(app: Any, task: InferTask) -> None:
 
 
 def _check(message: Any, clock: Callable[[], float]) -> None:
-    """Check a message of Celery's own transport as ours checks each before Celery sees it. Raises InvalidTaskError."""
+    """Check a message of Celery's own transport; our transport checks its messages before Celery sees them.
+
+    Raises InvalidTaskError.
+    """
     try:
         message.headers = checked_headers(message.headers, clock)
         check_message(message)
@@ -337,7 +355,10 @@ def _check(message: Any, clock: Callable[[], float]) -> None:
 
 
 def _seconds_until(request: Any, now: float) -> float:
-    """Until a request may begin, or has expired before that; at most 0 for one without an eta. Raises OverflowError, ValueError."""
+    """Seconds until a request may begin, or until it expires if that is earlier; at most 0 without an eta.
+
+    Raises OverflowError and ValueError.
+    """
     if not request.eta:
         return 0.0
     times = [one.timestamp() for one in (request.eta, request.expires) if one]
@@ -352,9 +373,9 @@ def send(celery: Any, event: str, job_id: str, **fields: Any) -> None:
 
 
 def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopStep]:
-    """A step of Celery's consumer that drains ours when the worker shuts down, before the connection closes.
+    """A step of Celery's consumer that drains our consumer when the worker shuts down, before the connection closes.
 
-    A second SIGTERM ends the waiting, also one that comes before the waiting begins.
+    A second SIGTERM ends the waiting, even one that comes before the waiting begins.
     """
     hurry, asked = threading.Event(), itertools.count()
 
@@ -369,7 +390,7 @@ def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopSt
 
         def stop(self, celery: Any) -> None:
             if state.should_stop is None and state.should_terminate is None:
-                return  # a lost connection: work goes on
+                return  # only the connection is lost, and work goes on
             before = signal.signal(signal.SIGTERM, lambda *_: hurry.set())
             try:
                 consumer.drain(seconds, hurry)
@@ -381,7 +402,7 @@ def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopSt
 
 
 def _run_ready(celery: Any) -> None:
-    """Run what waits for the event loop, which has ended, and what that brings up: acknowledgements among it."""
+    """Run the steps that wait for the ended event loop, and the steps that they add; acknowledgements are among them."""
     for _ in range(8):
         ready = celery.hub._pop_ready() if celery.hub else ()
         if not ready:

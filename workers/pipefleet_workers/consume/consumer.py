@@ -1,4 +1,4 @@
-"""`Consumer`: takes deliveries from the queue and sees to it that each ends once: done, given back, handed over, or refused.
+"""`Consumer`: takes deliveries from the queue and ends each of them exactly once: done, given back, handed over, or refused.
 
     take ─┬▶ intake ─┬▶ singles            many jobs at once, no thread for each
           │          └▶ shards             a few threads
@@ -6,20 +6,22 @@
           ├▶ later ───▶ one of these       not before their time
           └▶ revocations                   an operator does not want them
 
-A job that a service failed begins again here after a pause, counted only while the service is well otherwise: an outage makes
-work wait, it does not make it fail. Where S3 refuses this worker whatever it asks for, all of its jobs go back for others, and it
-takes none until that is mended; a job whose objects alone are refused goes back a few times, and is refused then.
+When a service fails a job, the job begins again here after a pause. The failure counts only while the services are well
+otherwise: an outage makes work wait, and never makes it fail. When S3 refuses every request of this worker, all its jobs go back
+for other workers, and it takes none until the refusal ends. When S3 refuses only the objects of one job, this job goes back a few
+times and is refused then.
 
-A suspect is excused while it waits: its delivery counts against it only when it runs, or the one that kills the worker would bring
-down with it all that wait behind it. What Redis holds as its number of deliveries, d being that of the fetch:
+A suspect is a message that was delivered often enough that it may have killed its workers. While a suspect waits, its delivery is
+not counted; it counts only while the suspect runs. Otherwise one killer would raise the counts of all suspects that wait behind
+it. Redis holds this number of deliveries (the fetch made it d):
 
-    it waits to run alone, also after it was postponed    d - 1    the worker may die of another one
-    it runs alone                                         d        the worker may die of it
-    it has ended, its ack is not written yet              d - 1    then the entry goes
-    it was given back, from wherever                      d - 1
-    its lease was lost                                    untouched: it is the next holder's to count
+    the suspect waits to run alone, also after it was postponed    d - 1        the worker may die of another suspect
+    it runs alone                                                  d            the worker may die of it
+    it has ended, but its ack is not written yet                   d - 1        then the entry is deleted
+    it was given back, from any state                              d - 1
+    its lease was lost                                             untouched    the next holder counts it
 
-Each of these is set, never added to: whatever is repeated, after an error or an answer that was lost, changes nothing.
+Each number is set, never added to: repeating a step, after an error or a lost answer, changes nothing.
 """
 
 from __future__ import annotations
@@ -62,29 +64,29 @@ from pipefleet_workers.storage.store import BarredError, RefusedHereError
 
 log = logging.getLogger(__name__)
 GATHER_SECONDS = 0.05
-"""How long suspects that were fetched together may come after each other."""
+"""Suspects that come within these seconds of each other count as fetched together."""
 RETRY_SECONDS = 0.5
-"""Pause before something small is tried again that a service failed."""
+"""Pause before a small step that a service failed is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a consumer does at once, and how long it goes on trying."""
+    """How much a consumer does at once, and how long it keeps trying."""
 
     shards: int = 8
     """Shards that run at once."""
     denials: int = 4
-    """How often a job whose objects S3 refuses to a worker, which is well otherwise, goes back for another worker to try."""
+    """How often a job goes back for another worker when S3 refuses its objects to this worker, which is well otherwise."""
     deliveries: int = 3
-    """A message that is delivered as often as this runs alone; a shard that was delivered more often is split."""
+    """A message that was delivered this often runs alone; a shard that was delivered more often is split."""
     retries: int = 6
-    """How often a job begins again because a service failed it alone; after that its item fails."""
+    """How often a job begins again because a service failed only this job; after that its item fails."""
     pause: tuple[float, float] = (1.0, 30.0)
-    """First and longest seconds before that."""
+    """Seconds before a job begins again: the first pause and the longest."""
 
 
 class Consumer:
-    """Runs the jobs of one pool. `take` is called by the thread that reads the queue and returns at once; so does `revoke`."""
+    """Runs the jobs of one pool. The thread that reads the queue calls `take` and `revoke`; both return at once."""
 
     def __init__(
         self,
@@ -124,11 +126,11 @@ class Consumer:
 
     @property
     def barred(self) -> str | None:
-        """Why S3 refuses this worker: whatever it takes goes back at once. None while it is not refused."""
+        """Why S3 refuses this worker; every delivery then goes back at once. None while S3 does not refuse it."""
         return self.health.barred
 
     def start(self) -> None:
-        """Start the threads; daemons, all of them."""
+        """Start the threads; all are daemons."""
         loops: list[Callable[[], None]] = [
             self._take_in,
             self._begin_again,
@@ -141,7 +143,7 @@ class Consumer:
             threading.Thread(target=loop, daemon=True).start()
 
     def take(self, delivery: Delivery, *, after: float = 0.0) -> None:
-        """Take one delivery in, to begin after so many seconds; it is given back when the worker drains."""
+        """Take in one delivery, to begin after so many seconds. It is given back when the worker drains."""
         with self._changed:
             self._held[id(delivery)] = delivery
         self._tally.taken(delivery)
@@ -155,18 +157,21 @@ class Consumer:
         self._jobs.cancel(name)
 
     def revoke(self, name: str) -> None:
-        """End a job by the name that Celery's tools know it by: a single one as cancelled, a shard as a dead letter."""
+        """End a job by its name in Celery's tools: a single job as cancelled, a shard as a dead letter."""
         self._revocations.order(name)
 
     def held(self, name: str) -> Sequence[Delivery]:
-        """The deliveries of this name that are here."""
+        """The deliveries with this name that are here."""
         with self._changed:
             found = [delivery for delivery in self._held.values() if delivery.id == name]
         self.later.pick(lambda delivery: delivery.id == name)
         return found
 
     def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
-        """Give back what has not begun, wait up to `seconds` for the rest (less when `hurry` is set), then give that back too."""
+        """Give back deliveries that have not begun, wait up to `seconds` for the others, then give these back too.
+
+        Setting `hurry` ends the waiting early.
+        """
         self._draining.set()
         self.health.release()
         for delivery in self.later.close():
@@ -176,7 +181,7 @@ class Consumer:
         self._wait_until_empty(max(2.0, seconds))
 
     def done(self, delivery: Delivery, message: JobMessage, ending: Ending) -> None:
-        """Acknowledge, and count the work."""
+        """Acknowledge the message, and count its work."""
 
         def act() -> None:
             self._tally.done(message, ending)
@@ -194,7 +199,7 @@ class Consumer:
         self._leave(delivery, act)
 
     def hand_over(self, delivery: Delivery, queue: str) -> None:
-        """Move the message to the queue of the revision that it wants."""
+        """Move the message to the queue of the revision that its job wants."""
 
         def act() -> None:
             self._tally.handed_over()
@@ -203,11 +208,11 @@ class Consumer:
         self._leave(delivery, act)
 
     def refuse(self, delivery: Delivery, reason: str) -> None:
-        """Put the message to the dead letters."""
+        """Move the message to the dead letters."""
         self._leave(delivery, lambda: delivery.refuse(reason))
 
     def postpone(self, delivery: Delivery, error: Exception) -> None:
-        """Begin a job again later. A failure while everything else works is counted, and bounded; an outage is waited for."""
+        """Begin a job again later. A failure counts, up to a bound, while everything else works; an outage does not count."""
         if self._draining.is_set() or delivery.lost or isinstance(error, BarredError):
             return self.give_back(delivery)
         if isinstance(error, RefusedHereError) and delivery.lease is not None:
@@ -228,12 +233,12 @@ class Consumer:
         log.warning("a job begins again in %.1f s: %s", seconds, error)
         if not self.later.put(delivery, seconds):
             self.give_back(delivery)
-        elif delivery.revoked:  # meanwhile, and nobody would look for it there
+        elif delivery.revoked:  # it was revoked while it was put there, and the revocation has not found it
             self.later.pick(lambda one: one is delivery)
             self._route(delivery)
 
     def _try_elsewhere(self, delivery: Delivery, lease: Lease, error: Exception) -> None:
-        """Give a job back whose objects S3 refuses: counted in Redis, so that it ends where every worker is refused."""
+        """Give a job back whose objects S3 refuses. Redis counts these tries, so the job ends when every worker is refused."""
         if self._passed_on(delivery, lease):
             return
         if lease.retries >= self._limits.denials:
@@ -249,7 +254,7 @@ class Consumer:
         self._leave(delivery, act)
 
     def _passed_on(self, delivery: Delivery, lease: Lease) -> bool:
-        """Whether a job went back uncounted, since another worker may be allowed what S3 refuses to this one."""
+        """Whether a job went back uncounted because S3 may allow its bucket to another worker."""
         try:
             if not self._places.refused(_job_of(delivery)):
                 return False
@@ -260,7 +265,10 @@ class Consumer:
         return True
 
     def _pass_on(self, delivery: Delivery, lease: Lease, why: object) -> None:
-        """Give a job back for another worker, uncounted; this one would take it again at once, so nobody does for a moment."""
+        """Give a job back for another worker, uncounted.
+
+        It is kept aside for a moment; else this worker would take it again at once.
+        """
         log.warning("a job goes back: %s", why)
 
         def act() -> None:
@@ -271,14 +279,14 @@ class Consumer:
         self._leave(delivery, act)
 
     def _bar(self, barred: str | None) -> None:
-        """S3 refuses this worker: give everything back. What is still on its way here goes back where it begins."""
+        """S3 refuses this worker: give everything back. Deliveries that are still on their way in here go back when they begin."""
         if barred is not None:
             for delivery in self.later.pick(lambda _: True):
                 self.give_back(delivery)
             self._jobs.give_back_all(BarredError(barred))
 
     def _leave(self, delivery: Delivery, act: Callable[[], None]) -> None:
-        """The one place where deliveries end; for one that has ended already nothing happens. One that cannot end goes back."""
+        """The one place where deliveries end. A second call for a delivery does nothing; a delivery that cannot end goes back."""
         with self._changed:
             if self._held.pop(id(delivery), None) is None:
                 return
@@ -294,7 +302,7 @@ class Consumer:
                 self._changed.notify_all()
 
     def _wait_until_empty(self, seconds: float, hurry: threading.Event | None = None) -> None:
-        if hurry is not None:  # it is set by a signal's handler, which must not touch a lock of ours
+        if hurry is not None:  # a signal handler sets it, and must not take a lock of ours
             threading.Thread(target=self._notify_when, args=(hurry, seconds), daemon=True).start()
         with self._changed:
             self._changed.wait_for(
@@ -336,7 +344,7 @@ class Consumer:
             self._singles.start(singles)
 
     def _readable(self, batch: list[Delivery]) -> list[tuple[Delivery, JobMessage]]:
-        """The deliveries that are jobs, with these; the others end here, and all of them while the worker drains."""
+        """The deliveries that are jobs, with their jobs. The others end here; all end here while the worker drains."""
         found = []
         for delivery in batch:
             if self._draining.is_set() or self.barred is not None:
@@ -361,7 +369,7 @@ class Consumer:
         return found
 
     def _take_accused_in(self) -> None:
-        """Excuse the accused as they come, and let the first one run only when no more come: all of a fetch are excused then."""
+        """Uncount all suspects of one fetch before the first of them runs: wait until no more come, then set their counts."""
         while True:
             batch = [self._accused.get()]
             with contextlib.suppress(queue.Empty):
@@ -373,14 +381,14 @@ class Consumer:
                     self._accuse(delivery, message)
 
     def _accuse(self, delivery: Delivery, message: JobMessage) -> None:
-        """Have a suspect run alone. A single job whose headers call it a shard comes here however often it was delivered."""
+        """Let a suspect run alone. A single job whose headers call it a shard comes here however often it was delivered."""
         if message.shard is None and delivery.deliveries > self._limits.deliveries:
             self.refuse(delivery, KILLED.format(delivery.deliveries - 1))
         else:
             self._suspect.put((delivery, message))
 
     def _count_patiently(self, batch: list[Delivery], *, excused: bool) -> bool:
-        """Set how often these count as delivered, as soon as Redis can be asked; False when the worker drains before."""
+        """Set the delivery counts in Redis as soon as Redis answers; False when the worker drains before."""
         while self.health.wait() and not self._draining.is_set():
             if self._counted(batch, excused=excused):
                 return True
@@ -409,7 +417,7 @@ class Consumer:
 
     @contextlib.contextmanager
     def _goes_on(self, *deliveries: Delivery) -> Iterator[None]:
-        """An error inside does not end the thread: it is logged, and those that are still here begin again later."""
+        """Keep the thread alive: an error inside is logged, and the deliveries that are still here begin again later."""
         try:
             yield
         except Exception as error:
@@ -435,9 +443,8 @@ class Consumer:
                 self._singles.run_alone(delivery, message)
             else:
                 self._end(delivery, message)
-            self._counted(
-                [delivery], excused=True
-            )  # its ack may not be written yet when the next one kills this process
+            # If the next suspect kills this process, the ack of this one may not be written yet.
+            self._counted([delivery], excused=True)
 
     def _shard(self, delivery: Delivery, message: JobMessage) -> Ending:
         assert message.shard is not None
@@ -450,7 +457,7 @@ class Consumer:
             return self._shards.run(message, message.shard, patient=delivery.retries < self._limits.retries)
 
     def _end(self, delivery: Delivery, message: JobMessage) -> None:
-        """Run a shard, and end its delivery as it deserves."""
+        """Run a shard, and end its delivery according to its ending."""
         try:
             ending = self._shard(delivery, message)
         except DrainedError:
@@ -475,9 +482,9 @@ class Consumer:
 
 
 def _job_of(delivery: Delivery) -> JobMessage:
-    """The job of a delivery, with the earlier one of both deadlines. Raises ContractError.
+    """The job of a delivery, with the earlier of its two deadlines. Raises ContractError.
 
-    What the headers of a shard say of its end is not looked at: its run has none, and a copy could fail its items.
+    The deadline in the headers of a shard is ignored: its run has no deadline, and a copied header could fail its items.
     """
     message = decode_message(delivery.payload)
     if message.shard is not None:

@@ -1,14 +1,15 @@
-"""What `celery control` and Flower's buttons do to a worker whose jobs run in no pool. Replaces Celery's commands of these names.
+"""The commands of `celery control` and Flower's buttons, for a worker whose jobs run in no pool. They replace Celery's commands.
 
-revoke, terminate          end the job wherever it is, see `revocations`; both the same, since no process can be ended for one job
-revoke_by_stamped_headers  Celery's own: jobs with the stamp that come from now on; with terminate, those that have begun as well
-shutdown                   as SIGTERM: drains, where Celery's would drop what is held until the leases run out
-rate_limit, time_limit     are answered and change nothing; no job is kept back or ended
-add_consumer, cancel_consumer   another queue, or one less; what is held goes on. An error for a name that no queue here can have
-pool_grow, pool_shrink, pool_restart, autoscale   an error is answered, since there is no pool; what is held goes on
-objgraph, memsample, memdump, election   are not there: the first three load further modules or write files, the last asks others
+revoke, terminate          end the job wherever it is, see `revocations`; both do the same, since one job has no process of its own
+revoke_by_stamped_headers  Celery's own: jobs with the stamp that come from now on; with terminate, also jobs that have begun
+shutdown                   as SIGTERM: drains; Celery's command would drop the held messages until their leases run out
+rate_limit, time_limit     answer, and change nothing; no job is kept back or ended
+add_consumer, cancel_consumer   add or remove a queue; held jobs go on. An error for a name that no queue here can have
+pool_grow, pool_shrink, pool_restart, autoscale   answer an error, since there is no pool; held jobs go on
+objgraph, memsample, memdump, election   are removed: the first three load modules or write files, the last asks other workers
 
-Whoever may publish on the control channel steers the fleet; a producer may not, see deploy/redis/users.acl.
+Celery's event loop calls these functions. Any program that may publish on the control channel steers the fleet. A producer may not,
+see deploy/redis/users.acl.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ REMOVED = ("objgraph", "memsample", "memdump", "election")
 
 
 def install() -> None:
-    """Put these commands in the place of Celery's, for every worker of this process. May be repeated."""
+    """Replace Celery's commands with these, for every worker of this process. May be repeated."""
     for name in REMOVED:
         control.Panel.data.pop(name, None)
     for command in (revoke, terminate, shutdown, add_consumer):
@@ -44,7 +45,7 @@ def revoke(panel: Any, task_id: str | Iterable[str], terminate: bool = False, **
 
 
 def terminate(panel: Any, signal: str, task_id: str | Iterable[str], **_: Any) -> dict[str, str]:
-    """As `revoke`; the signal goes nowhere."""
+    """As `revoke`; the signal is ignored."""
     return revoke(panel, task_id, terminate=True)
 
 
@@ -54,7 +55,7 @@ def shutdown(panel: Any, msg: str = "", **_: Any) -> None:
 
 
 def add_consumer(panel: Any, queue: Any, *args: Any, **options: Any) -> Any:
-    """As Celery's, but for a name that could not be consumed, which would end the worker."""
+    """As Celery's command, but refuses a name that cannot be consumed; that name would end the worker."""
     if not is_queue_name(queue):
         return {"error": "the name of a queue has no quotes, backslashes and control characters"}
     return _add_consumer(panel, queue, *args, **options)

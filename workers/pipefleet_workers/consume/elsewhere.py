@@ -1,7 +1,7 @@
-"""Where a job of another model or revision is served: a worker never fails a job that somebody else is there for.
+"""Finds the queue where a job of another model or revision is served: a worker never fails a job that another worker serves.
 
-Such jobs come through the queue of the pool, from producers of a release that knew no queues of revisions, and from any Celery
-client that names a model.
+Such jobs come through the queue of the pool: from producers of a release without queues of revisions, and from any Celery client
+that names a model. `Jobs.elsewhere` asks; the answer is a queue, or None. Raises ServiceUnavailableError while Redis is away.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pipefleet.queues.revision_notes import note_revision
 from pipefleet.settings import Settings
 
 FRESH_SECONDS = 2.0
-"""How long what workers announce is taken as it was read, for jobs that it has an answer for."""
+"""How long the workers' announcements are used without reading them again, for jobs that they answer."""
 
 
 class Elsewhere:
-    """Finds the queue of another revision, by live workers and by the fleet file. Thread-safe."""
+    """Finds the queue of another revision, from live workers and from the fleet file. Thread-safe."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Elsewhere:
         self._lock = threading.Lock()
 
     def queue_for(self, message: JobMessage) -> str | None:
-        """The queue of the revision that a job wants; None where nobody serves it. Raises ServiceUnavailableError."""
+        """The queue of the revision that a job wants; None where no worker serves it. Raises ServiceUnavailableError."""
         with self._lock:
             fresh = self._clock() - self._read_at < FRESH_SECONDS
             found = _find(message, self._announced) if fresh else None

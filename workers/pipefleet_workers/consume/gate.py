@@ -1,4 +1,7 @@
-"""`Gate`: most jobs run beside each other; one that may have killed a worker runs alone, so that nobody else is blamed."""
+"""`Gate`: most jobs run beside each other; a job that may have killed a worker runs alone, so that no other job is blamed.
+
+The consumer's threads enter and leave. Jobs of one batch must enter with one call, see `Gate`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Counts the jobs inside. Thread-safe. Who waits to be alone keeps later ones out.
+    """Counts the jobs inside. Thread-safe. A job that waits to be alone keeps later jobs out.
 
-    Jobs that begin together enter together: a thread that entered for one of them and then waited to enter for the next would
-    wait for ever, since the job inside cannot end before it begins, and who waits to be alone waits for its end.
+    Jobs that begin together enter together. If a thread entered for one job and then waited to enter for the next, it would wait
+    for ever: the job inside cannot end before the thread begins it, and the job that wants to be alone waits for this end.
     """
 
     def __init__(self) -> None:
@@ -20,13 +23,13 @@ class Gate:
         self._alone = False
 
     def enter(self, count: int = 1) -> None:
-        """Let `count` jobs in, all at once; waits while somebody is, or waits to be, alone."""
+        """Let `count` jobs in, all at once. Waits while a job is alone, or waits to be alone."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
             self._inside += count
 
     def leave(self, count: int = 1) -> None:
-        """`count` jobs come out. Raises ValueError, and changes nothing, when fewer are inside."""
+        """`count` jobs leave. Raises ValueError, and changes nothing, when fewer are inside."""
         with self._changed:
             if count > self._inside:
                 raise ValueError(f"{count} jobs cannot leave a gate with {self._inside} inside")
@@ -35,7 +38,7 @@ class Gate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until nobody else is inside, and keep everybody out."""
+        """Wait until no job is inside, then keep every other job out."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
             self._alone = True

@@ -1,8 +1,10 @@
-"""Whether the services a worker needs are there: asked when one failed, so that an outage is told from one bad object.
+"""Whether the services that a worker needs are there. It asks when a service failed, to tell an outage from one bad object.
 
-well     they answer: what failed is the fault of what was asked for
-away     one does not answer: everybody waits, and keeps what it has
-barred   S3 answers, and refuses this worker: its jobs go back, since others may be allowed, and it takes none
+    well     the services answer: the failure is the fault of the object
+    away     a service does not answer: all jobs wait, and stay here
+    barred   S3 answers, and refuses this worker: its jobs go back, since other workers may be allowed, and it takes none
+
+The consumer and the store ask; watchers hear when the worker becomes barred, and when it is no longer barred.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from pipefleet_workers.storage.store import BarredError
 
 log = logging.getLogger(__name__)
 FIRST, LONGEST = 0.5, 15.0
-"""Seconds between two looks at a service that is away: at most these, at least half, doubled each time."""
+"""Seconds between two looks at a service that is away: the first pause and the longest; pauses double, and vary down to half."""
 MOST = 400
-"""Characters of a reason that are told."""
+"""Characters of a reason in a message."""
 
 
 class Health:
-    """Knows whether the services answer. Thread-safe. `probe` raises while one of them does not.
+    """Knows whether the services answer. Thread-safe. `probe` raises while a service does not answer.
 
-    An error of the probe that is not retryable bars the worker: its keys, its clock or its bucket are wrong. `sleep` waits that
-    many seconds between two looks.
+    An error of the probe that is not retryable bars the worker: its keys, its clock or its bucket are wrong. `sleep` waits so many
+    seconds between two looks.
     """
 
     def __init__(
@@ -50,13 +52,13 @@ class Health:
         self._released = False
         self._asking = threading.Lock()
         self._asked = float("-inf")
-        """When the last look began that found everything well."""
+        """When the last look began that found all services well."""
         self.watchers: list[Callable[[str | None], None]] = []
-        """Called, by any thread, with the reason when this worker is barred, and with None when it is not any more."""
+        """Any thread calls these: with the reason when this worker is barred, and with None when it is no longer barred."""
 
     @property
     def well(self) -> bool:
-        """What was last known."""
+        """The last known answer."""
         return self._well
 
     @property
@@ -65,7 +67,7 @@ class Health:
         return self._barred
 
     def check(self) -> bool:
-        """Ask now. When the answer is no, a thread goes on asking until it is yes."""
+        """Ask now. When a service does not answer, a thread keeps asking until it does."""
         with self._asking:
             if not self.well:
                 return False
@@ -74,10 +76,10 @@ class Health:
         return error is None
 
     def accuse(self, error: AccessDeniedError, seen: int) -> None:
-        """S3 refused this worker something. Returns where the worker is well otherwise: then the refusal is about that thing alone.
+        """S3 refused this worker something. Returns if the worker is well otherwise: the refusal is then about this thing alone.
 
-        `seen` is what `objects.renewals` was when the request got its credentials. Raises BarredError where it is this worker that
-        is refused, and ServiceUnavailableError where nobody can say, or the same request has other credentials now.
+        `seen` is the value of `renewals()` when the request got its credentials. Raises BarredError if S3 refuses this worker, and
+        ServiceUnavailableError if no answer comes, or if a repeated request would have other credentials now.
         """
         came, found = self._clock(), None
         with self._asking:
@@ -90,19 +92,19 @@ class Health:
             raise ServiceUnavailableError(str(error))
 
     def wait(self) -> bool:
-        """Wait until the services answer, this worker is barred, or `release`; whether they answer."""
+        """Wait until the services answer, this worker is barred, or `release` is called. Returns whether the services answer."""
         with self._changed:
             self._changed.wait_for(lambda: self._well or self._barred is not None or self._released)
             return self._well
 
     def release(self) -> None:
-        """Nobody waits from now on: the worker drains."""
+        """Let no thread wait from now on: the worker drains."""
         with self._changed:
             self._released = True
             self._changed.notify_all()
 
     def _look(self) -> Exception | None:
-        """Ask now, and note a bad answer. The caller holds the lock and calls `_follow` with what this returns."""
+        """Ask now, and note a bad answer. The caller holds the lock and calls `_follow` with the result."""
         began = self._clock()
         error = self._error()
         if error is None:
@@ -112,7 +114,7 @@ class Health:
         return error
 
     def _follow(self, error: Exception | None) -> None:
-        """After a look that found `error`: tell of it, and go on asking in a thread."""
+        """After a look that found `error`: tell the watchers, and keep asking in a thread."""
         if error is not None:
             self._say(error)
             threading.Thread(target=self._wait_for_it, name="health", daemon=True).start()
@@ -144,7 +146,10 @@ class Health:
         self._say(None)
 
     def _error(self) -> Exception | None:
-        """What the probe raises; after a refusal it is tried with credentials that are read anew, which may have been replaced."""
+        """The error of the probe.
+
+        After a refusal it asks again with credentials that are read anew, since they may have been replaced.
+        """
         error = self._tried()
         if isinstance(error, AccessDeniedError):
             renew_credentials()
@@ -156,7 +161,7 @@ class Health:
             self._probe()
         except PipefleetError as error:
             return error
-        except Exception as error:  # of a kind that nobody thought of: who asks must go on asking
+        except Exception as error:  # an unforeseen kind; the thread that asks must keep asking
             log.exception("asking the services failed")
             return error
         return None

@@ -1,4 +1,12 @@
-"""`Delivery`: one message in this worker's hands, and the four ways in which it can leave them."""
+"""`Delivery`: one message in this worker's hands, and the four ways in which it leaves them.
+
+    delivered ─┬─ done        acknowledged: its results are written
+               ├─ give_back   back to its queue: the worker drains, is barred, or another worker must try
+               ├─ hand_over   to the queue of another revision
+               └─ refuse      to the dead letters: it is no job, is a revoked shard, or failed too often
+
+`celery_task` implements it; the consumer alone ends it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ from pipefleet_workers.ending import Ending
 
 
 class DrainedError(Exception):
-    """The worker shuts down and this job was not finished: its message goes back."""
+    """The worker shuts down and has not finished this job: its message goes back."""
 
 
 class RevokedError(Exception):
@@ -23,38 +31,38 @@ class Delivery(Protocol):
     """
 
     id: str
-    """The name that Celery's tools know it by; a job's own id where the job came from our client."""
+    """Its name in Celery's tools; the job's own id if the job came from our client."""
     payload: Any
     priority: int
     """As in Celery: 0 is served first."""
     deliveries: int
-    """How often the message was delivered, this time included; giving it back does not count."""
+    """How often the message was delivered, this time included; a delivery that was given back does not count."""
     retries: int
-    """How often this worker began it again because a service failed it."""
+    """How often this worker began the job again because a service failed it."""
     revoked: bool
-    """True once an operator has revoked it."""
+    """True once an operator has revoked the job."""
     deadline: float | None
-    """When it expires as its headers say, in seconds since 1970; the job may have an earlier deadline of its own."""
+    """When the message expires according to its headers, in seconds since 1970; the job may have an earlier deadline of its own."""
 
     @property
     def lease(self) -> Lease | None:
-        """What it is held by; None with Celery's own transport."""
+        """The lease that holds it; None with Celery's own transport."""
 
     @property
     def lost(self) -> bool:
-        """True when the lease ran out and another worker may have the message: its results are not wanted any more."""
+        """True when the lease ran out and another worker may have the message: no one wants the results from here any more."""
 
     def started(self) -> None:
         """Tell Celery that work begins; only the first call counts."""
 
     def done(self, ending: Ending) -> None:
-        """Acknowledge: what the job became is written."""
+        """Acknowledge the message: the job's results are written."""
 
     def give_back(self, delay: float = 0.0) -> None:
-        """Put the message back to its place in the queue; with a delay in seconds it is kept aside that long, and counted."""
+        """Put the message back to its place in the queue. With a delay in seconds it is kept aside so long, and this is counted."""
 
     def hand_over(self, queue: str) -> None:
         """Move the message to another queue, whose workers serve it; this delivery does not count."""
 
     def refuse(self, reason: str) -> None:
-        """Put the message to the dead letters."""
+        """Move the message to the dead letters."""

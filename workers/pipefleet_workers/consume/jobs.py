@@ -1,4 +1,8 @@
-"""What single jobs and shards have in common: whether this worker may run them, and their way into the engine."""
+"""The common part of single jobs and shards: whether this worker may run them, and their way into the engine.
+
+`singles` and `shards` call `begin`, `admit` and `end`; the consumer stops jobs with `cancel`, `revoke` and `give_back_all`.
+Refused jobs and items get a JobFailure; only `elsewhere` raises (ServiceUnavailableError).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 UNKNOWN_BYTES = 1 << 20
-"""What an object of unknown size is counted with."""
+"""The weight of an object of unknown size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Outlets:
 class Jobs:
     """The jobs inside this worker. Thread-safe.
 
-    `clock` tells seconds since 1970 as deadlines mean them: a worker passes the Redis server's.
+    `clock` gives seconds since 1970 on the clock of deadlines; a worker passes the Redis server's clock.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class Jobs:
         store: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`store` is the prefix of the fleet's own uploads and results, which no job may write to."""
+        """`store` is the prefix of the fleet's own uploads and results; no job may write there."""
         self._pool = pool
         self._spec: TaskSpec = task_spec(pool.task)
         self._gate = UriGate(allowed, store)
@@ -72,13 +76,13 @@ class Jobs:
         self._lock = threading.Lock()
         self.engine = engine
         self.turn = threading.Lock()
-        """Held by the shard whose items enter: the one that came first gets its items in first."""
+        """The shard whose items are entering holds it, so that the items of an earlier shard enter first."""
         self.clock = clock
         self.is_away: Callable[[], bool] = lambda: False
         """See `JobContext.is_away`."""
 
     def begin(self, message: JobMessage, sink: Sink, *, priority: int, patient: bool) -> JobContext:
-        """The context of a job that begins here; `end` must follow. See `JobContext.patient`."""
+        """The context of a job that begins here; the caller must call `end` later. For `patient` see `JobContext.patient`."""
         context = JobContext(
             id=message.id,
             run_id=message.shard.run_id if message.shard else None,
@@ -102,11 +106,11 @@ class Jobs:
         return self._spec.settled(layered(self._spec, below, own))
 
     def _local(self, deadline: float | None) -> float | None:
-        """A deadline in seconds of the monotonic clock: what it is compared with must not jump while the job is here."""
+        """The deadline on the monotonic clock: the clock that it is compared with must not jump while the job is here."""
         return None if deadline is None else time.monotonic() + (deadline - self.clock())
 
     def end(self, context: JobContext) -> None:
-        """The job is not here any more."""
+        """The job has left this worker."""
         with self._lock:
             self._contexts.pop(id(context), None)
 
@@ -118,7 +122,7 @@ class Jobs:
                     context.cancelled = True
 
     def revoke(self, job_id: str) -> None:
-        """End a job here without a result, also what it begins before `forget`: who waits for it gets a RevokedError."""
+        """End a job here without a result, and every job of this id that begins before `forget`. Its sink gets a RevokedError."""
         with self._lock:
             self._revoked.add(job_id)
             contexts = [context for context in self._contexts.values() if context.id == job_id]
@@ -126,7 +130,7 @@ class Jobs:
             context.give_back(RevokedError())
 
     def forget(self, job_id: str) -> None:
-        """The revoked job is not here any more."""
+        """The revoked job has left this worker."""
         with self._lock:
             self._revoked.discard(job_id)
 
@@ -138,7 +142,7 @@ class Jobs:
             context.give_back(reason)
 
     def elsewhere(self, message: JobMessage) -> str | None:
-        """The queue of the revision that a job of this task wants, where that is another than this worker's and is served.
+        """The queue of the revision that a job of this task wants. None if this worker serves it, or if no worker does.
 
         Raises ServiceUnavailableError.
         """
@@ -174,7 +178,7 @@ class Jobs:
         return f"{text}, and no worker and no fleet file names the other; submit it for {served}, or start a worker for it first"
 
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
-        """Send items into the engine; those that must not enter it end at once. Bulk items wait here for room."""
+        """Send items into the engine; items that must not enter end at once. Bulk items wait here for room."""
         admitted = []
         for work in works:
             failure = self._item_failure(work)
@@ -185,23 +189,23 @@ class Jobs:
         self.engine.admit(admitted, bulk=bulk)
 
     def _item_failure(self, work: Work) -> JobFailure | None:
-        """Why an item must not enter the engine, or None: parameters and references come from any program that can queue."""
+        """Why an item must not enter the engine, or None. Parameters and references come from any program that can queue."""
         item = work.item
         if not item.parameters and isinstance(item.inputs, str):
-            return None  # most items
+            return None  # the quick way of most items
         try:
             self._spec.check(item.parameters)
             refs_in(item.inputs)
         except PipefleetError as error:
             return JobFailure(error.code, str(error), "consume")
-        except Exception as error:  # the fault of this item, and not of those that come with it
+        except Exception as error:  # the fault of this item; the other items must not fail
             log.exception("looking at an item failed")
             return JobFailure("internal_error", brief(error), "consume")
         return None
 
 
 def work_of(context: JobContext, position: int, item: JobItem) -> Work:
-    """One item of a job as the engine takes it."""
+    """One item of a job in the form that the engine takes."""
     parameters = context.settle(context.parameters, item.parameters) if item.parameters else context.parameters
     own = text_bytes(item.parameters, MAX_MESSAGE_BYTES) if item.parameters else 0
     if isinstance(item.inputs, str):
@@ -209,6 +213,6 @@ def work_of(context: JobContext, position: int, item: JobItem) -> Work:
     try:
         references = refs_in(item.inputs)
     except ContractError:
-        references = []  # refused on admission
+        references = []  # `admit` refuses this item
     weight = sum(UNKNOWN_BYTES if one.size is None else one.size for one in references) + bytes_of(item.inputs) + own
     return Work(context, position, item, parameters, weight, fetches=bool(references))

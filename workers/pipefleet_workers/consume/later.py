@@ -1,4 +1,4 @@
-"""`Later`: deliveries that begin when their time has come."""
+"""`Later`: keeps deliveries until their time has come. The consumer puts them in; one thread takes the due ones out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 LONGEST_WAIT = 3600.0
-"""Seconds; the interpreter cannot wait until any year that a message may name."""
+"""Seconds; the interpreter cannot wait for every year that a message may name."""
 
 
 class Later(Generic[_T]):
-    """Keeps things until they are due, those of one time in the order in which they came. Thread-safe.
+    """Keeps things until they are due; things of the same time stay in their order. Thread-safe.
 
-    `clock` counts seconds from anywhere; where it is not the real one, `look` must be called when it was moved.
+    `clock` counts seconds from any point. After a test moves such a clock, it must call `look`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,7 +28,7 @@ class Later(Generic[_T]):
         self._changed = threading.Condition()
 
     def put(self, value: _T, seconds: float) -> bool:
-        """Keep a thing for so many seconds; False when this is closed, and then it is not kept."""
+        """Keep a thing for so many seconds. False when this is closed; then the thing is not kept."""
         with self._changed:
             if self._closed:
                 return False
@@ -37,7 +37,7 @@ class Later(Generic[_T]):
             return True
 
     def take(self) -> list[_T]:
-        """Wait until something is due, and take all that is; nothing once this is closed."""
+        """Wait until something is due, and take everything that is due; returns an empty list once this is closed."""
         with self._changed:
             while not self._closed:
                 due = self._due()
@@ -47,7 +47,7 @@ class Later(Generic[_T]):
             return []
 
     def pick(self, wanted: Callable[[_T], bool]) -> list[_T]:
-        """Take out, due or not, what `wanted` is true of."""
+        """Take out, due or not, the things that `wanted` is true of."""
         with self._changed:
             found = [entry for entry in self._heap if wanted(entry[2])]
             self._heap = [entry for entry in self._heap if not wanted(entry[2])]
@@ -55,7 +55,7 @@ class Later(Generic[_T]):
             return [value for *_, value in sorted(found, key=lambda entry: entry[:2])]
 
     def close(self) -> list[_T]:
-        """Take no more; what was kept comes back, the first due first."""
+        """Take no more things; returns the kept things, the first due first."""
         with self._changed:
             self._closed = True
             left, self._heap = sorted(self._heap, key=lambda entry: entry[:2]), []
@@ -63,7 +63,7 @@ class Later(Generic[_T]):
         return [value for *_, value in left]
 
     def look(self) -> None:
-        """Ask the clock anew."""
+        """Read the clock again."""
         with self._changed:
             self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""`Outcomes`: the sink of one shard, where its thread waits for the items to end."""
+"""`Outcomes`: the sink of one shard. The engine's threads deliver; the shard's thread waits until all items have ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Outcomes:
         self._reason: Exception | None = None
 
     def deliver(self, outcome: Outcome) -> None:
-        """Take one outcome. Dropped: a second one for the same item, and all that come after `abandon`."""
+        """Take one outcome. A second outcome for the same item is dropped, and so is every outcome after `abandon`."""
         with self._changed:
             if self._reason is not None or outcome.work.position in self._outcomes:
                 return
@@ -36,7 +36,7 @@ class Outcomes:
             return new
 
     def abandon(self, reason: Exception) -> None:
-        """Take no more outcomes and wake the waiting thread; `reason` is what it raises. Nothing when complete."""
+        """Take no more outcomes and wake the waiting thread, which raises `reason`. Does nothing when complete."""
         with self._changed:
             if not self.complete and self._reason is None:
                 self._reason = reason
@@ -44,7 +44,7 @@ class Outcomes:
 
     @property
     def abandoned(self) -> Exception | None:
-        """Why the job goes back to its queue; None as long as it does not."""
+        """Why the job goes back to its queue; None while it does not."""
         return self._reason
 
     @property

@@ -1,4 +1,7 @@
-"""Buckets that S3 refuses to this worker, which is well otherwise: its jobs there are for workers that are not refused."""
+"""Buckets that S3 refuses to this worker, which is well otherwise: jobs in these buckets are for workers that are allowed there.
+
+The consumer and the store note refusals here; the worker's announcement tells them to the others (`told`).
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from pipefleet.settings import Settings
 from pipefleet_workers.storage.store import RefusedHereError
 
 NOTED_SECONDS = 120.0
-"""How long a refusal is told; longer than the longest pause before the next try."""
+"""How long a refusal is announced; longer than the longest pause before the next try."""
 ASK_SECONDS = 1.0
-"""How long the answer of the others holds: a shard may have thousands of items that are refused."""
+"""How long the others' answer is used: a shard may have thousands of refused items."""
 PASS_ON_SECONDS = 2.0
-"""How long a job is kept aside before another worker may take it: else this worker would take it again at once."""
+"""How long a job is kept aside before another worker may take it; else this worker would take it again at once."""
 
 
 class Places:
-    """Which buckets were refused lately, and whether another worker may be allowed there. Thread-safe.
+    """Knows the buckets that were refused lately, and whether another worker may be allowed there. Thread-safe.
 
     `clock` is in seconds; only differences count.
     """
@@ -39,7 +42,7 @@ class Places:
         self._asked: dict[str, tuple[float, bool]] = {}
 
     def refused(self, message: JobMessage) -> bool:
-        """Note that S3 refused a job's bucket; whether another live worker was not refused there. Raises PipefleetError."""
+        """Note that S3 refused a job's bucket. Returns whether another live worker is allowed there. Raises PipefleetError."""
         uri = message.shard.run_uri if message.shard is not None else message.output
         if uri is None:
             return False
@@ -48,9 +51,9 @@ class Places:
         return self._others(bucket)
 
     def require(self, bucket: str) -> None:
-        """Note that S3 refused something in a bucket. Raises RefusedHereError where another live worker was not refused there.
+        """Note that S3 refused something in a bucket. Raises RefusedHereError if another live worker is allowed there.
 
-        The others' answer holds for ASK_SECONDS. Raises ServiceUnavailableError where it cannot be had.
+        The others' answer is used for ASK_SECONDS. Raises ServiceUnavailableError when it cannot be had.
         """
         self._note(bucket)
         now = self._clock()
@@ -78,7 +81,7 @@ class Places:
 
 
 class Others:
-    """Asks Redis for the other live workers that serve `queue`, and what they are refused."""
+    """Asks Redis for the other live workers of `queue`, and for the buckets that are refused to them."""
 
     def __init__(self, settings: Settings, queue: str, worker: str) -> None:
         self._settings = settings
@@ -87,7 +90,7 @@ class Others:
         self._redis: Any = connect(settings)
 
     def __call__(self, bucket: str) -> bool:
-        """Whether one of them takes jobs and does not tell that this bucket is refused. Raises ServiceUnavailableError."""
+        """Whether another worker takes jobs and does not announce this bucket as refused. Raises ServiceUnavailableError."""
         with redis_errors(self._settings.redis_url):
             workers = announced_workers(self._redis)
         return any(

@@ -1,10 +1,10 @@
-"""`Revocations`: an operator's `revoke` (Flower's button) ends a job wherever it is, and says so to who waits for it.
+"""`Revocations`: an operator's `revoke` (Flower's button) ends a job wherever it is, and tells the waiting client.
 
     single job   in its queue, prefetched, delayed or running: its record becomes `cancelled`, its work stops, then the ack
-    shard        not begun: to the dead letters; running: its thread is told, and what it had is dropped, then the same
+    shard        not begun: to the dead letters; running: its thread stops and drops its results, then to the dead letters
 
-Celery itself would acknowledge such a message and leave its record as it is. All this happens in a thread of its own: Redis may be
-away, and then the job's end waits for it.
+Celery alone would acknowledge the message and leave the job's record as it is. All this happens in a thread of its own: Redis may
+be away, and then the job's end waits for it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Ends(Protocol):
     """Where deliveries end; of several calls for one delivery the first counts."""
 
     def done(self, delivery: Delivery, message: JobMessage, ending: Ending) -> None:
-        """Acknowledge."""
+        """Acknowledge the message."""
 
     def give_back(self, delivery: Delivery) -> None:
         """Put the message back to its place in the queue."""
 
     def refuse(self, delivery: Delivery, reason: str) -> None:
-        """Put the message to the dead letters."""
+        """Move the message to the dead letters."""
 
     def held(self, name: str) -> Sequence[Delivery]:
-        """The deliveries of this name that are here."""
+        """The deliveries with this name that are here."""
 
 
 class Revocations:
-    """Ends what operators revoke. Thread-safe; `order` returns at once."""
+    """Ends revoked jobs. Thread-safe; `order` returns at once."""
 
     def __init__(self, jobs: Jobs, reporter: Reporter, health: Health, ends: Ends, draining: threading.Event) -> None:
         self._jobs = jobs
@@ -60,31 +60,31 @@ class Revocations:
         self._orders: queue.SimpleQueue[str | Delivery] = queue.SimpleQueue()
 
     def order(self, what: str | Delivery) -> None:
-        """End a job by the name that Celery's tools know it by, or a delivery that was revoked before it came."""
+        """End a job by its name in Celery's tools, or a delivery that was revoked before it came."""
         self._orders.put(what)
 
     def run(self) -> None:
-        """Carry out what is ordered, without end."""
+        """Carry out the orders, without end."""
         while True:
             what = self._orders.get()
             try:
                 self.carry_out(what)
             except Exception as error:
                 log.exception("revoking a job failed")
-                if not isinstance(what, str):  # nothing else ends it
+                if not isinstance(what, str):  # no other code ends this delivery
                     self._ends.refuse(what, f"{REVOKED}, and its end cannot be told: {type(error).__name__}")
 
     def carry_out(self, what: str | Delivery) -> None:
-        """End one job; waits while Redis is away, and gives it back when the worker drains meanwhile."""
+        """End one job. Waits while Redis is away; gives the job back if the worker drains meanwhile."""
         deliveries = list(self._ends.held(what)) if isinstance(what, str) else [what]
         for delivery in deliveries:
             self._end(delivery)
-        if isinstance(what, str) and not deliveries:  # it waits in its queue, or in another worker
+        if isinstance(what, str) and not deliveries:  # the job waits in its queue, or another worker has it
             self._patiently(lambda: self._reporter.cancel(what, FAILURE))
 
     @contextmanager
     def running(self, delivery: Delivery, message: JobMessage) -> Iterator[None]:
-        """A shard runs inside. Raises RevokedError, at once or wherever the shard waits, when it is revoked."""
+        """The shard runs inside. Raises RevokedError when it is revoked: at once, or wherever the shard waits."""
         with self._lock:
             if delivery.revoked:
                 raise RevokedError
@@ -117,11 +117,11 @@ class Revocations:
             delivery.revoked = True
             if id(delivery) in self._running:
                 self._jobs.revoke(message.id)
-                return  # its thread refuses it, unless it has written its part already
+                return  # the shard's thread refuses it, unless the part is written already
         self._ends.refuse(delivery, REVOKED)
 
     def _patiently(self, call: Callable[[], object]) -> None:
-        """`call` until it is done, or the worker drains."""
+        """Repeat `call` until it succeeds, or the worker drains."""
         while True:
             try:
                 call()

@@ -1,4 +1,7 @@
-"""What runs say of themselves in object storage, as far as a shard must agree with it: read once for each run."""
+"""Compares a shard with the plan of its run in object storage. A plan is read once for each run.
+
+`Shards.open` asks before it reads or writes anything. A shard outside its run raises ContractError.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ from pipefleet_workers.storage.store import ObjectTooLargeError, WorkerStore
 MAX_PLAN_BYTES = 1 << 20
 """Most bytes of a plan: it holds the parameters of a message, and little else."""
 MOST_KNOWN = 256
-"""Runs that are remembered."""
+"""Number of plans that are remembered."""
 PLANNING_SECONDS = 10.0
-"""How long a plan without totals is taken as it was read: its run is being planned, and has no bound yet."""
+"""How long a plan without totals is used before it is read again: its run is being planned, and has no bound yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,9 @@ class _Plan:
     format: str
     read_at: float
     job: Mapping[str, str]
-    """What the messages of its shards ask for, each field as JSON."""
+    """The fields that the messages of its shards must have, each as JSON."""
     moved: bool
-    """Whether it was moved to another model since; messages that name any model of it may still be there."""
+    """Whether the run was moved to another model; messages that name any of its models may still exist."""
 
     def fault(self, message: JobMessage, shard: Shard) -> str | None:
         if self.id != shard.run_id:
@@ -54,7 +57,7 @@ class _Plan:
 
 
 class RunPlans:
-    """Compares shards with the plans of their runs. Thread-safe. `clock` tells monotonic seconds."""
+    """Compares shards with the plans of their runs. Thread-safe. `clock` gives monotonic seconds."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -62,11 +65,11 @@ class RunPlans:
         self._lock = threading.Lock()
 
     def require(self, message: JobMessage, shard: Shard, store: WorkerStore) -> None:
-        """Raise ContractError for a shard that is outside of its run, ServiceUnavailableError when the store is away.
+        """Raise ContractError for a shard that lies outside its run, ServiceUnavailableError when the store is away.
 
-        So does a message that asks for something else than its run does: its items would fail, or have other results.
+        A message that asks for something else than its run raises ContractError too: its items would fail, or have other results.
 
-        What is remembered refuses nothing: another run may have begun at the same place since.
+        A remembered plan only accepts. Before a refusal the plan is read again, since another run may have begun at the same place.
         """
         with self._lock:
             known = self._known.get(shard.run_uri)
@@ -114,7 +117,7 @@ def _parsed(text: bytes, uri: str, read_at: float, *, moved: bool) -> _Plan:
 
 
 def _text(value: Any) -> str:
-    """A value of JSON as a text that tells `1` from `true`, which a worker may refuse."""
+    """A JSON value as a text that distinguishes `1` from `true`: a worker may refuse one of them."""
     try:
         return json.dumps(value, sort_keys=True)
     except RecursionError:

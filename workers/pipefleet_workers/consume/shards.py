@@ -1,4 +1,7 @@
-"""Shards of bulk runs: each has a thread that reads its items, sends them through the engine and writes its part."""
+"""Shards of bulk runs. A thread of the consumer reads the items of a shard, sends them through the engine and writes its part.
+
+open: gate, plan, cancelled?, part there? ─▶ read ─▶ process ─▶ close: part ─▶ progress ─▶ the run's end, if it was the last
+"""
 
 from __future__ import annotations
 
@@ -31,19 +34,22 @@ from pipefleet_workers.storage.store import ObjectTooLargeError
 
 PROGRESS_SECONDS = 0.25
 ADMITTED_AT_ONCE = 128
-"""Items that enter between two looks at what has ended."""
+"""Number of items that enter before the shard checks which items have ended."""
 HAND_OVER_PAUSE = 1.0
-"""How long a shard that another worker can do is held before it goes back: else this worker would take it again at once."""
+"""A shard that another worker can do is held for these seconds before it goes back.
+
+Else this worker would take it again at once.
+"""
 HAND_OVER_SECONDS = 600.0
-"""How long a shard is handed back; those who could do it may be there and never get to it."""
+"""How long a shard is handed back. The workers that can do it may exist and never get to it."""
 
 
 class ElsewhereError(DrainedError):
-    """Another worker of the pool can do this shard, and this one cannot: its message goes back."""
+    """Another worker of the pool can do this shard, and this worker cannot: the message goes back."""
 
 
 class Contents(NamedTuple):
-    """What a shard holds: its items in order, and by position the failures of those that could not be prepared."""
+    """The contents of a shard: its items in order, and by position the failures of items that could not be prepared."""
 
     items: list[JobItem]
     failures: dict[int, JobFailure]
@@ -52,7 +58,7 @@ class Contents(NamedTuple):
 class Shards:
     """Runs shards. Thread-safe. `run` raises DrainedError, RevokedError, ServiceUnavailableError or ContractError.
 
-    `elsewhere` tells whether another live worker of the pool can write parts in a format.
+    `elsewhere` says whether another live worker of the pool can write parts in a format.
     """
 
     def __init__(
@@ -66,7 +72,7 @@ class Shards:
         self._plans = RunPlans()
 
     def run(self, message: JobMessage, shard: Shard, *, patient: bool = True) -> Ending:
-        """Run a shard to its end; how it has ended."""
+        """Run a shard to its end; returns its ending."""
         contents = self.open(message, shard)
         if contents is None:
             return self.ended_before(shard)
@@ -77,9 +83,9 @@ class Shards:
         return self.close(shard, self.process(message, items, patient=patient, without=failures))
 
     def open(self, message: JobMessage, shard: Shard) -> Contents | None:
-        """The items of a shard that is still to be done; None for one that was cancelled or whose part is there.
+        """The items of a shard that must still run; None if the shard was cancelled or its part exists.
 
-        Raises ContractError for a shard that is none of its run, before anything is read or written for it.
+        Raises ContractError for a shard that does not belong to its run, before anything is read or written for it.
         """
         outlets = self._outlets
         UriGate(outlets.allowed, outlets.reporter.store_uri).require_shard(shard)
@@ -94,7 +100,7 @@ class Shards:
         return self.read(shard)
 
     def ended_before(self, shard: Shard) -> Ending:
-        """How a shard that `open` finds nothing to do in has ended."""
+        """The ending of a shard for which `open` returned None."""
         cancelled = self._outlets.reporter.run_cancelled(shard)
         return before(JobState.CANCELLED if cancelled else JobState.SUCCEEDED)
 
@@ -107,7 +113,10 @@ class Shards:
         without: Mapping[int, JobFailure] | None = None,
         only: Sequence[int] | None = None,
     ) -> list[Outcome]:
-        """The outcomes of items, in order: of all, or of those at the positions `only`; `without` have failed already."""
+        """The outcomes of items, in order: of all items, or only of those at the positions `only`.
+
+        Items in `without` have failed already.
+        """
         without = without or {}
         positions = range(len(items)) if only is None else only
         sink = Outcomes(positions)
@@ -120,14 +129,14 @@ class Shards:
             self._admit([work for work in works if work.position not in without], sink, message.shard)
             self._wait(sink, message.shard)
         except Exception as error:
-            context.give_back(error)  # what is still inside would only be in the way of the next try
+            context.give_back(error)  # items that are still inside would only slow the next try
             raise
         finally:
             self._jobs.end(context)
         return sink.in_order()
 
     def close(self, shard: Shard, outcomes: Sequence[Outcome]) -> Ending:
-        """Write the part of a shard and, if it was the last one, the end of its run; how the shard has ended."""
+        """Write the part of a shard; if it was the last shard, also the end of its run. Returns the shard's ending."""
         reporter = self._outlets.reporter
         if reporter.run_cancelled(shard):
             self._tally.cancelled(len(outcomes))
@@ -135,7 +144,7 @@ class Shards:
         reporter.progress(shard, outcomes)
         ending = shard_ending(outcomes)
         written = self._outlets.parts.write(shard, outcomes)
-        if written is None:  # another worker's part was there first: what it says holds
+        if written is None:  # another worker's part was there first, and is the valid one
             written = self._part(shard)
             ending = before(JobState.SUCCEEDED)
         else:
@@ -144,7 +153,7 @@ class Shards:
         return ending
 
     def _part(self, shard: Shard) -> bytes:
-        """The part that another worker wrote, if it was a worker. Raises ContractError for one of more than MAX_PART_BYTES."""
+        """The part that another worker wrote, if it was a worker. Raises ContractError for more than MAX_PART_BYTES."""
         uri = RunLayout(shard.run_uri, shard.format).part(shard.index)
         try:
             return self._outlets.store.get(StorageRef(uri), max_bytes=MAX_PART_BYTES)
@@ -152,7 +161,7 @@ class Shards:
             raise ContractError(f"the part of the shard cannot be read: {error}") from None
 
     def _end(self, shard: Shard, part: bytes) -> None:
-        """The part is there, ours or another's: list its failures, note it, and end the run if it was the last."""
+        """After the part is there, ours or another worker's: list its failures, note it, and end the run if it was the last."""
         layout, objects = RunLayout(shard.run_uri, shard.format), self._outlets.objects
         failed = part_format(shard.format).failed(part)
         write_failed_rows(objects, layout, shard.index, failed)
@@ -160,12 +169,15 @@ class Shards:
             self._outlets.reporter.refusals(objects, layout, shard.run_id).end(read_plan(objects, layout))
 
     def _require_format(self, job_id: str, shard: Shard) -> None:
-        """Raise ElsewhereError or, where nobody else takes the shard either, ContractError, if its part cannot be written here."""
+        """Raise an error if this worker cannot write the part of the shard.
+
+        ElsewhereError while another worker takes the shard; ContractError otherwise.
+        """
         try:
             require_format(shard)
         except ContractError:
             now = time.monotonic()
-            if len(self._handed_over) > 10_000:  # those that another worker took are never asked for again
+            if len(self._handed_over) > 10_000:  # shards that another worker took are never asked for again
                 self._handed_over.clear()
             since = self._handed_over.setdefault(job_id, now)
             if now - since < HAND_OVER_SECONDS and self._elsewhere(shard.format):
@@ -175,7 +187,7 @@ class Shards:
             raise
 
     def read(self, shard: Shard) -> Contents:
-        """The items of a shard. Raises ContractError where they are not what the message says, or more than MAX_SHARD_ITEMS."""
+        """The items of a shard. Raises ContractError when they differ from the message, or are more than MAX_SHARD_ITEMS."""
         if shard.count > MAX_SHARD_ITEMS:
             raise ContractError(
                 f"the shard {shown(shard.uri)} has {shard.count} items, a worker takes {MAX_SHARD_ITEMS}; "
@@ -193,7 +205,7 @@ class Shards:
         return Contents([item for _, item, _ in decoded], failures)
 
     def _admit(self, works: Sequence[Work], sink: Outcomes, shard: Shard | None) -> None:
-        """Send the items in as there is room, and tell meanwhile which have ended: a shard may be larger than the worker."""
+        """Send the items in as there is room, and report meanwhile which have ended: a shard may be larger than the worker."""
         told = time.monotonic()
         with self._jobs.turn:
             for start in range(0, len(works), ADMITTED_AT_ONCE):
@@ -207,7 +219,7 @@ class Shards:
             self._tell(sink, shard, PROGRESS_SECONDS)
 
     def _tell(self, sink: Outcomes, shard: Shard | None, seconds: float) -> None:
-        """Wait for outcomes, and tell of those that have come. Raises why the shard was given back."""
+        """Wait for outcomes, and report the new ones. Raises the reason if the shard was given back."""
         new = sink.wait(seconds)
         if sink.abandoned is not None:
             raise sink.abandoned
@@ -216,7 +228,10 @@ class Shards:
 
 
 def _loads(line: bytes) -> Any:
-    """JSON as quickly as can be. orjson refuses integers beyond the doubles, which a producer writes: one item fails of them."""
+    """Parse JSON as fast as possible.
+
+    orjson refuses integers beyond the doubles, but a producer may write them; only one item may fail.
+    """
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -224,9 +239,9 @@ def _loads(line: bytes) -> Any:
 
 
 def _decoded(shard: Shard, body: bytes) -> list[tuple[int, JobItem, JobFailure | None]]:
-    """The lines of a shard, which must be as many as its message says, and of the positions that it says. Raises ContractError."""
+    """The lines of a shard. Their number and positions must agree with the message. Raises ContractError."""
     body = body.removesuffix(b"\n")
-    count = body.count(b"\n") + 1  # before there is an object for each line
+    count = body.count(b"\n") + 1  # counted before an object for each line takes memory
     if count != shard.count:
         raise ContractError(f"the shard {shown(shard.uri)} has {count} items instead of {shard.count}")
     decoded = []
@@ -241,7 +256,7 @@ def _decoded(shard: Shard, body: bytes) -> list[tuple[int, JobItem, JobFailure |
 
 
 def require_format(shard: Shard) -> None:
-    """Raise ContractError where this worker cannot write the part of a shard."""
+    """Raise ContractError if this worker cannot write the part of a shard."""
     try:
         part_format(shard.format).require()
     except RunError as error:

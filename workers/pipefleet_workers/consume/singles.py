@@ -1,4 +1,9 @@
-"""Single jobs: no thread waits for one. They start together, share batches like all items, and are reported together."""
+"""Single jobs: no thread waits for a single job. They start together, share batches like all items, and are reported together.
+
+    start: one round trip to Redis ─▶ engine ─▶ Single.deliver ─▶ reports ─▶ finish_many: one round trip ─▶ ack
+
+The consumer's intake thread starts jobs; threads of the engine deliver; a thread of its own reports.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +27,14 @@ from pipefleet_workers.results.reports import Reporter
 
 log = logging.getLogger(__name__)
 TOGETHER = 128
-"""Jobs that are started or reported in one round trip at most."""
+"""At most so many jobs start, or are reported, in one round trip."""
 
 
 class Ends(Protocol):
     """Where deliveries end; of several calls for one delivery the first counts. Called by any thread."""
 
     def done(self, delivery: Delivery, message: JobMessage, ending: Ending) -> None:
-        """Acknowledge."""
+        """Acknowledge the message."""
 
     def give_back(self, delivery: Delivery) -> None:
         """Put the message back to its place in the queue."""
@@ -47,9 +52,9 @@ class Single:
     singles: Singles
     context: JobContext | None = None
     ended: threading.Event | None = None
-    """Set when the delivery has left this worker's hands, for who waits."""
+    """Set when the delivery has left this worker's hands; `run_alone` waits for it."""
     left: bool = False
-    """Set when its delivery has ended."""
+    """True once its delivery has ended."""
     _end: Outcome | Exception | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -58,7 +63,7 @@ class Single:
         self._take(outcome)
 
     def abandon(self, reason: Exception) -> None:
-        """End without an outcome."""
+        """End the job without an outcome."""
         self._take(reason)
 
     def _take(self, end: Outcome | Exception) -> None:
@@ -70,7 +75,7 @@ class Single:
 
 
 class Singles:
-    """Starts and reports single jobs. `start` is called by one thread, outcomes come from any."""
+    """Starts and reports single jobs. One thread calls `start`; outcomes come from any thread."""
 
     def __init__(self, jobs: Jobs, reporter: Reporter, gate: Gate, ends: Ends, tally: Tally, *, budget: int) -> None:
         self._jobs = jobs
@@ -83,19 +88,19 @@ class Singles:
         threading.Thread(target=self._report, name="report", daemon=True).start()
 
     def start(self, batch: Sequence[tuple[Delivery, JobMessage]]) -> None:
-        """Start jobs, all in one round trip; each ends its delivery when it is reported."""
+        """Start jobs, all in one round trip; the delivery of each ends when it is reported."""
         self._gate.enter(len(batch))
         self._start([Single(delivery, message, self) for delivery, message in batch])
 
     def run_alone(self, delivery: Delivery, message: JobMessage) -> None:
-        """Run one job to its end; the caller has made sure that nothing runs beside it."""
+        """Run one job to its end. The caller has made sure that no other job runs."""
         single = Single(delivery, message, self, ended=threading.Event())
         self._start([single])
         assert single.ended is not None
         single.ended.wait()
 
     def _start(self, singles: Sequence[Single]) -> None:
-        """Raises nothing: a job that cannot begin leaves, and begins again later."""
+        """Start jobs; raises nothing: a job that cannot begin leaves, and begins again later."""
         try:
             states = self._reporter.start_many([single.message for single in singles])
         except ServiceUnavailableError as error:
@@ -109,7 +114,7 @@ class Singles:
             self._admit([work for work in works if work.job.priority == priority])
 
     def _start_each(self, singles: Sequence[Single], error: Exception) -> None:
-        """Start jobs one by one: one of them, such as one whose id cannot be written, is in the way of all."""
+        """Start jobs one by one: one job, for example with an id that cannot be written, has failed the round trip for all."""
         if len(singles) > 1:
             for single in singles:
                 self._start([single])
@@ -118,7 +123,7 @@ class Singles:
             self._leave(singles[0], error)
 
     def _begun(self, single: Single, state: JobState | Exception) -> list[Work]:
-        """The item of a job that this worker may run; a job that has ended, is refused or fails to begin has none."""
+        """The item of a job that this worker may run; empty for a job that has ended, is refused or fails to begin."""
         try:
             if isinstance(state, JobState) and not state.final:
                 return self._begin(single)
@@ -166,7 +171,7 @@ class Singles:
             if isinstance(end, Exception):
                 self._leave(single, end)
             elif single.delivery.lost:
-                self._leave(single, LOST)  # whoever has the job now reports it
+                self._leave(single, LOST)  # the worker that has the job now reports it
             else:
                 finished.append((single, end))
         ends = [(single.message, outcome) for single, outcome in finished]
@@ -177,9 +182,9 @@ class Singles:
             self._leave(single, ending)
 
     def _leave(self, single: Single, end: Ending | Exception) -> None:
-        """The one place where a single job's delivery ends. Once: a second call, after an error in between, does nothing.
+        """The one place where a single job's delivery ends. A second call, after an error in between, does nothing.
 
-        The job leaves the gate whatever happens.
+        The job leaves the gate in every case.
         """
         if single.left:
             return
@@ -188,7 +193,7 @@ class Singles:
             self._end(single, end)
         except Exception:
             log.exception("the end of job %r failed; its message goes back", single.message.id)
-            self._ends.give_back(single.delivery)  # nothing, where it has left
+            self._ends.give_back(single.delivery)  # does nothing if the delivery has ended
         finally:
             if single.ended is not None:
                 single.ended.set()

@@ -1,9 +1,15 @@
-"""Jobs that may have killed a worker: run alone, and a shard of them split until the culprit is known.
+"""Jobs that may have killed a worker run alone, and a shard among them is split until its killer item is known.
 
-A shard that was delivered too often is run item by item, the position noted in Redis before each begins. If the worker dies, the
-next one finds the position of the culprit, fails that item with code `killed_worker`, and runs the others as usual, but alone;
-should that die as well, there is another culprit, and the search begins again without the first. A worker that is still alive
-convicts nobody by what it noted itself: it gave the item up for another reason, such as a Redis that was away.
+The search in a shard that was delivered too often:
+
+1. The worker runs the shard item by item. Before each item it notes the item's position in Redis.
+2. The worker dies. The position stays in Redis.
+3. The next worker finds the position: this item is a culprit, and fails with the code `killed_worker`.
+4. The next worker runs all other items as usual, in batches, but with no other job beside them.
+5. If that worker dies as well, there is another culprit: the search begins again at 1, without the known culprits.
+
+A worker that lives never convicts an item by its own note: it gave the item up for another reason, such as a Redis that was away.
+The consumer calls `Suspects.run`. It raises the errors of `Shards.run`.
 """
 
 from __future__ import annotations
@@ -46,12 +52,12 @@ return openings
 """
 """KEYS: journal. ARGV: ttl. How often the list of items was opened, this time included."""
 Bury = Callable[[str, JobMessage, int, JobItem], None]
-"""Puts an item to the dead letters: reason, message, position in the shard, item."""
+"""Moves an item to the dead letters: reason, message, position in the shard, item."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What earlier deliveries of a shard have found out."""
+    """The knowledge of earlier deliveries about a shard."""
 
     trying: int | None = None
     """Position of the item that was running when the worker died."""
@@ -59,7 +65,7 @@ class Finding:
 
 
 class Journal:
-    """What is known of one shard, in a Redis hash. Raises ServiceUnavailableError when Redis is away."""
+    """The knowledge about one shard, in a Redis hash. Raises ServiceUnavailableError when Redis is away."""
 
     def __init__(self, redis: Any, settings: Settings, shard: Shard) -> None:
         self._redis = redis
@@ -68,7 +74,7 @@ class Journal:
         self._key = run_key(shard.run_id, f"suspects:{shard.index}")
 
     def read(self, reader: str) -> Finding:
-        """What is known, but for what `reader` itself noted of an item that it was trying."""
+        """The finding, without a note that the process `reader` itself wrote about an item that it was trying."""
         with redis_errors(self._settings.redis_url):
             raw = self._redis.hgetall(self._key)
         position, _, process = raw.get(b"trying", b"").decode(errors="replace").partition(":")
@@ -76,29 +82,29 @@ class Journal:
         return Finding(found[0] if found else None, tuple(self._positions(_list(raw.get(b"culprits", b"[]")))))
 
     def _positions(self, values: Sequence[Any]) -> list[int]:
-        """Those that an item of the shard has; others, which only another program notes, accuse nobody."""
+        """The values that are positions of the shard; other values, which only another program writes, accuse no item."""
         found = [int(one) for one in values if re.fullmatch("[0-9]{1,9}", str(one), re.ASCII)]
         return [one for one in found if one < self._count]
 
     def convict(self, finding: Finding) -> Finding:
-        """The item that was running is a culprit from now on."""
+        """Note that the item that was running is a culprit."""
         assert finding.trying is not None
         found = Finding(None, tuple(sorted({*finding.culprits, finding.trying})))
         self._note("culprits", json.dumps(found.culprits))
         return found
 
     def opens(self) -> int:
-        """The list of items is read next; how often that has begun, this time included, without being over."""
+        """Note that the list of items is read next. Returns how many such readings have begun without an end, this one included."""
         with redis_errors(self._settings.redis_url):
             return int(self._redis.eval(_OPEN, 1, self._key, int(self._settings.run_ttl)))
 
     def opened(self) -> None:
-        """The list of items is read, or was given up, and the worker lives."""
+        """Note that the list of items was read or given up, and the worker lives."""
         with redis_errors(self._settings.redis_url):
             self._redis.hdel(self._key, "openings")
 
     def tries(self, position: int, worker: str) -> None:
-        """The item at `position` begins in a process of this name."""
+        """Note that the item at `position` begins in a process of this name."""
         self._note("trying", f"{position}:{worker}")
 
     def _note(self, field: str, text: str) -> None:
@@ -106,18 +112,18 @@ class Journal:
             self._redis.eval(_NOTE, 1, self._key, field, text, int(self._settings.run_ttl))
 
     def tried(self) -> None:
-        """The item that was running has ended, or was given up, and the worker lives."""
+        """Note that the running item has ended or was given up, and the worker lives."""
         with redis_errors(self._settings.redis_url):
             self._redis.hdel(self._key, "trying")
 
     def forget(self) -> None:
-        """The shard has ended."""
+        """Delete the notes: the shard has ended."""
         with redis_errors(self._settings.redis_url):
             self._redis.delete(self._key)
 
 
 class Suspects:
-    """Runs shards that were delivered more often than `most` times. The caller has made sure that nothing runs beside them."""
+    """Runs shards that were delivered too often. The caller has made sure that no other job runs."""
 
     def __init__(self, jobs: Jobs, shards: Shards, journal: Callable[[Shard], Journal], bury: Bury) -> None:
         self._jobs = jobs
@@ -127,7 +133,7 @@ class Suspects:
         self._name = uuid.uuid4().hex
 
     def run(self, message: JobMessage, shard: Shard) -> Ending:
-        """Run one shard to its end; how it has ended. Raises what `Shards.run` raises."""
+        """Run one shard to its end; returns its ending. Raises the errors of `Shards.run`."""
         journal = self._journal(shard)
         finding = journal.read(self._name)
         if journal.opens() > MOST_OPENINGS:
@@ -158,7 +164,7 @@ class Suspects:
         return ending
 
     def _settle(self, journal: Journal, finding: Finding, message: JobMessage, shard: Shard) -> None:
-        """The shard has ended: a dead letter for each culprit, twice only if this process ends in here."""
+        """After the shard has ended: write a dead letter for each culprit; twice only if this process dies in here."""
         items = self._shards.read(shard).items if finding.culprits else []
         for position in finding.culprits:
             self._bury(_FAILURE.message, message, position, items[position])

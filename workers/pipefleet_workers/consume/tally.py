@@ -1,4 +1,4 @@
-"""`Tally`: what a consumer counts, for Prometheus and for the scaler."""
+"""`Tally`: the counters of a consumer, for Prometheus and for the scaler. The consumer and its parts call it at each event."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pipefleet_workers.observe.totals import WorkCount
 class Tally:
     """Counts messages, the work in them, and the items that end. Thread-safe.
 
-    An item is counted once, by the worker that wrote its record or its part, or noted that its shard was refused, so that the
-    workers' sums are what can be read there.
+    An item is counted once: by the worker that wrote its record or its part, or noted that its shard was refused. So the sum over
+    all workers agrees with the records and parts.
     """
 
     def __init__(self, metrics: Metrics, work: WorkCount) -> None:
@@ -26,7 +26,7 @@ class Tally:
         self._work = work
 
     def taken(self, delivery: Delivery) -> None:
-        """A message was delivered; again, where a worker died with it or lost it."""
+        """A message was delivered; or again, if a worker died with it or lost it."""
         self._metrics.message("redelivered" if delivery.deliveries > 1 else "delivered")
 
     def handed_back(self) -> None:
@@ -34,11 +34,11 @@ class Tally:
         self._metrics.message("handed_back")
 
     def handed_over(self) -> None:
-        """A message of another revision went to the queue of that."""
+        """A message of another revision went to the queue of this revision."""
         self._metrics.message("handed_over")
 
     def done(self, message: JobMessage, ending: Ending) -> None:
-        """A message was acknowledged; its work counts where it was done here."""
+        """A message was acknowledged; its work counts if it was done here."""
         if ending.here:
             self._work.add(cost=message.work)
 
@@ -51,7 +51,7 @@ class Tally:
             self._metrics.failure(code=code, stage=stage, count=count)
 
     def single(self, ending: Ending) -> None:
-        """A single job that this worker had begun has ended; who cancelled one has written that, and it counts all the same."""
+        """A single job that this worker had begun has ended. A cancelled job counts too, though its canceller wrote its record."""
         if ending.state is JobState.CANCELLED:
             self._metrics.ended(JobState.CANCELLED)
         elif ending.here and ending.state is not None:
@@ -64,11 +64,11 @@ class Tally:
         self._metrics.ended(JobState.CANCELLED, count)
 
     def refused(self, failure: JobFailure, count: int) -> None:
-        """No worker will run a shard of so many items. Where it is taken up later, its items end, and count, once more."""
+        """No worker will run a shard of so many items. If the shard is taken up later, its items end and count once more."""
         self._metrics.ended(JobState.FAILED, count)
         self._metrics.failure(code=failure.code, stage=failure.stage, count=count)
 
     def failed(self, failure: JobFailure) -> None:
-        """A single job failed without an outcome: refused, or a dead letter."""
+        """A single job failed without an outcome: it was refused, or is a dead letter."""
         self._metrics.ended(JobState.FAILED)
         self._metrics.failure(code=failure.code, stage=failure.stage)

@@ -1,7 +1,8 @@
-"""Messages as anybody may have written them: everything is checked before a consumer sees it, and before anything is decoded.
+"""Checks messages, which any program may have written, before a consumer sees them and before anything is decoded.
 
-Redis lists are open to every producer, and kombu and Celery end the worker on many malformed messages. Kombu also unpacks
-compressed bodies without a bound: none is taken here, only JSON in UTF-8, as a text or as base64.
+`transport` passes the bytes of a fetched message and gets an envelope for kombu, or a MalformedError. Every producer may write to
+the Redis lists, and many malformed messages end a worker of kombu and Celery. Kombu also unpacks compressed bodies without a bound:
+no compressed body is accepted here, only JSON in UTF-8, as a text or as base64.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ __all__ = ["MalformedError", "check_message", "mark", "read_envelope", "refuse_c
 DELIVERIES = "x-delivery-count"
 RETRIES = "x-retry-count"
 MOST_DEPTH = 100
-"""Lists and objects within each other in a body; more of them cost a stack that nobody's inputs need."""
+"""Lists and objects within each other in a body; deeper nesting costs a stack that no job's inputs need."""
 _ENCODINGS = ("base64", "utf-8")
 _CHARACTERS = ("utf-8", "utf8", "us-ascii", "ascii")
 _NO_JSON = (ValueError, RecursionError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
 def read_envelope(raw: bytes, clock: Callable[[], float] = time.time) -> dict[str, Any]:
-    """The message as a dictionary of the shape that kombu and Celery take for granted. Raises MalformedError.
+    """The message as a dictionary of the shape that kombu and Celery expect. Raises MalformedError.
 
-    `clock` tells seconds since 1970, for what its headers say of times.
+    `clock` gives seconds since 1970, for the times in its headers.
     """
     if len(raw) > MAX_WIRE_BYTES:
         raise MalformedError(f"too_large: its message has {len(raw)} bytes, and a worker takes {MAX_WIRE_BYTES}")
@@ -55,14 +56,14 @@ def read_envelope(raw: bytes, clock: Callable[[], float] = time.time) -> dict[st
 
 
 def mark(envelope: dict[str, Any], deliveries: int, retries: int) -> None:
-    """Write into the headers how often the message was delivered (this time included) and given back with a delay."""
+    """Write two counts into the headers: deliveries of the message (with this one), and how often it was put back with a delay."""
     again = deliveries > 1
     envelope["headers"].update({DELIVERIES: deliveries, RETRIES: retries, "redelivered": again})
     envelope["properties"]["delivery_info"]["redelivered"] = again
 
 
 def check_message(message: Any) -> None:
-    """Check what only decoding shows. Raises MalformedError; the decoded body stays with the message, so nothing is done twice."""
+    """Check the decoded body. Raises MalformedError. The decoded body stays with the message, so it is not decoded twice."""
     if message.errors:
         raise MalformedError("its body has no UTF-8 form, or is compressed")
     _checked_types(message.content_type, message.content_encoding)
@@ -77,11 +78,11 @@ def check_message(message: Any) -> None:
         raise MalformedError(f"its body is empty, or nests more than {MOST_DEPTH} deep")
     if "task" in (message.headers or {}) and not _is_call(payload):
         raise MalformedError("its body is not the arguments of a task")
-    message._decoded_cache = payload  # kombu's own decoder makes decimals and bytes of what claims to be some
+    message._decoded_cache = payload  # kombu's own decoder would turn tagged objects into decimals and bytes
 
 
 def refuse_compression() -> None:
-    """Have kombu unpack nothing in this process, whoever asks: Celery's own transport and its control channel do."""
+    """Stop kombu from unpacking in this process, for every caller: Celery's own transport and its control channel unpack too."""
     for kind in compression.encoders():
         compression.register(compression.get_encoder(kind)[0], _refused, kind)
 
@@ -109,7 +110,7 @@ def _is_call(payload: Any) -> bool:
 def _too_deep(text: bytes | str, value: Any) -> bool:
     text = text if isinstance(text, bytes) else text.encode(errors="replace")
     if text.count(b"[") + text.count(b"{") <= MOST_DEPTH:
-        return False  # as with nearly every message, without a look at its values
+        return False  # the quick answer for nearly every message
     level = [value]
     for _ in range(MOST_DEPTH):
         inside = (child for one in level for child in (one.values() if isinstance(one, dict) else one))

@@ -1,6 +1,7 @@
-"""What is kept of a message's headers and properties: the few that Celery and this worker read, each of its type and bounded.
+"""Keeps the few headers and properties that Celery and this worker read, each of the right type and bounded. `envelope` calls it.
 
-Everything else, what asks a worker to send further messages or to write results among it, goes no further than this module.
+All other headers end here, among them headers that ask a worker to send further messages or to write results. A wrong type in a
+header that matters raises MalformedError; other wrong headers are dropped.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from pipefleet.queues.celery import COST_HEADER, SHARD_HEADER, TIME_HEADER
 MOST_ID = 200
 """Characters of an id."""
 MOST_WAIT = 366 * 86_400.0
-"""Seconds; a message that is to begin later than that from now is refused."""
+"""Seconds; a message that should begin later than this from now is refused."""
 MOST_STAMPS = 100
 _NEVER = 10 * MOST_WAIT
-"""Seconds from now; a message that expires later than that does not expire."""
+"""Seconds from now; a message that expires later than this does not expire."""
 _TEXTS = {"root_id": MOST_ID, "parent_id": MOST_ID, "lang": 40, "traceparent": 200, "tracestate": 1024}
 _SHOWN = ("argsrepr", "kwargsrepr")
 _MOST_SHOWN = 2048
-"""Characters of a text that is only shown; Celery's own producers write 1,024."""
+"""Characters of a text that is only displayed; Celery's own producers write 1,024."""
 _NUMBERS = (COST_HEADER, TIME_HEADER)
 _LOWEST = 9
 
 
 class MalformedError(Exception):
-    """The message cannot be delivered; says why in a few words that repeat nothing of it."""
+    """The message cannot be delivered. The text gives the reason in a few words and repeats nothing of the message."""
 
 
 def checked_headers(headers: Any, clock: Callable[[], float] = time.time) -> dict[str, Any]:
-    """The headers that count. Raises MalformedError where one of those that decide is not of its type."""
+    """The headers that are kept. Raises MalformedError when a header that decides has the wrong type."""
     if headers is None:
         return {}
     if not isinstance(headers, Mapping):
@@ -60,7 +61,7 @@ def checked_headers(headers: Any, clock: Callable[[], float] = time.time) -> dic
 
 
 def checked_properties(properties: Any) -> dict[str, Any]:
-    """The properties that count. Raises MalformedError without a delivery tag and delivery info."""
+    """The properties that are kept. Raises MalformedError without a delivery tag and delivery info."""
     if not isinstance(properties, Mapping):
         raise MalformedError("it has no properties")
     tag, info = properties.get("delivery_tag"), properties.get("delivery_info")
@@ -89,19 +90,19 @@ def _named(value: Any, what: str) -> str:
 
 
 def _is_text(value: Any, most: int) -> bool:
-    """Whether this is a text of 1 to `most` characters with a UTF-8 form, on one line."""
+    """Whether `value` is a text of 1 to `most` characters, with a UTF-8 form, on one line."""
     if not isinstance(value, str) or not 0 < len(value) <= most:
         return False
     return value.isprintable() or not any(ord(one) < 32 or one in "\x7f\x85\u2028\u2029" or _odd(one) for one in value)
 
 
 def _odd(one: str) -> bool:
-    """Whether a character is half of a pair, or one of the second set of control characters."""
+    """Whether a character is half of a surrogate pair, or a control character of the second set (C1)."""
     return 0x80 <= ord(one) < 0xA0 or 0xD800 <= ord(one) < 0xE000
 
 
 def _times(headers: Mapping[str, Any], clock: Callable[[], float]) -> dict[str, str]:
-    """`eta` and `expires` in the one form that nothing behind this stumbles over."""
+    """`eta` and `expires` in the one form that all later code can read."""
     found: dict[str, str] = {}
     eta, expires = _time(headers, "eta"), _time(headers, "expires")
     if eta is None and expires is None:
@@ -134,7 +135,7 @@ def _written(seconds: float) -> str:
 
 
 def _stamps(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """The stamps that an operator may revoke by: names, and for each a text or a list of texts."""
+    """The stamps that an operator may revoke by: their names, and for each name a text or a list of texts."""
     names, stamps = headers.get("stamped_headers"), headers.get("stamps")
     if not isinstance(names, list) or not isinstance(stamps, Mapping):
         return {}

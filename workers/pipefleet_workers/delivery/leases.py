@@ -1,4 +1,10 @@
-"""What a worker holds of a queue: leases, the keys they stand under, and the terms they are held on. No I/O."""
+"""The types of delivery: leases, the Redis keys that hold them, and the terms of a lease. No I/O.
+
+fetched ─▶ held, renewed ─┬─ ack ─────────▶ Acked       gone
+                          ├─ give_back ───▶ GivenBack   to its list, at once or after a delay
+                          ├─ dead_letter ─▶ Buried      to the dead letters
+                          └─ not renewed ─▶ lost        another worker may have the message
+"""
 
 from __future__ import annotations
 
@@ -30,16 +36,16 @@ class LeaseKeys:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How leases are held. Every worker of a queue has the same `lease_seconds`."""
+    """The terms of a lease. Every worker of a queue has the same `lease_seconds`."""
 
     lease_seconds: float
-    """How long after its last renewal a message is left alone."""
+    """A message is left alone for this long after its last renewal."""
     renew_seconds: float
     sweep_seconds: float
     ack_seconds: float
     """How long acks may wait for each other while the worker is busy."""
     prefix: str
-    """What stands before every key and list."""
+    """The prefix of every key and list."""
     separator: str
     steps: tuple[int, ...]
     """Priority steps, lowest number first."""
@@ -54,7 +60,7 @@ class Acked:
 
 @dataclass(frozen=True, slots=True)
 class GivenBack:
-    """The message goes to the head of its list, or of another, after `delay` seconds."""
+    """The message goes to the head of its list, or of another list, after `delay` seconds."""
 
     delay: float = 0.0
     list: str | None = None
@@ -74,89 +80,89 @@ Settlement = Acked | GivenBack | Buried
 
 
 class Holder(Protocol):
-    """Where a lease is kept and settled."""
+    """Keeps a lease, and writes its end."""
 
     def settle(self, lease: Lease, settlement: Settlement) -> None:
         """End the lease; only the first call counts. Thread-safe."""
 
     def due_now(self, lease: Lease) -> None:
-        """Let its message, which was put off, come back now. Thread-safe."""
+        """Let the message of a lease that was put off come back now. Thread-safe."""
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Lease:
     """One delivered message, held until it is settled. Thread-safe.
 
-    Of `ack`, `give_back`, `hand_over` and `dead_letter` the first counts.
+    Of `ack`, `give_back`, `hand_over` and `dead_letter` only the first call counts.
 
-    It is renewed while somebody holds it, or the message that `lease_of` found it on; once nobody does, it runs out and the
-    message is delivered again.
+    It is renewed as long as any Python reference exists: to the lease, or to the message that `lease_of` found it on. Without a
+    reference it runs out, and the message is delivered again.
     """
 
     tag: bytes
     owner: str
     queue: str
     list: str
-    """The Redis list it was taken from, with the global prefix."""
+    """The Redis list that the message came from, with the global prefix."""
     deliveries: int
-    """How often it has been delivered, this time included; give-backs are taken off."""
+    """How often the message was delivered, this time included; deliveries that were given back do not count."""
     retries: int
-    """How often it was given back with a delay."""
+    """How often the message was given back with a delay."""
     order: int
-    """Rises with every message that this process fetched."""
+    """Rises with every message that this process fetches."""
     holder: Holder
     low: bool = False
     lost: bool = False
-    """True once another worker may have the message, or Redis no longer knows it: settling it does nothing any more."""
+    """True once another worker may have the message, or Redis no longer knows it; settling then does nothing."""
     settled: bool = False
     key: str = field(init=False)
-    """The delivery tag that this process gives the message: apart for each delivery, as Redis's own tags are not."""
+    """The delivery tag of the message in this process. It differs for each delivery; Redis's own tags do not."""
 
     def __post_init__(self) -> None:
         self.key = f"{self.order}.{self.tag.decode(errors='replace')}"
 
     def ack(self) -> None:
-        """The message is done: drop it within milliseconds, again and again until Redis has heard it."""
+        """The message is done: delete it within milliseconds, and repeat until Redis has answered."""
         self.holder.settle(self, Acked())
 
     def give_back(self, delay: float = 0.0) -> None:
-        """Hand the message to whichever worker comes next, at the head of its list; does not count as a delivery.
+        """Give the message to the next worker, at the head of its list; this delivery does not count.
 
-        With a `delay` in seconds it is kept aside that long, and `retries` rises by one.
+        With a `delay` in seconds the message is kept aside so long, and `retries` rises by one.
         """
         self.holder.settle(self, GivenBack(max(0.0, delay)))
 
     def put_off(self, seconds: float) -> None:
-        """Keep the message aside for so many seconds, since its time has not come; counts as neither delivery nor retry."""
+        """Keep the message aside for so many seconds, since its time has not come; counts neither as a delivery nor as a retry."""
         self.holder.settle(self, GivenBack(max(0.0, seconds), retry=False))
 
     def due_now(self) -> None:
-        """Let a message that was put off come back at once. Returns at once; nothing where it has come back already."""
+        """Let a message that was put off come back now. Returns at once; does nothing if it has come back already."""
         self.holder.due_now(self)
 
     @property
     def taken_at(self) -> float:
-        """When it was fetched, in seconds since 1970 by the server's clock."""
+        """When the message was fetched, in seconds since 1970 on the server's clock."""
         return float(self.owner.rpartition("@")[2])
 
     def hand_over(self, queue: str, list: str) -> None:
-        """Move the message to the head of another queue's list; does not count as a delivery.
+        """Move the message to the head of another queue's list; this delivery does not count.
 
-        Where that is the queue that it came from, it is kept aside for a second, so that another worker takes it.
+        If that is the queue that it came from, the message is kept aside for a second, so that another worker takes it.
         """
         self.holder.settle(self, GivenBack(1.0) if queue == self.queue else GivenBack(list=list))
 
     def dead_letter(self, reason: str) -> None:
-        """Move the message to the dead letters with one sentence why."""
+        """Move the message to the dead letters, with a reason of one sentence."""
         self.holder.settle(self, Buried(reason))
 
 
 def lease_of(message: Any) -> Lease | None:
-    """The lease of a kombu message that came from the lease transport, or None for any other."""
+    """The lease of a kombu message from the lease transport; None for any other message."""
     found = getattr(message, "lease", None)
     return found if isinstance(found, Lease) else None
 
 
 def is_queue_name(name: object) -> bool:
-    """Whether the book-keeping can carry the name of a queue: a text without quotes, backslashes and control characters."""
+    """Whether the Redis records can hold this name of a queue: a text without quotes, backslashes and control characters."""
     return isinstance(name, str) and bool(name) and json.dumps(name, ensure_ascii=False) == f'"{name}"'

@@ -1,7 +1,12 @@
-"""The thread that keeps a worker's leases: it renews them, writes acks and give-backs, and sweeps up what others left.
+"""The thread that keeps a worker's leases: it renews them, writes acks and give-backs, and sweeps up the leases of dead workers.
 
-It has its own connection and its own thread because neither the event loop nor the pool's threads may be relied on: a solo
-task keeps the loop busy for as long as it runs, and a lease must live on through a reconnect of the consumer.
+    add ─▶ held ─▶ renew every `renew_seconds` ─┬▶ settle ─▶ pending ─▶ written in batches (`settlements`)
+                                                └▶ lost: `on_lost`
+    every `sweep_seconds`: leases that ran out ─▶ lists; messages that wait in `arriving` ─▶ lists; dead letters ─▶ `on_dead`
+
+`transport` adds leases; any thread settles them. The ledger has its own connection and its own thread. The event loop cannot do
+this work: a solo task keeps the loop busy for as long as it runs. A lease must also survive a reconnect of the consumer. While
+Redis is away the thread waits and repeats; nothing is lost. After an outage it renews its own leases before it sweeps.
 """
 
 from __future__ import annotations
@@ -33,11 +38,11 @@ _CHUNK = 500
 _PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 1.0
 """Seconds before Redis is tried again."""
 _MOST_TELLS = 5
-"""How often somebody is told of a dead letter and fails, while it is told of others without an error."""
+"""A dead letter is filed untold after so many failed reports, counted while reports of other letters succeed."""
 
 
 class _Held(NamedTuple):
-    """A lease that the consumer may drop, and what it takes to give its message back all the same."""
+    """A lease that the consumer may drop, with the data that its message needs to be given back all the same."""
 
     lease: weakref.ref[Lease]
     tag: bytes
@@ -48,7 +53,7 @@ class _Held(NamedTuple):
 
 
 class User(Protocol):
-    """Who takes messages for a ledger."""
+    """Takes messages that a ledger holds."""
 
     def credit_freed(self) -> None:
         """A lease ended, so there may be room for another message. Called by any thread."""
@@ -98,19 +103,22 @@ class Ledger:
 
     @property
     def held_low(self) -> int:
-        """How many of them came from the lowest priority's lists."""
+        """How many held messages came from the lists of the lowest priority."""
         return len(self._low)
 
     def owner(self) -> str:
-        """A new name for the holder of what one fetch brings: host, process, a random part, a number."""
+        """A new owner name for the messages of one fetch: host, process, a random part, a number."""
         return f"{self._name}:{next(self._fetches)}"
 
     def next_order(self) -> int:
-        """A number above all before it."""
+        """A number above all earlier numbers."""
         return next(self._order)
 
     def attach(self, user: User, lists: Iterable[str]) -> None:
-        """Keep the thread running for `user`, who takes from `lists`, and tell it when a lease ends. Users are held weakly."""
+        """Keep the thread running for `user`, who takes from `lists`, and tell the user when a lease ends.
+
+        Users are held weakly.
+        """
         with self._lock:
             self._users.add(user)
             self._lists.update(lists)
@@ -123,7 +131,7 @@ class Ledger:
         self._wake.set()
 
     def gather_soon(self) -> None:
-        """Let what woke this process, and was not fetched, wake others, also when no user is left. Returns at once."""
+        """Let messages that woke this process, and were not fetched, wake others; also when no user is left. Returns at once."""
         self._gathers = True
         self._wake.set()
 
@@ -139,19 +147,22 @@ class Ledger:
             self._start()
 
     def find(self, key: str) -> Lease | None:
-        """The lease of a local delivery tag, while it is held."""
+        """The lease with a local delivery tag, while it is held."""
         held = self._held.get(key)
         return held.lease() if held else None
 
     def leases(self) -> list[Lease]:
-        """What is held now, in the order of fetching."""
+        """The leases that are held now, in the order of fetching."""
         with self._lock:
             held = list(self._held.values())
         found = [lease for one in held if (lease := one.lease()) is not None]
         return sorted(found, key=lambda lease: lease.order)
 
     def give_all_back(self) -> None:
-        """Give back what is held, with what the consumer dropped: Celery's thread pool cancels at shutdown what has not begun."""
+        """Give back all held messages, also those that the consumer dropped.
+
+        Celery's thread pool drops unstarted tasks at shutdown.
+        """
         with self._lock:
             held = list(self._held.values())
         for one in held:
@@ -159,7 +170,7 @@ class Ledger:
             lease.give_back()
 
     def settle(self, lease: Lease, settlement: Settlement) -> None:
-        """End a lease; written within `ack_seconds`, and again until Redis has answered. Only the first call counts."""
+        """End a lease. It is written within `ack_seconds`, and again until Redis has answered. Only the first call counts."""
         with self._lock:
             if lease.settled or lease.lost:
                 return
@@ -172,19 +183,19 @@ class Ledger:
         self._tell_users()
 
     def due_now(self, lease: Lease) -> None:
-        """Let a message that was put off come back at once."""
+        """Let a message that was put off come back now."""
         self._due.append(lease.tag)
         self._wake.set()
 
     def nudge(self) -> None:
-        """Look after dead letters and expired leases now rather than at the next sweep."""
+        """Look for dead letters and expired leases now instead of at the next sweep."""
         self._sweep_at = 0.0
         self._wake.set()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until every settlement is written and told of; False when that took longer than `seconds`."""
+        """Wait until every settlement is written and reported; False when this took longer than `seconds`."""
         if os.getpid() != self._pid:
-            return True  # a forked child: the thread and its work stayed with the parent
+            return True  # in a forked child: the thread and its work stayed with the parent
         self._wake.set()
         with self._written:
             return self._written.wait_for(lambda: not (self._unwritten or self._reporting), seconds)
@@ -230,7 +241,7 @@ class Ledger:
     def _turn(self) -> None:
         self._wake.clear()
         if self._pending:
-            # Alone it goes at once; in a stream those of a few milliseconds share a round trip.
+            # A lone settlement is written at once; in a stream, the settlements of a few milliseconds share a round trip.
             time.sleep(
                 max(0.0, min(self._terms.ack_seconds, self._wrote_at + self._terms.ack_seconds - time.monotonic()))
             )
@@ -250,7 +261,7 @@ class Ledger:
             log.warning("leases of %s wait for Redis: %s", self._keys[0], type(error).__name__)
         self._pause = min(_PAUSE_LONGEST, max(_PAUSE_FIRST, 2 * self._pause))
         time.sleep(self._pause)
-        self._renew_at = 0.0  # before anything else, once it is back
+        self._renew_at = 0.0  # once Redis is back, renew before sweeping
         self._wake.set()
 
     def _call(self, script: str, *arguments: Any) -> Any:
@@ -259,7 +270,7 @@ class Ledger:
         return answer
 
     def _note_answer(self) -> None:
-        """After a silence that all workers share, everybody renews before anybody sweeps."""
+        """Note that Redis answered. After a silence that all workers share, every worker must renew before any worker sweeps."""
         now = time.monotonic()
         if now - self._answered_at > self._silence:
             self._sweep_at = max(self._sweep_at, now + 2 * self._terms.renew_seconds)
@@ -319,7 +330,7 @@ class Ledger:
         for lease in leases:
             with self._lock:
                 if lease.settled:
-                    continue  # settled while the renewal was on its way
+                    continue  # it was settled while the renewal was on its way
                 lease.lost = True
                 self._drop(lease.key)
             log.warning("the lease of message %s is lost; another worker may run it", lease.key)
@@ -343,16 +354,16 @@ class Ledger:
         self._sweep_at = max(self._sweep_at, time.monotonic() + terms.sweep_seconds)
 
     def _gather(self) -> None:
-        """What woke a worker that died or is slow wakes another one."""
+        """Put messages that woke a dead or slow worker back to their lists, where they wake another worker."""
         with self._lock:
             lists = sorted(self._lists)
         if lists:
             self._call(GATHER, *lists)
 
     def _report(self) -> None:
-        """Tell of dead letters at least once, whichever worker's they were, then file them.
+        """Report the dead letters of all workers, each at least once, then file them.
 
-        In a thread of its own: telling waits for services, and leases must be renewed meanwhile.
+        Reports run in a thread of their own: they wait for services, and leases must be renewed meanwhile.
         """
         entries = [] if self._reporting else self._call(UNREPORTED)
         if entries:
@@ -376,7 +387,10 @@ class Ledger:
             self._wake.set()
 
     def _given_up(self, failed: Sequence[bytes], *, others: bool) -> list[bytes]:
-        """Letters that fail while others do not: after some tries they are filed untold, or they would keep later ones back."""
+        """Letters whose report fails while others succeed.
+
+        After some tries they are filed untold, or they would keep later letters back.
+        """
         self._failed_tells = Counter({entry: self._failed_tells[entry] + others for entry in failed})
         given_up = [entry for entry in failed if self._failed_tells[entry] >= _MOST_TELLS]
         if given_up:

@@ -1,4 +1,7 @@
-"""What a channel has delivered and may still take, by the leases of its ledger instead of kombu's list of tags."""
+"""The prefetch of a channel, counted by the leases of its ledger instead of kombu's list of tags.
+
+Kombu calls it for each channel.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from kombu.transport import redis as stock
 
 log = logging.getLogger(__name__)
 UNBOUNDED = 1 << 30
-"""More messages than anybody takes."""
+"""More messages than any worker takes."""
 
 
 class QoS(stock.QoS):  # type: ignore[misc]
-    """What a channel has delivered: the leases of its ledger, which outlive the channel when a connection breaks."""
+    """The messages of a channel: the leases of its ledger, which outlive the channel when a connection breaks."""
 
     def can_consume(self) -> bool:
         """Whether there is room for a message."""
@@ -24,7 +27,10 @@ class QoS(stock.QoS):  # type: ignore[misc]
         return self.credit()
 
     def credit(self) -> int:
-        """Messages that may be taken now. The channel is marked starved first, so that a lease which ends meanwhile wakes it."""
+        """How many messages may be taken now. Sets the channel's `starved` flag before it counts.
+
+        The flag comes first: a lease that ends between the count and the flag would otherwise wake no one.
+        """
         if not self.prefetch_count:
             return UNBOUNDED
         self.channel.starved = True
@@ -41,7 +47,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
             super().ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Give the message back at once, or with `requeue` false move it to the dead letters. Thread-safe."""
+        """Give the message back at once; with `requeue` false move it to the dead letters. Thread-safe."""
         lease = self.channel.ledger.find(delivery_tag)
         if lease is None:
             if delivery_tag in self._delivered:
@@ -52,10 +58,10 @@ class QoS(stock.QoS):  # type: ignore[misc]
             lease.dead_letter("it was rejected by its consumer")
 
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
-        """Nothing: the ledger sweeps, by the server's clock and also while the event loop is busy."""
+        """Do nothing: the ledger sweeps, by the server's clock and also while the event loop is busy."""
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Give everything back that this process holds, and wait until Redis has it."""
+        """Give back all messages that this process holds, and wait until Redis has them."""
         ledger = self.channel.ledger
         self.channel.finish_callbacks()
         ledger.give_all_back()
@@ -63,7 +69,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
             log.warning("messages could not be given back; they are delivered again once their lease runs out")
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """At the end of a channel: give back what is held, unless only a connection broke and the tasks go on."""
+        """At the end of a channel: give back the held messages, unless only a connection broke and the tasks go on."""
         self._on_collect.cancel()
         self._flush()
         if self.channel.do_restore and self.channel.leasing:

@@ -1,4 +1,7 @@
-"""A worker's first words with Redis: is it one that can be used, and does it take writes yet. Waited for, but not for ever."""
+"""A worker's first contact with Redis: it refuses a server that can never serve, and waits, within a bound, for writes to work.
+
+The start of a worker calls it. Raises UsageError for a Redis Cluster, ServiceUnavailableError when the wait is over.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ LONGEST_PAUSE = 2.0
 
 
 def connect_patiently(settings: Settings, worker_settings: WorkerSettings) -> Any:
-    """A client of a Redis that takes writes: waited for while it loads, is a replica, or does not answer.
+    """A client of a Redis that takes writes. Waits while Redis loads, is a replica, or does not answer.
 
     Raises ServiceUnavailableError after `start_patience` seconds, UsageError for a node of a Redis Cluster.
     """
@@ -37,13 +40,13 @@ def connect_patiently(settings: Settings, worker_settings: WorkerSettings) -> An
 
 
 def refuse_unusable(settings: Settings) -> None:
-    """Raise UsageError for a server that will never serve; whoever waits for one that is away looks no further."""
+    """Raise UsageError for a server that will never serve. A server that is away raises nothing here."""
     with contextlib.suppress(ServiceUnavailableError), redis_errors(settings.redis_url):
         refuse_cluster(connect(settings), settings)
 
 
 def refuse_cluster(redis: Any, settings: Settings) -> None:
-    """Raise UsageError for a node of a Redis Cluster. Raises redis-py's errors; a right that is missing refuses nothing."""
+    """Raise UsageError for a node of a Redis Cluster. Raises redis-py's errors; a missing right to ask refuses nothing."""
     from redis.exceptions import NoPermissionError
 
     try:
@@ -55,7 +58,7 @@ def refuse_cluster(redis: Any, settings: Settings) -> None:
 
 
 class _Once:
-    """Tells of each kind of trouble once."""
+    """Logs each kind of trouble once."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()

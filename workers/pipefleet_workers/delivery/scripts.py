@@ -1,9 +1,9 @@
-"""The Lua that moves messages between a queue's lists, its leases and its dead letters. Each script is atomic.
+"""The Lua that moves messages between the lists of a queue, its leases and its dead letters. Each script is atomic.
 
-KEYS[1..8] are the same in every script, in the order of `leases.LeaseKeys`; times come from the server's clock, in
-microseconds inside the scripts and in seconds in the keys. A lease is held by whoever's owner string stands in `owners`:
-everything that a worker does to a message afterwards compares it first, so repeating a script after a lost reply, or after
-somebody else took the message over, changes nothing.
+KEYS[1..8] are the same in every script, in the order of `leases.LeaseKeys`. Times come from the server's clock, in microseconds
+inside the scripts and in seconds in the keys. The worker whose owner string stands in `owners` holds the lease. Every later step
+of a worker compares this string first, so a script changes nothing when it is repeated after a lost reply, or after another worker
+took the message. `transport` sends FETCH and GATHER; `ledger` and `settlements` send the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _COMMON = (
 local unacked, index, deliveries, retries, owners, delayed, dead, unreported =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 
-redis.call('HDEL', owners, '')  -- changes nothing; a server at maxmemory refuses a script whose first write may take memory
+redis.call('HDEL', owners, '')  -- changes nothing: a server at maxmemory refuses a script whose first write may take memory
 
 local function clock()
   local t = redis.call('TIME')
@@ -33,12 +33,12 @@ local function text_of(record)
   return record and string.match(record, '^%[(.*), "[^"\\]*", "[^"\\]*"%]$')
 end
 
--- What woke a worker goes back to the head of its list, in its order; where one of the keys is no list, it stays.
+-- Messages that woke a worker go back to the head of their list, in their order. If one of the keys is no list, they stay.
 local function gather(list)
   while type(redis.pcall('LMOVE', list .. ARRIVING, list, 'LEFT', 'RIGHT')) == 'string' do end
 end
 
--- To the head of a list. False where its key holds something else; any other error ends the script.
+-- Push to the head of a list. False if its key holds another type; any other error ends the script.
 local function push(list, text)
   gather(list)
   local done = redis.pcall('RPUSH', list, text)
@@ -48,7 +48,7 @@ local function push(list, text)
   return type(done) == 'number'
 end
 
--- What is no count, which only another program writes, counts as none.
+-- A value that is no count, which only another program writes, counts as 0.
 local function count_of(key, tag)
   local found = redis.call('HGET', key, tag)
   return found and string.find(found, '^%d%d?%d?%d?%d?%d?$') and tonumber(found) or 0
@@ -67,7 +67,7 @@ local function release(tag)
   redis.call('HDEL', owners, tag)
 end
 
--- Of a text that is too large to be delivered the beginning is kept: nobody could read it whole either.
+-- Only the beginning is kept of a text that is too large to be delivered: no reader of letters could read it whole.
 local function bury(reason, queue, count, text)
   if #text > MOST then text = string.sub(text, 1, 1000) end
   redis.call('LPUSH', unreported, cjson.encode(
@@ -80,8 +80,9 @@ FETCH = (
     _COMMON
     + r"""
 -- ARGV: messages, messages of the low lists, position of the first low list, most deliveries, owner, queue of each list.
--- A list is read, then recorded, then popped: a command that fails in the middle leaves a message twice, never lost. A few at a
--- time, and some megabytes in all, since nobody knows how long messages are before they are read. Returns whether it ended so.
+-- Messages are read, then recorded, then popped: a command that fails in the middle leaves a message twice, never lost. The length
+-- of a message is known only after it is read, so a few are read at a time, and some megabytes in all.
+-- Returns the owner, the number of buried messages, the taken messages, and 1 if it stopped before its lists were empty.
 local AT_ONCE, MOST_TAKEN = 8, 8 * 1024 * 1024
 local us, left, low_left = clock(), tonumber(ARGV[1]), tonumber(ARGV[2])
 local first_low, most = 8 + tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -97,7 +98,7 @@ local function flaw(readable, m)
   if type(m.properties.delivery_info) ~= 'table' then return 'it has no delivery info' end
 end
 
--- The next texts of a list; nothing where its key holds something else. Any other error ends the script.
+-- The next texts of a list; none if its key holds another type. Any other error ends the script.
 local function next_of(list, room)
   local found = redis.pcall('LRANGE', list, -room, -1)
   if found.err and string.find(found.err, 'WRONGTYPE', 1, true) then return {} end
@@ -165,7 +166,7 @@ return {owner, buried, taken, (buried >= 100 or bytes >= MOST_TAKEN) and 1 or 0}
 ACK = (
     _COMMON
     + r"""
--- ARGV: tag, owner, …  Returns the tags that somebody else holds by now.
+-- ARGV: tag, owner, …  Returns the tags that another worker holds now.
 local missed = {}
 for i = 1, #ARGV, 2 do
   if redis.call('HGET', owners, ARGV[i]) == ARGV[i + 1] then forget(ARGV[i]) else missed[#missed + 1] = ARGV[i] end
@@ -177,7 +178,7 @@ return missed
 RENEW = (
     _COMMON
     + r"""
--- ARGV: tag, owner, … in the order of fetching, which the scores keep.  Returns the tags whose lease is lost.
+-- ARGV: tag, owner, … in the order of fetching; the scores keep this order.  Returns the tags whose lease is lost.
 local us, lost = clock(), {}
 for i = 1, #ARGV, 2 do
   local tag = ARGV[i]
@@ -194,9 +195,9 @@ return lost
 GIVE_BACK = (
     _COMMON
     + r"""
--- ARGV: tag, owner, list, delay in microseconds, deliveries before this one, 1 where the delay counts as a retry, …  The last one
--- given back is the next one to be fetched. The count is set, not lowered: the consumer may have taken this delivery off already.
--- The owner goes first: nothing is lost when the script ends behind it, and a server that is full lets it go on.
+-- ARGV: tag, owner, list, delay in microseconds, deliveries before this one, 1 if the delay counts as a retry, …
+-- The message given back last is fetched first. The count is set, not lowered: the consumer may have lowered it already.
+-- The owner is deleted first: nothing is lost if the script ends after this, and a full server accepts it as a first write.
 local us = clock()
 for i = 1, #ARGV, 6 do
   local tag, list, delay = ARGV[i], ARGV[i + 2], tonumber(ARGV[i + 3])
@@ -238,7 +239,7 @@ SWEEP = (
     _COMMON
     + r"""
 -- ARGV: lease in microseconds, most messages, separator, prefix of every key, priority steps, highest number first.
--- Back to the head of their lists go the leases that ran out and the delayed messages that are due.
+-- Leases that ran out and delayed messages that are due go back to the head of their lists.
 local us, found = clock(), 0
 
 local function list_of(queue, priority)
@@ -276,7 +277,7 @@ return found
 GATHER = (
     _COMMON
     + r"""
--- ARGV: lists.  What woke workers that have not fetched it waits again, and wakes others.
+-- ARGV: lists.  Messages that woke a worker and were not fetched go back to their lists, and wake other workers.
 for _, list in ipairs(ARGV) do gather(list) end
 """
 )
@@ -294,7 +295,7 @@ end
 DUE = (
     _COMMON
     + r"""
--- ARGV: tags.  Those that are delayed are due now.
+-- ARGV: tags.  Delayed messages among them are due now.
 local us = clock()
 for _, tag in ipairs(ARGV) do
   if redis.call('ZSCORE', delayed, tag) then redis.call('ZADD', delayed, seconds(us), tag) end
@@ -306,8 +307,8 @@ UNREPORTED = (
     _COMMON
     + f"local MOST_LETTER, MOST_READ = {MOST_LETTER_BYTES}, {MOST_READ_BYTES}"
     + r"""
--- Returns the oldest letters that nobody was told of, a hundred or some megabytes at most. One that is too large to be read, which
--- only another program writes, is filed as it is.
+-- Returns the oldest unreported letters, at most a hundred or some megabytes. A letter that is too large to be read, which only
+-- another program writes, is filed unreported.
 local found, bytes = {}, 0
 while #found < 100 and bytes < MOST_READ do
   local entry = redis.call('LRANGE', unreported, -1 - #found, -1 - #found)[1]

@@ -1,4 +1,7 @@
-"""What an error that the server answers means to Celery: wait and connect again, or go on without what it was about."""
+"""Turns an error reply of the Redis server into Celery's two cases: wait and connect again, or go on without the failed step.
+
+`transport` wraps its calls with it.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from pipefleet.connection.answers import FULL, word_of
 
 __all__ = ["FULL", "is_no_list", "retried", "retrying", "word_of"]
 REFUSED_SECONDS = 1.0
-"""How long a worker waits after an answer of a server that cannot serve now; Celery itself connects again at once."""
+"""A worker waits this long after a server replies that it cannot serve now; Celery itself connects again at once."""
 
 
 def is_no_list(error: ResponseError) -> bool:
-    """Whether a key holds something else than a list, so that the other lists are served without it."""
+    """Whether the key of a list holds another type; the other lists are then served without it."""
     return "WRONGTYPE" in str(error)
 
 
 def retried(error: ResponseError) -> Exception:
-    """A server that is full, read-only or loading is waited for like one that is away; a refused right is an error."""
+    """The error that Celery should see. A server that is full, read-only or loading counts as away; a missing right is an error."""
     if isinstance(error, NoPermissionError | AuthorizationError):
         return error
     sleep(REFUSED_SECONDS)
@@ -31,7 +34,7 @@ def retried(error: ResponseError) -> Exception:
 
 @contextmanager
 def retrying(*, unless_full: bool = False) -> Iterator[None]:
-    """Let Celery connect again after an answer of a server that cannot serve now; `unless_full`, pass over one that is full."""
+    """Let Celery connect again when a server replies that it cannot serve now. With `unless_full`, ignore a full server."""
     try:
         yield
     except ResponseError as error:

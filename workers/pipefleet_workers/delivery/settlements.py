@@ -1,4 +1,7 @@
-"""Writing how leases ended: many in one round trip, and each by itself where one of them cannot be written."""
+"""Writes the ends of leases: many in one round trip, or one by one when one of them cannot be written.
+
+The ledger's thread calls it.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ Entry = tuple[Lease, Settlement]
 _MOST_REASON = 1000
 """Characters of a reason."""
 _OWN_FAULTS = ("WRONGTYPE", "is not an integer", "is not a valid float")
-"""What Redis answers because of what lies under a key. Any other error is the server's, and is waited for."""
+"""Replies of Redis about the value under a key. Any other error is the server's, and is waited for."""
 
 
 class Settlements:
-    """Writes settlements of one queue. Repeating one changes nothing, since each is fenced by the lease's owner."""
+    """Writes the settlements of one queue. A repeated settlement changes nothing, since each is fenced by the lease's owner."""
 
     def __init__(self, client: Any, keys: Sequence[str], prefix: str) -> None:
         self._redis = client
@@ -28,10 +31,10 @@ class Settlements:
         self._prefix = prefix
 
     def write(self, batch: Sequence[Entry]) -> int:
-        """Write all of them, as far as each can be; how many acks came after their lease had ended.
+        """Write each settlement that can be written. Returns how many acks came after their lease had ended.
 
-        One that cannot be written is logged, and its message is delivered again when the lease has run out. Raises RedisError
-        while the server cannot be reached, or cannot serve; then the whole batch is to be written again.
+        A settlement that cannot be written is logged; its message is delivered again when the lease has run out. Raises RedisError
+        while the server is away or cannot serve; the whole batch must then be written again.
         """
         answers = self._send(batch)
         if answers is None:
@@ -43,13 +46,13 @@ class Settlements:
         return sum(len(answer) for answer in answers if isinstance(answer, list))
 
     def _send(self, batch: Sequence[Entry]) -> list[Any] | None:
-        """The answers of the scripts; None where what one of the entries holds is in the way."""
+        """The answers of the scripts; None when the values under one entry's keys make its script fail."""
         pipe = self._redis.pipeline(transaction=False)
         for script, arguments in calls(batch, self._prefix):
             pipe.eval(script, len(self._keys), *self._keys, *arguments)
         try:
             answers: list[Any] = pipe.execute(raise_on_error=False)
-        except (UnicodeError, DataError):  # an argument that has no form on the wire; nothing was sent
+        except (UnicodeError, DataError):  # an argument cannot be encoded; nothing was sent
             return None
         errors = [answer for answer in answers if isinstance(answer, Exception)]
         for error in errors:
@@ -61,7 +64,7 @@ class Settlements:
 def calls(batch: Sequence[Entry], prefix: str) -> list[tuple[str, list[Any]]]:
     """The scripts that write a batch, with their arguments."""
     acked = [lease for lease, how in batch if isinstance(how, Acked)]
-    # The last one put back is the next one out, so the oldest comes last.
+    # The message that is put back last is fetched first, so the oldest is put back last.
     back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
     buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
     found: list[tuple[str, list[Any]]] = [
@@ -73,7 +76,7 @@ def calls(batch: Sequence[Entry], prefix: str) -> list[tuple[str, list[Any]]]:
 
 
 def fences(leases: Sequence[Lease]) -> list[Any]:
-    """Tag and owner of each lease, as the scripts compare them."""
+    """Tag and owner of each lease, which the scripts compare."""
     return [x for lease in leases for x in (lease.tag, lease.owner)]
 
 
@@ -83,7 +86,7 @@ def _give_back(lease: Lease, how: GivenBack, prefix: str) -> tuple[Any, ...]:
 
 
 def _reason(how: Buried) -> str:
-    """The reason in a form that Redis and whoever reads the letter can hold."""
+    """The reason in a form that Redis can store and a reader of the letter can display."""
     return str(how.reason)[:_MOST_REASON].encode(errors="replace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Which ledger a channel uses: one for each server, set of keys and terms, so that a new connection finds the old leases."""
+"""Chooses the ledger of a channel: one for each server, set of keys and terms, so that a new connection finds the old leases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _ledgers_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """A function among the transport options. Celery sends its options as JSON when it is inspected; a plain one breaks that."""
+    """A function among the transport options.
+
+    When Celery is inspected it sends its options as JSON; a plain function breaks that.
+    """
 
     function: Callable[[Any], None]
 
@@ -32,7 +35,7 @@ class Callback:
 
 
 def ledger_for(channel: Any) -> Ledger:
-    """The process's ledger for a channel's server, keys and terms; made when there is none."""
+    """The process's ledger for a channel's server, keys and terms; made when it does not exist."""
     prefix = channel.global_keyprefix
     keys = LeaseKeys(
         *(prefix + key for key in (channel.unacked_key, channel.unacked_index_key, channel.deliveries_key)),
@@ -66,7 +69,7 @@ def _terms(channel: Any) -> Terms:
 
 
 def _ledger_client(parameters: dict[str, Any], terms: Terms) -> Redis:
-    """The channel's own way to the server, with waits that leave time for another try before a lease runs out."""
+    """A client like the channel's own, with time-outs that leave time for another try before a lease runs out."""
     seconds = max(0.5, min(5.0, terms.lease_seconds / 5))
     bounded = {**parameters, "socket_timeout": seconds, "socket_connect_timeout": seconds, "max_connections": 4}
     redis: Redis = leave_replicas(Redis(connection_pool=ConnectionPool(**bounded)))

@@ -1,11 +1,12 @@
-"""kombu's Redis transport with leases: a fetch that is atomic and takes many messages, renewed, fenced and counted.
+"""kombu's Redis transport with leases: one atomic script fetches many messages; each is renewed, fenced and counted.
 
     app = Celery(broker="redis://…", broker_transport="pipefleet_workers.delivery.transport:Transport")
 
-Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout` and `unacked_restore_*` mean nothing here):
+Celery's event loop calls it. Malformed messages go to the dead letters; errors of the connection let Celery connect again.
+Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout` and `unacked_restore_*` have no effect here):
 
-    lease_seconds    20     a dead worker's messages come back this long after its last renewal; longer than Python's lock
-                            is ever held in one piece and than a failover of Redis takes; the same in every worker of a queue
+    lease_seconds    20     a dead worker's messages come back this long after its last renewal; must be longer than Python's lock
+                            is ever held in one piece, and than a failover of Redis takes; the same in every worker of a queue
     renew_seconds    a fifth of it
     sweep_seconds    2      how often each worker looks for leases that ran out
     ack_seconds      0.003  how long acks wait for each other under load
@@ -14,7 +15,7 @@ Options, in `broker_transport_options`, besides kombu's own (`visibility_timeout
     low_prefetch     None   most messages of the lowest priority held at a time; the others are bounded by the prefetch count
     wait_seconds     5      how long one wait on an idle list lasts
     on_dead          None   called with each DeadLetter, at least once, by one thread of any worker of the queue; it
-                            raises where it is to be called again
+                            raises when it wants to be called again
     only_tasks       None   names of the tasks that are delivered; a message that asks for another goes to the dead letters
     on_lost          None   called with each Lease that was lost, by the ledger's thread
     deliveries_key … the keys beside kombu's `unacked_key`; see `pipefleet.queues.keys.ledger_keys`
@@ -55,7 +56,7 @@ class _List(NamedTuple):
 
 
 class _Fetch(NamedTuple):
-    """A fetch that was sent and not answered."""
+    """A fetch that was sent and is not answered yet."""
 
     lists: Sequence[_List]
     credit: int
@@ -63,7 +64,7 @@ class _Fetch(NamedTuple):
 
 
 class Channel(stock.Channel):  # type: ignore[misc]
-    """One channel; queues that are consumed without acks stay with kombu's own way."""
+    """One channel with leases. Queues that are consumed without acks use kombu's own way."""
 
     QoS = QoS
     lease_seconds = 20.0
@@ -106,9 +107,9 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._bells: dict[str, Bell] = {}
         self._known_empty: set[str] = set()
         self._arrived: set[str] = set()
-        """Lists of which a message woke this channel after its last fetch was sent."""
+        """Lists in which a message woke this channel after its last fetch was sent."""
         self._look_at: float | None = None
-        """When lists are looked at again that nobody may wait on, because the server is full."""
+        """When to look again at lists that this worker may not wait on, for example because the server is full."""
         self._fetch: _Fetch | None = None
         self._ledger: Ledger | None = None
         self._cached: tuple[Any, Any] | None = None
@@ -118,19 +119,19 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     @property
     def ledger(self) -> Ledger:
-        """The leases of this process on these keys, shared by its channels."""
+        """The leases of this process on these keys; its channels share them."""
         if self._ledger is None:
             self._ledger = ledger_for(self)
         return self._ledger
 
     @property
     def leasing(self) -> bool:
-        """Whether this channel ever took a message with a lease."""
+        """Whether this channel has ever taken a message with a lease."""
         return self._ledger is not None
 
     @property
     def do_restore(self) -> bool:
-        """Whether closing gives back: not when a Celery worker merely lost its connection, whose tasks go on."""
+        """Whether closing gives messages back: not when a Celery worker only lost its connection, since its tasks go on."""
         if self._transport.loop is None:
             return True
         state = sys.modules.get("celery.worker.state")
@@ -145,7 +146,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             loop.call_soon(lambda: None)
 
     def finish_callbacks(self) -> None:
-        """Run the acks that wait in an event loop which has ended; it runs only what was there when it closed."""
+        """Run the acks that still wait in an ended event loop; when it closed, it ran only the callbacks that it knew then."""
         loop = self._transport.loop
         for callback in (one for _ in range(8) for one in (loop._pop_ready() if loop is not None else ())):
             try:
@@ -156,7 +157,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Any], None], consumer_tag: str, **kwargs: Any
     ) -> Any:
-        """Consume from `queue`. Raises ValueError for a name that the book-keeping cannot carry."""
+        """Consume from `queue`. Raises ValueError for a name that the Redis records cannot hold."""
         if no_ack:
             self._without_acks.add(queue)
         elif queue not in self._fanout_queues:
@@ -180,12 +181,12 @@ class Channel(stock.Channel):  # type: ignore[misc]
         return None
 
     def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
-        """Note a binding, unless the server is full: who sends to a queue by name, or to all workers, needs none."""
+        """Note a binding, unless the server is full: messages to a queue by name, or to all workers, need no binding."""
         with retrying(unless_full=True):
             super()._queue_bind(*args, **kwargs)
 
     def _size(self, queue: str) -> int:
-        """How many messages wait; 0 where the key of one of the lists holds something else, which Celery asks at its start."""
+        """How many messages wait; 0 when a list's key holds another type. Celery asks at its start."""
         try:
             return int(super()._size(queue))
         except ResponseError as error:
@@ -200,7 +201,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             super().maybe_refresh_binding_expiry()
 
     def _receive_one(self, c: Any) -> Any:
-        """Take one message of the control channel. One that cannot be read is dropped; kombu would end the worker."""
+        """Take one message of the control channel. An unreadable message is dropped; kombu would end the worker."""
         try:
             return super()._receive_one(c)
         except (Empty, OSError, RedisError):
@@ -210,7 +211,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             raise Empty from None
 
     def check_bells(self) -> None:
-        """Drop waiting connections that a lost server left without an answer."""
+        """Drop waiting connections that a lost server never answered."""
         for bell in self._bells.values():
             if self.health_check_interval and bell.overdue(self.wait_seconds + self.health_check_interval):
                 bell.connection.disconnect()
@@ -228,7 +229,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         for queue in set(self._receivers) - set(self.active_queues):
             del self._receivers[queue]
         if not self.active_queues and self._fetch is not None and self._in_poll:
-            try:  # nobody reads the answer any more, and what it brings must not wait for its lease to run out
+            try:  # no one else reads this answer, and its messages must not wait until their leases run out
                 self._brpop_read()
             except (Empty, *self.connection_errors):
                 pass
@@ -343,7 +344,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         )
 
     def _opened(self, lease: Lease, raw: bytes) -> Any:
-        """The message of a lease, or None when it is malformed and was buried."""
+        """The message of a lease; None when it is malformed, which moves it to the dead letters."""
         try:
             envelope = read_envelope(raw, lambda: lease.taken_at)
             self._check_task(envelope["headers"])
@@ -368,7 +369,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             raise MalformedError("its body is not what its encoding says") from None
 
     def _note_empty(self, fetch: _Fetch, answer: Any, found: Sequence[tuple[Lease, bytes]]) -> None:
-        """A fetch that had room left has emptied its lists; no second one is needed to know."""
+        """Fewer messages than asked for mean that the lists are empty; note this, so that no second fetch is needed."""
         self._known_empty.clear()
         if len(found) >= fetch.credit or answer[3]:
             return
@@ -382,7 +383,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             bell = self._bells.get(one.name) or self._new_bell(one.name)
             if not bell.armed:
                 self.connection.cycle.register_bell(self, bell)
-                # Whoever has bulk inside leaves the message to an idle worker, where that is as quick.
+                # A worker with bulk inside leaves the message to an idle worker, if one is as quick.
                 bell.arm(self.wait_seconds, takes=not self.ledger.held_low)
 
     def _new_bell(self, name: str) -> Bell:
@@ -402,7 +403,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             raise Empty from None
 
     def _look_again_soon(self) -> None:
-        """Nobody may wait on a list of a full server, or on what is no list: it is looked at once in FULL_SECONDS."""
+        """Look at the lists again in FULL_SECONDS: no worker may wait on a list of a full server, or on a key that is no list."""
         self._look_at = monotonic() + FULL_SECONDS
         loop = self._transport.loop
         if loop is not None:
@@ -416,7 +417,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._pass_on([bell.name])
 
     def _pass_on(self, names: Sequence[str]) -> None:
-        """Let messages that woke this channel, and for which it has no room any more, wake others."""
+        """Let messages that woke this channel, which has no room for them now, wake other workers."""
         for name in self._arrived.intersection(names):
             bell = self._bells.get(name)
             if bell is not None and bell.idle and not self._has_room(name):
@@ -429,7 +430,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         return any(one.name == name and (not one.low or self._low_credit()) for one in self._lists(self.active_queues))
 
     def _hang_up(self) -> None:
-        """Wait on no list any more; what the bells may have taken meanwhile goes back at once."""
+        """Stop waiting on lists; messages that woke this channel meanwhile go back at once."""
         waited = any(bell.armed for bell in self._bells.values()) or self._arrived
         for bell in self._bells.values():
             bell.connection.disconnect()
@@ -442,8 +443,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         for bell in self._bells.values():
             if bell.connection is connection:
                 bell.disconnected()
-                self._known_empty.discard(bell.name)  # it may have taken a message that nobody has heard of
-        client = self.__dict__.get("client")  # a cached property, which must not be made here
+                self._known_empty.discard(bell.name)  # its last command may have moved a message without an answer
+        client = self.__dict__.get("client")  # a cached property; reading it normally would create the client here
         if client is not None and client.connection is connection:
             self._fetch = None
             self._known_empty.clear()
@@ -454,9 +455,9 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._hang_up()
 
     def _create_client(self, asynchronous: bool = False) -> Any:
-        """Kombu makes a client for every publish; one for each pool does.
+        """One client for each pool; kombu would make a client for every publish.
 
-        Its pipelines are no transactions, and need not be: a server that is full queues no command of one before Redis 7.2.
+        Its pipelines are no transactions and need none: before Redis 7.2, a full server accepts no command into a transaction.
         """
         if asynchronous:
             return super()._create_client(asynchronous)
@@ -493,6 +494,6 @@ class Transport(stock.Transport):  # type: ignore[misc]
         self.cycle = LeasePoller()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """Be polled by a Celery worker's event loop."""
+        """Let a Celery worker's event loop poll this transport."""
         self.loop = loop
         super().register_with_event_loop(connection, loop)

@@ -1,12 +1,14 @@
-"""Waiting on every priority's list at once, so that a message wakes one idle worker and is never with a worker that dies.
+"""Waits on the lists of all priorities at once: a message wakes one idle worker, and a worker that dies does not lose it.
 
-`BLMOVE list list:arriving RIGHT LEFT` returns as soon as a message is there, whoever pushed it, to the worker that has waited
-longest, and to this one alone. The message is still the queue's: whoever fetches next, most often the worker that was woken,
-first puts what lies in `arriving` back to the head of its list (see `scripts.gather`). So does every sweep, for a worker that
-died or froze, and a worker that has no room by the time it is woken, which wakes the next one.
+    list ──BLMOVE──▶ list:arriving ──gather, at the next fetch or sweep──▶ head of list ──fetch──▶ lease
 
-A worker with bulk inside does not take: `BLMOVE list list RIGHT RIGHT` wakes it as well, changes nothing, and leaves the message
-to whoever is faster. One command watches one list, hence a socket for each of them.
+`BLMOVE list list:arriving RIGHT LEFT` returns as soon as any program pushes a message, and only to the worker that has waited
+longest. The message still belongs to the queue: the next fetch, usually by the woken worker, first puts the messages of `arriving`
+back to the head of their list (`gather` in `scripts`). Every sweep does the same, for a worker that died or froze. A woken worker
+without room does the same too, and so wakes the next worker.
+
+A worker with bulk inside does not move the message: `BLMOVE list list RIGHT RIGHT` wakes it as well, changes nothing, and leaves
+the message to the faster worker. One command watches one list, so each list needs a socket.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ BELL = "BELL"
 
 
 class Bell:
-    """One list that is waited on. Stands in kombu's poller like a client: it has a `connection`."""
+    """One list that is waited on. In kombu's poller it takes the place of a client, so it has a `connection`."""
 
     def __init__(self, connection: Any, name: str, rung: Callable[[Bell], None]) -> None:
         self.connection = connection
         self.name = name
         self.kind = f"{BELL}:{name}"
         self.takes = False
-        """Whether the message that rings goes to the list of those that arrive."""
+        """Whether the message that rings moves to the list `arriving`."""
         self._rung = rung
         self._asked_at: float | None = None
         self._puts_back = False
@@ -43,22 +45,22 @@ class Bell:
 
     @property
     def idle(self) -> bool:
-        """Whether it is connected, and nothing was asked."""
+        """Whether it is connected and no command is outstanding."""
         return self._asked_at is None and self.connection._sock is not None
 
     def arm(self, seconds: float, *, takes: bool) -> None:
-        """Ask to be told of a message, within `seconds`; the connection is made and registered before."""
+        """Ask to be woken by a message within `seconds`; the caller has made and registered the connection."""
         where = (self.name + ARRIVING, "RIGHT", "LEFT") if takes else (self.name, "RIGHT", "RIGHT")
         self.connection.send_command("BLMOVE", self.name, *where, seconds)
         self.takes, self._puts_back, self._asked_at = takes, False, time.monotonic()
 
     def put_back(self, command: Sequence[Any]) -> None:
-        """Send what lets the message that rang wake others. Returns at once; `read` takes the answer."""
+        """Send the command that lets the message that rang wake others. Returns at once; `read` takes the answer."""
         self.connection.send_command(*command)
         self._puts_back, self._asked_at = True, time.monotonic()
 
     def read(self) -> None:
-        """Take the answer: call `rung` if there is a message. Always raises Empty, kombu's word for no delivery."""
+        """Take the answer; call `rung` if it is a message. Always raises Empty, kombu's word for "no delivery"."""
         try:
             answer = self.connection.read_response()
         finally:
@@ -68,26 +70,26 @@ class Bell:
         raise Empty
 
     def disconnected(self) -> None:
-        """The socket is gone, and what was asked with it."""
+        """The socket is gone, and with it the outstanding command."""
         self._asked_at = None
 
     def overdue(self, seconds: float) -> bool:
-        """Whether the answer should have come `seconds` ago."""
+        """Whether the answer is at least `seconds` late, counted from the command."""
         return self._asked_at is not None and time.monotonic() - self._asked_at > seconds
 
 
 class LeasePoller(MultiChannelPoller):  # type: ignore[misc]
-    """kombu's poller, which reads bells even when a channel may take no more messages."""
+    """kombu's poller, which also reads bells while a channel may take no more messages."""
 
     def on_readable(self, fileno: int) -> Any:
-        """Handle what came on a socket."""
+        """Handle the data of a socket."""
         channel, kind = self._fd_to_chan.get(fileno, (None, ""))
         if channel is not None and kind.startswith(BELL):
             return channel.handlers[kind]()
         return super().on_readable(fileno)
 
     def handle_event(self, fileno: int, event: int) -> Any:
-        """Handle a socket without an event loop; reading shows an error as well."""
+        """Handle a socket without an event loop; reading shows errors as well."""
         _, kind = self._fd_to_chan.get(fileno, (None, ""))
         if kind.startswith(BELL):
             return self.on_readable(fileno), self
@@ -100,6 +102,6 @@ class LeasePoller(MultiChannelPoller):  # type: ignore[misc]
             channel.check_bells()
 
     def register_bell(self, channel: Any, bell: Bell) -> None:
-        """Have the bell's socket polled, connecting it first where needed."""
+        """Let the poller watch the bell's socket; connects it first if needed."""
         if bell.connection._sock is None or (channel, bell, bell.kind) not in self._chan_to_sock:
             self._register(channel, bell, bell.kind)

@@ -1,1 +1,4 @@
-"""The stages of a worker, wired with bounded queues; micro-batches; the device and its only thread. Read `engine.py` first."""
+"""engine: the stages of a worker, the queues between them, and the one thread of the device. Read `engine.py` first.
+
+Items come in through `Engine.admit`; their outcomes go to the sinks of their jobs. Only `consume` calls it.
+"""

@@ -1,6 +1,7 @@
-"""The bounded, thread-safe room between preprocessing and the device: a MicroBatcher behind one lock.
+"""The bounded room between preprocessing and the device: a MicroBatcher behind one lock.
 
-`put` blocks while it is full, so that a slow device slows everything before it; `take` blocks while it is empty.
+Threads of the `cpu` stage put units in; the device's thread takes batches out. `put` blocks while the room is full, so a slow
+device slows every stage before it. `take` blocks while the room is empty.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pipefleet_workers.items import Batch, Unit
 
 
 class BatchQueue:
-    """At most `capacity` units wait here, but an item's units always enter together."""
+    """Holds at most `capacity` units; the units of one item always enter together. Thread-safe."""
 
     def __init__(self, batcher: MicroBatcher, capacity: int) -> None:
         self._batcher = batcher
@@ -24,7 +25,7 @@ class BatchQueue:
         self._closed = False
 
     def put(self, units: Sequence[Unit]) -> None:
-        """Add units; blocks while the room is full."""
+        """Add units; block while the room is full."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._batcher) < self._capacity or self._closed)
             now = time.monotonic()
@@ -33,7 +34,7 @@ class BatchQueue:
             self._changed.notify_all()
 
     def take(self) -> Batch | None:
-        """The next batch; blocks while there is none. None when closed and empty."""
+        """The next batch; blocks while there is none. None when the room is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._batcher) > 0 or self._closed)
             batch = self._batcher.take(time.monotonic())
@@ -41,13 +42,13 @@ class BatchQueue:
             return batch
 
     def limit_cost(self, cost: int) -> None:
-        """Make batches smaller from now on; never larger."""
+        """Make later batches smaller; the bound never rises again."""
         with self._changed:
             limits = self._batcher.limits
             self._batcher.limits = replace(limits, max_cost=max(1, min(limits.max_cost, cost)))
 
     def close(self) -> None:
-        """Let `take` return None once everything was taken."""
+        """Take no more units. `take` returns None after the last unit has been taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,14 +1,15 @@
-"""The micro-batcher: which units go through the model together. Pure logic; the clock is passed in, no threads, no torch.
+"""The micro-batcher: it chooses the units that go through the model together. `BatchQueue` calls it under its lock.
 
-Rules, in this order:
+Pure logic: the caller passes the time, and there are no threads and no torch. The rules, in this order:
 
-1. A unit that has waited longer than `max_age` is served next (nothing starves), but while more urgent work waits only in
-   every second batch (a slow model's whole backlog is old, and interactive work must pass it).
-2. Else the most urgent priority goes first, and among equally urgent keys the one with the most work (fullest batches).
-3. Within a key batches go down from the longest units to the shortest and start over: like lengths meet, padding stays small.
+1. A unit that has waited longer than `max_age` goes next, so nothing starves. While more urgent work waits, old units get only
+   every second batch: the whole backlog of a slow model is old, and interactive work must be able to pass it.
+2. Otherwise the most urgent priority goes first. Among equally urgent keys the key with the most work goes first (fullest batches).
+3. Within a key, batches go down from the longest units to the shortest, then start over: units of like length meet, and padding
+   stays small.
 4. A batch ends at the padded cost `max_cost` (longest times count) or at `max_items`. A unit above `max_cost` goes alone.
 
-It is work-conserving: `take` returns a batch whenever there is a unit.
+It is work-conserving: `take` returns a batch whenever it holds a unit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipefleet_workers.items import Batch, Unit
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Bounds of a batch and of waiting. `max_age` in seconds, `max_cost` in padded length."""
+    """Bounds of a batch and of waiting. `max_cost` counts padded length; `max_age` is in seconds."""
 
     max_cost: int
     max_items: int
@@ -32,22 +33,22 @@ class BatchLimits:
 
 @dataclass(slots=True)
 class _Lane:
-    """Units of one key, sorted by length, and their total length."""
+    """The units of one key, sorted by length, and their total length."""
 
     units: list[Unit] = field(default_factory=list)
     total: int = 0
     below: int = sys.maxsize
-    """Length at which the last batch ended; the next one goes on downwards from there."""
+    """Length of the shortest unit of the last batch; the next batch goes on downwards from this length."""
 
     def add(self, unit: Unit) -> None:
         bisect.insort(self.units, unit, key=lambda one: one.length)
         self.total += unit.length
 
     def next(self, urgent: int) -> int:
-        """Index of the longest unit of priority `urgent` that is not longer than the last batch's shortest, else of the longest.
+        """Index of the unit to begin with: the longest of priority `urgent` that is not above the last batch, else its longest.
 
-        Always taking the longest of all would serve each long unit as soon as it comes, next to whatever is there, while the
-        window fills with short ones: almost the padding of arrival order.
+        Starting at the longest unit each time pads almost as much as arrival order does. A long unit would be served as soon as it
+        comes, together with whichever short units are there, and the short ones would pile up.
         """
         indices = [index for index, unit in enumerate(self.units) if unit.priority == urgent]
         return next((index for index in reversed(indices) if self.units[index].length <= self.below), indices[-1])
@@ -72,7 +73,7 @@ class MicroBatcher:
         self._count += 1
 
     def take(self, now: float) -> Batch | None:
-        """The best batch there is at time `now`; None only when no unit is held."""
+        """The best batch at time `now`; None only when no unit is held."""
         if not self._count:
             return None
         key, first = self._first(now)
@@ -88,7 +89,7 @@ class MicroBatcher:
         return Batch(key, taken)
 
     def _first(self, now: float) -> tuple[Any, int]:
-        """The key to serve and the index of the unit to cut around."""
+        """The key to serve, and the index of the unit to cut the batch around."""
         aged: tuple[Any, int] | None = None
         age = self.limits.max_age
         ranked: list[tuple[int, int, Any]] = []
@@ -107,7 +108,7 @@ class MicroBatcher:
         return self._lanes[key].units[index].priority
 
     def _cut(self, units: list[Unit], first: int) -> tuple[int, int]:
-        """The slice around `first` that fits the limits: downwards first, as that adds no padding to the longest."""
+        """The slice around `first` that fits the limits. It grows downwards first, since shorter units do not add padding."""
         low, high = first, first + 1
         while low > 0 and self._fits(units[high - 1], high - low + 1):
             low -= 1

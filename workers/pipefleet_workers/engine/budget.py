@@ -1,9 +1,10 @@
-"""Bounds on what is inside a worker: items and bytes of bulk work, of what all inputs decode to, and of results.
+"""Bounds on the memory of a worker: items and bytes of bulk work, bytes of decoded inputs, of outputs and of results.
 
     inputs ─▶ decoded, and the model's features ─▶ outputs of the model ─▶ results ─▶ stored
 
-Each of the four waits only for room that what is behind it gives back, so none can wait for itself. Bytes of a decoded input are
-those that its header declares, until it is decoded. Single jobs enter without waiting: the consumer bounds them.
+Each of the four kinds waits only for room that the kinds behind it give back, so no kind can wait for itself. Until an input is
+decoded, it counts with the bytes that its header declares. The engine calls the budget at each step. Single jobs enter without
+waiting: the consumer bounds them.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from collections.abc import Callable, Sequence
 from pipefleet_workers.items import Work
 
 LOOK_SECONDS = 0.25
-"""How often what waits for room looks whether it still should."""
+"""How often a thread that waits for room checks whether its job was stopped meanwhile."""
 PORTIONS = 4
-"""What comes at once is cut so that as many portions fit: the first is worked on while the others wait."""
+"""Items that come together are cut so that this many portions fit: the first portion is worked on while the others wait."""
 
 
 class Budget:
-    """Counts what is inside, item by item; `size` bytes hold for all of it together. Thread-safe.
+    """Counts items and their bytes; `size` bytes are the bound for all kinds together. Thread-safe.
 
-    A single item above the bound passes alone. Results are there before they can be counted, so at most one result for each
-    thread of the finish stage comes on top.
+    A single item above the bound passes alone. A result exists before it can be counted, so at most one result for each thread of
+    the finish stage comes on top of the bound.
     """
 
     def __init__(self, items: int, size: int) -> None:
@@ -38,7 +39,10 @@ class Budget:
         self._closed = False
 
     def enter(self, works: Sequence[Work], stopped: Callable[[], object]) -> bool:
-        """Wait until these fit, or nothing else is inside. False, and nothing is counted, when `stopped` says so meanwhile."""
+        """Wait until these items fit, or the worker is empty.
+
+        False when `stopped` becomes true meanwhile; then they are not counted.
+        """
         size = sum(work.weight for work in works)
         with self._changed:
             if not self._waited(self._entering, lambda: self._fits(len(works), size), stopped):
@@ -50,9 +54,11 @@ class Budget:
         return True
 
     def decode(self, works: Sequence[tuple[Work, int]], stopped: Callable[[], object]) -> bool:
-        """Wait until these fit once they are decoded, in bytes, or nothing is decoded. False when `stopped` says so meanwhile.
+        """Wait until the decoded bytes of these items fit, or no decoded input is held.
 
-        Who waits may hold no room of this kind for other items: two could wait for each other.
+        False when `stopped` becomes true meanwhile.
+
+        A caller must not hold room for decoded inputs of other items while it waits: two such callers could wait for each other.
         """
         size = sum(one for _, one in works)
         with self._changed:
@@ -62,13 +68,13 @@ class Budget:
         return True
 
     def prepared(self, works: Sequence[tuple[Work, int]]) -> None:
-        """Items have become what the model gets, of so many bytes; nothing is left of their decoded form."""
+        """These items are features now, of so many bytes; their decoded form is gone."""
         with self._changed:
             self._reweigh(works)
             self._changed.notify_all()
 
     def hold(self, outputs: Sequence[tuple[Work, int]]) -> None:
-        """Count what the model gave for items, in bytes; wait until it fits."""
+        """Count the model's outputs of items, in bytes; wait until they fit."""
         size = sum(one for _, one in outputs)
         with self._changed:
             self._changed.wait_for(lambda: self._fits_behind(self._outputs + self._results, size))
@@ -79,13 +85,13 @@ class Budget:
             self._changed.notify_all()
 
     def finish(self, work: Work) -> None:
-        """Wait until a result about as large as the model's output fits behind the finish stage."""
+        """Wait until a result as large as the item's output would fit behind the finish stage."""
         size = work.room.outputs
         with self._changed:
             self._changed.wait_for(lambda: self._fits_behind(self._results, size))
 
     def weigh(self, work: Work, size: int) -> None:
-        """The model's output has become a result of `size` bytes."""
+        """The item's output has become a result of `size` bytes."""
         with self._changed:
             self._outputs -= work.room.outputs
             self._results += size - work.room.result
@@ -93,7 +99,7 @@ class Budget:
             self._changed.notify_all()
 
     def leave(self, work: Work) -> None:
-        """Give back all that an item takes. Any number of times."""
+        """Give back all the room of an item. May be called several times."""
         room = work.room
         with self._changed:
             if room.inputs is not None:
@@ -106,7 +112,7 @@ class Budget:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let everybody pass from now on."""
+        """Let every thread pass from now on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -123,7 +129,10 @@ class Budget:
         return fits or self._items == 0 or self._closed
 
     def _waited(self, line: deque[object], fits: Callable[[], bool], stopped: Callable[[], object]) -> bool:
-        """Wait in line, with the lock held, until it `fits`: where smaller ones passed a large one, it would wait for ever."""
+        """Wait in line, with the lock held, until `fits`.
+
+        If small items could pass a large one, the large one would wait for ever.
+        """
         turn = object()
         line.append(turn)
         try:

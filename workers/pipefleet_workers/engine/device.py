@@ -1,7 +1,11 @@
-"""The device's thread: takes batches, runs them, and hands complete items on. The only one that touches the model.
+"""The device's thread: it takes batches from the room, runs them, and hands complete items on. No other thread uses the model.
 
-Where a side thread collates (a GPU), the next batch is put together and copied while the last one runs, at the price that its
-members are chosen one batch earlier.
+    CPU    device: take ─▶ collate and run ─▶ hand on
+    GPU    collate: take ─▶ collate ─▶ copy ─┐
+           device:                 run ◀────┘ ─▶ hand on      batch n + 1 is collated while batch n runs
+
+The price of collating ahead: a batch is chosen one step early, so units that come during a run miss the next batch.
+A failure of the thread ends the process, since the worker would hold its jobs for ever without it.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ STAGE = "forward"
 
 @dataclass(frozen=True, slots=True)
 class Instruments:
-    """What watches the device: a fit of its service time, counters, a trace, and what to do when it is beyond help."""
+    """The observers of the device: counters, a fit of its service time, a trace, and `on_fatal` for a broken device."""
 
     metrics: Metrics
     fit: ServiceFit = field(default_factory=ServiceFit)
@@ -40,7 +44,7 @@ class Instruments:
 
 
 class Device:
-    """One thread that owns the model. `on_complete` gets the items whose units have all ended, failed ones included."""
+    """One thread that owns the model. `on_complete` gets the items whose units have all ended, failed items included."""
 
     def __init__(
         self,
@@ -53,7 +57,7 @@ class Device:
         timeout: float,
         collate_ahead: bool,
     ) -> None:
-        """A forward, and the collating before it, may take `timeout` seconds each; `watchdog` is the caller's to start."""
+        """A forward may take `timeout` seconds, and so may collating. The caller starts the `watchdog`."""
         self._forward = forward
         self._room = room
         self._instruments = instruments
@@ -73,21 +77,21 @@ class Device:
             thread.start()
 
     def tick(self) -> None:
-        """A sign of life from inside a forward, for the watchdog."""
+        """Tell the watchdog from inside a forward that the forward is alive."""
         self._forwarding.tick()
 
     def release(self, unit: Unit, output: Any) -> None:
-        """Hand on the output of a unit while its batch still runs. From inside the forward, at most once a unit."""
+        """Hand on the output of a unit while its batch still runs. Called from inside the forward, at most once a unit."""
         unit.released = True
         self._hand_on([(unit, output)])
 
     def join(self) -> None:
-        """Wait until the room is closed and everything in it has run."""
+        """Wait until the room is closed and all its units have run."""
         for thread in self._threads:
             thread.join()
 
     def _guarded(self, loop: Callable[[], None]) -> None:
-        """Without this thread the worker would hold its jobs for ever, so its end is the process's."""
+        """Run a loop; its failure is fatal for the process, since without this thread the worker would hold its jobs for ever."""
         try:
             loop()
         except BaseException as error:
@@ -105,7 +109,7 @@ class Device:
             self._forwarding.rest()
             self._note(batch, time.perf_counter() - begin)
             self._hand_on([(unit, output) for unit, output in outputs if not unit.released])
-            del taken, batch, staged, outputs  # or they stay in memory until the next batch has run
+            del taken, batch, staged, outputs  # otherwise they stay in memory until the next batch has run
 
     def _next(self) -> tuple[Batch, Staged | None] | None:
         if self._ahead is not None:
@@ -125,7 +129,7 @@ class Device:
         self._ahead.put(None)
 
     def _live_batch(self) -> Batch | None:
-        """The next batch without the units of jobs that were stopped; None at the end."""
+        """The next batch, without the units of stopped jobs; None when the room is closed and empty."""
         while (batch := self._room.take()) is not None:
             live = [unit for unit in batch.units if not self._dropped(unit)]
             if live:
@@ -133,14 +137,15 @@ class Device:
         return None
 
     def _dropped(self, unit: Unit) -> bool:
-        """Drop a unit whose job should go no further, or whose item has failed by another unit."""
+        """Drop a unit whose job was stopped, or whose item has failed in another unit. Returns whether it was dropped."""
         failure = unit.assembly.failure or unit.assembly.work.job.stopped(STAGE)
         if failure is not None:
             self._hand_on([(unit, failure)])
         return failure is not None
 
     def _hand_on(self, outputs: Sequence[tuple[Unit, Any | JobFailure]]) -> None:
-        with self._collecting:  # an item's units may end in the device's thread and be dropped in the collating one
+        # The device's thread may end one unit of an item while the collating thread drops another.
+        with self._collecting:
             complete = [unit.assembly for unit, output in outputs if unit.assembly.collect(unit.index, output)]
         if complete:
             self._on_complete(complete)

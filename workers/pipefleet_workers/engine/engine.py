@@ -1,11 +1,11 @@
-"""The engine, the file to read first: the stages of a worker, wired with bounded queues so that they all run at once.
+"""The engine wires the stages of a worker with bounded queues, so that all stages run at the same time. Read this file first.
 
-    admit ─▶ fetch ─▶ decode + preprocess ─▶ batch ─▶ forward ─▶ finish ─▶ store ─▶ the job's sink
-             threads  threads                room     one thread  threads   threads
+    admit ─▶ fetch ─▶ decode + preprocess ─▶ room ─▶ forward ─▶ finish ─▶ store ─▶ the job's sink
+             threads  threads (`cpu`)        units   one thread  threads   threads
 
-A message's thread (see `consumer`) admits the items of its job, waits for their outcomes, writes them and acknowledges. Any
-stage's failure goes straight to the sink: every admitted item has exactly one outcome, unless its job is given back as a whole.
-Whatever way an item leaves, the room it took comes back then (`_leave`), so a job may be larger than the worker.
+`consume` admits the items of a job, waits for their outcomes, writes them, and acknowledges the message. A failure in any stage
+goes straight to the sink: every admitted item has exactly one outcome, unless its job is given back as a whole. An item gives its
+room back however it leaves (`_end`, `_each`), so a job may be larger than the worker.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ _STOP_RANK = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What the engine runs: one object for each kind of work."""
+    """The parts that the engine runs: one object for each kind of work."""
 
     fetcher: Fetcher
     decoder: Decoder
     adapter: Adapter
     processes: PreprocessPool | None = None
-    """Where they are, decoding and preprocessing happen there; started and stopped by the engine."""
+    """With this pool, decoding and preprocessing happen in its processes. The engine starts and stops it."""
     results: ResultWriter | None = None
-    """Makes results ready to be written; without it outcomes carry what the adapter made."""
+    """Makes results ready to be written. Without it, an outcome carries the adapter's own value."""
 
 
 class Engine:
-    """One model on one device, fed by any number of threads through `admit`."""
+    """One model on one device; any number of threads feed it through `admit`. Thread-safe."""
 
     def __init__(
         self,
@@ -110,9 +110,10 @@ class Engine:
         self._watchdog.start()
 
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
-        """Take in items; each one's outcome goes to its job's sink. Bulk work waits here while the worker is full.
+        """Take in items; the outcome of each goes to its job's sink. Bulk items wait here while the worker is full.
 
-        Any number of items: the room of each comes back as it ends. What waits when its job is stopped ends as stopped.
+        There may be any number of items: each gives its room back when it ends. Items that wait here when their job is stopped end
+        as stopped.
         """
         for piece in self._pieces(works):
             if bulk and not self._entered(piece):
@@ -123,7 +124,7 @@ class Engine:
                 self._cpu.put(piece[0].job.priority, [Fetched(work, work.item.inputs) for work in piece])
 
     def _pieces(self, works: Sequence[Work]) -> Iterator[list[Work]]:
-        """Items in slices of like work, each of which the budget has room for."""
+        """The items in slices; the budget has room for each slice."""
         piece: list[Work] = []
         size = 0
         for work in works:
@@ -136,7 +137,7 @@ class Engine:
             yield piece
 
     def _entered(self, piece: Sequence[Work]) -> bool:
-        """Wait for room for bulk items; False when their job was stopped meanwhile, and they have ended."""
+        """Wait for room for bulk items. False when their job was stopped meanwhile; then the items have ended."""
         job = piece[0].job
         if self._budget.enter(piece, lambda: job.stopped("consume")):
             return True
@@ -147,7 +148,7 @@ class Engine:
         return False
 
     def stop(self) -> None:
-        """Finish what is inside, then end the threads."""
+        """Finish the items inside, then end the threads."""
         self._budget.close()
         self._fetch.stop()
         self._cpu.stop()
@@ -166,7 +167,7 @@ class Engine:
             self._cpu.put(works[0].job.priority, fetched)
 
     def _decode_and_prepare(self, fetched: Sequence[Fetched]) -> None:
-        """Decode and prepare as many items at once as there is room for."""
+        """Decode and prepare items in portions that the budget has room for."""
         weighed = list(zip(fetched, self._stages.decoder.weights(fetched), strict=True))
         for piece in self._portions(weighed):
             outgrown = self._let_in(piece)
@@ -174,7 +175,10 @@ class Engine:
                 outgrown = [*self._let_in([outgrown[0]]), *outgrown[1:]]
 
     def _let_in(self, piece: Sequence[tuple[Fetched, int]]) -> list[tuple[Fetched, int]]:
-        """Decode and prepare items when there is room for them; those that need more than they declared, with what they need."""
+        """Decode and prepare items when there is room.
+
+        Returns the items that need more bytes than they declared, with these bytes.
+        """
         works = [(one.work, size) for one, size in piece]
         with waiting():
             self._budget.decode(works, functools.partial(_all_stopped, works))
@@ -188,10 +192,10 @@ class Engine:
         tracer, processes = self._instruments.tracer, self._stages.processes
         if processes is not None:
             live = self._each(fetched, "decode", lambda one: one)
-            with tracer.span("preprocess", len(live)), waiting():  # for a process, which is watched there
+            with tracer.span("preprocess", len(live)), waiting():  # the pool watches its process itself
                 prepared = processes.prepare(live)
             self._enter([one.work for one in live], prepared)
-            return []  # no task that hears is prepared in processes
+            return []  # only audio inputs can outgrow their declared size, and no audio task is prepared in processes
         with tracer.span("decode", len(fetched)):
             tried = self._each(fetched, "decode", self._decode)
         outgrown = [one for one in tried if isinstance(one, tuple)]
@@ -201,19 +205,19 @@ class Engine:
         with tracer.span("preprocess", len(decoded)):
             prepared = self._prepare(decoded)
         works = [one.work for one in decoded]
-        del decoded  # pictures would lie here while their units wait for the device
+        del decoded  # otherwise pictures stay in memory while their units wait for the device
         self._enter(works, prepared)
         return outgrown
 
     def _decode(self, fetched: Fetched) -> Decoded | tuple[Fetched, int]:
-        """The decoded item; with the bytes that it needs, where those are more than it was let in with."""
+        """The decoded item; or the item with the bytes that it needs, where these are more than it was let in with."""
         try:
             return self._stages.decoder.decode(fetched)
         except OutgrownError as error:
             return fetched, error.size
 
     def _enter(self, works: Sequence[Work], prepared: Sequence[list[Unit] | ItemError]) -> None:
-        """Let the units into the room before the device, all in one go; end the items that have none."""
+        """Put the units of all items into the room before the device in one call; end the items that have no units."""
         entering: list[Unit] = []
         self._budget.prepared([(work, _bytes_of(units)) for work, units in zip(works, prepared, strict=True)])
         for work, units in zip(works, prepared, strict=True):
@@ -245,7 +249,7 @@ class Engine:
             self._finish.put(min(one.work.job.priority for one, _ in held), [one for one, _ in held])
 
     def _portions(self, sizes: Iterable[tuple[_Held, int]]) -> Iterator[list[tuple[_Held, int]]]:
-        """Items with their bytes, in lists that the budget has room for."""
+        """Items with their bytes, in lists; the budget has room for each list."""
         held: list[tuple[_Held, int]] = []
         total = 0
         for one, size in sizes:
@@ -262,7 +266,10 @@ class Engine:
         self._instruments.metrics.processed(done)
 
     def _finish_one(self, assembly: Assembly) -> bool:
-        """Deliver the result of an item, or why it has none; whether it has one. Results with artifacts go to the store first."""
+        """Deliver the result of an item, or its failure. Returns whether it has a result.
+
+        Results with artifacts go to the store first.
+        """
         failure = assembly.failure or (
             assembly.work.job.stopped("postprocess") if assembly.work.job.given_back else None
         )
@@ -280,12 +287,12 @@ class Engine:
             self._fail(assembly.work, failure)
             return False
         finally:
-            assembly.outputs = {}  # its slice goes on for a while
+            assembly.outputs = {}  # this thread refers to the assembly until the whole slice is finished
         assembly.work.seconds["postprocess"] = time.perf_counter() - begin
         return self._deliver(assembly.work, output)
 
     def _deliver(self, work: Work, output: Any) -> bool:
-        """Deliver a result that has no artifacts, and hand on one that has; whether it was delivered."""
+        """Deliver a result without artifacts; hand a result with artifacts to the store stage. Returns whether it was delivered."""
         results = self._stages.results
         try:
             if results is not None:
@@ -305,7 +312,7 @@ class Engine:
         with self._instruments.tracer.span("store", len(finished)):
             stored = self._each(finished, "write", self._store_one)
         for one in finished:
-            one.artifacts.clear()  # this thread refers to them until it has the next
+            one.artifacts.clear()  # this thread refers to them until it takes its next slice
         self._instruments.metrics.processed([outcome.work.seconds for outcome in stored])
         for outcome in stored:
             self._end(outcome)
@@ -318,7 +325,7 @@ class Engine:
         return Outcome(finished.work, output=encoded)
 
     def _each(self, items: Sequence[_In], stage: str, do: Callable[[Any], _Out]) -> list[_Out]:
-        """`do` for every item whose job goes on; failures are delivered, the others returned in order."""
+        """Call `do` for every item whose job goes on. Failures are delivered; the results are returned in order."""
         done: list[_Out] = []
         for item in items:
             work = _work_of(item)
@@ -329,7 +336,7 @@ class Engine:
                     done.append(do(item))
                     continue
                 except ServiceUnavailableError as error:
-                    # an outage is nobody's failure: the whole job runs again later
+                    # an outage is not the item's failure: the whole job runs again later
                     is_ours = isinstance(error, BarredError | RefusedHereError | ServiceFullError)
                     if work.job.patient or is_ours or work.job.is_away():
                         work.job.give_back(error)
@@ -351,17 +358,17 @@ class Engine:
         self._end(Outcome(work, failure=failure))
 
     def _end(self, outcome: Outcome) -> None:
-        """The one way out, taken by every item, but by those whose job is given back right then."""
+        """The one way out for every item, except for items whose job is given back at that moment (see `_each`)."""
         self._budget.leave(outcome.work)
         outcome.work.job.sink.deliver(outcome)
 
 
 class _Stage:
-    """Threads that take slices from one bounded queue, the most urgent first and equally urgent ones in order.
+    """Threads that take slices from one bounded queue: the most urgent first, equally urgent ones in order of arrival.
 
-    They are watched: `handle` calls `working_on` at each item, or its whole slice counts as one, and waits for others only inside
-    `waiting`. A stage that waits for `services`, which have time-outs of their own, is not. `end` takes the items of a slice that
-    `handle` could not stand.
+    A watchdog watches the threads. `handle` calls `working_on` at each item; without this call the whole slice counts as one item.
+    `handle` waits for other threads only inside `waiting`. A stage that waits for `services` is not watched, since services have
+    their own time-outs. When `handle` raises, `end` gets the items of its slice.
     """
 
     def __init__(
@@ -391,7 +398,7 @@ class _Stage:
             self._threads[-1].start()
 
     def put(self, priority: int, item: Any) -> None:
-        """Add one slice; blocks while the queue is full."""
+        """Add one slice; block while the queue is full."""
         with waiting():
             self._queue.put((priority, next(self._order), item))
 
@@ -403,10 +410,10 @@ class _Stage:
             thread.join()
 
     def fail(self, items: Sequence[Any], error: BaseException) -> None:
-        """End the items of a slice that `handle` could not stand, while that error is handled."""
+        """End the items of a slice after `handle` raised `error`. Called while the error is being handled."""
         log.exception("stage %s failed on a slice of %d", self._name, len(items))
         failure = JobFailure("internal_error", brief(error), self._name)
-        for item in items:  # those that have ended already keep their outcome
+        for item in items:  # an item that has ended already keeps its outcome
             self._end(Outcome(_work_of(item), failure=failure))
 
     def _loop(self, slot: Slot | None) -> None:
@@ -427,7 +434,7 @@ class _Stage:
 
 
 def _bytes_of(units: list[Unit] | ItemError) -> int:
-    """Bytes of what the model gets of an item, and of what is kept beside that until it is finished."""
+    """Bytes of an item's features, and of the context that is kept until the item is finished."""
     if isinstance(units, ItemError) or not units:
         return 0
     kept = getattr(units[0].assembly.context, "nbytes", 0)

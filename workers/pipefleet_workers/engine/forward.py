@@ -1,4 +1,8 @@
-"""forward: one batch on the device. Only the culprit of a failure fails; out of memory halves the batch and the budget."""
+"""One forward: a batch goes through the model, and every unit gets an output or a failure. The device's thread calls it.
+
+Only the culprit of a failure fails: a failed batch runs again in pieces. When memory runs out, the batch is halved, and later
+batches become smaller. Raises DeviceBrokenError when only a new process can use the device again.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,19 @@ from pipefleet_workers.models.precision import half_advice
 log = logging.getLogger(__name__)
 STAGE = "forward"
 _BROKEN = ("device-side assert", "illegal memory access", "unspecified launch failure", "CUBLAS_STATUS", "cudaErrorECC")
-"""After these a CUDA context answers every call with an error, so every later item would fail as well."""
+"""After one of these, a CUDA context answers every call with an error, so every later item would fail as well."""
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""Words of the allocators of GPUs, of Linux and of Windows."""
+"""Words of the memory errors of GPUs, of Linux and of Windows."""
 
 
 class DeviceBrokenError(Exception):
-    """The device can only be used again by a new process."""
+    """Only a new process can use the device again."""
 
 
 class Forward:
-    """Runs batches through the model. Used by the device's thread, `collate` also by the thread beside it."""
+    """Runs batches through the model. The device's thread uses it; the collating thread uses only `collate`."""
 
     def __init__(self, adapter: Adapter, on_memory: Callable[[int], None], transfer: Transfer | None = None) -> None:
         self._adapter = adapter
@@ -39,7 +43,10 @@ class Forward:
         self._transfer = transfer or Transfer()
 
     def collate(self, batch: Batch) -> Staged | None:
-        """The inputs of a batch, on their way to the device ahead of its run; None where that fails: `run` finds the culprit."""
+        """The inputs of a batch, on their way to the device before its run.
+
+        None where collating fails: `run` then finds the culprit.
+        """
         try:
             return self._transfer.begin(self._adapter.collate(batch.units))
         except Exception as error:  # noqa: BLE001 - found again, and put down to a unit, by `run`
@@ -47,7 +54,7 @@ class Forward:
             return None
 
     def run(self, batch: Batch, staged: Staged | None = None) -> list[tuple[Unit, Any | JobFailure]]:
-        """The output of every unit, or why it has none, in the batch's order. Raises DeviceBrokenError."""
+        """The output of every unit, or its failure, in the order of the batch. Raises DeviceBrokenError."""
         begin = time.perf_counter()
         outputs = self._run(batch.units, staged)
         share = (time.perf_counter() - begin) / len(batch.units)
@@ -64,14 +71,14 @@ class Forward:
                 raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
             memory = _out_of_memory(error)
             if len(units) == 1:
-                return [_failure(units[0], error, self._adapter)]  # dropped where its output is handed on already
+                return [_failure(units[0], error, self._adapter)]  # ignored if the unit's output was handed on before
             log.warning("a batch of %d failed (%s); running it again in pieces", len(units), brief(error))
         if memory:
             self._free_memory(units)
         return self._in_pieces(units, halves=memory)
 
     def _in_pieces(self, units: Sequence[Unit], *, halves: bool) -> list[Any | JobFailure]:
-        """The outputs of units that failed together; None for those whose output is handed on already."""
+        """The outputs of units that failed together; None for a unit whose output was handed on before."""
         rest = [unit for unit in units if not unit.released]
         half = len(rest) // 2
         pieces = [piece for piece in (rest[:half], rest[half:]) if piece] if halves else [[unit] for unit in rest]
@@ -86,7 +93,10 @@ class Forward:
         return outputs
 
     def _free_memory(self, units: Sequence[Unit]) -> None:
-        """Let go of what the failed batch held, outside its exception's frames, and make later batches smaller."""
+        """Free the memory of the failed batch, and make later batches smaller.
+
+        Called outside the frames of the exception, which hold it.
+        """
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -94,7 +104,7 @@ class Forward:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Torch names it differently on each kind of device."""
+    """Whether the device ran out of memory; torch words this error differently on each kind of device."""
     named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     return named or any(words in str(error).lower() for words in _NO_MEMORY)
 

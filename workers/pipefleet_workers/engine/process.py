@@ -1,8 +1,9 @@
-"""A process that decodes and preprocesses: what it is told to be (`Recipe`), and what it does until its parent is gone.
+"""A process that decodes and preprocesses: its description (`Recipe`), and its loop (`serve`) until the parent is gone.
 
-parent: (name, items) ─▶ pipe ─▶ decode, adapter.prepare ─▶ Answers; their arrays in shared memory called `name` ─▶ parent
+    parent: (name, items) ─▶ pipe ─▶ decode, adapter.prepare ─▶ Answers; their arrays in shared memory called `name` ─▶ parent
 
-Before each item the child says which one it begins, so that its parent can tell one that never ends.
+`processes.PreprocessPool` starts it. Before each item the child names the item that it begins, so that the parent knows which item
+never ends. A failure of one item becomes its Answer.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from pipefleet_workers.process.watchdog import listen, working_on
 from pipefleet_workers.settings import WorkerSettings
 
 SHARED = 1 << 16
-"""Bytes of arrays above which they go through shared memory."""
+"""An answer with more bytes of arrays than this goes through shared memory."""
 _SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a child needs to do as its parent would: everything of the pipeline but the weights."""
+    """All that a child needs to prepare items as its parent would: the whole pipeline except the weights."""
 
     task: str
     pads: bool
@@ -48,21 +49,21 @@ class Recipe:
     kind: type
     state: Mapping[str, Any]
     model: torch.nn.Module
-    """On the device `meta`: its shapes and its config, without a byte of it."""
+    """On the device `meta`: it has shapes and a config, and takes no memory."""
 
     @classmethod
     def of(cls, task: str, adapter: Adapter, settings: WorkerSettings) -> Recipe:
-        """The recipe of a worker's adapter. Raises whatever a model that cannot be made without weights raises."""
+        """The recipe of a worker's adapter. Raises any error of a model that cannot be made without weights."""
         pipe = adapter.pipe
         with torch.device("meta"):
-            model = type(pipe.model)(copy.deepcopy(pipe.model.config)).to(pipe.model.dtype)  # inputs are made in it
+            model = type(pipe.model)(copy.deepcopy(pipe.model.config)).to(pipe.model.dtype)  # inputs get this dtype
         state = {name: value for name, value in vars(pipe).items() if name != "model"}
         return cls(
             task, adapter.pads, settings, _importable(type(pipe)), {**state, "device": torch.device("cpu")}, model
         )
 
     def adapter(self) -> Adapter:
-        """An adapter that prepares, and can do no more."""
+        """An adapter that can only prepare."""
         pipe: Any = object.__new__(self.kind)
         vars(pipe).update(self.state)
         pipe.model = self.model.eval()
@@ -72,7 +73,7 @@ class Recipe:
 
 
 def _importable(kind: type) -> type:
-    """The first class of a pipeline's family that another process can import."""
+    """The first class among a pipeline's bases that another process can import."""
     for one in kind.__mro__:
         if one is not object and getattr(sys.modules.get(one.__module__), one.__qualname__, None) is one:
             found: type = one
@@ -82,7 +83,7 @@ def _importable(kind: type) -> type:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One item: what was fetched of it, and its parameters."""
+    """One item: its fetched inputs and its parameters."""
 
     inputs: Any
     parameters: Mapping[str, Any]
@@ -90,7 +91,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The child begins the item at `position` of those that it was asked for, with `others` that it cannot tell apart from it."""
+    """The child begins the item at `position` of the request; it cannot tell `others` more items apart from this one."""
 
     position: int
     others: int
@@ -98,7 +99,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The units of one item as (index, key, length, features, fixed), or why it has none; and the seconds it took."""
+    """The units of one item as (index, key, length, features, fixed), or its failure; and the seconds of its stages."""
 
     units: Sequence[tuple[int, Any, int, Any, int]]
     context: Any
@@ -109,11 +110,11 @@ class Answer:
 
 
 def serve(connection: Connection, recipe: Recipe) -> None:
-    """Answer until the parent says None, or is gone; an item that never ends does not outlive it either."""
+    """Answer requests until the parent says None or is gone. A child that is stuck in an item dies with its parent as well."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         tie(parent.pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still needs what is under way
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still needs the items under way
     torch.set_num_threads(1)
     adapter = recipe.adapter()
     decoder = Decoder(task_spec(recipe.task), recipe.settings, sampling_rate=adapter.sampling_rate)
@@ -147,7 +148,7 @@ def answers(adapter: Adapter, decoder: Decoder, requests: Sequence[Request]) -> 
 
 
 class _Telling:
-    """Tells the parent which item is begun."""
+    """Tells the parent which item begins."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -180,7 +181,7 @@ def _failed(error: Exception, work: Work) -> Answer:
 
 
 class _Nowhere:
-    """The sink of a child's items, which end in the parent."""
+    """The sink of items in a child; their outcomes are delivered in the parent."""
 
     def deliver(self, outcome: Outcome) -> None:
         """Never called."""
@@ -190,7 +191,7 @@ class _Nowhere:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as NumPy arrays, whose bytes go beside the pickle instead of into it."""
+    """Pickles tensors as NumPy arrays; the bytes of arrays go beside the pickle instead of into it."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16:
@@ -199,7 +200,10 @@ class _Pickler(pickle.Pickler):
 
 
 def packed(value: Any, name: str) -> tuple[bytes, list[int], bytes]:
-    """A value as its pickle, the sizes of its arrays, and their bytes; these are empty where shared memory `name` holds them."""
+    """A value as its pickle, the sizes of its arrays, and their bytes.
+
+    The bytes are empty where shared memory `name` holds them.
+    """
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     keep: Callable[[pickle.PickleBuffer], None] = buffers.append
@@ -214,21 +218,24 @@ def packed(value: Any, name: str) -> tuple[bytes, list[int], bytes]:
     for view, size in zip(views, sizes, strict=True):
         content[at : at + size] = view
         at += size
-    del content  # memory that is looked at cannot be closed
+    del content  # shared memory cannot be closed while a view of it exists
     memory.close()
     return stream.getvalue(), sizes, b""
 
 
 def _has_room(size: int) -> bool:
-    """Whether shared memory can hold it: a container may have little, and writing beyond that kills a process."""
+    """Whether shared memory can hold `size` bytes.
+
+    A container may have little of it, and writing beyond its end kills a process.
+    """
     try:
         return shutil.disk_usage(_SHARED_MEMORY).free > 2 * size
-    except FileNotFoundError:  # a system that keeps it elsewhere, and bounds it otherwise
+    except FileNotFoundError:  # a system that keeps shared memory elsewhere, with other bounds
         return True
 
 
 def unpacked(message: tuple[bytes, list[int], bytes], name: str) -> Any:
-    """The value that was packed; its shared memory is given back."""
+    """The packed value; its shared memory is given back."""
     body, sizes, own = message
     content = memoryview(bytearray(own) if own or not sum(sizes) else _taken(name, sum(sizes)))
     views, at = [], 0
@@ -250,7 +257,7 @@ def _taken(name: str, size: int) -> bytearray:
 
 
 def discard(name: str) -> None:
-    """Give back the shared memory of a child that died before it could say that it had made it."""
+    """Give back the shared memory of a child that died before it could announce it."""
     try:
         memory = SharedMemory(name)
     except FileNotFoundError:

@@ -1,6 +1,7 @@
-"""Decoding and preprocessing in processes, for a device that is faster than one Python can feed.
+"""A pool of processes that decode and preprocess, for a device that is faster than one Python process can feed it.
 
-The engine's threads ask; each waits for one process with Python's lock released. Priorities and bounds stay the engine's.
+The threads of the `cpu` stage call `prepare`; each waits for one process with Python's lock released. Priorities and bounds stay
+with the engine. A process that dies or hangs is replaced; an item that hangs, or kills two processes, fails.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from pipefleet_workers.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 SERVED = (Adapter, TextClassifier, FeatureExtractor)
-"""Adapters whose units are plain data, and whose `prepare` needs nothing of the model but its config and shapes."""
+"""Adapters whose units are plain data, and whose `prepare` needs only the config and the shapes of the model."""
 STAGE = "preprocess"
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
 
 class PreprocessPool:
-    """Processes that prepare items as the adapter would. `prepare` may be called by as many threads as there are processes.
+    """Processes that prepare items as the adapter would. As many threads may call `prepare` at once as there are processes.
 
-    An item may take a process `seconds`; after that the process is killed, and the item fails.
+    An item may take `seconds`; after that its process is killed, and the item fails.
     """
 
     def __init__(self, recipe: Recipe, count: int, seconds: float = 900.0) -> None:
@@ -44,7 +45,7 @@ class PreprocessPool:
 
     @classmethod
     def of(cls, task: str, adapter: Adapter, settings: WorkerSettings) -> PreprocessPool:
-        """The pool that `settings.preprocess_processes` asks for. Raises UsageError where a task cannot have one."""
+        """The pool that `settings.preprocess_processes` asks for. Raises UsageError for a task that cannot have one."""
         if type(adapter) not in SERVED:
             raise UsageError(f"{task} is preprocessed beside its model; unset PIPEFLEET_WORKER_PREPROCESS_PROCESSES")
         try:
@@ -57,7 +58,7 @@ class PreprocessPool:
         return cls(recipe, settings.preprocess_processes, settings.stage_timeout)
 
     def start(self) -> None:
-        """Start all processes; returns when each can work. Raises UsageError when one cannot."""
+        """Start all processes and wait until each is ready. Raises UsageError when one cannot start."""
         for child in self._children:
             child.spawn()
         try:
@@ -72,9 +73,9 @@ class PreprocessPool:
             self._idle.put(child)
 
     def prepare(self, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
-        """The units of each item, or why it has none. As long as `fetched`, in its order; notes the seconds of their stages.
+        """The units or the failure of each item, in the order of `fetched`; also notes the seconds of the stages.
 
-        Items whose process dies are given to a fresh one, once. An item that never ends fails alone.
+        When a process dies, a fresh one gets its items, once. An item that never ends fails alone.
         """
         child = self._idle.get()
         try:
@@ -83,7 +84,7 @@ class PreprocessPool:
             self._idle.put(child)
 
     def stop(self) -> None:
-        """End the processes; those that are at work are not waited for longer than a few seconds."""
+        """End the processes; a busy process is killed after a few seconds."""
         for child in self._children:
             child.stop()
 
@@ -93,7 +94,7 @@ class ChildDiedError(Exception):
 
 
 class ChildHungError(Exception):
-    """A process did not end the item that it began, and was killed."""
+    """A process did not end the item that it had begun, and was killed."""
 
     def __init__(self, begun: Begun, seconds: float) -> None:
         super().__init__(f"its process had not ended it within {seconds:.0f} s, and was killed")
@@ -108,7 +109,7 @@ def _prepared(child: _Child, fetched: Sequence[Fetched]) -> list[list[Unit] | It
         log.error("stage %s: item %s of job %s: %s", STAGE, work.item.id, work.job.id, text)
         if len(fetched) == 1:
             return [ItemError("internal_error", text, STAGE)]
-        if error.begun.others:  # any of them may be the one
+        if error.begun.others:  # any of these items may be the culprit
             return [units for one in fetched for units in _prepared(child, [one])]
         culprit = error.begun.position
         rest = [one for position, one in enumerate(fetched) if position != culprit]
@@ -128,7 +129,7 @@ def _twice(child: _Child, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemE
 
 
 class _Child:
-    """One process and the pipe to it; used by one thread at a time. A dead one is started again by its next `prepare`."""
+    """One process and the pipe to it; one thread at a time uses it. The next `prepare` replaces a dead process."""
 
     _numbers = itertools.count()
 
@@ -147,7 +148,7 @@ class _Child:
         theirs.close()
 
     def await_ready(self) -> None:
-        """Wait for its first word. Raises ChildDiedError."""
+        """Wait until the process is ready. Raises ChildDiedError."""
         assert self._pipe is not None
         try:
             if not self._pipe.poll(START_SECONDS):
@@ -157,7 +158,7 @@ class _Child:
             raise self._died() from None
 
     def prepare(self, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
-        """The units of each item, or why it has none. Raises ChildDiedError or ChildHungError; then it has no process."""
+        """The units or the failure of each item. Raises ChildDiedError or ChildHungError; the process is gone then."""
         if self._pipe is None:
             self.spawn()
             self.await_ready()
@@ -177,7 +178,10 @@ class _Child:
         return [_units(one, answer) for one, answer in zip(fetched, answers, strict=True)]
 
     def _answer(self) -> Any:
-        """What comes after the signs of life. Raises ChildHungError when these cease, EOFError or OSError when the process ends."""
+        """The answer that follows the signs of life.
+
+        Raises ChildHungError when the signs of life cease, and EOFError or OSError when the process ends.
+        """
         assert self._pipe is not None
         begun = Begun(0, 0)
         while self._says_something(self._pipe):
@@ -188,11 +192,14 @@ class _Child:
         raise ChildHungError(begun, self._seconds)
 
     def _says_something(self, pipe: Connection) -> bool:
-        """Asked in pieces: when both processes were stopped and go on, only one piece is over, not all of them."""
+        """Wait in several short pieces.
+
+        If both processes were stopped and go on, only one piece has run out, not the whole time.
+        """
         return any(pipe.poll(self._seconds / LOOKS) for _ in range(LOOKS))
 
     def stop(self) -> None:
-        """Tell it to end, and see to it."""
+        """Ask the process to end, and kill it if it does not."""
         if self._pipe is None:
             return
         try:

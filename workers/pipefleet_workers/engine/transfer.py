@@ -1,8 +1,9 @@
-"""Inputs on their way to a GPU: copied from pinned memory on a stream of their own, while the batch before still runs.
+"""Copies the inputs of the next batch to a GPU while the current batch runs: from pinned memory, on a stream of their own.
 
     collate thread: begin ─▶ pinned copy ─▶ device, on the side stream ─▶ event      device's thread: finish waits for the event
 
-No thread waits: only what the device computes from a batch comes after the copy of that batch.
+No thread waits for the copy: only the device's work on a batch is queued behind the copy of this batch. A failed copy is no error:
+the forward copies the inputs itself.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ log = logging.getLogger(__name__)
 
 
 class Link(Protocol):
-    """The way to one device. `copy` and `mark` are called by the collate thread, `join` by the device's."""
+    """The way to one device. The collate thread calls `copy` and `mark`; the device's thread calls `join`."""
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Begin to copy a tensor; returns at once. The tensor itself stays as it is."""
+        """Begin to copy a tensor; returns at once. The tensor itself does not change."""
 
     def mark(self) -> Any:
-        """What is over as soon as every copy so far is."""
+        """An event that fires when all copies so far are done."""
 
     def join(self, mark: Any, tensors: list[torch.Tensor]) -> None:
-        """Let the calling thread's work on the device come after `mark`, and its memory be kept until that work is over."""
+        """Let this thread's later work on the device wait for `mark`, and keep the memory of `tensors` until that work is done."""
 
 
 class CudaLink:
-    """Copies through pinned memory on a stream beside the one that the model runs on."""
+    """Copies through pinned memory, on a stream beside the model's stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device, once the stream is there; `pin_memory` makes a copy and never pins in place."""
+        """The tensor on the device, valid once the side stream gets there. `pin_memory` copies; it never pins in place."""
         with torch.cuda.stream(self._stream):
             return tensor.pin_memory().to(self._device, non_blocking=True)
 
@@ -46,7 +47,7 @@ class CudaLink:
         return self._stream.record_event()
 
     def join(self, mark: Any, tensors: list[torch.Tensor]) -> None:
-        """Make the model's stream wait. Memory that the side stream gave is not given away before that stream has read it."""
+        """Make the model's stream wait for `mark`. The side stream's memory is not reused before the model's stream has read it."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(mark)
         for tensor in tensors:
@@ -64,9 +65,9 @@ class Staged:
 
 
 class Transfer:
-    """Copies inputs ahead of their forward. `begin` is for the thread beside the device's, `finish` for the device's own.
+    """Copies inputs before their forward. The collate thread calls `begin`; the device's thread calls `finish`.
 
-    Without a `link` nothing is copied ahead: the adapter's `run` moves what lies on the host.
+    Without a `link` nothing is copied ahead: the adapter's `run` moves inputs from the host.
     """
 
     def __init__(self, link: Link | None = None) -> None:
@@ -74,14 +75,14 @@ class Transfer:
 
     @classmethod
     def to(cls, device: torch.device) -> Transfer:
-        """To a CUDA device by a stream of its own; to any other one without a link."""
+        """A transfer to a CUDA device, on a stream of its own; for any other device, a transfer without a link."""
         return cls(CudaLink(device) if device.type == "cuda" else None)
 
     def begin(self, inputs: Any) -> Staged:
-        """Start the copy of what collate returned; returns at once.
+        """Start to copy the collated inputs; returns at once.
 
-        Where it fails, as for want of memory, the inputs stay on the host: the forward copies them, and what fails there is
-        handled as any failure of a forward.
+        If the copy fails, for example for want of memory, the inputs stay on the host. The forward then copies them, and a failure
+        there is handled as any failure of a forward.
         """
         if self._link is None:
             return Staged(inputs)
@@ -92,9 +93,9 @@ class Transfer:
         return Staged(inputs)
 
     def finish(self, staged: Staged) -> Any:
-        """The inputs; what is computed from them waits for the copy, this thread does not. Leaves `staged` empty.
+        """The inputs. The device's work on them waits for the copy; this thread does not. Leaves `staged` empty.
 
-        Nothing else may hold the inputs: a batch that is out of memory must be able to let go of its own.
+        No other object may hold the inputs: a batch that runs out of memory must be able to free them.
         """
         inputs, arrived = staged.inputs, staged.arrived
         staged.inputs = staged.arrived = None
@@ -106,7 +107,7 @@ class Transfer:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor inside of it changed; mappings, lists and tuples keep their type."""
+    """A copy of `value` with `change` applied to every tensor inside; mappings, lists and tuples keep their type."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):

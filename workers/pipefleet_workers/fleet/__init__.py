@@ -1,1 +1,1 @@
-"""Commands around the workers: the local stack, the scaler, `top`, `doctor`, `render`, `simulate`, `demo`."""
+"""fleet: the commands around the workers: the local stack, the scaler, `top`, `doctor`, `render`, `simulate`, `demo`."""

@@ -1,1 +1,4 @@
-"""From references to values: fetched, looked at before they are decoded, decoded within bounds."""
+"""inputs: from references to values: objects are fetched, checked before they are decoded, and decoded within bounds.
+
+The engine calls `fetch.Fetcher`, then `decode.Decoder`. A bad input raises ItemError, and fails only its own item.
+"""

@@ -1,4 +1,4 @@
-"""Containers of media: how much of a file is missing, by what it says of itself. Bytes in, a sentence out; nothing is decoded.
+"""Containers of media: how much of a file is missing, compared with what the file promises. Bytes in, a sentence out; no decoding.
 
 The rule: where more than a tenth of what a file promises is missing, or its index, it was cut and is refused. Where less is
 missing, or the file does not say how long it is and its last piece is broken off, the rest is taken, with a warning. MPEG-TS,
@@ -13,38 +13,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST_MISSING = 0.1
-"""The part of a file that may be missing, of what it promises."""
+"""The part of the promised bytes that may be missing."""
 _STREAMED = (range(-1, 1), range(0x7FFF_0000, 0x8000_0001), range(0xFFFF_0000, 1 << 32), range(1 << 62, 1 << 64))
-"""Sizes that mean "not known": recorders that stream write 0, or about the largest number that fits, signed or not."""
+"""Sizes that mean "not known": recorders that stream write 0, or about the largest number of the field, signed or unsigned."""
 _LARGEST = 1 << 30
-"""Bytes above which a size stands for "not known" in any smaller file."""
+"""A size above this means "not known" in any smaller file."""
 _ROUND = (100_000_000, 1_000_000)
-"""From so many bytes on, a multiple of so many is a number that a person chose, such as 2,000,000,000."""
+"""From the first number of bytes on, a multiple of the second is a number that a person chose, such as 2,000,000,000."""
 FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-"""The mark of a FLAC and the head of its first block, which has one size."""
+"""The mark of a FLAC, and the head of its first block, which has a fixed size."""
 _SEGMENT = b"\x18\x53\x80\x67"
 _EBML_PARENTS = (_SEGMENT, b"\x1f\x43\xb6\x75")
-"""Segment and Cluster, the elements that recorders which stream leave without a size."""
+"""Segment and Cluster: recorders that stream write these elements without a size."""
 _MP4_MEDIA = (b"moov", b"moof", b"mdat")
 _MP4_INDEX = (b"moov", b"moof")
 _MP4_FIRST = (*_MP4_MEDIA, b"ftyp", b"styp", b"free", b"skip", b"wide")
 _ID3_BYTES = 10
 _MOST_TAGS = 1024
-"""ID3 tags in front of the first frame; a file with more does not say how long it is."""
+"""ID3 tags before the first frame; the length of a file with more tags counts as not known."""
 _FIRST_FRAME = 64
-"""Bytes of a frame within which the encoder's tag begins, whatever the layout of its channels."""
+"""The encoder's tag begins within so many bytes of a frame, for every layout of channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What is missing of a file: a clause, and how much that is of what the file promises (0 where it promises nothing)."""
+    """The missing part of a file: a clause, and its share of the promised bytes (0 if the file promises nothing)."""
 
     text: str
     share: float = 1.0
 
 
 def missing_of(content: bytes) -> Missing | None:
-    """What is missing at the end of a file; None where it is whole or does not say."""
+    """The missing part at the end of a file; None if the file is complete or promises nothing."""
     for magic, check in _CHECKS.items():
         if content.startswith(magic):
             return check(content)
@@ -52,7 +52,7 @@ def missing_of(content: bytes) -> Missing | None:
 
 
 def flac_seconds(content: bytes) -> float | None:
-    """How long a FLAC says that it is, all its parts if it was joined; None for other files, and where one part does not say."""
+    """The length that a FLAC declares, summed over its parts if it was joined. None for other files, or if a part declares none."""
     if not content.startswith(b"fLaC"):
         return None
     total = 0.0
@@ -66,12 +66,12 @@ def flac_seconds(content: bytes) -> float | None:
 
 
 def is_placeholder(size: int) -> bool:
-    """Whether a size stands for "not known"."""
+    """Whether a size means "not known"."""
     return any(size in sizes for sizes in _STREAMED) or (size >= _ROUND[0] and size % _ROUND[1] == 0)
 
 
 def _samples(content: bytes, start: int, size: int) -> Missing | None:
-    """`size` bytes of samples begin at `start`."""
+    """The missing part of a file with `size` bytes of samples from `start` on."""
     missing = start + size - len(content)
     if missing <= 0 or is_placeholder(size):
         return None
@@ -79,7 +79,7 @@ def _samples(content: bytes, start: int, size: int) -> Missing | None:
 
 
 def chunk_of(content: bytes, name: bytes, *, at: int, layout: str, align: int = 2) -> tuple[int, int] | None:
-    """Start and size of the first chunk of a name; `layout` is the struct of a chunk's name and size."""
+    """Start and size of the first chunk with this name; `layout` is the struct of a chunk's name and size."""
     head = struct.calcsize(layout)
     while at + head <= len(content):
         found, size = struct.unpack_from(layout, content, at)
@@ -144,7 +144,7 @@ def _au(content: bytes) -> Missing | None:
 
 
 def _ogg(content: bytes) -> Missing | None:
-    """The last page of an Ogg stream carries the end-of-stream flag (RFC 3533, section 6)."""
+    """The last page of an Ogg stream must carry the end-of-stream flag (RFC 3533, section 6)."""
     at = content.rfind(b"OggS")
     if at + 27 > len(content):
         return Missing("the last page is cut", 0.0)
@@ -156,7 +156,7 @@ def _ogg(content: bytes) -> Missing | None:
 
 
 def _matroska(content: bytes) -> Missing | None:
-    """Elements of Segment and Cluster are walked only where these say no size of their own (RFC 8794, section 6)."""
+    """Elements inside Segment and Cluster are read only if Segment and Cluster declare no size (RFC 8794, section 6)."""
     at, streamed = 0, False
     while at < len(content):
         size_at = at + _vint_bytes(content[at])
@@ -176,7 +176,7 @@ def _matroska(content: bytes) -> Missing | None:
 
 
 def _bytes_missing(content: bytes, promised: int, share: float | None = None) -> Missing | None:
-    """What is missing of a file of `promised` bytes."""
+    """The missing part of a file that promises `promised` bytes."""
     missing = promised - len(content)
     return (
         Missing(f"{missing} bytes are missing", missing / promised if share is None else share) if missing > 0 else None
@@ -184,7 +184,7 @@ def _bytes_missing(content: bytes, promised: int, share: float | None = None) ->
 
 
 def _vint_bytes(first: int) -> int:
-    """How long an EBML integer is, from its first byte."""
+    """The length of an EBML integer, from its first byte."""
     return 9 - first.bit_length()
 
 
@@ -193,7 +193,7 @@ def _mp4(content: bytes) -> Missing | None:
     while at + 16 <= len(content):
         size, name, long = struct.unpack_from(">I4sQ", content, at)
         size = long if size == 1 else size
-        if size < 8:  # 0 is "to the end of the file"; the rest is for the decoder to judge
+        if size < 8:  # 0 means "to the end of the file"; other values are left to the decoder
             return None
         at += size
         indexed = indexed or (name in _MP4_INDEX and at <= len(content))
@@ -204,7 +204,7 @@ def _mp4(content: bytes) -> Missing | None:
 
 
 def _mp3(content: bytes) -> Missing | None:
-    """Encoders write the number of bytes into the first frame (the Xing or Info tag), which ID3 tags may precede."""
+    """Encoders write the number of bytes into the first frame (the Xing or Info tag); ID3 tags may precede this frame."""
     at = 0
     for _ in range(_MOST_TAGS):
         if content[at : at + 3] != b"ID3" or len(content) < at + _ID3_BYTES:
@@ -221,7 +221,7 @@ def _mp3(content: bytes) -> Missing | None:
 
 
 def _xing(content: bytes, at: int, tag: int) -> Missing | None:
-    """`at` is where the first frame begins, `tag` how far into it the tag does, -1 for none."""
+    """The missing part by the encoder's tag. The first frame begins at `at`; the tag begins `tag` bytes later, -1 for no tag."""
     if tag < 0 or at + tag + 16 > len(content):
         return None
     flags, first, second = struct.unpack_from(">III", content, at + tag + 4)

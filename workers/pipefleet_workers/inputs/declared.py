@@ -1,7 +1,7 @@
-"""How large an object becomes when it is decoded, as its own header declares: looked up before anything is decoded.
+"""The decoded size of an object, as its own header declares it: read before anything is decoded. `Decoder.weigh` calls it.
 
-A header may lie. So the figure only decides when an object is decoded: a recording that turns out longer is decoded again when
-there is room for all of it, and what bounds the decoder itself stands in the settings.
+A header may lie, so this size only decides when an object is decoded. A recording that turns out longer is decoded again when there
+is room for all of it. The bounds of the decoder itself are in the settings. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pipefleet_workers.inputs.pictures.inner import ICON, inner
 from pipefleet_workers.items import Blob
 
 PIXEL = 18
-"""Bytes of a pixel: 4 as Pillow holds it, 14 of the copies that an image processor makes before it is small."""
+"""Bytes of a pixel: 4 in Pillow's memory, 14 for the copies that an image processor makes before the picture is small."""
 SAMPLE = 16
-"""Bytes of a sample in float32: decoded, while blocks are joined, as the feature extractor's copy, and in pieces that overlap."""
+"""Bytes of a sample, four float32 copies: decoded, while blocks are joined, in the feature extractor, in overlapping pieces."""
 CHARACTER = 600
-"""Bytes that a tokenizer takes for a character of a text, at most."""
+"""Most bytes that a tokenizer takes for a character of a text."""
 _PACKED = 32
-"""Bytes of sound that a byte of a file becomes, where it does not say how long it lasts."""
+"""Bytes of sound for each byte of a file without a declared length."""
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _OLD_BITMAP = 12
 _BITMAPS = tuple(struct.pack("<I", size) for size in (_OLD_BITMAP, 40, 52, 56, 64, 108, 124))
@@ -34,22 +34,22 @@ _FRAMES_OF_JPEG = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 
 
 def picture_bytes(content: bytes) -> int:
-    """Bytes of a picture; 0 for what is no picture."""
+    """Bytes of a picture; 0 if it is no picture."""
     found = coded_pixels(content)
-    if not found or not content.startswith((_JPEG, _PNG)):  # those say all of it; Pillow takes a dozen times as long
+    if not found or not content.startswith((_JPEG, _PNG)):  # their headers suffice; Pillow takes a dozen times as long
         found = max(found, _opened(content))
     return found * PIXEL
 
 
 def coded_pixels(content: bytes, held: bytes | None = None) -> int:
-    """Pixels by the header of the coded stream, of `content` or of the file `held` in it; 0 where only Pillow knows its header."""
+    """Pixels by the header of the coded stream, of `content` or of the file `held` in it; 0 if only Pillow can read its header."""
     held = inner(content) if held is None else held
     sizes = [_coded(one) for one in ((content, held) if held else (content,))]
     return max(width * height for width, height in sizes)
 
 
 def recording_bytes(blob: Blob, rate: int, max_seconds: float) -> int:
-    """Bytes of a recording at `rate` Hz, cut at `max_seconds`; guessed from its own bytes where it does not say how long it is."""
+    """Bytes of a recording at `rate` Hz, cut at `max_seconds`; estimated from the file's size if it declares no length."""
     if blob.type == RAW_AUDIO:
         return len(blob.content) // 4 * SAMPLE
     seconds = _seconds(blob.content)
@@ -59,7 +59,7 @@ def recording_bytes(blob: Blob, rate: int, max_seconds: float) -> int:
 
 
 def film_bytes(content: bytes, frames: int, max_pixels: int) -> int:
-    """Bytes of `frames` frames of a film and of the stack of them, of `max_pixels` pixels at most; 0 for what is no film."""
+    """Bytes of `frames` frames of a film and of their stack, with at most `max_pixels` pixels; 0 if it is no film."""
     try:
         with av.open(io.BytesIO(content), "r", options={"format_whitelist": VIDEO_FORMATS}) as container:
             stream = container.streams.video[0]
@@ -86,7 +86,7 @@ def _container_seconds(content: bytes) -> float | None:
 
 
 def _jpeg(content: bytes) -> tuple[int, int] | None:
-    """Width and height from the frame's header; None where it is not found at once. Pillow takes a dozen times as long."""
+    """Width and height from the frame's header; None if it is not found at once. Pillow takes a dozen times as long."""
     at = 2
     while at + 9 <= len(content) and content[at] == 0xFF:
         marker = content[at + 1]
@@ -102,7 +102,7 @@ def _png(content: bytes) -> tuple[int, int] | None:
 
 
 def _coded(content: bytes) -> tuple[int, int]:
-    """What a stream says of itself, where a container around it says it too; 0, 0 for any other."""
+    """The size that a stream declares, for formats whose container declares a size too; 0, 0 for other formats."""
     if jpeg2000.is_jpeg2000(content):
         return jpeg2000.size(content)
     if avif.is_avif(content):
@@ -115,7 +115,7 @@ def _coded(content: bytes) -> tuple[int, int]:
 
 
 def _bitmap(content: bytes) -> tuple[int, int]:
-    """A bare bitmap, as icons hold it; twice as high as the picture, since its mask is below it."""
+    """The size of a bare bitmap inside an icon; twice as high as the picture, since its mask is below it."""
     if len(content) < 16 or content[:4] not in _BITMAPS:
         return 0, 0
     if content[0] == _OLD_BITMAP:
@@ -125,7 +125,7 @@ def _bitmap(content: bytes) -> tuple[int, int]:
 
 
 def _opened(content: bytes) -> int:
-    if content.startswith(ICON):  # opening decodes it
+    if content.startswith(ICON):  # Pillow would decode it when it opens it
         return 0
     try:
         width, height = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS).size

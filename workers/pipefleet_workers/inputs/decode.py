@@ -1,7 +1,10 @@
-"""decode: bytes become what a pipeline's preprocess takes, within bounds on pixels, seconds and characters.
+"""Decoding: bytes become the values that a pipeline's preprocess takes, within bounds on pixels, seconds and characters.
 
-The engine decodes everything itself: a string in a media position never reaches a pipeline, which would open URLs and local
-files. Codecs are told from the content, never from the name.
+    Fetched ─▶ weigh (headers only) ─▶ room in the engine's budget ─▶ decode ─▶ Decoded
+
+The engine's `cpu` threads, or its processes, call `Decoder`. It decodes everything itself: a string in a media position never
+reaches a pipeline, which would open URLs and local files. The content decides the codec, never the name. A bad input raises
+ItemError.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ STAGE = "decode"
 _PICTURES = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR)
 _MEDIA = (*_PICTURES, Media.AUDIO, Media.VIDEO)
 FRAMES = 32
-"""Frames that a model wants of a video at most, as far as is known before its adapter looks."""
+"""Most frames of a video that a model wants, as assumed before its adapter decides."""
 SLACK = 1 << 20
-"""Bytes by which what an input declares may be wrong without being asked again: containers round their durations."""
+"""Bytes by which a declared size may be wrong without a second decoding: containers round their durations."""
 _PARTS = {"text": Media.TEXT, "image": Media.IMAGE, "audio": Media.AUDIO, "video": Media.VIDEO}
 
 
@@ -58,7 +61,7 @@ class Decoder:
     def decode(self, fetched: Fetched) -> Decoded:
         """The decoded value. Raises ItemError: bad_input, bad_media, truncated_media or too_large.
 
-        OutgrownError where its recordings take more than the budget has let it in with; 0 is no bound.
+        Raises OutgrownError if its recordings take more bytes than the budget has reserved for it; 0 means no bound.
         """
         begin = time.perf_counter()
         room = fetched.work.room.decoded
@@ -75,11 +78,14 @@ class Decoder:
         return Decoded(fetched.work, value)
 
     def weigh(self, inputs: Any) -> int:
-        """Bytes that an input takes while it is decoded and prepared, as its headers declare. Decodes nothing, never raises."""
+        """Bytes that an input takes while it is decoded and prepared, by its headers. Decodes nothing, never raises."""
         return self._weigh(inputs, self._spec.media)
 
     def weights(self, fetched: Sequence[Fetched]) -> list[int]:
-        """What each input weighs, with the texts of its parameters; those that items share are counted with the first of them."""
+        """The weight of each input, with the texts of its parameters.
+
+        Shared parameters count with the first input that has them.
+        """
         seen: set[int] = set()
         found = []
         for one in fetched:
@@ -110,7 +116,7 @@ class Decoder:
         return min(len(blob.content), settings.max_text_bytes) * CHARACTER
 
     def _require_short(self, inputs: Any) -> None:
-        """Raise ItemError (too_large) where the texts of an input, or of its parameters, take more bytes together than one may."""
+        """Raise ItemError (too_large) if the texts of an input, or of its parameters, take too many bytes together."""
         bound = self._settings.max_text_bytes
         if text_bytes(inputs, bound) > bound:
             raise ItemError(
@@ -118,7 +124,7 @@ class Decoder:
             )
 
     def _require_few_bytes(self, inputs: Any) -> None:
-        """Raise ItemError (too_large) where the texts of an input that came as objects are too long together."""
+        """Raise ItemError (too_large) if the texts of an input that came as objects are too long together."""
         bound = self._settings.max_text_bytes
         if self._text_objects(inputs, self._spec.media) > bound:
             raise ItemError(
@@ -126,9 +132,9 @@ class Decoder:
             )
 
     def _require_few_media(self, inputs: Any) -> None:
-        """Raise ItemError (too_large) where the pictures, or the recordings, of one input decode to far too much together."""
+        """Raise ItemError (too_large) if the pictures, or the recordings, of one input decode to far too many bytes together."""
         if isinstance(inputs, Blob | str):
-            return  # one alone has a bound of its own
+            return  # a single medium has a bound of its own
         settings = self._settings
         pictures = KEPT_PICTURES * settings.max_pixels * PIXEL
         sounds = int(settings.max_audio_seconds * self._rate * SAMPLE)
@@ -188,7 +194,7 @@ class Decoder:
         return [self._text(one) for one in value] if several else self._text(value)
 
     def _prompt(self, value: Any) -> Any:
-        """A text, or the messages of a chat; a content that was too long for the message has come as an object."""
+        """A text, or the messages of a chat. A content that was too long for the message has come as an object."""
         if not isinstance(value, list):
             return self._text(value)
         if not value or not all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in value):
@@ -196,7 +202,7 @@ class Decoder:
         return [self._message(one) for one in value]
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message; whatever stands beside its role and content is a known text or None."""
+        """A message; every field beside its role and content must be a known text or None."""
         further = {name: one for name, one in message.items() if name not in ("role", "content")}
         decoded = {name: None if one is None else self._text(one) for name, one in further.items()}
         if not all(may_stand_in_a_message(name, one) for name, one in decoded.items()):
@@ -236,9 +242,8 @@ class Decoder:
                 strict=room.strict,
                 warnings=room.warnings,
             )
-        except (
-            OutgrownError
-        ) as error:  # twice as much at least, so that an input of many recordings is not begun again for each
+        except OutgrownError as error:
+            # At least twice as much, so that an input of many recordings is not begun again for each of them.
             error.size = max(2 * room.whole, room.whole - room.left + error.size)
             raise
         if room.left is not None:
@@ -252,7 +257,7 @@ class Decoder:
             settings.max_video_frames,
             settings.max_pixels,
             max_film_pixels=settings.max_video_pixels,
-            max_seconds=settings.stage_timeout / 2,  # the watchdog would end the process
+            max_seconds=settings.stage_timeout / 2,  # above `stage_timeout` the watchdog would end the process
             strict=self._room.strict,
             warnings=self._room.warnings,
         )
@@ -267,7 +272,7 @@ class Decoder:
         raise self._bad("takes labels as a list of texts or one text with commas")
 
     def _data(self, value: Any) -> Any:
-        """JSON as it is; what was too long for the message has come as an object."""
+        """JSON unchanged; a value that was too long for the message has come as an object."""
         if not isinstance(value, Blob):
             return value
         try:

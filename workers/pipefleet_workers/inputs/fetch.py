@@ -1,4 +1,7 @@
-"""fetch: references become bytes. Bounded by the worker's budget of bytes; every object size-checked and pinned by ETag."""
+"""Fetching: references become bytes. The worker's budget bounds the bytes; every object's size is checked, and its ETag pinned.
+
+The engine's fetch threads call `Fetcher.fetch`.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ class Fetcher:
     def fetch(self, work: Work) -> Fetched:
         """`work` with the bytes of its objects.
 
-        Raises ItemError with a code that says what is wrong with the object, and ServiceUnavailableError when the object store
-        stays away: then nothing is wrong with the item, and its job should go back to the queue.
+        Raises ItemError with a code for a fault of the object. Raises ServiceUnavailableError when the object store stays away: the
+        item is not at fault then, and its job should go back to the queue.
         """
         begin = time.perf_counter()
         inputs = map_refs(work.item.inputs, self._blob)

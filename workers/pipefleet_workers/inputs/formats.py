@@ -1,4 +1,4 @@
-"""The formats that are opened at all. Those of playlists (concat, hls, dash) would open other files."""
+"""The formats that are opened at all. Formats of playlists (concat, hls, dash) are missing, since they would open other files."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ _RARE = (
     "PIXAR",
 )
 _WITHOUT_SIGNATURE = ("PCD", "IM", "IMT", "SPIDER", "TGA")
-"""Told from what their headers hold, so they come last."""
+"""Recognised only by values in their headers, so they come last."""
 Image.init()
 PICTURE_FORMATS = tuple(name for name in (*_COMMON, *_RARE, *_WITHOUT_SIGNATURE) if name in Image.OPEN)
-"""All that this Pillow opens but EPS, which runs Ghostscript; IPTC, which holds pictures of any format, EPS too; WMF, which is
-drawn on Windows only; and those for which Pillow has no decoder of its own (BUFR, GRIB, HDF5, MPEG)."""
+"""All formats that this Pillow opens, except: EPS, which runs Ghostscript; IPTC, which holds pictures of any format, EPS too; WMF,
+which is drawn on Windows only; and formats without a decoder in Pillow (BUFR, GRIB, HDF5, MPEG).
+"""
 AUDIO_FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,wtv,rm,dv,"
     "wav,w64,aiff,caf,au,voc,ircam,nistsphere,iff,"

@@ -1,4 +1,7 @@
-"""What a decoder could not make of a file, and the sentences about it that go with its result."""
+"""The parts of a file that a decoder could not read, and the sentences about them that go with its result.
+
+Decoders of sound and video count losses here while they read.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ MOST_CHARACTERS = 300
 
 @dataclass(slots=True)
 class Losses:
-    """Counted while a file is decoded."""
+    """The losses of one file, counted while it is decoded."""
 
     lost: int = 0
     """Packets that could not be decoded."""
@@ -27,7 +30,7 @@ class Losses:
 
     @property
     def text(self) -> str:
-        """One clause that says what is lost; empty where nothing is."""
+        """One clause that names the losses; empty if there are none."""
         told = []
         if self.lost:
             told.append(f"{self.lost} of {self.packets} packets could not be decoded")
@@ -41,7 +44,10 @@ class Losses:
 
 
 def read_packets(container: Any, stream: Any, losses: Losses) -> Iterator[Any]:
-    """The packets of a stream to the end of the data, and an empty one; how many, and why reading ends early, is in `losses`."""
+    """The packets of a stream to the end of the data, then an empty packet.
+
+    `losses` gets their number, and why reading ended early.
+    """
     packets = container.demux(stream)
     try:
         for packet in packets:
@@ -52,7 +58,7 @@ def read_packets(container: Any, stream: Any, losses: Losses) -> Iterator[Any]:
 
 
 def decoded(packet: Any, losses: Losses, decode: Callable[[Any], Sequence[Any]] | None = None) -> Sequence[Any]:
-    """The frames of a packet, by its stream's decoder or another; none, and one more lost, where it cannot be decoded."""
+    """The frames of a packet, by its stream's decoder or another. If it cannot be decoded: no frames, and one more loss."""
     try:
         found: Sequence[Any] = packet.decode() if decode is None else decode(packet if packet.size else None)
         return found

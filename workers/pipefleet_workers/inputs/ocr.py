@@ -1,4 +1,9 @@
-"""Words of a page and where they stand, for models that read boxes and not pixels. RapidOCR, whose wheel carries its weights."""
+"""Words of a page with their places, for models that read boxes instead of pixels.
+
+It uses RapidOCR, whose wheel contains its weights.
+
+The adapter of document-question-answering calls it for pages without `word_boxes`.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +20,14 @@ from pipefleet_workers.items import ItemError
 
 STAGE = "preprocess"
 _ONE_PAGE = threading.Lock()
-"""The recogniser writes into itself while it reads; it uses all cores for one page."""
+"""Only one page at a time: the recogniser writes into itself while it reads, and uses all cores for one page."""
 
 
 def read_words(page: Image.Image) -> list[tuple[str, list[int]]]:
     """Each word with `[x0, y0, x1, y1]` in thousandths of the page, line by line; empty for a page without words.
 
-    Takes about a second a page on one core. Thread-safe, one page at a time.
-    Raises ItemError (not_installed) without the extra `ocr`.
+    Takes about a second for a page on one core. Thread-safe, one page at a time. Raises ItemError (not_installed) without the
+    extra `ocr`.
     """
     pixels = np.ascontiguousarray(np.asarray(page.convert("RGB"))[:, :, ::-1])
     with _ONE_PAGE:

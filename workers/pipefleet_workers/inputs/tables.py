@@ -1,4 +1,7 @@
-"""Tables: columns of texts, as JSON or as a CSV or JSON file, to a pandas table whose cells are all texts."""
+"""Tables: columns of texts, as JSON or as a CSV or JSON file, become a pandas table whose cells are all texts.
+
+`Decoder` calls it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ STAGE = "decode"
 
 
 def decode_table(value: Any, *, max_bytes: int) -> pandas.DataFrame:
-    """The table. Raises ItemError: bad_input for what is no table, bad_media for a file that holds none, too_large."""
+    """The table. Raises ItemError: bad_input if it is no table, bad_media for a file without a table, too_large."""
     import pandas
 
     columns = _from_file(value, max_bytes) if isinstance(value, Blob) else columns_of(value)
@@ -43,12 +46,12 @@ def _from_file(blob: Blob, max_bytes: int) -> dict[str, list[str]]:
 
 
 def _encoding(content: bytes) -> str:
-    """UTF-8, or the UTF-16 of Excel's "Unicode text", which its byte order mark tells."""
+    """UTF-8, or the UTF-16 of Excel's "Unicode text", recognised by its byte order mark."""
     return "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _from_json(text: str) -> dict[str, list[str]]:
-    """As the same table is taken inline; and what else pandas makes a table of, such as a list of lists."""
+    """The same forms as an inline table; also other forms that pandas reads as a table, such as a list of lists."""
     import pandas
 
     found = json.loads(text)
@@ -60,7 +63,7 @@ def _from_json(text: str) -> dict[str, list[str]]:
 
 
 def _from_csv(text: str) -> dict[str, list[str]]:
-    """Columns by the names in the first line; a row with fewer cells ends with empty ones. Raises ValueError for one with more."""
+    """Columns by the names in the first line. A shorter row ends with empty cells. Raises ValueError for a longer row."""
     allow_long_cells()
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter_of(text.partition("\n")[0]))

@@ -1,4 +1,9 @@
-"""Video: bytes to the frames a model wants. FFmpeg inside PyAV's wheel; playlist formats, which open other files, are refused."""
+"""Video: from bytes to the frames that a model wants.
+
+FFmpeg is inside PyAV's wheel; playlists are refused, since they open other files.
+
+`Decoder` makes a `Clip`; the adapter asks it for frames. Damage becomes a warning, or with `strict` an ItemError.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from pipefleet_workers.items import Blob, ItemError
 
 STAGE = "decode"
 KEPT_PICTURES = 8
-"""Frames are kept for a model up to this many times the pixels that a single one may have."""
+"""The kept frames of a model may have so many times the pixels of a single frame."""
 _ALIGNMENT = 1 << 16
 """Pixels by which a decoder may round a small frame up."""
 Frame = NDArray[np.uint8]
@@ -31,20 +36,20 @@ class Clip:
 
     blob: Blob
     max_frames: int
-    """Frames that are decoded at most, those that are skipped included."""
+    """Most frames that are decoded, skipped frames included."""
     max_pixels: int
-    """Pixels that one frame may have; eight times as many for all frames that are kept."""
+    """Most pixels of one frame; all kept frames may have eight times as many."""
     max_film_pixels: int = 1 << 40
-    """Pixels of all frames that are decoded, those that are skipped included: what decoding takes its time for."""
+    """Most pixels of all decoded frames, skipped frames included: the time of decoding depends on them."""
     max_seconds: float = 900.0
     """Seconds that decoding may take."""
     strict: bool = False
     """Whether a film that is damaged, or lacks its end, is refused."""
     warnings: list[str] = field(default_factory=list)
-    """Sentences on what is missing of the frames are added here."""
+    """Sentences on missing frames are added here."""
 
     def frames(self, indices: Sequence[int]) -> list[Frame]:
-        """The frames at `indices` (from 0, rising), each `[height, width, 3]` RGB. Fewer where the clip ends before.
+        """The frames at `indices` (from 0, rising), each `[height, width, 3]` RGB; fewer if the clip ends before.
 
         Raises ItemError: bad_media, truncated_media, too_large.
         """
@@ -68,7 +73,7 @@ class Clip:
         return found
 
     def _tell(self, losses: Losses) -> None:
-        """Warn of what is missing of the film, or raise ItemError (bad_media) for it where that is strict."""
+        """Warn of missing parts of the film; with `strict`, raise ItemError (bad_media)."""
         missing = missing_of(self.blob.content)
         if missing:
             note(self.warnings, f"{self.blob.uri} ends too early: {missing.text}")
@@ -78,7 +83,7 @@ class Clip:
             note(self.warnings, f"{self.blob.uri} is damaged: {losses.text}; the result is of the rest")
 
     def count(self) -> int:
-        """Frames in the clip: as its container says, else counted by decoding. Raises ItemError as `frames` does."""
+        """Frames in the clip, by its container or counted by decoding. Raises the ItemErrors of `frames`."""
         with self._open() as container:
             found = int(_film(container).frames)
         if found <= 0:
@@ -94,24 +99,24 @@ class Clip:
         return float(found) if found else None
 
     def _decoded(self, wanted: int, losses: Losses) -> Iterator[av.VideoFrame]:
-        """The frames. Refused before the first, where `wanted` of them have too many pixels."""
+        """The frames. Refused before the first frame, if `wanted` frames have too many pixels."""
         with self._open() as container:
             stream = _film(container)
             width, height = stream.codec_context.width, stream.codec_context.height
             self._check(width, height)
             self._check_film(width * height * min(wanted, stream.frames or wanted))
-            # The header's size binds nobody: a stream may change it, which the decoder notices before it allocates.
+            # A stream may change the size of its header; the decoder checks this bound before it allocates.
             stream.codec_context.options = {"max_pixels": str(2 * self.max_pixels + _ALIGNMENT)}
             yield from self._checked(read_packets(container, stream, losses), stream.codec_context, losses)
 
     def _checked(
         self, packets: Iterable[av.Packet[Any]], context: av.VideoCodecContext, losses: Losses
     ) -> Iterator[av.VideoFrame]:
-        """The frames of packets, of which those count too that show none: a codec may decode pictures and hide them."""
+        """The frames of packets. Packets that show no frame count too: a codec may decode pictures and hide them."""
         pixels = hidden = 0
         end = time.monotonic() + self.max_seconds
         for packet in packets:
-            hidden += context.width * context.height // 2  # two packets may be the halves of one frame
+            hidden += context.width * context.height // 2  # half, since two packets may be the halves of one frame
             self._check_film(max(pixels, hidden))
             for frame in decoded(packet, losses):
                 self._check(frame.width, frame.height)
@@ -148,7 +153,7 @@ class Clip:
 
 
 def _film(container: Any) -> Any:
-    """The first track of pictures, as transformers takes; a cover is none."""
+    """The first track of pictures, as in transformers; a cover picture does not count."""
     tracks = container.streams.video
     films = [one for one in tracks if not one.disposition & av.stream.Disposition.attached_pic]
     return (films or tracks)[0]

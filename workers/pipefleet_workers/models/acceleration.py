@@ -1,4 +1,7 @@
-"""What makes a fast device faster, each where it is asked for and proved: pictures on the device, a compiled model."""
+"""Speeds up a fast device, by two means, each proved before use: pictures preprocessed on the device, and a compiled model.
+
+`build` calls it between loading and warm-up.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from pipefleet_workers.settings import WorkerSettings
 def accelerated(
     adapter: Adapter, pool: Pool, parameters: Mapping[str, Any], settings: WorkerSettings, *, max_cost: int
 ) -> Adapter:
-    """`adapter`, or the one to take in its place. Before the warm-up, which measures what comes of it.
+    """`adapter`, or the adapter to use in its place. Call it before the warm-up, which measures the result.
 
-    Raises UsageError where the pool asks for what its model cannot have.
+    Raises UsageError if the pool asks for something that its model cannot have.
     """
     chosen, on_gpu = settings.device_pictures, adapter.pipe.device.type == "cuda"
-    # Processes bring back whole inputs: pictures that are not small yet would fill the memory they share.
+    # Preprocessing in processes returns whole inputs: pictures in full size would fill the shared memory.
     if chosen == "on" or (chosen == "auto" and on_gpu and not settings.preprocess_processes):
         adapter = on_device(adapter)
     if pool.compile:

@@ -1,7 +1,9 @@
-"""Models that lie under an `s3://` prefix: downloaded once for each version, and verified whenever they are used.
+"""Models under an `s3://` prefix: each version is downloaded once, and verified whenever it is used.
 
-A version is what a listing shows (names, sizes, ETags), so a prefix that was written again is another one. It becomes visible under
-its name by one rename, after all its files are there; what an interrupted download left behind is never used.
+    listing (names, sizes, ETags) = the version ─▶ lock ─▶ <version>.partial, file by file ─▶ verify ─▶ one rename ─▶ <version>
+
+A prefix that was written again is another version. Files of an interrupted download are never used. `load` calls it; a model that
+is not there or not safe raises ModelError.
 """
 
 from __future__ import annotations
@@ -23,31 +25,31 @@ from pipefleet.storage.store import ListedObject, ObjectStore, s3_errors
 
 log = logging.getLogger(__name__)
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".ot")
-"""Weights in forms that are never loaded: most of them can run code while they load."""
+"""Formats of weights that are never loaded: most of them can run code while they load."""
 _UNUSED = (*UNSAFE, ".onnx", ".tflite", ".gguf", ".mlmodel")
 _ADAPTER = "adapter_model"
 _MANIFEST = ".pipefleet.json"
 _AT_ONCE = 4
-"""Files that are downloaded or verified at once: the shards of a large model."""
+"""Files that are downloaded or verified at once, such as the shards of a large model."""
 _PIECE = 4 << 20
 
 
 class ModelError(PipefleetError):
-    """The model of a pool cannot be loaded; the message says which, why and what to do."""
+    """The model of a pool cannot be loaded; the message names the model, the reason and the remedy."""
 
     code = "bad_model"
 
 
 def cache_folder() -> Path:
-    """Where models and what is offloaded of them are kept: `pipefleet` under XDG_CACHE_HOME, by default `~/.cache`."""
+    """The folder of models and of their offloaded weights: `pipefleet` under XDG_CACHE_HOME, by default `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pipefleet"
 
 
 def downloaded_model(uri: str) -> Path:
-    """The folder that holds the present version of the model under `uri`, whole and verified.
+    """The folder with the present version of the model under `uri`, complete and verified.
 
-    Constant memory. Safe under several processes: the second waits for the first one's download. Raises ModelError, or what the
-    object store raises.
+    Takes constant memory. Safe in several processes: the second waits for the download of the first. Raises ModelError, and the
+    errors of the object store.
     """
     store, prefix = ObjectStore(), directory_uri(uri)
     files = _files(store, prefix)
@@ -95,14 +97,14 @@ def require_safetensors(where: str, names: Sequence[str] | Mapping[str, object])
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the kernel's lock on `path`; it is free again once this process has ended, however it ends."""
+    """Hold the kernel's lock on `path`; the kernel frees it when this process ends, however it ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _is_whole(folder: Path, files: Mapping[str, ListedObject]) -> bool:
-    """Whether a folder holds every file with the size and the bytes that were downloaded."""
+    """Whether a folder holds every file, with the size and the bytes of the download."""
     try:
         digests = json.loads((folder / _MANIFEST).read_text())
     except (OSError, ValueError):
@@ -125,7 +127,7 @@ def _digest(path: Path) -> str:
 
 def _download(store: ObjectStore, prefix: str, files: Mapping[str, ListedObject], folder: Path) -> None:
     partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was ended: the lock is ours
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was ended; this process has the lock
     partial.mkdir()
     total, free = sum(one.size for one in files.values()), shutil.disk_usage(partial).free
     if total > free:
@@ -140,7 +142,7 @@ def _download(store: ObjectStore, prefix: str, files: Mapping[str, ListedObject]
 
 
 def _fetch(store: ObjectStore, prefix: str, entry: ListedObject, target: Path) -> str:
-    """Write one object, of the listed version, to `target`. Returns the digest of its bytes."""
+    """Write the listed version of one object to `target`. Returns the digest of its bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     bucket = prefix.removeprefix("s3://").split("/", 1)[0]
     uri = f"s3://{bucket}/{entry.key}"
@@ -153,7 +155,7 @@ def _fetch(store: ObjectStore, prefix: str, entry: ListedObject, target: Path) -
                 digest.update(piece)
                 checksum.update(piece)
     size = target.stat().st_size
-    # Of an upload in parts, or one that the server encrypts, the ETag says nothing of the bytes.
+    # The ETag of a multipart upload, or of an encrypted object, is no digest of the bytes.
     plain = len(entry.etag) == 32 and found.get("ServerSideEncryption") in (None, "AES256")
     if size != entry.size or (plain and checksum.hexdigest() != entry.etag):
         raise ModelError(f"{uri} arrived damaged ({size} of {entry.size} bytes); start the worker again")

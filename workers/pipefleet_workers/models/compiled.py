@@ -1,8 +1,8 @@
-"""`compile = true` of a pool: the model's forward through torch.compile, before the worker takes its first job.
+"""`compile = true` of a pool: the model's forward runs through torch.compile, compiled before the worker takes its first job.
 
     eager results of examples → compile → the same results? → every length and batch of one and of several, once → no more compiling
 
-Where anything fails on the way, the model runs as it did without, and the log says why.
+`models.acceleration` calls it. If a step fails, the model runs uncompiled, and the log says why.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 SECONDS = 300.0
-"""After this long no further length is begun. One that is being compiled cannot be stopped."""
+"""After this time no further length is begun. A compilation that has begun cannot be stopped."""
 LONGEST = 8192
-"""Size of the longest example, for models whose positions have no bound."""
+"""Size of the longest example, for models without a bound on positions."""
 _PROVED = (5, 23, 61)
 
 
 def require_compilable(pool: Pool, adapter: Adapter) -> None:
-    """Raise UsageError where `compile = true` cannot help a pool's model."""
+    """Raise UsageError if `compile = true` cannot help a pool's model."""
     model = adapter.pipe.model
     if getattr(model, "can_generate", lambda: False)():
         raise UsageError(
@@ -55,10 +55,10 @@ def compile_forward(
     backend: Any = BACKEND,
     seconds: float = SECONDS,
 ) -> bool:
-    """Compile the model of `adapter` and run it with every length that fits `max_cost`; False where it stays as it was.
+    """Compile the model of `adapter` and run it with every length that fits `max_cost`; False if it stays uncompiled.
 
-    Takes from seconds to minutes. Afterwards nothing is compiled any more in this process: a shape that is new runs eagerly.
-    Raises UsageError, see `require_compilable`.
+    Takes from seconds to minutes. Afterwards this process compiles nothing more: a new shape runs eagerly. Raises UsageError, see
+    `require_compilable`.
     """
     require_compilable(pool, adapter)
     begin = time.perf_counter()
@@ -75,7 +75,7 @@ def compile_forward(
                 break
     except Exception as error:  # noqa: BLE001 - compilers fail in ways of their own, and the model runs without
         _undo(adapter)
-        cause = getattr(error, "inner_exception", error)  # torch wraps what its backend raises
+        cause = getattr(error, "inner_exception", error)  # torch wraps the errors of its backend
         log.warning("the model runs as it is, compiling it failed: %s", brief(cause))
         return False
     torch.compiler.set_stance("eager_on_recompile")
@@ -84,7 +84,7 @@ def compile_forward(
 
 
 def _round_lengths(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any]) -> None:
-    """Let texts be padded to rounded lengths, where the padding changes nothing."""
+    """Let texts be padded to rounded lengths, if the padding changes no result."""
     if not isinstance(adapter, TextEncoder) or not adapter.pads:
         return
     units = _proved_units(adapter, pool, parameters)
@@ -95,18 +95,18 @@ def _round_lengths(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any]) 
 
 
 def _proved_units(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any]) -> list[Unit]:
-    """Units of unequal sizes where those may share a batch, else several of one size."""
+    """Units of unequal sizes if these may share a batch, else several units of one size."""
     sizes = _PROVED if adapter.pads else (adapter.typical_size or _PROVED[1],) * 2
     return [unit for size in sizes for unit in example_units(adapter, task_spec(pool.task), dict(parameters), size)]
 
 
 def _shapes(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any], max_cost: int) -> Iterator[list[Unit]]:
-    """Batches of one and of two for every length up to `max_cost`. torch takes a batch of one for a case of its own."""
+    """Batches of one and of two units, for every length up to `max_cost`. torch compiles a batch of one separately."""
     size = 1 if isinstance(adapter, TextEncoder) else adapter.typical_size or _PROVED[1]
     while size <= LONGEST:
         try:
             units = example_units(adapter, task_spec(pool.task), dict(parameters), size)
-        except ItemError:  # longer than the model has positions
+        except ItemError:  # the example has more tokens than the model has positions
             return
         if units[0].length > max_cost:
             return
@@ -126,7 +126,7 @@ def _require_equal(
 
 
 def _differ(found: Sequence[np.ndarray[Any, Any]], wanted: Sequence[np.ndarray[Any, Any]]) -> float:
-    """The largest difference, relative to the largest number of each output; infinite for other shapes."""
+    """The largest difference, relative to the largest number of each output; infinite if shapes differ."""
     pairs = list(zip(found, wanted, strict=True))
     if any(mine.shape != other.shape for mine, other in pairs):
         return float("inf")

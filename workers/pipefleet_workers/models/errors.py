@@ -1,4 +1,4 @@
-"""One sentence for whatever transformers, huggingface_hub, safetensors or torch raise while a model is loaded."""
+"""Turns any error of transformers, huggingface_hub, safetensors or torch during loading into one sentence. `load` calls it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HUB = {
     "LocalEntryNotFoundError": "it is not in the cache and the hub cannot be reached; check the network, or name a folder",
     "OfflineModeIsEnabled": "it is not in the cache and HF_HUB_OFFLINE forbids to fetch it; unset that, or name a folder",
 }
-"""By class of huggingface_hub, the special ones first: a gated repository is one that was not found, too."""
+"""By class of huggingface_hub. Special classes come first: a gated repository is also a repository that was not found."""
 _WORDS = {
     "trust_remote_code": "it brings code of its own, which is not run; use a model that transformers knows, or set "
     "trust_remote_code = true for this pool if you have read that code",
@@ -76,7 +76,7 @@ def _values(pool: Pool, error: Exception) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it."""
+    """An error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,8 +1,9 @@
-"""Loading a pool's model: from the hub by name and revision, from a folder, or from an `s3://` prefix. Safetensors only.
+"""Loads a pool's model: from the hub by name and revision, from a folder, or from an `s3://` prefix. Safetensors only.
 
     config → architecture that suits the task → weights, all of them → pipeline
 
-transformers would serve a model of another task, or one whose head is not in the checkpoint, after a warning: both are errors here.
+`build` calls `load_pipeline`. transformers would serve a model of another task, or a model whose head is not in the checkpoint,
+after a warning; both raise ModelError here.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ _BARE = {"▁"}
 """The tokens of a tokenizer of SentencePiece's kind that was made from nothing."""
 _POOLER = "pooler."
 _FEATURES = ("feature-extraction", "image-feature-extraction")
-"""Tasks that read the tokens of a model, and its pooler only where a request asks for it."""
+"""Tasks that read the tokens of a model, and its pooler only if a request asks for it."""
 
 
 def load_pipeline(pool: Pool, *, device: str | None = None) -> Any:
-    """The transformers pipeline of a pool, in evaluation mode on its device. Raises ModelError, or what the object store raises."""
+    """The transformers pipeline of a pool, in evaluation mode, on its device.
+
+    Raises ModelError, and the errors of the object store.
+    """
     from pipefleet_workers.adapters.table import RUNTIME
 
     task, chosen = RUNTIME[pool.task].transformers_task or pool.task, device or pool.device
@@ -56,12 +60,12 @@ def load_pipeline(pool: Pool, *, device: str | None = None) -> Any:
 
 
 def local_model(model: str) -> str:
-    """A folder for an `s3://` model, downloaded once for each version; any other name as it is."""
+    """A folder for an `s3://` model, downloaded once for each version; any other name unchanged."""
     return str(downloaded_model(model)) if model.startswith("s3://") else model
 
 
 def require_folder(pool: Pool) -> None:
-    """Raise UsageError when a pool names a folder that is not there."""
+    """Raise UsageError when a pool names a folder that does not exist."""
     if pool.model.startswith(("/", ".", "~")) and not Path(pool.model).is_dir():
         raise UsageError(f"there is no model folder {pool.model}; check the pool {pool.name}")
 
@@ -78,7 +82,7 @@ def _device(wanted: str) -> str:
 
 
 def _model(pool: Pool, source: str, task: str, device: str) -> Any:
-    """The model with all its weights; with a device map, on the devices that it says."""
+    """The model with all its weights; with a device map, on the devices of the map."""
     hub = {"revision": pool.revision, "trust_remote_code": pool.trust_remote_code}
     config = _config(pool, source, hub)
     architecture = _architecture(pool, task, config)
@@ -122,14 +126,14 @@ def _config(pool: Pool, source: str, hub: Mapping[str, Any]) -> Any:
 
 
 def _concrete(architecture: Any, config: Any) -> Any:
-    """The model's own class behind an auto class."""
+    """The model's own class, found through an auto class."""
     mapping = getattr(architecture, "_model_mapping", None)
     found = architecture if mapping is None or type(config) not in mapping else mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
 
 def _architecture(pool: Pool, task: str, config: Any) -> Any:
-    """The class to load with: the task's own for this config, else the one that the checkpoint was saved with."""
+    """The class to load with: the task's own class for this config, else the class that the checkpoint was saved with."""
     import transformers
     from transformers.pipelines import check_task
 
@@ -144,7 +148,7 @@ def _architecture(pool: Pool, task: str, config: Any) -> Any:
     found = next((one for one in saved if one is not None), None)
     if found is None:
         raise _wrong_task(pool, str(config.model_type))
-    return found  # a few pipelines take models that their task does not list; `_pipeline` asks them
+    return found  # a few pipelines take models that their task does not list; `_pipeline` checks this
 
 
 def _wrong_task(pool: Pool, model: str) -> ModelError:
@@ -164,7 +168,7 @@ def _placement(pool: Pool) -> dict[str, Any]:
 
 
 def _require_weights(pool: Pool, model: Any, report: Mapping[str, Any]) -> None:
-    """Raise ModelError where weights that a result hangs on were made up, because the checkpoint does not hold them."""
+    """Raise ModelError if transformers made up weights that results depend on, because the checkpoint does not hold them."""
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(_UNREAD))
     if pool.task in _FEATURES and any(_POOLER in name for name in missing):
         missing = [name for name in missing if _POOLER not in name]
@@ -179,7 +183,7 @@ def _require_weights(pool: Pool, model: Any, report: Mapping[str, Any]) -> None:
 def _pipeline(pool: Pool, source: str, task: str, model: Any, device: str) -> Any:
     implementation = _strict(pool, task)
     placed = {"device": model.device if pool.device_map else device}
-    if getattr(model, "hf_device_map", None):  # absent where everything has found room on one device
+    if getattr(model, "hf_device_map", None):  # absent if everything fits on one device
         placed, model.hf_device_map = {}, _main_first(model.hf_device_map)
     _require_known(pool, task, implementation, model)
     parts = {**_parts(pool, source, implementation), **_vocoder(pool, source, model)}
@@ -203,7 +207,7 @@ def _asks(implementation: Any) -> bool:
 
 
 def _strict(pool: Pool, task: str) -> Any:
-    """The task's pipeline class, for which a model that it does not support is an error and not a line in a log."""
+    """The task's pipeline class, changed to raise an error for an unsupported model instead of logging a line."""
     from transformers.pipelines import check_task
 
     def refuse(self: Any, supported: Any) -> None:
@@ -219,7 +223,7 @@ def _strict(pool: Pool, task: str) -> Any:
 
 
 def _class_names(supported: Mapping[Any, Any]) -> set[str]:
-    """Names of classes in one of transformers' mappings from configs or their types."""
+    """Names of classes in one of transformers' mappings from configs, or from their types."""
     found: set[str] = set()
     for one in supported.values():
         names = one if isinstance(one, tuple | list) else (one,)
@@ -228,7 +232,7 @@ def _class_names(supported: Mapping[Any, Any]) -> set[str]:
 
 
 def _main_first(device_map: Mapping[str, Any]) -> dict[str, Any]:
-    """A device map whose first entry is where inputs go: the pipeline asks for no more than that."""
+    """A device map whose first entry is the device for inputs: the pipeline reads only the first entry."""
     order = {"cpu": 1, "disk": 2}
     ordered = dict(sorted(device_map.items(), key=lambda entry: order.get(str(entry[1]), 0)))
     first = next(iter(ordered.values()), "cpu")
@@ -236,7 +240,7 @@ def _main_first(device_map: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(pool: Pool, source: str, implementation: Any) -> dict[str, Any]:
-    """Tokenizer and processors as the pipeline wants them: of the model's folder, or named apart by the pool."""
+    """Tokenizer and processors that the pipeline needs: from the model's folder, or as the pool names them."""
     import transformers
 
     loaders = {
@@ -248,7 +252,7 @@ def _parts(pool: Pool, source: str, implementation: Any) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for part, (name, loader) in loaders.items():
-        wanted = getattr(implementation, f"_load_{part}")  # None where the pipeline does without
+        wanted = getattr(implementation, f"_load_{part}")  # None if the pipeline works without this part
         if wanted is not False:
             place, revision = _pinned_source(pool, name) if name else (source, pool.revision)
             with _required(pool, part, place) if wanted else contextlib.suppress(Exception):
@@ -283,15 +287,15 @@ def _required(pool: Pool, part: str, place: str) -> Iterator[None]:
 
 
 def _pinned_source(pool: Pool, name: str) -> tuple[str, str | None]:
-    """Where a part is loaded from, and its revision: its own, or the model's where it lies in the model's repository."""
+    """Where a part is loaded from, and its revision: its own, or the model's if it lies in the model's repository."""
     source, revision = pinned(name)
     return local_model(source), pool.revision if source == pool.model else revision
 
 
 def _vocoder(pool: Pool, source: str, model: Any) -> dict[str, Any]:
-    """What turns the spectrogram of a model into sound, from its folder `vocoder`.
+    """The vocoder, which turns a model's spectrogram into sound, from the model's folder `vocoder`.
 
-    transformers by itself takes one from the hub, in whatever version and as pickle.
+    transformers alone would take one from the hub, in any version and as pickle.
     """
     from transformers import SpeechT5HifiGan
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING_NAMES

@@ -1,6 +1,8 @@
-"""How a pool's weights are loaded (dtype, quantization, attention), and what came of it, which provenance tells.
+"""How a pool's weights are loaded (dtype, quantization, attention), and what the loaded model really uses, for provenance.
 
-fleet.toml ─▶ arguments of from_pretrained ─▶ model ─▶ {dtype, device, attention, quantization}
+    fleet.toml ─▶ arguments of from_pretrained ─▶ model ─▶ {dtype, device, attention, quantization}
+
+`load` calls it before and after loading. A missing package or an unsafe wish raises ModelError.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _PACKAGES = {
     "quanto": {"optimum.quanto": "optimum-quanto"},
     "torchao": {"torchao": "'pipefleet[torchao]'"},
 }
-"""By method the modules that it needs, and what pip installs for each."""
+"""By method, the modules that it needs, and the package that pip installs for each."""
 _FLASH = {
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
@@ -60,11 +62,11 @@ _HALF = (
     "but found BFloat16",
     "same dtype",
 )
-"""Words of torch where an operation has no kernel for half precision, or meets it beside float32."""
+"""Words of torch's error when an operation has no kernel for half precision, or mixes it with float32."""
 
 
 def loading(pool: Pool, config: Any, model: Any, device: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for what the pool says beyond its dtype. `config` is the model's, `model` its class.
+    """Arguments of `from_pretrained` for the pool's settings except its dtype. `config` is the model's, `model` its class.
 
     Raises ModelError for a package that is not installed.
     """
@@ -78,17 +80,17 @@ def loading(pool: Pool, config: Any, model: Any, device: str) -> dict[str, Any]:
     elif stored in _PACKAGES:
         _require_packages(f"the weights of {pool.model} are quantized by {stored}", stored)
     if (pool.quantization or stored) and not pool.device_map:
-        found["device_map"] = {"": device}  # else some methods take the first GPU, whatever the pool says
+        found["device_map"] = {"": device}  # without it some methods take the first GPU, whatever the pool says
     return found
 
 
 def config_arguments(pool: Pool) -> dict[str, Any]:
-    """Those of `model_kwargs` that replace what config.json says."""
+    """The entries of `model_kwargs` that replace values of config.json."""
     return {name: one for name, one in pool.model_kwargs.items() if name in OF_THE_CONFIG}
 
 
 def quantization_config(pool: Pool) -> Any:
-    """The object of transformers that `quantization` of a pool describes. Raises ModelError where it cannot be made."""
+    """The object of transformers for `quantization` of a pool. Raises ModelError if it cannot be made."""
     import transformers
 
     method = str(pool.quantization["method"])
@@ -105,7 +107,7 @@ def quantization_config(pool: Pool) -> Any:
 
 
 def _of_torchao(fields: dict[str, Any]) -> dict[str, Any]:
-    """The object of torchao in the place of its name; `group_size` is that object's. The names come from an allow-list."""
+    """`fields` with the name of a torchao type replaced by its object, which takes `group_size`. Names come from an allow-list."""
     own = {"group_size": fields.pop("group_size")} if "group_size" in fields else {}
     kinds = importlib.import_module("torchao.quantization")
     return {**fields, "quant_type": getattr(kinds, fields["quant_type"])(**own)}
@@ -130,7 +132,7 @@ def _installed(module: str) -> bool:
 
 
 def _refuse_kernels(pool: Pool, config: Any, model: Any) -> None:
-    """Raise ModelError where transformers would fetch a kernel for the attention from the hub, which is code nobody pinned."""
+    """Raise ModelError if transformers would fetch a kernel for the attention from the hub: it is code of no pinned version."""
     wanted = pool.attn_implementation
     if wanted in _FLASH and not _installed(_FLASH[wanted]):
         raise ModelError(
@@ -155,7 +157,7 @@ def _attentions(config: Any) -> list[str]:
 
 
 def quantized_by(config: Any) -> str | None:
-    """The method of a quantization config, an object or what config.json holds; None without one."""
+    """The method of a quantization config, given as an object or as in config.json; None without a config."""
     method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
     if method is None:
         return None
@@ -163,7 +165,10 @@ def quantized_by(config: Any) -> str | None:
 
 
 def in_dtype(pool: Pool, load: Callable[[Any], Any]) -> Any:
-    """`load(dtype)` with the pool's dtype. As in transformers.pipeline, `auto` is float32 where the checkpoint's does not load."""
+    """The result of `load(dtype)` with the pool's dtype.
+
+    As in transformers.pipeline, `auto` becomes float32 if the checkpoint's own dtype does not load.
+    """
     if pool.dtype != "auto":
         return load(getattr(torch, pool.dtype))
     try:
@@ -180,7 +185,7 @@ def in_dtype(pool: Pool, load: Callable[[Any], Any]) -> Any:
 
 
 def warn_of_half(pool: Pool, pipe: Any) -> None:
-    """Log that a checkpoint runs in half precision on a CPU, where that is slow, unless the pool asks for it."""
+    """Log that a checkpoint runs in half precision on a CPU, where this is slow, unless the pool asks for it."""
     dtype, device = getattr(pipe.model, "dtype", None), torch.device(pipe.device).type
     if pool.dtype == "auto" and device == "cpu" and dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -192,7 +197,7 @@ def warn_of_half(pool: Pool, pipe: Any) -> None:
 
 
 def how_loaded(pipe: Any) -> dict[str, str]:
-    """What was used: `dtype` and `device`, `attention` where the model has one that can be chosen, `quantization` where it is."""
+    """What the model uses: `dtype` and `device`; `attention` if the model has a choice; `quantization` if it is quantized."""
     model = pipe.model
     places = getattr(model, "hf_device_map", None) or {"": pipe.device}
     found = {
@@ -203,9 +208,8 @@ def how_loaded(pipe: Any) -> dict[str, str]:
     if attention := getattr(config, "_attn_implementation", None):
         found["attention"] = str(attention)
     method = quantized_by(getattr(config, "quantization_config", None))
-    if (
-        method and getattr(model, "hf_quantizer", None) is not None
-    ):  # transformers passes over a method that it does not know
+    # transformers ignores a method that it does not know, and then there is no quantizer.
+    if method and getattr(model, "hf_quantizer", None) is not None:
         found["quantization"] = method
     return found
 
@@ -215,7 +219,7 @@ def _device_name(device: Any) -> str:
 
 
 def half_advice(error: BaseException, model: Any) -> str | None:
-    """What to do where an operation fails since the model is in half precision; None for any other error."""
+    """Advice for an operation that fails because the model is in half precision; None for any other error."""
     dtype = getattr(model, "dtype", None)
     if dtype not in (torch.float16, torch.bfloat16) or not any(words in str(error) for words in _HALF):
         return None

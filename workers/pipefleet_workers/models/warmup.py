@@ -1,8 +1,9 @@
-"""Warm-up: before a worker takes jobs it proves that its batches are exact, and measures how large they should be.
+"""Warm-up: before a worker takes jobs, it proves that its batches are exact, and measures how large they should be.
 
     examples → proof (padded, and timed, against alone) → budget (throughput knee, memory) → fit of the service time
 
-Both decisions are kept in the worker's log and metrics, and `pipefleet doctor` shows them.
+`build` calls `warm_up`. A failed proof only makes batches simpler; a failed measurement uses the table's cost. Both results are in
+the worker's log and metrics, and `pipefleet doctor` shows them. Only a half precision that the device cannot run raises ModelError.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from pipefleet_workers.observe.service_fit import ServiceFit
 log = logging.getLogger(__name__)
 
 KNEE = 0.95
-"""A budget is large enough when it reaches this share of the best throughput seen."""
+"""A budget is large enough if it reaches this share of the best measured throughput."""
 SECONDS = 1.0
-"""How long the measuring of one model may take."""
+"""How long measuring one model may take."""
 MEMORY_SHARE = 0.8
 """Share of a GPU's free memory that a batch may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What was found: whether padding is exact, by how much it differs, and the padded cost that a batch may have."""
+    """The results: whether padding is exact, how much it differs, and the largest padded cost of a batch."""
 
     pads: bool
     difference: float
@@ -46,7 +47,7 @@ class WarmUp:
     max_cost: int
     seconds: float
     moments: float = 0.0
-    """By how much the moments at which words were spoken differ between a batch and alone, as `difference` does."""
+    """How much the moments of words differ between a batch and a unit alone, relative as in `difference`."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -60,15 +61,15 @@ class WarmUp:
         return f"batches: {how}, up to a cost of {self.max_cost}; warm-up took {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
-        """What is announced."""
+        """The fields for the worker's announcement."""
         return asdict(self)
 
 
 def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
-    """Prove and measure. Feeds `fit`. Falls back rather than to raise.
+    """Prove and measure. Feeds `fit`. Uses simpler batches rather than raising an error.
 
-    Changes `adapter.pads` and `adapter.times_together` where a proof fails. Raises ModelError only where the model
-    cannot run in its half precision on this device, since every job would fail.
+    Sets `adapter.pads` and `adapter.times_together` to False if their proof fails. Raises ModelError only if the model cannot run
+    in its half precision on this device, since every job would fail.
     """
     begin = time.perf_counter()
     difference, tolerance = 0.0, TOLERANCE.get(getattr(adapter.pipe, "dtype", None) or torch.float32, 1e-4)
@@ -91,12 +92,12 @@ def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: S
 
 
 def _difference(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
-    """The largest relative difference between units of unequal length in one batch and each alone; infinite on an error."""
+    """The largest relative difference between units of unequal length in one batch and each unit alone; infinite on an error."""
     return _apart(adapter.numbers, lambda: _examples(adapter, spec, parameters, (5, 23, 61)))
 
 
 def _difference_of_moments(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
-    """The same of the moments at which words were spoken; 0.0 for a model that tells none."""
+    """The same difference for the moments of words; 0.0 for a model that tells no moments."""
     if not adapter.tells_moments:
         return 0.0
     return _apart(adapter.moments, lambda: _examples(adapter, spec, parameters, (5, 61)))
@@ -125,13 +126,13 @@ def _relative(mine: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
 
 
 def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default: int) -> int:
-    """The smallest padded cost near the best throughput, between half and four times the default."""
+    """The smallest padded cost near the best throughput: at least half the default, measured up to four times the default."""
     if not adapter.typical_size:
         return default
     unit = example_units(adapter, spec, parameters, adapter.typical_size)[0]
     deadline, count = time.perf_counter() + SECONDS, 1
     rates: dict[int, float] = {}
-    _timed(adapter, [unit])  # the first call compiles and allocates
+    _timed(adapter, [unit])  # not counted: the first call compiles and allocates
     while unit.length * count <= 4 * default and time.perf_counter() < deadline and _fits_memory(adapter, rates):
         cost = unit.length * count
         seconds = min(_timed(adapter, [unit] * count) for _ in range(2))
@@ -161,7 +162,7 @@ def _fits_memory(adapter: Adapter, rates: dict[int, float]) -> bool:
 
 
 def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], size: int) -> list[Unit]:
-    """The units of one made-up input of about `size`: words, tenths of a second, or pixels times eight."""
+    """The units of one made-up input of about `size`: words, tenths of a second, or eight pixels a side for each."""
     parameters = {**adapter.example_parameters(), **parameters}
     context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, _Nowhere())
     work = Work(context, 0, JobItem("warm-up", ""), parameters, 0)
@@ -175,7 +176,7 @@ def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], 
 
 
 def _example(spec: TaskSpec, size: int, rate: int) -> Any:
-    """A made-up input of a task: its main value, or the fields it cannot do without."""
+    """A made-up input of a task: its main value, or the fields that it needs."""
     if spec.media is not None:
         return _made_up(spec.media, size, rate)
     return {name: _made_up(spec.fields[name], size, rate) for name in spec.required}
@@ -205,7 +206,7 @@ def _picture(source: np.random.Generator, size: int) -> Any:
 
 
 def _clip(source: np.random.Generator) -> Any:
-    """More frames than most models take, of noise: an animation leaves out frames that are equal."""
+    """Frames of noise, more than most models take. Noise, since an animation leaves out equal frames."""
     buffer = io.BytesIO()
     first, *rest = [_picture(source, 4) for _ in range(128)]
     first.save(buffer, format="GIF", save_all=True, append_images=rest)
@@ -216,7 +217,7 @@ class _Nowhere:
     """The sink of examples."""
 
     def deliver(self, outcome: Outcome) -> None:
-        """Forget it."""
+        """Drop the outcome."""
 
     def abandon(self, reason: Exception) -> None:
-        """Forget it."""
+        """Ignore the call."""

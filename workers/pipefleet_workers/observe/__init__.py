@@ -1,1 +1,1 @@
-"""What a worker tells of itself: metrics, totals for the scaler, traces, logs."""
+"""observe: what a worker reports about itself: metrics, totals for the scaler, traces, logs."""

@@ -1,4 +1,4 @@
-"""What the GPUs of a worker do, as gauges that are read at each scrape; nothing without a GPU or without nvidia-ml-py."""
+"""Gauges of the worker's GPUs, read from NVML at each scrape. Without a GPU, or without nvidia-ml-py, there are no gauges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """One gauge: what it is, and how NVML tells it of a device."""
+    """One gauge: its description, and how to read it from NVML."""
 
     text: str
     read: Callable[[Any, Any], float]
@@ -47,7 +47,7 @@ class GpuCollector(Collector):
         self._pool = pool
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Every gauge that the GPUs answer; what a GPU does not tell is left out, so a scrape never fails for it."""
+        """Every gauge that the GPUs can report. Missing values are left out, so no scrape fails because of them."""
         for name, gauge in _GAUGES.items():
             family = GaugeMetricFamily(f"pipefleet_gpu_{name}", f"of the GPU: {gauge.text}", labels=["pool", "gpu"])
             for uuid, handle in self._handles.items():
@@ -59,14 +59,14 @@ class GpuCollector(Collector):
                 yield family
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Nothing: registering must not ask the driver."""
+        """Yield nothing: registering must not ask the driver."""
         return iter(())
 
 
 def watch_gpus(metrics: Metrics, pool: str, uuids: list[str], nvml: Any = None) -> bool:
-    """Add the gauges of these GPUs to the worker's metrics. False, and nothing added, where that is not possible.
+    """Add the gauges of these GPUs to the worker's metrics. False, with nothing added, if this is not possible.
 
-    `nvml` is `pynvml` unless a test passes something else.
+    `nvml` is `pynvml`, unless a test passes another module.
     """
     if not uuids:
         return False
@@ -86,9 +86,9 @@ def watch_gpus(metrics: Metrics, pool: str, uuids: list[str], nvml: Any = None) 
 
 
 def visible_gpus(*, every: bool, index: int | None) -> list[str]:
-    """NVML's names of the GPUs that torch uses: of all that it sees, or of `cuda:index`; empty without one. Imports torch.
+    """NVML's names of the GPUs that torch uses: all visible GPUs, or `cuda:index`; empty without a GPU. Imports torch.
 
-    By uuid, since the driver numbers them apart from CUDA_VISIBLE_DEVICES.
+    Names are uuids, since the driver numbers GPUs without regard to CUDA_VISIBLE_DEVICES.
     """
     import torch
 

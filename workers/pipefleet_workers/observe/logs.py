@@ -1,11 +1,11 @@
-"""What a process says while it runs: logs and notes, as text for people or, with PIPEFLEET_LOG=json, one JSON object a line.
+"""The output of a process: logs and notes, as text for people or, with PIPEFLEET_LOG=json, one JSON object on each line.
 
     {"time": "2026-01-31T12:00:00.123Z", "level": "ERROR", "logger": …, "message": …, "pool": …, "worker": …, "job": …, "run": …,
      "exception": "Traceback …"}
 
-What is not known is left out. Payloads and credentials are never logged, in either form. Every record of this process, of whichever
-library, goes through one formatter: what a terminal would obey is escaped, a message is one line, and the lines of a traceback are
-indented, so that no text of a message passes for a line of the log.
+Unknown fields are left out. Payloads and credentials are never logged, in either form. Every record of this process, from any
+library, goes through one formatter. It escapes characters that a terminal would obey, puts a message on one line, and indents the
+lines of a traceback, so that no text of a message can look like a line of the log.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from pipefleet.printable import LineFormatter, message_of, printable, printable_
 log = logging.getLogger(__name__)
 VARIABLE = "PIPEFLEET_LOG"
 FIELDS = ("pool", "worker", "job", "run")
-"""What a record may say besides, as attributes (`extra=`) or from `log_context`."""
+"""Further fields of a record, from its attributes (`extra=`) or from `log_context`."""
 NOISY = ("httpx", "celery", "kombu", "transformers")
-"""Libraries whose lines below WARNING are nobody's concern."""
+"""Libraries whose records below WARNING are dropped."""
 MOST_FIELD = 300
 """Characters of one of FIELDS in a line."""
 _context: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("pipefleet_log", default={})  # noqa: B039
 
 
 def as_json() -> bool:
-    """Whether lines are JSON. Raises UsageError for a value of PIPEFLEET_LOG that is neither `json` nor `text`."""
+    """Whether lines are JSON. Raises UsageError if PIPEFLEET_LOG is neither `json` nor `text`."""
     chosen = os.environ.get(VARIABLE, "text").lower() or "text"
     if chosen not in ("json", "text"):
         raise UsageError(f"{VARIABLE} must be json or text, not {chosen[:40]!r}")
@@ -45,7 +45,7 @@ def as_json() -> bool:
 
 
 def configure(stream: TextIO | None = None, **fields: str) -> None:
-    """Send this process's logs from INFO up to `stream` (stderr), `fields` (see FIELDS) with every line. Raises UsageError."""
+    """Send this process's logs from INFO up to `stream` (stderr), with `fields` (see FIELDS) in every line. Raises UsageError."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(fields) if as_json() else _text())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -55,7 +55,7 @@ def configure(stream: TextIO | None = None, **fields: str) -> None:
 
 
 def adopt_transformers() -> None:
-    """Take from transformers, once it is imported, the handler that it brings, and from JSON logs its progress bars."""
+    """After transformers is imported: remove its own log handler, and with JSON logs its progress bars."""
     logger = logging.getLogger("transformers")
     logger.handlers.clear()
     logger.propagate = True
@@ -66,7 +66,7 @@ def adopt_transformers() -> None:
 
 
 def _adopt_the_rest() -> None:
-    """What Python would print past the loggers: warnings, errors that end a thread or the process; for JSON, Celery's notes too."""
+    """Log what Python would print directly: warnings, and errors that end a thread or the process; for JSON also Celery's notes."""
 
     def thread_ended(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_type is not SystemExit:
@@ -88,7 +88,7 @@ def _adopt_the_rest() -> None:
 
 @contextmanager
 def log_context(**fields: str | None) -> Iterator[None]:
-    """`fields` (see FIELDS) with every line that this thread logs inside the block; None is left out."""
+    """Add `fields` (see FIELDS) to every line that this thread logs inside the block; None is left out."""
     token = _context.set({**_context.get(), **{name: value for name, value in fields.items() if value is not None}})
     try:
         yield
@@ -98,7 +98,7 @@ def log_context(**fields: str | None) -> Iterator[None]:
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """With JSON logs, an error that the command line would print becomes a line like all others, and ends the process."""
+    """With JSON logs, an error that the command line would print becomes a log line, and ends the process."""
     try:
         yield
     except PipefleetError as error:
@@ -109,7 +109,7 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def say(text: str, *, trouble: bool = False, **fields: str) -> None:
-    """A note to who watches the process: as text on stdout, on stderr for `trouble`; or as a line of JSON on stderr."""
+    """Print a note: as text on stdout, on stderr for `trouble`; with JSON logs as a line on stderr."""
     if not as_json():
         print(printable_lines(text), file=sys.stderr if trouble else sys.stdout, flush=True)
         return
@@ -120,14 +120,14 @@ def say(text: str, *, trouble: bool = False, **fields: str) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record, on one line. `fields` are those of the process."""
+    """One JSON object for each record, on one line. `fields` are the fields of the process."""
 
     def __init__(self, fields: dict[str, str]) -> None:
         super().__init__()
         self._fields = fields
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """The line, without a line break."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC)
             .isoformat(timespec="milliseconds")

@@ -1,4 +1,4 @@
-"""The metrics of one worker, in one table; served over HTTP for Prometheus where a port is given."""
+"""The metrics of one worker, in one table; served over HTTP for Prometheus if a port is given. A new metric starts here."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pipefleet.contract.messages import JobState
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _WORD = re.compile(r"[a-z_]{0,40}")
-"""Codes and stages: an item that its producer could not prepare brings its own into its shard."""
+"""Valid codes and stages: an item that its producer could not prepare brings its own code and stage in its shard."""
 STATES = tuple(state for state in JobState if state.final)
-"""What an item can end as."""
+"""The final states of an item."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Items of one worker that ended, and those of them that failed, were cancelled or expired."""
+    """Items of one worker that ended, and how many of them failed, were cancelled or expired."""
 
     items: int = 0
     failed: int = 0
     cancelled: int = 0
     expired: int = 0
     processed: int = 0
-    """Items that left the engine, whatever became of them: a shard that is run again counts again."""
+    """Items that left the engine, with any outcome; the items of a shard that runs again count again."""
     busy: float = 0.0
     """Seconds in which a forward ran."""
 
@@ -54,7 +54,7 @@ class Metrics:
         self._busy = self._counter("pipefleet_device_busy_seconds_total", "seconds in which a forward ran")
         self._messages = self._counter("pipefleet_messages_total", "messages of the queue", "event")
         for event in ("delivered", "redelivered", "handed_back", "handed_over"):
-            self._child(self._messages, event)  # a rate needs the zero before the first
+            self._child(self._messages, event)  # a rate needs the zero before the first event
         for state in STATES:
             self._child(self._items, state)
         self._units = self._histogram("pipefleet_batch_units", "units of a batch", SIZES)
@@ -69,7 +69,7 @@ class Metrics:
         )  # fmt: skip
 
     def barred(self, reason: str | None) -> None:
-        """Tell that the object store refuses this worker, which takes no jobs; None once it does not."""
+        """Report that the object store refuses this worker, so that it takes no jobs; None once it does not."""
         self._takes.labels(self._pool).set(0 if reason else 1)
 
     def batch(self, units: int, *, padded: float, useful: float, seconds: float) -> None:
@@ -87,24 +87,24 @@ class Metrics:
         self._child(self._messages, event).inc()
 
     def processed(self, seconds: Sequence[Mapping[str, float]]) -> None:
-        """Count items that leave the engine, with the seconds of each by stage; together, as each counter has a lock."""
+        """Count items that leave the engine, with the seconds of each by stage. Counted together, since each counter has a lock."""
         with self._lock:
             self._processed += len(seconds)
         for name in {name for one in seconds for name in one}:
             self._child(self._stage, name).inc(sum(one.get(name, 0.0) for one in seconds))
 
     def ended(self, state: JobState, count: int = 1) -> None:
-        """Count items that have ended as `state`: their record or part says so."""
+        """Count items that have ended as `state`, according to their record or part."""
         self._child(self._items, state).inc(count)
         with self._lock:
             self._ended[state] += count
 
     def failure(self, *, code: str, stage: str, count: int = 1) -> None:
-        """Count why items failed that `ended` counts as failed. Words that are no code or stage of ours count as `other`."""
+        """Count the reason of items that `ended` counts as failed. Unknown codes and stages count as `other`."""
         self._child(self._failures, *(one if _WORD.fullmatch(one) else "other" for one in (code, stage))).inc(count)
 
     def totals(self) -> Totals:
-        """What was counted since the worker began."""
+        """All counts since the worker began."""
         with self._lock:
             ended = self._ended
             return Totals(
@@ -121,7 +121,7 @@ class Metrics:
         self._facts.labels(self._pool, name).set(value)
 
     def add(self, collector: Collector) -> None:
-        """Expose what `collector` finds at each scrape, too."""
+        """Expose the findings of `collector` at each scrape as well."""
         self.registry.register(collector)
 
     def serve(self, port: int, address: str = "127.0.0.1") -> None:
@@ -129,7 +129,7 @@ class Metrics:
         start_http_server(port, addr=address, registry=self.registry)
 
     def _child(self, counter: Counter, *labels: str) -> Counter:
-        """The counter of these labels; looking it up in the library takes ten times as long as counting."""
+        """The counter with these labels; looking it up in the library takes ten times as long as counting."""
         key = (id(counter), *labels)
         if key not in self._children:
             self._children[key] = counter.labels(self._pool, *labels)

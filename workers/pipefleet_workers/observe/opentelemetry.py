@@ -1,12 +1,13 @@
-"""OpenTelemetry spans of single jobs, for jobs whose message carries a trace: one trace from `Client.submit` to the result.
+"""OpenTelemetry spans of single jobs whose message carries a trace: one trace from `Client.submit` to the result.
 
-    pipefleet submit (producer) ─▶ pipefleet job ─┬▶ queue     until a worker had it
-                                                  ├▶ fetch, decode, preprocess
-                                                  └▶ forward, postprocess
+    pipefleet submit (producer)
+    pipefleet job     queued                begun                                                    ended
+                      |-------- queue ------|-fetch-|-decode-|-preprocess-|  (waits)  |-forward-|-postprocess-|
 
-Spans are made when a job has ended, from the seconds by stage that travel with every result: what comes before the batch from the
-job's begin on, the forward and what follows up to its end; between them the item waited for its batch. Optional: the extra `otel`,
-and OTEL_EXPORTER_OTLP_ENDPOINT (or …_TRACES_ENDPOINT) in the worker's environment.
+`singles` calls `job_ended`. The spans are made then, from the seconds of each stage that travel with every result: fetch, decode
+and preprocess are laid out from the begin of the job on, forward and postprocess back from its end. In between, the item waited for
+its batch. Spans are optional: they need the extra `otel`, and OTEL_EXPORTER_OTLP_ENDPOINT (or …_TRACES_ENDPOINT) in the worker's
+environment. A failure to make them is logged, and changes no job.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _active: Telemetry | None = None
 
 
 class Telemetry:
-    """Where the spans of a worker go. Thread-safe. `provider` is a TracerProvider of OpenTelemetry's SDK."""
+    """Sends the spans of a worker. Thread-safe. `provider` is a TracerProvider of OpenTelemetry's SDK."""
 
     def __init__(self, provider: Any) -> None:
         self._provider = provider
@@ -39,7 +40,10 @@ class Telemetry:
         self._tracer = provider.get_tracer("pipefleet", __version__)
 
     def job_ended(self, headers: Mapping[str, Any], message: JobMessage, outcome: Outcome, *, begun: float) -> None:
-        """Make the spans of a job that has just ended; `begun` in seconds of the monotonic clock, `headers` its message's."""
+        """Make the spans of a job that has just ended.
+
+        `begun` is in seconds of the monotonic clock; `headers` are its message's.
+        """
         end = time.time_ns()
         start = end - round((time.monotonic() - begun) * 1e9)
         parent = self._propagate.extract(dict(headers))
@@ -61,12 +65,12 @@ class Telemetry:
         span.end(end_time=end)
 
     def close(self) -> None:
-        """Send what was not sent yet; within 30 s, the SDK's own bound."""
+        """Send the remaining spans, within 30 s, the SDK's own bound."""
         self._provider.shutdown()
 
 
 def laid_out(seconds: Mapping[str, float], start: int, end: int) -> dict[str, tuple[int, int]]:
-    """When each stage ran, in nanoseconds: those before the batch from `start` on, the others up to `end`; within both."""
+    """When each stage ran, in nanoseconds: early stages from `start` on, late stages back from `end`, all between the two."""
     found, at = {}, start
     for name in BEFORE:
         if name in seconds:
@@ -81,7 +85,7 @@ def laid_out(seconds: Mapping[str, float], start: int, end: int) -> dict[str, tu
 
 
 def start(pool: str, worker: str) -> None:
-    """Send this worker's spans to the collector that the environment names; nothing without one."""
+    """Send this worker's spans to the collector that the environment names; does nothing if it names none."""
     global _active
     if not any(os.environ.get(name) for name in ENDPOINTS):
         return
@@ -100,7 +104,7 @@ def start(pool: str, worker: str) -> None:
 
 
 def stop() -> None:
-    """Send what is left; nothing where `start` did nothing."""
+    """Send the remaining spans; does nothing if `start` did nothing."""
     global _active
     if _active is not None:
         _active.close()
@@ -108,7 +112,7 @@ def stop() -> None:
 
 
 def job_ended(delivery: Any, message: JobMessage, outcome: Outcome) -> None:
-    """Make the spans of a job whose message carries a trace; next to nothing for any other."""
+    """Make the spans of a job whose message carries a trace. Costs next to nothing for other jobs. Raises nothing."""
     headers = getattr(delivery, "trace", None) if _active is not None else None
     if _active is None or headers is None:
         return

@@ -1,4 +1,4 @@
-"""`Pulse`: how much one worker gets done, told with its facts: items a second and the share of time in which a forward ran."""
+"""`Pulse`: the throughput of one worker, announced with its facts: items a second, and the share of time with a running forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipefleet_workers.observe.totals import ITEM_COUNTS
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a worker did since the beat before: items that ended, those that failed, were cancelled or expired, and the rates."""
+    """The work since the beat before: items that ended, items that failed, were cancelled or expired, and the rates."""
 
     totals: Totals
     items: int
@@ -21,11 +21,11 @@ class Beat:
     cancelled: int
     expired: int
     items_per_second: float
-    """Items that left the engine: a shard's items do so one by one, and end together."""
+    """Items that left the engine. The items of a shard leave it one by one, but end together."""
     busy: float
 
     def to_json(self) -> dict[str, Any]:
-        """What is announced: totals of this process, rates since the last announcement."""
+        """The fields of the announcement: totals of this process, rates since the last announcement."""
         return {
             "items": self.totals.items,
             "failed": self.totals.failed,
@@ -37,7 +37,7 @@ class Beat:
 
 
 class Pulse:
-    """Takes the beats of one worker. `beat` and `told` are called by one thread."""
+    """Takes the beats of one worker. One thread calls `beat` and `told`."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
@@ -45,7 +45,7 @@ class Pulse:
         self._told, self._before, self._at = Totals(), Totals(), clock()
 
     def beat(self) -> Beat:
-        """What happened since the last call; how many items ended since the last `told`."""
+        """The work since the last call, and the number of items that ended since the last `told`."""
         now, totals = self._clock(), self._metrics.totals()
         elapsed = max(1e-6, now - self._at)
         processed = totals.processed - self._before.processed
@@ -55,5 +55,5 @@ class Pulse:
         return Beat(totals, **untold, items_per_second=processed / elapsed, busy=busy)
 
     def told(self, beat: Beat) -> None:
-        """The fleet has heard of this beat."""
+        """Note that the fleet has received this beat."""
         self._told = beat.totals

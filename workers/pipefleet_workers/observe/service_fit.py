@@ -1,7 +1,7 @@
-"""What a batch costs on this device, learnt from the batches themselves: seconds = base + per_cost * padded cost.
+"""Learns the cost of a batch on this device from the batches themselves: seconds = base + per_cost * padded cost.
 
-Least squares with exponential forgetting: every batch weighs 2 % less than the one after it, so that the fit follows a device
-that gets slower or faster. The fleet's scaler reads it to turn waiting work into seconds.
+The device's thread adds each batch. Least squares with exponential forgetting: every batch weighs 2 % less than the next, so the
+fit follows a device that gets slower or faster. The fleet's scaler uses it to turn waiting work into seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ServiceTime:
 
     @classmethod
     def parse(cls, text: str) -> ServiceTime:
-        """`"0.005,0.0002"`. Raises UsageError for anything but two numbers that are not negative."""
+        """The value of a text such as `"0.005,0.0002"`. Raises UsageError unless the text is two numbers that are not negative."""
         try:
             base, per_cost = (float(part) for part in text.split(","))
         except ValueError:
@@ -38,14 +38,14 @@ class ServiceTime:
 
 
 class ServiceFit:
-    """A running fit. Thread-safe."""
+    """A fit that is updated with each batch. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, cost: float, seconds: float) -> None:
-        """Take in one batch: its padded cost and the seconds its forward took."""
+        """Take in one batch: its padded cost, and the seconds of its forward."""
         with self._lock:
             self._weight = self._weight * KEEP + 1.0
             self._x = self._x * KEEP + cost
@@ -60,7 +60,7 @@ class ServiceFit:
                 return None
             mean_x, mean_y = self._x / self._weight, self._y / self._weight
             variance = self._xx / self._weight - mean_x * mean_x
-            if variance <= 1e-9 * mean_x * mean_x:  # one cost only: all of the time is put down to it
+            if variance <= 1e-9 * mean_x * mean_x:  # all batches had one cost: assume that the base is 0
                 return ServiceTime(0.0, mean_y / mean_x)
             slope = (self._xy / self._weight - mean_x * mean_y) / variance
             slope = min(max(slope, 0.0), mean_y / mean_x)

@@ -1,7 +1,7 @@
-"""A trace of one worker: a JSON line for each piece of work of a stage, when `PIPEFLEET_WORKER_TRACE` names a file.
+"""A trace of one worker: a JSON line for each piece of work of a stage, if `PIPEFLEET_WORKER_TRACE` names a file.
 
-Lines are `{"stage", "thread", "start", "end", "count"}` in seconds of the monotonic clock. Without the setting it costs nothing
-worth measuring.
+Lines are `{"stage", "thread", "start", "end", "count"}`, in seconds of the monotonic clock. Without the setting the trace costs
+almost nothing. If the file cannot be written, the rest of the trace is dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracer:
-    """Writes spans from any thread through one writer thread."""
+    """Writes the spans of all threads through one writer thread."""
 
     def __init__(self, path: str) -> None:
         self._lines: queue.SimpleQueue[str | None] | None = None
@@ -53,7 +53,7 @@ class Tracer:
                         file.flush()
         except OSError as error:
             log.error("cannot write the trace %s (%s); the rest of it is dropped", path, error.strerror)
-            while lines.get() is not None:  # or the lines would fill the memory
+            while lines.get() is not None:  # otherwise the lines would fill the memory
                 pass
 
     def _close(self, writer: threading.Thread) -> None:

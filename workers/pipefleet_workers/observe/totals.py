@@ -1,8 +1,7 @@
-"""What a pool's workers have done, as running totals in Redis: `pipefleet:work:<pool>` with `cost`, `seconds` and ITEM_COUNTS.
+"""The work of a pool's workers, as running totals in Redis: `pipefleet:work:<pool>` with `cost`, `seconds` and ITEM_COUNTS.
 
-`pipefleet:work:<pool>@<digits of its queue>` has `cost` and `seconds` of one revision alone.
-
-Every worker adds what it did since it last told, so a worker that ends leaves the totals as they are.
+`pipefleet:work:<pool>@<digits of its queue>` has `cost` and `seconds` of one revision alone. Every worker adds its work since its
+last report, so the totals stay when a worker ends. The scaler and `top` read them. Errors are redis-py's.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pipefleet.queues.keys import work_key
 
 log = logging.getLogger(__name__)
 MOST_COST = 1e9
-"""What one message can cost at most: 10,000 items of 100,000 tokens. Whatever names more counts as this much."""
+"""Largest cost of one message: 10,000 items of 100,000 tokens. A larger cost in a message counts as this."""
 _ADD = """
 redis.pcall('HDEL', KEYS[1], '')
 local anew = {}
@@ -42,16 +41,18 @@ for _, key in ipairs(KEYS) do
 end
 return anew
 """
-"""KEYS: totals. ARGV: the command that adds, then fields and numbers. What Redis cannot add to, or nobody would
-believe (see `foreign.MOST_NUMBER`), begins anew; its names are returned.
-The first write takes no memory: see `pipefleet.contract.records`."""
+"""KEYS: totals. ARGV: the command that adds, then fields and numbers.
+
+A field that Redis cannot add to, or whose number is not credible (see `foreign.MOST_NUMBER`), begins anew; the names of such
+totals are returned. The first write takes no memory: see `pipefleet.contract.records`.
+"""
 ITEM_COUNTS = ("items", "failed", "cancelled", "expired")
-"""Items that ended, and those of them that ended otherwise than with a result."""
+"""Items that ended, and how many of them ended without a result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Items of a pool that ended since it began, and those of them that failed, were cancelled or expired."""
+    """Items of a pool that ended since it began, and how many of them failed, were cancelled or expired."""
 
     items: int = 0
     failed: int = 0
@@ -61,16 +62,16 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Totals since the pool began: cost of the messages that ended (see `messages.message_cost`), seconds of forwards."""
+    """Totals since the pool began: cost of the messages that ended (see `JobMessage.work`), seconds of forwards."""
 
     cost: float = 0.0
     seconds: float = 0.0
 
 
 def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:
-    """Add what one worker did since it last called this to each of these totals. One round trip; raises redis-py's errors.
+    """Add the work of one worker since its last call to each of these totals. One round trip; raises redis-py's errors.
 
-    A total that is none, or beyond numbers, begins anew: readers look at what was added.
+    A total that is no number, or is too large, begins anew: readers only look at differences.
     """
     _add(redis, list(map(work_key, names)), "HINCRBYFLOAT", cost=cost, seconds=seconds)
 
@@ -87,18 +88,18 @@ def record_items(redis: Any, pool: str, **counts: int) -> None:
 
 
 def read_items(redis: Any, pool: str) -> Items:
-    """The totals of a pool; zeros before the first worker told."""
+    """The totals of a pool; zeros before the first report."""
     return Items(*(int(_total(count)) for count in redis.hmget(work_key(pool), ITEM_COUNTS)))
 
 
 def read_done(redis: Any, pool: str) -> Done:
-    """The totals of a pool; zeros before the first worker told."""
+    """The totals of a pool; zeros before the first report."""
     cost, seconds = redis.hmget(work_key(pool), ["cost", "seconds"])
     return Done(_total(cost), _total(seconds))
 
 
 def _total(value: bytes | None) -> float:
-    """A total, within MOST_NUMBER; 0 for what is none."""
+    """A total, at most MOST_NUMBER; 0 for a value that is no number."""
     try:
         return number(value or 0)
     except ValueError:
@@ -106,7 +107,7 @@ def _total(value: bytes | None) -> float:
 
 
 class WorkCount:
-    """What one worker did and has not told yet. Thread-safe; `flush` is called by one thread."""
+    """The work of one worker since its last report. Thread-safe; one thread calls `flush`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -119,7 +120,7 @@ class WorkCount:
             self._seconds += seconds
 
     def flush(self, redis: Any, *names: str) -> None:
-        """Add it to each of these totals. What could not be told is told the next time; raises redis-py's errors."""
+        """Add the work to each of these totals. If this fails, the next call adds it; raises redis-py's errors."""
         with self._lock:
             cost, seconds = self._cost, self._seconds
         record_done(redis, *names, cost=cost, seconds=seconds)

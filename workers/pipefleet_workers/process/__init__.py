@@ -1,1 +1,1 @@
-"""The process of a worker: what watches it, how it ends, what it is tied to, and how much memory it has and values take."""
+"""process: the process of a worker: its watchdog, its exit codes, its tie to a parent, its memory, and the sizes of values."""

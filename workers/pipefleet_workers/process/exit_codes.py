@@ -1,4 +1,4 @@
-"""Exit codes of a worker beside those of the command line. The jobs it held are delivered to others."""
+"""Exit codes that only workers use; the command line has its own codes. Other workers get the jobs that the process held."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import threading
 
 log = logging.getLogger(__name__)
 LAST_WORDS_SECONDS = 10.0
-"""How long the process may take to say why it ends: nobody may read what it writes."""
+"""How long the process may take to print its reason: a reader of its output may be missing."""
 
 HUNG_FORWARD = 70
 """A forward did not return within `forward_timeout`."""
 BROKEN_DEVICE = 71
 """The device answers every call with an error until the process ends, as CUDA does after an illegal access."""
 HUNG_STAGE = 72
-"""Decoding, preprocessing or postprocessing an item did not end within `stage_timeout`, or collating within `forward_timeout`."""
+"""Decoding, preprocessing or postprocessing an item took longer than `stage_timeout`; or collating than `forward_timeout`."""
 
 
 def end_process(code: int, reason: str) -> None:
-    """End at once. Threads that hang in a driver or a codec cannot be ended in any gentler way."""
+    """End the process at once. Threads that hang in a driver or a codec cannot be ended in a gentler way."""
     anyway = threading.Timer(LAST_WORDS_SECONDS, os._exit, (code,))
     anyway.daemon = True
     anyway.start()

@@ -1,4 +1,7 @@
-"""How much memory this process may still take: of the machine, of its control group, and of its own limit."""
+"""How much memory this process may still take: of the machine, of its control group, and of its own limit.
+
+Bounds on inputs ask it before they accept a large picture or recording.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _GROUPS = (
 
 
 def available_bytes() -> int | None:
-    """Bytes that may still be taken; None on a system that does not say."""
+    """Bytes that may still be taken; None on a system that cannot tell."""
     found = [one for one in (_of_machine(), *_of_groups(), _of_process()) if one is not None]
     return max(0, min(found)) if found else None
 
@@ -31,7 +34,10 @@ def _of_machine() -> int | None:
 
 
 def _of_groups() -> list[int]:
-    """Memory of files that were read counts as taken here, though the kernel would give it back: so too little is told."""
+    """Free bytes of the control groups.
+
+    Cached files count as used here, though the kernel would free them, so the result is too low.
+    """
     limits = [(_text(most).strip(), _text(taken).strip()) for most, taken in _GROUPS]
     return [int(most) - int(taken) for most, taken in limits if most.isdigit() and taken.isdigit()]
 

@@ -1,4 +1,7 @@
-"""How many bytes a value takes in memory, roughly: what arrays, tensors, pictures and long lists make up is counted."""
+"""Estimates the bytes that a value takes in memory: it counts arrays, tensors, pictures and long lists.
+
+The engine's budget uses it.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from PIL import Image
 from pipefleet.contract.references import MAX_DEPTH
 
 NUMBER = 32
-"""Bytes of a number in a list: itself, and where it stands."""
+"""Bytes of a number in a list: the object and its pointer."""
 MODES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "LA": 2, "RGB": 4}
-"""Bytes of a pixel as Pillow holds it; 4 in all other modes."""
+"""Bytes of a pixel in Pillow's memory; 4 in all other modes."""
 DEPTH = 16
 _NUMBERS, _TEXTS, _LISTS = (
     (int, float),
     (str, bytes),
     (list, tuple),
-)  # a union is made anew at every call, which takes longer
+)  # tuples, since a union would be built at every call
 
 
 def bytes_of(value: Any, depth: int = DEPTH) -> int:
-    """Bytes of `value`. Lists of numbers are judged by their first one, what lies deeper than `depth` levels is left out."""
+    """Bytes of `value`. The first number of a list stands for all; values deeper than `depth` levels are left out."""
     if isinstance(value, np.ndarray):
         return value.nbytes
     if isinstance(value, torch.Tensor):
@@ -40,12 +43,12 @@ def bytes_of(value: Any, depth: int = DEPTH) -> int:
         return sum([bytes_of(one, depth - 1) for one in value.values()]) if depth else 0
     if isinstance(value, Image.Image):
         return value.width * value.height * MODES.get(value.mode, 4)
-    raw = getattr(value, "raw", None)  # a picture that its device resizes
+    raw = getattr(value, "raw", None)  # a picture that will be resized on the device
     return NUMBER if raw is None else bytes_of(raw, depth - 1)
 
 
 def text_bytes(value: Any, bound: int, depth: int = MAX_DEPTH) -> int:
-    """Bytes as UTF-8 of all texts and keys inside a JSON value; above `bound` it is looked at no further."""
+    """Bytes as UTF-8 of all texts and keys inside a JSON value; counting stops above `bound`."""
     if isinstance(value, str):
         return len(value) if len(value) > bound or value.isascii() else len(value.encode(errors="replace"))
     if isinstance(value, Mapping):

@@ -1,7 +1,8 @@
 """Run as a script: tie this process to its parent, then become the command: `tether.py PARENT COMMAND…`.
 
-A step of its own because the same between fork and exec (`preexec_fn`) can deadlock a parent with threads. On
-Linux the kernel kills the command when the parent's thread that forked it ends; elsewhere it just runs.
+The local stack starts its children this way. It is a step of its own, because doing the same between fork and exec (`preexec_fn`)
+can deadlock a parent with threads. On Linux the kernel kills the command when the parent's thread that forked it ends; on other
+systems the command just runs.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ def become(parent: int, command: list[str]) -> None:
     """Replace this process by `command`, which ends with `parent`. Returns only by raising OSError."""
     os.umask(0o077)
     tie(parent)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would hand that down
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores SIGPIPE, and the command would inherit this
     os.execvp(command[0], command)
 
 
 def tie(parent: int) -> None:
-    """Have the kernel kill this process when the thread of `parent` that made it ends. Raises SystemExit where it has ended."""
+    """Let the kernel kill this process when the thread of `parent` that made it ends. Raises SystemExit if `parent` has ended."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above, so no signal will come
+    if os.getppid() != parent:  # the parent ended before the line above, so no signal will come
         raise SystemExit(0)
 
 

@@ -1,11 +1,13 @@
-"""The watchdog: work on an item that does not end within its time ends the process, since nothing inside it can.
+"""The watchdog ends the process when work on an item does not end in time, since no code inside the process can end that work.
 
-Each thread that works has a slot. The thread says which item it begins (`working_on`), which is a sign of life, and that it waits
-for room or for a service (`waiting`), which may last. One thread looks at all slots. Its message names stage, job and item, and
-the job is delivered again: one that does so each time is found out as any other that kills its workers.
+    thread:    working_on(item) ─▶ work ─▶ tick (a sign of life) ─▶ waiting(): not timed ─▶ rest
+    watchdog:  looks at every slot, LOOKS times within the shortest time allowed; a slot without a sign of life ─▶ on_hang
 
-Code that never lets go of Python's lock, such as a regular expression that backtracks for ever, stops the watchdog as well. Then
-`faulthandler`, which needs no lock, prints where every thread is and ends the process with code 1.
+Each working thread has a slot; one thread looks at all slots. The message of a hang names stage, job and item. The job is delivered
+again; a job that hangs each time is found like any job that kills its workers (`consume.suspects`).
+
+Code that never releases Python's lock, such as a regular expression that backtracks for ever, stops the watchdog as well. Then
+`faulthandler`, which needs no lock, prints the position of every thread and ends the process with code 1.
 """
 
 from __future__ import annotations
@@ -22,32 +24,32 @@ from pipefleet_workers.items import Work
 from pipefleet_workers.process.exit_codes import HUNG_STAGE
 
 LOOKS = 10
-"""How often it looks within the shortest time that work may take."""
+"""Number of looks within the shortest time that work may take."""
 LOCKED_SECONDS = 120.0
-"""For so long at least, or twice the longest time that work may take, Python's lock may be held in one piece."""
+"""Python's lock may be held in one piece for this long, or for twice the longest time of work, whichever is longer."""
 
 
 class _Begun(NamedTuple):
-    """A new one for each sign of life."""
+    """The begun work; each sign of life makes a new object."""
 
     work: Work | None
     others: int
 
 
 class Listener(Protocol):
-    """Who hears what one thread works on."""
+    """Is told what one thread works on."""
 
     def begin(self, work: Work | None, others: int = 0) -> None:
-        """The thread begins an item, with `others` that it cannot tell apart from it."""
+        """The thread begins an item; `others` more items cannot be told apart from it."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What is done inside may last."""
+        """A context in which the thread waits, which may last."""
         yield
 
 
 class Slot:
-    """What one thread works on: written by this thread, read by the watchdog's."""
+    """The current work of one thread: the thread writes it, the watchdog reads it."""
 
     def __init__(self, stage: str, seconds: float, code: int) -> None:
         self.stage = stage
@@ -55,25 +57,25 @@ class Slot:
         self.code = code
         self.begun: _Begun | None = None
         self.seen: _Begun | None = None
-        """What the watchdog saw at its last look, and for how many seconds."""
+        """The work that the watchdog saw at its last look; `unchanged` counts the seconds for which it has not changed."""
         self.unchanged = 0.0
 
     def begin(self, work: Work | None, others: int = 0) -> None:
-        """The thread begins an item, with `others` that it cannot tell apart from it."""
+        """The thread begins an item; `others` more items cannot be told apart from it."""
         self.begun = _Begun(work, others)
 
     def tick(self) -> None:
-        """A sign of life from inside the work: its time starts anew."""
+        """A sign of life from inside the work: its time starts again."""
         if self.begun is not None:
             self.begun = _Begun(*self.begun)
 
     def rest(self) -> None:
-        """Nothing is under way."""
+        """The thread has no work now."""
         self.begun = None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What is done inside may last: it waits for others."""
+        """A context in which the thread waits for others, which may last."""
         before, self.begun = self.begun, None
         try:
             yield
@@ -81,7 +83,10 @@ class Slot:
             self.begun = None if before is None else _Begun(*before)
 
     def look(self, passed: float) -> str | None:
-        """What to say of the thread if it hangs, `passed` seconds after the look before. By the watchdog's thread alone."""
+        """The message if the thread hangs, `passed` seconds after the last look; else None.
+
+        Called by the watchdog's thread alone.
+        """
         begun = self.begun
         self.unchanged = self.unchanged + passed if begun is self.seen and begun is not None else 0.0
         self.seen = begun
@@ -91,7 +96,7 @@ class Slot:
 
 
 class Watchdog:
-    """Watches the slots of all threads. `on_hang(code, reason)` is called once, from the watchdog's own thread."""
+    """Watches the slots of all threads. Its own thread calls `on_hang(code, reason)`, once."""
 
     def __init__(self, on_hang: Callable[[int, str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._on_hang = on_hang
@@ -102,7 +107,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def slot(self, stage: str, seconds: float, code: int = HUNG_STAGE) -> Slot:
-        """A slot for one thread, whose work on an item may take `seconds`. Before `start`."""
+        """A slot for one thread, whose work on an item may take `seconds`. Call it before `start`."""
         self._slots.append(Slot(stage, seconds, code))
         return self._slots[-1]
 
@@ -113,14 +118,14 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Cease to watch."""
+        """Stop watching."""
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
 
     def look(self) -> bool:
-        """Look at every slot; whether all is well.
+        """Look at every slot; returns whether all is well.
 
-        A process that was stopped and goes on, or a machine that slept, is not hung: such a gap counts for little.
+        A process that was stopped and goes on, or a machine that slept, does not hang: such a gap counts for little.
         """
         now = self._clock()
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
@@ -139,11 +144,11 @@ class Watchdog:
                 self._arm()
                 if not self.look():
                     break
-        finally:  # also where `stop` came in between
+        finally:  # also if `stop` was called meanwhile
             faulthandler.cancel_dump_traceback_later()
 
     def _arm(self) -> None:
-        """End the process if this is not called again in time."""
+        """End the process unless this is called again in time."""
         seconds = max(LOCKED_SECONDS, 2 * max((slot.seconds for slot in self._slots), default=0.0))
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
@@ -158,7 +163,7 @@ def listen(listener: Listener) -> None:
 
 
 def working_on(work: Work, others: int = 0) -> None:
-    """The calling thread begins an item, with `others` that it cannot tell apart from it; nobody hears of it in most threads."""
+    """The calling thread begins an item; `others` more items cannot be told apart from it. Without a listener it does nothing."""
     listener: Listener | None = getattr(_thread, "listener", None)
     if listener is not None:
         listener.begin(work, others)
@@ -166,7 +171,7 @@ def working_on(work: Work, others: int = 0) -> None:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """What the calling thread does inside may last: it waits for room, or for a service that has a time-out of its own."""
+    """A context in which the calling thread waits for room, or for a service with a time-out of its own; this may last."""
     listener: Listener | None = getattr(_thread, "listener", None)
     if listener is None:
         yield

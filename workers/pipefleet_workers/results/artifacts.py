@@ -1,8 +1,10 @@
-"""Artifacts: pictures, sound and long arrays in a result are stored as objects of their own; references stand in their place.
+"""Artifacts: pictures, sound and long arrays of a result become objects of their own; references take their places.
 
-PIL image  → PNG, kind "image"       Audio → WAV of float32, kind "audio"
-array      → .npy, kind "array"; one of booleans packed eight to a byte, kind "mask"
-                                         a list of those of one shape, kind "mask_list"
+    PIL image  → PNG, kind "image"       Audio → WAV of float32, kind "audio"
+    array      → .npy, kind "array"; an array of booleans is packed eight to a byte, kind "mask"
+                                     a list of such arrays of one shape, kind "mask_list"
+
+`ResultWriter.take_apart` calls it. It stores nothing itself.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from pipefleet_workers.process.sizes import bytes_of
 
 STAGE = "write"
 INLINE_NUMBERS = 16_384
-"""Longest array of numbers that stands in the JSON itself."""
+"""Arrays shorter than this stay as numbers in the JSON."""
 
 
 class TakenApart:
-    """A result taken apart: `value` holds a reference in the place of every artifact, `artifacts` are to lie under `prefix`.
+    """A result taken apart: `value` holds a reference for every artifact; `artifacts` will lie under `prefix`.
 
-    Tensors always become artifacts, arrays of numbers from `INLINE_NUMBERS` up. The same result has the same objects again. Raises
-    whatever the result raises while it is read.
+    Tensors always become artifacts, arrays of numbers from `INLINE_NUMBERS` up. The same result always gives the same objects.
+    Raises any error of reading the result.
     """
 
     def __init__(self, output: Any, prefix: str) -> None:
@@ -48,13 +50,14 @@ class TakenApart:
         return self._stored(value, name)
 
     def _walk_list(self, values: list[Any] | tuple[Any, ...], name: str) -> Any:
-        if not values or isinstance(values[0], float | int | str):  # lists of numbers are most of what there is
+        if not values or isinstance(values[0], float | int | str):  # the quick way, since most lists hold numbers
             return values
+        # The masks of one picture, hundreds of them, become one object.
         if (
             isinstance(values[0], np.ndarray)
             and values[0].dtype == np.bool_
             and len({one.shape for one in values}) == 1
-        ):  # hundreds of masks of one picture are one object
+        ):
             facts = {"kind": "mask_list", "shape": [len(values), *values[0].shape]}
             return self._refer(lambda: _npy(np.packbits(np.stack(values))), values, f"{name}.npy", **facts)
         inner = "" if name == "output" else f"{name}-"
@@ -89,12 +92,12 @@ _SCALARS, _FIRST, _LISTS = (str, int, float, type(None)), (str, int, float), (li
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value surely holds no artifact. Most results do not, and finding names for their parts takes longest."""
+    """Whether a value surely holds no artifact. Most results hold none, and naming their parts would take most of the time."""
     if isinstance(value, _SCALARS):
         return True
     if isinstance(value, dict):
         return all([_is_plain(item) for item in value.values()])
-    if isinstance(value, _LISTS):  # lists of numbers are most of what there is
+    if isinstance(value, _LISTS):  # the quick way, since most lists hold numbers
         return not value or isinstance(value[0], _FIRST) or all([_is_plain(item) for item in value])
     return False
 
@@ -103,7 +106,7 @@ _TYPES = {"png": "image/png", "wav": "audio/wav", "npy": "application/x-npy"}
 
 
 def _plain(key: Any) -> str:
-    """A key as part of an object's name."""
+    """A key, made safe as part of an object's name."""
     return "".join(one if one.isalnum() or one in "_-" else "_" for one in str(key))[:60]
 
 

@@ -1,4 +1,8 @@
-"""write: outcomes become the lines of a part, the JSON of a single result, and artifacts beside them. No state, no acks."""
+"""Turns outcomes into the lines of a part, or the JSON of a single result, and stores artifacts beside them. No state, no acks.
+
+The engine's store stage calls `ResultWriter`; `Shards.close` calls `PartWriter`. A result that JSON or the format cannot hold fails
+its item (bad_output), never its shard.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,10 @@ _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PAS
 
 
 def dumps(value: Any) -> bytes:
-    """JSON of a result. Raises ItemError (bad_output) for what JSON cannot hold, NaN and infinity included."""
+    """JSON of a result. Raises ItemError (bad_output) for values that JSON cannot hold, NaN and infinity included."""
     try:
         body = _encode(value)
-        # orjson writes NaN and infinity as null: only where one stands is the value itself walked, which costs far more.
+        # orjson writes NaN and infinity as null. Walking the value costs far more, so only a value with a null is walked.
         finite = b"null" not in body or _is_finite(value)
     except Exception as error:  # noqa: BLE001 - whatever a value raises while it is written is its own result's failure
         raise ItemError("bad_output", f"the result is not JSON: {brief(error)}", STAGE) from None
@@ -41,7 +45,7 @@ def dumps(value: Any) -> bytes:
 
 
 def body_of(outcome: Outcome) -> bytes | JobFailure:
-    """The JSON of an item's result, or why it has none."""
+    """The JSON of an item's result, or its failure."""
     if outcome.failure is not None:
         return outcome.failure
     if isinstance(outcome.output, Encoded):
@@ -57,7 +61,7 @@ def _encode(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What orjson can write, for what it cannot: arrays that are not contiguous or of a rare type, mappings that are no dict."""
+    """A form that orjson can write, for arrays that are not contiguous or of a rare type, and for mappings other than dict."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):
@@ -81,9 +85,9 @@ def _is_finite(value: Any) -> bool:
 
 
 class ResultWriter:
-    """Makes results ready to be written: their artifacts are stored, the rest becomes JSON. Thread-safe.
+    """Makes results ready to be written: it stores their artifacts, and turns the rest into JSON. Thread-safe.
 
-    Artifacts of a bulk run lie beside its parts, those of a single job under `<results>/results/`.
+    Artifacts of a bulk run lie beside its parts; artifacts of a single job lie under `<results>/results/`.
     """
 
     def __init__(self, store: WorkerStore, results: str) -> None:
@@ -91,7 +95,7 @@ class ResultWriter:
         self._results = results
 
     def take_apart(self, work: Work, output: Any) -> Finished:
-        """The artifacts of a result, and what refers to them. Stores nothing. Raises ItemError (bad_output)."""
+        """The artifacts of a result, and the value that refers to them. Stores nothing. Raises ItemError (bad_output)."""
         try:
             found = TakenApart(output, self._prefix(work))
         except Exception as error:  # noqa: BLE001 - whatever a result raises while it is read is its own failure
@@ -99,9 +103,9 @@ class ResultWriter:
         return Finished(work, found.value, found.artifacts)
 
     def write(self, finished: Finished) -> Encoded:
-        """Store the artifacts of a result, one after another, and let go of each.
+        """Store the artifacts of a result, one after another, and free each.
 
-        Raises ItemError for what JSON or a codec cannot hold (bad_output) and for what the store refuses, and
+        Raises ItemError for a value that JSON or a codec cannot hold (bad_output) and for a refusal of the store. Raises
         ServiceUnavailableError when the store stays away.
         """
         body = dumps(finished.value)
@@ -119,7 +123,7 @@ class ResultWriter:
 
     def _put(self, artifact: Artifact, content: bytes) -> None:
         try:
-            with waiting():  # the store has time-outs of its own; encoding has none
+            with waiting():  # the store has time-outs of its own; the watchdog times only the encoding
                 self._store.put(artifact.uri, content, content_type=artifact.media_type)
         except ServiceUnavailableError:
             raise
@@ -141,21 +145,24 @@ def _bad_output(error: Exception) -> ItemError:
 
 
 class PartWriter:
-    """Writes the part of a shard. Thread-safe. Raises what the store raises; a shard can be written again."""
+    """Writes the part of a shard. Thread-safe. Raises the store's errors; a shard can be written again."""
 
     def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
         self._store = store
         self._provenance = dict(provenance)
 
     def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
-        """Write the part with a row for each outcome, in order; the part. None when another worker's was there first."""
+        """Write the part, with a row for each outcome, in order.
+
+        Returns the part; None if another worker's part was there first.
+        """
         layout, written_as = RunLayout(shard.run_uri, shard.format), part_format(shard.format)
         body = self._encoded(written_as, outcomes)
         ours = self._store.put_new(layout.part(shard.index), body, content_type=written_as.media_type)
         return body if ours else None
 
     def _encoded(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes:
-        """The part. A row that its format cannot hold fails alone: it is found by writing each by itself."""
+        """The part. A row that its format cannot hold fails alone; it is found by writing each row alone."""
         lines = [self._line(outcome) for outcome in outcomes]
         try:
             return written_as.encode(lines)
@@ -166,7 +173,7 @@ class PartWriter:
         return written_as.encode([self._that_fits(written_as, *pair) for pair in zip(lines, outcomes, strict=True)])
 
     def _that_fits(self, written_as: PartFormat, line: bytes, outcome: Outcome) -> bytes:
-        """The line of an item, or one that says why its format cannot hold it, with the input where that is not the reason."""
+        """The line of an item; or a line with the reason if its format cannot hold it, with the input unless this is the reason."""
         refused = _refusal(written_as, line)
         if refused is None:
             return line
@@ -182,7 +189,7 @@ class PartWriter:
         return _encode(utf8(row))
 
     def _line(self, outcome: Outcome) -> bytes:
-        """The line of one item; where its input or its result is no JSON, the line says so and the shard goes on."""
+        """The line of one item. If its input or its result is no JSON, the line says so and the shard goes on."""
         item = outcome.work.item
         seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
         body = body_of(outcome)
@@ -217,7 +224,7 @@ def _with_uris(inputs: Any) -> Any:
 
 
 def utf8_all(texts: Sequence[str]) -> list[str]:
-    """Each text as `utf8` gives it."""
+    """Each text in the form that `utf8` gives it."""
     return [str(utf8(text)) for text in texts]
 
 

@@ -1,4 +1,7 @@
-"""write, for single jobs: what a job's record says of its result. Long results are stored as objects, several at once."""
+"""The results of single jobs, as their records show them. Long results become objects, several stored at once.
+
+`reports` calls it.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,25 @@ from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 STORED_AT_ONCE = 8
-"""Results that are stored at once."""
+"""Results that are stored at the same time."""
 Said = dict[str, Any] | JobFailure | Exception
-"""The fields of a record that tell the result, why the job has none, or why it has no state yet (a service is away)."""
+"""The fields of a record with the result; or the job's failure.
+
+Or the error of an absent service, so that the job has not ended.
+"""
 
 
 class RecordWriter:
-    """Writes the results of single jobs. Thread-safe. Raises nothing: what happens to one result is the end of that job alone."""
+    """Writes the results of single jobs. Thread-safe. Raises nothing: an error with one result ends only its own job."""
 
     def __init__(self, store: WorkerStore, settings: Settings) -> None:
         self._store = store
         self._settings = settings
 
     def write(self, ends: Sequence[tuple[JobMessage, Outcome]], *, every: bool = False) -> list[Said]:
-        """What each record says. Results that are no part of a record are stored side by side: each takes a round trip.
+        """The `Said` of each job. Results outside the record are stored side by side, since each takes a round trip.
 
-        With `every`, all results are stored.
+        With `every`, all results are stored as objects.
         """
         found: list[Said] = [_inline(body_of(outcome)) for _, outcome in ends]
         long = [place for place, (message, _) in enumerate(ends) if self._is_stored(message, found[place], every)]
@@ -49,18 +55,18 @@ class RecordWriter:
         return every or message.output is not None or len(said["output"]) > self._settings.inline_bytes
 
     def _stored(self, message: JobMessage, said: Any) -> Said:
-        """Store a result. A service that is away is why the job has no state yet; whatever else happens is its failure."""
+        """Store a result. An absent service leaves the job without an end; any other error is the job's failure."""
         try:
             uri, size = self._put(message, said["output"])
             return {"output_ref": encode_json(StorageRef(uri, size=size, type="application/json").to_json())}
         except PipefleetError as error:
             return error if error.retryable else JobFailure(error.code, str(error), "write")
-        except BaseException as error:  # a Rust panic is none of Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             log.exception("the result of job %s cannot be stored", message.id)
             return JobFailure("internal_error", brief(error), "write")
 
     def _put(self, message: JobMessage, body: bytes) -> tuple[str, int | None]:
-        """Where the result lies, and its size unless another worker was first: what is named after the job is written once."""
+        """The URI of the result, and its size unless another worker was first. The job names the object, so it is written once."""
         uri = message.output
         if uri is not None and not uri.endswith("/"):
             self._store.put(uri, body, content_type="application/json")
@@ -72,7 +78,7 @@ class RecordWriter:
 
 
 def _side_by_side(do: Callable[[int], Said], places: Sequence[int]) -> dict[int, Said]:
-    """What `do`, which raises nothing, gives for each place. In threads that are daemons: a worker that must end waits for none."""
+    """The results of `do`, which raises nothing, for each place. Threads are daemons: a worker that must end waits for none."""
     found: dict[int, Said] = {}
     waiting: SimpleQueue[int] = SimpleQueue()
     for place in places:

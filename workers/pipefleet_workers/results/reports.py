@@ -1,4 +1,10 @@
-"""report: states, progress and results in Redis, written after the result itself lies where it belongs. Acks come after this."""
+"""Writes states, progress and results to Redis, after the result itself is stored where it belongs. Acks come after this.
+
+    result stored (S3) ─▶ record or progress (Redis) ─▶ ack of the message
+
+`singles`, `shards`, `revocations` and `burials` call `Reporter`. All methods raise ServiceUnavailableError while Redis or S3 is
+away.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +47,8 @@ end
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[1]) end
 """
 """KEYS: the bitmaps items and failed. ARGV: ttl, JSON lists of succeeded and of failed positions. One script, since two commands
-for each item take far more of this process's time. The first write takes no memory, see `records.NEEDS_NO_MEMORY`."""
+for each item take far more of this process's time. The first write takes no memory, see `records.NEEDS_NO_MEMORY`.
+"""
 
 PART = """
 redis.call('HDEL', KEYS[2], ARGV[1])
@@ -49,8 +56,9 @@ redis.call('SETBIT', KEYS[1], ARGV[1], 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 return {redis.call('BITCOUNT', KEYS[1]) + redis.call('HLEN', KEYS[2]), redis.call('HGET', KEYS[3], 'shards')}
 """
-"""KEYS: parts and refused of the run, the run. ARGV: index of a shard whose part is there, ttl. A shard that was refused in another
-copy of its message is not refused then. Returns how many shards have ended, and how many there are if that is known."""
+"""KEYS: parts and refused of the run, the run. ARGV: index of a shard whose part is there, ttl. If the shard was refused in another
+copy of its message, this removes the refusal. Returns how many shards have ended, and how many there are if that is known.
+"""
 
 COUNT = """
 redis.call('HDEL', KEYS[2], '')
@@ -58,16 +66,17 @@ for i = 1, #ARGV, 3 do
   if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 2]) end
 end
 """
-"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, count, …: how often each was delivered, if it is still theirs. A count
-is set and never added to, so that a call whose answer was lost may be repeated. The first write takes no memory."""
+"""KEYS: owners and deliveries of a queue. ARGV: tag, owner, count, …: the count is set only if the owner still holds the lease. A
+count is set, never added to, so a call whose answer was lost may be repeated. The first write takes no memory.
+"""
 
 
 LITTLE = 1024
-"""Bytes of a result that its record takes though Redis is full; a longer one is stored as an object then."""
+"""Longest result, in bytes, that goes into a record while Redis is full; a longer result is stored as an object then."""
 
 
 class Reporter:
-    """Writes what clients read. Thread-safe. All methods raise ServiceUnavailableError when Redis or S3 is away."""
+    """Writes the records that clients read. Thread-safe. All methods raise ServiceUnavailableError when Redis or S3 is away."""
 
     def __init__(
         self,
@@ -79,7 +88,7 @@ class Reporter:
         on_failed: Callable[[JobFailure], None] = lambda failure: None,
         loaded: Mapping[str, str] | None = None,
     ) -> None:
-        """`on_failed` is told of each job that `fail` brings to its end. `loaded` stands in the records of jobs that have run."""
+        """`on_failed` is called for each job that `fail` ends. `loaded` goes into the records of jobs that have run."""
         self._redis = redis
         self._store = store
         self._results = RecordWriter(store, settings)
@@ -90,16 +99,19 @@ class Reporter:
 
     @property
     def store_uri(self) -> str:
-        """The prefix under which long results lie."""
+        """The prefix of long results."""
         return self._settings.store
 
     def ping(self) -> None:
-        """Ask Redis whether it is there and takes writes: a replica, or a server whose disk is full, does not."""
+        """Ask Redis whether it takes writes; a replica, or a server with a full disk, does not."""
         with redis_errors(self._settings.redis_url):
             self._redis.hdel(WORKERS_KEY, "")
 
     def count_deliveries(self, leases: Sequence[Lease], *, excused: bool) -> None:
-        """Set how often each of these was delivered, without this delivery where it is `excused`; lost ones stay as they are."""
+        """Set the delivery count of each lease; with `excused`, without this delivery.
+
+        The counts of lost leases stay as they are.
+        """
         for queue in {lease.queue for lease in leases}:
             keys = ledger_keys(queue)
             ours = [(one.tag, one.owner, one.deliveries - excused) for one in leases if one.queue == queue]
@@ -108,9 +120,9 @@ class Reporter:
                 self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *arguments)
 
     def start_many(self, messages: Sequence[JobMessage]) -> list[JobState | Exception]:
-        """Mark single jobs as running. `running` for each; for one that has ended already, the final state that it reached.
+        """Mark single jobs as running. Returns `running` for each; for a job that has ended already, its final state.
 
-        An error for one whose record Redis refuses to change, which is not the others' affair.
+        Returns an error for a job whose record Redis refuses to change; the other jobs go on.
         """
         pipe = self._redis.pipeline(transaction=False)
         arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
@@ -125,9 +137,9 @@ class Reporter:
         ]
 
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
-        """Bring single jobs to their final states, results stored first. How each has ended, or why it has not yet.
+        """Bring single jobs to their final states, after storing their results. Returns the ending of each, or the error.
 
-        A final state that was there first stays, and the ending tells of that one. While Redis is full, results are stored as
+        If a final state was there first, it stays, and the ending tells this state. While Redis is full, results are stored as
         objects.
         """
         found = self._finish_many(ends, self._results.write(ends))
@@ -163,27 +175,30 @@ class Reporter:
         return found
 
     def end(self, message: JobMessage, state: JobState, failure: JobFailure) -> Ending:
-        """End a single job without the engine. How it has ended: as `state`, or as it had ended before; its client is told."""
+        """End a single job without the engine, and tell its client.
+
+        Returns its ending: `state`, or the state that was there first.
+        """
         pipe = self._redis.pipeline(transaction=False)
         self._finish(pipe, message, state, _told(failure))
         (answer,) = self._ended([message], pipe)
         if isinstance(answer, Exception):
             raise answer
-        if is_reply(message.reply) and answer is not None:  # who ended it may not have known whom to tell
+        if is_reply(message.reply) and answer is not None:  # the process that ended it may not have known its client
             with redis_errors(self._settings.redis_url):
                 self._redis.publish(message.reply, message.id)
         return answer or single_ending(state, failure)
 
     def fail(self, message: JobMessage, failure: JobFailure) -> None:
-        """End a single job that never came into the engine as failed, unless it has ended.
+        """End a single job that never entered the engine as failed, unless it has ended.
 
-        Nothing for an id without a UTF-8 form: nobody waits for that.
+        Does nothing for an id without a UTF-8 form: no client can wait for it.
         """
         if utf8(message.id) == message.id and self.end(message, JobState.FAILED, failure).here:
             self._on_failed(failure)
 
     def cancel(self, job_id: str, failure: JobFailure) -> None:
-        """End a single job that is not in this worker as cancelled, unless it has ended; makes no record of an unknown one."""
+        """End a single job that is not in this worker as cancelled, unless it has ended; makes no record for an unknown job."""
         ttl = self._settings.result_ttl
         arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=None, fields=_told(failure))
         with redis_errors(self._settings.redis_url):
@@ -213,20 +228,20 @@ class Reporter:
             self._redis.eval(PROGRESS, len(keys), *keys, *arguments)
 
     def part_written(self, shard: Shard) -> bool:
-        """Note that a shard's part is there. True when nothing else is left of a run that is planned to its end."""
+        """Note that a shard's part is there. True if the run is planned to its end and no other shard is left."""
         keys = [run_key(shard.run_id, name) for name in ("parts", "refused", "")]
         with redis_errors(self._settings.redis_url):
             ended, shards = self._redis.eval(PART, len(keys), *keys, shard.index, int(self._settings.run_ttl))
         return shards is not None and ended >= int(shards)
 
     def refusals(self, objects: ObjectStore, layout: RunLayout, run_id: str) -> Refusals:
-        """The refused shards of a run, and with them its end."""
+        """The refused shards of a run, which can also end the run."""
         return Refusals(self._redis, self._settings, objects, layout, run_id)
 
     def run_cancelled(self, shard: Shard) -> bool:
-        """Whether the run of a shard was cancelled; where Redis knows nothing of the run, the store is asked.
+        """Whether the run of a shard was cancelled. If Redis does not know the run, the store is asked.
 
-        Raises ContractError where Redis knows that the run with this id lies elsewhere: what is noted by the id is not this one's.
+        Raises ContractError if Redis knows a run with this id elsewhere: notes under this id then belong to the other run.
         """
         key = run_key(shard.run_id)
         pipe = self._redis.pipeline(transaction=False)
@@ -248,9 +263,9 @@ class Reporter:
         commands.eval(script, 1, job_key(message.id), *arguments)
 
     def _ended(self, messages: Sequence[JobMessage], pipe: Any) -> list[Ending | Exception | None]:
-        """Send a FINISH for each of `messages`. None where it took; else how the job had ended before, or why Redis refused.
+        """Send a FINISH for each of `messages`. None if it worked; else the job's earlier ending, or the error of Redis.
 
-        One that Redis refuses is not the others' affair.
+        An error for one job does not stop the others.
         """
         with redis_errors(self._settings.redis_url):
             answers = pipe.execute(raise_on_error=False)
@@ -267,7 +282,7 @@ class Reporter:
             return error
 
     def _others(self, messages: Sequence[JobMessage], answers: Sequence[Any]) -> dict[int, JobState]:
-        """The final states that were there first, by position: of those jobs for which a script's answer is 0."""
+        """The final states that were there first, by position, for the jobs whose script returned 0."""
         places = [place for place, answer in enumerate(answers) if not answer]
         pipe = self._redis.pipeline(transaction=False)
         for place in places:
@@ -277,7 +292,7 @@ class Reporter:
 
 
 def _state(raw: bytes | None) -> JobState:
-    """The final state that a record tells; failed where it tells none that this release knows."""
+    """The final state in a record; failed if this release knows no such state."""
     try:
         return JobState((raw or b"failed").decode())
     except ValueError:
@@ -287,7 +302,7 @@ def _state(raw: bytes | None) -> JobState:
 def _told(
     failure: JobFailure | None, seconds: Mapping[str, float] | None = None, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What a record says beside its result: why there is none, the seconds of each stage, and the warnings, if any."""
+    """The fields of a record beside its result: the failure, the seconds of each stage, and the warnings, if any."""
     timings = encode_json({stage: round(value, 6) for stage, value in (seconds or {}).items()})
     error = {} if failure is None else {"error": encode_json(utf8(failure.to_json()))}
     told = {"warnings": encode_json(utf8_all(warnings))} if warnings else {}

@@ -1,1 +1,1 @@
-"""Object storage through obstore, and the gate that every URI of a message passes."""
+"""storage: objects through obstore, and the gate that every URI of a message must pass."""

@@ -1,4 +1,7 @@
-"""The one gate that every URI of a message passes before it is read or written: inputs, outputs, runs, lists of shards."""
+"""The gate that every URI of a message passes before it is read or written: inputs, outputs, runs, lists of shards.
+
+`Jobs`, `Shards` and the fetcher ask it; it refuses with a sentence or an error, and does no I/O.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ ANYWHERE = ("s3://",)
 
 
 class UriGate:
-    """What messages may name, as far as this worker is concerned: under `allowed`, and not where only the fleet itself writes.
+    """Which URIs messages may name in this worker: those under `allowed`, except places that only the fleet itself writes.
 
-    `store` is the prefix of the fleet's store; empty where there is none to protect. Pure and thread-safe.
+    `store` is the prefix of the fleet's store; empty if there is no such store. Pure and thread-safe.
     """
 
     def __init__(self, allowed: Sequence[str] = ANYWHERE, store: str = "") -> None:
@@ -23,7 +26,7 @@ class UriGate:
         self._store = store
 
     def require_reading(self, uri: str) -> None:
-        """Raise AccessDeniedError for an input outside of what this worker may read, InputError for one that no worker reads."""
+        """Raise AccessDeniedError for an input that this worker may not read, InputError for an input that no worker reads."""
         outside, fault = self._outside(uri, "read"), uri_fault(uri)
         if outside is not None:
             raise AccessDeniedError(outside)
@@ -31,18 +34,18 @@ class UriGate:
             raise InputError(fault)
 
     def output(self, message: JobMessage) -> str | None:
-        """Why the output that a single job names may not be written, or None."""
+        """Why the output of a single job may not be written, or None."""
         if message.output is None:
             return None
         return output_fault(message.output, message.id, self._store) or self._outside(message.output, "write")
 
     def shard(self, shard: Shard) -> str | None:
-        """Why a shard may not be run, or None: its list is read, and everything it writes lies under the URI of its run."""
+        """Why a shard may not run, or None: its list is read, and all that it writes lies under the URI of its run."""
         outside = self._outside(shard.run_uri, "write")
         return (f"the output {outside}" if outside else None) or shard_fault(shard, self._store)
 
     def require_shard(self, shard: Shard) -> None:
-        """Raise ContractError for a shard that may not be run."""
+        """Raise ContractError for a shard that may not run."""
         fault = self.shard(shard)
         if fault is not None:
             raise ContractError(fault)
@@ -57,5 +60,5 @@ def allowed_prefixes(settings: WorkerSettings) -> tuple[str, ...]:
 
 
 def lies_under(uri: str, prefixes: Sequence[str]) -> bool:
-    """Whether `uri` is one of `prefixes` or lies below one, counted by whole parts: `s3://pipe` is not above `s3://pipefleet/`."""
+    """Whether `uri` equals one of `prefixes` or lies below one, by whole path parts: `s3://pipe` is not above `s3://pipefleet/`."""
     return any(uri == prefix or uri.startswith(prefix if prefix.endswith("/") else prefix + "/") for prefix in prefixes)

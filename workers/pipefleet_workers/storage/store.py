@@ -1,7 +1,8 @@
-"""The worker's object store: reads and conditional writes through obstore, in Rust and outside the GIL.
+"""The worker's object store: reads and conditional writes through obstore, in Rust and outside Python's lock. Thread-safe.
 
-obstore must not be used before a fork; workers never fork. Its errors are mapped here, and nowhere else. Thread-safe.
-S3 takes keys that obstore refuses or silently shortens (`a//b`, `/a`, `a/`, control characters): these go through boto3.
+Fetching, shards and results go through it. The errors of obstore are translated here, and only here. S3 takes keys that obstore
+refuses or silently shortens (`a//b`, `/a`, `a/`, control characters): requests for these go through boto3. obstore must not be used
+before a fork; workers never fork.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ from pipefleet.storage.s3_errors import NO_CREDENTIALS, Answer, endpoint, error_
 from pipefleet.storage.store import ObjectStore, renewals, s3_errors
 
 _ODD_KEY = re.compile(r"^/|//|/$|[\x00-\x1f\x7f]")
-"""Keys that obstore does not take as they are."""
+"""Keys that obstore does not take unchanged."""
 _STATUS, _CODE, _REGION = (
     re.compile(one) for one in (r"status code: (\d{3})", r"<Code>([^<]+)</Code>", r"<Region>([^<]+)</Region>")
 )
 MOST_BUCKETS = 256
 """Buckets that are kept open."""
 CREDENTIALS_SECONDS = 300.0
-"""How long credentials from a file or a role are taken as they were read; botocore renews those of roles before they end."""
+"""How long credentials from a file or a role are used before they are read again; botocore renews a role's before they expire."""
 
 
 class ObjectTooLargeError(SourceError):
-    """The object has more bytes than the caller takes."""
+    """The object has more bytes than the caller accepts."""
 
     code = "too_large"
 
@@ -63,11 +64,11 @@ class ObjectSizeError(SourceError):
 
 
 class BarredError(ServiceUnavailableError):
-    """S3 refuses this worker whatever it asks for: its jobs go back to their queue, for workers that are not refused."""
+    """S3 refuses every request of this worker: its jobs go back to their queue, for workers that are not refused."""
 
 
 class RefusedHereError(ServiceUnavailableError):
-    """S3 refuses this worker something in a bucket where another worker may be allowed: the job goes back for that one."""
+    """S3 refuses this worker something in a bucket where another worker may be allowed: the job goes back for the other worker."""
 
 
 class WorkerStore:
@@ -85,19 +86,24 @@ class WorkerStore:
         self._of = renewals()
         self._seen = threading.local()
         self.on_denied: Callable[[AccessDeniedError, int], None] = _nothing
-        """Called with each refusal of access before it is raised, and with `objects.renewals()` as of the request's credentials;
-        what it raises is raised instead."""
+        """Called with a refusal of access before it is raised, and with `renewals()` as of the request's credentials.
+
+        If it raises an error, this error is raised instead.
+        """
         self.on_refused: Callable[[str], None] = _nowhere
-        """Called with the bucket, where that returned; what it raises is raised instead. Not for one object that is refused in a
-        bucket that goes on to be read."""
+        """Called with the bucket, after `on_denied` returned. If it raises an error, this error is raised instead.
+
+        Not called if only one
+        object is refused in a bucket that can still be read.
+        """
         self._read: dict[str, str] = {}
         """By bucket, the key that was read last."""
 
     def get(self, reference: StorageRef, *, max_bytes: int | None = None) -> bytes:
-        """The bytes of an object, of the pinned version where the reference has an ETag.
+        """The bytes of an object; of the pinned version if the reference has an ETag.
 
-        Raises ObjectChangedError for another version; ObjectTooLargeError above `max_bytes` and ObjectSizeError for another
-        size than the reference's, both before the bytes are read.
+        Raises ObjectChangedError for another version. Raises ObjectTooLargeError above `max_bytes`, and ObjectSizeError if the size
+        differs from the reference; both before the bytes are read.
         """
         bucket, key = _split(reference.uri)
         if _ODD_KEY.search(key):
@@ -123,7 +129,9 @@ class WorkerStore:
         except (FileNotFoundError, NotFoundError):
             return False
         except (BaseError, OSError, ValueError, AccessDeniedError) as error:
-            if _answer(error, uri).is_vague:  # the answer to a HEAD has no body, and so no reason; that to a GET has
+            if _answer(
+                error, uri
+            ).is_vague:  # the answer to a HEAD has no body with a reason; the answer to a GET has one
                 return self._is_read(uri)
             raise self._mapped(error, uri) from None
         return True
@@ -139,7 +147,7 @@ class WorkerStore:
         return True
 
     def put(self, uri: str, body: bytes, *, content_type: str) -> None:
-        """Write an object, replacing one that is there."""
+        """Write an object; replaces an existing one."""
         if _ODD_KEY.search(_split(uri)[1]):
             with self._told(uri):
                 self._plain.put(uri, body, content_type=content_type)
@@ -147,7 +155,7 @@ class WorkerStore:
             self._put(uri, body, content_type, mode="overwrite")
 
     def put_new(self, uri: str, body: bytes, *, content_type: str) -> bool:
-        """Write an object unless there is one already, atomically. True if this call wrote it."""
+        """Write an object unless one exists already, atomically. True if this call wrote it."""
         if _ODD_KEY.search(_split(uri)[1]):
             with self._told(uri):
                 return self._plain.put_new(uri, body, content_type=content_type)
@@ -168,7 +176,7 @@ class WorkerStore:
     def _put(self, uri: str, body: bytes, content_type: str, *, mode: Any) -> None:
         bucket, key = split_uri(uri)
         try:
-            # A multipart upload cannot be conditional on every server, and parts are far below the limit of one PUT.
+            # Not every server supports conditional multipart uploads, and parts are far below the limit of one PUT.
             obstore.put(
                 self._bucket(bucket),
                 key,
@@ -196,7 +204,7 @@ class WorkerStore:
         self._read[bucket] = key
 
     def _goes_on_reading(self, bucket: str) -> bool:
-        """Whether the object of a bucket that was read last can still be read: then the bucket is not refused."""
+        """Whether the object that was read last in a bucket can still be read: then the bucket is not refused."""
         key = self._read.get(bucket)
         if key is None:
             return False
@@ -211,7 +219,7 @@ class WorkerStore:
 
     @contextmanager
     def _told(self, uri: str) -> Iterator[None]:
-        """Tell of a refusal that the plain store meets inside."""
+        """A context that reports a refusal that the plain store inside meets."""
         seen = renewals()
         try:
             yield
@@ -242,7 +250,7 @@ def _opened(name: str, retry: Any) -> S3Store:
 
 
 class _Credentials:
-    """Gives obstore the credentials that boto3 finds, so that both clients of a worker have the same. Thread-safe."""
+    """Gives obstore the credentials that boto3 finds, so that both clients of a worker use the same. Thread-safe."""
 
     def __init__(self, bucket: str) -> None:
         import boto3
@@ -265,15 +273,15 @@ class _Credentials:
 
 
 def _nothing(error: AccessDeniedError, seen: int) -> None:
-    """What a store without a watcher does with a refusal."""
+    """The default of `on_denied`: do nothing."""
 
 
 def _nowhere(bucket: str) -> None:
-    """As `_nothing`, with the bucket."""
+    """The default of `on_refused`: do nothing."""
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """Bucket and key. A key with `.` or `..` between its slashes is refused here: some servers refuse it, others resolve it."""
+    """Bucket and key. A key with a `.` or `..` between slashes is refused: some servers refuse it, others resolve it."""
     bucket, key = split_uri(uri)
     if not key or any(segment in (".", "..") for segment in key.split("/")):
         raise InputError(f"{uri} has no key that can be read or written: it is empty, or has . or .. between slashes")
@@ -306,8 +314,8 @@ def _mapped(error: Exception, uri: str) -> PipefleetError:
 
 
 def _answer(error: Exception, uri: str) -> Answer:
-    """What S3 answered, as obstore tells it: in words alone. A status of 0 where it tells no answer."""
-    text = str(error).replace(split_uri(uri)[1] or "\n", "")  # a key may hold any words
+    """The answer of S3, read from obstore's text, its only form there. Status 0 if the text shows no answer."""
+    text = str(error).replace(split_uri(uri)[1] or "\n", "")  # a key may contain words that look like an answer
     status, code, region = (one.search(text) for one in (_STATUS, _CODE, _REGION))
     at = server_time({}, text)
     return Answer(

@@ -1,4 +1,4 @@
-"""What goes with a recording: the stride at its ends, and keys that go into the result as they are."""
+"""The companions of a recording: the stride at its ends, and extra keys that go into the result unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipefleet_workers.items import ItemError
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """Samples at the model's rate, with the stride in samples of that rate."""
+    """Samples at the model's rate, with the stride in samples at this rate."""
 
     samples: np.ndarray[Any, Any]
     rate: int
@@ -24,14 +24,14 @@ class Heard:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self) -> Any:
-        """The argument of the pipeline's preprocess, which takes a dict apart: a new one for each call."""
+        """The argument of the pipeline's preprocess: a new one for each call, since preprocess takes a dict apart."""
         if self.stride is None:
             return self.samples
         return {"raw": self.samples, "sampling_rate": self.rate, "stride": self.stride}
 
 
 def heard(value: Any, rate: int) -> Heard:
-    """What a decoded input holds: samples, or `{audio, stride?, sampling_rate?, extra?}`. Raises ItemError (bad_input)."""
+    """The contents of a decoded input: samples, or `{audio, stride?, sampling_rate?, extra?}`. Raises ItemError (bad_input)."""
     if not isinstance(value, Mapping):
         return Heard(value, rate)
     samples = value["audio"]

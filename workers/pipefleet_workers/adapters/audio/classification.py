@@ -1,7 +1,7 @@
-"""The adapter of audio-classification: recordings of equal shape, or padded where the model is told by a mask what is padding.
+"""The adapter of audio-classification: recordings of equal shape, or padded if a mask tells the model where the padding is.
 
-Spectrogram models bring every recording to one shape. Of waveform models only some take a mask, and group normalisation hears
-padding in spite of it: the warm-up proves each.
+Spectrogram models bring every recording to one shape. Only some waveform models take a mask, and models with group normalisation
+hear padding in spite of a mask: the warm-up proves each model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 AST_HOP, AST_FRAME = 160, 400
-"""Samples between two frames of AST's extractor, and in one, at 16 kHz; it has no settings for either."""
+"""Samples between two frames of AST's extractor, and samples in one frame, at 16 kHz; it has no settings for either."""
 
 
 class AudioClassifier(Adapter):
@@ -30,7 +30,7 @@ class AudioClassifier(Adapter):
         self.pads = masks and not hears_padding(pipe.model)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """Stacked features; where lengths differ there is a mask."""
+        """Stacked features; where lengths differ, they come with a mask."""
         value = getattr(self.pipe.feature_extractor, "padding_value", 0.0)
         return padded([unit.features for unit in units], value)
 
@@ -49,11 +49,11 @@ class AudioClassifier(Adapter):
         return [Unit(assembly, 0, key, frames(next(iter(features.values()))), features)]
 
     def _heard(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The samples that the model hears. Raises ItemError (too_long) where those are all of them, and too many."""
+        """The samples that the model hears. Raises ItemError (too_long) if it hears all samples and they are too many."""
         extractor = self.pipe.feature_extractor
-        if isinstance(extractor, ASTFeatureExtractor):  # it looks at each frame alone, and keeps the first ones
+        if isinstance(extractor, ASTFeatureExtractor):  # it computes each frame alone, and keeps the first frames
             return samples[: (extractor.max_length + 1) * AST_HOP + AST_FRAME]
-        if not isinstance(extractor, WhisperFeatureExtractor):  # which cuts before it looks
+        if not isinstance(extractor, WhisperFeatureExtractor):  # Whisper's extractor cuts before it computes
             rate = extractor.sampling_rate
             require_piece(self.pipe.model, len(samples) / rate, rate, self.max_whole_seconds, "send a part of it")
         return samples

@@ -1,6 +1,7 @@
-"""Whisper's spectrogram of a long recording, block by block: at once it takes seven times the memory of its samples.
+"""Computes Whisper's spectrogram of a long recording block by block. In one piece it takes seven times the memory of the samples.
 
-Each frame hangs on 400 samples alone; only the loudest of all is looked for over the whole recording.
+Each frame depends only on its own 400 samples; only the loudest value is searched over the whole recording. Results are exactly
+those of the extractor. `speech` switches it on once for each pipeline.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import numpy as np
 import torch
 
 LONG_SECONDS = 120
-"""Recordings up to this length are read at once."""
+"""Recordings up to this length are computed in one piece."""
 _BLOCK_FRAMES = 6_000
 
 
 def read_in_blocks(extractor: Any) -> None:
-    """Have an extractor of Whisper's kind read long recordings block by block; any other stays as it is."""
+    """Let an extractor of Whisper's kind compute long recordings block by block; any other extractor stays unchanged."""
     if hasattr(extractor, "_torch_extract_fbank_features") and not getattr(extractor, "dither", 0.0):
         extractor._torch_extract_fbank_features = types.MethodType(_features, extractor)
 
 
 def _features(extractor: Any, waveform: np.ndarray[Any, Any], device: str = "cpu") -> np.ndarray[Any, Any]:
-    """What the extractor's own method gives for `[recordings, samples]`."""
+    """The result of the extractor's own method for `[recordings, samples]`."""
     if waveform.shape[-1] <= LONG_SECONDS * extractor.sampling_rate or len(waveform) > 1:
         own: np.ndarray[Any, Any] = type(extractor)._torch_extract_fbank_features(extractor, waveform, device)
         return own
@@ -41,7 +42,10 @@ def _features(extractor: Any, waveform: np.ndarray[Any, Any], device: str = "cpu
 
 
 def _powers(extractor: Any, samples: torch.Tensor, first: int, last: int, window: torch.Tensor) -> torch.Tensor:
-    """The powers of frames `first` to `last`, `[frequencies, frames]`. Each is centred, so its samples begin half of it before."""
+    """The powers of frames `first` to `last`, `[frequencies, frames]`.
+
+    Frames are centred: their samples begin half a frame earlier.
+    """
     half, hop = extractor.n_fft // 2, extractor.hop_length
     begin, end = first * hop - half, (last - 1) * hop + half
     piece = samples[max(0, begin) : end]

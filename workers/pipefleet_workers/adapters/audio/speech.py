@@ -1,9 +1,10 @@
 """The adapter of automatic-speech-recognition: recordings and their chunks, for Whisper, CTC and other models.
 
-Units are chunks where `chunk_length_s` asks for them, else whole recordings. Whisper pads every recording up to 30 s to one shape
-itself, and `WhisperRows` keeps the rows of a batch apart while they are written. CTC models are padded with a mask where the
-warm-up proves that exact (layer normalisation); one that normalises over time would hear the padding, and gets equal lengths
-only, as all others do.
+A unit is a chunk if `chunk_length_s` asks for chunks, else a whole recording. How each kind of model is batched:
+
+    Whisper   pads every recording up to 30 s to one shape itself; `WhisperRows` keeps the rows of a batch apart
+    CTC       padded with a mask, if the warm-up proves this exact (layer normalisation)
+    others    equal lengths only; so are CTC models that normalise over time, since they would hear the padding
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ _DRAWING = (WHISPER, "seq2seq")
 
 
 class SpeechRecogniser(Adapter):
-    """Transcribes. Outputs of a recording's units are joined by the pipeline's own postprocess."""
+    """Transcribes recordings. The pipeline's own postprocess joins the outputs of a recording's units."""
 
-    typical_size = 0  # made-up sound says nothing of how long decoding takes: the row's own budget holds
+    typical_size = (
+        0  # not measured at warm-up, since made-up sound gives no typical decoding time; the table's cost is used
+    )
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -73,7 +76,7 @@ class SpeechRecogniser(Adapter):
         if isinstance(forward.get("temperature"), list):
             forward["temperature"] = tuple(forward["temperature"])
         if units[0].features["long"]:
-            # Beyond 30 s Whisper finds its way by timestamps; postprocess still drops them unless they were asked for.
+            # Beyond 30 s Whisper needs timestamps to go on; postprocess drops them unless the request asked for them.
             forward["return_timestamps"] = forward.get("return_timestamps") or True
         with self._drawing(units), _parameters_judged():
             outputs = self.pipe.forward(inputs, **forward)
@@ -87,7 +90,7 @@ class SpeechRecogniser(Adapter):
         return [self._row(outputs, unit, index, longest) for index, unit in enumerate(units)]
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """Logits of each unit's own frames: tokens would hide what is nearly a tie."""
+        """Logits of each unit's own frames. Tokens would hide near ties."""
         with torch.inference_mode():
             inputs = {name: tensor.to(self.pipe.device) for name, tensor in self._tensors(units).items()}
             logits = self.pipe.model(**inputs).logits.float().cpu()
@@ -101,7 +104,7 @@ class SpeechRecogniser(Adapter):
             return timed(self.pipe.model, frames, [4 + count // 50 for count in frames])
 
     def finish(self, assembly: Assembly) -> Any:
-        """`{"text": …}`, with `chunks` where timestamps were asked for."""
+        """`{"text": …}`, with `chunks` if timestamps were asked for."""
         arguments: Arguments = assembly.context.fresh()
         rows = [dict(assembly.outputs[index]) for index in range(assembly.expected)]
         rows[-1]["is_last"] = True
@@ -114,7 +117,10 @@ class SpeechRecogniser(Adapter):
         return super().collate([replace(unit, features=unit.features["tensors"]) for unit in units])
 
     def _own(self, unit: Unit, longest: int) -> int | None:
-        """How many frames of a padded row are the unit's own; None for all: the pipeline's estimate is one too many at times."""
+        """How many frames of a padded row are the unit's own.
+
+        None means all frames: the pipeline's estimate is sometimes one too many.
+        """
         if not self.pads or _samples(unit) == longest:
             return None
         return int(self.pipe.model._get_feat_extract_output_lengths(torch.tensor(_samples(unit))))
@@ -152,13 +158,13 @@ class SpeechRecogniser(Adapter):
         return units
 
     def _seed(self, asked: int | None, work: Work) -> int:
-        """What the first chunk is drawn with; the others have seeds of their own."""
+        """The seed of the first chunk; the other chunks have seeds of their own."""
         if asked is not None and self.pipe.type not in _DRAWING:
             raise ItemError("bad_parameter", "this model draws nothing at random; leave out seed", STAGE)
         return default_seed(work) if asked is None else asked
 
     def _drawing(self, units: Sequence[Unit]) -> contextlib.AbstractContextManager[None]:
-        """Inside it each unit draws from its own seed: Whisper row by row, other models for a unit that is alone."""
+        """A context in which each unit draws from its own seed: Whisper row by row, other models for a unit that runs alone."""
         seeds = [unit.features["seed"] for unit in units]
         if self._rows is not None:
             self._rows.seed(seeds)
@@ -167,7 +173,7 @@ class SpeechRecogniser(Adapter):
         return contextlib.nullcontext()
 
     def _goes_alone(self, forward: Mapping[str, Any]) -> bool:
-        """Whether what is asked for mixes the rows of a batch."""
+        """Whether these arguments mix the rows of a batch."""
         if self.pipe.type not in _DRAWING:
             return False
         given, asked = self._asked(forward)
@@ -179,10 +185,10 @@ class SpeechRecogniser(Adapter):
             return bool(asked("do_sample"))
         if forward.get("return_timestamps") == "word" and not self.times_together:
             return True
-        # Text so far is padded in front, and positions count the padding; it is left out where row 0 has none.
+        # The text so far is padded in front, and positions count this padding; transformers drops all of it if row 0 has no text.
         if asked("condition_on_prev_tokens"):
             return True
-        # Once a row has been sampled, the beams are given up for all; the silence is looked for in the rows of beams.
+        # Once a row was sampled, all rows lose their beams; and silence is looked for in the rows of beams.
         return (asked("num_beams") or 1) > 1 and bool(given.get("temperature") or asked("no_speech_threshold"))
 
     def _asked(self, forward: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
@@ -199,7 +205,10 @@ class SpeechRecogniser(Adapter):
         return max(1.0, float(beams / usual))
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
-        """Whisper hears half a minute at a time, filled up with silence; all others what they are given."""
+        """Bound the pieces.
+
+        Whisper hears half a minute at a time, filled up with silence; other models hear the pieces as they are.
+        """
         extractor, align = self.pipe.feature_extractor, getattr(self.pipe.model.config, "inputs_to_logits_ratio", 1)
         padded_bytes = 0
         if self.pipe.type == WHISPER:
@@ -219,7 +228,7 @@ class SpeechRecogniser(Adapter):
         stride = chunk.pop("stride", None)
         main = next(iter(chunk.values()))
         long = self.pipe.type == WHISPER and main.shape[-1] > self.pipe.feature_extractor.nb_max_frames
-        # A CTC forward takes no arguments: what is asked for is done with its tokens later.
+        # A CTC forward takes no arguments; they apply to its tokens later.
         forward_key = None if self.pipe.type == CTC else arguments.forward_key
         shape = tuple(chunk) if self.pads else shape_key(chunk)
         key = (forward_key, shape, stride is None, (id(assembly), index) if alone else None)

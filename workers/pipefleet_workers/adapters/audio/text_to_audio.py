@@ -1,8 +1,7 @@
-"""The adapter of text-to-audio: speech and music from texts. What is drawn at random depends on a request's seed alone.
+"""The adapter of text-to-audio: speech and music from texts. Random draws depend only on the seed of the request.
 
-MusicGen writes its requests in one generate() call, each row with its own random numbers. All other models take one request at a
-time: VITS, for one, hears beyond the end of a shorter neighbour (its last 4096 samples would differ), and Bark and SpeechT5 draw
-noise inside.
+MusicGen writes its requests in one generate() call; each row has its own random numbers. All other models take one request at a
+time. VITS hears beyond the end of a shorter neighbour, which changes its last 4096 samples; Bark and SpeechT5 draw noise inside.
 """
 
 from __future__ import annotations
@@ -28,40 +27,42 @@ from pipefleet_workers.items import Assembly, Audio, Decoded, ItemError, JobCont
 
 _BATCHED = "musicgen"
 MOST_STEPS = 65_536
-"""Steps that one request may take, those of all its rows."""
+"""Steps that one request may take, summed over its rows."""
 _PROBED = 2
-"""Steps of the decoder that the proof of exactness looks at."""
+"""Steps of the decoder that the proof of exactness compares."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for: `seed` decides everything that the model draws."""
+    """The arguments of one request; `seed` decides all that the model draws."""
 
     arguments: Arguments
     seed: int
 
 
 class TextToAudio(Adapter):
-    """Speech or music; `{"audio", "sampling_rate"}` as transformers gives it, the samples as an artifact."""
+    """Speech or music: `{"audio", "sampling_rate"}` as transformers gives it, with the samples as an artifact."""
 
-    typical_size = 0  # made-up texts say nothing of how long the sound will be: the row's own budget holds
+    typical_size = (
+        0  # not measured at warm-up, since made-up texts give no typical length of sound; the table's cost is used
+    )
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         model = pipe.model
-        # With a token that ends a row, rows of a call would be of different lengths.
+        # If a token could end a row, the rows of a call would have different lengths.
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self.pads = model.config.model_type == _BATCHED and ends is None
         takes = inspect.signature(model.generate).parameters if model.can_generate() else {}
         self._can_stop = "stopping_criteria" in takes
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """Tokens, padded behind where requests share a call."""
+        """Tokens, padded at the end when requests share a call."""
         rows = [unit.features for unit in units]
         return dict(rows[0]) if len(rows) == 1 else padded(rows, self.pipe.tokenizer.pad_token_id or 0)
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """What the pipeline's forward gives; None when every job of the batch was stopped."""
+        """The result of the pipeline's forward; None when every job of the batch was stopped."""
         arguments = _request(units[0]).arguments.fresh().forward
         voice, steps = (generation_of(arguments[name], None) for name in ("forward_params", "generate_kwargs"))
         if "speaker_embeddings" in voice:
@@ -73,7 +74,7 @@ class TextToAudio(Adapter):
         return None
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The sound of each unit, `[1, channels, frames]` where it shared a call; a failure for those that were stopped."""
+        """The sound of each unit, `[1, channels, frames]` if it shared a call; a failure for a unit whose job was stopped."""
         if outputs is None:
             return [unit.assembly.work.job.stopped("forward") for unit in units]
         if len(units) == 1:
@@ -118,7 +119,10 @@ class TextToAudio(Adapter):
         return [Unit(assembly, 0, key, length, features, fixed=self._steps(asked))]
 
     def _asked(self, arguments: Arguments) -> Mapping[str, Any]:
-        """What generate() is asked for. Raises ItemError (bad_parameter) for tokens beyond the vocabulary, and for too much."""
+        """The arguments of generate().
+
+        Raises ItemError (bad_parameter) for tokens beyond the vocabulary, and for too many steps.
+        """
         asked = {**arguments.forward["forward_params"], **arguments.forward["generate_kwargs"]}
         generation_of(asked, vocabulary_of(self.pipe.model))
         if self._steps(asked) > MOST_STEPS:
@@ -129,7 +133,7 @@ class TextToAudio(Adapter):
         return asked
 
     def _steps(self, asked: Mapping[str, Any]) -> int:
-        """Steps of generate() for all its rows, which cost as much as tokens of the text."""
+        """Steps of generate() for all its rows; a step costs as much as a token of the text."""
         if not self.pipe.model.can_generate():
             return 0
         rows = max(asked.get("num_return_sequences") or 1, asked.get("num_beams") or 1)
@@ -141,7 +145,7 @@ class TextToAudio(Adapter):
 
 
 class _RowDraws(TorchFunctionMode):
-    """Draws tokens for each request of a call from its own generator. For the thread that enters it."""
+    """Draws the tokens of each request of a call from its own generator, in the thread that enters it."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         super().__init__()
@@ -156,7 +160,7 @@ class _RowDraws(TorchFunctionMode):
 
 
 class _AllStoppedError(Exception):
-    """Nobody waits for the rest of a generate() call."""
+    """No job waits for the rest of a generate() call."""
 
 
 class _EachStep(StoppingCriteria):  # type: ignore[misc]
@@ -175,7 +179,7 @@ class _EachStep(StoppingCriteria):  # type: ignore[misc]
 
 
 def _sound(samples: Any, rate: int) -> Any:
-    """Samples as a result holds them; several sequences of more than one channel are no recording."""
+    """Samples in the form of a result. Several sequences with more than one channel are no recording."""
     if isinstance(samples, list):
         return [_sound(one, rate) for one in samples]
     samples = np.asarray(samples, np.float32)

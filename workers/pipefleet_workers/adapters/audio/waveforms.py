@@ -1,4 +1,7 @@
-"""What adapters of recordings share: padding with a mask, and the unit that their cost is counted in."""
+"""Helpers that the adapters of recordings share: padding with a mask, the unit of cost, and bounds on length and memory.
+
+The bounds raise ItemError (bad_input, too_long, bad_parameter).
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ from pipefleet_workers.items import ItemError
 from pipefleet_workers.process.memory import available_bytes
 
 SAMPLES_PER_FRAME = 160
-"""Samples counted as one frame, a hundredth of a second at 16 kHz: the cost unit of all models that hear."""
+"""Samples that count as one frame, a hundredth of a second at 16 kHz: the unit of cost of all models that hear."""
 
 MOST_PIECES = 50_000
 """Pieces of one recording."""
 MOST_PIECE_BYTES = 9 << 28
-"""Bytes of all pieces of one recording, which are made at once: six hours in pieces that overlap by a third take 2.1 GB."""
+"""Bytes of all pieces of one recording, which exist at once: six hours in pieces that overlap by a third take 2.1 GB."""
 _ALWAYS_SECONDS = 30.0
-"""Up to here nobody looks at the memory."""
+"""Recordings up to this length are not checked against the memory."""
 _COPIES = 3
-"""What the first convolution gives, normalised, and through its activation."""
+"""Copies of the first convolution's output in memory: as it is, normalised, and after its activation."""
 
 
 def frames(features: torch.Tensor) -> int:
@@ -46,8 +49,8 @@ def require_frames(model: Any, features: Mapping[str, Any]) -> None:
 def require_piece(model: Any, seconds: float, rate: int, most: float, hint: str) -> None:
     """Raise ItemError (too_long) for a recording that a model cannot hear in one piece.
 
-    Above `most` seconds none is. On a CPU there must be memory for the first convolution too: a GPU that has none says so and
-    goes on, a worker is killed.
+    No recording longer than `most` seconds is accepted. On a CPU there must also be memory for the first convolution: a GPU without
+    memory raises an error and goes on, but a worker without memory is killed.
     """
     if seconds > most:
         text = f"the recording lasts {seconds:.0f} s, the model hears at most {most:.0f} s in one piece"
@@ -63,10 +66,10 @@ def require_piece(model: Any, seconds: float, rate: int, most: float, hint: str)
 
 
 def require_few_pieces(samples: int, rate: int, align: int, asked: Mapping[str, Any], padded_bytes: int) -> None:
-    """Raise ItemError (bad_parameter) where `chunk_length_s` and `stride_length_s` cut a recording into far too much.
+    """Raise ItemError (bad_parameter) if `chunk_length_s` and `stride_length_s` cut a recording into far too many pieces.
 
-    Pieces that overlap almost wholly take thousands of times the memory of the recording. `padded_bytes` are those of a piece
-    that is filled up to one length, 0 where none is.
+    Pieces that overlap almost wholly take thousands of times the memory of the recording. `padded_bytes` is the size of a piece
+    that is filled up to a fixed length; 0 if pieces are not filled up.
     """
     seconds = asked.get("chunk_length_s")
     if not seconds:
@@ -88,12 +91,12 @@ def require_few_pieces(samples: int, rate: int, align: int, asked: Mapping[str, 
 
 
 def hears_padding(model: Any) -> bool:
-    """Whether a model is known to normalise over time: then padding changes what it hears, mask or not."""
+    """Whether a model is known to normalise over time. Padding then changes its result, with or without a mask."""
     return getattr(model.config, "feat_extract_norm", None) == "group"
 
 
 def padded(rows: Sequence[Mapping[str, Any]], value: float) -> dict[str, Any]:
-    """Tensors `[1, n, …]` of all rows, padded behind to the longest: with 0 in the attention mask, else with `value`."""
+    """Tensors `[1, n, …]` of all rows, padded at the end to the longest: the attention mask with 0, other tensors with `value`."""
     return {name: _padded([row[name] for row in rows], 0 if name == "attention_mask" else value) for name in rows[0]}
 
 

@@ -1,4 +1,4 @@
-"""Whisper's generate() with each row of a batch as if it were alone.
+"""Whisper's generate() for a batch, with each row's result as if it ran alone. `speech` puts it in front of the model.
 
 transformers fills shorter rows with padding and then reads the filled rows: the attention that times the words is normalised over
 padding too, a row that is decoded again at a higher temperature gets the bounds of another, and all draw from one generator.
@@ -22,11 +22,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from pipefleet_workers.adapters.draws import Draws
 
 _Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
-"""What generate_with_fallback() returns: tokens, outputs and whether nobody speaks, by row; then what is known of the batch."""
+"""The result of generate_with_fallback(): by row the tokens, the outputs and whether it is silent; then data of the whole batch."""
 
 
 class WhisperRows:
-    """Stands in front of the generation of one Whisper model, and is in use from then on. For one thread at a time."""
+    """Stands in front of the generation of one Whisper model, from its creation on. For one thread at a time."""
 
     def __init__(self, model: Any) -> None:
         """Replaces four methods of `model`, this object alone, not its class, and what its forward gives of the attention."""
@@ -52,11 +52,14 @@ class WhisperRows:
         self._draws = [Draws(seed, self._model.device, loads=True) for seed in seeds]
 
     def languages(self, rows: int) -> list[torch.Tensor | None]:
-        """The language token of each row of the last generate(), `[1]`, where its segments were returned and tell one."""
+        """The language token of each row of the last generate(), `[1]`.
+
+        None for a row without returned segments or without a language.
+        """
         return self._languages or [None] * rows
 
     def _generate_once(self, *arguments: Any, **named: Any) -> Any:
-        """generate(), which turns to eager attention for good once words are timed: the next call begins as the first did."""
+        """Call generate(), then undo its switch to eager attention (timed words cause it): the next call begins as this one did."""
         self._languages = None
         try:
             generated = _with_silent_rows(self._generate(*arguments, **named))
@@ -70,7 +73,7 @@ class WhisperRows:
         return generated
 
     def _decode_rows(self, **call: Any) -> _Decoded:
-        """One step through the recordings: all rows at the first temperature, then by itself each row that needs another."""
+        """One step through the recordings: all rows at the first temperature, then one by one the rows that need another."""
         rows, temperatures = call["cur_bsz"], call["temperatures"]
         self._ends = _ids(call["generation_config"].eos_token_id)
         if rows == 1:
@@ -100,7 +103,7 @@ class WhisperRows:
                 "attention_mask": None if mask is None else mask[place : place + 1],
                 "generation_config": copy.deepcopy(call["generation_config"]),
                 "batch_idx_map": [place],
-                "do_condition_on_prev_tokens": [False],  # recordings that are conditioned so run alone
+                "do_condition_on_prev_tokens": [False],  # recordings with such conditioning run alone
                 "cur_bsz": 1,
                 "batch_size": 1,
             }
@@ -123,7 +126,10 @@ class WhisperRows:
         num_frames: Any = None,
         num_input_ids: int | None = None,
     ) -> torch.Tensor:
-        """When each token was spoken, in seconds, for each row from its own tokens; shorter rows repeat their last moment."""
+        """When each token was spoken, in seconds, computed for each row from its own tokens.
+
+        Shorter rows repeat their last moment.
+        """
         count = generate_outputs.sequences.shape[0]
         alignment_heads = self._heads.places(alignment_heads)
         if count == 1:
@@ -174,9 +180,9 @@ def _let_go(output: Any) -> None:
 
 
 def timed(model: Any, frames: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray[Any, Any]]:
-    """The moments of `lengths[i]` tokens, all different, that row i writes of `frames[i]` frames.
+    """The moments of `lengths[i]` different tokens, which row i writes for `frames[i]` frames.
 
-    The model reads made-up states of its encoder: what it hears in noise is the end of the recording, at every word.
+    The model reads made-up states of its encoder. If it heard noise instead, every word would be timed at the end of the recording.
     """
     states, mask = [], torch.zeros(len(frames), 2 * model.config.max_source_positions, dtype=torch.long)
     for row, count in enumerate(frames):
@@ -198,7 +204,7 @@ def timed(model: Any, frames: Sequence[int], lengths: Sequence[int]) -> list[np.
 
 
 class _EndsAt(LogitsProcessor):  # type: ignore[misc]
-    """Ends each row after so many tokens and not before, and lets it write no token twice. For one call."""
+    """Ends each row after exactly so many tokens, and lets it write no token twice. For one call."""
 
     def __init__(self, lengths: Sequence[int], end: int) -> None:
         self._lengths = torch.tensor(lengths)
@@ -206,7 +212,7 @@ class _EndsAt(LogitsProcessor):  # type: ignore[misc]
         self._written = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of which only the end is possible, or all but the end."""
+        """Scores that allow only the end, or all tokens but the end."""
         ended = self._lengths.to(scores.device) <= self._written
         self._written += 1
         scores = scores.scatter(1, input_ids, -torch.inf)
@@ -216,19 +222,19 @@ class _EndsAt(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Output(dict[str, Any]):
-    """One row's outputs, read as generate()'s are."""
+    """One row's outputs, with attributes like generate()'s outputs."""
 
     __getattr__ = dict.__getitem__
 
 
 def _row_of(outputs: Any, row: int, prompt: int, ends: Sequence[int]) -> _Output:
-    """What generate() would have returned for `row` alone: no steps after its end, its own beams."""
+    """The outputs that generate() would have returned for `row` alone: no steps after its end, only its own beams."""
     sequence = outputs.sequences[row : row + 1]
     beams = outputs.cross_attentions[0][0].shape[0] // outputs.sequences.shape[0]
     mine = slice(row * beams, (row + 1) * beams)
     steps = outputs.cross_attentions
     found = _Output()
-    if "beam_indices" in outputs:  # they say themselves how long the row is
+    if "beam_indices" in outputs:  # beam indices show the length of the row themselves
         indices = outputs.beam_indices[row : row + 1]
         found["beam_indices"] = torch.where(indices < 0, indices, indices - row * beams)
     else:
@@ -241,7 +247,10 @@ def _row_of(outputs: Any, row: int, prompt: int, ends: Sequence[int]) -> _Output
 
 
 def _with_silent_rows(generated: Any) -> Any:
-    """Results of which some rows hold nothing, since nobody speaks: such a row makes the tokens of all rows fractions."""
+    """Results in which some rows are empty, since no one speaks in them.
+
+    An empty row turns the tokens of all rows into fractions.
+    """
     if isinstance(generated, torch.Tensor):
         return generated.long()
     if "sequences" in generated:
@@ -253,7 +262,7 @@ def _with_silent_rows(generated: Any) -> Any:
 
 
 def _language(segments: Sequence[Mapping[str, Any]], known: set[int]) -> torch.Tensor | None:
-    """As the pipeline reads it from the first segment, whose result begins with the tokens that generate() cuts off."""
+    """The language, as the pipeline reads it from the first segment; its result begins with the tokens that generate() cuts off."""
     result = segments[0]["result"]
     tokens = result["sequences"] if isinstance(result, Mapping) else result
     found = next((token for token in tokens.tolist() if token in known), None)

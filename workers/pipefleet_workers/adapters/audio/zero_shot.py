@@ -1,7 +1,7 @@
 """The adapter of zero-shot-audio-classification: the sounds of a batch in one call, the labels of all its requests in another.
 
-Labels may differ between requests: each sound is compared with the embeddings of its own. Embeddings of texts are kept, since the
-items of a run share their labels.
+Requests in a batch may have different labels: each sound is compared with the embeddings of its own labels. Embeddings of texts
+are kept, since the items of a run share their labels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipefleet_workers.adapters.text.whole_texts import require_labels
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 TEMPLATE = "This is a sound of {}."
-"""transformers' own, where a request brings none."""
+"""transformers' own template, for a request without one."""
 KEPT_TEXTS = 8192
 """Embeddings of texts that are kept."""
 TEXTS_AT_ONCE = 128
@@ -43,7 +43,7 @@ class Features:
 
 
 class ZeroShotAudio(Adapter):
-    """Scores of labels that the request brings. For models with a tower for sounds and one for texts, such as CLAP."""
+    """Scores of the labels of the request. For models with a tower for sounds and a tower for texts, such as CLAP."""
 
     def __init__(self, pipe: Any) -> None:
         """Raise UsageError for a model without the two towers."""
@@ -57,7 +57,7 @@ class ZeroShotAudio(Adapter):
         self._known: OrderedDict[Tokens, torch.Tensor] = OrderedDict()
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """The stacked sounds; texts are padded where they are needed."""
+        """The stacked sounds; `run` pads the texts when it needs them."""
         names = units[0].features.sound
         return {name: torch.cat([unit.features.sound[name] for unit in units]) for name in names}
 
@@ -72,7 +72,7 @@ class ZeroShotAudio(Adapter):
             return [(own @ sound * scale).cpu() for own, sound in zip(rows, sounds, strict=True)]
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The outputs themselves: `run` has taken them apart."""
+        """The outputs themselves: `run` has split them already."""
         return list(outputs)
 
     def finish(self, assembly: Assembly) -> Any:
@@ -108,7 +108,9 @@ class ZeroShotAudio(Adapter):
         extractor = pipe.feature_extractor
         long = len(samples) > extractor.nb_max_samples
         seconds = len(samples) / extractor.sampling_rate
-        if extractor.truncation == "fusion" and seconds > self.max_whole_seconds:  # it reads all to keep a part of it
+        if (
+            extractor.truncation == "fusion" and seconds > self.max_whole_seconds
+        ):  # it computes everything and keeps a part
             text = f"the recording lasts {seconds:.0f} s, the model hears at most {self.max_whole_seconds:.0f} s of one"
             raise ItemError("too_long", f"{text} (PIPEFLEET_WORKER_MAX_WHOLE_SECONDS); send a part of it", STAGE)
         with cropped_by_content(samples) if long else contextlib.nullcontext():
@@ -116,7 +118,7 @@ class ZeroShotAudio(Adapter):
         return dict(found.to(pipe.dtype))
 
     def _embedded(self, texts: set[Tokens]) -> dict[Tokens, torch.Tensor]:
-        """The embedding of every text, computed for those that are not known."""
+        """The embedding of every text; unknown embeddings are computed."""
         missing = sorted(texts - self._known.keys(), key=len)
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             piece = missing[start : start + TEXTS_AT_ONCE]
@@ -142,15 +144,15 @@ class ZeroShotAudio(Adapter):
 
 
 def content_seed(samples: np.ndarray[Any, Any]) -> int:
-    """The seed that decides which part of a long recording is heard: equal for equal samples."""
+    """The seed that chooses the part of a long recording that is heard: equal for equal samples."""
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(samples).tobytes(), digest_size=4).digest(), "little")
 
 
 @contextlib.contextmanager
 def cropped_by_content(samples: np.ndarray[Any, Any]) -> Iterator[None]:
-    """Global numbers of numpy from `content_seed`: with them CLAP chooses ten seconds of a longer recording.
+    """Seed numpy's global numbers with `content_seed`; CLAP chooses ten seconds of a longer recording with them.
 
-    So a job that runs again gives the same result. One thread at a time; nothing else in a worker draws from these numbers.
+    So a job that runs again gives the same result. For one thread at a time; no other code in a worker draws from these numbers.
     """
     with _CROPPING:
         state = np.random.get_state()

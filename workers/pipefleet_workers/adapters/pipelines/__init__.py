@@ -1,1 +1,1 @@
-"""Pipelines of tasks that transformers no longer has; each registers itself as `pipefleet/<task>` when it is imported."""
+"""Pipelines of tasks that transformers no longer has. Each registers itself as `pipefleet/<task>` when it is imported."""

@@ -1,4 +1,7 @@
-"""image-to-image: a picture made anew by a model, such as a larger one. transformers 5 has the models, no longer the pipeline."""
+"""The pipeline of image-to-image: a model makes a new picture of a picture, such as a larger one.
+
+transformers 5 has the models, but no longer the pipeline.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ class ImageToImagePipeline(Pipeline):  # type: ignore[misc]  # transformers has 
         return {}, {}, {}
 
     def preprocess(self, image: Image.Image) -> Any:
-        """`pixel_values`, of the picture's own size rounded up to what the model takes."""
+        """`pixel_values`, of the picture's own size rounded up to a size that the model takes."""
         return self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         return {"reconstruction": self.model(**model_inputs).reconstruction}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> Image.Image:
-        """The picture, of the size that the model gave it."""
+        """The picture, in the size that the model gave it."""
         pixels = model_outputs["reconstruction"][0].float().clamp(0, 1).permute(1, 2, 0).numpy()
         return Image.fromarray((pixels * 255.0).round().astype(np.uint8))
 

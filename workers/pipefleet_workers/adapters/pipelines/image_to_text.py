@@ -1,4 +1,4 @@
-"""image-to-text: captions of pictures. transformers 5 has the models, no longer the pipeline."""
+"""The pipeline of image-to-text: captions of pictures. transformers 5 has the models, but no longer the pipeline."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class ImageToTextPipeline(Pipeline):  # type: ignore[misc]  # transformers has n
         return {} if prompt is None else {"prompt": prompt}, generation, {}
 
     def preprocess(self, inputs: Image.Image | Mapping[str, Any], prompt: str | None = None) -> Any:
-        """The picture's tensors, with the tokens of a prompt where there is one.
+        """The picture's tensors, with the tokens of a prompt if there is one.
 
-        Raises ValueError for what the model cannot take.
+        Raises ValueError for an input that the model cannot take.
         """
         if isinstance(inputs, Mapping):
             prompt = inputs.get("text", prompt)
@@ -73,13 +73,13 @@ class ImageToTextPipeline(Pipeline):  # type: ignore[misc]  # transformers has n
         return {"output_ids": generate(self, model_inputs, generate_kwargs)}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
-        """A record for each sequence; the prompt is part of the text, as the model repeats it."""
+        """A record for each sequence; the text includes the prompt, since the model repeats it."""
         decode = self.tokenizer.decode
         return [{"generated_text": decode(ids, skip_special_tokens=True)} for ids in model_outputs["output_ids"]]
 
 
 def generate(pipe: Any, model_inputs: Mapping[str, Any], given: Mapping[str, Any]) -> torch.Tensor:
-    """The sequences that a model writes, `[sequences, tokens]`, with the pipeline's defaults for what is not given."""
+    """The sequences that a model writes, `[sequences, tokens]`; the pipeline's defaults fill in missing arguments."""
     arguments = pipe._prepare_generate_kwargs(dict(given))
     if type(pipe.model).generate is not GenerationMixin.generate:
         arguments.pop("pad_token_id", None)  # such a model passes its own to its decoder

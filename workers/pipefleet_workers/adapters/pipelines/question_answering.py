@@ -1,8 +1,8 @@
-"""question-answering: the span of a context that answers a question. transformers 5 has the models, no longer the pipeline.
+"""The pipeline of question-answering: the span of a context that answers a question. transformers 5 no longer has the pipeline.
 
-Results are those of transformers 4.57, the last that had it, also in how they count: the scores of a chunk are a softmax over
-its context and its first special token, an answer is widened to whole words, and spans of the same words are one answer, whose
-score is the sum of theirs.
+Results are those of transformers 4.57, the last release that had it, including its way of counting. The scores of a chunk are a
+softmax over its context and its first special token. An answer is widened to whole words. Spans of the same words are one answer,
+and its score is the sum of their scores.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pipefleet_workers.adapters.text.whole_texts import require_few_pieces
 
 NAME = "pipefleet/question-answering"
 LONGEST_CHUNK = 384
-"""Tokens of question and context together, unless `max_seq_len` says otherwise."""
+"""Tokens of question and context together, unless `max_seq_len` sets another bound."""
 OVERLAP = 128
-"""Tokens that two chunks of a context share at most, unless `doc_stride` says otherwise."""
+"""Most tokens that two chunks of a context share, unless `doc_stride` sets another number."""
 _Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A question with a piece of its context: model inputs, where an answer may lie, and what each token stands for.
+    """A question with a piece of its context: model inputs, where an answer may lie, and the text that each token stands for.
 
-    Arrays, since the tokenizer's own encoding takes a dozen times as much memory: a book has thousands of chunks.
+    It holds arrays, since the tokenizer's own encoding takes a dozen times as much memory: a book has thousands of chunks.
     """
 
     features: dict[str, _Array]
@@ -39,17 +39,20 @@ class Chunk:
     context: slice
     """The tokens of the context."""
     offsets: _Array
-    """`[tokens, 2]`: first character of each token, and the one behind it."""
+    """`[tokens, 2]`: the first character of each token, and the character after its last."""
     words: _Array
-    """The word of each token, counted from 0; -1 for tokens without one."""
+    """The word of each token, counted from 0; -1 for tokens without a word."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes beside the model's inputs."""
+        """Bytes in addition to the model's inputs."""
         return self.allowed.nbytes + self.offsets.nbytes + self.words.nbytes
 
     def characters(self, first: int, last: int, *, align_to_words: bool) -> tuple[int, int]:
-        """First character of token `first` and the one behind token `last`; those of their words where there are words."""
+        """The first character of token `first`, and the character after token `last`.
+
+        Widened to whole words where there are words.
+        """
         if not align_to_words or self.words[first] < 0 or self.words[last] < 0:
             return int(self.offsets[first][0]), int(self.offsets[last][1])
         return int(self._word(first)[0][0]), int(self._word(last)[-1][1])
@@ -61,7 +64,7 @@ class Chunk:
 
 
 class QuestionAnsweringPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers has no types
-    """`{question, context}` to `{score, start, end, answer}`, or to a list of those with `top_k` above 1."""
+    """`{question, context}` to `{score, start, end, answer}`, or to a list of these with `top_k` above 1."""
 
     default_input_names = "question,context"
     _load_processor = False
@@ -114,7 +117,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):  # type: ignore[misc]  # transfo
         align_to_words: bool = True,
     ) -> Any:
         """The best answers of all chunks; a dict when there is one, a list when there are several or none."""
-        # Spans within the same words become one answer, so more are looked at than answers are wanted.
+        # Spans of the same words become one answer, so more spans are needed than answers are wanted.
         count, nothing = 2 * top_k + 10 if align_to_words else top_k, 1_000_000.0
         found: dict[str, dict[str, Any]] = {}
         for output in model_outputs:
@@ -144,9 +147,9 @@ def encode(
 ) -> list[list[Chunk]]:
     """The chunks of each example, tokenised in as few calls as possible.
 
-    A question that is longer than `max_question_len` tokens is cut; without it none is. Raises ValueError for an example that is
-    empty, or whose question leaves no room for a context, and ItemError (too_long) for one whose chunks have more than `most`
-    tokens together.
+    A question longer than `max_question_len` tokens is cut; without this argument no question is cut. Raises ValueError for an
+    empty example, and for a question that leaves no room for a context. Raises ItemError (too_long) for an example whose chunks
+    have more than `most` tokens together.
     """
     if not all(example["question"] and example["context"] for example in examples):
         raise ValueError("neither the question nor the context may be empty")
@@ -157,7 +160,7 @@ def encode(
     rooms = [longest - length - special for length in lengths]
     if min(rooms) < 2:
         raise ValueError(f"a question of {max(lengths)} tokens leaves no room for a context in {longest} tokens")
-    # With an overlap as long as the room the tokenizer would not raise an exception, but panic.
+    # If the overlap were as long as the room, the tokenizer would panic instead of raising an exception.
     strides = [min(stride, room - 1) for room in rooms]
     for example, room, own_stride in zip(examples, rooms, strides, strict=True):
         if most is not None:
@@ -172,7 +175,7 @@ def encode(
 
 
 def _cut(tokenizer: Any, questions: Sequence[str], longest: int | None) -> tuple[list[str], list[int]]:
-    """The questions, cut to `longest` tokens, and how many tokens each has."""
+    """The questions, cut to `longest` tokens, and the number of tokens of each."""
     encoded = tokenizer(list(questions), add_special_tokens=False, return_offsets_mapping=True)
     kept, lengths = [], []
     for question, offsets in zip(questions, encoded["offset_mapping"], strict=True):
@@ -200,7 +203,7 @@ def _chunks(
     for row, owner in enumerate(encoded["overflow_to_sample_mapping"]):
         features = {name: np.asarray(encoded[name][row], np.int32) for name in names}
         own = np.asarray([sequence == int(right) for sequence in encoded.sequence_ids(row)])
-        # Some models say with this token that there is no answer.
+        # Some models choose this token to say that there is no answer.
         own |= features["input_ids"] == tokenizer.cls_token_id
         yield owner, Chunk(features, own, *_places(encoded[row], int(right)))
 
@@ -229,7 +232,7 @@ def _spans(start: _Array, end: _Array, allowed: _Array, *, longest: int, count: 
         best = np.asarray([scores.argmax()])
     else:
         likely = np.flatnonzero(scores > 0)
-        if len(likely) > count:  # sorting all would take longer than the model
+        if len(likely) > count:  # sorting all spans would take longer than the model
             least = np.partition(scores[likely], -count)[-count]
             likely = np.flatnonzero(scores >= least)
         best = likely[np.argsort(-scores[likely], kind="stable")][:count]

@@ -1,7 +1,9 @@
-"""text2text-generation, summarization and translation: encoder-decoders that write. transformers 5 no longer has the pipelines.
+"""The pipelines of text2text-generation, summarization and translation: encoder-decoders that write.
 
-As in transformers 4, a T5-like checkpoint names parameters and a prefix for each task it was trained for
-(`task_specific_params`), and a multilingual one is told the two languages by the codes of its own tokenizer.
+transformers 5 has none of them.
+
+As in transformers 4, a T5-like checkpoint names parameters and a prefix for each task of its training (`task_specific_params`).
+A multilingual model gets its two languages as codes of its own tokenizer.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _OTHER_BOUND = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 
 
 class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
-    """A text in, a list of `{generated_text}` out, one for each sequence."""
+    """A text in; a list of `{generated_text}` out, one for each sequence."""
 
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=256, num_beams=4)
@@ -35,7 +37,7 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        # Every call takes what the model was trained with anew; kept here, it could not give way to what a call asks for.
+        # Every call merges the trained parameters again: if they were kept here, a call could not override them.
         self._forward_params: dict[str, Any] = {}
 
     def _sanitize_parameters(self, **parameters: Any) -> _Sets:
@@ -48,7 +50,7 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
         return {**pre, **trained}, forward, post
 
     def preprocess(self, text: str, truncation: bool = False, prefix: str = "") -> Any:
-        """The tokens of one text behind its task's prefix."""
+        """The tokens of one text, after the prefix of its task."""
         prefix = prefix or getattr(self.model.config, "prefix", None) or ""
         inputs = self.tokenizer(prefix + text, return_tensors="pt", truncation=truncation)
         inputs.pop("token_type_ids", None)
@@ -79,7 +81,7 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
         ]
 
     def _trained(self, task: str, generation: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the model's config asks for in this task, below what the call asks for: preprocess and generate() arguments."""
+        """The arguments of preprocess and generate(): the config's parameters for this task, below the parameters of the call."""
         own = (getattr(self.model.config, "task_specific_params", None) or {}).get(task) or {}
         hidden = {name for name, other in _OTHER_BOUND.items() if other in generation}
         defaults = {name: value for name, value in own.items() if name in _GENERATION and name not in hidden}
@@ -88,14 +90,14 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
 
 
 class SummarizationPipeline(Text2TextPipeline):
-    """A text in, a list of `{summary_text}` out."""
+    """A text in; a list of `{summary_text}` out."""
 
     trained_task = "summarization"
     result_key = "summary_text"
 
 
 class TranslationPipeline(Text2TextPipeline):
-    """A text in, a list of `{translation_text}` out."""
+    """A text in; a list of `{translation_text}` out."""
 
     trained_task = "translation"
     result_key = "translation_text"
@@ -121,7 +123,7 @@ class TranslationPipeline(Text2TextPipeline):
         src_lang: str | None = None,
         tgt_lang: str | None = None,
     ) -> Any:
-        """The tokens of one text in its language. Raises ValueError when a multilingual model is told no languages."""
+        """The tokens of one text in its language. Raises ValueError when a multilingual model gets no languages."""
         if not self._is_multilingual:
             return super().preprocess(text, truncation, prefix)
         inputs = self._inputs(text, src_lang, tgt_lang, truncation=truncation)
@@ -131,7 +133,7 @@ class TranslationPipeline(Text2TextPipeline):
 
     @property
     def languages(self) -> list[str]:
-        """The codes of the languages that the tokenizer knows; none where the model has one pair only."""
+        """The codes of the languages that the tokenizer knows; empty if the model has only one pair."""
         if not self._is_multilingual:
             return []
         return list(getattr(self.tokenizer, "lang_code_to_id", None) or self.tokenizer.extra_special_tokens)
@@ -146,7 +148,7 @@ class TranslationPipeline(Text2TextPipeline):
         )
 
     def _check_language(self, code: str) -> None:
-        """Raise ValueError for a code that the tokenizer does not know: the model would write in any language."""
+        """Raise ValueError for a code that the tokenizer does not know: the model would then write in any language."""
         known = self.languages
         if not {code, f"__{code}__"} & set(known):
             raise ValueError(f"the model knows no language {code!r}, but {', '.join(known[:20])} …")

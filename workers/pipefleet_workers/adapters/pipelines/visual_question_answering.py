@@ -1,4 +1,4 @@
-"""visual-question-answering: transformers 5 has the models, no longer the pipeline."""
+"""The pipeline of visual-question-answering. transformers 5 has the models, but no longer the pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "pipefleet/visual-question-answering"
 class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
     """A dict of a PIL `image` and a `question` in.
 
-    Out, `[{"score": …, "answer": …}]` from a model that classifies (ViLT), `[{"answer": …}]` from one that writes (BLIP).
+    A model that classifies (ViLT) returns `[{"score": …, "answer": …}]`; a model that writes (BLIP) returns `[{"answer": …}]`.
     """
 
     _load_processor = None
@@ -32,7 +32,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]  # transf
     def _sanitize_parameters(
         self, top_k: int | None = None, truncation: bool | None = None, padding: Any = None, **generate_kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        # A question is prepared alone, where padding adds nothing.
+        # A question is prepared alone, so it needs no padding.
         before = {} if truncation is None else {"truncation": truncation}
         return before, generate_kwargs, {} if top_k is None else {"top_k": top_k}
 
@@ -51,7 +51,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]  # transf
         return {"logits": self.model(**model_inputs).logits}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int = 5) -> list[dict[str, Any]]:
-        """The `top_k` answers with the highest scores, or the answers that were written."""
+        """The `top_k` answers with the highest scores, or the written answers."""
         if "output_ids" in model_outputs:
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in model_outputs["output_ids"]]
             return [{"answer": text.strip()} for text in texts]

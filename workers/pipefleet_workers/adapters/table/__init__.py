@@ -1,6 +1,7 @@
-"""The worker's half of the task table: how each task is loaded, batched and finished. `RUNTIME` is the whole of it.
+"""The worker's half of the task table: how each task is loaded, batched and finished. `RUNTIME` holds all rows.
 
-Rows have the names of `pipefleet.tasks.TASKS`. What is decoded follows from the media in the producer's row.
+Rows have the names of `pipefleet.tasks.TASKS`. The media in the producer's row decide how inputs are decoded. A new task type
+starts with a row here and a row there.
 """
 
 from __future__ import annotations

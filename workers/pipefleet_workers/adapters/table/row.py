@@ -1,4 +1,4 @@
-"""The type of the task table's worker half: `TaskRuntime` is a row."""
+"""The type of the task table's worker half: `TaskRuntime` is one row."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pipefleet_workers.adapters.base import Adapter
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """Items that a stage handles at a time, and the padded cost of a batch on CPU and on a GPU where it is not measured.
+    """Items that a stage handles at a time, and the padded cost of a batch on CPU and on a GPU when it is not measured.
 
-    Costs count what the adapter pads: tokens of a text (read and written), frames of a recording, elements of a picture's tensor.
+    The cost counts the units that the adapter pads: tokens of a text (read and written), frames of a recording, elements of a
+    picture's tensor.
     """
 
     slice_items: int
@@ -23,14 +24,14 @@ class Sizing:
 
 @dataclass(frozen=True, slots=True)
 class TaskRuntime:
-    """One row: how inputs become model inputs, batches and results, and how large those should be."""
+    """One row: how inputs become model inputs, batches and results, and how large slices and batches should be."""
 
     adapter: type[Adapter]
     sizing: Sizing
     transformers_task: str = ""
-    """Name under which `transformers.pipeline` knows the task; empty where it is the task's own."""
+    """The task's name in `transformers.pipeline`; empty if it is the same name."""
     example_parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters without which a call of the task is not possible, for the examples of the warm-up."""
+    """Parameters that any call of the task needs, for the examples of the warm-up."""
 
 
 TEXT = Sizing(slice_items=64, cpu_cost=2048, gpu_cost=65_536)

@@ -1,1 +1,1 @@
-"""Adapters of text encoders: tokenised in bulk, padded to the longest of a batch, long texts cut."""
+"""Adapters of text encoders: they tokenise in bulk, pad to the longest text of a batch, and cut long texts."""

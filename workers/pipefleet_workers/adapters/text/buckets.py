@@ -1,4 +1,4 @@
-"""Lengths that compiled models are run with: powers of two and what lies half-way between, so that there are few."""
+"""Lengths that compiled models run with: powers of two and the numbers half-way between, so that there are few lengths."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ SHORTEST = 16
 
 
 def rounded_length(length: int, bound: int | None = None) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96 … that is not below `length`; at most `bound`, where there is one.
+    """The smallest of 16, 24, 32, 48, 64, 96 … that is not below `length`; at most `bound`, if there is a bound.
 
-    No more than half as long again as `length`, except below 16.
+    From 16 on, the result is at most half as long again as `length`.
     """
     rounded = SHORTEST
     while rounded < length:

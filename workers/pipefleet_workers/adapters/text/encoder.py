@@ -1,6 +1,7 @@
-"""Adapters of text encoders: texts are tokenised in bulk, padded to the longest of their batch, and cut apart again.
+"""Adapters of text encoders: texts are tokenised in bulk, padded to the longest text of their batch, and cut apart again.
 
-Padding is exact here because the attention mask hides it from every other position.
+Padding is exact here, because the attention mask hides it from every other position. Subclasses (one for each task) make units in
+`units` and results in `split` and `finish`. Texts that are too long raise ItemError (too_long).
 """
 
 from __future__ import annotations
@@ -28,28 +29,28 @@ _SIGMOID, _SOFTMAX, _NONE = "sigmoid", "softmax", "none"
 
 
 class TextEncoder(Adapter):
-    """Tokenises, pads and runs an encoder; what becomes of its outputs is for subclasses to say."""
+    """Tokenises, pads and runs an encoder; subclasses turn its outputs into results."""
 
     typical_size = 48
     cut_hint = "pass truncation=true to cut it"
-    """What somebody can do whose text has more tokens than the model has positions."""
+    """Advice for a text with more tokens than the model has positions."""
     rounds_lengths = False
-    """Whether batches are padded to one of few lengths, for a compiled model. Exact as all padding is, see `pads`."""
+    """Whether batches are padded to one of few lengths, for a compiled model. As exact as all padding, see `pads`."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self.pads = True
         self._positions = position_limit(pipe.model)
-        # Decoders among the classifiers would return a cache that nobody reads.
+        # Classifiers that are decoders would otherwise return a cache that no code reads.
         cached = "use_cache" in inspect.signature(pipe.model.forward).parameters
         self._switches = {"use_cache": False} if cached else {}
 
     def prepare(self, decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
-        """The units of each item, or why it has none; items with the same tokenizer arguments in one call."""
+        """The units or the failure of each item; items with the same tokenizer arguments share one call."""
         prepared: list[list[Unit] | ItemError] = [[] for _ in decoded]
         groups: dict[str, list[int]] = defaultdict(list)
         parsed: dict[int, Arguments] = {}
-        # The items of a job share one mapping of parameters: parsed once for all of them.
+        # The items of a job share one mapping of parameters, so it is parsed once for all of them.
         known: dict[int, tuple[Arguments, str]] = {}
         for index, one in enumerate(decoded):
             shared = id(one.work.parameters)
@@ -62,7 +63,7 @@ class TextEncoder(Adapter):
                 continue
             parsed[index], group = known[shared]
             fields = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
-            alone = str(index) if is_long(one.value) else ""  # one call holds the tokens of all its texts
+            alone = str(index) if is_long(one.value) else ""  # a call holds the tokens of all its texts in memory
             groups[alone + fields + group].append(index)
         for indices in groups.values():
             for index, result in self._tokenise([decoded[i] for i in indices], [parsed[i] for i in indices], indices):
@@ -93,17 +94,17 @@ class TextEncoder(Adapter):
             return self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, **self._switches)
 
     def key(self, work_parameters: Mapping[str, Any]) -> Any:
-        """What must be equal for two texts to share a forward, beyond their tensors."""
+        """A key that must be equal for two texts to share a forward, in addition to their tensors."""
         return None
 
     def span(self, unit: Unit, longest: int) -> slice:
-        """The positions of a unit's own tokens in a row of `longest`."""
+        """The positions of a unit's own tokens in a row of length `longest`."""
         return slice(longest - unit.length, None) if self.pipe.tokenizer.padding_side == "left" else slice(unit.length)
 
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
-        """For each value what `units` makes its units of. May raise for all of them when one is at fault.
+        """For each value the tokens that `units` makes units of. May raise for all values when one is at fault.
 
-        Of `arguments` only those of preprocess hold for all of the values.
+        Only the preprocess part of `arguments` holds for all values.
         """
         tokenizer, keywords = self.copies.get().tokenizer, self.keywords(arguments)
         if isinstance(values[0], Mapping):
@@ -113,11 +114,11 @@ class TextEncoder(Adapter):
         return [{name: encoded[name][row] for name in encoded} for row in range(len(values))]
 
     def keywords(self, arguments: Arguments) -> dict[str, Any]:
-        """The tokenizer's arguments. Padding is left out: texts are padded to their batch, not to their job."""
+        """The tokenizer's arguments, without padding: texts are padded to their batch, not to their job."""
         return {name: value for name, value in arguments.fresh().preprocess.items() if name != "padding"}
 
     def bounded(self, value: Any, arguments: Arguments) -> Any:
-        """A value with a long text, without what would be cut off it. Raises ItemError (too_long)."""
+        """A value with a long text, shortened by the part that the tokenizer would cut. Raises ItemError (too_long)."""
         longest = self.longest(self._positions)
         return self.long_texts().bounded(value, self.keywords(arguments), longest, self.cut_hint)
 
@@ -126,11 +127,11 @@ class TextEncoder(Adapter):
         return [self.unit(Assembly(decoded.work, expected=1, context=arguments), 0, encoded, arguments)]
 
     def unit(self, assembly: Assembly, index: int, features: Mapping[str, Any], arguments: Arguments) -> Unit:
-        """A unit of lists of numbers, one for each input of the model. Raises ItemError (too_long)."""
+        """A unit with lists of numbers, one list for each input of the model. Raises ItemError (too_long)."""
         length = len(features["input_ids"])
         longest = self.longest(self._positions)
         if length > longest:
-            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            # It must be refused here: on a GPU an index beyond the table breaks the device for every later input.
             text = f"the text has {length} tokens, the model takes {longest}; {self.cut_hint}"
             raise ItemError("too_long", text, STAGE)
         alike = None if self.pads else length
@@ -168,7 +169,7 @@ def _refusal(error: Exception) -> ItemError:
 
 
 def position_limit(model: torch.nn.Module) -> int | None:
-    """How many positions the model's learnt position embeddings have; None where positions are computed."""
+    """How many positions the model's learnt position embeddings have; None if positions are computed."""
     tables = [
         module
         for name, module in model.named_modules()
@@ -178,7 +179,10 @@ def position_limit(model: torch.nn.Module) -> int | None:
 
 
 def _unused_positions(table: Any) -> int:
-    """RoBERTa and its kin count positions from behind the padding's; BART and its kin name an offset."""
+    """Positions that texts never use: RoBERTa and its kin count from behind the padding's position.
+
+    BART and its kin name an offset.
+    """
     offset: int | None = getattr(table, "offset", None)
     if offset is not None:
         return offset
@@ -186,7 +190,7 @@ def _unused_positions(table: Any) -> int:
 
 
 class FeatureExtractor(TextEncoder):
-    """feature-extraction: one vector a token, or one a text with `pooling`, pooled on the device."""
+    """feature-extraction: one vector for each token, or one for each text with `pooling`, pooled on the device."""
 
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
         """As of any text. Raises ItemError (too_long) where it would be padded beyond the model's positions."""
@@ -213,11 +217,11 @@ class FeatureExtractor(TextEncoder):
         return super().units(decoded, arguments, encoded)
 
     def key(self, work_parameters: Mapping[str, Any]) -> Any:
-        """Pooled and unpooled texts take different ways on the device."""
+        """Pooled and unpooled texts need different work on the device."""
         return work_parameters.get("pooling"), bool(work_parameters.get("normalize", False))
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """A float32 array for each unit: `[width]` with pooling, `[1, tokens, width]` without, its own tokens only."""
+        """A float32 array for each unit: `[width]` with pooling; without pooling `[1, tokens, width]` of its own tokens only."""
         pooling, normalize = units[0].key[0]
         with torch.inference_mode():
             hidden = outputs[0].float()
@@ -235,7 +239,7 @@ class FeatureExtractor(TextEncoder):
         return assembly.outputs[0]
 
     def _pooled(self, hidden: torch.Tensor, units: Sequence[Unit], pooling: str) -> torch.Tensor:
-        """`[units, width]`: the mean over a unit's tokens, its first or its last token."""
+        """`[units, width]`: the mean over a unit's tokens, or its first or last token."""
         spans = [self.span(unit, hidden.shape[1]) for unit in units]
         first = torch.tensor([span.start or 0 for span in spans], device=hidden.device)
         lengths = torch.tensor([unit.length for unit in units], device=hidden.device)
@@ -259,7 +263,7 @@ class TextClassifier(TextEncoder):
     """text-classification: scores of labels for a text or a pair of texts, ranked for a whole batch on the device."""
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """For each unit its scores and its labels' indices, the highest score first, as many as its `top_k` asks for."""
+        """For each unit its scores and the indices of its labels, the highest score first, as many as its `top_k` asks for."""
         asked = [self.arguments(unit) for unit in units]
         wanted = {id(one): self._wanted(one) for one in {id(one): one for one in asked}.values()}
         most: dict[str, int] = defaultdict(int)
@@ -280,7 +284,7 @@ class TextClassifier(TextEncoder):
         return list(self.run(self.collate(units), units)["logits"].float().cpu().numpy())
 
     def finish(self, assembly: Assembly) -> Any:
-        """`[{label, score}]` for a text, as the pipeline returns it for a single one; a dict for a pair without top_k."""
+        """`[{label, score}]` for a text, as the pipeline returns it for a single text; a dict for a pair without top_k."""
         arguments, names = assembly.context, self.pipe.model.config.id2label
         scores, labels = assembly.outputs[0]
         records = [{"label": names[label], "score": score} for score, label in zip(scores, labels, strict=True)]
@@ -296,7 +300,7 @@ class TextClassifier(TextEncoder):
 
 
 def default_function(config: Any) -> str:
-    """What transformers applies to the logits of a classifier when nothing else is asked for."""
+    """The function that transformers applies to the logits of a classifier by default."""
     problem, labels = config.problem_type, config.num_labels
     if problem == "regression":
         return _NONE
@@ -309,7 +313,7 @@ def default_function(config: Any) -> str:
 
 
 def _ranked(logits: torch.Tensor, function: str, count: int) -> tuple[list[list[float]], list[list[int]]]:
-    """The `count` highest scores of each row, and where they stand; equal ones in the order of the labels."""
+    """The `count` highest scores of each row, and their positions; equal scores in the order of the labels."""
     if function == _SOFTMAX:
         logits = logits.softmax(-1)
     elif function == _SIGMOID:

@@ -1,4 +1,4 @@
-"""The adapter of fill-mask: only the rows of the masks leave the device, never the scores of a whole vocabulary everywhere."""
+"""The adapter of fill-mask: only the rows of the masks leave the device, never the scores of a whole vocabulary for every token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipefleet_workers.adapters.text.encoder import TextEncoder
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _PREDICTIONS = 5
-"""How many predictions transformers gives for a mask when `top_k` is not passed."""
+"""How many predictions transformers gives for a mask without `top_k`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """One text: its tokens, where its masks stand, how many predictions are wanted, and of which tokens (None: of all)."""
+    """One text: its tokens, the positions of its masks, the number of predictions, and the tokens to choose from (None: all)."""
 
     ids: list[int]
     positions: list[int]
@@ -39,7 +39,7 @@ class MaskFiller(TextEncoder):
         return " ".join([*words[: size // 2], self.pipe.tokenizer.mask_token, *words[size // 2 : size]])
 
     def keywords(self, arguments: Arguments) -> dict[str, Any]:
-        """The arguments that the pipeline hands on to the tokenizer."""
+        """The arguments that the pipeline passes to the tokenizer."""
         own = arguments.fresh().preprocess.get("tokenizer_kwargs") or {}
         return {name: value for name, value in own.items() if name != "padding"}
 
@@ -78,7 +78,7 @@ class MaskFiller(TextEncoder):
         ]
 
     def finish(self, assembly: Assembly) -> Any:
-        """`[{score, token, token_str, sequence}]`, or a list of such lists where the text has several masks."""
+        """`[{score, token, token_str, sequence}]`, or a list of such lists if the text has several masks."""
         text, tokenizer = assembly.context, self.copies.get().tokenizer
         single = len(text.positions) == 1
         rows = [

@@ -1,9 +1,10 @@
-"""Long texts: how many tokens one has at least, and how much of it a truncated call reads, without tokenising all of it.
+"""Long texts: finds the least number of tokens of a text, and the part that a truncated call reads, without tokenising all of it.
 
-A tokenizer takes up to 650 bytes of memory for a character, and it cuts only what it has tokenised. A text that is cut between a
-word and the space behind it gives the first tokens of the whole text, where no token of the vocabulary and no step of the
-tokenizer reaches across such a place. `LongTexts` looks whether that holds. Texts without such a place, such as numbers with
-commas between or Chinese, are cut anywhere, far behind the tokens that are wanted, and only where two beginnings agree on these.
+A tokenizer takes up to 650 bytes of memory for a character, and cuts only after it has tokenised everything. A text can be cut
+between a word and the following space: the first part then has the same first tokens as the whole text, if no token of the
+vocabulary and no step of the tokenizer crosses such a place. `LongTexts` checks this condition. Texts without such a place, such as
+numbers with commas between them, or Chinese, are cut anywhere, far behind the wanted tokens. This cut counts only if two beginnings
+of different length agree on the wanted tokens. Text adapters call it before they tokenise; it raises ItemError (too_long).
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.items import ItemError
 
 LONG = 1 << 16
-"""Characters up to which a text is tokenised as it is."""
+"""A text up to this many characters is tokenised as it is."""
 LONG_BOTH = 1 << 12
-"""Characters up to which both texts of a pair are."""
+"""Both texts of a pair up to this many characters are tokenised as they are."""
 FIRST_LOOK = 1 << 15
-"""Characters that are looked at first; twice as many each time that they were too few."""
+"""Characters of the first look; each later look takes twice as many."""
 _REACH = 1 << 12
-"""Characters within which a place to cut must be found."""
+"""A place to cut must be found within so many characters."""
 _CHARACTERS = 16
-"""Characters to begin with for each token that is looked for."""
+"""Characters to begin with for each wanted token."""
 _TRIES = 16
 _BEHIND = 512
-"""Tokens at the end of a beginning that its end may have changed: of a word, a sign or a pair that was cut in two."""
+"""Tokens at the end of a beginning that the cut may have changed: of a word, a sign or a pair that was cut in two."""
 _ENDLESS = 1 << 30
-"""A tokenizer without a bound of its own says 10^30."""
+"""Above this number a bound means none: a tokenizer without its own bound says 10^30."""
 _SPACES = "\u0120\u2581\u010a \n"
 """A space and a line break, as byte-level vocabularies, SentencePiece and plain text write them."""
 _BLANKS = _SPACES + "\t\r\u0109\u010d"
@@ -42,14 +43,17 @@ _PROBE = "sea sea"
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """Where a call of a tokenizer cuts a text: behind `most` tokens, those of a pair together where the strategy says so."""
+    """Where a call of a tokenizer cuts a text: after `most` tokens.
+
+    Depending on the strategy, both texts of a pair count together.
+    """
 
     most: int
     strategy: Any
 
     @classmethod
     def of(cls, tokenizer: Any, keywords: Mapping[str, Any]) -> Cutting | None:
-        """What the keywords of a call ask for; None where nothing is cut, and where the rest of a text is not dropped."""
+        """The cut that these keywords ask for. None if nothing is cut, or if the rest of a text is not dropped."""
         strategy = keywords.get("truncation")
         strategy = getattr(strategy, "value", strategy)
         most = keywords.get("max_length") or tokenizer.model_max_length
@@ -59,38 +63,44 @@ class Cutting:
 
 
 class LongTexts:
-    """Looks at long texts with one tokenizer. As thread-safe as that is: one thread at a time."""
+    """Looks at long texts with one tokenizer. Like the tokenizer, it is for one thread at a time."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._cut: re.Pattern[str] | bool | None = False
 
     def require(self, text: str, longest: int, hint: str = "") -> None:
-        """Raise ItemError (too_long) for a text that has more than `longest` tokens; others may be too long as well."""
+        """Raise ItemError (too_long) for a text that certainly has more than `longest` tokens.
+
+        A text that passes may still be too long.
+        """
         if len(text) > LONG and self._has_more(text, longest):
             found = f"the text has more than {longest} tokens, which the model takes at most"
             raise ItemError("too_long", f"{found}; {hint}" if hint else found, STAGE)
 
     def shortened(self, text: str, tokens: int) -> str:
-        """A beginning of the text with more than `tokens` of its tokens, or the text itself."""
+        """A beginning of the text that holds more than `tokens` of its tokens, or the text itself."""
         found = self.prefix(text, tokens) if len(text) > LONG else None
         return text if found is None else found
 
     def prefix(self, text: str, tokens: int) -> str | None:
-        """A beginning with more than `tokens` tokens, which are the text's own first ones. None where none is found."""
+        """A beginning with more than `tokens` tokens, which are also the first tokens of the text.
+
+        None if no beginning is found.
+        """
         place = self._place()
         size = min(FIRST_LOOK, _CHARACTERS * (tokens + _CHARACTERS))
         while place is not None and size < len(text):
             end = _last(place, text, size)
             if end is None:
                 break
-            if self._count(text[:end]) > tokens + 1:  # an unknown word may be joined with the one behind it
+            if self._count(text[:end]) > tokens + 1:  # an unknown word may be joined with the next word
                 return text[:end]
             size *= 2
         return self._agreed(text, tokens, size)
 
     def _agreed(self, text: str, tokens: int, size: int) -> str | None:
-        """A beginning that was cut anywhere, and whose first tokens one that is twice as long has too."""
+        """A beginning that is cut anywhere; a beginning twice as long must have the same first tokens."""
         if not getattr(self._tokenizer, "is_fast", False):
             return None
         while 2 * size < len(text):
@@ -102,7 +112,7 @@ class LongTexts:
         return None
 
     def _has_more(self, text: str, tokens: int) -> bool:
-        """Whether a beginning has so many tokens that the whole text, however it goes on, has more than `tokens`."""
+        """Whether a beginning has so many tokens that the whole text has more than `tokens`, however it goes on."""
         if self.prefix(text, tokens) is not None:
             return True
         size = FIRST_LOOK
@@ -120,9 +130,9 @@ class LongTexts:
         return found
 
     def bounded(self, value: Any, keywords: Mapping[str, Any], longest: int, hint: str) -> Any:
-        """A text, or a dict of a text and its pair, without what a call with these keywords would cut off it.
+        """A text, or a dict of a text and its pair, without the part that a call with these keywords would cut off.
 
-        Raises ItemError (too_long) as `require` does where the call cuts nothing.
+        Raises ItemError (too_long) as `require` does if the call cuts nothing.
         """
         if not is_long(value):
             return value
@@ -144,7 +154,7 @@ class LongTexts:
         return shorter[""] if isinstance(value, str) else shorter
 
     def _words(self, words: list[str], keywords: Mapping[str, Any], longest: int, hint: str) -> list[str]:
-        """The words that a call with these keywords reads. Each is tokenised for itself, so the first ones stand for all."""
+        """The words that a call with these keywords reads. Each word is tokenised alone, so the first words decide."""
         cutting = Cutting.of(self._tokenizer, keywords)
         if cutting is not None and not self._drops_the_end(keywords):
             return words
@@ -161,9 +171,10 @@ class LongTexts:
         return words[:count]
 
     def _both(self, texts: tuple[str, ...], most: int) -> tuple[str, ...]:
-        """A pair of which the longer one is cut until both are: the longer one must stay that, and a short one whole.
+        """A pair whose longer text is cut until both texts are.
 
-        The tokenizer pairs every piece that it cuts off one with every piece of the other, which takes the square of their lengths.
+        The longer text must stay the longer, and a short text must stay whole. The tokenizer pairs every piece that it cuts off one
+        text with every piece of the other; this takes the square of their lengths.
         """
         counts = [self._counted(one) for one in texts]
         less = 0 if counts[0] <= counts[1] else 1
@@ -176,7 +187,7 @@ class LongTexts:
         return tuple(kept)
 
     def _counted(self, text: str) -> int:
-        """Tokens of a text, piece by piece where it can be cut."""
+        """Tokens of a text, counted piece by piece where it can be cut."""
         place, begin, count = self._place(), 0, 0
         while place is not None and len(text) - begin > FIRST_LOOK:
             end = _last(place, text, begin + FIRST_LOOK)
@@ -187,7 +198,7 @@ class LongTexts:
         return count + self._count(text[begin:])
 
     def _beginning(self, text: str, tokens: int) -> str:
-        """A beginning with more than `tokens` tokens, or the whole. Where no blank helps, ends of tokens are tried."""
+        """A beginning with more than `tokens` tokens, or the whole text. If no space is usable, it tries the ends of tokens."""
         found = self.prefix(text, tokens)
         if found is not None or not getattr(self._tokenizer, "is_fast", False):
             return text if found is None else found
@@ -201,26 +212,29 @@ class LongTexts:
         return text
 
     def _drops_the_end(self, keywords: Mapping[str, Any]) -> bool:
-        """Whether what is cut off stands at the end and is not read in pieces of its own."""
+        """Whether the cut removes the end of a text, and the removed part is not read in pieces of its own."""
         pieces = keywords.get("return_overflowing_tokens") or keywords.get("stride")
         return not pieces and getattr(self._tokenizer, "truncation_side", "") == "right"
 
     def _beside(self, texts: Mapping[str, str], name: str, cutting: Cutting) -> str:
-        """A text that is cut alone; as much of it is left as the other one leaves."""
+        """A text that the call cuts alone, shortened to a beginning with more than `cutting.most` tokens.
+
+        Any other text unchanged.
+        """
         others = [one for other, one in texts.items() if other != name]
         if cutting.strategy not in (_ALONE if not others else ("only_first",) if name == "text" else ("only_second",)):
             return texts[name]
         return self.shortened(texts[name], cutting.most)
 
     def _place(self) -> re.Pattern[str] | None:
-        """What a text may be cut in, behind its first character; None where the tokenizer may see further than a word."""
+        """The pattern of places to cut, after the first character; None if the tokenizer may look across words."""
         if isinstance(self._cut, bool):
             self._cut = _places(self._tokenizer)
         return self._cut
 
 
 def is_long(value: Any) -> bool:
-    """Whether a text, a dict of texts or a list of words is worth a look before it is tokenised."""
+    """Whether a text, a dict of texts or a list of words must be checked before it is tokenised."""
     if isinstance(value, list):
         return sum([len(one) for one in value if isinstance(one, str)], len(value)) > LONG_BOTH
     texts = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, Mapping) else []
@@ -239,12 +253,12 @@ def _places(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def _before_spaces(token: str) -> list[str]:
-    """The characters of a token, blanks left out, that have a space or a line break behind them."""
+    """The characters of a token, except blanks, that a space or a line break follows."""
     return [one for one, after in itertools.pairwise(token) if after in _SPACES and one not in _BLANKS]
 
 
 def _sees_words(tokenizer: Any) -> bool:
-    """Whether words reach the tokenizer's model apart, or its model can only make tokens that are in the vocabulary."""
+    """Whether the tokenizer's model gets separate words, or can only make tokens of its vocabulary."""
     backend = tokenizer.backend_tokenizer
     kind = type(backend.model).__name__
     if kind == "BPE":
@@ -257,7 +271,7 @@ def _sees_words(tokenizer: Any) -> bool:
 
 
 def _last(place: re.Pattern[str], text: str, size: int) -> int | None:
-    """Where the last place to cut ends its word, within reach before `size`; None for a text without such a place."""
+    """Where the word of the last place to cut ends, within `_REACH` before `size`; None for a text without such a place."""
     start = max(0, size - _REACH)
     found = None
     for match in place.finditer(text, start, size):

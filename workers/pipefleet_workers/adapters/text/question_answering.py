@@ -1,4 +1,4 @@
-"""The adapter of question-answering: pieces of contexts of different requests share batches."""
+"""The adapter of question-answering: chunks of contexts of different requests share batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Pair:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the chunks take beside the model's inputs."""
+        """Bytes of the chunks in addition to the model's inputs."""
         return sum([chunk.nbytes for chunk in self.chunks])
 
 
@@ -42,7 +42,7 @@ class QuestionAnswerer(TextEncoder):
         return encode(self.copies.get().tokenizer, values, **arguments.preprocess, most=self.max_whole_characters)
 
     def bounded(self, value: Any, arguments: Arguments) -> Any:
-        """A value whose question ends soon behind the tokens that are read of it; a context is read to its end, in pieces."""
+        """A value whose question ends soon after the tokens that are read of it; a context is read to its end, in chunks."""
         bounds = [one for one in arguments.preprocess.values() if isinstance(one, int)]
         question = self.long_texts().shortened(value["question"], max([LONGEST_CHUNK, *bounds]))
         return {**value, "question": question}
@@ -53,13 +53,13 @@ class QuestionAnswerer(TextEncoder):
         return [self.unit(assembly, index, chunk.features, arguments) for index, chunk in enumerate(encoded)]
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The logits of each unit's own tokens, `[2, tokens]`: of being the first and the last of the answer."""
+        """The logits of each unit's own tokens, `[2, tokens]`: to be the first and the last token of the answer."""
         with torch.inference_mode():
             logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], 1).float().cpu()
         return [logits[row, :, self.span(unit, logits.shape[2])] for row, unit in enumerate(units)]
 
     def finish(self, assembly: Assembly) -> Any:
-        """`{score, start, end, answer}`, or a list of those with `top_k`."""
+        """`{score, start, end, answer}`, or a list of these with `top_k`."""
         pair: Pair = assembly.context
         rows = [
             {"start": logits[:1], "end": logits[1:], "chunk": chunk, "context": pair.context}

@@ -1,7 +1,7 @@
-"""The adapter of table-question-answering: each question is a unit, those of different tables padded together.
+"""The adapter of table-question-answering: each question is a unit; questions about different tables are padded together.
 
-TAPAS reads a table with a question and points at cells. Models without that (TAPEX) write their answer; those share a batch only
-where their inputs have one length.
+TAPAS reads a table with a question and points at cells. Models without cells (TAPEX) write their answer; they share a batch only if
+their inputs have one length.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ TAPAS = "tapas"
 
 @dataclass(frozen=True, slots=True)
 class TableQuestions:
-    """One table with its questions, tokenised: tensors of a row for each question."""
+    """One table with its questions, tokenised: each tensor has a row for each question."""
 
     table: Any
     tensors: Mapping[str, torch.Tensor]
     generation: Mapping[str, Any]
     """Arguments of generate(), for a model that writes."""
     seed: int | None
-    """None where nothing is drawn."""
+    """None if nothing is drawn."""
 
 
 class TableReader(Adapter):
@@ -63,19 +63,19 @@ class TableReader(Adapter):
         return {name: torch.cat([self._padded(name, unit, longest) for unit in units]) for name in names}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """Logits of tokens and of aggregations, or the tokens that were written, `[units, …]`."""
+        """Logits of tokens and of aggregations, or the written tokens, `[units, …]`."""
         pipe = self.pipe
         with torch.inference_mode():
             tensors = {name: tensor.to(pipe.device) for name, tensor in inputs.items()}
             if pipe.type != TAPAS:
                 return (self._written(tensors, units),)
-            if len(tensors["input_ids"]) > len(units):  # a sequence of questions, which has its batch for itself
+            if len(tensors["input_ids"]) > len(units):  # a sequence of questions, alone in its batch
                 return pipe.sequential_inference(**tensors)
             outputs = pipe.model(**tensors)
         return outputs.to_tuple()[:2] if pipe.aggregate else (outputs.logits,)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """For each unit its own part of each output; the units of a sequence come in their order."""
+        """For each unit its part of each output; the units of a sequence come in their order."""
         on_host = [output.float().cpu() if output.is_floating_point() else output.cpu() for output in outputs]
         rows = []
         if self.pipe.type != TAPAS:
@@ -91,7 +91,7 @@ class TableReader(Adapter):
         return [row[0].numpy() for row in self.split(self.run(self.collate(units), units), units)]
 
     def finish(self, assembly: Assembly) -> Any:
-        """`{answer, coordinates, cells, aggregator?}`; a list of those where several questions were asked."""
+        """`{answer, coordinates, cells, aggregator?}`; a list of these if several questions were asked."""
         questions: TableQuestions = assembly.context
         parts = [assembly.outputs[index] for index in range(assembly.expected)]
         if self.pipe.type == TAPAS:
@@ -102,18 +102,18 @@ class TableReader(Adapter):
         return self.copies.get().postprocess(rows)
 
     def _written(self, tensors: dict[str, torch.Tensor], units: Sequence[Unit]) -> torch.Tensor:
-        """The tokens of the answers, as many rows for each unit as it asks for."""
+        """The tokens of the answers; each unit has as many rows as it asks for."""
         request: TableQuestions = units[0].assembly.context
         with drawing(request.seed, self.pipe.device, loads=True):
             written: torch.Tensor = self.pipe.model.generate(**tensors, **copy.deepcopy(dict(request.generation)))
         return written
 
     def _generation(self, decoded: Decoded) -> tuple[Arguments, Mapping[str, Any], int | None, int]:
-        """The pipeline's arguments, those of generate() with the seed for what it draws, and the rows of one question."""
+        """The pipeline's arguments, the arguments of generate(), the seed of its draws, and the rows of one question."""
         parameters, given = apart(decoded.work.parameters)
         seed = parameters.pop("seed", None)
         arguments = self.parse(parameters)
-        if self._planner is None:  # a model that points at cells reads none of them, also in transformers
+        if self._planner is None:  # a model that points at cells ignores these arguments, in transformers as well
             return arguments, {}, None, 1
         arguments = with_forward(arguments, given)
         plan = self._planner.plan(f"generate {encode_json(sorted(given.items()))}", given)

@@ -1,4 +1,4 @@
-"""The adapter of token-classification: a text is one unit, or with `stride` as many as it takes to read all of it."""
+"""The adapter of token-classification: a text is one unit, or several units with `stride`, which read all of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_A_CHUNK = ("special_tokens_mask", "offset_mapping")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One piece of a text: model inputs, which tokens are special, where each stands in the text, and in which word."""
+    """One piece of a text: model inputs, which tokens are special, and for each token its place in the text and its word."""
 
     features: dict[str, _Array]
     special: _Array
@@ -31,13 +31,13 @@ class Chunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes beside the model's inputs."""
+        """Bytes in addition to the model's inputs."""
         return sum([0 if one is None else one.nbytes for one in (self.special, self.offsets, self.words)])
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """One text with its chunks; `spans` are the characters of its words where it came as a list of words."""
+    """One text with its chunks; `spans` are the characters of its words if it came as a list of words."""
 
     text: str
     chunks: list[Chunk]
@@ -46,14 +46,14 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A sentence and what was asked for."""
+    """A sentence and the arguments of its request."""
 
     sentence: Sentence
     arguments: Arguments
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the chunks take beside the model's inputs."""
+        """Bytes of the chunks in addition to the model's inputs."""
         return sum([chunk.nbytes for chunk in self.sentence.chunks])
 
 
@@ -99,7 +99,7 @@ class TokenClassifier(TextEncoder):
         return [logits[row, self.span(unit, logits.shape[1])] for row, unit in enumerate(units)]
 
     def finish(self, assembly: Assembly) -> Any:
-        """`[{entity, score, index, word, start, end}]`, or with an aggregation strategy `[{entity_group, …}]`."""
+        """`[{entity, score, index, word, start, end}]`, or `[{entity_group, …}]` with an aggregation strategy."""
         request: Request = assembly.context
         sentence, post = request.sentence, request.arguments.fresh().postprocess
         rows = [
@@ -109,10 +109,10 @@ class TokenClassifier(TextEncoder):
         return [{**entity, "score": float(entity["score"])} for entity in entities]
 
     def _row(self, sentence: Sentence, chunk: Chunk, logits: torch.Tensor, post: Mapping[str, Any]) -> dict[str, Any]:
-        """A chunk as the pipeline's postprocess takes it."""
+        """A chunk in the form that the pipeline's postprocess takes."""
         special = chunk.special
         if post.get("aggregation_strategy", AggregationStrategy.NONE) == AggregationStrategy.NONE:
-            # What would be left out in the end need not be looked at, which is most of a text.
+            # Most tokens of a text are left out in the end, so postprocess need not look at them.
             special = special | self._ignored(logits.numpy(), post.get("ignore_labels"))
         return {
             "logits": logits[None],
@@ -125,7 +125,7 @@ class TokenClassifier(TextEncoder):
         }
 
     def _ignored(self, logits: np.ndarray[Any, Any], labels: Sequence[str] | None) -> np.ndarray[Any, Any]:
-        """For each token whether its label is one of `labels`, by default `O`."""
+        """For each token whether its label is one of `labels`; `O` by default."""
         wanted = ["O"] if labels is None else labels
         ignored = [index for index, label in self.pipe.model.config.id2label.items() if label in wanted]
         scores = np.exp(logits - logits.max(-1, keepdims=True))
@@ -148,7 +148,7 @@ class TokenClassifier(TextEncoder):
         given = {name: value for name, value in pre.get("tokenizer_params", {}).items() if name != "padding"}
         longest, words = tokenizer.model_max_length, pre["is_split_into_words"]
         room = longest - tokenizer.num_special_tokens_to_add()
-        if given.get("stride", 0) >= room:  # the tokenizer would not raise an exception, but panic
+        if given.get("stride", 0) >= room:  # the tokenizer would panic instead of raising an exception
             text = f"stride is {given['stride']}, but a chunk has room for {room} tokens; pass a smaller one"
             raise ItemError("bad_parameter", text, STAGE)
         if words and not tokenizer.is_fast:
@@ -163,7 +163,7 @@ class TokenClassifier(TextEncoder):
 
 
 def _chunk(encoded: Any, row: int, *, words: bool) -> Chunk:
-    """Arrays instead of lists, which take a dozen times as much memory: a long text has thousands of chunks."""
+    """One row of an encoding as arrays: lists take a dozen times as much memory, and a long text has thousands of chunks."""
     offsets = np.asarray(encoded["offset_mapping"][row], np.int32) if "offset_mapping" in encoded else None
     own = [-1 if one is None else one for one in encoded.word_ids(row)] if words else None
     return Chunk(
@@ -175,7 +175,7 @@ def _chunk(encoded: Any, row: int, *, words: bool) -> Chunk:
 
 
 def _spans(words: Sequence[str], delimiter: int) -> list[tuple[int, int]]:
-    """First and last character of each word, with `delimiter` characters between two of them."""
+    """First and last character of each word, with `delimiter` characters between two words."""
     spans, start = [], 0
     for word in words:
         spans.append((start, start + len(word)))

@@ -1,7 +1,8 @@
-"""Bounds on what a tokenizer takes at once: it has no bound of its own, and takes up to 600 bytes of memory for a character.
+"""Bounds on the characters that a tokenizer takes at once. A tokenizer has no bound, and takes up to 600 bytes of memory for each.
 
-Most long texts are cut or refused by their beginning (see `long_texts`). What is left comes here: texts that are read in pieces,
-texts of few tokens for many characters, tables, pages of many words, labels. Refusing is sound where nothing cheaper is exact.
+Most long texts are cut or refused by their beginning (see `long_texts`). The remaining texts come here: texts that are read in
+pieces, texts of few tokens for many characters, tables, pages of many words, labels. They are refused with ItemError (too_long),
+since no cheaper check of them is exact.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pipefleet_workers.items import ItemError
 
 SETTING = "PIPEFLEET_WORKER_MAX_WHOLE_CHARACTERS"
 MOST_LABELS = 100_000
-"""Labels of one input; the largest sets of classes have a fifth of these."""
+"""Most labels of one input; the largest sets of classes have a fifth of this number."""
 _EXPANDED = {"\ufdfa": 17, "\ufdfb": 7}
-"""Signs that a normaliser (NFKC) writes out as many more characters."""
+"""Signs that a normaliser (NFKC) expands to so many characters."""
 _LISTS = (list, tuple)
 
 
 def characters(value: Any) -> int:
-    """Characters of all texts inside a tokenizer's argument, one more for each text: an empty one takes memory too."""
+    """Characters of all texts in a tokenizer's argument, plus one for each text, since an empty text takes memory too."""
     if isinstance(value, str):
         return len(value) + 1 + (0 if value.isascii() else _further(value))
     if isinstance(value, _LISTS):
@@ -34,7 +35,7 @@ def characters(value: Any) -> int:
 
 
 def require_whole(size: int, most: int) -> None:
-    """Raise ItemError (too_long) for `size` characters that would be tokenised at once, above `most`."""
+    """Raise ItemError (too_long) if `size` characters would be tokenised at once and this is above `most`."""
     if size > most:
         raise ItemError(
             "too_long",
@@ -44,7 +45,7 @@ def require_whole(size: int, most: int) -> None:
 
 
 def require_labels(labels: Sequence[str], most: int) -> None:
-    """Raise ItemError (too_long) for more labels than one input may have, or longer ones than are tokenised at once."""
+    """Raise ItemError (too_long) if an input has too many labels, or more characters of labels than are tokenised at once."""
     if len(labels) > MOST_LABELS:
         raise ItemError(
             "too_long", f"{len(labels)} labels are above {MOST_LABELS}; ask for them in several inputs", STAGE
@@ -53,9 +54,10 @@ def require_labels(labels: Sequence[str], most: int) -> None:
 
 
 def require_pieces(tokens: int, *, room: int, stride: int, longest: int, most: int) -> None:
-    """Raise ItemError (too_long) where the overlapping pieces of a text of `tokens` tokens have above `most` tokens together.
+    """Raise ItemError (too_long) if the overlapping pieces of a text of `tokens` tokens have more than `most` tokens together.
 
-    A piece has room for `room` tokens of the text and shares `stride` of them with the next; with its question it has `longest`.
+    A piece has room for `room` tokens of the text and shares `stride` tokens with the next piece. With its question it has
+    `longest` tokens.
     """
     step = max(1, room - stride)
     pieces = 1 + (max(0, tokens - room) + step - 1) // step
@@ -69,7 +71,7 @@ def require_pieces(tokens: int, *, room: int, stride: int, longest: int, most: i
 def require_few_pieces(
     tokenizer: Any, text: Any, *, room: int, stride: int, longest: int, most: int, **keywords: Any
 ) -> None:
-    """`require_pieces` for a text, or its words, whose tokens are counted only where its bytes could make too many."""
+    """`require_pieces` for a text, or its words. Tokens are counted only if the bytes of the text could make too many."""
     size = 4 * characters(text)
     if (size // max(1, room - stride) + 2) * longest > most:
         size = len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, **keywords)["input_ids"])
@@ -77,7 +79,7 @@ def require_few_pieces(
 
 
 def guard(tokenizer: Any, most: int) -> None:
-    """Let a tokenizer refuse calls with more than `most` characters by an ItemError (too_long)."""
+    """Let a tokenizer refuse calls with more than `most` characters, with an ItemError (too_long)."""
     kind = type(tokenizer)
 
     class Guarded(kind):  # type: ignore[misc,valid-type]  # a class of the tokenizer's own
@@ -98,7 +100,7 @@ def guard(tokenizer: Any, most: int) -> None:
 
 
 def _size(positional: Any, keywords: Mapping[str, Any]) -> int:
-    """Characters of a call. Questions about one table are each tokenised with the whole of it."""
+    """Characters of a call. The tokenizer repeats the whole table for each question about it."""
     size = characters(positional) + characters(keywords)
     table = keywords.get("table", positional[0] if positional else None)
     if hasattr(table, "columns"):

@@ -1,4 +1,4 @@
-"""The adapter of zero-shot-classification: each label with the text is a unit, batched with those of other requests."""
+"""The adapter of zero-shot-classification: each label with the text is a unit; units of different requests share batches."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _TEMPLATE = "This example is {}."
 _KEPT = 4
-"""Tokens of all pairs of text and label that are kept, for each character that is tokenised at once."""
+"""How many tokens of all pairs of text and label are kept, for each character that is tokenised at once."""
 _TOO_SHORT = "too short"
-"""In the tokenizer's error for a text that is shorter than what would have to be cut off."""
+"""Part of the tokenizer's error for a text that is shorter than the part to be cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class ZeroShotTextClassifier(TextEncoder):
     cut_hint = "the labels and the template alone are too long"
 
     def keywords(self, arguments: Arguments) -> dict[str, Any]:
-        """What every call of the tokenizer passes."""
+        """The arguments of every call of the tokenizer."""
         return {"truncation": "only_first"}
 
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
-        """For each text its features with each of the labels. Raises ItemError (bad_input, bad_parameter)."""
+        """For each text its features with each label. Raises ItemError (bad_input, bad_parameter)."""
         labels = arguments.preprocess.get("candidate_labels")
         if not labels:
             raise ItemError("bad_parameter", "zero-shot-classification needs candidate_labels, at least one", STAGE)
@@ -54,7 +54,7 @@ class ZeroShotTextClassifier(TextEncoder):
             text = f"{len(labels)} labels with a text of {kept} tokens or more are too much for one input; ask in several inputs"
             raise ItemError("too_long", text, STAGE)
         pairs = [(value, hypothesis) for value in values for hypothesis in hypotheses]
-        size = max(1, LONG // max(len(value) for value in values))  # one call holds the tokens of all its texts
+        size = max(1, LONG // max(len(value) for value in values))  # a call holds the tokens of all its texts in memory
         encoded = [one for start in range(0, len(pairs), size) for one in self._pairs(pairs[start : start + size])]
         return [encoded[start : start + len(labels)] for start in range(0, len(encoded), len(labels))]
 
@@ -83,7 +83,7 @@ class ZeroShotTextClassifier(TextEncoder):
         return self.copies.get().postprocess(rows, **question.arguments.fresh().postprocess)
 
     def _pairs(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """Features of texts with hypotheses: the text is cut where they are too long, as transformers does it."""
+        """Features of texts with hypotheses. As in transformers, the text is cut if the pair is too long."""
         tokenizer = self.copies.get().tokenizer
         try:
             encoded = tokenizer(pairs, truncation="only_first")

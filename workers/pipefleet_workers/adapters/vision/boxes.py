@@ -1,4 +1,4 @@
-"""Boxes and run-length masks: what mask-generation otherwise takes from torchvision, which not every machine can import."""
+"""Boxes and run-length masks for mask-generation, in place of torchvision's functions: not every machine can import torchvision."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 def non_maximum_suppression(
     boxes: NDArray[np.float32], scores: NDArray[np.float32], *, iou_threshold: float
 ) -> NDArray[np.int64]:
-    """Indices of the boxes that stay, best score first: one goes where it overlaps a better one that stays by too much.
+    """Indices of the boxes that stay, best score first. A box goes if it overlaps a better box that stays by too much.
 
-    `boxes` is `[n, 4]` as x0, y0, x1, y1; equal scores stay in order. Overlap is intersection over union; that of two boxes
-    without an area is none, so both stay, as in torchvision.
+    `boxes` is `[n, 4]` as x0, y0, x1, y1; equal scores stay in order. Overlap is intersection over union. Two boxes without an area
+    have no overlap, so both stay, as in torchvision.
     """
     order = np.argsort(-scores, kind="stable")
     threshold = np.float64(iou_threshold)
@@ -29,7 +29,7 @@ def non_maximum_suppression(
 
 
 def mask_of(rle: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """The mask `[height, width]` of run lengths that go down the columns and begin with the length of what is outside."""
+    """The mask `[height, width]` of run lengths. The runs go down the columns; the first run lies outside the mask."""
     height, width = rle["size"]
     counts = np.asarray(rle["counts"])
     inside = np.arange(len(counts)) % 2 == 1

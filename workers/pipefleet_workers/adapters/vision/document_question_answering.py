@@ -1,7 +1,7 @@
 """The adapter of document-question-answering: LayoutLM and its kin point at words of a page, Donut reads the page itself.
 
-A page with more words than the model takes becomes several units with some overlap. They are padded on the right, where the
-attention mask hides it, and cut apart again.
+A page with more words than the model takes becomes several units that overlap. Units are padded on the right, where the attention
+mask hides the padding, and cut apart again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pipefleet_workers.inputs.ocr import read_words
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _HOST = ("p_mask", "word_ids", "words", "is_last")
-"""What the pipeline's preprocess makes for its postprocess alone."""
+"""Values that the pipeline's preprocess makes only for its postprocess."""
 _LEAST_ROOM = 2
-"""Places for words that a question must leave."""
+"""Places that a question must leave for words."""
 
 
 class PageReader(Adapter):
-    """LayoutLM, v2 and v3: answers are spans of words, from `word_boxes` or, where there are none, from OCR."""
+    """LayoutLM, v2 and v3: answers are spans of words, from `word_boxes`, or from OCR if there are none."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -40,7 +40,7 @@ class PageReader(Adapter):
         own, table = pipe.tokenizer.model_max_length, position_limit(pipe.model)
         self._longest = own if table is None else min(own, table)
         if getattr(pipe.image_processor, "apply_ocr", False):
-            pipe.image_processor.apply_ocr = False  # it asks for tesseract; the words come from `read_words`
+            pipe.image_processor.apply_ocr = False  # it needs tesseract; here the words come from `read_words`
         taken = inspect.signature(pipe.model.forward).parameters
         self._looks = bool({"pixel_values", "image"} & set(taken))
         self._picture = "pixel_values" if "pixel_values" in taken and "image" not in taken else "image"
@@ -62,14 +62,14 @@ class PageReader(Adapter):
         return {name: padded(own, pad if name == "input_ids" else 0) for name, own in rows.items()}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The logits of every place to be the first and the last of the answer, on the host."""
+        """For every place the logits to be the first and the last of the answer, on the host."""
         device = self.pipe.device
         with torch.inference_mode():
             found = self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
             return found.start_logits.float().cpu(), found.end_logits.float().cpu()
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """Each unit's own places, `[1, tokens]`."""
+        """The outputs of each unit's own places, `[1, tokens]`."""
         start, end = outputs
         return [
             {"start_logits": start[row : row + 1, : unit.length], "end_logits": end[row : row + 1, : unit.length]}
@@ -84,7 +84,7 @@ class PageReader(Adapter):
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         parameters = dict(decoded.work.parameters)
-        most = parameters.pop("max_question_len", None)  # transformers names it, and its preprocess does not take it
+        most = parameters.pop("max_question_len", None)  # transformers documents it, but its preprocess refuses it
         arguments = self.parse(parameters)
         if "image" not in decoded.value and self._looks:
             raise ItemError("bad_input", "this model looks at the page itself; pass its image beside word_boxes", STAGE)
@@ -109,14 +109,14 @@ class PageReader(Adapter):
         return Unit(assembly, index, key, length, {"tensors": tensors})
 
     def _words(self, value: Mapping[str, Any]) -> list[Any]:
-        """The page's words with their boxes; none on an empty page, where the only answer can be that there is none."""
+        """The page's words with their boxes; empty on an empty page, where the only answer can be that there is none."""
         given = value.get("word_boxes")
         return read_words(value["image"]) if given is None else checked(given)
 
     def _lengths(self, question: str, arguments: Arguments) -> dict[str, Any]:
-        """Arguments of preprocess whose lengths fit the model and the question.
+        """Arguments of preprocess with lengths that fit the model and the question.
 
-        Raises ItemError: too_long, bad_parameter. The tokenizer would panic where the overlap leaves no room for words.
+        Raises ItemError: too_long, bad_parameter. If the overlap left no room for words, the tokenizer would panic.
         """
         before = dict(arguments.fresh().preprocess)
         longest = min(before.get("max_seq_len") or self._longest, self._longest)
@@ -132,7 +132,10 @@ class PageReader(Adapter):
         return {**before, "max_seq_len": longest, "doc_stride": min(stride, room - 1)}
 
     def _require_few(self, page: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        """Raise ItemError (too_long) for a page that would be read in too many pieces; a word has a token for each byte at most."""
+        """Raise ItemError (too_long) for a page that would be read in too many pieces.
+
+        A word has at most one token for each byte.
+        """
         longest, words = before["max_seq_len"], [word for word, _ in page["word_boxes"]]
         require_whole(characters(words), self.max_whole_characters)
         step = longest - self._tokens(page["question"]) - self.pipe.tokenizer.num_special_tokens_to_add(pair=True)
@@ -146,7 +149,7 @@ class PageReader(Adapter):
 
     @property
     def _plain(self) -> bool:
-        """Whether the tokenizer takes plain texts; those of v2 and v3 ask for boxes."""
+        """Whether the tokenizer takes plain texts; the tokenizers of v2 and v3 need boxes."""
         return bool(self.pipe.model_type.value == "layoutlm")
 
     def _worded(self, question: str) -> int:
@@ -155,22 +158,25 @@ class PageReader(Adapter):
         return len(encoded["input_ids"][0]) - special - 1
 
     def _cut(self, question: str, most: int) -> str:
-        """The words of a question that make up at most `most` tokens."""
+        """The first words of a question that have at most `most` tokens together."""
         words = question.split()
         fits, above = 1, len(words) + 1
-        while above - fits > 1:  # one word after another would take the square of their number
+        while above - fits > 1:  # adding the words one by one would take the square of their number
             middle = (fits + above) // 2
             fits, above = (middle, above) if self._tokens(" ".join(words[:middle])) <= most else (fits, middle)
         return " ".join(words[:fits])
 
 
 class PageWriter(EqualWriter):
-    """Donut: continues a prompt that holds the question; equal prompts only, padding would change its answer."""
+    """Donut: it continues a prompt that holds the question.
+
+    Only equal prompts share a batch, since padding would change its answer.
+    """
 
     loads = True
 
     def parse(self, parameters: Mapping[str, Any]) -> Arguments:
-        """The pipeline's arguments, with those of generate(), which it takes from no call."""
+        """The pipeline's arguments, with the arguments of generate(), which this pipeline takes from no call."""
         rest, generation = apart(parameters, but=("top_k",))
         return with_forward(super().parse(rest), generation)
 
@@ -184,7 +190,7 @@ class PageWriter(EqualWriter):
         return {name: span[name] for name in ("inputs", "decoder_input_ids")}, None
 
     def finish(self, assembly: Assembly) -> Any:
-        """`[{"answer": …}]`; None as the answer where the model did not end it."""
+        """`[{"answer": …}]`; the answer is None if the model did not end it."""
         request: Writing = assembly.context
         outputs = [{"sequences": assembly.outputs[0]}]
         return self.copies.get().postprocess(outputs, **request.arguments.fresh().postprocess)
@@ -195,15 +201,15 @@ class DocumentAnswerer(Chosen):
 
     @staticmethod
     def choose(pipe: Any) -> type[Adapter]:
-        """By whether the model writes."""
+        """Chooses by whether the model writes."""
         return PageWriter if pipe.model_type.value == "vision_encoder_decoder" else PageReader
 
 
 def checked(boxes: Any) -> list[Any]:
     """Words with their boxes, in thousandths of the page.
 
-    Raises ItemError (bad_input): a box beyond 0 to 1000, or one turned inside out, is an index beyond a table of the model, which
-    on a GPU breaks the device for every later input.
+    Raises ItemError (bad_input) for a box beyond 0 to 1000 and for a box turned inside out. Such a box is an index beyond a table
+    of the model; on a GPU it breaks the device for every later input.
     """
     if isinstance(boxes, list) and all(_is_boxed(one) for one in boxes):
         return [(word, [int(corner) for corner in box]) for word, box in boxes]

@@ -22,7 +22,7 @@ _OF_A_BACKBONE = ("out_indices", "out_features")
 class ImageFeatures(Adapter):
     """image-feature-extraction. With `out_indices` the result is a list of feature maps `[1, channels, height, width]`.
 
-    Those are what `AutoBackbone.from_pretrained(model, out_indices=…)` gives, in the order that was asked for.
+    They are the maps of `AutoBackbone.from_pretrained(model, out_indices=…)`, in the order of the request.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -31,7 +31,7 @@ class ImageFeatures(Adapter):
         self._backbone: Any = None
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The model's outputs, still on the device: a list of feature maps where the key says so."""
+        """The model's outputs, still on the device; a list of feature maps if the key says so."""
         pipe = self.pipe
         model = self._backbone if units[0].key[-1] else pipe.model
         with torch.no_grad():
@@ -39,15 +39,15 @@ class ImageFeatures(Adapter):
         return list(outputs.feature_maps) if units[0].key[-1] else outputs
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """For each unit its float32 array, or its list of them; each output leaves the device at most once."""
+        """For each unit its float32 array, or its list of arrays; each output leaves the device at most once."""
         return self._maps(outputs, units) if units[0].key[-1] else self._states(outputs, units)
 
     def finish(self, assembly: Assembly) -> Any:
-        """The array itself; it is written as nested lists of numbers, or stored when it is large."""
+        """The array itself; it is written as nested lists of numbers, or stored as an object when it is large."""
         return assembly.outputs[0]
 
     def parse(self, parameters: Mapping[str, Any]) -> Arguments:
-        """The pipeline's arguments; `out_indices` and `out_features` are those of a backbone."""
+        """The pipeline's arguments, without `out_indices` and `out_features`, which belong to a backbone."""
         return super().parse({name: value for name, value in parameters.items() if name not in _OF_A_BACKBONE})
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
@@ -72,7 +72,7 @@ class ImageFeatures(Adapter):
         return [[_row(maps[one], index) for one in indices] for index, indices in enumerate(wanted)]
 
     def _wanted(self, parameters: Mapping[str, Any]) -> list[int]:
-        """The stages that `out_indices` or `out_features` asks for, counted from 0. Raises ItemError (bad_parameter)."""
+        """The stages that `out_indices` or `out_features` names, counted from 0. Raises ItemError (bad_parameter)."""
         with self._lock:
             if self._backbone is None:
                 self._backbone = backbone_of(self.pipe.model)
@@ -90,7 +90,7 @@ class ImageFeatures(Adapter):
 
 
 def _named(stages: list[str], asked: Sequence[str]) -> list[int]:
-    """The stages of these names, counted from 0. Raises ItemError (bad_parameter)."""
+    """The stages with these names, counted from 0. Raises ItemError (bad_parameter)."""
     unknown = [one for one in asked if one not in stages]
     if unknown or not asked:
         text = f"out_features holds {unknown[0]!r}" if unknown else "out_features is empty"
@@ -99,9 +99,10 @@ def _named(stages: list[str], asked: Sequence[str]) -> list[int]:
 
 
 def backbone_of(model: Any) -> Any:
-    """The backbone of a base model with the feature maps of all stages, sharing its weights. Raises ItemError (bad_parameter).
+    """The backbone of a base model, with the feature maps of all stages; it shares the weights. Raises ItemError (bad_parameter).
 
-    Norms that only a backbone has, one behind each stage, do nothing yet, as in `AutoBackbone.from_pretrained`.
+    A backbone has norms of its own, one after each stage; they are untrained and change nothing, as in
+    `AutoBackbone.from_pretrained`.
     """
     config = copy.deepcopy(model.config)
     try:
@@ -110,7 +111,7 @@ def backbone_of(model: Any) -> Any:
     except (AttributeError, ValueError, TypeError, ImportError):
         text = f"out_indices needs a model with a backbone in transformers, which {config.model_type!r} has not"
         raise ItemError("bad_parameter", text, STAGE) from None
-    # Some backbones hold the base model as a part of themselves.
+    # Some backbones contain the base model as a part.
     weights, inside = model.state_dict(), f"{backbone.base_model_prefix}."
     names = {name: name if name in weights else name.removeprefix(inside) for name in backbone.state_dict()}
     shared = {name: weights[source] for name, source in names.items() if source in weights}

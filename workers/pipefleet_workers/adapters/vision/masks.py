@@ -1,7 +1,9 @@
-"""The adapter of mask-generation (SAM and its kin): a picture is seen once, then asked about a grid of points in many units.
+"""The adapter of mask-generation (SAM and its kin): a picture is encoded once, then asked about a grid of points in many units.
 
-The pipeline runs the vision encoder while it preprocesses. Here that is the device's work as well: the first batch that holds
-points of a crop embeds it, together with the others that need it, and what follows finds the embedding.
+    prepare: picture ─▶ crops ─▶ points, in units      device: encode a crop once ─▶ masks for the points of each unit
+
+The pipeline runs the vision encoder in its preprocess; here this is the device's work as well. The first batch with points of a
+crop computes the crop's embedding, together with other crops that need one; later batches find it.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from pipefleet_workers.adapters.vision.sized import on_tensors
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 EMBEDDED_TOGETHER = 8
-"""Crops that go through the vision encoder at once; an encoder of a thousand pixels a side holds gigabytes for each."""
+"""Crops that go through the vision encoder at once. An encoder of a thousand pixels a side holds gigabytes for each crop."""
 RESIZED_PIXELS = 1 << 26
-"""Pixels of masks that are brought to the picture's size at once, of four bytes each and a few times over."""
+"""Pixels of masks that are resized to the picture's size at once; each takes four bytes, a few times over."""
 _DEFAULTS = {
     "points_per_batch": 64,
     "crops_n_layers": 0,
@@ -39,7 +41,10 @@ _FILTER_DEFAULTS = {
 
 @dataclass(slots=True)
 class Crop:
-    """A part of a picture, or all of it. `pixels` go when `embeddings` come; touched by the device's thread alone from then on."""
+    """A part of a picture, or all of it. `pixels` are freed when `embeddings` are there.
+
+    Then only the device's thread touches it.
+    """
 
     pixels: torch.Tensor | None
     box: torch.Tensor
@@ -58,12 +63,12 @@ class Points:
 
 
 class MaskGenerator(Adapter):
-    """mask-generation. Units are `points_per_batch` points of a crop; those of different pictures share batches."""
+    """mask-generation. A unit has `points_per_batch` points of a crop; units of different pictures share batches."""
 
-    typical_size = 0  # a batch is counted in points: the row's own budget holds
+    typical_size = 0  # not measured at warm-up, since the cost counts points; the table's cost is used
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """The points, and for each the label that says it is inside."""
+        """The points, and for each point the label "inside"."""
         points = torch.cat([unit.features.points for unit in units])
         return {"input_points": points, "input_labels": torch.ones(points.shape[:3], dtype=torch.int64)}
 
@@ -73,14 +78,14 @@ class MaskGenerator(Adapter):
         with torch.no_grad():
             self._embed([unit.features.crop for unit in units])
             embeddings = _joined([unit.features.crop.embeddings for unit in units])
-            if isinstance(embeddings, tuple):  # SAM-HQ looks at what the encoder had in between
+            if isinstance(embeddings, tuple):  # SAM-HQ also needs the encoder's intermediate values
                 inputs = {**inputs, "intermediate_embeddings": embeddings[1]}
                 embeddings = embeddings[0]
             inputs = pipe._ensure_tensor_on_device(inputs, device=pipe.device)
             return pipe.model(**inputs, image_embeddings=embeddings)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """What stays of each unit's masks, as run lengths, with scores and boxes on the host."""
+        """The masks of each unit that pass the filters, as run lengths, with scores and boxes, on the host."""
         with torch.no_grad():
             return [
                 self._filtered(outputs["pred_masks"][index], outputs["iou_scores"][index], unit)
@@ -88,7 +93,7 @@ class MaskGenerator(Adapter):
             ]
 
     def finish(self, assembly: Assembly) -> Any:
-        """`{"masks": [array], "scores": tensor}`, best score first, without those that repeat a better one."""
+        """`{"masks": [array], "scores": tensor}`, best score first, without masks that repeat a better mask."""
         asked: Mapping[str, Any] = assembly.context.fresh().postprocess
         rows = [assembly.outputs[index] for index in range(assembly.expected)]
         runs = [one for row in rows for one in row["masks"]]
@@ -133,9 +138,9 @@ class MaskGenerator(Adapter):
             yield crop, grids[layer][1][:, :, index : index + 1]
 
     def _grid(self, image: Any, asked: Mapping[str, Any], layer: int) -> tuple[Any, Any, Any]:
-        """Boxes, points and pictures of all crops, with as many points as a crop of `layer` gets.
+        """Boxes, points and pictures of all crops, with the number of points of a crop of `layer`.
 
-        Asked for one number of points at a time: with numbers that differ by layer transformers cannot stack them.
+        Each number of points needs its own call: transformers cannot stack numbers that differ between layers.
         """
         processor = self.copies.get().image_processor
         side = max(1, asked["points_per_crop"] // asked["crop_n_points_downscale_factor"] ** layer)
@@ -158,7 +163,7 @@ class MaskGenerator(Adapter):
             self.tick()
 
     def _filtered(self, masks: torch.Tensor, scores: torch.Tensor, unit: Unit) -> dict[str, Any]:
-        """`masks` is `[points, masks of a point, height, width]`, `scores` `[points, masks of a point]`."""
+        """The masks that pass. `masks` is `[points, masks of a point, height, width]`, `scores` `[points, masks of a point]`."""
         arguments: Arguments = self.arguments(unit)
         asked = {name: arguments.forward.get(name, default) for name, default in _FILTER_DEFAULTS.items()}
         chosen = scores > asked["pred_iou_thresh"] if asked["pred_iou_thresh"] > 0 else torch.ones_like(scores).bool()
@@ -190,12 +195,12 @@ class MaskGenerator(Adapter):
 
 
 def _row(value: Any, index: int) -> Any:
-    """One row of nested tensors, a copy that does not hold the others."""
+    """One row of nested tensors, copied so that the other rows can be freed."""
     return on_tensors(value, lambda tensor: tensor[index : index + 1].clone())
 
 
 def _joined(values: Sequence[Any]) -> Any:
-    """Nested tensors of several crops as rows of one."""
+    """Nested tensors of several crops, as rows of one."""
     if isinstance(values[0], torch.Tensor):
         return torch.cat(list(values))
     return type(values[0])(_joined(column) for column in zip(*values, strict=True))

@@ -1,9 +1,11 @@
-"""Pictures that are preprocessed on the device: the host decodes them and sends bytes, three a pixel.
+"""Preprocesses pictures on the device: the host decodes them and sends bytes, three for each pixel.
+
+`models.acceleration` asks for it.
 
     decode ─▶ Pixels (host) ─▶ copied ahead, as they are ─▶ resize, crop, table of levels (device) ─▶ model
 
-For image processors of the common kind only: one size, centre crop, rescale, mean and deviation. Whether the device gives what the
-processor gives is proved on made-up pictures of many sizes before any job; where it does not, nothing changes.
+Only image processors of the common kind are supported: one size, centre crop, rescale, mean and deviation. Before any job, made-up
+pictures of many sizes prove that the device gives the processor's results. If it does not, the host goes on preprocessing.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from pipefleet_workers.items import Decoded, Unit
 log = logging.getLogger(__name__)
 
 SERVED = (Adapter, ImageFeatures)
-"""Adapters that take what an image processor returns as the model's inputs, and nothing else of it."""
+"""Adapters that pass the image processor's result to the model, and use it for nothing else."""
 LARGEST = 1 << 21
-"""Pixels of a picture that waits as it is; a larger one is made small on the host, or hundreds would fill its memory."""
+"""Pixels of a picture that waits undiminished. A larger picture is preprocessed on the host, or hundreds would fill its memory."""
 AT_ONCE = 1 << 23
-"""Pixels that are resized together: they are float32 while they are."""
+"""Pixels that are resized together; they are float32 meanwhile."""
 PROVED = (
     (64, 48),
     (48, 64),
@@ -47,7 +49,7 @@ PROVED = (
     (30, 31),
     (999, 333),
 )
-"""Height and width of the pictures that the proof is made with: smaller and larger than what models take, and odd shapes."""
+"""Height and width of the pictures of the proof: smaller and larger than models take, and of odd shapes."""
 _PIXELS = "pixel_values"
 _OWN_WAYS = (
     "_preprocess",
@@ -62,7 +64,10 @@ _OWN_WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """A decoded picture, uint8 `[height, width, 3]`, and the height and width that the model gets. Its `repr` is its shape's."""
+    """A decoded picture, uint8 `[height, width, 3]`, and the height and width that the model gets.
+
+    Its `repr` is part of the batch key (`shape_key`), so it names only the model's size: pictures of any sizes may share a batch.
+    """
 
     raw: torch.Tensor
     size: tuple[int, int]
@@ -73,7 +78,10 @@ class Pixels:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an image processor does, read from its attributes. `table` `[3, 256]` holds what becomes of each level of a channel."""
+    """The steps of an image processor, read from its attributes.
+
+    `table` `[3, 256]` holds the result for each level of each channel.
+    """
 
     size: Any
     resample: int
@@ -82,7 +90,7 @@ class Plan:
 
     @classmethod
     def of(cls, processor: Any) -> Plan | None:
-        """The plan of a processor of the common kind; None for any other."""
+        """The plan of a processor of the common kind; None for any other processor."""
         if not _is_common(processor):
             return None
         levels = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 1, 3))
@@ -97,17 +105,17 @@ class Plan:
         )
 
     def output(self, height: int, width: int) -> tuple[int, int] | None:
-        """The size that the model gets of a picture; None where only the processor knows."""
+        """The size of a picture at the model; None if only the processor can tell."""
         resized = self.resized(height, width)
         if resized is None or vertical_first((height, width), resized, self.resample) is None:
             return None
         if self.crop is None:
             return resized
         fits = self.crop[0] <= resized[0] and self.crop[1] <= resized[1]
-        return self.crop if fits else None  # a smaller one is given a margin
+        return self.crop if fits else None  # the processor adds a margin to a smaller picture
 
     def resized(self, height: int, width: int) -> tuple[int, int] | None:
-        """Height and width behind the resize; None for rules that are not the common ones."""
+        """Height and width after the resize; None for uncommon rules."""
         if self.size is None:
             return height, width
         wanted = {name: value for name, value in dict(self.size).items() if value is not None}
@@ -120,7 +128,7 @@ class Plan:
         return int(found[0]), int(found[1])
 
     def apply(self, pictures: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The model's `pixel_values` for pictures whose `output` is the same, where they lie, in their order."""
+        """The model's `pixel_values` for pictures with one `output` size, on the pictures' device, in their order."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, one in enumerate(pictures):
             groups[(one.shape[0], one.shape[1])].append(index)
@@ -135,7 +143,7 @@ class Plan:
         return torch.stack([table[channel][levels[:, channel]] for channel in range(3)], dim=1)
 
     def _levels(self, pictures: torch.Tensor) -> torch.Tensor:
-        """`[n, 3, height, width]` of levels behind resize and crop."""
+        """`[n, 3, height, width]` of levels after resize and crop."""
         before = (pictures.shape[1], pictures.shape[2])
         after = self.resized(*before)
         assert after is not None
@@ -148,7 +156,7 @@ class Plan:
 
 
 def _is_common(processor: Any) -> bool:
-    """Whether a processor goes the way of its backend, in RGB, with a filter that we know, and adds no margins."""
+    """Whether a processor uses its backend's methods, in RGB, with a known filter, and adds no margins."""
     backend = next((one for one in (PilBackend, TorchvisionBackend) if isinstance(processor, one)), None)
     if backend is None or any(getattr(type(processor), name) is not getattr(backend, name) for name in _OWN_WAYS):
         return False
@@ -157,19 +165,19 @@ def _is_common(processor: Any) -> bool:
 
 
 class HostProcessor:
-    """Stands in for an image processor in the pipeline's preprocess: pictures that the plan covers come out as Pixels."""
+    """Stands in for an image processor in the pipeline's preprocess: pictures that the plan covers become Pixels."""
 
     def __init__(self, processor: Any, plan: Plan) -> None:
         self.processor = processor
         self.plan = plan
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("processor", "plan"):  # asked for by copies that are not whole yet
+        if name.startswith("__") or name in ("processor", "plan"):  # an unfinished copy asks for these
             raise AttributeError(name)
         return getattr(self.processor, name)
 
     def __call__(self, images: Any, return_tensors: str | None = None, **keywords: Any) -> Any:
-        """The pixels of one picture; what the processor itself returns for anything else."""
+        """The pixels of one picture; for any other input the processor's own result."""
         size = None
         if not keywords and isinstance(images, Image.Image) and images.mode == "RGB":
             size = self.plan.output(images.height, images.width) if images.height * images.width <= LARGEST else None
@@ -179,12 +187,12 @@ class HostProcessor:
 
 
 class DevicePictures(Adapter):
-    """Mixed into an adapter of `SERVED`: its pictures are preprocessed where its model is."""
+    """Mixed into an adapter of `SERVED`: its pictures are preprocessed on the device of its model."""
 
     plan: Plan
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """A list of pictures of any sizes; stacked tensors for those that the host has preprocessed."""
+        """A list of pictures of any sizes; stacked tensors if the host has preprocessed them."""
         if not isinstance(units[0].features.get(_PIXELS), Pixels):
             return super().collate(units)
         return {_PIXELS: [unit.features[_PIXELS].raw for unit in units]}
@@ -208,9 +216,9 @@ class DevicePictures(Adapter):
 
 
 def on_device(adapter: Adapter) -> Adapter:
-    """An adapter that preprocesses its pictures on its device, or `adapter` itself where that would change a result.
+    """An adapter that preprocesses its pictures on its device, or `adapter` itself if that would change a result.
 
-    Never raises; says in the log which of the two it is, and why.
+    Never raises; logs its choice and the reason.
     """
     processor = getattr(adapter.pipe, "image_processor", None)
     if type(adapter) not in SERVED or processor is None:
@@ -237,9 +245,9 @@ def _with_plan(adapter: Adapter, plan: Plan) -> Adapter:
 
 
 def _difference(plan: Plan, pipe: Any) -> str:
-    """Why a plan does not stand for the pipeline's processor; empty where it does.
+    """Why a plan differs from the pipeline's processor; empty if it does not.
 
-    What Pillow gives must be given exactly. torchvision itself is off from Pillow by a level here and there, and so may we.
+    Results of Pillow must be equal. torchvision itself differs from Pillow by a level here and there, so the same is allowed here.
     """
     allowed = 0.0 if isinstance(pipe.image_processor, PilBackend) else 1.001 * _level(plan)
     source = np.random.default_rng(0)
@@ -258,5 +266,5 @@ def _difference(plan: Plan, pipe: Any) -> str:
 
 
 def _level(plan: Plan) -> float:
-    """The largest step from one level of a channel to the next."""
+    """The largest step between neighbouring levels of a channel."""
     return float(plan.table.diff(dim=1).abs().max())

@@ -1,4 +1,4 @@
-"""The adapter of visual-question-answering: ViLT, whose pictures and questions are padded behind masks, and models that write."""
+"""The adapter of visual-question-answering: ViLT, with pictures and questions padded behind masks, and models that write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PICTURES = ("pixel_values", "pixel_mask")
 
 
 class AnswerClassifier(Adapter):
-    """Scores of answers. With a `pixel_mask` padding is hidden from the model; without one only the questions are padded."""
+    """Scores of answers. A `pixel_mask` hides padding from the model; without this mask only the questions are padded."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -34,7 +34,7 @@ class AnswerClassifier(Adapter):
         return {"image": Image.fromarray(noise), "question": " ".join(["what"] * min(size, 10))}
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """Words padded behind the longest question, pictures at their right and bottom."""
+        """Words padded after the longest question, pictures padded at their right and bottom."""
         inputs = {}
         for name in units[0].features:
             rows = [unit.features[name] for unit in units]
@@ -57,7 +57,7 @@ class AnswerClassifier(Adapter):
         features = dict(self.copies.get().preprocess({**value, "question": question}, **before))
         tokens = features["input_ids"].shape[1]
         if self._positions is not None and tokens > self._positions:
-            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            # It must be refused here: on a GPU an index beyond the table breaks the device for every later input.
             text = (
                 f"the question has {tokens} tokens, the model takes {self._positions}; pass truncation=true to cut it"
             )
@@ -70,10 +70,10 @@ class AnswerClassifier(Adapter):
 
 
 class AnswerWriter(EqualWriter):
-    """Answers that are written. Costs count numbers of the picture, as with models that classify."""
+    """Writes answers. Its cost counts numbers of the picture, as for models that classify."""
 
     def cost(self, features: Mapping[str, torch.Tensor], tokens: int) -> int:
-        """Numbers of the picture's tensor."""
+        """How many numbers the picture's tensor has."""
         return features["pixel_values"].numel()
 
 
@@ -82,12 +82,12 @@ class VisualAnswerer(Chosen):
 
     @staticmethod
     def choose(pipe: Any) -> type[Adapter]:
-        """By whether the model writes."""
+        """Chooses by whether the model writes."""
         return AnswerWriter if pipe.model.can_generate() else AnswerClassifier
 
 
 def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    """Tensors `[1, …]` of one number of dimensions stacked, each padded with `value` behind its end in every dimension."""
+    """Tensors `[1, …]` with one number of dimensions, stacked; each is padded with `value` at its end in every dimension."""
     shape = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
     stacked = torch.full((len(rows), *shape), value, dtype=rows[0].dtype)
     for target, row in zip(stacked, rows, strict=True):

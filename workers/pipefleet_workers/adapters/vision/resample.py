@@ -1,8 +1,9 @@
-"""Pillow's resizing of pictures as two products of matrices, for a device: the same levels, not nearly the same.
+"""Pillow's resizing of pictures as two products of matrices, for a device. It gives exactly Pillow's levels. `on_device` calls it.
 
 Pillow weighs pixels with whole numbers of 22 bits and rounds to 8 bits between its two passes. `torch.nn.functional.interpolate`
-does neither: antialiased bilinear is off by one level in a fifth of the pixels of noise, bicubic by more than twenty levels where
-the first pass overshoots. Here the weights are cut in two parts, so that every sum stays below 2^24 and is exact in float32.
+does neither. Its antialiased bilinear differs by one level in a fifth of the pixels of noise; its bicubic differs by more than
+twenty levels where the first pass overshoots. Here each weight is split in two parts, so that every sum stays below 2^24 and is
+exact in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from PIL import Image
 _BITS = 22
 _LOW_BITS = 7
 MOST_TAPS = 500
-"""Pixels that one pixel may be made of: with more, the lower parts of the weights add up to more than float32 can count."""
+"""Pixels that one pixel may be made of.
+
+With more, the sum of the lower parts of the weights is too large to be exact in float32.
+"""
 _PROBED = 8
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +53,7 @@ FILTERS = frozenset(_FILTERS)
 
 @functools.lru_cache(maxsize=64)
 def weights(before: int, after: int, resample: int) -> Array:
-    """What each of `before` pixels adds to each of `after`, in units of 2^-22: `[before, after]`."""
+    """The share of each of `before` pixels in each of `after` pixels, in units of 2^-22: `[before, after]`."""
     reach, shape = _FILTERS[resample]
     scale = before / after
     stretch = max(1.0, scale)
@@ -66,9 +70,9 @@ def weights(before: int, after: int, resample: int) -> Array:
 
 @functools.lru_cache(maxsize=4096)
 def vertical_first(before: tuple[int, int], after: tuple[int, int], resample: int) -> bool | None:
-    """Whether Pillow resizes columns before rows, for sizes as (height, width); None where it does neither as we do.
+    """Whether Pillow resizes columns before rows, for sizes as (height, width). None if neither order gives Pillow's result here.
 
-    Asked of Pillow itself with noise of that size: from version 13 on it takes the cheaper order, by a rule of its own.
+    Pillow itself is asked, with noise of that size: from version 13 on it takes the cheaper order, by a rule of its own.
     """
     (height, width), (rows, columns) = before, after
     ratio = max(height / rows, width / columns)
@@ -92,9 +96,9 @@ def _rounded(sums: Array) -> Array:
 
 
 def resize(pictures: torch.Tensor, after: tuple[int, int], resample: int, *, columns_first: bool) -> torch.Tensor:
-    """`[…, height, width]` of whole numbers in float32, resized to `after`; the same type of numbers comes back.
+    """`[…, height, width]` of whole numbers in float32, resized to `after`, again as whole numbers in float32.
 
-    `columns_first` is what `vertical_first` says. Needs float32 products in full precision, as is torch's default.
+    `columns_first` is the result of `vertical_first`. Needs float32 products in full precision, as is torch's default.
     """
     if columns_first:
         return _rows(_columns(pictures, after[0], resample), after[1], resample)

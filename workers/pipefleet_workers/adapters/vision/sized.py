@@ -1,7 +1,7 @@
 """Adapters of tasks whose answers refer to the picture's own size: detection, segmentation, depth, matching of key points.
 
-Tensors of equal shape share a batch whatever sizes their pictures had. What a model gives beyond that, such as hidden states,
-stays on the device; postprocessing resizes masks on the host, in the finish threads.
+Tensors of equal shape share a batch, whatever the sizes of their pictures. Outputs that no postprocessing needs, such as hidden
+states, stay on the device. Postprocessing resizes masks on the host, in the finish threads.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _UNUSED = ("hidden_state", "attentions", "auxiliary")
-"""Parts of the names of outputs that no postprocessing reads; they are most of the bytes."""
+"""Parts of the names of outputs that no postprocessing reads; these outputs are most of the bytes."""
 _MASKS_KEYPOINTS = ("superglue",)
-"""Models of key points whose own mask hides the rows that a pair with fewer points is filled up with."""
+"""Models of key points with a mask of their own, which hides the filler rows of a pair with fewer points."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The model's inputs for one item, and the size or sizes of what they were made of."""
+    """The model's inputs for one item, and the size or sizes of its pictures."""
 
     tensors: Mapping[str, Any]
     size: Any
 
 
 class SizedPictures(Adapter):
-    """image-segmentation, object-detection; depth-estimation by a subclass."""
+    """image-segmentation and object-detection; a subclass serves depth-estimation."""
 
     size_name = "target_size"
-    """What the pipeline calls the size, in what it preprocesses and in what it postprocesses."""
+    """The pipeline's name for the size, in its preprocess and its postprocess."""
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Stacked tensors, or a single unit's inputs as they are."""
@@ -44,26 +44,28 @@ class SizedPictures(Adapter):
         return super().collate([replace(unit, features=unit.features.tensors) for unit in units])
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """What postprocessing needs of the model's outputs, on the host in the model's own dtype."""
+        """The outputs that postprocessing needs, on the host, in the model's own dtype."""
         pipe = self.pipe
         with torch.no_grad():
             outputs = pipe.model(**pipe._ensure_tensor_on_device(inputs, device=pipe.device))
         kept = {name: value for name, value in outputs.items() if not any(part in name for part in _UNUSED)}
-        if "bbox" in inputs:  # layout models: the boxes are part of the answer
+        if "bbox" in inputs:  # for layout models the boxes are part of the answer
             kept["bbox"] = inputs["bbox"]
         return type(outputs)({name: on_tensors(value, torch.Tensor.cpu) for name, value in kept.items()})
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The outputs of each unit with the size of its own picture."""
+        """The outputs of each unit, with the size of its own picture."""
         rows = [outputs] if len(units) == 1 else super().split(outputs, units)
         for row, unit in zip(rows, units, strict=True):
             row[self.size_name] = unit.features.size
         return rows
 
     def finish(self, assembly: Assembly) -> Any:
-        """What the pipeline's postprocessing makes of the outputs, in their dtype: scores in half precision are transformers' own.
+        """The result of the pipeline's postprocessing, in the dtype of the outputs.
 
-        NumPy knows no bfloat16, so postprocessing that goes through it (depth maps) gets float32.
+        transformers also gives scores in half precision.
+
+        NumPy knows no bfloat16, so postprocessing that uses NumPy (depth maps) gets float32.
         """
         try:
             return super().finish(assembly)
@@ -87,7 +89,7 @@ class SizedPictures(Adapter):
         return Picture(features, size)
 
     def _can_share(self, picture: Picture) -> bool:
-        """Whether every input is one row: models that cut a picture into patches count pictures in other inputs."""
+        """Whether every input has one row. Models that cut a picture into patches count pictures in other inputs."""
         return all(isinstance(value, torch.Tensor) and value.shape[:1] == (1,) for value in picture.tensors.values())
 
 
@@ -96,7 +98,7 @@ class DepthEstimator(SizedPictures):
 
     def _picture(self, value: Any, arguments: Arguments) -> Picture:
         if min(value.size) < 2:
-            # The pipeline takes a map of one row or column for one of fewer dimensions, and fails.
+            # The pipeline mistakes a map of one row or column for a map with fewer dimensions, and fails.
             text = f"the picture has {value.width} x {value.height} pixels; depth needs two each way"
             raise ItemError("bad_input", text, STAGE)
         return super()._picture(value, arguments)
@@ -108,7 +110,7 @@ class KeypointMatcher(SizedPictures):
     size_name = "target_sizes"
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """As the pipeline's postprocess takes it: outputs and sizes side by side."""
+        """The form that the pipeline's postprocess takes: outputs and sizes side by side."""
         rows = [outputs] if len(units) == 1 else Adapter.split(self, outputs, units)
         return [
             {"model_outputs": row, self.size_name: [unit.features.size]} for row, unit in zip(rows, units, strict=True)
@@ -123,7 +125,7 @@ class KeypointMatcher(SizedPictures):
 
 
 def on_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor changed, inside lists and tuples too."""
+    """`value` with `change` applied to every tensor, inside lists and tuples too."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, list | tuple):
@@ -136,6 +138,6 @@ def _as_float(value: torch.Tensor) -> torch.Tensor:
 
 
 def _floats(output: Mapping[str, Any]) -> Any:
-    """The outputs of one unit in float32, which are of the same class."""
+    """The outputs of one unit in float32, in the same class."""
     kind: Any = type(output)
     return kind({name: on_tensors(value, _as_float) for name, value in output.items()})

@@ -1,4 +1,7 @@
-"""Pictures that a model gets at their own size: their pixels are bounded, since memory and time of its forward grow with them."""
+"""Bounds the pixels of pictures that a model gets at their own size: memory and time of the forward grow with the pixels.
+
+`Adapter.prepare` calls it for every input.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from pipefleet_workers.items import ItemError
 from pipefleet_workers.process.memory import available_bytes
 
 _COPIES = 20
-"""What a block of a transformer over pixels holds at once of their hidden states: queries, keys, values, scores, a wider layer."""
+"""Memory of a block of a transformer over pixels, in copies of the hidden states: queries, keys, values, scores, a wider layer."""
 _ALWAYS_PIXELS = 1 << 16
-"""Up to here nobody looks at the memory."""
+"""Pictures up to this size are not checked against the memory."""
 
 
 def require_pixels(pipe: Any, value: Any, most: int) -> None:
-    """Raise ItemError (too_large) for a picture that is not resized, of more than `most` pixels or of more memory than is free.
+    """Raise ItemError (too_large) for an unresized picture with more than `most` pixels, or needing more memory than is free.
 
-    On a GPU the memory is not looked at: one that has none says so and goes on, a worker is killed.
+    On a GPU the memory is not checked: a GPU without memory raises an error and goes on, but a worker without memory is killed.
     """
     if not isinstance(value, Image.Image) or _resizes(getattr(pipe, "image_processor", None)):
         return

@@ -1,8 +1,8 @@
 """The adapter of zero-shot-image-classification: pictures of a batch in one call, labels of all its requests in another.
 
-Each picture is compared with the embeddings of its own labels, so requests with different labels share a batch; embeddings of
-texts are kept, since the items of a run share their labels. A model whose two towers alone do not give its scores is run whole,
-and then only requests with the same labels share a batch.
+Each picture is compared with the embeddings of its own labels, so requests with different labels share a batch. Embeddings of texts
+are kept, since the items of a run share their labels. If a model's two towers alone do not give its scores, the whole model runs,
+and only requests with the same labels share a batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 log = logging.getLogger(__name__)
 TEMPLATE = "This is a photo of {}."
-"""transformers' own, where a request brings none."""
+"""transformers' own template, for a request without one."""
 KEPT_TEXTS = 8192
 """Embeddings of texts that are kept."""
 TEXTS_AT_ONCE = 128
@@ -42,7 +42,7 @@ class Features:
 
 
 class ImageLabeller(Adapter):
-    """Scores of labels that the request brings, from CLIP, SigLIP and their kin."""
+    """Scores of the labels of the request, from CLIP, SigLIP and their kin."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -52,7 +52,7 @@ class ImageLabeller(Adapter):
         self._apart = self._towers_suffice()
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """The stacked pictures; texts are tokenised where they are needed."""
+        """The stacked pictures; `run` tokenises the texts when it needs them."""
         names = units[0].features.picture
         return {name: torch.cat([unit.features.picture[name] for unit in units]) for name in names}
 
@@ -65,7 +65,7 @@ class ImageLabeller(Adapter):
             return self._compared(pictures, [unit.features.texts for unit in units])
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The outputs themselves: `run` has taken them apart."""
+        """The outputs themselves: `run` has split them already."""
         return list(outputs)
 
     def finish(self, assembly: Assembly) -> Any:
@@ -90,7 +90,7 @@ class ImageLabeller(Adapter):
         return dict(pipe.image_processor(images=[picture], return_tensors="pt").to(pipe.dtype))
 
     def _require_room(self, texts: Sequence[str]) -> None:
-        """Raise ItemError (too_long): on a GPU an index beyond a table of positions breaks the device for every later input."""
+        """Raise ItemError (too_long) for long labels: on a GPU an index beyond a table of positions breaks the device."""
         require_labels(texts, self.max_whole_characters)
         if not texts or self._positions is None:
             return
@@ -100,7 +100,10 @@ class ImageLabeller(Adapter):
             raise ItemError("too_long", text, STAGE)
 
     def _counted(self, texts: Sequence[str], positions: int) -> int:
-        """Tokens of the longest text. Unpadded: one long label beside many short ones would take the product of their numbers."""
+        """Tokens of the longest text.
+
+        Counted without padding: one long label beside many short labels would take too much memory.
+        """
         tokenizer, looked = self.copies.get().tokenizer, self.long_texts()
         for text in texts:
             looked.require(text, positions)
@@ -108,7 +111,7 @@ class ImageLabeller(Adapter):
 
     @property
     def _siglip(self) -> bool:
-        """Whether the model was trained with texts of one length, and so run by transformers."""
+        """Whether the model was trained with texts of one length, so that transformers runs it with this length."""
         return "siglip" in self.pipe.model.config.model_type
 
     def _tokens(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -132,7 +135,7 @@ class ImageLabeller(Adapter):
         return [(own @ one * scale + bias).cpu() for own, one in zip(rows, seen, strict=True)]
 
     def _embedded(self, texts: set[str]) -> dict[str, torch.Tensor]:
-        """The embedding of every text, computed for those that are not known."""
+        """The embedding of every text; unknown embeddings are computed."""
         missing = sorted(texts - self._known.keys(), key=len)
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             piece = missing[start : start + TEXTS_AT_ONCE]
@@ -146,7 +149,7 @@ class ImageLabeller(Adapter):
         return found
 
     def _towers_suffice(self) -> bool:
-        """Whether scores put together from the towers are those of the whole model, on a made-up picture."""
+        """Whether the towers' embeddings give the scores of the whole model, tested with a made-up picture."""
         noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
         texts = ("a cat", "the wide old sea")
         try:
@@ -171,6 +174,6 @@ def labels(given: Any) -> list[Any]:
 
 
 def _direction(features: Any) -> torch.Tensor:
-    """Embeddings of length one; a tower gives them bare or as the pooled part of its output."""
+    """Embeddings of length one; a tower returns them directly or as the pooled part of its output."""
     pooled: torch.Tensor = getattr(features, "pooler_output", features)
     return torch.nn.functional.normalize(pooled, dim=-1)

@@ -1,7 +1,7 @@
 """The adapter of zero-shot-object-detection: a picture is processed once, whatever the number of its labels.
 
-OwlViT and OWLv2 compare one look at a picture with many labels: a unit is a picture with up to `LABELS_AT_ONCE` of them, and
-pictures with fewer are filled up with labels that the model leaves out. Other models get a unit for each label.
+OwlViT and OWLv2 compare one look at a picture with many labels. A unit is a picture with up to `LABELS_AT_ONCE` labels; pictures
+with fewer labels are filled up with labels that the model ignores. For other models, each label is a unit.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Tokens = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """One picture as the image processor makes it, and tokens of the labels to look for in it, each tensor `[1, tokens]`."""
+    """One picture as the image processor makes it, and the tokens of its labels, each tensor `[1, tokens]`."""
 
     picture: dict[str, torch.Tensor]
     texts: list[Tokens]
 
 
 class ObjectFinder(Adapter):
-    """Boxes of objects that the request names."""
+    """Boxes of the objects that the request names."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -46,13 +46,13 @@ class ObjectFinder(Adapter):
         self._positions = min((table for table in tables if table is not None), default=None)
 
     def example(self, size: int) -> Any:
-        """A picture of `size` times eight pixels, with more labels and longer ones the larger it is."""
+        """A picture of `size` times eight pixels; a larger picture has more labels, and longer ones."""
         noise = np.random.default_rng(size).integers(0, 255, (size * 8, size * 8, 3), dtype=np.uint8)
         named = ["cat", "a wide old sea", "trees by the sea"][: 1 + size // 20]
         return {"image": Image.fromarray(noise), "candidate_labels": named}
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """Stacked pictures, and texts padded on the right; `units` times the largest number of labels of them."""
+        """Stacked pictures, and texts padded on the right: for each unit as many texts as the unit with most labels has."""
         names = units[0].features.picture
         inputs = {name: torch.cat([unit.features.picture[name] for unit in units]) for name in names}
         most = max(len(unit.features.texts) for unit in units)
@@ -110,7 +110,7 @@ class ObjectFinder(Adapter):
 
     def _unit(self, assembly: Assembly, index: int, features: Features) -> Unit:
         lengths = None if self.pads else tuple(text["input_ids"].shape[1] for text in features.texts)
-        # The text of an unpadded model must be of one length inside a unit as well.
+        # Without padding, the texts inside one unit must have one length as well.
         alone = id(assembly) if lengths is not None and len(set(lengths)) > 1 else None
         key = (shape_key(features.picture), lengths, alone)
         return Unit(assembly, index, key, features.picture["pixel_values"].numel(), features)
@@ -121,19 +121,19 @@ class ObjectFinder(Adapter):
         found = dict(self.copies.get().tokenizer(name, return_tensors="pt"))
         tokens = found["input_ids"].shape[1]
         if self._positions is not None and tokens > self._positions:
-            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            # It must be refused here: on a GPU an index beyond the table breaks the device for every later input.
             raise ItemError("too_long", f"a label has {tokens} tokens, the model takes {self._positions}", STAGE)
         return found
 
 
 def _filled(texts: list[Tokens], most: int) -> list[Tokens]:
-    """`texts` filled up to `most`: a label that begins with token 0 is left out by the model."""
+    """`texts` filled up to `most`: the model ignores a label that begins with token 0."""
     empty = {name: torch.zeros_like(one[:, :1]) for name, one in texts[0].items()}
     return [*texts, *[empty] * (most - len(texts))]
 
 
 def _labels(given: Any) -> list[str]:
-    """Labels as a list, in transformers' own way: one text is cut at its commas, and nothing else is changed."""
+    """Labels as a list, as in transformers: a single text is cut at its commas, and nothing else changes."""
     found = given.split(",") if isinstance(given, str) else list(given or ())
     if not found:
         text = "candidate_labels is missing or empty; pass a list of texts, or one text with commas"

@@ -1,4 +1,4 @@
-"""The adapter of decision: one request at a time, as transformers does it; its prompts cannot be padded."""
+"""The adapter of decision: one request at a time, as in transformers; its prompts cannot be padded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Decider(Adapter):
     typical_size = 0
 
     def __init__(self, pipe: Any) -> None:
-        # The first request adds tokens to the tokenizer: done here, before threads take copies of it.
+        # The first request adds tokens to the tokenizer; this must happen before threads take copies of it.
         pipe.preprocess(_ANY_REQUEST)
         super().__init__(pipe)
 
@@ -42,7 +42,7 @@ class Decider(Adapter):
         return self.pipe.forward(inputs)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The outputs themselves: they are of one unit."""
+        """The outputs themselves: a batch has one unit."""
         return [outputs]
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
@@ -50,7 +50,7 @@ class Decider(Adapter):
         arguments = self.parse(decoded.work.parameters)
         try:
             prompts = self.copies.get().preprocess(request, **arguments.fresh().preprocess)["prompts"]
-        except ValueError:  # its words repeat what was asked
+        except ValueError:  # the text of the error repeats the request, so it is dropped
             raise ItemError("bad_input", f"the model does not take the questions: {_QUESTIONS}", STAGE) from None
         lengths, longest = [_tokens(inputs) for inputs, _ in prompts], context_length(self.pipe.model)
         if longest is not None and max(lengths) > longest:
@@ -60,7 +60,10 @@ class Decider(Adapter):
 
 
 def _request(value: Any) -> dict[str, Any]:
-    """A request, given as a dict or as its JSON. Raises ItemError for one that holds more: images would be opened by their URLs."""
+    """A request, given as a dict or as its JSON.
+
+    Raises ItemError for further fields: transformers would open the URLs of images.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -1,7 +1,7 @@
-"""The adapter of models that write a text and that padding would change: encoder-decoders, models with a generate() of their own.
+"""The adapter of writing models that padding would change: encoder-decoders, and models with a generate() of their own.
 
-Requests whose tensors have equal shapes and whose arguments of generate() are equal share a call; those that sample have one
-each, seeded by the request.
+Requests share a call if their tensors have equal shapes and their arguments of generate() are equal. A request that samples has a
+call of its own, seeded by the request. Texts that are too long raise ItemError (too_long).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _PROMPTS = ("decoder_input_ids", "input_ids")
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """What one request asks for; `generation` are its arguments of generate(), `prompt` what its result repeats."""
+    """The parts of one request: `generation` has its arguments of generate(), `prompt` the text that its result repeats."""
 
     arguments: Arguments
     generation: Mapping[str, Any]
     stop: tuple[str, ...]
     seed: int | None
-    """None where nothing is drawn."""
+    """None if nothing is drawn."""
     prompt: Any = None
 
 
@@ -56,7 +56,7 @@ class EqualWriter(Adapter):
         self._positions = learnt_positions(pipe.model.get_decoder(), pipe.model)
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """For each unit its sequences, or why it has none."""
+        """The sequences of each unit, or its failure."""
         request, model, device = _writing(units[0]), self.pipe.model, self.pipe.device
         stops = RowStops([Row(unit.assembly.work.job, _UNBOUNDED) for unit in units], 0, self.tick)
         arguments: dict[str, Any] = copy.deepcopy(dict(request.generation))
@@ -69,21 +69,21 @@ class EqualWriter(Adapter):
         return _apart(getattr(sequences, "sequences", sequences).cpu(), stops, units)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The outputs themselves: `run` has taken them apart."""
+        """The outputs themselves: `run` has split them already."""
         return list(outputs)
 
     def finish(self, assembly: Assembly) -> Any:
-        """What the pipeline's postprocess makes of the sequences."""
+        """The result of the pipeline's postprocess for the sequences."""
         request: Writing = assembly.context
         outputs = {"output_ids": assembly.outputs[0]}
         return self.copies.get().postprocess(outputs, **request.arguments.fresh().postprocess)
 
     def generation(self, arguments: Arguments) -> Mapping[str, Any]:
-        """The arguments of generate() among those of the pipeline's forward."""
+        """The arguments of generate(), taken from the arguments of the pipeline's forward."""
         return arguments.forward
 
     def read(self, value: Any, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Any]:
-        """The tensors of an input, and what its result repeats of it."""
+        """The tensors of an input, and the part of it that the result repeats."""
         return dict(self.copies.get().preprocess(value, **arguments.fresh().preprocess)), None
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
@@ -105,7 +105,7 @@ class EqualWriter(Adapter):
         return [Unit(assembly, 0, key, self.cost(features, tokens + written) * plan.rows, features)]
 
     def _require_room(self, value: Any, arguments: Arguments) -> None:
-        """Raise ItemError (too_long) for a text beside a picture that is too long by far, unless it is asked to be cut."""
+        """Raise ItemError (too_long) for a text beside a picture that is much too long, unless the request asks to cut it."""
         longest = self._positions or context_length(self.pipe.model) or self.max_tokens
         if isinstance(value, Mapping) and not arguments.preprocess.get("truncation"):
             for one in value.values():
@@ -113,22 +113,22 @@ class EqualWriter(Adapter):
                     self.long_texts().require(one, longest)
 
     def cost(self, features: Mapping[str, torch.Tensor], tokens: int) -> int:
-        """What a row costs: its tokens, those of its prompt and of its answer, and its picture in patches."""
+        """The cost of a row: the tokens of its prompt and its answer, and its picture in patches."""
         return tokens + _numbers(features) // PATCH
 
     def _arguments(self, arguments: Arguments) -> dict[str, Any]:
-        """All arguments of generate() as the pipeline passes them."""
+        """All arguments that the pipeline passes to generate()."""
         generation = self._planner.merged(self.generation(arguments))[0]
         if type(self.pipe.model).generate is not GenerationMixin.generate:
             generation.pop("pad_token_id", None)  # such a model passes its own to its decoder
         return generation
 
     def _bounded(self, generation: dict[str, Any], prompt: int) -> dict[str, Any]:
-        """`generation` with no more new tokens than a learnt table of positions has room for."""
+        """`generation`, with no more new tokens than a learnt table of positions has room for."""
         if self._positions is None:
             return generation
         if prompt > self._positions:
-            # Refused here: on a GPU an index beyond the table breaks the device for every later input.
+            # It must be refused here: on a GPU an index beyond the table breaks the device for every later input.
             raise ItemError("too_long", f"the text has {prompt} tokens, the model takes {self._positions}", STAGE)
         room = {"max_new_tokens": self._positions - prompt + 1, "max_length": self._positions + 1}
         bounds = {name: min(bound, generation[name]) for name, bound in room.items() if generation.get(name)}

@@ -1,7 +1,8 @@
 """The adapter of decoders that write text: prompts and chats of different requests in one generate() call.
 
-Prompts are padded on the left, where the attention mask and the positions hide it; the warm-up proves that for each model.
-What may differ between requests moves into rows (`generation.py`), the rest is the key (`generation_plan.py`).
+Prompts are padded on the left, where the attention mask and the positions hide the padding; the warm-up proves this for each model.
+Arguments that may differ between requests apply to rows (`rows.py`); the other arguments are the key of the batch (`plan.py`).
+A finished row is released while the others are still being written. Prompts that are too long raise ItemError (too_long).
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from pipefleet_workers.adapters.writing.rows import Row, RowPenalty, RowSampler,
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 PROBED_TOKENS = 3
-"""How many steps the proof of exactness goes: the first reads the prompts, the later ones go on from the cache."""
+"""Steps of the proof of exactness: the first step reads the prompts, later steps continue from the cache."""
 KEPT_STOPS = 64
-"""Lists of stop strings whose tables, of one row a token, are kept."""
+"""Number of lists of stop strings whose tables are kept; a table has a row for each token."""
 _CUTTING = ("truncation", "handle_long_generation", "tokenizer_encode_kwargs")
-"""Arguments that may cut a prompt, which then is tokenised whole."""
+"""Arguments that may cut a prompt; such a prompt must be tokenised whole."""
 _SENSES = ("vision", "visual", "image", "audio")
-"""Parts of the names of encoders, whose positions are no tokens."""
+"""Parts of the names of encoders whose positions are not tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt with what was asked for; `ids` are its tokens."""
+    """One prompt and its arguments; `ids` are its tokens."""
 
     arguments: Arguments
     plan: Plan
@@ -55,7 +56,7 @@ class Request:
 class TextGenerator(Adapter):
     """text-generation: strings and chats. A sampled result depends on its seed and prompt, never on its neighbours."""
 
-    typical_size = 0  # made-up prompts say nothing of how long the answers are: the row's own budget holds
+    typical_size = 0  # not measured at warm-up, since made-up prompts give no typical answer; the table's cost is used
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -69,7 +70,7 @@ class TextGenerator(Adapter):
         return self._inputs([unit for unit in units for _ in range(_request(unit).plan.copies)])
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """For each unit its sequences, each a list of new tokens, or why it has none."""
+        """The sequences of each unit, each a list of new tokens; or the unit's failure."""
         if len(units) > 1 and not self._within_positions(units):
             return [output for unit in units for output in self.run(self.collate([unit]), [unit])]
         plan, prompt = _request(units[0]).plan, self.prompt_length(inputs)
@@ -78,24 +79,24 @@ class TextGenerator(Adapter):
         stops = RowStops(rows, prompt, self.tick, look=lambda tokens: self._release_ended(tokens, ended, stops, units))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
         arguments["logits_processor"] = self._processors(plan, rows, prompt)
-        if plan.min_length:  # it counts the prompt; a key with it holds prompts of one length only
+        if plan.min_length:  # it counts the prompt too; with it, all prompts of a batch have one length
             arguments["min_new_tokens"] = max(0, plan.min_length - prompt)
         with self._randomness(units):
             sequences = self._generate(inputs, stopping_criteria=StoppingCriteriaList([stops]), **arguments)
         return _outputs(sequences[:, prompt:].tolist(), stops, units)
 
     def _processors(self, plan: Plan, rows: Sequence[Row], prompt: int) -> LogitsProcessorList:
-        """What is done to the scores of each row, in transformers' order."""
+        """The processors for the scores of each row, in transformers' order."""
         processors: list[LogitsProcessor] = [] if plan.penalty == 1.0 else [RowPenalty(plan.penalty, rows)]
         if plan.sampling is not None:
             processors.append(RowSampler(rows, prompt, first=plan.first, last=plan.last))
         return LogitsProcessorList(processors)
 
     def _release_ended(self, tokens: torch.Tensor, ended: _Ended, stops: RowStops, units: Sequence[Unit]) -> None:
-        """Hand on the sequences of units that have all come to their ends, while others of the batch are still written."""
+        """Hand on the sequences of units whose rows have all ended, while other rows of the batch are still being written."""
         plan = _request(units[0]).plan
         if plan.beams > 1:
-            return  # which beam is the best is known at the end
+            return  # the best beam is known only at the end
         ends, have_ended = stops.ends(), ended.look(tokens)
         for index, unit in enumerate(units):
             own = range(index * plan.copies, (index + 1) * plan.copies)
@@ -107,15 +108,15 @@ class TextGenerator(Adapter):
                 self.release(unit, cut)
 
     def prompt_length(self, inputs: dict[str, Any]) -> int:
-        """How many tokens of what generate() returns stood there before it began."""
+        """How many tokens of generate()'s result existed before it began."""
         return int(inputs["input_ids"].shape[1])
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The outputs themselves: `run` has taken them apart."""
+        """The outputs themselves: `run` has split them already."""
         return list(outputs)
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """Logits behind each prompt, and behind its last token once and twice again."""
+        """Logits after each prompt, after its last token repeated once, and after its last token repeated twice."""
         probed = self._generate(
             self._inputs(units),
             max_new_tokens=PROBED_TOKENS,
@@ -148,7 +149,7 @@ class TextGenerator(Adapter):
 
     @property
     def _pad(self) -> int:
-        """Any token: what stands in padding is hidden."""
+        """The padding token. Any token will do, since padding is hidden."""
         known = self.pipe.tokenizer.pad_token_id
         return 0 if known is None else int(known)
 
@@ -168,11 +169,11 @@ class TextGenerator(Adapter):
         return [Unit(assembly, 0, key, length * plan.rows, features)]
 
     def _hears_padding(self, plan: Plan) -> bool:
-        """Whether even hidden padding would change what is written by this plan."""
+        """Whether hidden padding would still change the text of this plan."""
         return plan.equal_lengths or bool(plan.min_length)
 
     def _prompt_cost(self, request: Request, features: Any) -> int:
-        """Tokens that are read before the first is written."""
+        """Tokens that the model reads before it writes the first."""
         return len(request.ids)
 
     def _request(self, decoded: Decoded) -> tuple[Request, Any]:
@@ -186,15 +187,15 @@ class TextGenerator(Adapter):
         return Request(arguments, plan, prompt, ids, bound, self._stops.get(stop), seed), features
 
     def _nested(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The parameters as the pipeline looks for them."""
+        """The parameters in the form that the pipeline reads."""
         return parameters
 
     def _generation(self, arguments: Arguments) -> Mapping[str, Any]:
-        """The arguments of generate() among those of the pipeline's forward."""
+        """The arguments of generate(), taken from the arguments of the pipeline's forward."""
         return arguments.forward
 
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
-        """The prompt as the pipeline's postprocess takes it, its tokens, and what a unit holds of it: here, the tokens."""
+        """The prompt as the pipeline's postprocess takes it, its tokens, and the features of its unit (here: the tokens)."""
         if isinstance(value, str):
             if not any(arguments.preprocess.get(name) for name in _CUTTING):
                 self.long_texts().require(value, self._longest_prompt)
@@ -202,7 +203,7 @@ class TextGenerator(Adapter):
             return value, ids, ids
         final = arguments.preprocess.get("continue_final_message")
         continued = value[-1]["role"] == "assistant" if final is None else final
-        if continued:  # postprocess goes on with a text
+        if continued:  # postprocess appends to the last message, which must be a text
             value = [*value[:-1], _in_one_text(value[-1])]
         shown = value if self._knows_parts else [_in_one_text(one) for one in value]
         require_chat(self.pipe.tokenizer, shown, self.long_texts(), self._longest_prompt)
@@ -211,7 +212,7 @@ class TextGenerator(Adapter):
 
     @cached_property
     def _knows_parts(self) -> bool:
-        """Whether the chat template reads contents that are lists of parts; others would write such a list out as it is."""
+        """Whether the chat template reads contents that are lists of parts; other templates would print such a list."""
         text = "pipefleet"
         part = {"type": "text", "text": text}
         try:
@@ -235,16 +236,16 @@ class TextGenerator(Adapter):
         return self._positions or context_length(self.pipe.model) or self.max_tokens
 
     def _bounded(self, new_tokens: int, prompt: int) -> int:
-        """`new_tokens`, or as many as a table of positions has room for; the last token of all needs none."""
+        """`new_tokens`, but at most the room in a table of positions; the very last token needs no position."""
         longest = self._longest_prompt
         if prompt > longest:
-            # Refused here: on a GPU an index beyond a table breaks the device for every later input, and without a table
-            # the time and memory of one such prompt are everybody's.
+            # It must be refused here: on a GPU an index beyond a table breaks the device for every later input. Without a table,
+            # one such prompt takes the time and memory of all others.
             raise ItemError("too_long", f"the prompt has {prompt} tokens, the model takes {longest}", STAGE)
         return new_tokens if self._positions is None else min(new_tokens, self._positions - prompt + 1)
 
     def _within_positions(self, units: Sequence[Unit]) -> bool:
-        """Whether rows that have ended stay within the table of positions while the others go on."""
+        """Whether ended rows stay inside the table of positions while the other rows go on."""
         steps = max(_request(unit).max_new_tokens for unit in units)
         longest = max(len(_request(unit).ids) for unit in units)
         return self._positions is None or longest + steps - 1 <= self._positions
@@ -254,7 +255,7 @@ class TextGenerator(Adapter):
         return self._padded([_request(unit).ids for unit in units])
 
     def _shape(self, features: Any) -> Any:
-        """What must be equal where units may not be padded."""
+        """A key that must be equal when units may not be padded."""
         return len(features)
 
     def _padded(self, rows: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -273,7 +274,7 @@ class TextGenerator(Adapter):
 
     @contextlib.contextmanager
     def _randomness(self, units: Sequence[Unit]) -> Iterator[None]:
-        """Torch's own random numbers from the seed of a request that has the call for itself."""
+        """A context with torch's own random numbers from the seed of a request that has its own call."""
         if not _request(units[0]).plan.alone:
             yield
             return
@@ -284,7 +285,7 @@ class TextGenerator(Adapter):
 
 
 class _Ended:
-    """Which rows of one call have written a token that ends them. Reads each token once, so that long answers cost no more each."""
+    """Which rows of one call have written an end token. It reads each token once, so long answers do not make each look slower."""
 
     def __init__(self, plan: Plan) -> None:
         self._tokens = torch.tensor(sorted(plan.ends), dtype=torch.long)
@@ -292,7 +293,7 @@ class _Ended:
         self._seen = 0
 
     def look(self, tokens: torch.Tensor) -> list[bool]:
-        """For each row whether it has ended; `tokens` `[rows, steps]` are those of the look before, and newer ones."""
+        """For each row whether it has ended. `tokens` `[rows, steps]` holds the tokens of the last look, and newer tokens."""
         self._tokens = self._tokens.to(tokens.device)
         new = torch.isin(tokens[:, self._seen :], self._tokens).any(1).tolist()
         self._rows = [before or now for before, now in zip(self._rows or [False] * len(new), new, strict=True)]
@@ -301,7 +302,7 @@ class _Ended:
 
 
 class _StopStrings:
-    """Makes criteria for lists of stop strings, and keeps them: one takes a look at the whole vocabulary. Thread-safe."""
+    """Makes criteria for lists of stop strings, and keeps them: making one reads the whole vocabulary. Thread-safe."""
 
     def __init__(self, pipe: Any) -> None:
         self._tokenizer = copy.deepcopy(pipe.tokenizer)
@@ -309,7 +310,7 @@ class _StopStrings:
         self._known: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     def get(self, strings: Sequence[str]) -> Any:
-        """The criterion; None for no strings. Raises ItemError (bad_parameter) for those that no token can make."""
+        """The criterion; None without strings. Raises ItemError (bad_parameter) for strings that no tokens can form."""
         key = tuple(strings)
         if not key:
             return None
@@ -329,7 +330,7 @@ class _StopStrings:
 
 
 class _Repeat(LogitsProcessor):  # type: ignore[misc]
-    """Goes on with the last token whatever the scores: the proof must not hang on which of two like scores is larger."""
+    """Repeats the last token whatever the scores: the proof must not depend on which of two nearly equal scores is larger."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return torch.full_like(scores, -torch.inf).scatter(1, input_ids[:, -1:], 0.0)
@@ -350,7 +351,7 @@ def _rows(request: Request, unit: Unit, prompt: int) -> list[Row]:
 
 
 def _outputs(sequences: list[list[int]], stops: RowStops, units: Sequence[Unit]) -> list[list[list[int]] | JobFailure]:
-    """The sequences of each unit up to their ends; a failure for one whose job was stopped before all had ended."""
+    """The sequences of each unit up to their ends; a failure for a unit whose job was stopped before all its sequences ended."""
     plan, ends = _request(units[0]).plan, stops.ends()
     each, copies = len(sequences) // len(units), plan.copies
     outputs: list[list[list[int]] | JobFailure] = []
@@ -367,7 +368,7 @@ def _outputs(sequences: list[list[int]], stops: RowStops, units: Sequence[Unit])
 
 
 def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
-    """The tokens of one sequence, and whether it came to its end."""
+    """The tokens of one sequence, and whether the sequence ended."""
     tokens = tokens[:end] if end else tokens
     last = next((index for index, token in enumerate(tokens) if token in plan.ends), None)
     if last is not None:
@@ -395,17 +396,20 @@ def filled(
 
 
 def _is_tensors(kind: Any) -> bool:
-    """Whether a ReturnType asks for tokens; each module of pipelines has its own, and they are unequal."""
+    """Whether a ReturnType asks for tokens.
+
+    Compared by name: each pipeline module has its own ReturnType, and these are unequal.
+    """
     return getattr(kind, "name", None) == "TENSORS"
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Inputs of a model with their tensors on its device."""
+    """Inputs of a model, with their tensors on its device."""
     return {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in inputs.items()}
 
 
 def learnt_positions(decoder: torch.nn.Module, model: Any) -> int | None:
-    """How many positions the learnt tables of a model's decoder have; None where positions are computed."""
+    """How many positions the learnt tables of a model's decoder have; None if positions are computed."""
     tables = [
         module.num_embeddings
         for name, module in decoder.named_modules()
@@ -417,13 +421,13 @@ def learnt_positions(decoder: torch.nn.Module, model: Any) -> int | None:
 
 
 def context_length(model: Any) -> int | None:
-    """How many positions the model was made for; None where its config does not say."""
+    """How many positions the model was made for; None if its config does not say."""
     known: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return known
 
 
 def require_chat(template: Any, messages: Sequence[Mapping[str, Any]], texts: LongTexts, longest: int) -> None:
-    """Raise ItemError (too_long) for a chat that has more than `longest` tokens once `template`'s owner has written it out."""
+    """Raise ItemError (too_long) for a chat that has more than `longest` tokens in the form that `template` gives it."""
     if chat_characters(messages) <= LONG:
         return
     try:
@@ -442,7 +446,7 @@ def chat_characters(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of a chat with the texts of its parts joined."""
+    """A message of a chat, with the texts of its parts joined."""
     content = message["content"]
     return message if isinstance(content, str) else {**message, "content": "".join(part["text"] for part in content)}
 

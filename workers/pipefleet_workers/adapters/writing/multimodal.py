@@ -1,7 +1,8 @@
 """The adapter of image-text-to-text and any-to-any: chats and texts with pictures, sound and video in one generate() call.
 
-Prompts are padded on the left as in `generate.py`; tensors of media have no row of their own, they stand one after the other in
-the order of the rows, and a row without media adds none. Models that cannot do that are served by `EqualMultimodal`.
+Prompts are padded on the left as in `generate.py`. Tensors of media have no row for each prompt: they stand one after the other, in
+the order of the prompts, and a prompt without media adds nothing. `EqualMultimodal` serves models that cannot do this. Raises
+ItemError (bad_input, too_long) for prompts that cannot be read.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Assembly, ItemError, Unit
 
 VIDEO_FRAMES = 32
-"""Frames of a video that a model sees at most, evenly spread."""
+"""Most frames of a video that a model sees, evenly spread."""
 _PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
-"""Inputs with a place for each token; all others belong to media, and stand one after the other."""
+"""Inputs with a place for each token. All other inputs belong to media, and stand one after the other."""
 _EXAMPLE_PIXELS, _EXAMPLE_SAMPLES, _WORDS_ALONE = 224, 1_600, 10
 _MEDIA = ("images", "videos", "audio")
 
 
 class MultimodalGenerator(TextGenerator):
-    """Decoders whose own generate() is transformers': requests with and without media share a batch."""
+    """Decoders with transformers' own generate(): requests with and without media share a batch."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._positions = learnt_positions(pipe.model.get_decoder(), pipe.model)
 
     def example(self, size: int) -> Any:
-        """A chat: words alone when small, with a picture when larger, so that the proof looks at both in one batch."""
+        """A chat: words alone when small, with a picture when larger, so that the proof sees both in one batch."""
         return example_prompt(self.pipe, size)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """The model's inputs; none where media of these units cannot stand in one tensor, so that `run` takes them apart."""
+        """The model's inputs. Empty if the media of these units do not fit into one tensor; `run` then splits the batch."""
         return super().collate(units) if len(_stackable(units)) == 1 else {}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """For each unit its sequences, each a list of new tokens, or why it has none."""
+        """The sequences of each unit, each a list of new tokens; or the unit's failure."""
         if inputs:
             return super().run(inputs, units)
         outputs: dict[int, Any] = {}
@@ -67,7 +68,7 @@ class MultimodalGenerator(TextGenerator):
         return [outputs[index] for index in range(len(units))]
 
     def finish(self, assembly: Assembly) -> Any:
-        """`[{"input_text": …, "generated_text": …}]`, one for each sequence; media are left out of what is repeated."""
+        """`[{"input_text": …, "generated_text": …}]`, one for each sequence; the repeated input leaves out media."""
         request: Request = assembly.context
         records: list[Any] = []
         for tokens in filled(assembly.outputs[0], request, self.hidden):
@@ -101,7 +102,7 @@ class MultimodalGenerator(TextGenerator):
 
 
 class EqualMultimodal(EqualWriter):
-    """Encoder-decoders and models with a generate() of their own, such as BLIP and Florence: equal shapes only."""
+    """Encoder-decoders, and models with a generate() of their own, such as BLIP and Florence: equal shapes only."""
 
     def parse(self, parameters: Mapping[str, Any]) -> Arguments:
         """The pipeline's arguments."""
@@ -119,7 +120,7 @@ class EqualMultimodal(EqualWriter):
         return features, (prompt, ids)
 
     def finish(self, assembly: Assembly) -> Any:
-        """`[{"input_text": …, "generated_text": …}]`, one for each sequence; media are left out of what is repeated."""
+        """`[{"input_text": …, "generated_text": …}]`, one for each sequence; the repeated input leaves out media."""
         request: Writing = assembly.context
         prompt, ids = request.prompt
         return _records(self.copies.get(), assembly.outputs[0], ids, prompt, request.arguments)
@@ -130,13 +131,13 @@ class ImageTextWriter(Chosen):
 
     @staticmethod
     def choose(pipe: Any) -> type[Adapter]:
-        """By who wrote the model's generate()."""
+        """Chooses by whether the model has transformers' own generate()."""
         own = type(pipe.model).generate is not GenerationMixin.generate
         return EqualMultimodal if own or pipe.model.config.is_encoder_decoder else MultimodalGenerator
 
 
 def read_prompt(pipe: Any, value: Any, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Any]:
-    """The tensors of a text, a chat or a dict of text and media, and the prompt as the pipeline's postprocess takes it.
+    """The tensors of a text, a chat, or a dict of text and media; and the prompt in the form that the pipeline's postprocess takes.
 
     Raises ItemError (bad_input) for a chat with media beside it and for an empty prompt.
     """
@@ -150,19 +151,19 @@ def read_prompt(pipe: Any, value: Any, arguments: Arguments) -> tuple[dict[str, 
         value = chat([_shown_message(one) for one in value])
         last = value.messages[-1]
         if isinstance(last["content"], str) and _continues(value.messages, arguments):
-            last["content"] = [{"type": "text", "text": last["content"]}]  # postprocess goes on with the last part
+            last["content"] = [{"type": "text", "text": last["content"]}]  # postprocess appends to the last part
     if value in ("", []):
         raise ItemError("bad_input", "the prompt is empty", STAGE)
     features = dict(pipe.preprocess(value, **arguments.fresh().preprocess))
     prompt = features.pop("text")
     _require_sound(pipe.model.config, features)
-    if isinstance(prompt, list):  # one text, in a list of one
+    if isinstance(prompt, list):  # some processors return the one text in a list
         (prompt,) = prompt
     return features, prompt
 
 
 def require_prompt(adapter: Adapter, value: Any, longest: int) -> None:
-    """Raise ItemError (too_long) for a text or a chat with more than `longest` tokens, before any medium is looked at."""
+    """Raise ItemError (too_long) for a text or a chat with more than `longest` tokens, before any medium is read."""
     text = value.get("text") if isinstance(value, Mapping) else value
     if isinstance(text, str):
         adapter.long_texts().require(text, longest)
@@ -171,9 +172,9 @@ def require_prompt(adapter: Adapter, value: Any, longest: int) -> None:
 
 
 def _require_sound(config: Any, features: Mapping[str, Any]) -> None:
-    """Raise ItemError for recordings of one token each, where the model knows an expanded prompt by two tokens in a row.
+    """Raise ItemError for recordings of one token each, if the model recognises an expanded prompt by two tokens in a row.
 
-    Qwen2Audio takes such a prompt for one of an earlier release and fails, except next to a longer recording in its batch.
+    Qwen2Audio mistakes such a prompt for a prompt of an earlier release and fails, except beside a longer recording in its batch.
     """
     if config.model_type != "qwen2_audio" or "input_features" not in features:
         return
@@ -208,7 +209,7 @@ def _example_part(pipe: Any, seed: int) -> dict[str, Any] | None:
 
 
 def _as_called(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters as the pipeline looks for them: it knows one argument of generate() by its name."""
+    """The parameters in the form that the pipeline reads: it knows one argument of generate() by its own name."""
     return nested(parameters, but=("max_new_tokens",))
 
 
@@ -230,7 +231,7 @@ def _shown_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """A video as the frames that a model sees of it, `[frames, height, width, 3]`; anything else as it is."""
+    """A video as the frames that a model sees, `[frames, height, width, 3]`; any other value unchanged."""
     if not isinstance(value, Clip):
         return value
     count = value.count()
@@ -245,10 +246,10 @@ def _records(pipe: Any, sequences: Any, ids: Any, prompt: Any, arguments: Argume
 
 
 def _without_media(value: Any) -> Any:
-    """The messages of a chat with their parts of media named but left out; a text as it is, tokens as a list."""
+    """The messages of a chat, with each part of media reduced to its type; a text unchanged; tokens as a list."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
-    value = getattr(value, "messages", value)  # beside tokens the pipeline leaves the chat as it holds it
+    value = getattr(value, "messages", value)  # when it returns tokens, the pipeline returns its own Chat object
     if not isinstance(value, list):
         return value
     return [{**message, "content": _named(message["content"])} for message in value]
@@ -261,7 +262,7 @@ def _named(content: Any) -> Any:
 
 
 def _stackable(units: Sequence[Unit]) -> list[list[int]]:
-    """Positions of units, grouped so that the media of each group have equal shapes; units without media fit anywhere."""
+    """Positions of units, grouped so that the media of each group have equal shapes; units without media fit into any group."""
     groups: list[tuple[dict[str, Any], list[int]]] = []
     for index, unit in enumerate(units):
         shapes = {name: _shape_of(value) for name, value in unit.features.items() if name not in _PER_TOKEN}
@@ -277,7 +278,9 @@ def _stackable(units: Sequence[Unit]) -> list[list[int]]:
 
 
 def _shape_of(value: Any) -> Any:
-    return tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else object()  # a list is joined with nothing
+    return (
+        tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else object()
+    )  # a list cannot be joined with others
 
 
 def _one_after_the_other(values: list[Any]) -> Any:
@@ -285,7 +288,7 @@ def _one_after_the_other(values: list[Any]) -> Any:
 
 
 def _left_padded(rows: Sequence[torch.Tensor | None], ids: torch.Tensor) -> torch.Tensor:
-    """`[rows, tokens, …]` with zeros in front of shorter rows and in the place of missing ones."""
+    """`[rows, tokens, …]` with zeros before shorter rows and in place of missing rows."""
     found = next(row for row in rows if row is not None)
     padded = torch.zeros((len(rows), ids.shape[1], *found.shape[2:]), dtype=found.dtype)
     for index, row in enumerate(rows):

@@ -1,4 +1,7 @@
-"""Arguments of generate() among the parameters of a request: where pipelines look for them, and which tokens they may name."""
+"""Finds the arguments of generate() among the parameters of a request, and checks the tokens that they name.
+
+Pipelines look for these arguments in different places. Wrong tokens raise ItemError (bad_parameter).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ FLOATS = frozenset({
     "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
     "encoder_repetition_penalty", "length_penalty", "guidance_scale",
 })  # fmt: skip
-"""JSON has one kind of number; transformers refuses a penalty of 2 where it takes 2.0."""
+"""Arguments that must be floats. JSON has one kind of number; transformers refuses a penalty of 2 and takes 2.0."""
 _STOPS = ("stop", "stop_strings", "stop_sequence")
 _TOKENS = (
     "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
@@ -24,9 +27,9 @@ NO_END = -1
 
 
 def nested(parameters: Mapping[str, Any], *, but: Sequence[str] = ()) -> dict[str, Any]:
-    """The parameters with arguments of generate() moved into `generate_kwargs`, but for those of names `but`.
+    """The parameters, with arguments of generate() moved into `generate_kwargs`, except the names in `but`.
 
-    A keyword goes before what `generate_kwargs` says of the same argument.
+    A keyword wins over the same argument inside `generate_kwargs`.
     """
     moved = {name: value for name, value in parameters.items() if name in GENERATION and name not in but}
     if not moved:
@@ -36,13 +39,16 @@ def nested(parameters: Mapping[str, Any], *, but: Sequence[str] = ()) -> dict[st
 
 
 def apart(parameters: Mapping[str, Any], *, but: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters without the arguments of generate(), and these: for a pipeline that takes them from nobody's call."""
+    """The parameters without the arguments of generate(), and these arguments: for a pipeline that takes them from no call."""
     generation = {name: value for name, value in parameters.items() if name in GENERATION and name not in but}
     return {name: value for name, value in parameters.items() if name not in generation}, generation
 
 
 def without_stops(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The parameters without their stop strings, and these. `stop_sequence` goes before `stop_strings`, as in transformers."""
+    """The parameters without their stop strings, and the stop strings.
+
+    `stop_sequence` wins over `stop_strings`, as in transformers.
+    """
     rest, found = dict(parameters), {name: parameters.get(name) for name in _STOPS}
     if isinstance(rest.get(NESTED), Mapping) and _STOPS[1] in rest[NESTED]:
         inner = dict(rest[NESTED])
@@ -57,7 +63,7 @@ def without_stops(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
 
 
 def generation_of(arguments: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:
-    """Arguments as generate() takes them. Raises ItemError (bad_parameter) for tokens beyond the vocabulary.
+    """Arguments in the form that generate() takes. Raises ItemError (bad_parameter) for tokens beyond the vocabulary.
 
     On a GPU an index beyond the table of embeddings breaks the device for every later input.
     """
@@ -65,7 +71,7 @@ def generation_of(arguments: Mapping[str, Any], vocabulary: int | None) -> dict[
         require_tokens(name, arguments.get(name), vocabulary)
     for sequence, _ in arguments.get("sequence_bias") or ():
         require_tokens("sequence_bias", sequence, vocabulary)
-    # Whether earlier steps are kept changes nothing but the time.
+    # `use_cache` changes only the time, so it must not split batches.
     found = {name: value for name, value in arguments.items() if name != "use_cache"}
     for name in FLOATS & found.keys():
         if isinstance(found[name], int):
@@ -79,7 +85,7 @@ def generation_of(arguments: Mapping[str, Any], vocabulary: int | None) -> dict[
 
 
 def require_tokens(name: str, given: Any, vocabulary: int | None) -> None:
-    """Raise ItemError (bad_parameter) for a token that is none of the model's."""
+    """Raise ItemError (bad_parameter) for a token that the model does not have."""
     lowest = NO_END if name == "eos_token_id" else 0
     for token in _each(given):
         if token < lowest or (vocabulary is not None and token >= vocabulary):
@@ -88,7 +94,7 @@ def require_tokens(name: str, given: Any, vocabulary: int | None) -> None:
 
 
 def vocabulary_of(model: Any) -> int | None:
-    """How many tokens the model's decoder knows; None where its config does not say."""
+    """How many tokens the model's decoder knows; None if its config does not say."""
     found: int | None = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     return found
 

@@ -1,6 +1,8 @@
-"""From the parameters of a request to a `Plan`: what its neighbours in a generate() call must share, and what is its own.
+"""Turns the parameters of a request into a `Plan`: the part that all requests of a generate() call share, and its own part.
 
-Defaults come from three places (the call, the model's generation config, the pipeline); transformers merges them, we only read.
+Defaults come from three places: the call, the model's generation config, the pipeline. transformers merges them; this module only
+reads the result. `TextGenerator` asks for a plan for each request. Arguments that generate() refuses raise ItemError
+(bad_parameter).
 """
 
 from __future__ import annotations
@@ -35,27 +37,27 @@ _OFF = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one set of parameters asks for."""
+    """The plan of one set of parameters."""
 
     shared: Mapping[str, Any]
-    """Arguments of generate() that must be equal within a batch; `key` is equal when they are."""
+    """Arguments of generate() that must be equal within a batch; plans with equal arguments have an equal `key`."""
     key: str
     max_new_tokens: int | None
     max_length: int | None
-    """Bound of prompt and answer together, in tokens; holds where `max_new_tokens` is None."""
+    """Bound of prompt and answer together, in tokens; used if `max_new_tokens` is None."""
     default_length: int | None
-    """How many tokens follow where neither was asked for: transformers' own length counts behind the prompt."""
+    """Number of new tokens if the request sets neither bound: transformers' default length does not count the prompt."""
     min_length: int
     sequences: int
     beams: int
     sampling: Sampling | None
-    """None where generate() itself chooses the tokens: greedy and with beams."""
+    """None if generate() itself chooses the tokens: greedy search and beams."""
     equal_bounds: bool
     """Whether the number of new tokens must be equal in a batch too."""
     equal_lengths: bool
-    """Whether even hidden padding would change the result."""
+    """Whether hidden padding would still change the result."""
     alone: bool
-    """Whether it must have a call for itself, with torch's own random numbers seeded."""
+    """Whether the request must have its own call, with torch's own random numbers seeded."""
     ends: frozenset[int]
     """Tokens that end a sequence."""
     fills: frozenset[int]
@@ -63,17 +65,17 @@ class Plan:
     fill: int
     """The token with which generate() makes the sequences of one input equally long."""
     penalty: float = 1.0
-    """The repetition penalty of a batch, where our own takes the place of transformers', which hears padding; 1.0 for none."""
+    """The repetition penalty that `RowPenalty` applies, since transformers' own hears padding; 1.0 for none."""
     reads_encoder: bool = False
-    """Whether tokens that an encoder reads count, so that its padding would be heard."""
+    """Whether arguments look at the encoder's tokens, so that the encoder's padding would change the result."""
     first: tuple[Any, ...] = ()
-    """Warpers of sampled scores behind the temperature …"""
+    """Warpers of sampled scores, applied after the temperature."""
     last: tuple[Any, ...] = ()
-    """… and behind top_p."""
+    """Warpers of sampled scores, applied after top_p."""
 
     @property
     def copies(self) -> int:
-        """Rows of a request in the call: sampled sequences are rows of their own, beams are made by generate()."""
+        """Rows of a request in the call. Each sampled sequence is a row; beams are not, since generate() makes them."""
         return self.sequences if self.sampling is not None else 1
 
     @property
@@ -82,7 +84,7 @@ class Plan:
         return max(self.copies, self.beams)
 
     def new_tokens(self, prompt: int) -> int:
-        """How many tokens may follow a prompt of `prompt` tokens. Raises ItemError (too_long) when `max_length` leaves none."""
+        """How many tokens may follow a prompt of `prompt` tokens. Raises ItemError (too_long) if `max_length` leaves none."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.default_length is not None:
@@ -103,7 +105,7 @@ class Planner:
         self._vocabulary = vocabulary_of(pipe.model)
 
     def plan(self, key: str, forward: Mapping[str, Any]) -> Plan:
-        """The plan for the forward arguments that `key` stands for. Raises ItemError (bad_parameter)."""
+        """The plan for the forward arguments of this `key`. Raises ItemError (bad_parameter)."""
         plan = self._known.get(key)
         if plan is None:
             if len(self._known) >= REMEMBERED:
@@ -118,9 +120,8 @@ class Planner:
         prefix = forward.pop("prefix_length", 0)
         arguments, config = self.merged(forward)
         mode, marked = config.get_generation_mode(), config.watermarking_config is not None
-        sampled = (
-            mode == _Mode.SAMPLE and not marked
-        )  # a watermark lies upon scores, of which a row's own draw leaves one
+        # A watermark changes the scores, and `RowSampler` would leave only one score of each row.
+        sampled = mode == _Mode.SAMPLE and not marked
         beams, sequences = config.num_beams or 1, config.num_return_sequences or 1
         if mode != _Mode.SAMPLE and sequences > beams:
             text = f"num_return_sequences is {sequences}, but without sampling it is at most num_beams, {beams}"
@@ -155,13 +156,13 @@ class Planner:
         )
 
     def _has_default_length(self, arguments: Mapping[str, Any]) -> bool:
-        """As generate() finds it: what the call and the model leave open."""
+        """Whether neither the call nor the model sets a length, as generate() checks it."""
         return arguments.get("max_length") is None and self._pipe.model.generation_config.max_length is None
 
     def merged(self, forward: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """The arguments that the pipeline passes to generate(), and the config that generate() makes of them.
 
-        Raises ItemError (bad_parameter) for those that generate() refuses.
+        Raises ItemError (bad_parameter) for arguments that generate() refuses.
         """
         given = generation_of(forward, self._vocabulary)
         try:
@@ -170,12 +171,12 @@ class Planner:
         except (TypeError, ValueError) as error:
             raise ItemError("bad_parameter", f"generate() refuses the parameters: {error}", STAGE) from None
         if NO_END in _ids(config.eos_token_id) and (config.pad_token_id is None or config.pad_token_id < 0):
-            arguments = {**arguments, "pad_token_id": 0}  # rows that have ended are filled with it, and it is looked up
+            arguments = {**arguments, "pad_token_id": 0}  # it fills ended rows, and the model looks up its embedding
         return arguments, config
 
 
 def _shared(arguments: Mapping[str, Any], *, sampled: bool) -> dict[str, Any]:
-    """Arguments without those that become a row's own; what samples rows goes through the greedy search."""
+    """Arguments without each row's own arguments; a call whose rows sample runs as greedy search."""
     own = _OWN_BOUNDS | _OWN_CHOICE if sampled else _OWN_BOUNDS
     shared = {name: value for name, value in arguments.items() if name not in own}
     return {**shared, "do_sample": False, "num_return_sequences": 1} if sampled else shared
@@ -187,16 +188,17 @@ def _sampling(config: Any) -> Sampling:
 
 
 def _require_temperature(config: Any) -> None:
-    """Raise ItemError (bad_parameter) for a temperature of 0 where tokens are drawn; otherwise nobody reads it."""
+    """Raise ItemError (bad_parameter) for a temperature of 0 when tokens are drawn; otherwise the temperature is not used."""
     if config.do_sample and config.temperature == 0:
         text = "temperature must be above 0; pass do_sample=false for the most probable tokens"
         raise ItemError("bad_parameter", text, STAGE)
 
 
 def _penalty(config: Any) -> float:
-    """The repetition penalty, where ours gives what transformers' gives without padding.
+    """The repetition penalty, if `RowPenalty` gives the result that transformers' penalty gives without padding.
 
-    Ours comes behind those of `_AFTER_PENALTY`, which transformers applies after it: with these, transformers' own stays.
+    `RowPenalty` runs after the processors of `_AFTER_PENALTY`; transformers runs them after its penalty. With one of them,
+    transformers' own penalty stays.
     """
     asked = config.repetition_penalty
     later = any(getattr(config, name, None) for name in _AFTER_PENALTY) or _is_unusual(config)
@@ -216,7 +218,7 @@ def _reads_encoder(config: Any) -> bool:
 
 
 def _warpers(config: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Those behind the temperature and those behind top_p, of the call or of the model's own generation config."""
+    """The warpers after the temperature and the warpers after top_p, of the call or of the model's generation config."""
     top_h = getattr(config, "top_h", None)
     first = () if top_h is None else (generation.TopHLogitsWarper(top_h=top_h),)
     last = tuple(
@@ -228,12 +230,12 @@ def _warpers(config: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _warped(config: Any) -> list[Any]:
-    """What two plans must have in common to share their warpers."""
+    """The values that two plans must share in order to share their warpers."""
     return [getattr(config, name, None) for name in ("top_h", *_LAST_WARPERS)]
 
 
 def _is_unusual(config: Any) -> bool:
-    """Whether the model's config asks for what is not known to leave neighbours alone."""
+    """Whether the config asks for something that may change the neighbours of a row."""
     guided = getattr(config, "guidance_scale", None) not in (None, 1, 1.0)
     return guided or getattr(config, "watermarking_config", None) is not None
 

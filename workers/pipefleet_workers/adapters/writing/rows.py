@@ -1,7 +1,8 @@
-"""Requests with different parameters in one generate() call, each with the result that it has alone.
+"""Requests with different parameters in one generate() call; each gets the result that it gets alone.
 
-`RowStops` ends every row by its own bounds, `RowSampler` draws every row's tokens from its own seed. What they cannot take
-apart, such as the number of beams, must be equal within a batch (see `generation_plan`).
+`RowStops` ends every row by its own bounds; `RowSampler` draws every row's tokens from its own seed. Arguments that cannot be
+applied row by row, such as the number of beams, must be equal within a batch (see `plan.py`). `TextGenerator.run` makes these
+objects for one call; generate() calls them at every step.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pipefleet_workers.items import JobContext, Work
 
 STAGE = "forward"
 LOOK_STEPS = 8
-"""How often somebody looks at the sequences so far: a look waits for the device."""
+"""How many steps lie between two looks at the sequences: a look waits for the device."""
 _NO_TOKEN = torch.iinfo(torch.int32).max
-"""Stands for padding where stop strings are looked for: it is above every vocabulary, and so part of no string."""
+"""Stands for padding in the search for stop strings: it lies above every vocabulary, so no string contains it."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
-"""Constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers: torch has no arithmetic on unsigned ones."""
+"""Constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers: torch has no unsigned arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +40,20 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of a generate() call, or the beams of one request. `padding` counts tokens in front of its prompt."""
+    """One sequence of a generate() call, or the beams of one request. `padding` counts the tokens before its prompt."""
 
     job: JobContext
     max_new_tokens: int
     padding: int = 0
     stop: Any = None
-    """A `StopStringCriteria`, the same object for rows with the same stop strings; None for none."""
+    """A `StopStringCriteria`, the same object for rows with the same stop strings; None without stop strings."""
     sampling: Sampling | None = None
     seed: int = 0
     """From `row_seed`: signed, 64 bits."""
 
 
 class RowStops(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row at its own `max_new_tokens`, at its stop strings, or when its job's deadline passes or it is cancelled.
+    """Ends a row at its own `max_new_tokens`, at its stop strings, at its job's deadline, or when its job is cancelled.
 
     generate() fills ended rows with padding and returns when no row is left. For one call, on one thread.
     """
@@ -65,10 +66,10 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         *,
         look: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        """`prompt` is the padded length of the prompts. With beams, rows of the call are taken in equal groups.
+        """`prompt` is the padded length of the prompts. With beams, the rows of the call form equal groups.
 
-        `tick` is called at every step: a long generation is a sign of life, not a hung forward. `look` gets the new tokens of
-        every row, where they lie, each `LOOK_STEPS` steps.
+        `tick` is called at every step: a long generation is a sign of life, not a hung forward. Every `LOOK_STEPS` steps `look`
+        gets the new tokens of every row, on their device.
         """
         self._tick = tick
         self._look = look
@@ -81,7 +82,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
             if row.stop is not None:
                 self._stops[id(row.stop)].append(index)
         self.stopped: dict[int, tuple[int, JobFailure]] = {}
-        """Rows whose job was stopped, with the number of new tokens that they had then, and why."""
+        """Rows whose job was stopped, with their number of new tokens at that time, and the failure."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """A bool for each row of `input_ids`: whether it has ended."""
@@ -103,7 +104,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         return done
 
     def ends(self) -> list[int]:
-        """For each row the number of new tokens at which its own bounds ended it, 0 for none. Not known for beams."""
+        """For each row the number of new tokens at which its own bounds ended it; 0 if they did not. Not known for beams."""
         return [int(end) for end in self._ended.tolist()]
 
     def _stop_string_in(self, ids: torch.Tensor, indices: Sequence[int], group: int) -> torch.Tensor:
@@ -124,34 +125,34 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
 
 
 class RowPenalty(LogitsProcessor):  # type: ignore[misc]
-    """The repetition penalty of transformers, without hearing the padding in front of shorter prompts."""
+    """The repetition penalty of transformers, without the padding before shorter prompts."""
 
     def __init__(self, penalty: float, rows: Sequence[Row]) -> None:
         self._inner = RepetitionPenaltyLogitsProcessor(penalty=penalty)
         self._padding = torch.tensor([row.padding for row in rows])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores with those of each row's own tokens lowered; with beams, rows of the call are taken in equal groups."""
+        """Scores, with the scores of each row's own tokens lowered. With beams, the rows of the call form equal groups."""
         self._padding = self._padding.to(input_ids.device)
         group = input_ids.shape[0] // len(self._padding)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         padded = positions < self._padding.repeat_interleave(group)[:, None]
-        # How often a token stands there does not count, so that the last one may stand for padding.
+        # The penalty does not count repetitions, so the row's last token may take the place of padding.
         lowered: torch.Tensor = self._inner(torch.where(padded, input_ids[:, -1:], input_ids), scores)
         return lowered
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]
-    """Samples each row with its own temperature, top_k, top_p and seed: leaves one token possible, so `do_sample` is False.
+    """Samples each row with its own temperature, top_k, top_p and seed. It leaves one token possible, so `do_sample` is False.
 
     The largest score plus Gumbel noise is a draw from the softmax. The noise is a hash of seed, step and token, so it is the
-    same next to any neighbours and on any device. Scores are bounded as transformers does it, in the same order.
+    same beside any neighbours and on any device. Scores are bounded as in transformers, in the same order.
     """
 
     def __init__(
         self, rows: Sequence[Row], prompt: int, *, first: Sequence[Any] = (), last: Sequence[Any] = ()
     ) -> None:
-        """`first` and `last` are warpers that all rows share, applied after the temperature and after top_p."""
+        """All rows share the warpers `first`, applied after the temperature, and `last`, applied after top_p."""
         wanted = [row.sampling or Sampling() for row in rows]
         self._prompt = prompt
         self._first, self._last = first, last
@@ -175,7 +176,7 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]
 
 
 def gumbel(seeds: torch.Tensor, step: int, tokens: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise in float64 for `tokens` `[rows, n]`, a function of the row's seed, the step and the token alone."""
+    """Gumbel noise in float64 for `tokens` `[rows, n]`; it depends only on the row's seed, the step and the token."""
     stream = _mixed(_mixed(seeds) + torch.full_like(seeds, step + 1) * _STEP)
     bits = _shifted(_mixed(stream[:, None] + (tokens + 1) * _STEP), 12)
     uniform = (bits.double() + 0.5) * 2.0**-52
@@ -183,12 +184,12 @@ def gumbel(seeds: torch.Tensor, step: int, tokens: torch.Tensor) -> torch.Tensor
 
 
 def default_seed(work: Work, chunk: int = 0) -> int:
-    """The seed of a request that names none: another for each item, the same whenever its job runs again."""
+    """The seed of a request without one: different for each item, the same whenever its job runs again."""
     return _digest(f"{work.job.run_id or work.job.id}/{work.item.id}/{chunk}")
 
 
 def row_seed(seed: int, sequence: int) -> int:
-    """The seed of one of the sequences that a request asks for."""
+    """The seed of one of a request's sequences."""
     return _digest(f"{seed}/{sequence}")
 
 
@@ -197,19 +198,19 @@ def _digest(text: str) -> int:
 
 
 def _mixed(values: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64. Products wrap around, as they must."""
+    """The finaliser of SplitMix64. Products wrap around, as its definition requires."""
     values = (values ^ _shifted(values, 30)) * _FIRST
     values = (values ^ _shifted(values, 27)) * _SECOND
     return values ^ _shifted(values, 31)
 
 
 def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """A shift to the right that brings in zeros; torch's own brings in the sign."""
+    """A shift to the right that fills with zeros; torch's own shift fills with the sign."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _within_top_k(scores: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
-    """Each row's own `top_k`; as in transformers, tokens that tie with the last one stay."""
+    """Each row's own `top_k`; as in transformers, tokens that tie with the last token stay."""
     width = scores.shape[-1]
     bounds = [min(bound, width) for bound in top_k]
     if not any(bounds):
@@ -221,7 +222,7 @@ def _within_top_k(scores: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
 
 
 def _within_top_p(scores: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
-    """Each row's own `top_p`, for those that have one."""
+    """Each row's own `top_p`, for rows that have one."""
     rows = [index for index, bound in enumerate(top_p) if bound < 1.0]
     if not rows:
         return scores
@@ -235,7 +236,7 @@ def _within_top_p(scores: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
 
 
 def _possible(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and ids of the tokens that are left: noise for a whole vocabulary costs more than to look for them."""
+    """Scores and ids of the tokens that are still possible: noise for a whole vocabulary costs more than this search."""
     width = scores.shape[-1]
     most = max(1, int((scores > -torch.inf).sum(1).max()))
     if 4 * most > width:

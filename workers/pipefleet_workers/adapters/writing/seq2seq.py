@@ -1,7 +1,7 @@
-"""The adapter of encoder-decoders that write text: summaries, translations, anything that a model makes of a text.
+"""The adapter of encoder-decoders that write text: summaries, translations, and any other text that a model makes of a text.
 
-Texts are padded on the right, where the encoder's mask hides them; every decoder begins with the same token, so that nothing
-of it is padded, and requests may differ in what `TextGenerator` leaves to their rows.
+Texts are padded on the right, where the encoder's mask hides the padding. Every decoder begins with one token, so no decoder input
+is padded. Requests may differ in the same arguments as in `TextGenerator`.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class TextRewriter(TextGenerator):
         self._readable = position_limit(pipe.model.get_encoder())
 
     def example(self, size: int) -> str:
-        """As many words, or fewer where the model has no positions for them."""
+        """`size` words, or fewer if the model has no positions for them."""
         words = size if self._readable is None else min(size, self._readable // 3)
         return " ".join((["the", "sea", "of", "trees"] * size)[:words])
 
     def example_parameters(self) -> Mapping[str, Any]:
-        """Two languages for a model that must be told them."""
+        """Two languages, for a model that must be told them."""
         languages = getattr(self.pipe, "languages", ())
         return {"src_lang": languages[0], "tgt_lang": languages[-1]} if languages else {}
 
     def prompt_length(self, inputs: dict[str, Any]) -> int:
-        """generate() puts one token in front of what it writes."""
+        """1: generate() puts one token before the text."""
         return 1
 
     def finish(self, assembly: Assembly) -> Any:
-        """`[{"summary_text": …}]` or as the task calls it, one for each sequence."""
+        """`[{"summary_text": …}]`, with the key of the task; one for each sequence."""
         request: Request = assembly.context
         tensors = bool(request.arguments.postprocess.get("return_tensors"))
         written = filled(assembly.outputs[0], request, self.hidden, all_shown=tensors)
@@ -64,7 +64,7 @@ class TextRewriter(TextGenerator):
         return value, torch.zeros(1, dtype=torch.long), ids
 
     def _hears_padding(self, plan: Plan) -> bool:
-        """Mostly not: padding lies in the encoder, away from what counts and compares the tokens that were written."""
+        """Usually not: padding lies in the encoder, away from the arguments that count and compare written tokens."""
         return plan.reads_encoder
 
     def _begin(self, request: Request) -> int:

@@ -1,5 +1,5 @@
-"""Real small models and sample media, for a first run and for the tests, without a network.
+"""Real small models and sample media, without a network, for a first run and for the tests.
 
-`weights` gives Hugging Face folders out of the packages of the `demo` extra, `assets` the paths of the
-project's own recordings, pictures and texts. Nothing else in the worker imports this package.
+`weights` makes Hugging Face folders of the packages of the `demo` extra; `assets` has the paths of the project's own recordings,
+pictures and texts. No other room of the worker imports this package.
 """

@@ -23,16 +23,15 @@ _DTYPES: dict[int, npt.DTypeLike] = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: 
 
 
 class ModelFileError(ValueError):
-    """The file is not a whole CTranslate2 model; the message names the file and what is wrong with it."""
+    """The file is not a whole CTranslate2 model; the message names the file and its fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
     """The content of a `model.bin`.
 
-    `version` is that of the file format, `revision` that of `spec`, the architecture's name (`WhisperSpec`).
-    `tensors` maps names such as `decoder/embeddings/weight` to read-only arrays, and `aliases` further names
-    to names in `tensors`.
+    `version` is the version of the file format; `revision` belongs to `spec`, the architecture's name (`WhisperSpec`). `tensors`
+    maps names such as `decoder/embeddings/weight` to read-only arrays; `aliases` maps further names to names in `tensors`.
     """
 
     version: int
@@ -60,7 +59,7 @@ def read_model(path: Path) -> ModelFile:
 
 
 class _Reader:
-    """A cursor over the file's bytes; every read checks what is left first."""
+    """A cursor over the file's bytes; every read first checks the remaining bytes."""
 
     def __init__(self, data: bytes, path: Path) -> None:
         self._data = memoryview(data)

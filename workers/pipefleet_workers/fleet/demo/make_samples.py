@@ -1,9 +1,8 @@
 """Makes the sample media in `samples/` again: `python -m pipefleet_workers.fleet.demo.make_samples`.
 
-In: `samples/passages.txt`, sentences of nineteenth-century books. Out: recordings and their
-`transcripts.tsv`, pictures, `texts.jsonl`, always the same with the same tools. Needs the program espeak-ng
-(1.51 was used; on Debian `apt install espeak-ng`) and the `workers` extra. The samples are kept with the
-project; only who changes them runs this.
+In: `samples/passages.txt`, sentences of nineteenth-century books. Out: recordings and their `transcripts.tsv`, pictures,
+`texts.jsonl`; the same tools always give the same files. It needs the program espeak-ng (1.51 was used; on Debian `apt install
+espeak-ng`) and the `workers` extra. The samples are kept with the project; run this only to change them.
 """
 
 import io
@@ -27,7 +26,7 @@ Samples = npt.NDArray[np.int16]
 
 RATE = 16_000
 _SAMPLES = Path(__file__).parent / "samples"
-# Whisper tiny.en understood no voice clearly better, see the figures in samples/README.md.
+# Whisper tiny.en understands no other voice clearly better, see the figures in samples/README.md.
 _VOICE, _WORDS_PER_MINUTE = "en-us", 150
 _CODECS = {".mp3": "libmp3lame", ".ogg": "libopus", ".m4a": "aac"}
 _BIT_RATE = 24_000
@@ -129,11 +128,11 @@ def resampled(samples: Samples, rate: int) -> Samples:
 
 
 def store(samples: Samples, path: Path) -> None:
-    """Encode `samples` in the format of the suffix of `path`; lossy ones at 24 kbit/s."""
+    """Encode `samples` in the format of the suffix of `path`; lossy formats at 24 kbit/s."""
     if path.suffix in (".wav", ".flac"):
         soundfile.write(path, samples, RATE, subtype="PCM_16")
         return
-    # bitexact leaves out encoder versions and random stream numbers: the same sound gives the same file.
+    # bitexact leaves out encoder versions and random stream numbers, so the same sound gives the same file.
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(_CODECS[path.suffix], rate=RATE, layout="mono")
         assert isinstance(stream, av.AudioStream)

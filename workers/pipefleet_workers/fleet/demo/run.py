@@ -1,4 +1,4 @@
-"""`pipefleet demo`: a whole fleet on this machine, and two real bulk jobs through it, from a bucket back to the bucket."""
+"""`pipefleet demo`: runs a whole fleet on this machine, and two real bulk jobs through it, from a bucket back to the bucket."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ parameters = {{ pooling = "mean", normalize = true, truncation = true }}
 
 
 def run_demo(data: Path, *, stay: bool) -> int:
-    """Start the fleet, run both jobs, show what came out. With `stay`, keep the fleet up until Ctrl-C.
+    """Start the fleet, run both jobs, print their results. With `stay`, keep the fleet up until Ctrl-C.
 
     Returns the exit code: 1 when an item failed. Raises UsageError when the demo packages are missing.
     """
@@ -68,7 +68,7 @@ def write_fleet(data: Path) -> Path:
 
 
 def upload_samples(store: ObjectStore) -> tuple[str, str]:
-    """Copy the sample media to the bucket; returns the prefix of the recordings and the URI of the manifest of texts."""
+    """Copy the sample media to the bucket. Returns the prefix of the recordings and the URI of the manifest of texts."""
     for path in assets.recordings():
         store.put(f"{SAMPLES}audio/{path.name}", path.read_bytes(), content_type="audio/*")
     for path in assets.pictures():

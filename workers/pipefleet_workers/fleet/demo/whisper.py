@@ -1,7 +1,7 @@
-"""Turns the CTranslate2 weights of an English-only Whisper into a Hugging Face folder.
+"""Turns the CTranslate2 weights of an English-only Whisper into a Hugging Face folder. `weights` calls it.
 
-In: a folder with `model.bin`, `config.json` and `tokenizer.json`, as faster-whisper's models have. Out: a
-folder that `transformers.pipeline("automatic-speech-recognition", model=folder)` loads.
+In: a folder with `model.bin`, `config.json` and `tokenizer.json`, as faster-whisper's models have. Out: a folder that
+`transformers.pipeline("automatic-speech-recognition", model=folder)` loads. A foreign model raises ModelFileError.
 """
 
 import json
@@ -47,7 +47,7 @@ def convert(source: Path, target: Path) -> None:
     except KeyError as error:
         raise ModelFileError(f"{path} lacks {error}; give an unmodified Whisper model.") from None
     target.mkdir(parents=True, exist_ok=True)
-    # Not save_pretrained: that draws a progress bar on the user's terminal and leaves a file only its owner
+    # Not save_pretrained, since it draws a progress bar on the user's terminal and leaves a file only its owner
     # may read.
     (target / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
     config.save_pretrained(target)
@@ -65,7 +65,7 @@ def _state(tensors: Mapping[str, Array], config: WhisperConfig) -> dict[str, tor
 
 
 def _check(state: Mapping[str, torch.Tensor], config: WhisperConfig) -> None:
-    """Refuse what from_pretrained would only warn about: it fills absent weights with random numbers."""
+    """Refuse weights that from_pretrained would only warn about: it fills absent weights with random numbers."""
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     expected = {name: value.shape for name, value in model.state_dict().items() if name != "proj_out.weight"}
@@ -139,7 +139,7 @@ def _processor(source: Path) -> WhisperProcessor:
 
 
 def _renamed(tensors: Mapping[str, Array], config: WhisperConfig) -> Iterator[tuple[str, Array]]:
-    """Every weight of the Hugging Face model but the tied output projection, under its name there."""
+    """Every weight of the Hugging Face model except the tied output projection, under its name there."""
     for conv in ("conv1", "conv2"):
         yield from _linear(tensors, f"encoder/{conv}", f"model.encoder.{conv}")
     yield "model.decoder.embed_tokens.weight", tensors["decoder/embeddings/weight"]

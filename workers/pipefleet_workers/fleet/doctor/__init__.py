@@ -1,1 +1,1 @@
-"""`pipefleet doctor`: is everything there that a fleet needs, and what to do about what is not."""
+"""`pipefleet doctor`: checks everything that a fleet needs, and tells the remedy for each fault."""

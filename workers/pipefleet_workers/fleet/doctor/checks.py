@@ -1,4 +1,7 @@
-"""Checks of `pipefleet doctor` that are not about one service: workers that are refused, and the clocks of this machine."""
+"""Checks of `pipefleet doctor` beyond single services: workers that S3 refuses, and the clocks of this machine.
+
+Each check returns a sentence; a fault raises PipefleetError with the remedy.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from pipefleet.storage.s3_errors import clock_sentence
 from pipefleet.storage.store import ObjectStore
 
 WARN_SECONDS = 5.0
-"""A clock that is further off is told with what to do about it. The store's is known to the second only."""
+"""A clock that differs by more gets a warning with the remedy. The store's clock is known only to the second."""
 MOST_SECONDS = 300.0
-"""A clock that is further off than this from the store's is a failure: S3 refuses requests of 15 minutes off."""
+"""A clock that differs from the store's by more than this is a failure: S3 refuses requests that are 15 minutes off."""
 
 
 def access_of_workers(settings: Settings) -> str:
-    """Raises PipefleetError that names the workers which take no jobs since S3 refuses them, and why."""
+    """Raises PipefleetError with the workers that take no jobs since S3 refuses them, and the reasons."""
     with redis_errors(settings.redis_url):
         workers = announced_workers(connect(settings))
     barred = {name: str(facts["barred"]) for name, facts in sorted(workers.items()) if facts.get("barred")}
@@ -39,7 +42,7 @@ def access_of_workers(settings: Settings) -> str:
 
 
 def clocks(settings: Settings) -> str:
-    """How far this machine's clock is from those of Redis and of the store. Raises PipefleetError where S3 may refuse it."""
+    """How far this machine's clock differs from the clocks of Redis and of the store. Raises PipefleetError if S3 may refuse it."""
     with redis_errors(settings.redis_url):
         redis = connect(settings)
         began = time.time()
@@ -47,7 +50,7 @@ def clocks(settings: Settings) -> str:
         behind_redis = now - (began + time.time()) / 2
     told = [_told(behind_redis, "Redis's")]
     behind_store: float | None = None
-    with suppress(PipefleetError):  # a store that does not answer is told by its own check
+    with suppress(PipefleetError):  # a store that does not answer has a check of its own
         behind_store = ObjectStore().clock_behind(settings.store)
     if behind_store is not None:
         told.append(_told(behind_store, "the store's"))

@@ -1,4 +1,7 @@
-"""`pipefleet doctor`: is everything there that a fleet needs, and what to do about what is not."""
+"""The checks of `pipefleet doctor`, in order: settings, Redis, the store, the fleet, each pool. `cli.doctor` prints them.
+
+A check that fails becomes a line with its remedy; only a wrong setting raises UsageError.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from pipefleet_workers.fleet.top.read import PoolRow
 
 UNREAD = "pools"
-"""The check that stands for those of the pools where they cannot be read."""
+"""Name of the check that replaces the pools' checks when the pools cannot be read."""
 RACERS = 50
 ROUNDS = 3
 
@@ -47,12 +50,12 @@ class Check:
     detail: str
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The fields that `--json` prints."""
         return {"name": self.name, "ok": self.ok, "detail": self.detail}
 
 
 def run_checks() -> list[Check]:
-    """All checks in the order in which their causes build on each other. Raises UsageError for a wrong setting."""
+    """All checks, each after the checks of its causes. Raises UsageError for a wrong setting."""
     settings = load_settings()
     pools = pool_checks(settings)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
@@ -73,7 +76,7 @@ def run_checks() -> list[Check]:
         here = [("this machine", _producer)]
     found = [_checked(name, check, settings) for name, check in checks]
     if [one.name for one in pools] == [UNREAD] and any(not one.ok for one in found if one.name in ("redis", "fleet")):
-        pools = []  # that has told why
+        pools = []  # the failed check of Redis or of the fleet has told the reason
     return [
         *found,
         *pools,
@@ -82,9 +85,9 @@ def run_checks() -> list[Check]:
 
 
 def pool_checks(settings: Settings) -> list[Check]:
-    """A check for each pool: does somebody serve it, or need nobody? One failed check where they cannot be read.
+    """A check for each pool: is it served, or does it need no worker now? One failed check if the pools cannot be read.
 
-    Pools are those of the fleet file, and others that are announced and that messages wait for.
+    Pools are those of the fleet file, and other announced pools with waiting messages.
     """
     from pipefleet.client import Client
 
@@ -120,7 +123,7 @@ def _pools(client: Client, troubles: dict[str, str]) -> list[tuple[PoolRow, Pool
 
 
 def _unnamed(client: Client, troubles: dict[str, str]) -> list[Check]:
-    """A check for each revision of the fleet's pools that messages wait for, and that nobody names nor serves."""
+    """A check for each revision of the fleet's pools with waiting messages that no fleet file names and no worker serves."""
     from pipefleet.fleet.revisions import read_backlogs
 
     with redis_errors(client.settings.redis_url):
@@ -137,7 +140,7 @@ def _waits(count: int) -> str:
 
 
 def _pool(row: PoolRow, pool: Pool) -> Check:
-    """Whether a pool is served, or needs nobody now."""
+    """Whether a pool is served, or needs no worker now."""
     name, waiting = f"pool {row.pool}", row.messages["queued"] + row.messages["delayed"]
     waits = _waits(waiting)
     start = f"start one with `pipefleet worker --pool {row.pool}`, or `pipefleet up`"
@@ -214,7 +217,7 @@ def _identity(settings: Settings) -> str:
 
 
 def adopt_store() -> str:
-    """Make the store of these settings that of Redis's fleet; what became of it. Raises PipefleetError."""
+    """Make the store of these settings the store of Redis's fleet. Returns a sentence about the result. Raises PipefleetError."""
     settings = load_settings()
     return Membership(connect(settings), ObjectStore(), settings).adopt()
 
@@ -232,7 +235,7 @@ def _store(settings: Settings) -> str:
 
 
 def _race(settings: Settings) -> str:
-    """Fifty writers of one key: exactly one may win, else a part could be replaced."""
+    """Fifty writers write one key; exactly one may win, since otherwise a part could be replaced."""
     store = ObjectStore()
     with ThreadPoolExecutor(RACERS) as threads:
         for _ in range(ROUNDS):
@@ -276,7 +279,10 @@ def _workers(settings: Settings, *, needed: bool) -> str:
 
 
 def _runs_with(facts: Mapping[str, Any]) -> str:
-    """Dtype, device, attention and quantization of a worker's model; earlier releases tell none, and others may tell anything."""
+    """Dtype, device, attention and quantization of a worker's model.
+
+    Earlier releases announce none; other programs may write anything.
+    """
     loaded = facts.get("loaded")
     named = loaded if isinstance(loaded, Mapping) else {}
     found = [printable(f"{name} {one}", 100) for name, one in named.items() if isinstance(one, str)]

@@ -1,4 +1,4 @@
-"""The doctor's look at the hashes in which workers tell of themselves: entries that were not written by pipefleet."""
+"""The doctor's check of the hashes in which workers announce themselves: entries that pipefleet did not write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Readable = Callable[[bytes, bytes], bool]
 
 
 def check_entries(settings: Settings) -> str:
-    """A sentence where every entry can be read. Raises PipefleetError that names the others and says how to remove them."""
+    """A sentence if every entry can be read. Raises PipefleetError that names the other entries and the way to remove them."""
     redis: Any = connect(settings)
     found = []
     with redis_errors(settings.redis_url):

@@ -1,4 +1,4 @@
-"""What `pipefleet doctor` says of the memory of Redis: how near it is to being full, and what it drops then."""
+"""The doctor's check of Redis's memory: how near it is to being full, and what it would drop then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEEPS = "noeviction"
 
 
 def check_memory(settings: Settings) -> str:
-    """How much memory Redis uses, of how much. Raises PipefleetError with what to do where that will lose or refuse work."""
+    """How much memory Redis uses, of how much. Raises PipefleetError with the remedy if Redis will lose or refuse work."""
     from redis.exceptions import NoPermissionError
 
     redis = connect(settings)
@@ -30,7 +30,7 @@ def check_memory(settings: Settings) -> str:
 
 
 def judge(used: int, most: int, policy: str) -> str:
-    """What to say of `used` bytes of at most `most` (0: no bound). Raises PipefleetError where something is to be done."""
+    """A sentence on `used` bytes of at most `most` (0: no bound). Raises PipefleetError if something must be done."""
     if policy.startswith("allkeys"):
         raise PipefleetError(f"maxmemory-policy is {policy}: a full Redis drops whole queues; set it to {KEEPS}")
     if policy != KEEPS:

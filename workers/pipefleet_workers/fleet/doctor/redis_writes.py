@@ -1,4 +1,4 @@
-"""What `pipefleet doctor` says of a Redis that answers and takes no writes."""
+"""The doctor's check of a Redis that answers and takes no writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipefleet.errors import PipefleetError
 
 
 def judge_writes(information: Mapping[str, object]) -> None:
-    """Raises PipefleetError where `information`, the answer to INFO, is of a server that refuses writes, with what to do."""
+    """Raises PipefleetError with the remedy if `information`, the answer to INFO, is of a server that refuses writes."""
     if information.get("role") == "slave":
         raise PipefleetError(f"Redis {sentence_of(READ_ONLY)}")
     if "err" in (information.get("aof_last_write_status"), information.get("rdb_last_bgsave_status")):

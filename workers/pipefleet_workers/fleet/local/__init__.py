@@ -1,4 +1,4 @@
-"""The embedded stack behind `pipefleet up`: real servers and workers as children of one process."""
+"""The local stack behind `pipefleet up`: real servers and workers as children of one process."""
 
 from __future__ import annotations
 

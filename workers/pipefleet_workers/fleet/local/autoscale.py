@@ -1,8 +1,9 @@
-"""Workers of one machine by the scaler's number: `pipefleet up --autoscale`.
+"""Scales the workers of one machine by the scaler's numbers: `pipefleet up --autoscale`.
 
     Scaler (a thread of ScalerService) ─▶ workers wanted ─▶ share of the cores ─▶ Crew: start, or drain the least useful
 
-It is the rule that KEDA follows on a cluster, with the same HTTP answers, so what is tried here holds there.
+`Stack.step` calls `Autoscaler.step`. The rule and the HTTP answers are those that KEDA follows on a cluster, so a trial here holds
+there. While Redis is away, nothing changes.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ from pipefleet_workers.observe.logs import say
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How an autoscaled stack follows the work, in seconds. The defaults are those of a machine that has its models."""
+    """How an autoscaled stack follows the work, in seconds. The defaults suit a machine that has its models already."""
 
     interval: float = 5.0
     """Between two looks at the queues."""
     cold_start: float = 10.0
     """From the start of a worker to its first job."""
     hold: float = 60.0
-    """For how long fewer workers must be wanted until some are drained."""
+    """Fewer workers must be wanted for this long before some are drained."""
     port: int | None = None
-    """Where the scaler answers; None for a free one."""
+    """The scaler's port; None for a free one."""
 
 
 class Autoscaler:
-    """The scaler of a stack, and the hand that follows it. `step` is called by one thread, again and again."""
+    """The scaler of a stack, with the code that follows its numbers. One thread calls `step`, again and again."""
 
     def __init__(self, path: Path, fleet: Fleet, settings: Settings, pace: Pace, *, crew: Crew, port: int) -> None:
         """Raises UsageError when `port` is in use."""
@@ -67,20 +68,20 @@ class Autoscaler:
 
     @property
     def url(self) -> str:
-        """Where the scaler answers."""
+        """The URL of the scaler."""
         return f"http://{LOOPBACK}:{self.service.port}"
 
     def start(self) -> None:
-        """Begin to look at the queues, from a thread."""
+        """Start a thread that looks at the queues."""
         self.service.__enter__()
 
     def stop(self) -> None:
-        """Look no more. Once, and only after `start`."""
+        """Stop looking. Call it once, and only after `start`."""
         self.service.__exit__()
         self._redis.close()
 
     def follow(self, path: Path, fleet: Fleet) -> None:
-        """From now on scale the pools of this fleet, whose file is at `path`."""
+        """Scale the pools of this fleet from now on; its file is at `path`."""
         self._describe(path, fleet)
         self._scaler.follow(self._fleet)
 
@@ -90,7 +91,7 @@ class Autoscaler:
         self._sharing = {key for key, pool in self._fleet.revisions.items() if pool.name in unlimited}
 
     def step(self) -> None:
-        """Start and drain workers where there is a new reading; nothing else. Returns at once."""
+        """Start and drain workers if there is a new reading. Returns at once."""
         try:
             statuses = self._scaler.statuses(younger=3 * self._pace.interval)
             read_at = max((status.reading.now for status in statuses.values()), default=self._seen)
@@ -98,10 +99,10 @@ class Autoscaler:
                 return
             self._seen = read_at
             self._announce()
-            # A reading may be of the fleet before the last change.
+            # The last reading may belong to the fleet before its last change.
             self._follow({name: one for name, one in statuses.items() if name in self._fleet.revisions})
         except ServiceUnavailableError:
-            return  # the scaler's log says so, and what runs goes on
+            return  # the scaler's log reports it, and running workers go on
 
     def _follow(self, statuses: Mapping[str, PoolStatus]) -> None:
         wanted = {name: status.decision.desired for name, status in statuses.items()}
@@ -127,11 +128,11 @@ class Autoscaler:
 
     @property
     def announced_seconds(self) -> float:
-        """For how many seconds an announcement of the autoscaler is believed."""
+        """Clients believe an announcement of the autoscaler for so many seconds."""
         return max(30.0, 3 * self._pace.interval)
 
     def _announce(self) -> None:
-        """Tell producers without a fleet file what can be had here, also while no worker is there to tell it."""
+        """Announce the pools to producers without a fleet file, also while no worker is there to announce them."""
         with redis_errors(self._settings.redis_url):
             for pool in self._fleet.revisions.values():
                 fields = announcement(pool, self._fleet)
@@ -141,9 +142,10 @@ class Autoscaler:
 def share(
     wanted: Mapping[str, int], waits: Mapping[str, float], *, sharing: Collection[str], cores: int
 ) -> dict[str, int]:
-    """How many workers each pool gets: what it wants, except that the pools `sharing` share the cores that the others leave.
+    """How many workers each pool gets: the wanted number, but the pools in `sharing` share the cores that the others leave.
 
-    Each of those gets one if it wants any, however few cores there are; the rest go where most work waits for each worker.
+    Each pool in `sharing` that wants workers gets one, however few cores there are. The remaining cores go to the pools with most
+    waiting work for each worker.
     """
     given = {name: min(number, 1) if name in sharing else number for name, number in wanted.items()}
     while sum(given.values()) < cores:
@@ -155,18 +157,18 @@ def share(
 
 
 def least_useful(workers: Iterable[WorkerProcess], held: Mapping[int, int]) -> list[WorkerProcess]:
-    """The workers in the order in which to end them: who holds the fewest messages first, of equal ones the youngest."""
+    """The workers in the order in which to end them: fewest held messages first, and among equals the youngest."""
     return sorted(workers, key=lambda worker: (held.get(worker.child.pid, 0) if worker.child else 0, -worker.number))
 
 
 def pools_without_maximum(path: Path) -> set[str]:
-    """The pools of a fleet file that do not say how many workers they may have."""
+    """The pools of a fleet file that set no maximum number of workers."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))["pools"]
     return {name for name, table in tables.items() if "max" not in table.get("workers", {})}
 
 
 def _up_to_the_cores(fleet: Fleet, names: Collection[str], cores: int) -> Fleet:
-    """The fleet with as many workers as there are cores for the pools of these names."""
+    """The fleet, with the number of cores as the maximum of the pools with these names."""
 
     def unlimited(pool: Pool) -> Pool:
         previous = tuple(unlimited(one) for one in pool.previous)
@@ -180,7 +182,7 @@ def _workers(number: int) -> str:
 
 
 def _reason(status: PoolStatus) -> str:
-    """Why the number is what it is, for a reader of the log."""
+    """The reason of the number, for a reader of the log."""
     signal, messages = (
         status.measured.signal,
         sum(status.reading.count(state) for state in ("queued", "leased", "delayed")),

@@ -1,4 +1,7 @@
-"""Child processes that never outlive this one: started in order, watched, stopped in reverse order."""
+"""Child processes that never outlive this process: started in order, watched, stopped in reverse order.
+
+The parts of the stack use it through `service.ChildService`. A start that fails shows as a child that has ended.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,15 @@ _TETHER = Path(tether.__file__)
 _POLL_SECONDS = 0.02
 _TAIL_BYTES = 16384
 _LINE = 1000
-"""Characters that are shown of a line of a log."""
+"""Characters of a log's line that are shown."""
 
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """What to run and how to end it.
+    """The command of a child, and how to end it.
 
-    `rank` orders the stop: higher ranks end first, equal ranks together. `grace` is the time in seconds
-    between SIGTERM and SIGKILL. `env` is the whole environment. The child inherits the descriptor `keep`.
+    `rank` orders the stop: higher ranks end first, equal ranks together. `grace` is the time in seconds between SIGTERM and
+    SIGKILL. `env` is the whole environment. The child inherits the descriptor `keep`.
     """
 
     name: str
@@ -45,10 +48,10 @@ class ChildSpec:
 
 
 class Child:
-    """One process in a session of its own, so the terminal's Ctrl-C does not reach it.
+    """One process in a session of its own, so that the terminal's Ctrl-C does not reach it.
 
-    Its output goes to `spec.log`; the log of the run before is kept beside it with the suffix `.1`.
-    One thread at a time may call it.
+    Its output goes to `spec.log`; the log of the previous run is kept beside it with the suffix `.1`. One thread at a time may call
+    it.
     """
 
     def __init__(self, spec: ChildSpec) -> None:
@@ -57,12 +60,12 @@ class Child:
 
     @property
     def name(self) -> str:
-        """The name given in the spec."""
+        """The name in the spec."""
         return self.spec.name
 
     @property
     def pid(self) -> int:
-        """Process id, of the last start. Raises StackError before the first."""
+        """Process id of the last start. Raises StackError before the first start."""
         return self._started().pid
 
     def start(self) -> None:
@@ -72,7 +75,7 @@ class Child:
         self._process.result()
 
     def ended(self) -> bool:
-        """Whether the process is over (or was never started); asking has no side effect."""
+        """Whether the process has ended, or was never started; has no side effect."""
         if self._process is None:
             return True
         try:
@@ -82,16 +85,16 @@ class Child:
             return True
 
     def epitaph(self) -> str:
-        """Tell how the process ended, with the last lines of its log, for an error message."""
+        """How the process ended, with the last lines of its log, for an error message."""
         return f"{self._end()}; the end of {self.spec.log}:\n{self.log_tail()}"
 
     def last_words(self) -> str:
-        """Tell how the process ended, with the last line of its log, in at most 300 characters of one line."""
+        """How the process ended, with the last line of its log, in one line of at most 300 characters."""
         lines = [line.strip() for line in self.log_tail().splitlines() if line.strip()]
         return f"{self._end()}: {lines[-1] if lines else 'its log is empty'}"[:300]
 
     def log_tail(self, lines: int = 15) -> str:
-        """Return the last `lines` lines of the log, indented by two spaces."""
+        """The last `lines` lines of the log, indented by two spaces."""
         with contextlib.suppress(OSError), self.spec.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
@@ -99,12 +102,12 @@ class Child:
         return "  (no log)"
 
     def terminate(self) -> None:
-        """Ask the process to end (SIGTERM); nothing when it has."""
+        """Ask the process to end (SIGTERM); does nothing if it has ended."""
         if not self.ended():
             os.kill(self.pid, signal.SIGTERM)
 
     def finish(self) -> None:
-        """Kill the process and what is left of its group, and reap it; nothing when that is done."""
+        """Kill the process and the rest of its group, and reap it; does nothing if this is done."""
         if self._process is None or self._started().returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -135,13 +138,13 @@ class Children:
     def start(self, spec: ChildSpec) -> Child:
         """Start a process and remember it."""
         child = Child(spec)
-        # Remembered first: an interrupt inside `start` must not lose a process that is already running.
+        # Remember it first: an interrupt inside `start` must not lose a process that is already running.
         self._children.append(child)
         child.start()
         return child
 
     def dead(self) -> list[Child]:
-        """Return the processes that ended on their own, in order of start."""
+        """The processes that ended by themselves, in order of start."""
         return [child for child in self._children if child.ended()]
 
     def stop_one(self, child: Child) -> None:
@@ -151,7 +154,7 @@ class Children:
             self._children.remove(child)
 
     def stop(self) -> None:
-        """End all of them, highest rank first, each rank together; returns when every one is reaped.
+        """End all processes, highest rank first, equal ranks together. Returns when every process is reaped.
 
         Takes at most the sum over the ranks of the longest grace. A second call does nothing.
         """
@@ -177,10 +180,10 @@ def _stop_together(children: list[Child]) -> None:
 
 @functools.cache
 def _forker(pid: int) -> ThreadPoolExecutor:
-    """Return the one thread of process `pid` that forks.
+    """The one thread of process `pid` that forks.
 
-    The kernel ties children to a thread, and the caller's may be short-lived. By pid, as a fork of this
-    process has none of its threads.
+    The kernel ties children to the thread that forked them, and the caller's thread may be short-lived. Kept by pid, since a fork
+    of this process has none of its threads.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="pipefleet-fork")
 

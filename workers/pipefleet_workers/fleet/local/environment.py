@@ -1,4 +1,4 @@
-"""The environment of this process, changed for a while."""
+"""Changes the environment of this process for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def in_environment(values: Mapping[str, str]) -> Iterator[None]:
-    """`values` in this process's environment during the block, also for the processes that it starts. Not thread-safe."""
+    """Set `values` in this process's environment during the block; started processes see them too. Not thread-safe."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

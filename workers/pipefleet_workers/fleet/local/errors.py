@@ -1,4 +1,4 @@
-"""What can go wrong with the embedded stack."""
+"""Errors of the local stack."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pipefleet.errors import PipefleetError
 
 
 class StackError(PipefleetError):
-    """The stack cannot start or go on; the message names the part and what to do."""
+    """The stack cannot start or go on; the message names the part and the remedy."""
 
     code = "stack"
     exit_code = 3
 
 
 class PortTakenError(StackError):
-    """Another program took a port between its choice and its use; choosing anew helps."""
+    """Another program took a port between its choice and its use; choosing again helps."""

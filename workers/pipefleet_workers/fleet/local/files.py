@@ -1,4 +1,4 @@
-"""Private files of the data directory: written whole or not at all, readable by their owner alone."""
+"""Private files of the data directory: written whole or not at all, readable only by their owner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_private(path: Path, text: str) -> None:
-    """Put `text` at `path` with mode 0600, by a rename, so that no reader sees half of it.
+    """Put `text` at `path` with mode 0600, by a rename, so that no reader sees a partial file.
 
     An existing file is replaced, its mode included. Raises OSError when the folder is missing or read-only.
     """
@@ -30,7 +30,7 @@ def private_folder(path: Path) -> Path:
 
 
 def env_lines(values: dict[str, str]) -> str:
-    """Return `values` as unquoted `KEY=VALUE` lines. Raises ValueError for a value with a line break."""
+    """`values` as unquoted `KEY=VALUE` lines. Raises ValueError for a value with a line break."""
     broken = [name for name, value in values.items() if "\n" in value or "\r" in value]
     if broken:
         raise ValueError(f"{broken[0]} contains a line break and cannot be written as KEY=VALUE")

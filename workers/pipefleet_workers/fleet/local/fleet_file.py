@@ -1,6 +1,8 @@
-"""The fleet file under a running `pipefleet up`: what it says, whether it has changed, and what that means for a pool's workers.
+"""The fleet file of a running `pipefleet up`: its content, whether it has changed, and what a change means for a pool's workers.
 
-fleet.toml ─▶ WatchedFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+    fleet.toml ─▶ WatchedFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+
+`Follower` asks for news. A wrong file raises FleetFileError, or UsageError for a missing model folder.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _PLACES = ("model", "tokenizer", "processor", "offload_folder")
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """What the workers of one pool depend on: with an equal one they need not be replaced."""
+    """The settings that the workers of one pool depend on: while it stays equal, they need not be replaced."""
 
     pool: Pool
     queue: str
@@ -38,24 +40,24 @@ class Duty:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One version of a fleet file. `tables` are its pools as they were written, with absolute paths."""
+    """One version of a fleet file. `tables` are its pools as written, with absolute paths."""
 
     fleet: Fleet
     tables: Mapping[str, Mapping[str, Any]]
 
     def duty(self, name: str) -> Duty:
-        """What the workers of one key of `Fleet.revisions` depend on."""
+        """The duty of the workers of one key of `Fleet.revisions`."""
         pool = self.fleet.pool(name)
-        # How many workers there are, and where jobs without a model go, is nothing to a worker; its queue is.
+        # A worker does not depend on the number of workers, nor on where jobs without a model go; it depends on its queue.
         essence = replace(pool, workers=WorkerRange(), wait_slo=0.0, default=False, previous=(), generation=0)
         return Duty(essence, queue_name(pool, self.fleet))
 
     def table(self, name: str) -> Mapping[str, Any]:
-        """The pool of one key of `Fleet.revisions` as it was written."""
+        """The pool of one key of `Fleet.revisions`, as written."""
         return self.tables[self.fleet.pool(name).name]
 
     def to_toml(self) -> str:
-        """The fleet file, to be read from any folder."""
+        """The fleet file, in a form that can be read from any folder."""
         tables = (f"[pools.{name}]\n{_lines(table)}" for name, table in self.tables.items())
         return "# Written by `pipefleet up` for its workers.\n" + "\n".join(tables)
 
@@ -63,7 +65,7 @@ class Description:
 class WatchedFile:
     """A fleet file that may be edited at any time. One thread at a time may call it.
 
-    With `allow_unpinned`, hub models without a revision are accepted. `clock` gives seconds, as the monotonic clock does.
+    With `allow_unpinned`, hub models without a revision are accepted. `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -77,15 +79,15 @@ class WatchedFile:
         self._look_at = clock()
 
     def read(self) -> Description:
-        """What the file says now. Raises FleetFileError, or UsageError for a model folder that is not there."""
+        """The present content. Raises FleetFileError, or UsageError for a missing model folder."""
         self._judged = self._seen = self._fingerprint()
         return self._parse()
 
     def news(self, *, at_once: bool = False) -> Description | None:
-        """What the file says, if it was written since it was read last; None otherwise. Raises what `read` raises.
+        """The content, if the file was written since the last reading; else None. Raises the errors of `read`.
 
-        A file that changed is read once two looks, LOOK_SECONDS apart, find it alike: an editor may be in the middle of writing
-        it. With `at_once` it is read now, changed or not.
+        A changed file is read once two looks, LOOK_SECONDS apart, find it equal: an editor may be in the middle of writing it. With
+        `at_once` it is read now, changed or not.
         """
         if not at_once and not self._settled():
             return None
@@ -94,7 +96,7 @@ class WatchedFile:
             description = self.read()
         except UsageError as error:
             wrong = error
-        if self._content() != before:  # written while it was read: the next looks see that it differs
+        if self._content() != before:  # it was written while it was read; the next looks will find a difference
             self._judged = None
             return None
         if wrong is not None:
@@ -102,7 +104,7 @@ class WatchedFile:
         return description
 
     def _settled(self) -> bool:
-        """Whether the file differs from the one that was judged, and from look to look no more."""
+        """Whether the file differs from the judged version, and two looks in a row found it equal."""
         if self._clock() < self._look_at:
             return False
         self._look_at = self._clock() + LOOK_SECONDS
@@ -157,5 +159,5 @@ def _value(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """A basic string: that of JSON, except that TOML takes no surrogates and no bare DEL."""
+    """A basic string of TOML: as in JSON, but TOML takes no surrogates and no bare DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

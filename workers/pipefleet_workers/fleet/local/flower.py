@@ -15,10 +15,10 @@ _SAVE_MILLISECONDS = 30_000
 
 
 class Flower(ChildService):
-    """Flower for the Celery app at `app` (`package.module:attribute`), read-only, its state kept on disk.
+    """Flower for the Celery app at `app` (`package.module:attribute`), read-only, with its state on disk.
 
-    `environment` is the child's; the broker's URL and the password travel in it, not on the command line.
-    Flower's own `/healthcheck` and `/metrics` answer without the password; everything else asks for it.
+    `environment` is the child's; the broker's URL and the password are passed in it, not on the command line. Flower's own
+    `/healthcheck` and `/metrics` answer without the password; every other page asks for it.
     """
 
     def __init__(self, site: Site, app: str, *, broker_url: str, environment: Mapping[str, str]) -> None:

@@ -1,11 +1,11 @@
-"""`pipefleet up` follows its fleet file: pools that appear, go, change or are resized, without touching the others.
+"""`pipefleet up` follows its fleet file: pools appear, go, change or are resized, without disturbing the others.
 
     WatchedFile ─▶ Description ─▶ differences ─▶ Crew: start, resize, replace
                                                  replaced workers ─▶ told to end once nothing waits for them
 
-A pool that changes is rolled: the new workers start beside the old ones, and those go on until the new ones are ready and
-whatever only they can serve is done. A worker that dies meanwhile comes back as it was, since each version of the file is kept
-in a copy of its own that the workers of that version read.
+`Stack.step` calls `Follower.step`. A changed pool is rolled: the new workers start beside the old workers. The old workers go on
+until the new workers are ready and all work that only the old ones can do is done. Each version of the file is kept in a copy,
+which its workers read; so a worker that dies meanwhile restarts with its own version. A wrong file is logged, and changes nothing.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from pipefleet_workers.fleet.local.workers import Crew, Squad, WorkerProcess
 from pipefleet_workers.observe.logs import say
 
 LOOK_SECONDS = 1.0
-"""Between two looks at what waits for replaced workers."""
+"""Between two looks at the messages that wait for replaced workers."""
 QUIET_SECONDS = 6.0
-"""For so long nothing must have waited for replaced workers: a run that is being planned queues its next shard within it, and a
-client that has just read where jobs go puts its last ones there."""
+"""For so long no message may have waited for replaced workers. A run that is being planned queues its next shard within this
+time, and a client that has just read where jobs go sends its last jobs there.
+"""
 Outstanding = Callable[[Collection[str]], int]
 """How many messages of these queues wait or are with workers. Raises ServiceUnavailableError."""
 
 
 class Follower:
-    """Keeps the crew of a stack at what the fleet file says. One thread at a time may call it.
+    """Keeps the crew of a stack as the fleet file describes it. One thread at a time may call it.
 
     Each pool has `least` workers or its `workers.min`, whichever is more; with `least` 0 an autoscaler decides above the minimum.
-    `folder` takes the copies of the file; `changed` hears of every new version, with the path of its copy. What workers announce
-    is believed for `believed` seconds: so long after a change clients may send jobs to the model that was replaced. `clock` gives
-    seconds, as the monotonic clock does.
+    `folder` takes the copies of the file. `changed` is called for every new version, with the path of its copy. Clients believe a
+    worker's announcement for `believed` seconds: so long after a change they may send jobs to the replaced model. `clock` gives
+    monotonic seconds.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Follower:
         self._quiet_since: dict[Squad, float] = {}
 
     def begin(self, crew: Crew) -> list[WorkerProcess]:
-        """Start the workers of the file as it is. Raises FleetFileError, or UsageError for a model folder that is not there."""
+        """Start the workers of the present file. Raises FleetFileError, or UsageError for a missing model folder."""
         for old in self._folder.glob("fleet-*.toml"):
             old.unlink()
         self._now = self._file.read()
@@ -81,7 +82,7 @@ class Follower:
         return [crew.start(name) for name, pool in pools.items() for _ in range(self._wanted(pool))]
 
     def step(self, crew: Crew, *, reload: bool = False) -> None:
-        """Take a new version of the file, and let go of replaced workers that nothing waits for. Returns at once.
+        """Take a new version of the file, and end replaced workers that no message waits for. Returns at once.
 
         With `reload` the file is read whether or not it seems to have changed, and parked workers are tried again.
         """
@@ -142,7 +143,7 @@ class Follower:
     def _resize(self, crew: Crew, pool: Pool) -> None:
         crew.retry(pool.key)
         if not self._least:
-            return  # the autoscaler has the new limits
+            return  # the autoscaler has the new limits already
         have, wanted = len(crew.of(pool.key)), self._wanted(pool)
         if have != wanted:
             say(f"pool {pool.key}: {have} -> {wanted} workers, by the fleet file", pool=pool.key)
@@ -153,7 +154,7 @@ class Follower:
         crew.assign(name, duty=description.duty(name), environment=files)
 
     def _fill(self, crew: Crew, name: str, wanted: int) -> int:
-        """Start what is missing to `wanted` workers, and drain what is too much; returns how many were started."""
+        """Start missing workers up to `wanted`, or drain the surplus; returns how many were started."""
         missing = max(0, wanted - len(crew.of(name)))
         for _ in range(missing):
             crew.start(name)
@@ -165,7 +166,7 @@ class Follower:
         return max(self._least, pool.workers.min)
 
     def _let_go(self, crew: Crew, squad: Squad) -> None:
-        """Tell the workers of a replaced squad to end once their successors are ready and nothing waits that only they serve."""
+        """Tell the workers of a replaced squad to end, once their successors are ready and no message waits only for them."""
         successor = crew.current(squad.pool)
         if (squad.closed and not squad.staying()) or (successor is not None and not successor.ready()):
             return
@@ -173,7 +174,7 @@ class Follower:
         try:
             waits = self._outstanding(queues) if queues else 0
         except ServiceUnavailableError:
-            return  # the servers are watched elsewhere
+            return  # the stack itself watches the servers
         if waits:
             self._quiet_since.pop(squad, None)
             if not squad.staying() and not squad.closed:
@@ -186,13 +187,13 @@ class Follower:
             say(f"pool {squad.pool}: its former workers end, nothing waits for them", pool=squad.pool)
 
     def _quiet(self, squad: Squad) -> bool:
-        """Whether nothing waits for a replaced squad for long enough, and nobody sends it more."""
+        """Whether no message has waited for a replaced squad for long enough, and no client sends it more."""
         now = self._clock()
         quiet = now - self._quiet_since.setdefault(squad, now) >= QUIET_SECONDS
         return quiet and now - self._replaced_at[squad] >= self._believed + QUIET_SECONDS
 
     def _only_theirs(self, crew: Crew, squad: Squad) -> frozenset[str]:
-        """The queues that a replaced squad serves and nobody who stays and is ready."""
+        """The queues that only a replaced squad serves, and no ready squad that stays."""
         assert self._now is not None
         served: set[str] = set()
         for name in self._now.fleet.revisions:
@@ -221,7 +222,7 @@ def _say_idle(fleet: Fleet) -> None:
 
 
 def _difference(old: Duty, new: Duty) -> str:
-    """What the workers of a pool do otherwise than before, for people."""
+    """How the workers of a pool differ from before, in words for people."""
     before, after = (model_label(one.pool.model, one.pool.revision) for one in (old, new))
     if before != after:
         return f"model {before} -> {after}"

@@ -1,4 +1,4 @@
-"""One stack per data directory: a kernel lock that outlives no process, on a file that names the holder."""
+"""Allows one stack for each data directory: a kernel lock, which ends with its processes, on a file that names the holder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DYING_SECONDS = 0.5
 
 
 class DataLock:
-    """Lock on `path`; the children of a stack inherit it, so it is free once the last of them has ended."""
+    """Lock on `path`. The children of a stack inherit it, so it is free only after the last of them has ended."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -29,9 +29,9 @@ class DataLock:
         return self._descriptor
 
     def acquire(self) -> None:
-        """Take the lock. Raises StackError naming the process that holds it.
+        """Take the lock. Raises StackError that names the process that holds it.
 
-        Waits 0.5 s for a living holder, and up to 5 s for the children of an ended one to follow it.
+        Waits 0.5 s for a living holder, and up to 5 s until the children of an ended holder have ended too.
         """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -44,7 +44,7 @@ class DataLock:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Give the lock up; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.ftruncate(descriptor, 0)
@@ -57,7 +57,7 @@ class DataLock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            # A holder that was killed a moment ago still counts as alive.
+            # A holder that was killed a moment ago may still look alive.
             if time.monotonic() - begin > (_DYING_SECONDS if _is_alive(holder) else _ORPHAN_SECONDS):
                 raise StackError(self._refusal(holder))
             time.sleep(0.05)
@@ -82,7 +82,7 @@ def _is_alive(pid: str) -> bool:
 
 
 def _is_zombie(pid: str) -> bool:
-    """Whether the process has ended and only waits to be reaped; False where /proc does not tell."""
+    """Whether the process has ended and only waits to be reaped; False if /proc does not tell."""
     try:
         stat = Path("/proc", pid, "stat").read_text()
     except OSError:

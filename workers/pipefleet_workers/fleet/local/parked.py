@@ -1,6 +1,7 @@
-"""Pools that `pipefleet up` could not keep alive: it tells them in Redis, and `top` and `doctor` read them.
+"""Pools that `pipefleet up` could not keep alive. `up` writes them to Redis; `top` and `doctor` read them.
 
-Kept in the Redis hash `pipefleet:parked`, by pool; it ends by the server's clock unless `up` tells it again.
+They lie in the Redis hash `pipefleet:parked`, by pool. Entries expire by the server's clock unless `up` writes them again. Errors
+are redis-py's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pipefleet.printable import printable
 from pipefleet.queues.keys import PARKED_KEY
 
 TOLD_SECONDS = 30.0
-"""How long what was told holds: three times as long as the pause between two tellings."""
+"""How long an entry holds: three times the pause between two writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Parked:
 
 
 def tell_parked(redis: Any, parked: Mapping[str, Parked]) -> None:
-    """Replace what was told before. Raises what redis-py raises."""
+    """Replace all entries. Raises redis-py's errors."""
     pipe = redis.pipeline(transaction=True)
     pipe.delete(PARKED_KEY)
     for pool, one in parked.items():
@@ -42,7 +43,7 @@ def tell_parked(redis: Any, parked: Mapping[str, Parked]) -> None:
 
 
 def parked_pools(redis: Any) -> dict[str, Parked]:
-    """The parked pools by name. Raises what redis-py raises."""
+    """The parked pools by name. Raises redis-py's errors."""
     found = {}
     for name, raw in redis.hgetall(PARKED_KEY).items():
         try:
@@ -50,5 +51,5 @@ def parked_pools(redis: Any) -> dict[str, Parked]:
             reason = printable(str(content["reason"]), 300)
             found[name.decode()] = Parked(whole(content["down"]), whole(content["of"]), reason)
         except (ValueError, LookupError):
-            continue  # of another version: not worth an error in a view of the fleet
+            continue  # another version wrote it, which is no reason to fail a view of the fleet
     return found

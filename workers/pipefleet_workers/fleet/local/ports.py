@@ -1,4 +1,4 @@
-"""Free loopback ports, the same ones as last time where possible, so that URLs survive a restart."""
+"""Free loopback ports, the same as last time if possible, so that URLs survive a restart."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_free(port: int) -> bool:
 
 
 class PortBook:
-    """Ports by name, remembered in `path`. Not thread-safe. A port may be lost before its server binds."""
+    """Ports by name, remembered in `path`. Not thread-safe. Another program may take a port before its server binds."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,9 +36,9 @@ class PortBook:
         self._taken: set[int] = set()
 
     def take(self, names: Iterable[str]) -> dict[str, int]:
-        """Return a free port for each of `names`: the remembered one, else a random one in 15000..32767.
+        """A free port for each of `names`: the remembered port, else a random port in 15000..32767.
 
-        No port is handed out twice by one book. Raises StackError when no free port is found.
+        One book never returns a port twice. Raises StackError when no free port is found.
         """
         ports = {name: self._pick(name) for name in names}
         self._remembered.update(ports)
@@ -46,7 +46,7 @@ class PortBook:
         return ports
 
     def forget(self) -> None:
-        """Prefer no remembered port from now on, and none that this book handed out."""
+        """Use no remembered port from now on, and no port that this book has returned."""
         self._taken.update(self._remembered.values())
         self._remembered.clear()
 
@@ -60,14 +60,14 @@ class PortBook:
     def _candidates(self, name: str) -> Iterator[int]:
         if name in self._remembered:
             yield self._remembered[name]
-        # Ports remembered under other names are left to them.
+        # Ports that are remembered under other names stay reserved.
         reserved = set(self._remembered.values())
         choices = random.sample(range(_LOWEST, _HIGHEST + 1), 2000)
         yield from (port for port in choices if port not in reserved)
 
 
 def _read(path: Path) -> dict[str, int]:
-    """Return the remembered ports; none for a missing or damaged file, as only convenience is lost."""
+    """The remembered ports; empty for a missing or damaged file, since only convenience is lost."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): int(port) for name, port in stored.items() if 1024 <= int(port) <= 65535}

@@ -1,4 +1,8 @@
-"""When a process that ended by itself is started again: with growing pauses, and rarely once it has ended too often."""
+"""When a process that ended by itself is started again: after growing pauses, and rarely once it has ended too often.
+
+died ─▶ pause (doubles) ─▶ due ─▶ started ─┬▶ ready for STEADY_SECONDS ─▶ deaths = 0
+                                           └▶ died; at MOST_DEATHS in a row: parked, started every PARKED_SECONDS
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ LONGEST_PAUSE = 60.0
 MOST_DEATHS = 8
 """Deaths in a row after which a process is parked. The pauses before add up to two minutes: a hub or a disk may come back."""
 STEADY_SECONDS = 300.0
-"""A process that has been ready for so long has got over what ended it before."""
+"""A process that was ready for so long has overcome the reason of its deaths."""
 PARKED_SECONDS = 600.0
 """Between two starts of a parked process."""
 
 
 class Restarts:
-    """The deaths of one process and what follows from them. One thread at a time may call it.
+    """The deaths of one process, and their consequences. One thread at a time may call it.
 
-    `clock` gives seconds, as the monotonic clock does.
+    `clock` gives monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,9 +29,9 @@ class Restarts:
         self._due_at: float | None = None
         self._ready_since: float | None = None
         self.deaths = 0
-        """In a row: none of them after STEADY_SECONDS of being ready."""
+        """Deaths in a row; 0 after STEADY_SECONDS of being ready."""
         self.parked = False
-        """Whether it has ended MOST_DEATHS times in a row and has not been ready since."""
+        """Whether the process has ended MOST_DEATHS times in a row and has not been ready since."""
 
     @property
     def waiting(self) -> bool:
@@ -36,11 +40,11 @@ class Restarts:
 
     @property
     def due(self) -> bool:
-        """Whether the time has come to start it again."""
+        """Whether it is time to start the process again."""
         return self._due_at is not None and self._clock() >= self._due_at
 
     def died(self) -> float:
-        """The process has ended. Returns the seconds until it is due."""
+        """Note that the process has ended. Returns the seconds until it is due."""
         self._ready_since = None
         self.deaths += 1
         self.parked = self.deaths >= MOST_DEATHS
@@ -49,11 +53,11 @@ class Restarts:
         return pause
 
     def started(self) -> None:
-        """The process was started again."""
+        """Note that the process was started again."""
         self._due_at = None
 
     def ready(self) -> bool:
-        """The process is ready: to be called again and again while it is. True when it was parked until now."""
+        """Note that the process is ready; call it again and again while it is. True if it was parked until now."""
         now = self._clock()
         self._ready_since = now if self._ready_since is None else self._ready_since
         if now - self._ready_since >= STEADY_SECONDS:

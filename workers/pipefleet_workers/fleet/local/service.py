@@ -1,4 +1,4 @@
-"""What the parts of the stack share: one child process each, and a wait for several of them at once."""
+"""The common base of the stack's parts: one child process each, and a wait for several parts at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TAKEN = ("address already in use", "is not available on 127.0.0.1")
 
 @dataclass(frozen=True)
 class Site:
-    """The data directory and what belongs to it; `lock` is the descriptor that children inherit."""
+    """The data directory and its lock; `lock` is the descriptor that children inherit."""
 
     data: Path
     ports: PortBook
@@ -29,11 +29,11 @@ class Site:
     lock: int | None = None
 
     def folder(self, name: str) -> Path:
-        """Return a folder of the data directory, created when missing."""
+        """A folder of the data directory; created when missing."""
         return private_folder(self.data / name)
 
     def log(self, name: str) -> Path:
-        """Return the path of the log of the part called `name`."""
+        """The path of the log of the part called `name`."""
         return self.data / "logs" / f"{name}.log"
 
 
@@ -42,14 +42,14 @@ class Service(Protocol):
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
 
     def ready(self) -> bool:
         """Whether it answers now. Raises StackError when it never will."""
 
 
 class ChildService:
-    """Base of the parts with one child process; `stop` and `wait_ready` in their common form."""
+    """Base of the parts with one child process, with the common form of `stop` and `wait_ready`."""
 
     child: Child | None = None
 
@@ -81,7 +81,7 @@ class ChildService:
 
 
 def wait_ready(services: Sequence[Service], timeout: float) -> None:
-    """Return once all of `services` answered. Raises StackError naming those missing after `timeout` s."""
+    """Return once all of `services` answered. Raises StackError with the missing services after `timeout` s."""
     deadline = time.monotonic() + timeout
     missing = list(services)
     while missing := [service for service in missing if not service.ready()]:

@@ -1,4 +1,10 @@
-"""All of pipefleet on one machine: a Redis-compatible server, an S3 server, workers, Flower, and a scaler if wanted."""
+"""All of pipefleet on one machine: a Redis-compatible server, an S3 server, workers, Flower, and a scaler if wanted.
+
+    start: lock ─▶ ports, credentials ─▶ servers ─▶ Flower ─▶ workers, scaler        supervise: step, again and again
+    stop:  workers drain ─▶ Flower and servers ─▶ lock
+
+`pipefleet up`, the demo and the tests call it. A part that cannot start or go on raises StackError.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +44,22 @@ WORKER_GRACE = 20.0
 _PORT_ATTEMPTS = 3
 _WATCH_SECONDS = 0.1
 _POLL_SECONDS = 0.03
-# What the caller's shell says about other brokers, stores and dashboards must not reach the children.
+# Variables of the caller's shell about other brokers, stores and dashboards must not reach the children.
 _FOREIGN_PREFIXES = ("AWS_", "CELERY_", "FLOWER_")
 
 
 class Stack:
     """Everything under one data directory, on loopback, with generated credentials; a context manager.
 
-    `pools` has one pool name per worker process (repeat it for several workers of a pool); none by default.
-    `fleet` is the fleet file that the workers read. `redis_binary` overrides the choice of `RedisServer`.
-    `worker_command` and `clock` (seconds, as the monotonic clock gives them) are for tests.
+    `pools` has one pool name per worker process (repeat it for several workers of a pool); none by default. `fleet` is the fleet
+    file that the workers read. `redis_binary` overrides the choice of `RedisServer`. `worker_command` and `clock` (monotonic
+    seconds) are for tests.
 
         with Stack(Path(".pipefleet"), fleet=Path("fleet.toml"), pools=["speech"]) as stack:
             stack.supervise()
 
-    One thread at a time may call it, except `request_stop` and `request_reload`, which any thread or signal handler may. On
-    Linux nothing that it started survives this process, however it ends.
+    One thread at a time may call it, except `request_stop` and `request_reload`, which any thread or signal handler may call. On
+    Linux no process that it started survives this process, however it ends.
     """
 
     def __init__(
@@ -111,31 +117,31 @@ class Stack:
 
     @property
     def flower(self) -> Flower | None:
-        """Flower, or None without one."""
+        """Flower; None without it."""
         return self._flower
 
     @property
     def scaler_url(self) -> str | None:
-        """Where the scaler answers, or None without one."""
+        """The URL of the scaler; None without a scaler."""
         return None if self._autoscaler is None else self._autoscaler.url
 
     def follow(self, file: WatchedFile, *, least: int = 1) -> Self:
-        """Run the pools of `file`, each with `least` workers or its `workers.min`, and let `supervise` take its changes.
+        """Run the pools of `file`, each with `least` workers or its `workers.min`; `supervise` follows changes of the file.
 
-        Then a pool whose workers do not start takes no other down. `pools` of the stack must be empty. Returns itself.
+        A pool whose workers do not start then does not stop the others. `pools` of the stack must be empty. Returns itself.
         """
         self._file, self._least, self._fleet = file, least, file.path
         return self
 
     @property
     def silent_pools(self) -> list[str]:
-        """The pools none of whose workers is ready, though they should have some."""
+        """The pools that should have workers but have none that is ready."""
         return [] if self._crew is None else self._crew.silent_pools()
 
     def autoscale(self, pace: Pace) -> Self:
-        """From `start` on, let `supervise` start and drain workers with the work, by the fleet file's limits. Returns itself.
+        """From `start` on, let `supervise` start and drain workers by the work, within the fleet file's limits. Returns itself.
 
-        `pools` are the workers of the beginning. Raises StackError without a fleet file.
+        `pools` are the first workers. Raises StackError without a fleet file.
         """
         if self._fleet is None:
             raise StackError("autoscaling needs a fleet file: it says how many workers a pool may have")
@@ -143,11 +149,11 @@ class Stack:
         return self
 
     def start(self) -> None:
-        """Start everything and return once it answers; on any error or interrupt, stop what was started.
+        """Start everything and return once it answers; on any error or interrupt, stop the started parts.
 
-        Raises StackError when the data directory is in use, a program is missing, or a part ends or is not
-        ready in time (servers and Flower 30 s, workers 300 s); UsageError when the scaler's port is in use. With a
-        fleet file to follow, one worker that is ready is enough: `supervise` looks after the others.
+        Raises StackError when the data directory is in use, a program is missing, or a part ends or is not ready in time (servers
+        and Flower 30 s, workers 300 s); UsageError when the scaler's port is in use. With a fleet file to follow, one ready worker
+        is enough: `supervise` looks after the others.
         """
         site = self._open_site()
         try:
@@ -159,7 +165,7 @@ class Stack:
             raise
 
     def environment(self) -> dict[str, str]:
-        """Return what a client or worker needs in its environment. Raises StackError unless started."""
+        """The variables that a client or worker needs in its environment. Raises StackError unless started."""
         credentials = self.s3.credentials
         fleet = {} if self._fleet is None else {"PIPEFLEET_FLEET": str(self._fleet)}
         scaler = {} if self.scaler_url is None else {"PIPEFLEET_SCALER_URL": self.scaler_url}
@@ -193,15 +199,15 @@ class Stack:
         self._reload_requested = True
 
     def supervise(self) -> None:
-        """Block until `request_stop` is called: `step` again and again. Raises StackError as that does."""
+        """Block until `request_stop` is called; call `step` again and again. Raises its StackErrors."""
         while not self._stop_requested:
             self.step()
             time.sleep(_WATCH_SECONDS)
 
     def step(self) -> None:
-        """Look once after everything: start ended workers again, with pauses, follow the fleet file, autoscale, if told to.
+        """Look once after everything: restart ended workers after pauses, follow the fleet file, autoscale if wanted.
 
-        Raises StackError, with the end of its log, when another part than a worker ended.
+        Raises StackError, with the end of its log, when a part other than a worker has ended.
         """
         if self._crew is None:
             return
@@ -217,7 +223,7 @@ class Stack:
         self._tell_parked(self._crew.parked())
 
     def stop(self) -> None:
-        """End the workers (20 s for the jobs in work), then all else, and give up the lock.
+        """End the workers (20 s for their jobs), then all other parts, and release the lock.
 
         A second call does nothing. After an interrupt in the middle it can be called again.
         """
@@ -260,7 +266,7 @@ class Stack:
                 site.ports.forget()
 
     def _forget_store(self) -> None:
-        """Let the first worker note the store anew: this Redis has no other, also where its folder was emptied."""
+        """Let the first worker note the store again: this Redis serves only this store, even if the store's folder was emptied."""
         from pipefleet.queues.keys import FLEET_KEY
 
         try:
@@ -273,7 +279,7 @@ class Stack:
     def _start_clients(self, site: Site) -> None:
         environment = _child_environment(self.environment())
         if self._pace is not None:
-            # What workers tell of themselves must be as fresh as the readings; a setting of the user's own comes first.
+            # Announcements of workers must be as fresh as the readings; the user's own setting wins.
             environment = {"PIPEFLEET_WORKER_ANNOUNCE_SECONDS": str(self._pace.interval), **environment}
         self._crew = crew = Crew(site, environment, command=self._worker_command, grace=WORKER_GRACE, clock=self._clock)
         if self._pace is not None:
@@ -305,12 +311,12 @@ class Stack:
         return self._follower.begin(crew)
 
     def _believed(self) -> float:
-        """For how many seconds clients may believe what a worker announced before the fleet file changed."""
+        """For how many seconds clients may believe a worker's announcement from before a change of the fleet file."""
         from pipefleet.fleet.followed_file import LOOK_SECONDS
         from pipefleet_workers.settings import WorkerSettings
 
         scaler = 0.0 if self._autoscaler is None else self._autoscaler.announced_seconds
-        # One worker announces that it takes new work again, the next that it takes none; what it said before ends after three.
+        # Within two intervals every worker has announced the change; its earlier announcement expires after three more.
         return LOOK_SECONDS + max(5 * WorkerSettings().announce_seconds, scaler)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
@@ -327,13 +333,13 @@ class Stack:
         self._autoscaler = autoscaler
 
     def _tell_parked(self, parked: Mapping[str, Parked]) -> None:
-        """Tell `top` and `doctor` of parked pools: when that changes, and again before it is forgotten."""
+        """Write parked pools for `top` and `doctor`: when they change, and again before the entries expire."""
         if parked == self._told and (not parked or self._clock() < self._tell_at):
             return
         try:
             tell_parked(self._connection(), parked)
         except RedisError:
-            return  # the server is watched like every other part
+            return  # `step` watches the server like every other part
         self._told, self._tell_at = parked, self._clock() + TOLD_SECONDS / 3
 
     def _connection(self) -> Any:
@@ -345,7 +351,7 @@ class Stack:
 
 
 def _wait_for_one(workers: Sequence[WorkerProcess], timeout: float) -> None:
-    """Return once each of `workers` is ready or has ended, or after `timeout` s. Raises StackError when then none is ready."""
+    """Return once each of `workers` is ready or has ended, or after `timeout` s. Raises StackError if none is ready then."""
     deadline = time.monotonic() + timeout
     starting = list(workers)
     while starting and time.monotonic() < deadline:
@@ -353,7 +359,7 @@ def _wait_for_one(workers: Sequence[WorkerProcess], timeout: float) -> None:
         time.sleep(_POLL_SECONDS)
     if workers and not any(worker.answers() for worker in workers):
         for worker in workers:
-            worker.ready()  # raises for one that has ended
+            worker.ready()  # raises if the worker has ended
         raise StackError(f"not ready after {timeout:g} s: {', '.join(one.name for one in workers)}; read their logs")
     for worker in starting:
         say(f"{worker.name} is not ready after {timeout:g} s; its log tells how far it is", trouble=True)
@@ -366,7 +372,7 @@ def _started(part: _Part | None) -> _Part:
 
 
 def _child_environment(own: dict[str, str]) -> dict[str, str]:
-    """Return the environment of this process with `own`, no foreign services, and no proxy for loopback."""
+    """The environment of this process with `own`, without foreign services, and without a proxy for loopback."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_PREFIXES)}
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), LOOPBACK]))
     return {**inherited, **own, "NO_PROXY": direct, "no_proxy": direct}

@@ -1,4 +1,10 @@
-"""Worker processes of the stack: one child each, ready when the file appears that it was told to write."""
+"""Worker processes of the stack: one child each; a worker is ready when it has written the file that it was told to write.
+
+    Crew: pool ─▶ Squad (one description of the pool) ─▶ WorkerProcess, WorkerProcess, …
+          assign ─▶ the old squad is replaced ─▶ dismiss ─▶ its workers drain ─▶ gone
+
+`Stack`, `Follower` and `Autoscaler` call `Crew`. Dead workers are restarted by `Crew.step`; they raise nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +29,15 @@ _METRICS_PORT = "PIPEFLEET_WORKER_METRICS_PORT"
 
 
 def worker_command(pool: str, ready_file: Path, *, allow_unpinned: bool = False) -> list[str]:
-    """Return the command line of pipefleet's own worker for `pool`."""
+    """The command line of pipefleet's own worker for `pool`."""
     unpinned = ["--allow-unpinned"] if allow_unpinned else []
     return [sys.executable, "-m", "pipefleet", "worker", "--pool", pool, "--ready-file", str(ready_file), *unpinned]
 
 
 class WorkerProcess(ChildService):
-    """Worker number `number` (from 1, counted over the stack) for `pool`; `restarts` keeps count of its deaths.
+    """Worker number `number` (from 1, counted over the stack) for `pool`; `restarts` counts its deaths.
 
-    `drained_at` is when it was told to end for good (seconds of the monotonic clock), None before.
+    `drained_at` is the time at which it was told to end for good (monotonic seconds); None before.
     """
 
     def __init__(self, site: Site, pool: str, *, number: int, command: WorkerCommand, restarts: Restarts) -> None:
@@ -40,13 +46,13 @@ class WorkerProcess(ChildService):
         self.number = number
         self.restarts = restarts
         self.last_words = ""
-        """How its process ended last, on one line."""
+        """How its process ended the last time, on one line."""
         self.drained_at: float | None = None
         self._command = command
         self._ready_file = site.folder("run") / f"{self.name}.ready"
 
     def start(self, environment: Mapping[str, str], *, grace: float) -> None:
-        """Start the process without waiting for it; `grace` is what it gets to finish at the stop, in s."""
+        """Start the process without waiting for it. At the stop it gets `grace` seconds to finish."""
         self._ready_file.unlink(missing_ok=True)
         self.child = self._site.children.start(
             ChildSpec(
@@ -78,19 +84,19 @@ class WorkerProcess(ChildService):
         return not self.ended() and self._answers()
 
     def bury(self) -> str:
-        """Tell how its process ended, for people, and keep the short form as `last_words`."""
+        """How its process ended, in words for people; the short form is kept as `last_words`."""
         assert self.child is not None
         self.last_words = self.child.last_words()
         return self.child.epitaph()
 
     def drain(self) -> None:
-        """Tell the process to end for good: it finishes or hands back what it holds. Returns at once."""
+        """Tell the process to end for good: it finishes its work or gives it back. Returns at once."""
         assert self.child is not None
         self.drained_at = time.monotonic()
         self.child.terminate()
 
     def gone(self) -> bool:
-        """Whether a drained process has ended; one that outlived its grace is killed."""
+        """Whether a drained process has ended; a process that outlives its grace is killed."""
         assert self.child is not None
         if self.drained_at is None:
             return False
@@ -99,7 +105,7 @@ class WorkerProcess(ChildService):
         return self.child.ended()
 
     def _own_port(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Workers of one machine cannot share a port: the first has the one that was named, the others those after it."""
+        """Workers of one machine cannot share a port: the first gets the named port, the others the ports after it."""
         first = environment.get(_METRICS_PORT, "0")
         return {_METRICS_PORT: str(int(first) + self.number - 1)} if first.isdecimal() and int(first) else {}
 
@@ -109,7 +115,7 @@ class WorkerProcess(ChildService):
 
 @dataclass(eq=False)
 class Squad:
-    """The workers of one pool that were started with one description of it: `environment` tells them, `duty` tells us."""
+    """The workers of one pool that were started with one description of it, which sets their `environment` and their `duty`."""
 
     pool: str
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -118,21 +124,21 @@ class Squad:
     replaced: bool = False
     """Whether another squad, or none, serves the pool from now on."""
     closed: bool = False
-    """Whether no worker is started in it any more: it is forgotten when its last one has ended."""
+    """Whether no more workers start in it; it is forgotten when its last worker has ended."""
 
     def staying(self) -> list[WorkerProcess]:
         """Its workers that were not told to end, in order of start."""
         return [worker for worker in self.workers if worker.drained_at is None]
 
     def ready(self) -> bool:
-        """Whether every worker that is to stay consumes; true when there is none."""
+        """Whether every worker that should stay consumes; true if there is none."""
         return all(worker.answers() for worker in self.staying())
 
 
 class Crew:
     """The workers of a stack, by pool; an iterator over all of them. One thread at a time may call it.
 
-    `clock` gives seconds, as the monotonic clock does; the pauses before a worker is started again follow it.
+    `clock` gives monotonic seconds; the pauses before a worker's restart follow it.
     """
 
     def __init__(
@@ -158,7 +164,7 @@ class Crew:
 
     @property
     def replaced(self) -> tuple[Squad, ...]:
-        """The squads that are to end, in the order in which they were replaced."""
+        """The squads that should end, in the order in which they were replaced."""
         return tuple(self._replaced)
 
     def current(self, pool: str) -> Squad | None:
@@ -166,14 +172,14 @@ class Crew:
         return self._current.get(pool)
 
     def of(self, pool: str) -> list[WorkerProcess]:
-        """The workers of a pool that were not told to end, in order of start; without those of a replaced squad."""
+        """The workers of a pool that were not told to end, in order of start; without workers of a replaced squad."""
         squad = self._current.get(pool)
         return [] if squad is None else squad.staying()
 
     def assign(self, pool: str, *, duty: Duty, environment: Mapping[str, str]) -> None:
-        """From now on workers of `pool` start with this environment; those before are a replaced squad, which goes on.
+        """Start workers of `pool` with this environment from now on; the workers before become a replaced squad, which goes on.
 
-        A replaced squad of the same duty takes its place again.
+        A replaced squad with the same duty takes its place again.
         """
         self.retire(pool)
         squad = next((one for one in self._replaced if (one.pool, one.duty) == (pool, duty) and one.staying()), None)
@@ -185,7 +191,7 @@ class Crew:
         self._current[pool] = squad
 
     def retire(self, pool: str) -> None:
-        """Nobody new serves `pool`; its workers are a replaced squad, which goes on until it is dismissed."""
+        """No new workers serve `pool`; its workers become a replaced squad, which goes on until it is dismissed."""
         squad = self._current.pop(pool, None)
         if squad is not None:
             squad.replaced = True
@@ -196,15 +202,15 @@ class Crew:
                     worker.drain()
 
     def dismiss(self, squad: Squad) -> None:
-        """Tell all workers of a replaced squad to end, and forget the squad once they have."""
+        """Tell all workers of a replaced squad to end, and forget the squad once they have ended."""
         for worker in squad.staying():
             worker.drain()
         squad.closed = True
 
     def start(self, pool: str, *, squad: Squad | None = None) -> WorkerProcess:
-        """Start one worker more in the squad that serves the pool, or in `squad`, and return without waiting for it.
+        """Start one more worker in the squad that serves the pool, or in `squad`. Returns without waiting for it.
 
-        It gets the lowest number that is free.
+        It gets the lowest free number.
         """
         squad = squad or self._current.setdefault(pool, Squad(pool))
         taken = {worker.number for worker in self}
@@ -215,11 +221,11 @@ class Crew:
         return worker
 
     def has(self, child: Child) -> bool:
-        """Whether a process is one of its workers."""
+        """Whether a process belongs to one of its workers."""
         return any(worker.child is child for worker in self)
 
     def step(self) -> None:
-        """Reap the drained workers that have ended; start the others that ended again, each when it is due. Returns at once."""
+        """Reap drained workers that have ended; restart other ended workers when they are due. Returns at once."""
         for squad in (*self._current.values(), *self.replaced):
             for worker in tuple(squad.workers):
                 self._look_after(worker, squad)
@@ -227,7 +233,7 @@ class Crew:
                 self._replaced.remove(squad)
 
     def retry(self, pool: str | None = None) -> None:
-        """Give the workers of a pool, or all, their lives back; those that wait for their next start are due at once."""
+        """Forget the deaths of the workers of a pool, or of all pools; workers that wait for their restart are due at once."""
         for worker in self:
             if pool in (None, worker.pool):
                 worker.restarts.forgive()
@@ -238,7 +244,7 @@ class Crew:
         return [pool for pool, workers in squads.items() if workers and not any(one.answers() for one in workers)]
 
     def parked(self) -> dict[str, Parked]:
-        """The pools with workers that ended too often, with the end of the first of each."""
+        """The pools with workers that ended too often; for each, how the first of them ended."""
         found = {}
         for pool in self._current:
             workers = self.of(pool)

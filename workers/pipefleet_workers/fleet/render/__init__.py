@@ -1,1 +1,1 @@
-"""Deploy files from the fleet file: what of Compose and Kubernetes differs from pool to pool is rendered, never written by hand."""
+"""Deploy files from the fleet file: the parts of Compose and Kubernetes that differ between pools are rendered."""

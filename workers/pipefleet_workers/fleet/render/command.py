@@ -1,4 +1,4 @@
-"""`pipefleet render`: the deploy files of every pool, from the fleet file."""
+"""The command `pipefleet render`: writes or checks the deploy files of every pool, from the fleet file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def register(commands: Commands) -> None:
 
 
 def render(arguments: argparse.Namespace) -> int:
-    """Write the files, or with --check name each that is out of date and return 1."""
+    """Write the files; with --check name each file that is out of date, and return 1."""
     from pipefleet.settings import load_settings
     from pipefleet_workers.fleet.render.files import differences, rendered, write
 

@@ -1,4 +1,4 @@
-"""The rendered files: text from the templates beside this module, and how a folder differs from what it should hold."""
+"""The rendered files: texts from the templates beside this module, and the differences between a folder and these texts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipefleet_workers.fleet.render.pools import DeployedPool, RenderOptions, lo
 
 FLEET_FILE = "fleet.toml"
 MARK = "# Rendered by `pipefleet render"
-"""How a rendered file begins; only files that begin so are ever removed."""
+"""The first words of a rendered file; only files that begin so are ever removed."""
 
 
 def rendered(target: str, path: Path, options: RenderOptions) -> dict[str, str]:
     """The files of `target` (`compose` or `kubernetes`) for the fleet file at `path`, by name.
 
-    Raises FleetFileError where the fleet file is wrong or no container can run one of its pools.
+    Raises FleetFileError if the fleet file is wrong, or if no container can run one of its pools.
     """
     pools = load_pools(path)
     copy = f"{MARK} {target}`; change the fleet file and render again.\n{path.read_text(encoding='utf-8')}"
@@ -27,7 +27,7 @@ def rendered(target: str, path: Path, options: RenderOptions) -> dict[str, str]:
 
 
 def differences(wanted: Mapping[str, str], folder: Path) -> list[str]:
-    """One sentence for each file of `folder` that is missing, not as rendered, or of a pool that is no more."""
+    """One sentence for each file of `folder` that is missing, differs from the rendered text, or belongs to a removed pool."""
     found = []
     for name, text in wanted.items():
         file = folder / name
@@ -39,7 +39,7 @@ def differences(wanted: Mapping[str, str], folder: Path) -> list[str]:
 
 
 def write(wanted: Mapping[str, str], folder: Path) -> None:
-    """Write the files and remove rendered ones of pools that are no more. Raises UsageError where that is not possible."""
+    """Write the files and remove rendered files of removed pools. Raises UsageError if this is not possible."""
     try:
         for name, text in wanted.items():
             file = folder / name

@@ -1,4 +1,4 @@
-"""What a pool of the fleet file means for the files that deploy it. Pure but for reading the fleet file."""
+"""The values of a pool that its deploy files need. Reads the fleet file; otherwise pure. `files` calls it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipefleet.fleet.pools import Pool, load_fleet
 from pipefleet.fleet.routing import queue_name
 
 DRAIN_SECONDS = 45
-"""Seconds that started work may take after SIGTERM, where --drain does not say otherwise."""
+"""Seconds that started work may take after SIGTERM, unless --drain sets another number."""
 GRACE_MARGIN = 15
-"""Seconds between the end of the drain and SIGKILL: results are written and the other messages handed back."""
+"""Seconds between the end of the drain and SIGKILL, in which results are written and other messages given back."""
 NAMESPACE = "pipefleet"
 _LONGEST_NAME = 63 - len("pipefleet-worker-")
-"""A Kubernetes label has 63 characters, and KEDA labels its objects with the name of the Deployment."""
+"""A Kubernetes label has at most 63 characters, and KEDA labels its objects with the name of the Deployment."""
 _SCALING = ("workers", "wait_slo")
 """Keys that only the scaler reads."""
 _DNS = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -29,7 +29,7 @@ _DNS = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 
 @dataclass(frozen=True, slots=True)
 class RenderOptions:
-    """What the fleet file does not say: `drain` in whole seconds, and the Kubernetes namespace."""
+    """Options that the fleet file does not have: `drain` in whole seconds, and the Kubernetes namespace."""
 
     drain: int = DRAIN_SECONDS
     namespace: str = NAMESPACE
@@ -48,9 +48,9 @@ class RenderOptions:
 
 @dataclass(frozen=True, slots=True)
 class DeployedPool:
-    """A pool, or a revision that it is leaving, and `digest`: what its workers have to be started anew for.
+    """A pool, or a revision that it is leaving, and `digest`: when it changes, the workers must be restarted.
 
-    A new range of workers is no reason, and that the pool leaves a revision is none for the workers of the new one.
+    A new range of workers does not change it. When a pool leaves a revision, the digest of its new revision does not change either.
     """
 
     pool: Pool
@@ -58,12 +58,12 @@ class DeployedPool:
 
     @property
     def name(self) -> str:
-        """How its Deployment or service is called: `speech`, or `speech-previous`."""
+        """The name of its Deployment or service: `speech`, or `speech-previous`."""
         return self.pool.key.replace("@", "-")
 
     @property
     def on_gpu(self) -> bool:
-        """True where the pool takes a GPU when it can have one."""
+        """True if the pool uses a GPU when one is available."""
         return self.pool.device != "cpu"
 
     @property
@@ -73,19 +73,19 @@ class DeployedPool:
 
     @property
     def replicas(self) -> int:
-        """Workers where nothing scales them: the minimum, but at least one."""
+        """The number of workers without a scaler: the minimum, but at least one."""
         return max(1, self.pool.workers.min)
 
     def arguments(self, ready_file: str) -> list[str]:
-        """The command line behind `pipefleet`. A container sees the one GPU it was given as the first."""
+        """The command line after `pipefleet`. A container sees its one GPU as the first GPU."""
         device = ["--device", "cuda:0"] if self.gpu else []
         return ["worker", "--pool", self.pool.key, "--ready-file", ready_file, *device]
 
 
 def load_pools(path: Path) -> list[DeployedPool]:
-    """The pools of a fleet file and the revisions that they are leaving, in its order.
+    """The pools of a fleet file, and the revisions that they are leaving, in its order.
 
-    Raises FleetFileError for one that no container can run.
+    Raises FleetFileError for a pool that no container can run.
     """
     fleet = load_fleet(path)
     tables = tomllib.loads(path.read_text(encoding="utf-8"))["pools"]
@@ -100,7 +100,7 @@ def load_pools(path: Path) -> list[DeployedPool]:
 
 
 def _table(table: Mapping[str, Any], generation: int) -> dict[str, Any]:
-    """What the file says of a pool, or of a revision that it is leaving."""
+    """The table of a pool, or of a revision that it is leaving, as the file has it."""
     previous = table.get("previous", ())
     tables = [previous] if isinstance(previous, Mapping) else previous
     own = {key: value for key, value in table.items() if key != "previous"}
@@ -126,6 +126,6 @@ def _check(one: DeployedPool, table: Mapping[str, Any], path: Path) -> None:
 
 
 def _digest(table: Mapping[str, Any], queue: str) -> str:
-    """Of what the file says, not of the defaults: a new version of pipefleet starts workers anew by its image."""
+    """The digest of the file's values, not of the defaults: a new version of pipefleet restarts workers by its image."""
     content = {key: value for key, value in table.items() if key not in _SCALING} | {"queue": queue}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

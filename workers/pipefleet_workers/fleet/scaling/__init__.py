@@ -1,1 +1,1 @@
-"""How many workers each pool should have: what is measured (`signal`), what follows from it (`decide`), who asks (`service`)."""
+"""How many workers each pool should have: `messages` and `signal` measure, `decide` decides, `service` asks them and answers."""

@@ -1,4 +1,4 @@
-"""`pipefleet scaler`: the autoscaling signal and the fleet's metrics over HTTP."""
+"""The command `pipefleet scaler`: the autoscaling signal and the fleet's metrics over HTTP."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def scaler(arguments: argparse.Namespace) -> int:
 
 
 def check_interval(interval: float, option: str) -> None:
-    """Raise UsageError for readings that are too rare."""
+    """Raise UsageError for readings that are too far apart."""
     if interval > 60:
         raise UsageError(f"{option} must be at most 60 seconds; longer, and what arrives between two is not understood")
 

@@ -2,9 +2,9 @@
 
     (state, signal, limits) ─▶ average of the load ─▶ correction by the backlog ─▶ hold and round ─▶ (state, decision)
 
-All work is in device-seconds, so a load is a number of busy devices. The backlog is steered to a part of the wait that the pool
-allows (`Limits.slack`) rather than to zero: then no device idles, and an average that is wrong by a few per cent moves the
-backlog a little where it would otherwise waste devices.
+All work is in device-seconds, so a load is a number of busy devices. The target of the backlog is a part of the wait that the pool
+allows (`Limits.slack`), not zero. So no device idles; and an average that is wrong by a few per cent moves the backlog a little,
+where a target of zero would waste devices.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from pipefleet.foreign import mapping, number, whole
 LEVEL_SECONDS = 300.0
 """Memory of the average load."""
 SURGE = 2.0
-"""A reading above this many times the load or the pool is a burst: the backlog shows it, the average does not follow it."""
+"""A reading above this many times the load or the pool is a burst: the backlog shows it, and the average ignores it."""
 REACH = 0.9
 """Share of the allowed wait within which a backlog is worked off, cold starts included."""
 COLD_SHARE = 0.5
-"""Share of a cold start by which that is shortened: the workers that are ready go on meanwhile."""
+"""Share of a cold start that shortens this time: the ready workers go on during a cold start."""
 SHORTEST = 60.0
-"""Seconds that a backlog is given at least, however late it is; two cold starts where those are shorter."""
+"""Least seconds in which a backlog is worked off, however late it is; two cold starts if these are shorter."""
 QUIET = 0.3
-"""A backlog this close to the wanted one, as a share of it, needs no correction."""
+"""A backlog that differs from the wanted backlog by less than this share needs no correction."""
 LEAN = 0.15
-"""By how much the pool goes below the load, as a share, where there is no backlog at all."""
+"""The share by which the pool goes below the load when there is no backlog at all."""
 HOLD_SECONDS = 300.0
-"""A pool shrinks only to the most that was wanted for this long; it goes to zero after being idle for as long."""
+"""A pool shrinks only to the largest number wanted for this long; it goes to zero after being idle for as long."""
 MOST_LOAD = 1e6
-"""No pool keeps more devices busy; a remembered load above it was not written by a scaler."""
+"""Most busy devices of a pool; a scaler never writes a larger load, so another program wrote it."""
 GAP_SECONDS = 120.0
-"""After a longer silence than this a reading starts afresh, for nobody knows how what arrived was spread over it."""
+"""After a longer silence a reading starts afresh, since the arrivals cannot be spread over the silence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the fleet file says of a pool: bounds on the workers, seconds that a job may wait, seconds until a worker is ready."""
+    """The fleet file's limits of a pool: bounds on the workers, seconds that a job may wait, seconds until a worker is ready."""
 
     min: int
     max: int
     wait_slo: float
     cold_start: float = 180.0
     slack: float = 0.1
-    """The wait that is aimed at for work that need not be first, as a share of `wait_slo`."""
+    """The target wait of work that need not be first, as a share of `wait_slo`."""
     hold: float = HOLD_SECONDS
     """See HOLD_SECONDS."""
 
@@ -57,22 +57,22 @@ class Signal:
 
     now: float
     queued: float
-    """Work that waits, in all priorities and delayed."""
+    """Work that waits, of all priorities, delayed work that is due soon included."""
     leased: float
     """Work that workers hold."""
     arrived: float
     """Work that arrived since the last reading."""
     oldest_age: float = 0.0
-    """Seconds that the oldest waiting job has waited; 0 where nothing waits or messages do not tell."""
+    """Seconds that the oldest waiting job has waited; 0 if nothing waits or messages carry no time."""
     ready: int = 0
     """Workers that take work."""
     messages: float = math.inf
-    """How many messages that work lies in: one is done by one worker, so no more workers than that can help with a backlog."""
+    """Number of messages of this work. One worker does one message, so more workers than messages cannot help with a backlog."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a decision leaves for the next one; small, and JSON by `to_json`."""
+    """The values that one decision keeps for the next; small, and JSON by `to_json`."""
 
     at: float | None = None
     level: float = 0.0
@@ -87,7 +87,7 @@ class State:
 
     @classmethod
     def from_json(cls, value: Any) -> State:
-        """The reverse of `to_json`. Raises ValueError, LookupError or TypeError for anything else."""
+        """The reverse of `to_json`. Raises ValueError, LookupError or TypeError for any other value."""
         value = mapping(value)
         recent = tuple((number(time), number(wanted)) for time, wanted in value["recent"])
         at, idle = (None if value[name] is None else number(value[name]) for name in ("at", "idle_since"))
@@ -96,19 +96,19 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many workers the pool should have, and from what that followed."""
+    """The number of workers of the pool, and the values that led to it."""
 
     desired: int
     load: float
-    """Average of the work that arrives, in device-seconds a second: the devices it keeps busy."""
+    """Average of the arriving work, in device-seconds a second: the number of devices that it keeps busy."""
     wanted: float
-    """Workers wanted at this moment, before holding, rounding and bounds."""
+    """Workers wanted now, before holding, rounding and bounds."""
 
 
 def decide(state: State, signal: Signal, *, limits: Limits) -> tuple[State, Decision]:
     """The next number of workers, within `limits`; at least 1 while there is work.
 
-    Readings must come in order of time; more often than every minute is useful, more often than every 5 s is not.
+    Readings must come in order of time. More often than every minute is useful; more often than every 5 s is not.
     """
     state = _observe(state, signal)
     wanted = _wanted(state.level, signal, limits)
@@ -118,16 +118,17 @@ def decide(state: State, signal: Signal, *, limits: Limits) -> tuple[State, Deci
 
 
 def replacing(decision: Decision, *, barred: int, ready: int, most: int) -> Decision:
-    """The decision with others in place of workers that are alive and take no jobs, since S3 refuses them; `most` in all.
+    """The decision, with substitutes for living workers that take no jobs since S3 refuses them; `most` workers in all.
 
-    One more than take jobs are replaced at most: where every worker is refused, one further shows whether it is their fault.
+    At most `ready` + 1 workers are replaced. If S3 refuses every worker, the one extra worker shows whether the workers themselves
+    are at fault.
     """
     spare = min(barred, ready + 1) if decision.desired else 0
     return replace(decision, desired=min(decision.desired + spare, max(most, decision.desired)))
 
 
 def _observe(state: State, signal: Signal) -> State:
-    """The state with the average brought to this reading. After a silence what runs is taken for what is needed."""
+    """The state with the average updated by this reading. After a silence, the running workers count as the load."""
     elapsed = None if state.at is None else signal.now - state.at
     if elapsed is None or not 0 <= elapsed <= GAP_SECONDS:
         running = max(signal.ready, state.workers)
@@ -139,7 +140,7 @@ def _observe(state: State, signal: Signal) -> State:
 
 
 def _wanted(load: float, signal: Signal, limits: Limits) -> float:
-    """The load, more where the backlog is above what the allowed wait wants, less where it is below."""
+    """The load; more if the backlog is above its target, less if it is below."""
     backlog = signal.queued + signal.leased
     aim = limits.slack * limits.wait_slo * load
     over = backlog - aim * (1 + QUIET)
@@ -158,7 +159,7 @@ def _remember(state: State, signal: Signal, wanted: float, hold: float) -> State
 
 
 def _held(state: State, signal: Signal, wanted: float, hold: float) -> int:
-    """A whole number: up at once, down to the most that was wanted lately, to zero after being idle for long."""
+    """A whole number: up at once, down to the largest number wanted lately, to zero after being idle for long."""
     if state.idle_since is not None and signal.now - state.idle_since >= hold:
         return 0
     most = max(wanted for _, wanted in state.recent)

@@ -1,7 +1,7 @@
-"""The messages of one pool in Redis: how many there are, exactly, and what they cost, from a sample of bounded size.
+"""The messages of one pool in Redis: their exact number, and their cost, estimated from a sample of bounded size.
 
 A reading costs the same for a hundred thousand messages as for ten million: the lengths of a few lists and hashes, and SAMPLE
-messages of each.
+messages of each. `signal.read_pool` calls it. Errors are redis-py's.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pipefleet.queues.keys import ledger_keys, waiting_lists
 from pipefleet_workers.observe.totals import MOST_COST
 
 SAMPLE = 64
-"""Messages that are read of each list or hash; a shorter one is read whole and its cost is exact."""
+"""Messages that are read of each list or hash; a shorter list is read whole, and its cost is exact."""
 DUE_SECONDS = 300.0
-"""A delayed message that is due later than this is no work yet, however much it costs."""
+"""A delayed message that is due later than this is no work yet, whatever its cost."""
 DEPTH = 50_000
-"""No further than this from either end of a list: Redis walks there, and takes 10 ms for the middle of a million."""
+"""Samples lie no further than this from an end of a list: Redis walks there, and takes 10 ms to the middle of a million."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where messages of a pool lie, and whether they wait there or are with workers.
+    """A place of a pool's messages, and whether they wait there or are with workers.
 
-    `kind` is `list`, `hash`, or `tags`: a sorted set that names those entries of the hash before it that no worker holds.
+    `kind` is `list`, `hash`, or `tags`: a sorted set with the entries of the hash before it that no worker holds.
     """
 
     key: str
@@ -43,33 +43,33 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What lies in one place: the number of messages, exact; their mean cost, with its standard error."""
+    """The content of one place: the number of messages, exact; their mean cost, with its standard error."""
 
     count: int
     mean: float = 0.0
     error: float = 0.0
     queued_at: float | None = None
-    """When the oldest message was queued; None where there is none or it does not say."""
+    """When the oldest message was queued; None if there is none, or it carries no time."""
     due: int | None = None
-    """How many of them are due within DUE_SECONDS, where they are delayed; None for all."""
+    """How many of them are due within DUE_SECONDS, if they are delayed; None means all."""
 
     @property
     def soon(self) -> int:
-        """How many of them are work by now."""
+        """How many of them are work already."""
         return self.count if self.due is None else min(self.count, self.due)
 
 
 def places(*queues: str) -> list[Place]:
-    """Every place where the messages of queues of one pool can be. The one function that knows the transport's keys."""
+    """Every place where the messages of one pool's queues can be. Only this function knows the transport's keys."""
     keys = ledger_keys(queues[0])
     waiting = [Place(name, "queued") for queue in queues for name in waiting_lists(queue)]
     return [*waiting, Place(keys["unacked_key"], "leased", "hash"), Place(keys["delayed_key"], "delayed", "tags")]
 
 
 def read_contents(redis: Any, wanted: Sequence[Place], source: random.Random, *, now: float) -> list[Content]:
-    """What lies in each place, in three round trips. `source` chooses the sample, `now` is the server's time.
+    """The content of each place, in three round trips. `source` chooses the sample, `now` is the server's time.
 
-    Who may not read messages learns their number; each counts as one item then.
+    A user without the right to read messages gets their number; each message then counts as one item.
     """
     counts, soon = _counts(redis, wanted, now + DUE_SECONDS)
     sampled = counts if may(redis, *_reading(wanted)) else [0] * len(counts)
@@ -95,7 +95,7 @@ def read_contents(redis: Any, wanted: Sequence[Place], source: random.Random, *,
 
 
 def _reading(wanted: Iterable[Place]) -> list[tuple[str, ...]]:
-    """The commands that read messages where they lie."""
+    """The commands that read messages in their places."""
     return [
         ("LINDEX", place.key, "0") if place.kind == "list" else ("HRANDFIELD", place.key, "1")
         for place in wanted
@@ -104,15 +104,15 @@ def _reading(wanted: Iterable[Place]) -> list[tuple[str, ...]]:
 
 
 def _split(both: Content, tagged: int) -> tuple[Content, Content]:
-    """What lies in a hash, apart: the rest, and those that are tagged. They count as of the same mean cost."""
+    """The contents of a hash, divided: the untagged messages and the tagged messages. Both get the same mean cost."""
     tagged = min(tagged, both.count)
     return replace(both, count=both.count - tagged), replace(both, count=tagged)
 
 
 def message_cost(payload: Mapping[str, Any]) -> float:
-    """What a job costs, from its JSON form: as it says, else the number of its items. See `JobMessage.work`.
+    """The cost of a job, from its JSON form: its own value, else the number of its items. See `JobMessage.work`.
 
-    At most MOST_COST. Raises ValueError or LookupError for what is no message of ours.
+    At most MOST_COST. Raises ValueError or LookupError if it is no message of ours.
     """
     cost = believed(payload.get("cost") or 0.0)
     shard = payload.get("shard")
@@ -120,12 +120,12 @@ def message_cost(payload: Mapping[str, Any]) -> float:
 
 
 def believed(cost: Any) -> float:
-    """A cost that a message names, at most MOST_COST. Raises ValueError for what is no number, below 0 or not finite."""
+    """A cost from a message, at most MOST_COST. Raises ValueError if it is no number, below 0 or not finite."""
     return min(MOST_COST, number(cost, most=sys.float_info.max))
 
 
 def _counts(redis: Any, wanted: Sequence[Place], until: float) -> tuple[list[int], dict[str, int]]:
-    """How much lies in each place; and of each sorted set how much is due by then."""
+    """The number of messages in each place; and for each sorted set, how many are due by `until`."""
     pipe, tags = redis.pipeline(transaction=False), [place.key for place in wanted if place.kind == "tags"]
     for place in wanted:
         {"list": pipe.llen, "hash": pipe.hlen, "tags": pipe.zcard}[place.kind](place.key)
@@ -136,7 +136,10 @@ def _counts(redis: Any, wanted: Sequence[Place], until: float) -> tuple[list[int
 
 
 def _positions(place: Place, count: int, source: random.Random | None) -> list[int]:
-    """The oldest message's place in a list, then those of a sample: spread evenly, for a run's shards grow along it."""
+    """The place of the oldest message in a list, then of a sample.
+
+    The sample is spread evenly: a run's shards grow along the list.
+    """
     if place.kind != "list" or not count:
         return []
     if count <= SAMPLE:
@@ -148,7 +151,7 @@ def _positions(place: Place, count: int, source: random.Random | None) -> list[i
 
 
 def _content(raw: Sequence[bytes | None], count: int, *, oldest: bytes | None) -> Content:
-    """A message that went away between the two round trips is not counted as read."""
+    """The content of a place. A message that went away between the two round trips does not count as read."""
     costs = [_cost_and_time(one)[0] for one in raw if one is not None]
     queued_at = _cost_and_time(oldest)[1] if oldest is not None else None
     if not costs:
@@ -160,7 +163,7 @@ def _content(raw: Sequence[bytes | None], count: int, *, oldest: bytes | None) -
 
 
 def _cost_and_time(raw: bytes) -> tuple[float, float | None]:
-    """Cost of one message, and when it was queued. What is not one of ours counts as one item."""
+    """The cost of one message, and when it was queued. A foreign message counts as one item."""
     try:
         content = read_json(raw)
         message = mapping(content[0] if isinstance(content, list) else content)

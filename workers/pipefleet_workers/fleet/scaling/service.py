@@ -1,13 +1,13 @@
-"""The scaler as a service: looks at every pool again and again, decides, and answers over HTTP.
+"""The scaler as a service: it reads every pool again and again, decides, and answers over HTTP.
 
     /pools/<name>   JSON with `value`, the workers wanted (KEDA's metrics-api: valueLocation "value", AverageValue 1);
-                    `<name>@previous` is the revision that a pool is leaving, which is counted by itself
-    /pools          the same of every pool and revision
+                    `<name>@previous` is the revision that a pool is leaving, which is counted separately
+    /pools          the same for every pool and revision
     /metrics        Prometheus
     /healthz        200 while the readings are fresh
 
-Whatever is asked, the answer is 503 while Redis cannot be read or the last reading is old: a scaler that cannot see says so,
-and never says 0. Averages are kept in Redis too, so a restart goes on from there. Run one scaler for a fleet.
+Every answer is 503 while Redis cannot be read or the last reading is old: a scaler that cannot see must never answer 0. Averages
+are kept in Redis too, so a restarted scaler goes on from them. Run one scaler for a fleet.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from pipefleet_workers.fleet.scaling.signal import STATES, Measured, Memory, Rea
 
 log = logging.getLogger(__name__)
 KEEP = "redis.call('EXPIRE', KEYS[1], ARGV[2]) redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])"
-"""The first write takes no memory, see `pipefleet.contract.records`: a Redis that is full needs workers most."""
+"""The first write takes no memory, see `pipefleet.contract.records`: a full Redis needs workers most."""
 STALE_TICKS = 3
-"""A reading is stale when so many were missed."""
+"""A reading is stale after so many missed readings."""
 SHORTEST_STALE = 30.0
 
 
@@ -60,10 +60,10 @@ class PoolStatus:
     decision: Decision
     dead_letters: int = 0
     barred: int = 0
-    """Workers that are alive and take no jobs, since S3 refuses them; `Reading.workers` are the others."""
+    """Living workers that take no jobs since S3 refuses them; `Reading.workers` counts the others."""
 
     def to_json(self) -> dict[str, Any]:
-        """What `/pools/<name>` answers. Work in device-seconds; messages are counted exactly."""
+        """The answer of `/pools/<name>`. Work in device-seconds; messages are counted exactly."""
         signal, decision = self.measured.signal, self.decision
         return {
             "pool": self.pool.key,
@@ -89,12 +89,11 @@ class PoolStatus:
 
 
 class Scaler:
-    """Reads and decides for every pool of a fleet, and for each revision that one is leaving, by `Pool.key`.
+    """Reads and decides for every pool of a fleet, and for each revision that a pool is leaving, by `Pool.key`.
 
-    `tick` is called by one thread, the rest by any.
-
-    `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `Limits`. With `from_zero` no worker runs
-    yet: then it does not matter how many an earlier scaler wanted, only what it measured.
+    One thread calls `tick`; any thread calls the other methods. `cold_start` is in seconds from the start of a worker to its first
+    job, `hold` as in `Limits`. With `from_zero` no worker runs yet: only the measurements of an earlier scaler are used then, not
+    its decisions.
     """
 
     def __init__(
@@ -121,13 +120,13 @@ class Scaler:
         """Why a pool could not be read the last time, one sentence for each."""
 
     def follow(self, fleet: Fleet) -> None:
-        """From the next `tick` on, read the pools of this fleet. Any thread may call it."""
+        """From the next `tick` on, read the pools of this fleet. Called by any thread."""
         self._fleet = fleet
 
     def tick(self, *, remember: bool = True) -> Mapping[str, PoolStatus]:
-        """Look at every pool and decide; with `remember`, keep the averages in Redis. Raises ServiceUnavailableError.
+        """Read every pool and decide; with `remember`, keep the averages in Redis. Raises ServiceUnavailableError.
 
-        A pool whose keys hold something else is left out, see `troubles`; the others are read all the same.
+        A pool whose keys hold another type is left out, see `troubles`; the other pools are read.
         """
         with redis_errors(self._url):
             workers = announced_workers(self._redis)
@@ -142,7 +141,7 @@ class Scaler:
         return statuses
 
     def statuses(self, *, younger: float) -> Mapping[str, PoolStatus]:
-        """Every pool at the last reading. Raises ServiceUnavailableError when that is `younger` seconds old or older."""
+        """Every pool at the last reading. Raises ServiceUnavailableError if the reading is `younger` seconds old or older."""
         if self._read_at is None or time.monotonic() - self._read_at >= younger:
             raise ServiceUnavailableError(
                 "the scaler has no fresh reading of Redis; see its log, and check PIPEFLEET_REDIS_URL"
@@ -165,7 +164,7 @@ class Scaler:
         return PoolStatus(pool, reading, measured, decision, dead, barred)
 
     def _recall(self, pool: str) -> tuple[Memory, State]:
-        """What an earlier scaler left in Redis; a fresh start where there is nothing that can be read."""
+        """The values that an earlier scaler left in Redis; a fresh start if they cannot be read."""
         try:
             content = read_object(self._redis.get(scaler_key(pool)))
             state = State() if self._from_zero else State.from_json(content["state"])
@@ -179,7 +178,7 @@ class Scaler:
 
 
 class ScalerService:
-    """A Scaler with its thread and its HTTP server; a context manager. Port 0 takes a free one, which `port` tells."""
+    """A Scaler with its thread and its HTTP server; a context manager. Port 0 takes a free port; `port` tells it."""
 
     def __init__(self, scaler: Scaler, *, interval: float, address: str = "127.0.0.1", port: int = 0) -> None:
         self._scaler = scaler
@@ -265,7 +264,7 @@ def _json(code: int, value: Any) -> tuple[int, str, bytes]:
 
 
 class _Metrics(Collector):
-    """The last readings as Prometheus metrics; none while there is no fresh one."""
+    """The last readings as Prometheus metrics; none while no reading is fresh."""
 
     def __init__(self, fresh: Callable[[], Mapping[str, PoolStatus]]) -> None:
         self._fresh = fresh

@@ -1,11 +1,14 @@
-"""A pool's signal: what Redis holds of it, turned into device-seconds.
+"""A pool's signal: its content in Redis, in device-seconds. The scaler's service and `top` call it.
 
-    read_pool: lengths, sampled costs, totals of what was done, live workers ─▶ Reading
+    read_pool: lengths, sampled costs, totals of done work, live workers ─▶ Reading
     measure:   (memory, reading) ─▶ (memory, Signal), pure
 
-What a unit of cost takes is measured on the pool itself: whenever work waits all the while, every worker is busy, and the time
-that passed times the workers, over the cost that was done, is what one worker takes, whatever holds it up. Before that was
-seen, the seconds of forwards over the same cost stand in for it.
+Redis counts work in units of cost. One unit takes a worker
+
+    seconds per unit of cost = workers * time / cost done,        measured while work waits
+
+While work waits, every worker is busy, so this includes every delay of a worker. Before the first such measurement, the seconds of
+forwards stand in for workers * time.
 """
 
 from __future__ import annotations
@@ -23,16 +26,17 @@ from pipefleet_workers.fleet.scaling.messages import SAMPLE, Content, places, re
 from pipefleet_workers.observe.totals import Done, read_done
 
 RATE_SECONDS = 300.0
-"""Memory of what a unit of cost takes."""
+"""Memory of the seconds per unit of cost."""
 MEAN_SECONDS = 90.0
-"""Memory of the mean cost of waiting messages, where it is sampled."""
+"""Memory of the mean cost of waiting messages, if it is sampled."""
 TRACE_SECONDS = 1e-3
-"""What a message counts as before anything was measured: enough for one worker, which then measures it."""
+"""The work of a message before anything was measured: enough for one worker, whose work is then measured."""
 OLDEST_SECONDS = 30 * 86_400.0
-"""No message is believed to wait for longer."""
+"""Longest wait of a message that is believed."""
 LONGEST_SECONDS = 6 * 3600.0
-"""Work that one worker can have done between two readings at most, a shard that lasted for many readings among it: what is above
-that was told by a message that lies about its cost, and would make a unit of cost look like nothing for hours."""
+"""Most work that one worker can have done between two readings, a shard that lasted for many readings included. If the reported
+cost is above this, a message lies about its cost; without this bound a unit of cost would seem to take no time for hours.
+"""
 STATES = ("queued", "leased", "delayed")
 
 
@@ -46,19 +50,19 @@ class Reading:
     workers: int
 
     def count(self, state: str) -> int:
-        """How many messages are in this state; exact."""
+        """The exact number of messages in this state."""
         return sum(content.count for content in self.contents.get(state, {}).values())
 
     @property
     def oldest_age(self) -> float:
-        """Seconds that the oldest message has waited, as far as messages tell."""
+        """Seconds that the oldest message has waited, if messages carry their time."""
         times = [one.queued_at for one in self.contents.get("queued", {}).values() if one.queued_at is not None]
         return max(0.0, min(self.now - min(times), OLDEST_SECONDS)) if times else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one reading leaves for the next; JSON by `to_json`."""
+    """The values that one reading keeps for the next; JSON by `to_json`."""
 
     at: float | None = None
     outstanding: float = 0.0
@@ -66,21 +70,21 @@ class Memory:
     waiting: int = 0
     done: Done = field(default_factory=Done)
     saturated: Done = field(default_factory=Done)
-    """Cost done while work waited, and the seconds that workers took for it, both fading."""
+    """Cost done while work waited, and the seconds of workers for it, both fading."""
     device: Done = field(default_factory=Done)
     """Cost done, and the seconds of forwards, both fading."""
     served: Done = field(default_factory=Done)
     """Cost done, and the seconds of all workers, busy or not, both fading."""
     means: Mapping[str, float] = field(default_factory=dict)
-    """Mean cost of a message, by key, where it is sampled."""
+    """Mean cost of a message, by key, if it is sampled."""
     pending: float = 0.0
-    """Seconds that workers took, while work waited, for what has not ended yet: a shard may last for many readings."""
+    """Seconds of workers, while work waited, for work that has not ended: a shard may last for many readings."""
     workers: int = 0
     """Workers that were alive."""
 
     @property
     def seconds_per_cost(self) -> float | None:
-        """What a unit of cost takes one worker; None before anything was measured."""
+        """Seconds that one worker takes for a unit of cost; None before anything was measured."""
         measured = next((one for one in (self.saturated, self.device) if one.cost > 0 and one.seconds > 0), None)
         return None if measured is None else measured.seconds / measured.cost
 
@@ -90,7 +94,7 @@ class Memory:
 
     @classmethod
     def from_json(cls, value: Any) -> Memory:
-        """The reverse of `to_json`. Raises ValueError or LookupError for anything else."""
+        """The reverse of `to_json`. Raises ValueError or LookupError for any other value."""
         value = mapping(value)
         totals = (mapping(value[name]) for name in _TOTALS)
         done, saturated, device, served = (Done(number(one["cost"]), number(one["seconds"])) for one in totals)
@@ -102,24 +106,25 @@ class Memory:
 
 
 OUTSTANDING = 1e24
-"""Cost of all messages at most: as many as a server can hold, each of MOST_COST."""
+"""Most cost of all messages: as many messages as a server can hold, each of MOST_COST."""
 _TOTALS = ("done", "saturated", "device", "served")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A signal, and how well it is known."""
+    """A signal, and its error."""
 
     signal: Signal
     seconds_per_cost: float | None
     error: float
-    """Relative standard error of the cost that is outstanding; 0 where every message was read."""
+    """Relative standard error of the outstanding cost; 0 if every message was read."""
 
 
 def read_pool(redis: Any, part: Part, *, workers: int, now: float, source: random.Random | None = None) -> Reading:
     """Look at one revision of a pool, in three round trips that read at most SAMPLE messages of each list.
 
-    What it holds of the messages that lie together for the whole pool counts as of their mean cost. Raises redis-py's errors.
+    Held and delayed messages of all revisions lie together; this revision's share of them gets their mean cost. Raises redis-py's
+    errors.
     """
     wanted = places(*part.queues)
     contents: dict[str, dict[str, Content]] = {state: {} for state in STATES}
@@ -130,14 +135,14 @@ def read_pool(redis: Any, part: Part, *, workers: int, now: float, source: rando
 
 
 def _own(content: Content, state: str, held: Held | None) -> Content:
-    """What of this content is of the revision."""
+    """The part of this content that belongs to the revision."""
     if held is None or state == "queued":
         return content
     return replace(content, count=held.leased if state == "leased" else held.delayed)
 
 
 def measure(memory: Memory, reading: Reading) -> tuple[Memory, Measured]:
-    """The signal of a reading. Readings come in order of time; after a long silence nothing counts as arrived."""
+    """The signal of a reading. Readings must come in order of time; after a long silence nothing counts as arrived."""
     elapsed = 0.0 if memory.at is None else reading.now - memory.at
     if not 0 < elapsed <= GAP_SECONDS:
         elapsed = 0.0
@@ -154,14 +159,14 @@ def measure(memory: Memory, reading: Reading) -> tuple[Memory, Measured]:
 
 
 def _done(memory: Memory, reading: Reading) -> float:
-    """The cost that was done since the last reading, as far as that can be."""
+    """The cost done since the last reading, bounded by the possible work."""
     done, scale = max(0.0, reading.done.cost - memory.done.cost), memory.seconds_per_cost
     return done if scale is None else min(done, LONGEST_SECONDS * max(1, memory.workers, reading.workers) / scale)
 
 
 def _learnt(memory: Memory, reading: Reading, done: float, elapsed: float) -> Memory:
-    """What a unit of cost takes, after `done` units more."""
-    took = elapsed * min(memory.workers, reading.workers)  # who has just come has hardly begun
+    """The memory with updated seconds per unit of cost, after `done` more units."""
+    took = elapsed * min(memory.workers, reading.workers)  # a new worker has hardly begun
     seconds = max(0.0, reading.done.seconds - memory.done.seconds)
     served = _learn(memory.served, done, took, elapsed=elapsed)
     device = _learn(memory.device, done, seconds, elapsed=elapsed) if done or seconds else memory.device
@@ -175,9 +180,9 @@ def _learnt(memory: Memory, reading: Reading, done: float, elapsed: float) -> Me
 
 
 def _capped(learnt: Done, served: Done) -> Done:
-    """A pool that got more done lately than it was thought to can do is faster than that.
+    """Lower the seconds per unit if the pool lately did more than they allow.
 
-    Otherwise a pool that was slow for a while would be kept too large for ever: then no work waits, and nothing is measured.
+    Otherwise a pool that was slow for a while would stay too large for ever: no work would wait, and nothing would be measured.
     """
     if not served.cost or not served.seconds:
         return learnt
@@ -206,7 +211,7 @@ def _seconds(cost: float, scale: float | None) -> float:
 
 
 def _later(reading: Reading, means: Mapping[str, float]) -> float:
-    """What delayed messages cost that are no work yet."""
+    """The cost of delayed messages that are no work yet."""
     delayed = reading.contents.get("delayed", {}).items()
     return sum((content.count - content.soon) * means.get(key, content.mean) for key, content in delayed)
 
@@ -216,7 +221,7 @@ def _cost(contents: Mapping[str, Content], means: Mapping[str, float]) -> float:
 
 
 def _means(before: Mapping[str, float], reading: Reading, elapsed: float) -> dict[str, float]:
-    """The mean costs of what is too long to be read whole: sampling errors of one reading must not look like arrivals."""
+    """The mean costs of lists that are too long to be read whole: the sampling error of one reading must not look like arrivals."""
     means = {}
     for contents in reading.contents.values():
         for key, content in contents.items():
@@ -227,6 +232,6 @@ def _means(before: Mapping[str, float], reading: Reading, elapsed: float) -> dic
 
 
 def _learn(total: Done, cost: float, seconds: float, *, elapsed: float) -> Done:
-    """A fading total: what is RATE_SECONDS old weighs a third."""
+    """A fading total: values that are RATE_SECONDS old weigh a third."""
     keep = math.exp(-elapsed / RATE_SECONDS)
     return Done(total.cost * keep + cost, total.seconds * keep + seconds)

@@ -1,10 +1,10 @@
-"""What a clairvoyant would pay: the least that any way to scale can, when it knows every arrival beforehand.
+"""The least cost of any way to scale that knows every arrival beforehand: the cost of a clairvoyant.
 
-Whoever serves all work within the allowed wait T has done at least A(t - T) and at most A(t) by time t, where A is what had
-arrived. The devices in use are the slope of that curve; its total is fixed, and each rise of it costs a cold start. The curve
-that is pulled taut between the two bounds has the least total rise: where its slope is highest, it runs from the upper bound to
-the lower one, and no other curve is less steep on average between these two places. Fractions of devices are allowed, and none is
-lost, so the true optimum lies above.
+Let A(t) be the work that has arrived by time t, and T the allowed wait. A scaler that is never late has done at least A(t - T) and
+at most A(t) by time t. The devices in use are the slope of its curve between these two bounds. The total is fixed, and each rise of
+the slope costs a cold start. The curve that is pulled taut between the bounds has the least total rise: where its slope is highest,
+it runs from the upper bound to the lower bound, and no other curve is less steep on average between these two places. Fractions of
+devices are allowed, and no device is lost, so the true optimum lies above.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BIN_SECONDS = 30.0
 
 
 def clairvoyant_cost(arrivals: Arrivals, *, slo: float, cold_start: float, warm: float) -> float:
-    """Paid seconds for each second of work, at least; `cold_start` is the mean."""
+    """The least paid seconds for each second of work; `cold_start` is the mean."""
     per_bin = max(1, round(BIN_SECONDS / arrivals.step))
     work = arrivals.work[arrivals.measured(warm) :]
     arrived = np.concatenate([[0.0], np.cumsum(work)])[::per_bin]
@@ -51,7 +51,7 @@ def _segment(lower: Any, upper: Any, at: int, height: float) -> tuple[int, float
     touch_upper = touch_lower = at
     for to in range(at + 1, len(lower)):
         high, low = (upper[to] - height) / (to - at), (lower[to] - height) / (to - at)
-        if low > steepest:  # the lower bound rises above the line of sight: bend upwards at the upper one
+        if low > steepest:  # the lower bound rises above the line of sight: bend upwards at the upper bound
             return touch_upper, steepest
         if high < flattest:
             return touch_lower, flattest

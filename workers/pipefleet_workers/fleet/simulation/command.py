@@ -1,4 +1,4 @@
-"""`pipefleet simulate`: compare ways to scale on a simulated fleet, without one."""
+"""The command `pipefleet simulate`: compares ways to scale on a simulated fleet, without a real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a simulated scaler knows of a pool: counts, costs with an error, and what the service's own `measure` makes of them."""
+"""A simulated scaler's knowledge of a pool: counts, and costs with an error, measured by the service's own `measure`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Knowledge:
     """How well a policy knows the work of waiting jobs."""
 
     noise: float = 0.16
-    """Relative error of one reading of the mean cost: what 64 jobs of log-normal size with sigma 1 leave."""
+    """Relative error of one reading of the mean cost: the error of 64 sampled jobs of log-normal size with sigma 1."""
     counted: bool = False
-    """True where every job costs 1, whatever work it is."""
+    """True if every job costs 1, whatever its work."""
 
 
 class Estimate:
-    """Work that waits and work that arrived, as the service would measure them on this pool."""
+    """Waiting and arrived work, as the service would measure them on this pool."""
 
     def __init__(self, knowledge: Knowledge, random: Any) -> None:
         self._knowledge, self._random = knowledge, random
@@ -35,11 +35,11 @@ class Estimate:
         self._memory = Memory()
 
     def done(self, work: float, jobs: float) -> None:
-        """Take in what ended."""
+        """Take in ended work."""
         self._done += jobs if self._knowledge.counted else work
 
     def read(self, now: float, work: float, jobs: float, *, workers: int) -> tuple[float, float]:
-        """Device-seconds that wait, and that arrived since the last reading."""
+        """Device-seconds that wait, and device-seconds that arrived since the last reading."""
         error = float(np.exp(self._knowledge.noise * self._random.normal()))
         count = math.ceil(jobs - 1e-9)
         cost = (jobs if self._knowledge.counted else work * error) / max(1, count)

@@ -1,4 +1,4 @@
-"""The ways to scale that are compared, each as its makers ship it (our reading of it), and ours."""
+"""The compared ways to scale: each as its makers ship it (by our reading), and ours. `pool` asks a policy at each tick."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipefleet_workers.fleet.simulation.pool import View
 
 @dataclass(slots=True)
 class Hpa:
-    """Kubernetes' HorizontalPodAutoscaler between a wish and the replicas.
+    """Kubernetes' HorizontalPodAutoscaler, which turns a wished number into replicas.
 
-    10 % tolerance, at most doubling (or 4) a tick, down to the most that was wished for in `down_window` seconds.
+    10 % tolerance, at most doubling (or 4) a tick, down only to the largest wish in `down_window` seconds.
     """
 
     down_window: float = 300.0
@@ -23,7 +23,7 @@ class Hpa:
     _wishes: deque[tuple[float, int]] = field(default_factory=deque)
 
     def replicas(self, view: View, wish: float) -> int:
-        """What it makes of `wish`."""
+        """The replicas that it makes of `wish`."""
         current, wanted = view.replicas, math.ceil(wish - 1e-9)
         if current and wanted and abs(wish / current - 1) <= self.tolerance:
             wanted = current
@@ -56,7 +56,7 @@ class Ours:
 
 @dataclass(slots=True)
 class ListLength:
-    """KEDA's Redis trigger: waiting messages divided by `target`; what workers hold is not seen."""
+    """KEDA's Redis trigger: waiting messages divided by `target`; it does not see the messages that workers hold."""
 
     target: float
     hpa: Hpa = field(default_factory=Hpa)
@@ -68,7 +68,10 @@ class ListLength:
 
 @dataclass(slots=True)
 class BacklogPerInstance:
-    """SageMaker's target tracking on the backlog per instance: readings of a minute, out after 3 above, in after 15 below 90 %."""
+    """SageMaker's target tracking on the backlog per instance, with readings of a minute.
+
+    It scales out after 3 readings above the target, and in after 15 readings below 90 % of it.
+    """
 
     target: float
     _above: int = 0
@@ -76,7 +79,7 @@ class BacklogPerInstance:
     _next: float = 0.0
 
     def replicas(self, view: View) -> int:
-        """The backlog over the target, when the alarms have rung."""
+        """The backlog over the target, after an alarm."""
         if view.now < self._next:
             return view.replicas
         self._next = view.now + 60.0
@@ -90,7 +93,7 @@ class BacklogPerInstance:
 
 @dataclass(slots=True)
 class OngoingRequests:
-    """Ray Serve: requests queued and running over the target per replica, averaged over 30 s; up after 30 s, down after 600 s."""
+    """Ray Serve: queued and running requests over the target per replica, averaged over 30 s; up after 30 s, down after 600 s."""
 
     target: float = 2.0
     _seen: deque[float] = field(default_factory=lambda: deque(maxlen=round(30 / TICK_SECONDS)))

@@ -1,7 +1,7 @@
-"""One simulated pool over its days: a queue, workers that serve it first come first served, a policy that sizes the fleet.
+"""One simulated pool over its days: a queue, workers that serve it in order of arrival, and a policy that sizes the fleet.
 
-Inside a step work flows like a fluid: `n` ready workers do `n * step` device-seconds. Work is never lost: what came is done,
-queued, or with a worker that was lost and comes back.
+`run` calls `SimulatedPool.run`. Inside a step, work flows like a fluid: `n` ready workers do `n * step` device-seconds. Work is
+never lost: it is done, or queued, or with a lost worker and comes back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRACE_STEPS = 60
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a policy may know at a tick: work in device-seconds (as estimated), jobs as counts."""
+    """The knowledge of a policy at a tick: work in device-seconds (as estimated), jobs as counts."""
 
     now: float
     queued: float
@@ -36,21 +36,21 @@ class View:
 
 
 class Policy(Protocol):
-    """A way to scale. `replicas` is called every TICK_SECONDS in order of time."""
+    """A way to scale. `replicas` is called every TICK_SECONDS, in order of time."""
 
     def replicas(self, view: View) -> int:
-        """How many workers there should be."""
+        """The number of workers that there should be."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a pool did in the time that counts. Work in device-seconds, `paid` too; waits in seconds."""
+    """The totals of a pool over the time that counts. Work and `paid` in device-seconds; waits in seconds."""
 
     arrived: float
     done: float
     outstanding: float
     carried: float
-    """Work that was there already when the time began."""
+    """Work that was there already when this time began."""
     paid: float
     price: float
     late: float
@@ -69,7 +69,7 @@ class Result:
 
 @dataclass(slots=True)
 class _Account:
-    """What adds up over the time that counts."""
+    """The sums over the time that counts."""
 
     carried: float
     starts: int
@@ -100,7 +100,7 @@ class SimulatedPool:
         self._queued = self._jobs = self._away_work = self._busy = self._wasted = 0.0
 
     def run(self, *, slo: float, warm: float) -> Result:
-        """Simulate to the end; what happens in the first `warm` seconds does not count. Call it once."""
+        """Simulate to the end; the first `warm` seconds do not count. Call it once."""
         first, tick = self._arrivals.measured(warm), max(1, round(TICK_SECONDS / self._step))
         reclaims = self._reclaims()
         for now in range(self._steps):
@@ -116,7 +116,7 @@ class SimulatedPool:
         return self._result(first, slo)
 
     def _pay(self, stopped_spot: int, stopped_steady: int) -> None:
-        """Pay one step, and the time that stopped workers still take for what they hold."""
+        """Pay one step, and the time that stopped workers still need for their work."""
         account, hardware = self._account, self._hardware
         spot = self._spot.total * self._step + stopped_spot * hardware.in_flight
         steady = self._steady.total * self._step + stopped_steady * hardware.in_flight
@@ -168,7 +168,10 @@ class SimulatedPool:
             self._jobs += sum(cohort[2] for cohort in cohorts)
 
     def _change(self, now: int, reclaim: float) -> None:
-        """Workers become ready and are lost; without notice, what they hold is away for a while and half of it is done twice."""
+        """Workers become ready or are lost.
+
+        If lost without notice, their work is away for a while, and half of it is done twice.
+        """
         self._spot.begin(now)
         self._steady.begin(now)
         lost = self._spot.lose(self._hardware.spot_loss * self._step / 3600) + self._spot.lose(reclaim)
@@ -181,7 +184,7 @@ class SimulatedPool:
             self._away.append((now + round(self._hardware.redelivery / self._step), held))
 
     def _serve(self, now: int) -> None:
-        """Do what the ready workers can in one step."""
+        """Do one step of the ready workers' work."""
         capacity = (self._spot.ready + self._steady.ready) * self._step
         lost = min(self._wasted, capacity)
         self._wasted -= lost
@@ -214,7 +217,7 @@ class SimulatedPool:
         return taken
 
     def _tick(self, now: int) -> tuple[int, int]:
-        """Ask the policy; how many ready workers were stopped, spot and on demand."""
+        """Ask the policy. Returns how many ready workers were stopped, spot and on demand."""
         wanted = min(max(self._policy.replicas(self._view(now)), 0), self._maximum)
         steady = round(wanted * self._hardware.on_demand)
         return self._spot.resize(now, wanted - steady), self._steady.resize(now, steady)

@@ -1,4 +1,4 @@
-"""Tables and pictures of simulations. The document's prose is written by hand; what stands between its marks is generated."""
+"""Tables and pictures of simulations. The document's prose is written by hand; the text between its marks is generated here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def write_document(path: Path) -> None:
-    """Fill the marked parts of a document and draw its pictures beside it. Raises InputError where a mark is missing."""
+    """Fill the marked parts of a document and draw its pictures beside it. Raises InputError if a mark is missing."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -67,12 +67,12 @@ def size_table() -> str:
 
 
 def wait_table() -> str:
-    """Everything else of the fleet of a hundred."""
+    """The other measures of the fleet of a hundred devices."""
     return table(compare(Scenario(Traffic(100)), list(POLICIES), SEEDS))
 
 
 def trouble_table() -> str:
-    """Ours and the tuned rival when something is not as planned."""
+    """Our policy and its tuned rival under conditions that were not planned for."""
     names = [OURS, "backlog per instance, tuned"]
     lines = ["| what differs | " + " | ".join(names) + " | bound |", "|---|---|---|---|"]
     for what, scenario in _troubles().items():

@@ -1,4 +1,7 @@
-"""Runs of whole fleets: every policy on the same arrivals and the same seeds, summed over pools, averaged over seeds."""
+"""Runs of whole fleets: every policy with the same arrivals and the same seeds, summed over pools, averaged over seeds.
+
+`command` and `report` call `compare`.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,19 @@ from pipefleet_workers.fleet.simulation.traffic import DAY, Arrivals, Traffic, a
 from pipefleet_workers.fleet.simulation.workers import Hardware
 
 ROOM = 2
-"""Workers that a pool may have for each device of its size."""
+"""Most workers of a pool for each device of its size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A fleet of equal or different pools. The days before the last one only warm up."""
+    """A fleet of equal or different pools. All days before the last only warm up."""
 
     traffic: Traffic
     hardware: Hardware = field(default_factory=Hardware)
     knowledge: Knowledge = field(default_factory=Knowledge)
     slo: float = 600.0
     pools: int = 1
-    """The devices are split over so many pools, each larger than the next, their days shifted against each other."""
+    """The devices are split over so many pools of different sizes, with shifted days."""
 
     def parts(self) -> list[Traffic]:
         """The traffic of each pool: devices in the proportion 1/1, 1/2, 1/3 …, none below 1."""
@@ -101,7 +104,7 @@ def run_pool(scenario: Scenario, traffic: Traffic, name: str, seed: int) -> Resu
 
 
 def compare(scenario: Scenario, names: Sequence[str], seeds: Sequence[int]) -> list[Row]:
-    """A row for each policy, then the bound that none can beat."""
+    """A row for each policy, then the bound that no policy can beat."""
     results: dict[str, list[list[Result]]] = {name: [] for name in names}
     bounds: list[float] = []
     for seed in seeds:
@@ -130,7 +133,7 @@ def _bound(scenario: Scenario, came: Sequence[Arrivals]) -> float:
 
 
 def _row(name: str, devices: int, of_seeds: Sequence[Sequence[Result]]) -> Row:
-    """Pools are summed; lateness and waits are weighted by the work done."""
+    """The row of one policy. Pools are summed; lateness and waits are weighted by the work done."""
     late = [_weighted(pools, [one.late for one in pools]) for pools in of_seeds]
     return Row(
         policy=name,

@@ -1,4 +1,4 @@
-"""What arrives at a simulated pool: a daily cycle that differs a little from day to day, noise, bursts of bulk work, odd job sizes.
+"""The arrivals of a simulated pool: a daily cycle that differs a little from day to day, noise, bursts of bulk work, odd job sizes.
 
 Arrivals are cohorts: for each step, how much work came (device-seconds) in how many jobs. Work is in units of one device.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 DAY = 86_400.0
 EXACT_JOBS = 3_000_000
-"""Up to here each job's size is drawn; above, the sum of a cohort comes from a distribution with the same mean and variance."""
+"""Up to this number each job's size is drawn; above, a cohort's sum comes from a distribution with the same mean and variance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Traffic:
     days: int = 2
     step: float = 5.0
     peak: float = 0.8
-    """Load at the height of the day, as a share of the devices; at night it is a quarter of that."""
+    """Load at the height of the day, as a share of the devices; at night it is a quarter of this."""
     job_seconds: float = 2.0
     spread: float = 1.0
     """Sigma of the log-normal sizes of jobs; 1.5 is a heavy tail."""
@@ -32,13 +32,13 @@ class Traffic:
     burst_seconds: float = 240.0
     """Work of a burst, in seconds of the whole pool."""
     drift: float = 0.05
-    """Noise of the load over a quarter of an hour, and of one day's height against another's."""
+    """Noise of the load over a quarter of an hour, and of the height of one day against another."""
     phase: float = 0.0
     """Share of a day by which the cycle is shifted."""
     ramp: float | None = None
-    """Where given, office hours: the load rises from night to day within so many seconds, and falls likewise."""
+    """If set, office hours: the load rises from night to day within so many seconds, and falls likewise."""
     jump: float = 1.0
-    """From the middle of the last day, for 15 % of a day, jobs are this many times larger and as many times fewer."""
+    """From the middle of the last day, for 15 % of a day, jobs are so many times larger and so many times fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Arrivals:
     step: float
 
     def measured(self, warm: float) -> int:
-        """The first step behind `warm` seconds."""
+        """The first step after `warm` seconds."""
         return round(warm / self.step)
 
 
@@ -72,7 +72,7 @@ def arrivals(traffic: Traffic, seed: int) -> Arrivals:
 
 
 def _load(traffic: Traffic, times: Any, random: Any) -> Any:
-    """Busy devices over time: a day between a quarter and the whole of the peak, times slow noise."""
+    """Busy devices over time: a daily cycle between a quarter of the peak and the peak, times slow noise."""
     wave = np.cos(2 * np.pi * (times / DAY + traffic.phase))
     if traffic.ramp is not None:
         wave = np.clip(wave * DAY / (np.pi * traffic.ramp), -1.0, 1.0)
@@ -83,7 +83,7 @@ def _load(traffic: Traffic, times: Any, random: Any) -> Any:
 
 
 def _slow_noise(steps: int, rate: float, random: Any) -> Any:
-    """Gaussian noise of variance 1 that forgets itself within 1/rate steps: drawn every half memory, straight between."""
+    """Gaussian noise of variance 1 with a memory of 1/rate steps: drawn every half memory, straight lines between."""
     apart = max(1, round(0.5 / rate))
     knots = random.normal(size=steps // apart + 2)
     for index in range(1, len(knots)):

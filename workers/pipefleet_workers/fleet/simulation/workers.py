@@ -1,4 +1,7 @@
-"""The workers of a simulated pool: they start, become ready, are lost, are stopped; every second that one exists is paid."""
+"""The workers of a simulated pool: they start, become ready, are lost, are stopped.
+
+Every second of a worker's existence is paid.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,22 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a simulated pool runs on. Times in seconds, prices per device-hour."""
+    """The hardware of a simulated pool. Times in seconds, prices per device-hour."""
 
     cold_start: tuple[float, float] = (60.0, 300.0)
-    """Seconds from a start to the first job, uniformly in between."""
+    """Seconds from a start to the first job, uniformly distributed between the two."""
     spot_loss: float = 0.03
     """Share of the spot workers that is reclaimed within an hour."""
     hard: float = 0.2
-    """Share of the lost workers that end without notice: what they hold is delivered again."""
+    """Share of the lost workers that end without notice; their work is delivered again."""
     redelivery: float = 30.0
-    """Seconds until it is."""
+    """Seconds until their work is delivered again."""
     reclaims: tuple[tuple[float, float], ...] = ((0.6, 0.3),)
-    """Events of the last day: at which share of it, which share of the spot workers is lost at once."""
+    """Events of the last day: at which share of the day, which share of the spot workers is lost at once."""
     in_flight: float = 4.0
     """Device-seconds of work that a busy worker holds."""
     on_demand: float = 0.0
-    """Share of the wanted workers that is bought on demand: never lost, at its own price."""
+    """Share of the wanted workers that is bought on demand: never lost, at a price of its own."""
     spot_price: float = 1.0
     on_demand_price: float = 3.0
 
@@ -43,17 +46,17 @@ class Workers:
 
     @property
     def total(self) -> int:
-        """All that are paid."""
+        """All paid workers."""
         return self.ready + self.pending
 
     def begin(self, now: int) -> None:
-        """Let those become ready whose time has come."""
+        """Let workers become ready whose cold start is over."""
         due, self._due[now] = self._due[now], 0
         self.ready += due
         self.pending -= due
 
     def lose(self, share: float) -> int:
-        """Lose each ready worker with this probability; how many there were."""
+        """Lose each ready worker with this probability; returns how many were lost."""
         if not self.ready or share <= 0:
             return 0
         lost = int(self._random.binomial(self.ready, share))
@@ -61,7 +64,10 @@ class Workers:
         return lost
 
     def resize(self, now: int, wanted: int) -> int:
-        """Start or stop until there are `wanted`; how many ready ones were stopped. The ones that start last are stopped first."""
+        """Start or stop workers until there are `wanted`; the last started stop first.
+
+        Returns how many ready workers were stopped.
+        """
         change = wanted - self.total
         if change > 0:
             self._start(now, change)

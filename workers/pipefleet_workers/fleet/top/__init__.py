@@ -1,1 +1,1 @@
-"""`pipefleet top`: the fleet at a glance, in a terminal. Reads Redis alone; needs no torch and no scaler."""
+"""`pipefleet top`: the fleet at a glance, in a terminal. It reads only Redis; it needs no torch and no scaler."""

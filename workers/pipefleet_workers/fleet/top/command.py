@@ -1,4 +1,4 @@
-"""`pipefleet top`."""
+"""The command `pipefleet top`: one table, or a screen that is redrawn every second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 1.0
 PATIENCE = 2.0
-"""Seconds to wait for one answer of Redis: a view that hangs is worse than one that says it is out of date."""
+"""Seconds to wait for one answer of Redis: a screen that hangs is worse than a screen that says it is out of date."""
 
 
 def register(commands: Commands) -> None:
@@ -31,7 +31,7 @@ def register(commands: Commands) -> None:
 
 
 def top(arguments: argparse.Namespace) -> int:
-    """Show the fleet once, or again and again until Ctrl-C. 3 where a pool cannot be read.
+    """Show the fleet once, or again and again until Ctrl-C. Returns 3 if a pool cannot be read.
 
     Raises ServiceUnavailableError when Redis is away at the start.
     """

@@ -1,6 +1,8 @@
-"""One look at the fleet in Redis: what waits, who works, how fast, what failed.
+"""One look at the fleet in Redis: waiting work, workers, speed, failures. `command` and the doctor call `read_fleet`.
 
-queues (as the scaler reads them) + what workers announce + what the scaler remembers ─▶ Snapshot
+    queues (as the scaler reads them) + announcements of workers + the scaler's memory ─▶ Snapshot
+
+Raises ServiceUnavailableError while Redis is away.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from pipefleet_workers.fleet.scaling.signal import STATES, Memory, Reading, read
 from pipefleet_workers.observe.totals import Done, Items, read_items
 
 SCALER_SECONDS = 90.0
-"""What a scaler wanted longer ago than this is not shown: it looks at least once a minute."""
+"""An older number of the scaler is not shown: a scaler looks at least once a minute."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolRow:
     """One pool, or a revision that it is leaving.
 
-    Seconds of backlog are device-seconds; None where nothing was measured, or nobody tells.
+    Seconds of backlog are device-seconds; None if nothing was measured, or no worker reports.
     """
 
     pool: str
@@ -53,7 +55,7 @@ class PoolRow:
     failed: int
     dead_letters: int
     note: str = ""
-    """What `pipefleet up` could not do for it, or why it waits, in one sentence; empty where all is well."""
+    """What `pipefleet up` could not do for it, or why it waits, in one sentence; empty if all is well."""
     cancelled: int = 0
     expired: int = 0
 
@@ -64,7 +66,7 @@ class WorkerRow:
 
     worker: str
     pool: str
-    """Its pool, or the revision of it that the worker serves, as `PoolRow.pool`."""
+    """Its pool, or the revision that it serves, in the form of `PoolRow.pool`."""
     items_per_second: float
     busy: float
     items: int
@@ -72,15 +74,15 @@ class WorkerRow:
     max_cost: int
     """Budget of a batch, padded."""
     pads: bool
-    """Whether padding is exact; else only equal shapes share a batch."""
+    """Whether padding is exact; if not, only equal shapes share a batch."""
     base: float | None
     """Seconds of a batch without work, and of a unit of cost; None before the first batches."""
     per_cost: float | None
     age: float
     barred: str = ""
-    """Why it takes no jobs: S3 refuses it. Empty where it does not."""
+    """Why it takes no jobs: S3 refuses it. Empty if S3 does not."""
     refused: tuple[str, ...] = ()
-    """Buckets that S3 refuses to it, and maybe not to others."""
+    """Buckets that S3 refuses to this worker, and maybe not to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class Snapshot:
     pools: tuple[PoolRow, ...]
     workers: tuple[WorkerRow, ...]
     troubles: Mapping[str, str] = field(default_factory=dict)
-    """Why a pool has no row: a key of it holds something else."""
+    """Why a pool has no row: one of its keys holds another type."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form; `troubles` only where there are any."""
@@ -99,7 +101,7 @@ class Snapshot:
 
 
 def read_fleet(client: Client, fleet: Fleet | None = None, *, unnamed: bool = True) -> Snapshot:
-    """Look once at the client's pools, or those of `fleet`; with `unnamed`, also at what waits for revisions that it does not name.
+    """Look once at the client's pools, or the pools of `fleet`; with `unnamed`, also at messages for revisions it does not name.
 
     Raises ServiceUnavailableError when Redis is away, UsageError for a wrong fleet file.
     """
@@ -128,7 +130,7 @@ def read_fleet(client: Client, fleet: Fleet | None = None, *, unnamed: bool = Tr
 
 
 def _unserved(part: Part, row: PoolRow, fleet: Fleet) -> str:
-    """Why what waits for a revision that the fleet does not name goes on waiting; empty where somebody serves it."""
+    """Why messages for a revision that the fleet does not name go on waiting; empty if a worker serves it."""
     held = Held(row.messages["leased"], row.messages["delayed"])
     waits = Backlog(part, {"queued": row.messages["queued"]}, held, row.alive, fleet.pools.get(part.pool.name))
     return waits.note or ""
@@ -181,7 +183,7 @@ def _pool(redis: Any, part: Part, workers: list[WorkerRow], now: float) -> PoolR
 
 
 def _scaler(redis: Any, pool: str, now: float) -> tuple[Memory, int | None]:
-    """What a scaler measured of a pool, and how many workers it wants if it still looks."""
+    """A scaler's measurements of a pool, and how many workers it wants if it still looks."""
     try:
         content = read_object(redis.get(scaler_key(pool)))
         memory, state = Memory.from_json(content["memory"]), State.from_json(content["state"])
@@ -192,7 +194,7 @@ def _scaler(redis: Any, pool: str, now: float) -> tuple[Memory, int | None]:
 
 
 def _seconds_per_cost(done: Done) -> float | None:
-    """Without a scaler: what the forwards took so far, over what they did."""
+    """The value without a scaler: seconds of all forwards so far, over the cost done."""
     return done.seconds / done.cost if done.cost > 0 and done.seconds > 0 else None
 
 

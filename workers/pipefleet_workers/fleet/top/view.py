@@ -1,4 +1,4 @@
-"""A snapshot as tables: for a terminal with rich, for other programs as plain text of whole lines."""
+"""A snapshot as tables: for a terminal with rich, for other programs as plain text of whole lines. No I/O."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ POOL_COLUMNS = ("pool", "waits", "held", "backlog", "oldest", "workers", "items/
 WORKER_COLUMNS = ("worker", "items/s", "busy", "items", "failed", "batch budget", "batch takes")
 NOBODY = "no worker is alive"
 SHORTEST = 12
-"""Characters that a name gets at least."""
+"""Least characters of a name."""
 MOST_CELL = 200
-"""Characters of a cell."""
+"""Most characters of a cell."""
 Cells = tuple[str, ...]
 
 
 def pool_cells(row: PoolRow) -> Cells:
-    """The columns of POOL_COLUMNS: messages that wait and that workers hold, the work in them, and so on."""
+    """The columns of POOL_COLUMNS: messages that wait and messages that workers hold, their work, and so on."""
     waits = row.messages["queued"] + row.messages["delayed"]
     return (
         row.pool,
@@ -40,7 +40,7 @@ def pool_cells(row: PoolRow) -> Cells:
 
 
 def worker_cells(row: WorkerRow) -> Cells:
-    """The columns of WORKER_COLUMNS: the budget of a batch, padded or of equal shapes alone, and what its work takes."""
+    """The columns of WORKER_COLUMNS: the budget of a batch, padded or of equal shapes alone, and the seconds of its work."""
     batches = f"{row.max_cost} {'padded' if row.pads else 'equal'}"
     takes = "?" if row.base is None else f"{seconds(row.base)}+{seconds(row.per_cost or 0.0)}/unit"
     return (row.worker, rate(row.items_per_second), f"{row.busy:.0%}", str(row.items), str(row.failed), batches, takes)
@@ -69,14 +69,14 @@ def rate(value: float) -> str:
 
 
 def plain(snapshot: Snapshot) -> str:
-    """Both tables as text without colours, one line for each row however wide."""
+    """Both tables as text without colours, one line for each row, however wide."""
     pools = lines(POOL_COLUMNS, [pool_cells(one) for one in snapshot.pools])
     workers = lines(WORKER_COLUMNS, [worker_cells(one) for one in snapshot.workers])
     return "\n".join([*pools, *notes(snapshot), "", *(workers if snapshot.workers else [NOBODY])])
 
 
 def notes(snapshot: Snapshot) -> list[str]:
-    """A line for each pool, and each worker, that something is to be said of."""
+    """A line for each pool and each worker with a note."""
     pools = [f"{one.pool}: {one.note}" for one in snapshot.pools if one.note]
     barred = [f"{one.worker} takes no jobs: {one.barred}" for one in snapshot.workers if one.barred]
     refused = [
@@ -88,7 +88,7 @@ def notes(snapshot: Snapshot) -> list[str]:
 
 
 def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list[str]:
-    """The head and the rows in aligned columns; the first column is shortened where `width` is too little for all."""
+    """The head and the rows in aligned columns; if `width` is too small for all, the first column is shortened."""
     rows = [tuple(printable(cell, MOST_CELL) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     gap = 2 if width is None or sum(widths) + 2 * len(widths) <= width else 1
@@ -103,7 +103,7 @@ def lines(names: Cells, rows: Sequence[Cells], width: int | None = None) -> list
 
 
 def shortened(text: str, room: int) -> str:
-    """`text` in `room` characters: its middle goes, since names begin with the pool and end with the process."""
+    """`text` in `room` characters. Its middle is cut, since names begin with the pool and end with the process."""
     if len(text) <= room:
         return text
     end = (room - 1) // 2 + 2
@@ -111,7 +111,7 @@ def shortened(text: str, room: int) -> str:
 
 
 def screen(snapshot: Snapshot, *, width: int, trouble: str = "", age: float = 0.0) -> Group:
-    """Both tables for a terminal of this width; `trouble` says why they are `age` seconds old."""
+    """Both tables for a terminal of this width; `trouble` gives the reason if they are `age` seconds old."""
     from rich.console import Group
     from rich.text import Text
 

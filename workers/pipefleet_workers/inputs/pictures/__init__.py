@@ -1,1 +1,1 @@
-"""Pictures: bytes become an upright RGB image, and no header makes a decoder allocate more than the bounds."""
+"""Pictures: bytes become an upright RGB image, and no header can make a decoder allocate more than the bounds."""

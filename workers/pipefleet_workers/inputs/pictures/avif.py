@@ -1,6 +1,6 @@
-"""How large the AV1 streams of an AVIF are by their own headers: the decoder allocates that, whatever the container says.
+"""The size of the AV1 streams of an AVIF, by their own headers: the decoder allocates this size, whatever the container declares.
 
-Only sequence headers are read. A frame that overrides the size of its sequence is bounded by the decoder alone (2^28 pixels).
+Only sequence headers are read. A frame that overrides the size of its sequence is bounded only by the decoder (2^28 pixels).
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ import struct
 from collections.abc import Iterator
 
 MOST_STREAMS = 4096
-"""Items and tracks: tiles of a grid, their alpha, frames."""
+"""Most items and tracks: tiles of a grid, their alpha, frames."""
 MOST_UNITS = 1000
-"""Units (OBUs) of a stream before its sequence header, which comes first or second by custom."""
+"""Most units (OBUs) of a stream before its sequence header, which usually comes first or second."""
 _CONTAINERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"meta"})
 _SEQUENCE_HEADER = 1
 
 
 def is_avif(content: bytes) -> bool:
-    """Whether a file begins as one, or as a sequence of them."""
+    """Whether a file begins as an AVIF, or as a sequence of them."""
     return content[4:8] == b"ftyp" and content[8:12] in (b"avif", b"avis", b"mif1", b"msf1")
 
 
 def size(content: bytes) -> tuple[int, int]:
-    """Width and height of the largest stream; 0, 0 where none is found. Never raises."""
+    """Width and height of the largest stream; 0, 0 if no stream is found. Never raises."""
     found = (0, 0)
     for begin in _streams(content):
         try:
             found = max(found, _sequence_size(begin), key=lambda one: one[0] * one[1])
         except (IndexError, ValueError):
-            continue  # this item holds something else, or ends within its header
+            continue  # this item is no AV1 stream, or ends within its header
     return found
 
 
 def excess(content: bytes) -> str | None:
-    """What it has far too much of, or None."""
+    """The kind of piece of which it has far too many, or None."""
     for index, _ in enumerate(_streams(content)):
         if index >= MOST_STREAMS:
             return f"more than {MOST_STREAMS} streams"
@@ -41,7 +41,7 @@ def excess(content: bytes) -> str | None:
 
 
 def _streams(content: bytes) -> Iterator[memoryview]:
-    """What each item and track begins with."""
+    """The first bytes of each item and track."""
     whole, data, tables = memoryview(content), 0, []
     for name, start, end in _boxes(content, 0, len(content)):
         data = start if name == b"idat" else data
@@ -54,11 +54,11 @@ def _streams(content: bytes) -> Iterator[memoryview]:
                 (first,) = struct.unpack_from(">I" if name == b"stco" else ">Q", content, start + 8)
                 yield whole[first:]
         except (struct.error, IndexError):
-            continue  # the decoder refuses such a table
+            continue  # the decoder will refuse such a table
 
 
 def _boxes(content: bytes, at: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the content of each box, and of those inside."""
+    """Name, start and end of the content of each box, boxes inside others included."""
     while at + 8 <= end:
         length, name = struct.unpack_from(">I4s", content, at)
         head = 16 if length == 1 else 8
@@ -74,7 +74,7 @@ def _boxes(content: bytes, at: int, end: int, depth: int = 0) -> Iterator[tuple[
 
 
 def _items(whole: memoryview, table: memoryview, data: int) -> Iterator[memoryview]:
-    """The items of a table of locations (ISO/IEC 14496-12, 8.11.3); of one in several pieces, the pieces joined."""
+    """The items of a table of locations (ISO/IEC 14496-12, 8.11.3); the pieces of an item are joined."""
     version, at, joined = table[0], 8, 0
     offset_bytes, length_bytes, base_bytes = table[4] >> 4, table[4] & 15, table[5] >> 4
     index_bytes = table[5] & 15 if version else 0
@@ -96,7 +96,7 @@ def _items(whole: memoryview, table: memoryview, data: int) -> Iterator[memoryvi
             pieces.append(whole[start : start + length] if length else whole[start:])
         joined += sum(len(one) for one in pieces) if len(pieces) > 1 else 0
         if joined > 2 * len(whole):
-            raise IndexError  # pieces that overlap again and again
+            raise IndexError  # the pieces overlap too often
         yield pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
 
@@ -107,7 +107,7 @@ def _number(table: memoryview, at: int, length: int) -> int:
 
 
 def _sequence_size(stream: memoryview) -> tuple[int, int]:
-    """Raises IndexError or ValueError for what is no stream of AV1."""
+    """The size in the sequence header. Raises IndexError or ValueError if `stream` is no AV1 stream."""
     at = 0
     for _ in range(MOST_UNITS):
         head = stream[at]
@@ -131,7 +131,7 @@ def _leb128(stream: memoryview, at: int) -> tuple[int, int]:
 
 
 class _Bits:
-    """Reads numbers of bits, the most significant first. Raises IndexError behind the end."""
+    """Reads numbers of bits, the most significant bit first. Raises IndexError after the end."""
 
     def __init__(self, content: memoryview) -> None:
         self._value = int.from_bytes(content[:1024], "big")
@@ -145,7 +145,7 @@ class _Bits:
 
 
 def _frame_size(bits: _Bits) -> tuple[int, int]:
-    """The largest width and height of frames in a sequence header (AV1, 5.5.1)."""
+    """The largest width and height of frames, from a sequence header (AV1, 5.5.1)."""
     bits(4)
     if bits(1):  # a still picture with a short header
         bits(5)

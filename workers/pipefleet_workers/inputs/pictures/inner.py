@@ -1,4 +1,4 @@
-"""Pictures that hold a file of another format, which has a header and a size of its own: ICO, ICNS and BLP."""
+"""Pictures that contain a file of another format, with its own header and size: ICO, ICNS and BLP."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import struct
 from PIL.IcnsImagePlugin import IcnsFile
 
 ICON = b"\0\0\1\0"
-"""How an ICO begins. Pillow decodes it as it opens it."""
+"""The first bytes of an ICO. Pillow decodes an ICO when it opens it."""
 _ENTRY = struct.Struct("<BBBBHHII")
 _BLP_PLACES = struct.Struct("<16I16I")
 _BLP_AT = 28
-"""Where the offsets and lengths of the sizes of a BLP1 stand."""
+"""Place of the offsets and lengths of the sizes of a BLP1."""
 
 
 def inner(content: bytes) -> bytes | None:
-    """The file inside `content` that Pillow decodes; None where there is no other. Looks at headers only, and never raises."""
+    """The file inside `content` that Pillow decodes; None if there is none. Reads only headers, and never raises."""
     try:
         if content.startswith(ICON):
             return _largest_icon(content)
@@ -25,11 +25,11 @@ def inner(content: bytes) -> bytes | None:
             return _best_icon(content)
         return _jpeg_of_blp(content) if content.startswith(b"BLP1\0\0\0\0") else None
     except (struct.error, SyntaxError, ValueError):
-        return None  # it ends within its headers: Pillow refuses it
+        return None  # the file ends within its headers, so Pillow will refuse it
 
 
 def _largest_icon(content: bytes) -> bytes | None:
-    """As Pillow chooses: the largest by the directory, of those the one with the fewest colours."""
+    """The icon that Pillow chooses: the largest by the directory, and among equals the icon with the fewest colours."""
     (number,) = struct.unpack_from("<H", content, 4)
     icons = list(_ENTRY.iter_unpack(content[6 : 6 + number * _ENTRY.size]))
     if not icons:
@@ -52,7 +52,7 @@ def _best_icon(content: bytes) -> bytes | None:
 
 
 def _jpeg_of_blp(content: bytes) -> bytes | None:
-    """The head that all sizes of a BLP1 share, and the largest of them."""
+    """The head that all sizes of a BLP1 share, and the largest size."""
     places = _BLP_PLACES.unpack_from(content, _BLP_AT)
     start = _BLP_AT + _BLP_PLACES.size
     (head,) = struct.unpack_from("<I", content, start)

@@ -1,4 +1,4 @@
-"""What the headers of a JPEG 2000 make a decoder allocate before any pixel: tiles, components, blocks of coefficients."""
+"""What a decoder allocates for the headers of a JPEG 2000, before any pixel: tiles, components, blocks of coefficients."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterator
 MOST_TILES = 1 << 13
 MOST_COMPONENTS = 16
 MOST_BLOCKS = 1 << 20
-"""Blocks of coefficients, some 600 bytes each; 64 by 64 coefficients make one by default."""
+"""Most blocks of coefficients, of some 600 bytes each; a block has 64 by 64 coefficients by default."""
 MOST_PARTS = 1 << 16
-"""Parts of tiles, which have headers of their own."""
+"""Most parts of tiles; each part has a header of its own."""
 _CODESTREAM = b"\xff\x4f\xff\x51"
 _BOX = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 _COD, _COC, _SOT, _SOD = 0x52, 0x53, 0x90, 0x93
 
 
 def is_jpeg2000(content: bytes) -> bool:
-    """Whether a file begins as one, in a box or bare."""
+    """Whether a file begins as a JPEG 2000, in a box or bare."""
     return content.startswith((_CODESTREAM, _BOX))
 
 
 def size(content: bytes) -> tuple[int, int]:
-    """Width and height that the codestream itself declares; 0, 0 where there is none."""
+    """Width and height that the codestream itself declares; 0, 0 if there is no codestream."""
     at = content.find(_CODESTREAM)
     if at < 0 or len(content) < at + 40:
         return 0, 0
@@ -31,12 +31,12 @@ def size(content: bytes) -> tuple[int, int]:
 
 
 def excess(content: bytes) -> str | None:
-    """What it has far too much of, or None. Looks at headers only."""
+    """The kind of piece of which it has far too many, or None. Reads only headers."""
     at = content.find(_CODESTREAM)
     try:
         return _excess(content, at) if at >= 0 else None
     except (struct.error, IndexError):
-        return None  # it ends within its headers: the decoder refuses it
+        return None  # the file ends within its headers, so the decoder will refuse it
 
 
 def _excess(content: bytes, at: int) -> str | None:
@@ -57,7 +57,7 @@ def _excess(content: bytes, at: int) -> str | None:
 
 
 def _blocks(content: bytes, at: int, index_bytes: int) -> Iterator[int]:
-    """Coefficients of the smallest block that each style of coding allows; 0 for each part of a tile."""
+    """Coefficients of the smallest block that each coding style allows; 0 for each part of a tile."""
     part, part_size = 0, 0
     while at + 4 <= len(content):
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
@@ -71,7 +71,7 @@ def _blocks(content: bytes, at: int, index_bytes: int) -> Iterator[int]:
         if marker == _COC:
             yield _block(content, at + 5 + index_bytes, content[at + 4 + index_bytes])
         if marker == _SOD:
-            if part_size < 14:  # this part goes to the end
+            if part_size < 14:  # this part extends to the end of the file
                 return
             at = part + part_size
         else:
@@ -79,7 +79,7 @@ def _blocks(content: bytes, at: int, index_bytes: int) -> Iterator[int]:
 
 
 def _block(content: bytes, at: int, style: int) -> int:
-    """Coefficients of a block; a precinct that is smaller than a block cuts it."""
+    """Coefficients of a block; a precinct smaller than a block reduces it."""
     levels, width, height = content[at], (content[at + 1] & 15) + 2, (content[at + 2] & 15) + 2
     if style & 1:
         for precinct in content[at + 5 : at + 6 + levels]:

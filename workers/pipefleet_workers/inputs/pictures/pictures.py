@@ -1,4 +1,7 @@
-"""Pictures: bytes to an upright RGB PIL image, as `transformers.image_utils.load_image` gives it."""
+"""Pictures: from bytes to an upright RGB PIL image, as `transformers.image_utils.load_image` gives it. `Decoder` calls it.
+
+A picture that is damaged or too large raises ItemError before its pixels are decoded.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 def decode_image(blob: Blob, *, max_pixels: int) -> Image.Image:
     """The picture, upright by its EXIF orientation, in RGB. Raises ItemError: bad_media, truncated_media, too_large.
 
-    The size is read from the headers before anything is decoded: ten kilobytes can hold a gigabyte of pixels.
+    The size is read from the headers before anything is decoded: ten kilobytes can contain a gigabyte of pixels.
     """
     _require_headers(blob, max_pixels)
     image = _opened(blob, max_pixels)
@@ -38,8 +41,8 @@ def decode_image(blob: Blob, *, max_pixels: int) -> Image.Image:
     _require_quick(blob, image)
     try:
         image.load()
-        vars(image).pop("_decoder", None)  # those of WebP and AVIF hold two more copies of all pixels
-        ImageOps.exif_transpose(image, in_place=True)  # a copy of a hundred megapixels takes 400 MB
+        vars(image).pop("_decoder", None)  # the decoders of WebP and AVIF hold two more copies of all pixels
+        ImageOps.exif_transpose(image, in_place=True)  # in place, since a copy of a hundred megapixels takes 400 MB
         return image if image.mode == "RGB" else image.convert("RGB")
     except MemoryError:
         raise
@@ -67,7 +70,7 @@ def _opened(blob: Blob, max_pixels: int) -> Image.Image:
 
 
 def _require_headers(blob: Blob, max_pixels: int) -> None:
-    """Raise ItemError for what the headers of the file, or of the one inside of it, say before Pillow opens it."""
+    """Raise ItemError for bad headers of the file, or of the file inside it, before Pillow opens it."""
     held = inner(blob.content)
     for content in (blob.content, held) if held else (blob.content,):
         found = excess(content)

@@ -1,7 +1,7 @@
-"""Files of pictures that are made of far too many pieces: a few bytes each, and time and memory for each to decode it.
+"""Picture files made of far too many pieces: each takes a few bytes in the file, but time and memory when it is decoded.
 
-A progressive JPEG may go over all its pixels again with every hundred bytes; Pillow keeps a list of the strips of a TIFF and of
-the chunks of a PNG that it does not know.
+A progressive JPEG may go over all its pixels again for every hundred bytes. Pillow keeps a list of the strips of a TIFF, and of the
+unknown chunks of a PNG. `pictures` asks before it decodes.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import struct
 from pipefleet_workers.inputs.pictures import avif, jpeg2000
 
 MOST_SCANS = 200
-"""Scans of a JPEG; encoders write twenty at most."""
+"""Most scans of a JPEG; encoders write at most twenty."""
 MOST_CHUNKS = 20_000
-"""Chunks of a PNG that hold no pixels."""
+"""Most chunks of a PNG that contain no pixels."""
 MOST_STRIPS = 1 << 18
-"""Strips or tiles of a TIFF."""
+"""Most strips or tiles of a TIFF."""
 MOST_PARSED = 64 << 20
-"""Bytes of an XPM or a BLP, of which Pillow makes a dict or a list in Python while it opens or decodes it."""
+"""Most bytes of an XPM or a BLP; Pillow turns them into a dict or a list in Python while it opens or decodes the file."""
 _PARSED = (b"/* XPM */", b"BLP1", b"BLP2")
 _JPEG, _PNG, _TIFF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", (b"II", b"MM")
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-"""What ends the compressed bytes of a scan: any marker but those of a restart."""
+"""The end of the compressed bytes of a scan: any marker except a restart marker."""
 _START_OF_SCAN, _END = 0xDA, 0xD9
 _ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _STRIPS = (273, 324)
 
 
 def excess(content: bytes) -> str | None:
-    """What a picture's file has far too much of, or None. Looks at heads of pieces only."""
+    """The kind of piece of which a picture's file has far too many, or None. Reads only the heads of pieces."""
     if len(content) > MOST_PARSED and content.startswith(_PARSED):
         return f"more than {MOST_PARSED} bytes, for its format"
     if content.startswith(_JPEG):
@@ -74,7 +74,7 @@ def _chunks(content: bytes) -> str | None:
 
 
 def _strips(content: bytes) -> str | None:
-    """The count of strips stands in the first directory of tags."""
+    """The number of strips, from the first directory of tags."""
     order = "<" if content[:1] == b"I" else ">"
     try:
         (version,) = struct.unpack_from(order + "H", content, 2)

@@ -1,4 +1,7 @@
-"""Sound by FFmpeg: the track that `ffmpeg` would choose, decoded to the end of the data, past packets that cannot be decoded."""
+"""Sound by FFmpeg: the track that `ffmpeg` would choose, decoded to the end of the data.
+
+Packets that cannot be decoded are skipped.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,18 @@ from pipefleet_workers.inputs.sound.tracks import STAGE, Samples, Track
 from pipefleet_workers.items import Blob, ItemError
 
 _SECOND_CHOICE = {"amrnb": "libopencore_amrnb", "amrwb": "libopencore_amrwb"}
-"""Decoders for what FFmpeg's own cannot: the frames of silence (DTX) that phones send."""
+"""Other decoders for packets that FFmpeg's own decoder cannot decode: the frames of silence (DTX) that phones send."""
 _PHONE_SECONDS = 0.02
-"""How long a packet of these lasts."""
+"""The length of such a packet."""
 _TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")
-"""How a tag begins that stands between the parts of a joined file. It is no packet."""
+"""First bytes of a tag between the parts of a joined file. A tag is no packet."""
 _DEFAULT = 5_000_000
-"""As in ffmpeg's choice of a track: the default one goes before one of more channels."""
+"""As in ffmpeg's choice of a track: the default track wins over a track with more channels."""
 _Decode = Callable[[Any], Sequence[Any]]
 
 
 class CannotOpenError(Exception):
-    """FFmpeg does not know the file, or finds no sound in it; `refusal` says so."""
+    """FFmpeg does not know the file, or finds no sound in it; `refusal` gives the reason."""
 
     def __init__(self, refusal: ItemError) -> None:
         super().__init__(str(refusal))
@@ -34,7 +37,7 @@ class CannotOpenError(Exception):
 
 
 def read_sound(blob: Blob, track: Track, losses: Losses) -> Samples:
-    """The samples of a file through `track`. Raises CannotOpenError, and ItemError as the track does."""
+    """The samples of a file through `track`. Raises CannotOpenError, and the track's ItemErrors."""
     _read(blob, track, losses)
     if not track.seconds:
         raise CannotOpenError(ItemError("bad_media", f"{blob.uri} holds no audio that can be decoded", STAGE))
@@ -42,7 +45,7 @@ def read_sound(blob: Blob, track: Track, losses: Losses) -> Samples:
 
 
 def _read(blob: Blob, track: Track, losses: Losses) -> None:
-    """Add a file to the track, part by part where it was joined."""
+    """Add a file to the track; a joined file part by part."""
     first, *others = parts(blob.content)
     _read_one(blob, first, track, losses)
     for part in others:
@@ -111,7 +114,7 @@ def _own_order(context: Any) -> str | None:
 
 
 def frames(container: Any, stream: Any, losses: Losses, decode: _Decode | None = None) -> Iterator[Any]:
-    """The frames of a stream to the end of the data; what cannot be decoded or read is counted in `losses`."""
+    """The frames of a stream to the end of the data; packets that cannot be decoded or read are counted in `losses`."""
     for packet in read_packets(container, stream, losses):
         before = losses.lost
         yield from decoded(packet, losses, decode)
@@ -120,7 +123,7 @@ def frames(container: Any, stream: Any, losses: Losses, decode: _Decode | None =
 
 
 def _second_choice(content: bytes, stream: Any, most_seconds: float) -> _Decode | None:
-    """Another decoder, where FFmpeg's own cannot decode all packets."""
+    """Another decoder, if FFmpeg's own cannot decode all packets."""
     name = _SECOND_CHOICE.get(stream.codec_context.name)
     if name is None or name not in av.codecs_available:
         return None

@@ -1,7 +1,7 @@
-"""Files that were joined (`cat a b`), and sizes that FFmpeg does not take: bytes in, files that it reads to their ends out.
+"""Files that were joined (`cat a b`), and sizes that FFmpeg does not take: bytes in; files that FFmpeg reads to their ends out.
 
-FFmpeg goes on in a joined MP3, ADTS or Ogg by itself, but not through another codec, rate or number of channels of an Ogg, nor past
-a picture in a tag that looks like sound; and of a joined FLAC it takes some frames twice.
+In a joined MP3, ADTS or Ogg, FFmpeg itself goes on after the first part. It does not go on after a change of codec, rate or number
+of channels in an Ogg, nor after a picture in a tag that looks like sound; and in a joined FLAC it takes some frames twice.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from itertools import islice
 from pipefleet_workers.inputs.containers import FLAC_START, chunk_of, is_placeholder
 
 _MOST_PARTS = 256
-"""Parts that are opened one by one; what is behind them belongs to the last one."""
+"""Most parts that are opened one by one; later parts belong to the last one."""
 _MOST_PAGES = 1 << 20
-"""Pages of an Ogg that are looked at; of those that encoders write, these hold hours."""
+"""Most pages of an Ogg that are read; an encoder's pages of this number hold hours."""
 _MOST_TAGS = 1 << 14
-"""Tags of each kind that are looked for; FFmpeg passes over those behind them as it does over any bytes that are no sound."""
+"""Most tags of each kind that are looked for; FFmpeg skips later tags as it skips any bytes that are no sound."""
 _ID3 = re.compile(rb"ID3[\x02-\x04][\x00-\x0f][\x00\x10\x20\x40\x50\x60\x80\x90\xa0\xc0\xd0\xe0][\x00-\x7f]{4}")
 _APE = re.compile(rb"APETAGEX[\xd0\xe8][\x03\x07]\x00\x00")
 _APE_HEAD = 32
 _APE_IS_HEAD, _APE_HAS_HEAD = 1 << 29, 1 << 31
 _BEHIND_TAGS = re.compile(rb"\xff[\xe0-\xff]|fLaC|ID3|TAG|APETAGEX|LYRICSBEGIN|\x00|$")
-"""What stands behind a tag: a frame, another tag, padding, or nothing."""
+"""The bytes after a tag: a frame, another tag, padding, or the end."""
 
 
 def parts(content: bytes) -> list[bytes]:
-    """The files that a file consists of, in their order; most files are their own only part."""
+    """The files that a file consists of, in their order; most files have one part, themselves."""
     if content.startswith(b"OggS"):
         return _split(content, list(islice(_ogg_starts(content), _MOST_PARTS)))
     if content.startswith(b"RIFF"):
@@ -50,7 +50,7 @@ def _split(content: bytes, starts: list[int]) -> list[bytes]:
 
 
 def _wav_starts(content: bytes) -> Iterator[int]:
-    """Where each WAV begins that follows another one at once, by the sizes that they say; FFmpeg ends with the first."""
+    """Where each WAV begins that directly follows another, by their declared sizes; FFmpeg would stop after the first."""
     at = 0
     while at == 0 or (content[at : at + 4] == b"RIFF" and content[at + 8 : at + 12] == b"WAVE"):
         yield at
@@ -61,7 +61,7 @@ def _wav_starts(content: bytes) -> Iterator[int]:
 
 
 def _ogg_starts(content: bytes) -> Iterator[int]:
-    """Where another codec, rate or number of channels begins, as the first packet of a stream says it; 0 is the first."""
+    """Where the codec, rate or number of channels changes, by the first packet of each stream; 0 is the first start."""
     before, headed = b"", False
     yield 0
     for at, is_first, head in islice(_ogg_pages(content), _MOST_PAGES):
@@ -73,7 +73,7 @@ def _ogg_starts(content: bytes) -> Iterator[int]:
 
 
 def _ogg_pages(content: bytes) -> Iterator[tuple[int, bool, bytes]]:
-    """Where each page begins, whether it begins a stream, and the packet of a page that does."""
+    """The start of each page, whether it begins a stream, and the packet of a page that does."""
     at = 0
     while (at := content.find(b"OggS", at)) >= 0 and at + 27 <= len(content):
         segments = content[at + 26]
@@ -84,12 +84,12 @@ def _ogg_pages(content: bytes) -> Iterator[tuple[int, bool, bytes]]:
 
 
 def _without_tags(content: bytes) -> bytes:
-    """The content without the tags behind its beginning: FFmpeg knows those at both ends of a file alone."""
+    """The content without the tags after its beginning: FFmpeg knows tags only at both ends of a file."""
     kept, begin, seen = [], 0, 0
     tags = heapq.merge(islice(_id3_tags(content), _MOST_TAGS), islice(_ape_tags(content), _MOST_TAGS))
     for start, end in tags:
         if start < seen or not _BEHIND_TAGS.match(content, end):
-            continue  # what looks like a tag inside of another is a part of that
+            continue  # bytes inside a tag that look like another tag are part of the outer tag
         seen = end
         if start:
             kept.append(content[begin:start])
@@ -115,7 +115,7 @@ def _ape_tags(content: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _with_size(content: bytes) -> bytes:
-    """A file of 64 bits whose size says "not known", with the size that it has."""
+    """A file with 64-bit sizes whose size means "not known", with its real size."""
     if content.startswith(b"riff"):
         at, own = content.find(b"data\xf3\xac\xd3\x11") + 16, 24
         start = at + 8

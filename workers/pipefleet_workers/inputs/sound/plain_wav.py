@@ -1,4 +1,4 @@
-"""A WAV of one channel of 16 bits that has the model's rate already: its samples need neither FFmpeg nor a filter."""
+"""A WAV with one channel of 16 bits at the model's rate: its samples need neither FFmpeg nor a filter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PCM = 1
 
 
 def plain_samples(content: bytes, rate: int) -> NDArray[np.int16] | None:
-    """A view of the samples of such a file; None for any other, and for one whose samples are not all that follows its headers."""
+    """A view of the samples of such a file. None for any other file, and if its headers are followed by more than its samples."""
     if content[:4] != b"RIFF" or content[8:_HEAD] != b"WAVE":
         return None
     form = chunk_of(content[: 1 << 12], b"fmt ", at=_HEAD, layout="<4sI")

@@ -1,8 +1,10 @@
-"""Recordings: bytes to mono float32 samples at the model's rate, as transformers' own decoding by FFmpeg gives them.
+"""Recordings: from bytes to mono float32 samples at the model's rate, as transformers' own decoding by FFmpeg gives them.
 
-FFmpeg (PyAV) decodes to the end of the data, whatever a header says; libsndfile reads the few kinds that FFmpeg does not open.
-A packet that cannot be decoded is left out. What is missing of a recording is told in its warnings, or refuses it: see
-`containers` for an end that is missing, and `strict` for both.
+    bytes ─▶ plain_wav, or parts (joined) ─▶ FFmpeg, else libsndfile ─▶ Track (mix, resample) ─▶ samples and warnings
+
+`Decoder` calls `decode_audio`. FFmpeg (PyAV) decodes to the end of the data, whatever a header declares; libsndfile reads the few
+kinds that FFmpeg does not open. A packet that cannot be decoded is left out. Missing parts of a recording become warnings, or
+refuse it: `containers` decides for a missing end, `strict` refuses for both.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ def decode_audio(
     """One-dimensional samples at `rate` Hz. Raises ItemError: bad_media, truncated_media, too_large.
 
     A recording that needs more than `most_bytes` of the budget, whatever its header declares, is only counted to its end; then
-    OutgrownError says how many. Sentences on what is missing of it are added to `warnings`; `strict` refuses it for each of them.
+    OutgrownError carries the number. Sentences on missing parts are added to `warnings`; with `strict` each of them refuses the
+    recording.
     """
     bounds = Bounds(blob.uri, rate, max_seconds, most_bytes)
     notes: list[str] = []
     samples = _raw(blob, bounds) if blob.type == RAW_AUDIO else _from_file(blob, bounds, notes, strict=strict)
-    if not np.isfinite(samples).all():  # models answer these too, with whatever NaN leads to
+    if not np.isfinite(samples).all():  # models would turn NaN into some result
         raise ItemError("bad_media", f"{blob.uri} holds samples that are not finite numbers", STAGE)
     if warnings is not None:
         for text in notes:
@@ -76,7 +79,7 @@ def _truncated(blob: Blob, missing: Missing) -> ItemError:
 
 
 def _shortfall(content: bytes, seconds: float) -> Missing | None:
-    """What is missing of a FLAC, which says how many samples it has, but not in how many bytes."""
+    """The missing part of a FLAC, which declares its number of samples, but not their bytes."""
     promised = flac_seconds(content)
     if promised is None or seconds >= promised - 0.001:
         return None
@@ -108,7 +111,7 @@ def _decoded(blob: Blob, track: Track, losses: Losses) -> Samples:
 
 def _by_libsndfile(content: bytes, track: Track) -> Samples:
     with soundfile.SoundFile(io.BytesIO(content)) as file:
-        layout = f"{file.channels} channels"  # FFmpeg knows a layout for most numbers
+        layout = f"{file.channels} channels"  # FFmpeg knows a layout for most numbers of channels
         while len(block := file.read(_BLOCK // file.channels, dtype="float32", always_2d=True)):
             track.add(sound_frame(block, file.samplerate, layout))
         return track.end()

@@ -1,6 +1,6 @@
-"""Decoded sound to one channel at the model's rate, piece by piece, as `ffmpeg -ac 1 -ar RATE -f f32le` makes it.
+"""Turns decoded sound into one channel at the model's rate, piece by piece, as `ffmpeg -ac 1 -ar RATE -f f32le` does.
 
-A change of rate, of channels or of sample format on the way begins a new piece, which is converted from its own.
+If the rate, the channels or the sample format change on the way, a new piece begins, which is converted from its own format.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pipefleet_workers.items import ItemError, OutgrownError
 
 STAGE = "decode"
 _RATES = (1_000, 1_000_000)
-"""Sampling rates in Hz that are believed. Beyond them a small file becomes gigabytes."""
+"""Sampling rates in Hz that are accepted. Outside these a small file becomes gigabytes."""
 _BLOCK = 1 << 14
-"""Samples that are handed on at once."""
+"""Samples that are passed on at once."""
 _SHORT = np.float32(2.0**-15)
 
 Samples = NDArray[np.float32]
@@ -28,17 +28,17 @@ Samples = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one recording may become."""
+    """The bounds of one recording."""
 
     uri: str
     rate: int
-    """Hz that the model wants."""
+    """The model's rate in Hz."""
     max_seconds: float
     most_bytes: int | None = None
-    """Bytes of the budget that it may take, where it may not take all."""
+    """Bytes of the budget that it may take; None for no bound."""
 
     def check(self, seconds: float) -> None:
-        """Raise ItemError (too_large) for more seconds than are allowed."""
+        """Raise ItemError (too_large) for more seconds than the bound."""
         if seconds > self.max_seconds:
             text = f"{self.uri} lasts {seconds:.0f} s, above the bound of {self.max_seconds:.0f} s"
             raise ItemError("too_large", text, STAGE)
@@ -54,16 +54,16 @@ class Track:
         self._pieces: list[Samples] = []
         self._outgrown = False
         self.seconds = 0.0
-        """How long the frames last that were taken."""
+        """The length of the frames so far."""
 
     @property
     def rate(self) -> int:
-        """Hz that the model wants."""
+        """The model's rate in Hz."""
         return self._bounds.rate
 
     @property
     def most_seconds(self) -> float:
-        """How long a recording may last."""
+        """The longest recording."""
         return self._bounds.max_seconds
 
     def add(self, frame: av.AudioFrame, order: str | None = None) -> None:
@@ -84,7 +84,7 @@ class Track:
             self._pieces += self._mixer.mix(frame)
 
     def add_plain(self, samples: NDArray[np.int16]) -> None:
-        """Take samples of one channel at the model's rate, which stay as they are. Raises ItemError: too_large."""
+        """Take samples of one channel at the model's rate; they stay unchanged. Raises ItemError: too_large."""
         self._count(len(samples) / self._bounds.rate)
         if not self._outgrown:
             self._pieces.append(samples * _SHORT)
@@ -126,7 +126,7 @@ class _Mixer:
         self._to_mean = False
 
     def mix(self, frame: av.AudioFrame | None) -> list[Samples]:
-        """What is ready after one more frame; all that is left after None."""
+        """The samples that are ready after one more frame; all remaining samples after None."""
         if frame is not None and not self._to_mean:
             try:
                 return self._mixed(frame)
@@ -187,7 +187,7 @@ class _Ordered:
 def sound_frame(samples: Samples, rate: int, layout: str = "mono") -> av.AudioFrame:
     """A frame of float32 samples of shape `[samples, channels]` or `[samples]`, at `rate` Hz.
 
-    Packed: of frames with a plane for each of eight channels or more, PyAV looks for one plane too many.
+    Packed: if a frame had a plane for each of eight or more channels, PyAV would read one plane too many.
     """
     packed = np.ascontiguousarray(samples, np.float32).reshape(1, -1)
     frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
