@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from pipefleet.forking import renew_after_fork
@@ -159,6 +159,11 @@ class Inbox(Generic[_T]):
         with self._changed:
             self._changed.wait_for(lambda: self._items or stopping.is_set(), seconds)
             return [self._items.popleft() for _ in range(min(most, len(self._items)))]
+
+    def each(self, stopping: threading.Event) -> Iterator[_T]:
+        """One after another, until `stopping` is set and nothing is left."""
+        while items := self.take(stopping):
+            yield from items
 
     def wake(self) -> None:
         """Let those that wait see that they are to stop."""

@@ -157,13 +157,14 @@ def test_its_thread_reports_once() -> None:
     watchdog.slot("forward", 0.2, HUNG_FORWARD).begin(None)
     watchdog.start()
     assert hung.wait(DEADLINE)
-    watchdog.stop()
+    assert watchdog.join(DEADLINE)
+    assert watchdog.stop(DEADLINE)
     assert codes == [HUNG_FORWARD]
 
 
 LOCKED = """
 import re
-from pipefleet_workers import watchdog
+from pipefleet_workers.process import watchdog
 watchdog.LOCKED_SECONDS = 1.0
 dog = watchdog.Watchdog(lambda code, reason: None)
 dog.slot("cpu", 0.4).begin(None)
@@ -220,13 +221,13 @@ def test_a_simulated_device_needs_two_numbers(text: str) -> None:
 
 BLOCKED = """
 import logging, threading
-from pipefleet_workers import exits
-exits.LAST_WORDS_SECONDS = 0.2
+from pipefleet_workers.process import exit_codes
+exit_codes.LAST_WORDS_SECONDS = 0.2
 class Blocked(logging.Handler):
     def emit(self, record):
         threading.Event().wait()
 logging.getLogger().addHandler(Blocked())
-exits.end_process(72, "hung")
+exit_codes.end_process(72, "hung")
 """
 
 

@@ -114,6 +114,7 @@ def build(
     """
     row = RUNTIME[pool.task]
     instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
+    instruments.tracer.start()
     _serve_metrics(instruments.metrics, worker_settings)
     pipe = load_pipeline(pool, device=device)
     if pipe.device.type == "cuda":
