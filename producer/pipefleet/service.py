@@ -71,6 +71,11 @@ class Service:
         """Whether a thread of it lives, though it may have been told to stop."""
         return any(thread.is_alive() for thread in self._threads)
 
+    @property
+    def running(self) -> bool:
+        """Whether a thread of it lives and was not told to stop, so that `start` would do nothing."""
+        return self.alive and not self._stopping.is_set()
+
     def start(self) -> None:
         """Begin; nothing, where it runs. After `stop` it begins anew, as soon as the threads before have ended."""
         with self._lock:

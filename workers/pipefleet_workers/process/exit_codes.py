@@ -20,6 +20,7 @@ HUNG_STAGE = 72
 
 def end_process(code: int, reason: str) -> None:
     """End at once. Threads that hang in a driver or a codec cannot be ended in any gentler way."""
+    # No service: the process ends with it, or before it.
     anyway = threading.Timer(LAST_WORDS_SECONDS, os._exit, (code,))
     anyway.daemon = True
     anyway.start()
