@@ -22,7 +22,6 @@ from pipefleet_workers.adapters.audio.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.audio.waveforms import (
     SAMPLES_PER_FRAME,
     hears_padding,
-    padded,
     require_few_pieces,
     require_frames,
     require_piece,
@@ -30,6 +29,7 @@ from pipefleet_workers.adapters.audio.waveforms import (
 from pipefleet_workers.adapters.audio.whisper_rows import WhisperRows, timed
 from pipefleet_workers.adapters.base import Adapter, brief, shape_key
 from pipefleet_workers.adapters.draws import drawing
+from pipefleet_workers.adapters.padding import pad_features
 from pipefleet_workers.adapters.writing.parameters import generation_of, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed, row_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit, Work
@@ -110,7 +110,7 @@ class SpeechRecogniser(Adapter):
     def _tensors(self, units: Sequence[Unit]) -> dict[str, Any]:
         if self.pads:
             value = getattr(self.pipe.feature_extractor, "padding_value", 0.0)
-            return padded([unit.features["tensors"] for unit in units], value)
+            return pad_features([unit.features["tensors"] for unit in units], value)
         return super().collate([replace(unit, features=unit.features["tensors"]) for unit in units])
 
     def _own(self, unit: Unit, longest: int) -> int | None:

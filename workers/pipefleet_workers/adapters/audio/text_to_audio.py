@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import StoppingCriteria
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
-from pipefleet_workers.adapters.audio.waveforms import padded
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.draws import drawing
+from pipefleet_workers.adapters.padding import pad_features
 from pipefleet_workers.adapters.writing.parameters import generation_of, nested, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed
 from pipefleet_workers.items import Assembly, Audio, Decoded, ItemError, JobContext, Unit
@@ -58,7 +58,7 @@ class TextToAudio(Adapter):
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Tokens, padded behind where requests share a call."""
         rows = [unit.features for unit in units]
-        return dict(rows[0]) if len(rows) == 1 else padded(rows, self.pipe.tokenizer.pad_token_id or 0)
+        return dict(rows[0]) if len(rows) == 1 else pad_features(rows, self.pipe.tokenizer.pad_token_id or 0)
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
         """What the pipeline's forward gives; None when every job of the batch was stopped."""

@@ -12,6 +12,7 @@ from PIL import Image
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.chosen import Chosen
+from pipefleet_workers.adapters.padding import pad
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -39,7 +40,7 @@ class AnswerClassifier(Adapter):
         for name in units[0].features:
             rows = [unit.features[name] for unit in units]
             value = (self.pipe.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
-            inputs[name] = padded(rows, value)
+            inputs[name] = pad(rows, value)
         return inputs
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
@@ -84,12 +85,3 @@ class VisualAnswerer(Chosen):
     def choose(pipe: Any) -> type[Adapter]:
         """By whether the model writes."""
         return AnswerWriter if pipe.model.can_generate() else AnswerClassifier
-
-
-def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    """Tensors `[1, …]` of one number of dimensions stacked, each padded with `value` behind its end in every dimension."""
-    shape = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
-    stacked = torch.full((len(rows), *shape), value, dtype=rows[0].dtype)
-    for target, row in zip(stacked, rows, strict=True):
-        target[tuple(slice(size) for size in row.shape[1:])] = row[0]
-    return stacked
