@@ -28,7 +28,7 @@ from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.consume.burials import Burials
-from pipefleet_workers.consume.consumer import Consumer, Limits
+from pipefleet_workers.consume.consumer import Consumer, IntakeLimits
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
@@ -212,7 +212,7 @@ def _consumer(
 ) -> Consumer:
     shards = Shards(jobs, outlets, tally, elsewhere=undertaker.written_elsewhere)
     suspects = Suspects(jobs, shards, undertaker.journal, undertaker.bury)
-    limits = Limits(
+    limits = IntakeLimits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
     health = Health(_probe(outlets))

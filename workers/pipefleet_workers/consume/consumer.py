@@ -70,7 +70,7 @@ RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class IntakeLimits:
     """How much a consumer does at once, and how long it goes on trying."""
 
     shards: int = 8
@@ -97,7 +97,7 @@ class Consumer:
         health: Health,
         *,
         tally: Tally,
-        limits: Limits | None = None,
+        limits: IntakeLimits | None = None,
         places: Places | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -106,7 +106,7 @@ class Consumer:
         self._suspects = suspects
         self._reporter = reporter
         self._tally = tally
-        self._limits = limits or Limits()
+        self._limits = limits or IntakeLimits()
         self._places = places or Places()
         self._draining = threading.Event()
         self._gate = Gate()

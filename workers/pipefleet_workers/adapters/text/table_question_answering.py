@@ -21,7 +21,7 @@ from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.writing.parameters import apart
-from pipefleet_workers.adapters.writing.plan import Planner
+from pipefleet_workers.adapters.writing.plan import GenerationPlanner
 from pipefleet_workers.adapters.writing.rows import default_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -48,7 +48,7 @@ class TableReader(Adapter):
         self.pads = pipe.type == TAPAS and pipe.tokenizer.padding_side == "right"
         self.typical_size = 48 if pipe.type == TAPAS else 0
         self._positions = position_limit(pipe.model)
-        self._planner = None if pipe.type == TAPAS else Planner(pipe)
+        self._planner = None if pipe.type == TAPAS else GenerationPlanner(pipe)
 
     def example(self, size: int) -> dict[str, Any]:
         """A table of `size` cells."""

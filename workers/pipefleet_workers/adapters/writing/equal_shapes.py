@@ -21,7 +21,7 @@ from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.writing.generate import context_length, learnt_positions, on_device
 from pipefleet_workers.adapters.writing.parameters import without_stops
-from pipefleet_workers.adapters.writing.plan import Planner
+from pipefleet_workers.adapters.writing.plan import GenerationPlanner
 from pipefleet_workers.adapters.writing.rows import Row, RowStops, default_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -52,7 +52,7 @@ class EqualWriter(Adapter):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
-        self._planner = Planner(pipe)
+        self._planner = GenerationPlanner(pipe)
         self._positions = learnt_positions(pipe.model.get_decoder(), pipe.model)
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:

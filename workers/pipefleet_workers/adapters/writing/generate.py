@@ -25,7 +25,7 @@ from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.text.long_texts import LONG, LongTexts
 from pipefleet_workers.adapters.writing.parameters import without_stops
-from pipefleet_workers.adapters.writing.plan import Plan, Planner
+from pipefleet_workers.adapters.writing.plan import GenerationPlanner, Plan
 from pipefleet_workers.adapters.writing.rows import Row, RowPenalty, RowSampler, RowStops, default_seed, row_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -60,7 +60,7 @@ class TextGenerator(Adapter):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self.pads = True
-        self._planner = Planner(pipe)
+        self._planner = GenerationPlanner(pipe)
         self._stops = _StopStrings(pipe)
         self._positions = learnt_positions(pipe.model, pipe.model)
 

@@ -40,7 +40,15 @@ from pipefleet.queues import dead_letters as deadletters
 from pipefleet.queues.keys import scaler_key
 from pipefleet.service import Service, Services
 from pipefleet.settings import Settings
-from pipefleet_workers.fleet.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide, replacing
+from pipefleet_workers.fleet.scaling.decide import (
+    GAP_SECONDS,
+    HOLD_SECONDS,
+    Decision,
+    ScalingLimits,
+    State,
+    decide,
+    replacing,
+)
 from pipefleet_workers.fleet.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
 
 log = logging.getLogger(__name__)
@@ -98,8 +106,8 @@ class Scaler:
 
     `tick` is called by one thread, the rest by any.
 
-    `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `Limits`. With `from_zero` no worker runs
-    yet: then it does not matter how many an earlier scaler wanted, only what it measured.
+    `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `ScalingLimits`. With `from_zero` no
+    worker runs yet: then it does not matter how many an earlier scaler wanted, only what it measured.
     """
 
     def __init__(
@@ -178,9 +186,9 @@ class Scaler:
         except (ValueError, LookupError, TypeError):
             return Memory(), State()
 
-    def _limits(self, pool: Pool) -> Limits:
+    def _limits(self, pool: Pool) -> ScalingLimits:
         workers = pool.workers
-        return Limits(workers.min, workers.max, pool.wait_slo, cold_start=self._cold_start, hold=self._hold)
+        return ScalingLimits(workers.min, workers.max, pool.wait_slo, cold_start=self._cold_start, hold=self._hold)
 
 
 class ScalerService:
