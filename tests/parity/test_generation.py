@@ -307,10 +307,9 @@ def test_what_has_ended_is_handed_on_while_its_batch_is_still_written() -> None:
         assert adapter.entered.wait(60)
         (_, ended), (_, written) = engine.submit([short]), engine.submit([long])
         wait_until(lambda: len(engine.engine.room) == 2, "both wait for the device")
-        steps, tick = [0], adapter.tick
+        steps = [0]
 
         def counted() -> None:
-            tick()
             steps[0] += 1
             if steps[0] == 100:  # far beyond the short one, far before the end of the long one
                 assert ended.wait(60) is not None
@@ -318,7 +317,7 @@ def test_what_has_ended_is_handed_on_while_its_batch_is_still_written() -> None:
                 assert not written.complete
 
         finished_alone = first
-        adapter.tick = counted
+        adapter.on_tick = counted
         adapter.gate.set()
         results = [finished(one)[0] for one in (finished_alone, ended, written)]
     assert max(len(batch.units) for batch in adapter.batches) == 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipefleet.contract.records import JobFailure
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.encoder import FeatureExtractor, TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.engine.batcher import BatchLimits
@@ -41,10 +42,10 @@ def text_of(unit: Unit) -> str:
 class Faulty(TextClassifier):
     """Its forward raises when a marked text is in the batch, and its finish for texts that are marked so."""
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         if any(MARK in text_of(unit) for unit in units):
             raise RuntimeError(f"cannot stand {text_of(units[0])!r} and {len(units)} others")
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
     def finish(self, assembly: Assembly) -> Any:
         if "unfinished" in str(assembly.work.item.inputs):
@@ -57,10 +58,10 @@ class Small(TextClassifier):
 
     rows = 3
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         if len(units) > self.rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
 
 class Counting(Outcomes):
@@ -302,7 +303,7 @@ def test_a_failure_shares_the_time_of_its_batch_and_keeps_its_order() -> None:
         def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
             return {}
 
-        def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> list[int]:
+        def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> list[int]:
             if any(unit.length == 3 for unit in units):
                 raise ValueError
             return [unit.length for unit in units]
@@ -313,7 +314,7 @@ def test_a_failure_shares_the_time_of_its_batch_and_keeps_its_order() -> None:
     from tests.unit.test_worker_batcher import unit
 
     units = [unit(length) for length in (1, 3, 2)]
-    done = Forward(Odd(), lambda cost: None).run(Batch("one", units))  # type: ignore[arg-type]
+    done = Forward(Odd(), lambda cost: None).run(Batch("one", units), UNOBSERVED)  # type: ignore[arg-type]
     assert [one for one, _ in done] == units
     assert [output if isinstance(output, int) else output.code for _, output in done] == [1, "model_error", 2]
     assert isinstance(done[1][1], JobFailure)

@@ -144,7 +144,7 @@ class Decoded:
 
 @dataclass(slots=True)
 class Assembly:
-    """Collects the outputs of the units of one item. `collect` is called by one thread at a time, which `Device` sees to."""
+    """Collects the outputs of the units of one item. `collect` is called by the device's thread alone."""
 
     work: Work
     expected: int
@@ -175,8 +175,6 @@ class Unit:
     features: Any
     fixed: int = 0
     created: float = 0.0
-    released: bool = False
-    """Its output was handed on before its batch had ended. Set by the device's thread alone."""
 
     @property
     def priority(self) -> int:

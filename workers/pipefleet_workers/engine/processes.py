@@ -41,6 +41,9 @@ class PreprocessPool:
     def __init__(self, recipe: Recipe, count: int, seconds: float = 900.0) -> None:
         self._children = [_Child(recipe, seconds) for _ in range(count)]
         self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
+        for child in self._children:
+            self._idle.put(child)
+        self._started = False
 
     @classmethod
     def of(cls, task: str, adapter: Adapter, settings: WorkerSettings) -> PreprocessPool:
@@ -57,7 +60,10 @@ class PreprocessPool:
         return cls(recipe, settings.preprocess_processes, settings.stage_timeout)
 
     def start(self) -> None:
-        """Start all processes; returns when each can work. Raises UsageError when one cannot."""
+        """Start all processes; returns when each can work. Nothing, where they run. Raises UsageError when one cannot start."""
+        if self._started:
+            return
+        self._started = True
         for child in self._children:
             child.spawn()
         try:
@@ -68,8 +74,6 @@ class PreprocessPool:
             raise UsageError(
                 f"a process that preprocesses cannot start ({error}); see the log, or unset PIPEFLEET_WORKER_PREPROCESS_PROCESSES"
             ) from None
-        for child in self._children:
-            self._idle.put(child)
 
     def prepare(self, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
         """The units of each item, or why it has none. As long as `fetched`, in its order; notes the seconds of their stages.
@@ -84,6 +88,7 @@ class PreprocessPool:
 
     def stop(self) -> None:
         """End the processes; those that are at work are not waited for longer than a few seconds."""
+        self._started = False
         for child in self._children:
             child.stop()
 

@@ -30,6 +30,7 @@ from pipefleet_workers.adapters.audio.whisper_rows import WhisperRows, timed
 from pipefleet_workers.adapters.base import Adapter, brief, shape_key
 from pipefleet_workers.adapters.draws import drawing
 from pipefleet_workers.adapters.padding import pad_features
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.writing.parameters import generation_of, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed, row_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit, Work
@@ -64,7 +65,7 @@ class SpeechRecogniser(Adapter):
             inputs["stride"] = strides
         return {**inputs, "is_last": True}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """Tokens or logits, on the host."""
         arguments: Arguments = units[0].assembly.context
         forward = generation_of(arguments.fresh().forward, None)

@@ -19,6 +19,7 @@ from pipefleet.contract.messages import encode_json
 from pipefleet_workers.adapters.arguments import STAGE, Arguments, with_forward
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.draws import drawing
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.writing.parameters import apart
 from pipefleet_workers.adapters.writing.plan import GenerationPlanner
@@ -62,7 +63,7 @@ class TableReader(Adapter):
         names = units[0].features
         return {name: torch.cat([self._padded(name, unit, longest) for unit in units]) for name in names}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """Logits of tokens and of aggregations, or the tokens that were written, `[units, …]`."""
         pipe = self.pipe
         with torch.inference_mode():
@@ -88,7 +89,7 @@ class TableReader(Adapter):
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """The logits of each unit's own tokens."""
-        return [row[0].numpy() for row in self.split(self.run(self.collate(units), units), units)]
+        return [row[0].numpy() for row in self.split(self.run(self.collate(units), units, UNOBSERVED), units)]
 
     def finish(self, assembly: Assembly) -> Any:
         """`{answer, coordinates, cells, aggregator?}`; a list of those where several questions were asked."""

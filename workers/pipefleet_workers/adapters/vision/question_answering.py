@@ -11,8 +11,8 @@ from PIL import Image
 
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.chosen import Chosen
 from pipefleet_workers.adapters.padding import pad
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -43,7 +43,7 @@ class AnswerClassifier(Adapter):
             inputs[name] = pad(rows, value)
         return inputs
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """`logits` `[units, answers]`, on the host."""
         device = self.pipe.device
         with torch.inference_mode():
@@ -78,10 +78,6 @@ class AnswerWriter(EqualWriter):
         return features["pixel_values"].numel()
 
 
-class VisualAnswerer(Chosen):
-    """visual-question-answering, for both kinds of model."""
-
-    @staticmethod
-    def choose(pipe: Any) -> type[Adapter]:
-        """By whether the model writes."""
-        return AnswerWriter if pipe.model.can_generate() else AnswerClassifier
+def visual_answerer(pipe: Any) -> Adapter:
+    """The adapter of visual-question-answering: BLIP and its kin write an answer, ViLT scores those that it knows."""
+    return AnswerWriter(pipe) if pipe.model.can_generate() else AnswerClassifier(pipe)

@@ -17,6 +17,7 @@ from PIL import Image
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.padding import pad
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.text.whole_texts import require_labels
 from pipefleet_workers.adapters.writing.generate import learnt_positions
@@ -62,7 +63,7 @@ class ObjectFinder(Adapter):
             inputs[name] = pad([text[name] for text in texts], fill if name == "input_ids" else 0)
         return inputs
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """Logits `[units, boxes, labels]` and boxes, on the host."""
         device = self.pipe.device
         with torch.inference_mode():

@@ -16,9 +16,9 @@ import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from pipefleet.contract.records import JobFailure
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.items import JobContext, Work
 
-STAGE = "forward"
 LOOK_STEPS = 8
 """How often somebody looks at the sequences so far: a look waits for the device."""
 _NO_TOKEN = torch.iinfo(torch.int32).max
@@ -61,16 +61,16 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         self,
         rows: Sequence[Row],
         prompt: int,
-        tick: Callable[[], None] = lambda: None,
+        progress: Progress = UNOBSERVED,
         *,
         look: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         """`prompt` is the padded length of the prompts. With beams, rows of the call are taken in equal groups.
 
-        `tick` is called at every step: a long generation is a sign of life, not a hung forward. `look` gets the new tokens of
+        `progress` ticks, and is asked for stopped jobs, at every step. `look` gets the new tokens of
         every row, where they lie, each `LOOK_STEPS` steps.
         """
-        self._tick = tick
+        self._progress = progress
         self._look = look
         self._rows = rows
         self._prompt = prompt
@@ -85,7 +85,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """A bool for each row of `input_ids`: whether it has ended."""
-        self._tick()
+        self._progress.tick()
         device, step = input_ids.device, input_ids.shape[1] - self._prompt
         group = input_ids.shape[0] // len(self._rows)
         self._limits, self._ended = self._limits.to(device), self._ended.to(device)
@@ -117,7 +117,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
 
     def _ask_jobs(self, step: int) -> bool:
         for index, row in enumerate(self._rows):
-            failure = None if index in self.stopped else row.job.stopped(STAGE)
+            failure = None if index in self.stopped else self._progress.stopped(row.job)
             if failure is not None:
                 self.stopped[index] = step, failure
         return bool(self.stopped)
