@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome
@@ -295,13 +296,21 @@ def test_the_proof_looks_at_steps_that_read_the_prompt_and_that_go_on_from_it(pi
     assert np.abs(first[0] - first[1]).max() > 1e-3
 
 
-def test_what_has_ended_is_handed_on_while_its_batch_is_still_written() -> None:
-    pipe = load(TASK)
+@pytest.mark.parametrize("task", [TASK, "image-text-to-text"])
+def test_what_has_ended_is_handed_on_while_its_batch_is_still_written(task: str) -> None:
+    pipe = load(task)
     pipe.model.generation_config.eos_token_id = None  # a random model may end where it likes
-    adapter = recording(TextGenerator, pipe)
-    short = Call("A cat", {"do_sample": False, "max_new_tokens": 4})
-    long = Call("The sea", {"do_sample": False, "max_new_tokens": 200})
-    with running(adapter, TASK) as engine:
+    adapter = recording(RUNTIME[task].adapter, pipe)
+    short, long = (
+        Call(
+            [{"role": "user", "content": [{"type": "text", "text": text}]}],
+            {"do_sample": False, "max_new_tokens": most},
+        )
+        if task != TASK
+        else Call(text, {"do_sample": False, "max_new_tokens": most})
+        for text, most in (("A cat", 4), ("The sea", 200))
+    )
+    with running(adapter, task) as engine:
         adapter.gate.clear()
         _, first = engine.submit([short])
         assert adapter.entered.wait(60)

@@ -12,13 +12,22 @@ import pytest
 import torch
 
 from pipefleet.contract.records import JobFailure
+from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.text.encoder import FeatureExtractor, TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine import simulated
 from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.engine.device import Instruments
+from pipefleet_workers.engine.engine import Engine, Stages
 from pipefleet_workers.engine.forward import Forward
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Assembly, Batch, Outcome, Unit
+from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.storage.store import WorkerStore
 from tests.parity.harness import SECONDS, Call, assert_same, finished, load, recording, running, wait_until
 
 TASK = "text-classification"
@@ -319,3 +328,56 @@ def test_a_failure_shares_the_time_of_its_batch_and_keeps_its_order() -> None:
     assert [output if isinstance(output, int) else output.code for _, output in done] == [1, "model_error", 2]
     assert isinstance(done[1][1], JobFailure)
     assert all("forward" in one.assembly.work.seconds for one in units)
+
+
+def test_an_engine_starts_and_stops_in_any_order(pipe: Any) -> None:
+    with running(recording(TextClassifier, pipe), TASK) as one:
+        assert codes(one.run([Call("before")])) == [""]
+        one.engine.start()  # nothing: it runs
+        assert codes(one.run([Call("twice")])) == [""]
+        assert one.engine.stop(SECONDS)
+        assert one.engine.stop(SECONDS)
+        one.engine.start()
+        assert codes(one.run([Call("after"), Call("it stopped")])) == ["", ""]
+        assert one.engine.stop(SECONDS)
+    assert not {thread.name for thread in threading.enumerate()} & {"device", "watchdog", "store-0", "finish-0"}
+
+
+def test_threads_that_start_and_stop_an_engine_at_once_leave_it_whole(pipe: Any) -> None:
+    with running(recording(TextClassifier, pipe), TASK) as one:
+
+        def hammer(number: int) -> None:
+            for turn in range(10):
+                one.engine.stop() if (turn + number) % 2 else one.engine.start()
+
+        threads = [threading.Thread(target=hammer, args=(number,), daemon=True) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS)
+            assert not thread.is_alive()
+        one.engine.start()
+        assert codes(one.run([Call("a text")])) == [""]
+
+
+def test_an_engine_that_never_started_stops(pipe: Any) -> None:
+    row = RUNTIME[TASK]
+    decoder = Decoder(task_spec(TASK), WorkerSettings(), sampling_rate=None)
+    stages = Stages(Fetcher(WorkerStore(), WorkerSettings()), decoder, row.adapter(pipe))
+    before = threading.active_count()
+    engine = Engine(stages, BatchLimits(64, 4), WorkerSettings(), Instruments(Metrics("test")), slice_items=4)
+    assert threading.active_count() == before, "a constructor starts no thread"
+    assert engine.stop(SECONDS)
+
+
+def test_a_simulated_device_gives_the_models_results_when_its_time_is_over(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [Call(f"text {index}") for index in range(3)]
+    adapter, slept = recording(TextClassifier, pipe), list[float]()
+    monkeypatch.setattr(simulated, "sleep", slept.append)
+    with running(adapter, TASK, settings=WorkerSettings(simulated_device="1000,0")) as engine:
+        outcomes = engine.run(calls)
+    assert_same([one.output for one in outcomes], expected(pipe, calls))
+    assert len(slept) == len(adapter.batches)
+    assert all(SECONDS < seconds <= 1000 for seconds in slept), "the rest of the time, behind the real forward"

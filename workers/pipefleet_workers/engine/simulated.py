@@ -6,8 +6,8 @@ model will do), then the thread sleeps until the simulated time is over. Results
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from time import perf_counter, sleep
 from typing import Any
 
 from pipefleet_workers.adapters.base import Adapter
@@ -33,7 +33,7 @@ class SimulatedForward(Forward):
         self._service = service
 
     def _through_model(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        ready = time.perf_counter() + self._service.of(Batch(None, units).cost)
+        ready = perf_counter() + self._service.of(Batch(None, units).cost)
         outputs = super()._through_model(inputs, units, progress)
-        time.sleep(max(0.0, ready - time.perf_counter()))
+        sleep(max(0.0, ready - perf_counter()))
         return outputs
