@@ -1,7 +1,7 @@
 """The adapter of decoders that write text: prompts and chats of different requests in one generate() call.
 
 Prompts are padded on the left, where the attention mask and the positions hide it; the warm-up proves that for each model.
-What may differ between requests moves into rows (`generation.py`), the rest is the key (`generation_plan.py`).
+What may differ between requests moves into rows (`rows.py`), the rest is the key (`plan.py`).
 """
 
 from __future__ import annotations

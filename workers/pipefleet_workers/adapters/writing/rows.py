@@ -1,7 +1,7 @@
 """Requests with different parameters in one generate() call, each with the result that it has alone.
 
 `RowStops` ends every row by its own bounds, `RowSampler` draws every row's tokens from its own seed. What they cannot take
-apart, such as the number of beams, must be equal within a batch (see `generation_plan`).
+apart, such as the number of beams, must be equal within a batch (see `plan.py`).
 """
 
 from __future__ import annotations
