@@ -99,6 +99,7 @@ def within(seconds: float, function: Callable[[], _T]) -> _T:
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
             answered.put((False, error))
 
+    # No service: it ends with its call, which nothing can stop.
     threading.Thread(target=run, name="pipefleet-within", daemon=True).start()
     try:
         done, value = answered.get(timeout=max(0.0, seconds))

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipefleet_workers import build
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume.shards import Shards
@@ -56,13 +57,13 @@ class SabotagedClassifier(TextClassifier):
         pass_by("preprocess")
         return super().prepare(decoded)
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         pass_by("forward")
         texts = [text_of(unit) for unit in units]
         note(texts)
         for text in texts:
             obey(text)
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
     def finish(self, assembly: Any) -> Any:
         pass_by("postprocess")

@@ -21,9 +21,11 @@ import transformers
 from PIL import Image
 
 from pipefleet.contract.messages import JobItem
+from pipefleet.contract.records import JobFailure
 from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.engine.batcher import BatchLimits
@@ -78,6 +80,27 @@ def on_the_wire(value: Any) -> Any:
     return value
 
 
+class _Heard:
+    """A `Progress` that calls `on_tick` at each sign of life as well."""
+
+    def __init__(self, inner: Progress, on_tick: Callable[[], None]) -> None:
+        self._inner = inner
+        self._on_tick = on_tick
+
+    def tick(self) -> None:
+        self._inner.tick()
+        self._on_tick()
+
+    def stopped(self, job: JobContext) -> JobFailure | None:
+        return self._inner.stopped(job)
+
+    def remains(self, unit: Unit) -> bool:
+        return self._inner.remains(unit)
+
+    def release(self, unit: Unit, output: Any) -> None:
+        self._inner.release(unit, output)
+
+
 class _Recording(Adapter):
     """Mixed into an adapter: notes what it did, and holds the device back while `gate` is closed."""
 
@@ -87,6 +110,7 @@ class _Recording(Adapter):
         self.gate.set()
         self.entered = threading.Event()
         self.batches: list[Batch] = []
+        self.on_tick: Callable[[], None] = lambda: None
         self.prepared_items = 0
         self.prepared_units = 0
         self._counting = threading.Lock()
@@ -98,16 +122,17 @@ class _Recording(Adapter):
             self.prepared_units += sum(len(units) for units in prepared if isinstance(units, list))
         return prepared
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         self.entered.set()
         assert self.gate.wait(SECONDS), "the test never opened the gate"
         self.batches.append(Batch(units[0].key, list(units)))
-        return super().run(inputs, units)
+        return super().run(inputs, units, _Heard(progress, self.on_tick))
 
 
-def recording(adapter: type[Adapter], pipe: Any) -> Any:
-    """An adapter of class `adapter` that notes its batches and has a gate before the device."""
-    return type(f"Recording{adapter.__name__}", (_Recording, adapter), {})(pipe)
+def recording(adapter: Callable[[Any], Adapter], pipe: Any) -> Any:
+    """The adapter that `adapter` makes, noting its batches and with a gate before the device."""
+    kind = adapter if isinstance(adapter, type) else type(adapter(pipe))
+    return type(f"Recording{kind.__name__}", (_Recording, kind), {})(pipe)
 
 
 class Running:

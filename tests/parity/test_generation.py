@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Outcome
@@ -295,22 +296,29 @@ def test_the_proof_looks_at_steps_that_read_the_prompt_and_that_go_on_from_it(pi
     assert np.abs(first[0] - first[1]).max() > 1e-3
 
 
-def test_what_has_ended_is_handed_on_while_its_batch_is_still_written() -> None:
-    pipe = load(TASK)
+@pytest.mark.parametrize("task", [TASK, "image-text-to-text"])
+def test_what_has_ended_is_handed_on_while_its_batch_is_still_written(task: str) -> None:
+    pipe = load(task)
     pipe.model.generation_config.eos_token_id = None  # a random model may end where it likes
-    adapter = recording(TextGenerator, pipe)
-    short = Call("A cat", {"do_sample": False, "max_new_tokens": 4})
-    long = Call("The sea", {"do_sample": False, "max_new_tokens": 200})
-    with running(adapter, TASK) as engine:
+    adapter = recording(RUNTIME[task].adapter, pipe)
+    short, long = (
+        Call(
+            [{"role": "user", "content": [{"type": "text", "text": text}]}],
+            {"do_sample": False, "max_new_tokens": most},
+        )
+        if task != TASK
+        else Call(text, {"do_sample": False, "max_new_tokens": most})
+        for text, most in (("A cat", 4), ("The sea", 200))
+    )
+    with running(adapter, task) as engine:
         adapter.gate.clear()
         _, first = engine.submit([short])
         assert adapter.entered.wait(60)
         (_, ended), (_, written) = engine.submit([short]), engine.submit([long])
         wait_until(lambda: len(engine.engine.room) == 2, "both wait for the device")
-        steps, tick = [0], adapter.tick
+        steps = [0]
 
         def counted() -> None:
-            tick()
             steps[0] += 1
             if steps[0] == 100:  # far beyond the short one, far before the end of the long one
                 assert ended.wait(60) is not None
@@ -318,7 +326,7 @@ def test_what_has_ended_is_handed_on_while_its_batch_is_still_written() -> None:
                 assert not written.complete
 
         finished_alone = first
-        adapter.tick = counted
+        adapter.on_tick = counted
         adapter.gate.set()
         results = [finished(one)[0] for one in (finished_alone, ended, written)]
     assert max(len(batch.units) for batch in adapter.batches) == 2

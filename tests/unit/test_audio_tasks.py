@@ -364,16 +364,14 @@ def test_a_long_piece_ends_with_its_job_and_shows_signs_of_life() -> None:
     adapter = recording(TextToAudio, load(f"{SPEAK}:musicgen"))
     ticks: list[int] = []
     with running(adapter, SPEAK) as engine:
-        tick = adapter.tick
         jobs: list[Any] = []
 
         def counted() -> None:
-            tick()
             ticks.append(1)
             if len(ticks) == 5:
                 jobs[0].cancelled = True
 
-        adapter.tick = counted
+        adapter.on_tick = counted
         adapter.gate.clear()
         job, sink = engine.submit([Call("wind", {"generate_kwargs": {"max_new_tokens": 200}})])
         jobs.append(job)

@@ -92,6 +92,7 @@ class Bystander:
 def test_single_jobs_of_one_fetch_begin_although_a_suspect_comes_in_between() -> None:
     gate, other = Interrupted(), Bystander()
     singles = Singles(other, other, gate, other, other, budget=1)  # type: ignore[arg-type]
+    singles.reporting.start()
     batch: Any = [(other, JobMessage(name, "")) for name in ("a", "b", "c")]
     assert joined(started(lambda: singles.start(batch))), (
         "the second job waits for the suspect, which waits for the first"
@@ -100,6 +101,7 @@ def test_single_jobs_of_one_fetch_begin_although_a_suspect_comes_in_between() ->
     assert joined(gate.suspect)
     assert gate.was_alone.is_set()
     assert gate.empty
+    assert singles.reporting.stop(20)
 
 
 def test_several_that_must_be_alone_follow_each_other() -> None:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pipefleet_workers.adapters.vision import document_question_answering
-from pipefleet_workers.adapters.vision.document_question_answering import DocumentAnswerer
-from pipefleet_workers.adapters.vision.question_answering import VisualAnswerer
+from pipefleet_workers.adapters.vision.document_question_answering import document_answerer
+from pipefleet_workers.adapters.vision.question_answering import visual_answerer
 from pipefleet_workers.adapters.vision.zero_shot import ImageLabeller
 from pipefleet_workers.adapters.vision.zero_shot_detection import LABELS_AT_ONCE, ObjectFinder
 from pipefleet_workers.inputs import ocr
@@ -191,7 +191,7 @@ def test_a_model_that_padding_changes_gets_units_of_one_length(owl: Any) -> None
 
 def test_a_question_longer_than_the_model_takes() -> None:
     long = {"image": PICTURES[0], "question": "what " * 60}
-    adapter = recording(VisualAnswerer, load(ASKED))
+    adapter = recording(visual_answerer, load(ASKED))
     with running(adapter, ASKED) as engine:
         refused, cut = engine.run([Call(long), Call(long, {"truncation": True})])
     assert refused.failure is not None
@@ -201,7 +201,7 @@ def test_a_question_longer_than_the_model_takes() -> None:
 
 
 def test_a_long_page_is_read_in_pieces_and_they_share_a_batch(layoutlm: Any) -> None:
-    adapter = recording(DocumentAnswerer, layoutlm)
+    adapter = recording(document_answerer, layoutlm)
     with running(adapter, PAGES) as engine:
         outputs(engine.run([Call(page(1))]))
     assert len(adapter.batches[0].units) > 1
@@ -211,7 +211,7 @@ def test_a_question_is_cut_to_its_bound(layoutlm: Any) -> None:
     long = page(question="What is the invoice number and who wrote it?")
     short = page(question="What is the")
     tokens = len(layoutlm.tokenizer.tokenize("What is the"))
-    with running(recording(DocumentAnswerer, layoutlm), PAGES) as engine:
+    with running(recording(document_answerer, layoutlm), PAGES) as engine:
         cut, whole, wanted = outputs(engine.run([Call(long, {"max_question_len": tokens}), Call(long), Call(short)]))
     assert_same(cut, wanted)
     assert cut[0]["score"] != pytest.approx(whole[0]["score"], abs=1e-4)
@@ -234,7 +234,7 @@ def test_a_question_is_cut_to_its_bound(layoutlm: Any) -> None:
 def test_pages_that_cannot_be_served(
     layoutlm: Any, changes: dict[str, Any], parameters: dict[str, Any], code: str, words: str
 ) -> None:
-    found = failure(PAGES, recording(DocumentAnswerer, layoutlm), Call(page(**changes), parameters))
+    found = failure(PAGES, recording(document_answerer, layoutlm), Call(page(**changes), parameters))
     assert (found.code, found.stage) == (code, "preprocess")
     assert words in found.message
 
@@ -249,7 +249,7 @@ def test_a_page_without_words_is_answered_as_by_transformers(
     wanted = layoutlm(**empty, **parameters)
     if read:
         empty.pop("word_boxes")
-    with running(recording(DocumentAnswerer, layoutlm), PAGES) as engine:
+    with running(recording(document_answerer, layoutlm), PAGES) as engine:
         (found,) = outputs(engine.run([Call(empty, parameters)]))
     assert_same(found, wanted)
     assert bool(found) is bool(parameters.get("handle_impossible_answer"))
@@ -267,7 +267,7 @@ def test_a_model_of_words_alone_needs_no_picture_of_the_page(layoutlm: Any) -> N
 
 
 def test_a_bound_above_the_models_own_is_lowered_to_it(layoutlm: Any) -> None:
-    with running(recording(DocumentAnswerer, layoutlm), PAGES) as engine:
+    with running(recording(document_answerer, layoutlm), PAGES) as engine:
         high, own = outputs(engine.run([Call(page(1), {"max_seq_len": 5000}), Call(page(1))]))
     assert_same(high, own)
 
@@ -278,7 +278,7 @@ def test_words_that_are_missing_come_from_the_page(layoutlm: Any, monkeypatch: p
         document_question_answering, "read_words", lambda seen: [(word, box) for word, box in full["word_boxes"]]
     )
     bare = {name: full[name] for name in ("image", "question")}
-    with running(recording(DocumentAnswerer, layoutlm), PAGES) as engine:
+    with running(recording(document_answerer, layoutlm), PAGES) as engine:
         read, given = outputs(engine.run([Call(bare), Call(full)]))
     assert_same(read, given)
 
@@ -289,7 +289,7 @@ INSTALLED = importlib.util.find_spec("rapidocr") is not None
 @pytest.mark.skipif(INSTALLED, reason="the extra is installed")
 def test_without_the_extra_the_error_says_how_to_install_it(layoutlm: Any) -> None:
     bare = {name: page()[name] for name in ("image", "question")}
-    found = failure(PAGES, recording(DocumentAnswerer, layoutlm), Call(bare))
+    found = failure(PAGES, recording(document_answerer, layoutlm), Call(bare))
     assert found.code == "not_installed"
     assert "pip install 'pipefleet[ocr]'" in found.message
 

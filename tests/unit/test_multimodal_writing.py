@@ -13,9 +13,9 @@ import transformers
 
 from pipefleet.contract.messages import JobItem
 from pipefleet.tasks import task_spec
-from pipefleet_workers.adapters.vision.document_question_answering import DocumentAnswerer
+from pipefleet_workers.adapters.vision.document_question_answering import document_answerer
 from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter
-from pipefleet_workers.adapters.writing.multimodal import EqualMultimodal, ImageTextWriter, MultimodalGenerator
+from pipefleet_workers.adapters.writing.multimodal import EqualMultimodal, MultimodalGenerator, image_text_writer
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Decoded, ItemError, JobContext, Work
 from pipefleet_workers.models.warmup import warm_up
@@ -46,7 +46,7 @@ def llava() -> Any:
 
 @pytest.fixture
 def engine(llava: Any) -> Iterator[Running]:
-    with running(recording(ImageTextWriter, llava), CHAT) as one:
+    with running(recording(image_text_writer, llava), CHAT) as one:
         yield one
 
 
@@ -102,7 +102,7 @@ def test_media_of_unequal_shapes_are_taken_apart_and_their_order_is_kept(llava: 
         Call(chat(text, *([PICTURES[i]] if "no" not in text.split() else [])), {"max_new_tokens": 6})
         for i, text in enumerate(words)
     ]
-    with running(recording(ImageTextWriter, llava), CHAT) as engine:
+    with running(recording(image_text_writer, llava), CHAT) as engine:
         wanted = outputs(engine.run(calls))
     adapter = recording(Sized, llava)
     with running(adapter, CHAT) as engine:
@@ -177,8 +177,8 @@ def test_a_model_with_a_generate_of_its_own_answers_as_the_pipeline_does() -> No
     wanted = [
         pipe(images=call.inputs["images"], text=call.inputs["text"], **call.parameters) for call in copy.deepcopy(calls)
     ]
-    adapter = recording(ImageTextWriter, pipe)
-    assert isinstance(adapter._inner, EqualMultimodal)
+    adapter = recording(image_text_writer, pipe)
+    assert isinstance(adapter, EqualMultimodal)
     with running(adapter, CHAT) as engine:
         assert outputs(engine.run_together(calls)) == wanted
     assert max(len(batch.units) for batch in adapter.batches) == 4
@@ -217,7 +217,7 @@ def test_a_seed_is_what_torch_is_seeded_with_before_a_page_is_read() -> None:
             torch.manual_seed(seed)
             wanted.append(pipe(**page))
     assert wanted[0] != wanted[1]
-    with running(recording(DocumentAnswerer, load(f"{PAGES}:donut")), PAGES) as engine:
+    with running(recording(document_answerer, load(f"{PAGES}:donut")), PAGES) as engine:
         assert outputs(engine.run_together([Call(page, {**SAMPLED, "seed": seed}) for seed in seeds])) == wanted
 
 
@@ -270,7 +270,7 @@ def test_sounds_of_one_request_stay_its_own() -> None:
     """Requests with one, two and no sounds in one batch, each with its own answer wherever it stands."""
     chats = CHECKPOINTS["any-to-any"].inputs  # ragged on purpose
     calls = [Call(one, {"max_new_tokens": 5}) for one in chats(None)]  # type: ignore[arg-type]
-    with running(recording(ImageTextWriter, load("any-to-any")), "any-to-any") as engine:
+    with running(recording(image_text_writer, load("any-to-any")), "any-to-any") as engine:
         forth = outputs(engine.run_together(calls))
         assert outputs(engine.run_together(calls[::-1])) == forth[::-1]
     assert len({repr(one) for one in forth}) > 2
@@ -280,7 +280,9 @@ def test_a_recording_of_one_token_is_refused_whatever_stands_beside_it() -> None
     """Alone the model takes its prompt for one of an earlier release, and fails; next to a longer one it would not."""
     prompt = {"text": "<|AUDIO|> what is it?"}
     works = [{**prompt, "audio": np.full(count, 0.01, np.float32)} for count in (160, 16_000)]
-    short, fine = ImageTextWriter(load("any-to-any")).prepare([decoded(place, one) for place, one in enumerate(works)])
+    short, fine = image_text_writer(load("any-to-any")).prepare(
+        [decoded(place, one) for place, one in enumerate(works)]
+    )
     assert isinstance(short, ItemError)
     assert (short.failure.code, short.failure.stage) == ("bad_input", "preprocess")
     assert not isinstance(fine, ItemError)

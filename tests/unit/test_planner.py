@@ -21,7 +21,7 @@ from pipefleet.contract.references import split_uri
 from pipefleet.contract.shards import (
     MEDIA_BYTES,
     TEXT_BYTES,
-    Limits,
+    ShardLimits,
     decode_shard_line,
     encode_shard_line,
     shard_id,
@@ -150,7 +150,7 @@ class TestShards:
         assert shard_limits(10**9, None, media=False).items == 512
 
     def test_a_size_of_the_users_own_fixes_the_count_but_not_the_bytes(self) -> None:
-        assert {shard_limits(index, 7, media=True) for index in range(99)} == {Limits(7, MEDIA_BYTES)}
+        assert {shard_limits(index, 7, media=True) for index in range(99)} == {ShardLimits(7, MEDIA_BYTES)}
         assert shard_limits(0, 7, media=False).size == TEXT_BYTES
 
     @given(st.lists(st.integers(0, 2 * TEXT_BYTES), max_size=80), st.none() | st.integers(1, 9))

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet_workers.fleet.scaling.decide import HOLD_SECONDS, Decision, Limits, Signal, State, decide
+from pipefleet_workers.fleet.scaling.decide import HOLD_SECONDS, Decision, ScalingLimits, Signal, State, decide
 
-LIMITS = Limits(min=0, max=1000, wait_slo=600.0)
+LIMITS = ScalingLimits(min=0, max=1000, wait_slo=600.0)
 work = st.floats(0, 1e7, allow_nan=False)
 signals = st.builds(
     Signal,
@@ -27,7 +27,9 @@ histories = st.lists(signals, min_size=1, max_size=30)
 ranges = st.tuples(st.integers(0, 50), st.integers(1, 2000)).map(lambda pair: (min(pair), max(*pair, 1)))
 
 
-def follow(history: list[Signal], limits: Limits = LIMITS, state: State | None = None) -> tuple[State, list[Decision]]:
+def follow(
+    history: list[Signal], limits: ScalingLimits = LIMITS, state: State | None = None
+) -> tuple[State, list[Decision]]:
     """The decisions on readings 15 s apart."""
     state, decisions = state or State(), []
     begin = 0.0 if state.at is None else state.at + 15.0
@@ -51,7 +53,7 @@ def steady(seconds: float, load: float, workers: int, backlog: float = 0.0) -> t
 
 @given(histories, ranges)
 def test_the_pool_stays_within_its_bounds(history: list[Signal], bounds: tuple[int, int]) -> None:
-    limits = Limits(*bounds, wait_slo=600.0)
+    limits = ScalingLimits(*bounds, wait_slo=600.0)
     assert all(bounds[0] <= one.desired <= bounds[1] for one in follow(history, limits)[1])
 
 

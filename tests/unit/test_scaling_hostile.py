@@ -18,7 +18,7 @@ from pipefleet.errors import FleetFileError
 from pipefleet.fleet.pools import Fleet, parse_fleet
 from pipefleet.queues.celery import COST_HEADER, celery_message
 from pipefleet.queues.keys import ledger_keys, scaler_key, work_key
-from pipefleet_workers.fleet.scaling.decide import Limits, State, decide
+from pipefleet_workers.fleet.scaling.decide import ScalingLimits, State, decide
 from pipefleet_workers.fleet.scaling.messages import Content
 from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService
 from pipefleet_workers.fleet.scaling.signal import Memory, Reading, measure
@@ -140,7 +140,7 @@ def test_a_load_that_no_fleet_has_is_not_remembered() -> None:
 
 
 def test_one_message_wants_one_worker_whatever_it_says_that_it_costs() -> None:
-    limits, state, memory = Limits(0, 500, 600.0), State(), Memory()
+    limits, state, memory = ScalingLimits(0, 500, 600.0), State(), Memory()
     for tick in range(200):
         waiting = Content(4, (3 * 5.0 + MOST_COST) / 4)
         reading = Reading(

@@ -19,7 +19,7 @@ from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.revisions import Part
 from pipefleet.queues.celery import celery_app, celery_message, push_job
 from pipefleet.queues.keys import ledger_keys, queue_list, queue_lists, work_key
-from pipefleet_workers.fleet.scaling.decide import Limits, State, decide
+from pipefleet_workers.fleet.scaling.decide import ScalingLimits, State, decide
 from pipefleet_workers.fleet.scaling.messages import SAMPLE, Content, message_cost
 from pipefleet_workers.fleet.scaling.signal import Memory, Reading, measure, read_pool
 from pipefleet_workers.observe.totals import Done, WorkCount, read_done, record_done
@@ -222,7 +222,7 @@ class TestMeasure:
         """The whole loop on a load of 20 devices, from a memory of jobs that took `wrong` seconds and now take one."""
         memory, state = Memory(saturated=Done(100.0, 100.0 * wrong)), State()
         backlog, workers, done = 0.0, int(20 * max(1.0, wrong)), 0.0
-        limits = Limits(0, 1000, wait_slo=600.0)
+        limits = ScalingLimits(0, 1000, wait_slo=600.0)
         sizes = []
         for step in range(6 * 240):
             served = min(backlog + 20.0 * 15, workers * 15.0)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipefleet_workers.adapters.pipelines.question_answering import _spans, encode
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.text.encoder import TextClassifier, default_function
 from pipefleet_workers.adapters.text.fill_mask import MaskFiller
@@ -69,7 +70,7 @@ def test_the_default_function_follows_problem_type_then_the_number_of_labels(pip
 
 def test_equal_scores_keep_the_order_of_the_labels(pipes: dict[str, Any]) -> None:
     class Undecided(TextClassifier):
-        def run(self, inputs: dict[str, Any], units: Any) -> Any:
+        def run(self, inputs: dict[str, Any], units: Any, progress: Progress) -> Any:
             return {"logits": torch.zeros(len(units), 3)}
 
     with running(recording(Undecided, pipes[CLASSIFY]), CLASSIFY) as engine:

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 
 from pipefleet.tasks import TASKS
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.vision import masks as module
 from pipefleet_workers.adapters.vision.masks import MaskGenerator
 from pipefleet_workers.items import ItemError
@@ -104,7 +105,7 @@ def test_embeddings_go_with_the_units(pipe: Any) -> None:
     crop = units[0].features.crop
     assert all(unit.features.crop is crop for unit in units)
     assert crop.embeddings is None, "nothing runs on the device before its batch"
-    adapter.split(adapter.run(adapter.collate(units[:1]), units[:1]), units[:1])
+    adapter.split(adapter.run(adapter.collate(units[:1]), units[:1], UNOBSERVED), units[:1])
     assert crop.pixels is None
     kept = weakref.ref(crop.embeddings)
     del units, crop

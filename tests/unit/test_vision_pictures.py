@@ -11,6 +11,7 @@ import transformers as hf
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
 from pipefleet.tasks import TASKS
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.vision.sized import KeypointMatcher, Picture, SizedPictures
 from pipefleet_workers.adapters.vision.video import VideoClassifier
@@ -47,7 +48,7 @@ def test_hidden_states_stay_on_the_device(checkpoint: str) -> None:
     pipe.model.config.output_hidden_states = True
     adapter = SizedPictures(pipe)
     units = example_units(adapter, TASKS[task], {}, 8)
-    outputs = adapter.run(adapter.collate(units), units)
+    outputs = adapter.run(adapter.collate(units), units, UNOBSERVED)
     assert outputs
     assert not [name for name in outputs if "hidden_state" in name or "attention" in name]
     assert all(value.dtype == torch.float32 for value in outputs.values() if isinstance(value, torch.Tensor))

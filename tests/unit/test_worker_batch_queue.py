@@ -35,7 +35,7 @@ def joined(*threads: threading.Thread) -> None:
 
 
 def test_many_producers_and_takers_lose_and_double_nothing() -> None:
-    queue = room(8)
+    queue, stopping = room(8), threading.Event()
     groups = [[[unit(1 + (i * j) % 13) for j in range(1, 4)] for i in range(100)] for _ in range(4)]
     taken: list[list[Batch]] = [[], []]
     most = []
@@ -46,12 +46,13 @@ def test_many_producers_and_takers_lose_and_double_nothing() -> None:
             most.append(len(queue))
 
     def consume(own: list[Batch]) -> None:
-        while (batch := queue.take()) is not None:
+        while (batch := queue.take(stopping)) is not None:
             own.append(batch)
 
     consumers = [started(consume, own) for own in taken]
     joined(*[started(produce, own) for own in groups])
-    queue.close()
+    stopping.set()
+    queue.wake()
     joined(*consumers)
     out = [id(one) for own in taken for batch in own for one in batch.units]
     assert sorted(out) == sorted(id(one) for own in groups for units in own for one in units)
@@ -69,7 +70,7 @@ def test_put_blocks_while_full_and_goes_on_when_a_batch_leaves() -> None:
     thread = started(put_more)
     assert not passed.wait(0.1)
     assert len(queue) == 2
-    assert queue.take() is not None
+    assert queue.take(threading.Event()) is not None
     joined(thread)
     assert passed.is_set()
 
@@ -83,24 +84,23 @@ def test_the_units_of_an_item_enter_together_even_above_the_capacity() -> None:
 def test_take_waits_for_the_first_unit() -> None:
     queue = room(4)
     found: list[Batch | None] = []
-    thread = started(lambda: found.append(queue.take()))
+    thread = started(lambda: found.append(queue.take(threading.Event())))
     queue.put([unit(1)])
     joined(thread)
     assert found[0] is not None
 
 
-def test_close_lets_takers_empty_the_room_and_then_end() -> None:
-    queue = room(4)
+def test_who_is_to_stop_empties_the_room_and_then_ends() -> None:
+    queue, stopping = room(4), threading.Event()
     queue.put([unit(1)])
-    queue.close()
-    assert queue.take() is not None
-    assert queue.take() is None
+    stopping.set()
+    assert queue.take(stopping) is not None
+    assert queue.take(stopping) is None
 
 
-def test_close_wakes_a_waiting_taker_and_a_waiting_producer() -> None:
-    empty, full = room(1), room(1)
-    full.put([unit(1)])
-    threads = [started(empty.take), started(full.put, [unit(2)])]
-    empty.close()
-    full.close()
-    joined(*threads)
+def test_who_waits_hears_that_it_is_to_stop() -> None:
+    queue, stopping = room(1), threading.Event()
+    thread = started(queue.take, stopping)
+    stopping.set()
+    queue.wake()
+    joined(thread)

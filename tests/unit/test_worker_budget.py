@@ -12,6 +12,7 @@ import pytest
 from pipefleet.contract.messages import MAX_SHARD_ITEMS, JobItem, JobMessage, Shard
 from pipefleet.errors import ContractError, ServiceUnavailableError
 from pipefleet.fleet.pools import Pool
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume import shards
 from pipefleet_workers.consume.held import DrainedError
@@ -37,10 +38,10 @@ class Shaky(TextClassifier):
             raise BaseException("the whole slice")
         return super().prepare(decoded)
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         if any("forward" in str(unit.assembly.work.item.inputs) for unit in units):
             raise RuntimeError("the model does not like it")
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
     def finish(self, assembly: Assembly) -> Any:
         if "postprocess" in str(assembly.work.item.inputs):

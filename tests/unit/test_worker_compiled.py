@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pipefleet.errors import FleetFileError, UsageError
 from pipefleet.fleet.pools import Pool, parse_fleet
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.text.buckets import SHORTEST, rounded_length
 from pipefleet_workers.adapters.text.encoder import TextClassifier
@@ -147,9 +148,9 @@ def test_a_compiler_that_computes_something_else_is_not_used(caplog: pytest.LogC
 
 def test_a_model_that_hears_padding_is_compiled_without_rounded_lengths() -> None:
     class Careless(TextClassifier):
-        def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
             inputs["attention_mask"][:] = 1
-            return super().run(inputs, units)
+            return super().run(inputs, units, progress)
 
     adapter = Careless(load(TASK))
     assert compile_forward(adapter, POOL, {}, max_cost=64, backend=traced([]))

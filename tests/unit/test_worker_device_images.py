@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipefleet.contract.messages import JobItem
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.vision import on_device as device_images
 from pipefleet_workers.adapters.vision.features import ImageFeatures
 from pipefleet_workers.adapters.vision.on_device import LARGEST, DevicePictures, Pixels, Plan, on_device
@@ -59,7 +60,7 @@ def served(adapter: Adapter, units: Sequence[Unit]) -> list[Any]:
     """The results of units that share a batch, whose inputs go the way of a GPU's."""
     assert len({unit.key for unit in units}) == 1
     transfer = Transfer(FakeLink())
-    outputs = adapter.run(transfer.finish(transfer.begin(adapter.collate(units))), units)
+    outputs = adapter.run(transfer.finish(transfer.begin(adapter.collate(units))), units, UNOBSERVED)
     for unit, output in zip(units, adapter.split(outputs, units), strict=True):
         unit.assembly.collect(unit.index, output)
     return [adapter.finish(unit.assembly) for unit in units]

@@ -12,12 +12,22 @@ import pytest
 import torch
 
 from pipefleet.contract.records import JobFailure
+from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
+from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.text.encoder import FeatureExtractor, TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine import simulated
 from pipefleet_workers.engine.batcher import BatchLimits
+from pipefleet_workers.engine.device import Instruments
+from pipefleet_workers.engine.engine import Engine, Stages
 from pipefleet_workers.engine.forward import Forward
+from pipefleet_workers.inputs.decode import Decoder
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Assembly, Batch, Outcome, Unit
+from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.settings import WorkerSettings
+from pipefleet_workers.storage.store import WorkerStore
 from tests.parity.harness import SECONDS, Call, assert_same, finished, load, recording, running, wait_until
 
 TASK = "text-classification"
@@ -41,10 +51,10 @@ def text_of(unit: Unit) -> str:
 class Faulty(TextClassifier):
     """Its forward raises when a marked text is in the batch, and its finish for texts that are marked so."""
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         if any(MARK in text_of(unit) for unit in units):
             raise RuntimeError(f"cannot stand {text_of(units[0])!r} and {len(units)} others")
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
     def finish(self, assembly: Assembly) -> Any:
         if "unfinished" in str(assembly.work.item.inputs):
@@ -57,10 +67,10 @@ class Small(TextClassifier):
 
     rows = 3
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         if len(units) > self.rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
 
 class Counting(Outcomes):
@@ -302,7 +312,7 @@ def test_a_failure_shares_the_time_of_its_batch_and_keeps_its_order() -> None:
         def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
             return {}
 
-        def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> list[int]:
+        def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> list[int]:
             if any(unit.length == 3 for unit in units):
                 raise ValueError
             return [unit.length for unit in units]
@@ -313,8 +323,61 @@ def test_a_failure_shares_the_time_of_its_batch_and_keeps_its_order() -> None:
     from tests.unit.test_worker_batcher import unit
 
     units = [unit(length) for length in (1, 3, 2)]
-    done = Forward(Odd(), lambda cost: None).run(Batch("one", units))  # type: ignore[arg-type]
+    done = Forward(Odd(), lambda cost: None).run(Batch("one", units), UNOBSERVED)  # type: ignore[arg-type]
     assert [one for one, _ in done] == units
     assert [output if isinstance(output, int) else output.code for _, output in done] == [1, "model_error", 2]
     assert isinstance(done[1][1], JobFailure)
     assert all("forward" in one.assembly.work.seconds for one in units)
+
+
+def test_an_engine_starts_and_stops_in_any_order(pipe: Any) -> None:
+    with running(recording(TextClassifier, pipe), TASK) as one:
+        assert codes(one.run([Call("before")])) == [""]
+        one.engine.start()  # nothing: it runs
+        assert codes(one.run([Call("twice")])) == [""]
+        assert one.engine.stop(SECONDS)
+        assert one.engine.stop(SECONDS)
+        one.engine.start()
+        assert codes(one.run([Call("after"), Call("it stopped")])) == ["", ""]
+        assert one.engine.stop(SECONDS)
+    assert not {thread.name for thread in threading.enumerate()} & {"device", "watchdog", "store-0", "finish-0"}
+
+
+def test_threads_that_start_and_stop_an_engine_at_once_leave_it_whole(pipe: Any) -> None:
+    with running(recording(TextClassifier, pipe), TASK) as one:
+
+        def hammer(number: int) -> None:
+            for turn in range(10):
+                one.engine.stop() if (turn + number) % 2 else one.engine.start()
+
+        threads = [threading.Thread(target=hammer, args=(number,), daemon=True) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS)
+            assert not thread.is_alive()
+        one.engine.start()
+        assert codes(one.run([Call("a text")])) == [""]
+
+
+def test_an_engine_that_never_started_stops(pipe: Any) -> None:
+    row = RUNTIME[TASK]
+    decoder = Decoder(task_spec(TASK), WorkerSettings(), sampling_rate=None)
+    stages = Stages(Fetcher(WorkerStore(), WorkerSettings()), decoder, row.adapter(pipe))
+    before = threading.active_count()
+    engine = Engine(stages, BatchLimits(64, 4), WorkerSettings(), Instruments(Metrics("test")), slice_items=4)
+    assert threading.active_count() == before, "a constructor starts no thread"
+    assert engine.stop(SECONDS)
+
+
+def test_a_simulated_device_gives_the_models_results_when_its_time_is_over(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [Call(f"text {index}") for index in range(3)]
+    adapter, slept = recording(TextClassifier, pipe), list[float]()
+    monkeypatch.setattr(simulated, "sleep", slept.append)
+    with running(adapter, TASK, settings=WorkerSettings(simulated_device="1000,0")) as engine:
+        outcomes = engine.run(calls)
+    assert_same([one.output for one in outcomes], expected(pipe, calls))
+    assert len(slept) == len(adapter.batches)
+    assert all(SECONDS < seconds <= 1000 for seconds in slept), "the rest of the time, behind the real forward"

@@ -28,8 +28,9 @@ from pipefleet_workers.adapters.writing.rows import (
     row_seed,
 )
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine.step import Step, Update
 from pipefleet_workers.inputs.decode import Decoder
-from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContext, Unit, Work
+from pipefleet_workers.items import Batch, Blob, Decoded, Fetched, ItemError, JobContext, Unit, Work
 from pipefleet_workers.settings import WorkerSettings
 from tests.parity.harness import load
 
@@ -383,14 +384,13 @@ def written(
             stopping_criteria[0](whole[:, : inputs["input_ids"].shape[1] + step], None)
         return whole
 
-    def release(one: Unit, output: Any) -> None:
-        one.released = True
-        early.append((step, units.index(one), output))
+    def note(update: Update) -> None:
+        early.extend((step, units.index(one), output) for one, output in update.ended)
 
+    progress = Step(Batch("key", units), lambda: None, note)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "_generate", generate)
-        patch.setattr(adapter, "release", release)
-        return adapter.run(adapter.collate(units), units), early
+        return adapter.run(adapter.collate(units), units, progress), early
 
 
 def test_looking_for_rows_that_have_ended_reads_each_token_once(adapter: TextGenerator) -> None:

@@ -18,7 +18,7 @@ from pipefleet_workers.process.watchdog import LOOKS
 from pipefleet_workers.results import lines
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
-from tests.parity.harness import SECONDS, Call, finished, load, recording, running, wait_until
+from tests.parity.harness import SECONDS, Call, finished, load, recording, running
 
 TASK = "text-classification"
 SETTINGS = {"stage_timeout": 2.0, "forward_timeout": 2.0, "cpu_threads": 1}
@@ -197,5 +197,5 @@ def test_an_engine_that_stops_ends_its_watchdog(pipe: Any) -> None:
     with running(recording(TextClassifier, pipe), TASK) as engine:
         engine.run([Call("a")])
         watchdog = engine.engine._watchdog
-        assert watchdog._thread.is_alive()
-    wait_until(lambda: not watchdog._thread.is_alive(), "the watchdog has ended")
+        assert not watchdog.join(0.0)
+    assert watchdog.join(0.0)

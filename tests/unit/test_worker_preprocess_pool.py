@@ -22,6 +22,7 @@ from pipefleet.errors import UsageError
 from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
@@ -76,7 +77,7 @@ def leftovers() -> list[str]:
 
 
 def served(adapter: Adapter, units: list[Any]) -> list[Any]:
-    outputs = adapter.split(adapter.run(adapter.collate(units), units), units)
+    outputs = adapter.split(adapter.run(adapter.collate(units), units, UNOBSERVED), units)
     for unit, output in zip(units, outputs, strict=True):
         unit.assembly.collect(unit.index, output)
     return [adapter.finish(unit.assembly) for unit in units]

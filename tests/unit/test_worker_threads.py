@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,19 @@ def test_it_announces_itself_after_an_error(worker: Worker, redis: Redis) -> Non
 
 def test_a_trace_that_cannot_be_written_fills_no_memory(tmp_path: Path) -> None:
     tracer = Tracer(str(tmp_path / "no folder" / "trace"))
+    tracer.start()
     with tracer.span("forward", 1):
         pass
-    assert tracer._lines is not None
-    assert eventually(tracer._lines.empty)
+    assert tracer.stop(20)
+    assert not tracer._lines._items
+
+
+def test_a_trace_has_what_was_timed_when_its_writer_has_ended(tmp_path: Path) -> None:
+    tracer = Tracer(str(tmp_path / "trace"))
+    tracer.start()
+    for stage in ("decode", "forward"):
+        with tracer.span(stage, 2):
+            pass
+    assert tracer.stop(20)
+    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
+    assert [(line["stage"], line["count"]) for line in lines] == [("decode", 2), ("forward", 2)]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipefleet.contract.messages import JobItem
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.engine.batch_queue import BatchQueue
@@ -72,9 +73,9 @@ class Recording(TextClassifier):
         super().__init__(pipe)
         self.sizes: list[int] = []
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         self.sizes.append(len(units))
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
 
 def units_of(adapter: TextClassifier, texts: Sequence[str]) -> list[Unit]:
@@ -100,10 +101,9 @@ def through_a_device(adapter: TextClassifier, link: FakeLink, texts: Sequence[st
     watchdog = Watchdog(instruments.on_fatal)
     device = Device(forward, room, instruments, note, watchdog=watchdog, timeout=SECONDS, collate_ahead=True)
     room.put(units_of(adapter, texts))
-    room.close()
     device.start()
     assert complete.wait(SECONDS)
-    device.join()
+    assert device.stop(SECONDS)
     return [ended[index].failure or adapter.finish(ended[index]) for index in range(len(texts))]
 
 
@@ -140,12 +140,12 @@ def test_a_staged_batch_that_is_out_of_memory_lets_go_of_its_inputs_before_it_ru
     held: list[int] = []
 
     class Small(Recording):
-        def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
             held.append(sum(one() is not None for one in seen))
             seen.append(weakref.ref(inputs["input_ids"]))
             if len(units) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return super().run(inputs, units)
+            return super().run(inputs, units, progress)
 
     adapter = Small(pipe)
     transfer = Transfer(FakeLink())
@@ -154,7 +154,7 @@ def test_a_staged_batch_that_is_out_of_memory_lets_go_of_its_inputs_before_it_ru
     batch = Batch("key", units_of(adapter, TEXTS[:4]))
     staged = forward.collate(batch)
     assert staged is not None
-    outputs = forward.run(batch, staged)
+    outputs = forward.run(batch, UNOBSERVED, staged)
     assert [adapter.finish(done(unit, output)) for unit, output in outputs] == [pipe(text) for text in TEXTS[:4]]
     assert adapter.sizes == [2, 2]
     assert held == [0, 0, 0], "inputs of an earlier try are still in memory"

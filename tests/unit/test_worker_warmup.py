@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipefleet.tasks import TASKS
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.items import Unit
@@ -38,9 +39,9 @@ def test_a_model_that_hears_its_neighbours_gets_equal_lengths(pipe: Any) -> None
     class Careless(TextClassifier):
         """Forgets the attention mask, as models without one do."""
 
-        def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
             inputs["attention_mask"][:] = 1
-            return super().run(inputs, units)
+            return super().run(inputs, units, progress)
 
     adapter = Careless(pipe)
     found = warm_up(adapter, TASKS[TASK], {}, ServiceFit(), 2048)
@@ -53,7 +54,7 @@ def test_a_model_that_hears_its_neighbours_gets_equal_lengths(pipe: Any) -> None
 
 def test_a_model_that_fails_on_examples_still_gets_a_budget(pipe: Any) -> None:
     class Picky(TextClassifier):
-        def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+        def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
             raise RuntimeError("not these")
 
     found = warm_up(Picky(pipe), TASKS[TASK], {}, ServiceFit(), 512)

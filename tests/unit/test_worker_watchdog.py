@@ -157,7 +157,8 @@ def test_its_thread_reports_once() -> None:
     watchdog.slot("forward", 0.2, HUNG_FORWARD).begin(None)
     watchdog.start()
     assert hung.wait(DEADLINE)
-    watchdog.stop()
+    assert watchdog.join(DEADLINE)
+    assert watchdog.stop(DEADLINE)
     assert codes == [HUNG_FORWARD]
 
 

@@ -30,9 +30,10 @@ from pipefleet.queues.celery import celery_message
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.consume.burials import Burials
-from pipefleet_workers.consume.consumer import Consumer, Limits
+from pipefleet_workers.consume.consumer import Consumer, IntakeLimits
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
@@ -44,7 +45,6 @@ from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.engine.device import Instruments
 from pipefleet_workers.engine.engine import Engine, Stages
 from pipefleet_workers.engine.processes import PreprocessPool
-from pipefleet_workers.engine.simulated import SimulatedDevice
 from pipefleet_workers.facts import Facts
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
@@ -55,7 +55,6 @@ from pipefleet_workers.models.warmup import WarmUp, warm_up
 from pipefleet_workers.observe.gpus import visible_gpus, watch_gpus
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.observe.pulse import Pulse
-from pipefleet_workers.observe.service_fit import ServiceTime
 from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.results.lines import PartWriter, ResultWriter
 from pipefleet_workers.results.reports import Reporter
@@ -121,6 +120,7 @@ def build(
     """
     row = RUNTIME[pool.task]
     instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
+    instruments.tracer.start()
     _serve_metrics(instruments.metrics, worker_settings)
     pipe = load_pipeline(pool, device=device)
     if pipe.device.type == "cuda":
@@ -128,11 +128,9 @@ def build(
         watch_gpus(instruments.metrics, pool.name, gpus)
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     parameters = {**row.example_parameters, **pool.parameters}
-    adapter: Any = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
+    adapter = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
     found = _warmed(adapter, pool, parameters, worker_settings, instruments, default)
     processes = PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
-    if worker_settings.simulated_device:
-        adapter = SimulatedDevice(adapter, ServiceTime.parse(worker_settings.simulated_device))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     tally = Tally(instruments.metrics, instruments.work)
     loaded = how_loaded(pipe)
@@ -219,7 +217,7 @@ def _consumer(
 ) -> Consumer:
     shards = Shards(jobs, outlets, tally, elsewhere=undertaker.written_elsewhere)
     suspects = Suspects(jobs, shards, undertaker.journal, undertaker.bury)
-    limits = Limits(
+    limits = IntakeLimits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
     health = Health(_probe(outlets))
@@ -250,7 +248,7 @@ def _probe(outlets: Outlets) -> Any:
 
 
 def _warmed(
-    adapter: Any,
+    adapter: Adapter,
     pool: Pool,
     parameters: dict[str, Any],
     worker_settings: WorkerSettings,

@@ -144,7 +144,7 @@ class Decoded:
 
 @dataclass(slots=True)
 class Assembly:
-    """Collects the outputs of the units of one item. Only one thread at a time calls `collect`; `Device` makes sure of this."""
+    """Collects the outputs of the units of one item. `collect` is called by the device's thread alone."""
 
     work: Work
     expected: int
@@ -177,8 +177,6 @@ class Unit:
     features: Any
     fixed: int = 0
     created: float = 0.0
-    released: bool = False
-    """Whether its output was handed on before its batch ended. Only the device's thread sets it."""
 
     @property
     def priority(self) -> int:

@@ -30,6 +30,7 @@ from pipefleet.queues import dead_letters
 from pipefleet.queues.celery import celery_app
 from pipefleet.queues.keys import CANCELLED_CHANNEL
 from pipefleet.queues.revision_notes import note_revision
+from pipefleet.service import Service, Services
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.delivery.redis_start import connect_patiently
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from pipefleet_workers.facts import Facts
 
 log = logging.getLogger(__name__)
+LAST_SECONDS = 1.0
+"""How long the threads of a worker that has drained may take to end; they are daemons, and one may wait for a service."""
 
 
 def prepare_process(*, threads: int | None) -> None:
@@ -110,17 +113,13 @@ class Worker:
         self._register(app, task, built)
         self._connect_signals(ready_file)
         built.consumer.start()
-        # A worker that S3 refuses should announce it before its first job; a store that hangs must not delay the start.
-        threading.Thread(target=built.consumer.health.check, daemon=True).start()
+        services = self._services(built)
         opentelemetry.start(self._pool.name, self.name)
         redis = connect_patiently(self._settings, self._worker_settings)  # again, since loading a model takes long
         with redis_errors(self._settings.redis_url):
             forget_revisions(redis)
             forget_dead_workers(redis)
-        announcer = threading.Thread(target=self._announce, args=(built.facts, built.clock), daemon=True)
-        announcer.start()
-        threading.Thread(target=self._stay_in_fleet, name="fleet", daemon=True).start()
-        threading.Thread(target=self._listen_for_cancels, args=(built.consumer,), daemon=True).start()
+        services.start()
         worker = app.Worker(
             pool="solo",  # never used: the task's Strategy hands messages to the consumer
             concurrency=1,
@@ -133,12 +132,25 @@ class Worker:
             quiet=True,
         )
         worker.start()
-        announcer.join(timeout=1.0)  # otherwise it could announce this worker once more
+        services.stop(LAST_SECONDS)  # or it could announce this worker once more
+        built.burials.stop(LAST_SECONDS)
+        built.consumer.stop(LAST_SECONDS)
         self._withdraw(built.facts)
         opentelemetry.stop()
         if self._refused is not None:
             raise self._refused
         return int(worker.exitcode or 0)
+
+    def _services(self, built: Built) -> Services:
+        """What runs beside the consumer. All of it ends by one event: Celery's handler of SIGTERM sets it, and may take no lock."""
+        told = self._stopping.set
+        return Services(
+            # Who is refused should say so before the first job; a store that hangs must not keep the others waiting.
+            Service("first-look", lambda _: built.consumer.health.check()),
+            Service("announce", lambda _: self._announce(built.facts, built.clock), wake=told),
+            Service("fleet", lambda _: self._stay_in_fleet(), wake=told),
+            Service("cancels", lambda _: self._listen_for_cancels(built.consumer), wake=told),
+        )
 
     def _join_fleet(self) -> None:
         """Raise FleetMismatchError if Redis belongs to another fleet; while S3 is away, the check is repeated later."""
@@ -269,7 +281,7 @@ class Worker:
                     subscribed(redis, CANCELLED_CHANNEL) as channel,
                 ):
                     while not self._stopping.is_set():
-                        message = channel.get_message(ignore_subscribe_messages=True, timeout=1.0)
+                        message = channel.get_message(ignore_subscribe_messages=True, timeout=0.25)
                         if message is not None:
                             consumer.cancel(message["data"].decode(errors="replace"))
             except PipefleetError as error:

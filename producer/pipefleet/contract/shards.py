@@ -25,21 +25,21 @@ TEXT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ShardLimits:
     """Bounds of one shard: number of items, bytes of their inputs."""
 
     items: int
     size: int
 
 
-def shard_limits(index: int, shard_size: int | None, *, media: bool) -> Limits:
+def shard_limits(index: int, shard_size: int | None, *, media: bool) -> ShardLimits:
     """The bounds of shard `index`.
 
     Sizes double every 8 shards, from 16 to 512. So a small run spreads over many workers and shows results at once, and a large
     run has few messages and parts. `shard_size` fixes the count instead, up to MAX_SHARD_ITEMS.
     """
     grown = min(LARGEST_SHARD, SMALLEST_SHARD << min(index // SHARDS_OF_A_SIZE, 10))
-    return Limits(min(shard_size or grown, MAX_SHARD_ITEMS), MEDIA_BYTES if media else TEXT_BYTES)
+    return ShardLimits(min(shard_size or grown, MAX_SHARD_ITEMS), MEDIA_BYTES if media else TEXT_BYTES)
 
 
 def shard_id(run_id: str, index: int) -> str:

@@ -25,7 +25,7 @@ from pipefleet.contract.layout import RunLayout, RunPlan, index_of
 from pipefleet.contract.messages import MAX_RUN_ITEMS, JobItem, Priority, encode_json
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import split_uri
-from pipefleet.contract.shards import Limits, decode_shard_line, encode_shard_line, shard_limits, shard_message
+from pipefleet.contract.shards import ShardLimits, decode_shard_line, encode_shard_line, shard_limits, shard_message
 from pipefleet.errors import InputError, PipefleetError, RunError, ServiceUnavailableError
 from pipefleet.foreign import readable, whole
 from pipefleet.inputs.rows import SourceItem
@@ -235,7 +235,7 @@ class Planner:
         if batch:
             yield batch
 
-    def _limits(self, item: SourceItem) -> Limits:
+    def _limits(self, item: SourceItem) -> ShardLimits:
         if item.failure is None:  # the input of a failed item may be anything, so it sets no bound
             self._media = not isinstance(item.inputs, str)
         return shard_limits(self.shards, self.plan.shard_size, media=self._media)

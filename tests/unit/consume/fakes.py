@@ -10,7 +10,7 @@ from pipefleet.contract.messages import JobItem, JobMessage, JobState, Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.consume.consumer import Consumer, Limits
+from pipefleet_workers.consume.consumer import Consumer, IntakeLimits
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.places import Places
@@ -213,7 +213,7 @@ class Bench:
         self.shards: Any = served or FakeShards(lambda message: Ending(JobState.SUCCEEDED))
         self.consumer = Consumer(
             self.jobs, self.shards, self.shards, self.reporter, self.health, tally=self.tally,  # type: ignore[arg-type]
-            limits=Limits(**{"shards": 1, **limits}), clock=self.clock, places=places,
+            limits=IntakeLimits(**{"shards": 1, **limits}), clock=self.clock, places=places,
         )  # fmt: skip
         self.consumer.start()
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipefleet_workers.adapters.arguments import STAGE, ArgumentParser, Arguments
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.long_texts import LongTexts
 from pipefleet_workers.adapters.text.whole_texts import guard
 from pipefleet_workers.adapters.vision.whole_pictures import require_pixels
@@ -30,14 +31,6 @@ _PER_THREAD = ("tokenizer", "processor", "image_processor", "video_processor", "
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest difference, relative to the largest output, between a padded row and the same input alone."""
 _OWN_PARAMETERS = ("pooling", "normalize", "strict_media")
-
-
-def _nothing() -> None:
-    return None
-
-
-def _keep(unit: Unit, output: Any) -> None:
-    return None
 
 
 class PipelineCopies:
@@ -88,13 +81,6 @@ class Adapter:
         self.pipe = pipe
         self.copies = PipelineCopies(pipe)
         self.parser = ArgumentParser(pipe)
-        self.tick: Callable[[], None] = _nothing
-        """An adapter with a forward of many steps calls this at each step; through it the engine feeds the watchdog."""
-        self.release: Callable[[Unit, Any], None] = _keep
-        """An adapter calls this when it knows the output of a unit before the batch has ended.
-
-        The engine hands the output on at once.
-        """
         settings = WorkerSettings()
         self.max_tokens, self.max_whole_seconds = settings.max_tokens, settings.max_whole_seconds
         self.max_whole_pixels = settings.max_whole_pixels
@@ -156,8 +142,8 @@ class Adapter:
         names = units[0].features
         return {name: _joined([unit.features[name] for unit in units]) for name in names}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The model's outputs for collated inputs, on the host."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """The model's outputs for collated inputs, on the host. A forward of many steps ticks and asks `progress` at each."""
         return self.pipe.forward(inputs, **self.arguments(units[0]).fresh().forward)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
@@ -167,8 +153,8 @@ class Adapter:
         ]
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """The model's raw outputs for each unit, only its own part; the proof of exactness compares them."""
-        rows = self.split(self.run(self.collate(units), units), units)
+        """The model's raw outputs for each unit, its own part only: what the proof of exactness compares."""
+        rows = self.split(self.run(self.collate(units), units, UNOBSERVED), units)
         return [_as_numbers(next(iter(row.values())) if isinstance(row, Mapping) else row) for row in rows]
 
     def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:

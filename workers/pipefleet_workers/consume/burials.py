@@ -10,7 +10,6 @@ that looks at the run does it.
 from __future__ import annotations
 
 import logging
-import queue as queues
 import threading
 from collections.abc import Callable, Sequence
 
@@ -27,6 +26,7 @@ from pipefleet.queues.dead_letters import FOREIGN, DeadLetter
 from pipefleet.runs.letters import read_content
 from pipefleet.runs.planner import read_plan
 from pipefleet.runs.refusals import Noted, Refusals, note
+from pipefleet.service import Inbox, Service
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.results.reports import Reporter
@@ -40,7 +40,8 @@ PATIENCE_SECONDS = 300.0
 class Burials:
     """Notes the dead letters of one queue. Thread-safe.
 
-    Once the refusal of a shard is noted, the thread that ends runs calls `on_refused` with the failure and the number of items.
+    `on_refused` is called with the failure and the number of items of a shard once it is noted, by the thread that ends runs. That
+    thread begins with the first refused shard, also after `stop`.
     """
 
     def __init__(
@@ -59,9 +60,8 @@ class Burials:
         self._on_refused = on_refused
         self._redis = connect(settings)
         self._store = ObjectStore()
-        self._shards: queues.SimpleQueue[tuple[Shard, JobFailure, Noted]] = queues.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._shards: Inbox[tuple[Shard, JobFailure, Noted]] = Inbox()
+        self._service = Service("burials", self._follow, wake=self._shards.wake)
 
     def letter(self, letter: DeadLetter) -> None:
         """Tell the waiting client. Raises ServiceUnavailableError while Redis is away; then the caller calls again later.
@@ -97,18 +97,19 @@ class Burials:
             noted = note(self._redis, shard, failure, ttl=self._settings.run_ttl, queue=self._queue, letter=letter)
         if noted and self._gate.shard(shard) is None:
             self._shards.put((shard, failure, noted))
-            self._start()
+            self._service.start()
 
-    def _start(self) -> None:
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._follow, name="burials", daemon=True)
-                self._thread.start()
+    def start(self) -> None:
+        """Begin to end the runs of refused shards."""
+        self._service.start()
 
-    def _follow(self) -> None:
-        patience = Patience(threading.Event(), seconds=PATIENCE_SECONDS)
-        while True:
-            shard, failure, noted = self._shards.get()
+    def stop(self, timeout: float | None = None) -> bool:
+        """End after what has been noted, tried once more where a service is away. Whether that took at most `timeout` seconds."""
+        return self._service.stop(timeout)
+
+    def _follow(self, stopping: threading.Event) -> None:
+        patience = Patience(stopping, seconds=PATIENCE_SECONDS)
+        for shard, failure, noted in self._shards.each(stopping):
             try:
                 count = patience.call(lambda shard=shard: self._end(shard))  # type: ignore[misc]
                 if count and noted is Noted.NEW:

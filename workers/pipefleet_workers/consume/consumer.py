@@ -28,11 +28,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pipefleet.contract.messages import JobMessage, decode_message
 from pipefleet.errors import (
@@ -45,6 +45,7 @@ from pipefleet.errors import (
 )
 from pipefleet.patience import pause
 from pipefleet.queues.dead_letters import KILLED
+from pipefleet.service import Inbox, Service, Services
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.held import Delivery, DrainedError, RevokedError
@@ -63,6 +64,7 @@ from pipefleet_workers.results.reports import Reporter
 from pipefleet_workers.storage.store import BarredError, RefusedHereError
 
 log = logging.getLogger(__name__)
+_Read = tuple[Delivery, JobMessage]
 GATHER_SECONDS = 0.05
 """Suspects that come within these seconds of each other count as fetched together."""
 RETRY_SECONDS = 0.5
@@ -70,8 +72,8 @@ RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a consumer does at once, and how long it keeps trying."""
+class IntakeLimits:
+    """How much a consumer does at once, and how long it goes on trying."""
 
     shards: int = 8
     """Shards that run at once."""
@@ -97,7 +99,7 @@ class Consumer:
         health: Health,
         *,
         tally: Tally,
-        limits: Limits | None = None,
+        limits: IntakeLimits | None = None,
         places: Places | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -106,16 +108,16 @@ class Consumer:
         self._suspects = suspects
         self._reporter = reporter
         self._tally = tally
-        self._limits = limits or Limits()
+        self._limits = limits or IntakeLimits()
         self._places = places or Places()
         self._draining = threading.Event()
         self._gate = Gate()
         self._singles = Singles(jobs, reporter, self._gate, self, tally, budget=self._limits.retries)
         self._revocations = Revocations(jobs, reporter, health, self, self._draining)
-        self._bulk: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
-        self._suspect: queue.SimpleQueue[tuple[Delivery, JobMessage]] = queue.SimpleQueue()
-        self._accused: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._intake: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._bulk: Inbox[_Read] = Inbox()
+        self._suspect: Inbox[_Read] = Inbox()
+        self._accused: Inbox[Delivery] = Inbox()
+        self._intake: Inbox[Delivery] = Inbox()
         self.later: Later[Delivery] = Later(clock)
         self._changed = threading.Condition()
         self._held: dict[int, Delivery] = {}
@@ -123,6 +125,7 @@ class Consumer:
         self.health = health
         health.watchers.append(self._bar)
         jobs.is_away = lambda: not health.check()
+        self._loops = self._services()
 
     @property
     def barred(self) -> str | None:
@@ -130,17 +133,31 @@ class Consumer:
         return self.health.barred
 
     def start(self) -> None:
-        """Start the threads; all are daemons."""
-        loops: list[Callable[[], None]] = [
-            self._take_in,
-            self._begin_again,
-            self._take_accused_in,
-            self._revocations.run,
-            lambda: self._each(self._suspect, self._run_alone),
-        ]
-        loops += [lambda: self._each(self._bulk, self._run_shard)] * self._limits.shards
-        for loop in loops:
-            threading.Thread(target=loop, daemon=True).start()
+        """Start the threads; daemons, all of them."""
+        self._singles.reporting.start()
+        self.health.start()
+        self._loops.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Give back what is here, then end the threads: after `drain`, or instead of it. Whether `timeout` seconds were enough.
+
+        A consumer that was stopped or drained gives back whatever it takes, also when it is started anew.
+        """
+        self._begin_draining()
+        self._jobs.give_back_all(DrainedError())
+        ended = self._loops.stop(timeout)  # before the reporting: one of them waits for the report of a suspect
+        return Services(self._singles.reporting, self.health).stop(timeout) and ended
+
+    def _services(self) -> Services:
+        run_shards = partial(self._each, self._bulk, self._run_shard)
+        return Services(
+            Service("intake", self._take_in, wake=self._intake.wake),
+            Service("later", self._begin_again, wake=self.later.look),
+            Service("accused", self._take_accused_in, wake=self._accused.wake),
+            self._revocations.carrying_out,
+            Service("suspects", partial(self._each, self._suspect, self._run_alone), wake=self._suspect.wake),
+            Service("shards", run_shards, wake=self._bulk.wake, threads=self._limits.shards),
+        )
 
     def take(self, delivery: Delivery, *, after: float = 0.0) -> None:
         """Take in one delivery, to begin after so many seconds. It is given back when the worker drains."""
@@ -168,17 +185,17 @@ class Consumer:
         return found
 
     def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
-        """Give back deliveries that have not begun, wait up to `seconds` for the others, then give these back too.
+        """Give back what has not begun, wait up to `seconds` for the rest (less when `hurry` is set), then give that back too."""
+        self._begin_draining()
+        self._wait_until_empty(seconds, hurry)
+        self._jobs.give_back_all(DrainedError())
+        self._wait_until_empty(max(2.0, seconds))
 
-        Setting `hurry` ends the waiting early.
-        """
+    def _begin_draining(self) -> None:
         self._draining.set()
         self.health.release()
         for delivery in self.later.close():
             self.give_back(delivery)
-        self._wait_until_empty(seconds, hurry)
-        self._jobs.give_back_all(DrainedError())
-        self._wait_until_empty(max(2.0, seconds))
 
     def done(self, delivery: Delivery, message: JobMessage, ending: Ending) -> None:
         """Acknowledge the message, and count its work."""
@@ -302,7 +319,8 @@ class Consumer:
                 self._changed.notify_all()
 
     def _wait_until_empty(self, seconds: float, hurry: threading.Event | None = None) -> None:
-        if hurry is not None:  # a signal handler sets it, and must not take a lock of ours
+        if hurry is not None:  # it is set by a signal's handler, which must not touch a lock of ours
+            # No service: it ends by itself, with this wait.
             threading.Thread(target=self._notify_when, args=(hurry, seconds), daemon=True).start()
         with self._changed:
             self._changed.wait_for(
@@ -314,11 +332,8 @@ class Consumer:
         with self._changed:
             self._changed.notify_all()
 
-    def _take_in(self) -> None:
-        while True:
-            batch = [self._intake.get()]
-            while len(batch) < TOGETHER and not self._intake.empty():
-                batch.append(self._intake.get())
+    def _take_in(self, stopping: threading.Event) -> None:
+        while batch := self._intake.take(stopping, most=TOGETHER):
             self.health.wait()
             try:
                 self._sort(batch)
@@ -343,8 +358,8 @@ class Consumer:
         if singles:
             self._singles.start(singles)
 
-    def _readable(self, batch: list[Delivery]) -> list[tuple[Delivery, JobMessage]]:
-        """The deliveries that are jobs, with their jobs. The others end here; all end here while the worker drains."""
+    def _readable(self, batch: list[Delivery]) -> list[_Read]:
+        """The deliveries that are jobs, with these; the others end here, and all of them while the worker drains."""
         found = []
         for delivery in batch:
             if self._draining.is_set() or self.barred is not None:
@@ -368,13 +383,11 @@ class Consumer:
                     self.hand_over(delivery, other)
         return found
 
-    def _take_accused_in(self) -> None:
-        """Uncount all suspects of one fetch before the first of them runs: wait until no more come, then set their counts."""
-        while True:
-            batch = [self._accused.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    batch.append(self._accused.get(timeout=GATHER_SECONDS))
+    def _take_accused_in(self, stopping: threading.Event) -> None:
+        """Excuse the accused as they come, and let the first one run only when no more come: all of a fetch are excused then."""
+        while batch := self._accused.take(stopping):
+            while more := self._accused.take(stopping, seconds=GATHER_SECONDS):
+                batch += more
             with self._goes_on(*batch):
                 self._count_patiently(batch, excused=True)
                 for delivery, message in self._readable(batch):
@@ -405,10 +418,9 @@ class Consumer:
         return True
 
     def _each(
-        self, deliveries: queue.SimpleQueue[tuple[Delivery, JobMessage]], run: Callable[[Delivery, JobMessage], None]
+        self, deliveries: Inbox[_Read], run: Callable[[Delivery, JobMessage], None], stopping: threading.Event
     ) -> None:
-        while True:
-            delivery, message = deliveries.get()
+        for delivery, message in deliveries.each(stopping):
             with (
                 log_context(job=message.id, run=message.shard.run_id if message.shard else None),
                 self._goes_on(delivery),
@@ -443,8 +455,7 @@ class Consumer:
                 self._singles.run_alone(delivery, message)
             else:
                 self._end(delivery, message)
-            # If the next suspect kills this process, the ack of this one may not be written yet.
-            self._counted([delivery], excused=True)
+            self._counted([delivery], excused=True)  # its ack may be unwritten when the next one kills this process
 
     def _shard(self, delivery: Delivery, message: JobMessage) -> Ending:
         assert message.shard is not None
@@ -475,7 +486,7 @@ class Consumer:
         else:
             self.done(delivery, message, ending)
 
-    def _begin_again(self) -> None:
+    def _begin_again(self, stopping: threading.Event) -> None:
         while due := self.later.take():
             for delivery in due:
                 self._route(delivery)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pipefleet.errors import AccessDeniedError, PipefleetError, ServiceUnavailableError
 from pipefleet.patience import pause
 from pipefleet.printable import printable
+from pipefleet.service import Service
 from pipefleet.storage.store import renew_credentials, renewals
 from pipefleet_workers.storage.store import BarredError
 
@@ -31,15 +32,17 @@ MOST = 400
 class Health:
     """Knows whether the services answer. Thread-safe. `probe` raises while a service does not answer.
 
-    An error of the probe that is not retryable bars the worker: its keys, its clock or its bucket are wrong. `sleep` waits so many
-    seconds between two looks.
+    An error of the probe that is not retryable bars the worker: its keys, its clock or its bucket are wrong. `sleep` waits that
+    many seconds between two looks; without it the wait ends at `stop`.
+
+    A look that finds a service away starts the thread that goes on asking, until `stop`; it ends when all is well.
     """
 
     def __init__(
         self,
         probe: Callable[[], None],
         *,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._probe = probe
@@ -51,6 +54,8 @@ class Health:
         self._told: type | None = None
         self._released = False
         self._asking = threading.Lock()
+        self._service = Service("health", self._wait_for_it)
+        self._stopped = False
         self._asked = float("-inf")
         """When the last look began that found all services well."""
         self.watchers: list[Callable[[str | None], None]] = []
@@ -103,6 +108,20 @@ class Health:
             self._released = True
             self._changed.notify_all()
 
+    def start(self) -> None:
+        """Go on asking where a service is away."""
+        with self._changed:
+            self._stopped = False
+            if not self._well:
+                self._service.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Ask no more, and let nobody wait; what was last known stays. Whether the thread has ended within `timeout` seconds."""
+        self.release()
+        with self._changed:
+            self._stopped = True
+        return self._service.stop(timeout)
+
     def _look(self) -> Exception | None:
         """Ask now, and note a bad answer. The caller holds the lock and calls `_follow` with the result."""
         began = self._clock()
@@ -114,10 +133,13 @@ class Health:
         return error
 
     def _follow(self, error: Exception | None) -> None:
-        """After a look that found `error`: tell the watchers, and keep asking in a thread."""
-        if error is not None:
-            self._say(error)
-            threading.Thread(target=self._wait_for_it, name="health", daemon=True).start()
+        """After a look that found `error`: tell of it, and go on asking in a thread."""
+        if error is None:
+            return
+        self._say(error)
+        with self._changed:
+            if not self._stopped:
+                self._service.start()
 
     def _say(self, error: Exception | None) -> None:
         is_final = isinstance(error, PipefleetError) and not error.retryable
@@ -135,14 +157,18 @@ class Health:
         for watcher in self.watchers if changed else ():
             watcher(barred)
 
-    def _wait_for_it(self) -> None:
+    def _wait_for_it(self, stopping: threading.Event) -> None:
+        sleep = self._sleep or stopping.wait
         for attempt in itertools.count():
-            self._sleep(pause(attempt, first=FIRST, longest=LONGEST))
+            sleep(pause(attempt, first=FIRST, longest=LONGEST))
+            if stopping.is_set():
+                return
             error = self._error()
             if error is None:
                 break
             self._say(error)
         log.warning("the services answer again")
+        stopping.set()  # whoever finds a service away from here on starts the thread anew
         self._say(None)
 
     def _error(self) -> Exception | None:

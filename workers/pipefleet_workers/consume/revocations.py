@@ -10,7 +10,6 @@ be away, and then the job's end waits for it.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Protocol
 from pipefleet.contract.messages import JobMessage, JobState, decode_message
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError, PipefleetError
+from pipefleet.service import Inbox, Service
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.held import Delivery, RevokedError
 from pipefleet_workers.consume.jobs import Jobs
@@ -47,7 +47,7 @@ class Ends(Protocol):
 
 
 class Revocations:
-    """Ends revoked jobs. Thread-safe; `order` returns at once."""
+    """Ends what operators revoke. Thread-safe; `order` returns at once, and the service `carrying_out` does what was ordered."""
 
     def __init__(self, jobs: Jobs, reporter: Reporter, health: Health, ends: Ends, draining: threading.Event) -> None:
         self._jobs = jobs
@@ -57,22 +57,12 @@ class Revocations:
         self._draining = draining
         self._running: set[int] = set()
         self._lock = threading.Lock()
-        self._orders: queue.SimpleQueue[str | Delivery] = queue.SimpleQueue()
+        self._orders: Inbox[str | Delivery] = Inbox()
+        self.carrying_out = Service("revocations", self._run, wake=self._orders.wake)
 
     def order(self, what: str | Delivery) -> None:
         """End a job by its name in Celery's tools, or a delivery that was revoked before it came."""
         self._orders.put(what)
-
-    def run(self) -> None:
-        """Carry out the orders, without end."""
-        while True:
-            what = self._orders.get()
-            try:
-                self.carry_out(what)
-            except Exception as error:
-                log.exception("revoking a job failed")
-                if not isinstance(what, str):  # no other code ends this delivery
-                    self._ends.refuse(what, f"{REVOKED}, and its end cannot be told: {type(error).__name__}")
 
     def carry_out(self, what: str | Delivery) -> None:
         """End one job. Waits while Redis is away; gives the job back if the worker drains meanwhile."""
@@ -81,6 +71,15 @@ class Revocations:
             self._end(delivery)
         if isinstance(what, str) and not deliveries:  # the job waits in its queue, or another worker has it
             self._patiently(lambda: self._reporter.cancel(what, FAILURE))
+
+    def _run(self, stopping: threading.Event) -> None:
+        for what in self._orders.each(stopping):
+            try:
+                self.carry_out(what)
+            except Exception as error:
+                log.exception("revoking a job failed")
+                if not isinstance(what, str):  # nothing else ends it
+                    self._ends.refuse(what, f"{REVOKED}, and its end cannot be told: {type(error).__name__}")
 
     @contextmanager
     def running(self, delivery: Delivery, message: JobMessage) -> Iterator[None]:

@@ -8,7 +8,6 @@ The consumer's intake thread starts jobs; threads of the engine deliver; a threa
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.errors import ServiceUnavailableError
+from pipefleet.service import Inbox, Service
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.held import Delivery, DrainedError
 from pipefleet_workers.consume.jobs import Jobs, work_of
@@ -75,7 +75,7 @@ class Single:
 
 
 class Singles:
-    """Starts and reports single jobs. One thread calls `start`; outcomes come from any thread."""
+    """Starts and reports single jobs. `start` is called by one thread, outcomes come from any; the service `reporting` reports."""
 
     def __init__(self, jobs: Jobs, reporter: Reporter, gate: Gate, ends: Ends, tally: Tally, *, budget: int) -> None:
         self._jobs = jobs
@@ -84,8 +84,8 @@ class Singles:
         self._ends = ends
         self._tally = tally
         self._budget = budget
-        self.reports: queue.SimpleQueue[tuple[Single, Any]] = queue.SimpleQueue()
-        threading.Thread(target=self._report, name="report", daemon=True).start()
+        self.reports: Inbox[tuple[Single, Any]] = Inbox()
+        self.reporting = Service("report", self._report, wake=self.reports.wake)
 
     def start(self, batch: Sequence[tuple[Delivery, JobMessage]]) -> None:
         """Start jobs, all in one round trip; the delivery of each ends when it is reported."""
@@ -153,11 +153,8 @@ class Singles:
             single.deliver(Outcome(work, failure=refusal))
         return [work] if refusal is None else []
 
-    def _report(self) -> None:
-        while True:
-            batch = [self.reports.get()]
-            while len(batch) < TOGETHER and not self.reports.empty():
-                batch.append(self.reports.get())
+    def _report(self, stopping: threading.Event) -> None:
+        while batch := self.reports.take(stopping, most=TOGETHER):
             try:
                 self._report_batch(batch)
             except Exception as error:

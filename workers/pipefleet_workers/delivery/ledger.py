@@ -28,6 +28,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from pipefleet.queues.dead_letters import DeadLetter
+from pipefleet.service import Service, Services
 from pipefleet_workers.delivery.leases import Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
 from pipefleet_workers.delivery.scripts import DUE, GATHER, RENEW, REPORTED, SWEEP, UNREPORTED
 from pipefleet_workers.delivery.settlements import Entry, Settlements, fences
@@ -62,7 +63,8 @@ class User(Protocol):
 class Ledger:
     """The leases of one process on one queue. Thread-safe.
 
-    Its thread runs while a user is attached, a lease is held or a settlement is not written.
+    Its thread begins when it is needed, and ends by itself when no user is attached, no lease is held and all settlements are
+    written.
     """
 
     def __init__(self, client: Redis, keys: LeaseKeys, terms: Terms) -> None:
@@ -85,7 +87,9 @@ class Ledger:
         self._lock = threading.RLock()
         self._written = threading.Condition(self._lock)
         self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._service = Service("lease-ledger", self._run, wake=self._wake.set)
+        self._reports = Service("lease-reports", self._tell)
+        self._to_tell: Sequence[bytes] = ()
         self._renew_at = self._sweep_at = self._wrote_at = self._answered_at = 0.0
         self._pause = 0.0
         self._silence = 3 * max(terms.renew_seconds, terms.sweep_seconds)
@@ -122,7 +126,7 @@ class Ledger:
         with self._lock:
             self._users.add(user)
             self._lists.update(lists)
-            self._start()
+            self.start()
 
     def detach(self, user: User) -> None:
         """The user takes no more messages."""
@@ -144,7 +148,7 @@ class Ledger:
                 )
                 if lease.low:
                     self._low.add(lease.key)
-            self._start()
+            self.start()
 
     def find(self, key: str) -> Lease | None:
         """The lease with a local delivery tag, while it is held."""
@@ -178,7 +182,7 @@ class Ledger:
             self._drop(lease.key)
             self._pending.append((lease, settlement))
             self._unwritten += 1
-            self._start()
+            self.start()
         self._wake.set()
         self._tell_users()
 
@@ -200,13 +204,21 @@ class Ledger:
         with self._written:
             return self._written.wait_for(lambda: not (self._unwritten or self._reporting), seconds)
 
-    def _start(self) -> None:
-        if self._thread is None:
-            now = time.monotonic()
-            self._renew_at, self._sweep_at = now + self._terms.renew_seconds, now + self._terms.sweep_seconds
-            self._answered_at = now
-            self._thread = threading.Thread(target=self._run, name="lease-ledger", daemon=True)
-            self._thread.start()
+    def start(self) -> None:
+        """Begin to renew and to write."""
+        with self._lock:
+            if not self._service.running:
+                now = time.monotonic()
+                self._renew_at, self._sweep_at = now + self._terms.renew_seconds, now + self._terms.sweep_seconds
+                self._answered_at = now
+            self._service.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """End when what is settled is written, or cannot be. Whether that took at most `timeout` seconds.
+
+        What is held is renewed no more; whatever is attached, taken or settled later begins anew.
+        """
+        return Services(self._service, self._reports).stop(timeout)
 
     def _drop(self, key: str) -> None:
         self._held.pop(key, None)
@@ -216,8 +228,8 @@ class Ledger:
         for user in list(self._users):
             user.credit_freed()
 
-    def _run(self) -> None:
-        while not self._finished():
+    def _run(self, stopping: threading.Event) -> None:
+        while not self._finished(stopping):
             self._wake.wait(max(0.0, min(self._renew_at, self._sweep_at) - time.monotonic()))
             try:
                 self._turn()
@@ -226,16 +238,20 @@ class Ledger:
                 self._wait_for_redis(error)
             except Exception:
                 log.exception("the ledger of %s failed and goes on", self._keys[0])
-                time.sleep(_PAUSE_LONGEST)
+                self._pause = _PAUSE_LONGEST
+                time.sleep(self._pause)
 
-    def _finished(self) -> bool:
+    def _finished(self, stopping: threading.Event) -> bool:
         with self._lock:
             if not len(self._users):
                 self._forget_unheld()
-            if len(self._users) or self._held or self._unwritten or self._gathers or self._reporting:
+            needed = len(self._users) or self._held or self._unwritten or self._gathers or self._reporting
+            told = stopping.is_set() and (self._pause or not self._pending)
+            if needed and not told:
                 return False
-            self._thread = None
-            self._redis.connection_pool.disconnect()
+            stopping.set()
+            if not self._reporting:
+                self._redis.connection_pool.disconnect()
             return True
 
     def _turn(self) -> None:
@@ -367,10 +383,11 @@ class Ledger:
         """
         entries = [] if self._reporting else self._call(UNREPORTED)
         if entries:
-            self._reporting = True
-            threading.Thread(target=self._tell, args=(entries,), name="lease-reports", daemon=True).start()
+            self._reporting, self._to_tell = True, entries
+            self._reports.start()
 
-    def _tell(self, entries: Sequence[bytes]) -> None:
+    def _tell(self, stopping: threading.Event) -> None:
+        entries = self._to_tell
         try:
             done = [entry for entry in entries if _guarded(self._terms.on_dead, DeadLetter.parse(entry))]
             done += self._given_up([entry for entry in entries if entry not in done], others=bool(done))
@@ -381,6 +398,7 @@ class Ledger:
         except Exception:
             log.exception("dead letters of %s are told of again", self._keys[0])
         finally:
+            stopping.set()  # the next letters begin a thread of their own
             with self._written:
                 self._reporting = False
                 self._written.notify_all()

@@ -22,21 +22,20 @@ class BatchQueue:
         self._batcher = batcher
         self._capacity = capacity
         self._changed = threading.Condition()
-        self._closed = False
 
     def put(self, units: Sequence[Unit]) -> None:
         """Add units; block while the room is full."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._batcher) < self._capacity or self._closed)
+            self._changed.wait_for(lambda: len(self._batcher) < self._capacity)
             now = time.monotonic()
             for unit in units:
                 self._batcher.add(unit, now)
             self._changed.notify_all()
 
-    def take(self) -> Batch | None:
-        """The next batch; blocks while there is none. None when the room is closed and empty."""
+    def take(self, stopping: threading.Event) -> Batch | None:
+        """The next batch; blocks while there is none. After `stopping` it goes on with what is there, and is None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._batcher) > 0 or self._closed)
+            self._changed.wait_for(lambda: len(self._batcher) > 0 or stopping.is_set())
             batch = self._batcher.take(time.monotonic())
             self._changed.notify_all()
             return batch
@@ -47,10 +46,9 @@ class BatchQueue:
             limits = self._batcher.limits
             self._batcher.limits = replace(limits, max_cost=max(1, min(limits.max_cost, cost)))
 
-    def close(self) -> None:
-        """Take no more units. `take` returns None after the last unit has been taken."""
+    def wake(self) -> None:
+        """Let those that wait in `take` see that they are to stop."""
         with self._changed:
-            self._closed = True
             self._changed.notify_all()
 
     def __len__(self) -> int:

@@ -111,6 +111,11 @@ class Budget:
             room.inputs, room.outputs, room.result = None, 0, 0
             self._changed.notify_all()
 
+    def open(self) -> None:
+        """Let people wait for room, as at first."""
+        with self._changed:
+            self._closed = False
+
     def close(self) -> None:
         """Let every thread pass from now on."""
         with self._changed:

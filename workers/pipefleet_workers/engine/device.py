@@ -1,11 +1,12 @@
-"""The device's thread: it takes batches from the room, runs them, and hands complete items on. No other thread uses the model.
+"""The device: takes batches from the room before it, runs them, and hands complete items on. One thread touches the model.
 
-    CPU    device: take ─▶ collate and run ─▶ hand on
-    GPU    collate: take ─▶ collate ─▶ copy ─┐
-           device:                 run ◀────┘ ─▶ hand on      batch n + 1 is collated while batch n runs
+    room ─▶ schedule ─▶ execute ─▶ update ─▶ on_complete: items whose units have all ended
+                                     ▲
+    units of stopped jobs ──────────┘  aborted: found by `_schedule`, ended by `_abort` in the device's thread
 
-The price of collating ahead: a batch is chosen one step early, so units that come during a run miss the next batch.
-A failure of the thread ends the process, since the worker would hold its jobs for ever without it.
+Where a side thread collates (a GPU), it schedules and copies the next batch while the last one runs, at the price that the
+members of a batch are chosen one batch earlier. A failing input fails alone (see `forward`); an error of the device itself goes
+to `Instruments.on_fatal`, which ends the process.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipefleet.contract.records import JobFailure
+from pipefleet.service import Service, Services
+from pipefleet_workers.adapters.progress import STAGE
 from pipefleet_workers.engine.batch_queue import BatchQueue
 from pipefleet_workers.engine.forward import Forward
-from pipefleet_workers.engine.transfer import Staged
+from pipefleet_workers.engine.step import Schedule, Step, Update
 from pipefleet_workers.items import Assembly, Batch, Unit
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.observe.service_fit import ServiceFit
@@ -28,8 +31,6 @@ from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.observe.totals import WorkCount
 from pipefleet_workers.process.exit_codes import BROKEN_DEVICE, HUNG_FORWARD, end_process
 from pipefleet_workers.process.watchdog import Watchdog, listen
-
-STAGE = "forward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Instruments:
 
 
 class Device:
-    """One thread that owns the model. `on_complete` gets the items whose units have all ended, failed items included."""
+    """A service that owns the model. `on_complete` gets the items whose units have all ended, failed ones included."""
 
     def __init__(
         self,
@@ -62,91 +63,104 @@ class Device:
         self._room = room
         self._instruments = instruments
         self._on_complete = on_complete
+        self._aborted: queue.SimpleQueue[tuple[Unit, JobFailure]] = queue.SimpleQueue()
+        self._ahead: queue.Queue[Schedule | None] | None = None
         self._forwarding = watchdog.slot(STAGE, timeout, HUNG_FORWARD)
-        self._collecting = threading.Lock()
-        self._ahead: queue.Queue[tuple[Batch, Staged | None] | None] | None = queue.Queue(1) if collate_ahead else None
-        self._threads = [threading.Thread(target=self._guarded, args=(self._run_batches,), name="device", daemon=True)]
+        services = [self._service("device", self._run_batches)]
         if collate_ahead:
+            self._ahead = queue.Queue(1)
             self._collating = watchdog.slot("collate", timeout)
-            collate = threading.Thread(target=self._guarded, args=(self._collate_ahead,), name="collate", daemon=True)
-            self._threads.append(collate)
+            services.append(self._service("collate", self._collate_ahead))
+        self._services = Services(*services)
+        self._turn = threading.Lock()
 
     def start(self) -> None:
-        """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        """Begin; nothing, where it runs. Waits for a `stop` that is under way."""
+        with self._turn:
+            self._services.start()
 
-    def tick(self) -> None:
-        """Tell the watchdog from inside a forward that the forward is alive."""
-        self._forwarding.tick()
+    def stop(self, timeout: float | None = None) -> bool:
+        """Run what is in the room, then end; up to `timeout` seconds (None: without bound). Whether it has ended."""
+        with self._turn:
+            return self._services.stop(timeout)
 
-    def release(self, unit: Unit, output: Any) -> None:
-        """Hand on the output of a unit while its batch still runs. Called from inside the forward, at most once a unit."""
-        unit.released = True
-        self._hand_on([(unit, output)])
+    def _service(self, name: str, loop: Callable[[threading.Event], None]) -> Service:
+        return Service(name, loop, wake=self._room.wake, on_error=self._broken)
 
-    def join(self) -> None:
-        """Wait until the room is closed and all its units have run."""
-        for thread in self._threads:
-            thread.join()
+    def _broken(self, error: BaseException) -> None:
+        """Without this thread the worker would hold its jobs for ever, so its end is the process's."""
+        reason = f"the device's thread ended: {type(error).__name__}: {error}"
+        self._instruments.on_fatal(BROKEN_DEVICE, reason)
 
-    def _guarded(self, loop: Callable[[], None]) -> None:
-        """Run a loop; its failure is fatal for the process, since without this thread the worker would hold its jobs for ever."""
-        try:
-            loop()
-        except BaseException as error:
-            self._instruments.on_fatal(BROKEN_DEVICE, f"the device's thread ended: {type(error).__name__}: {error}")
-            raise
-
-    def _run_batches(self) -> None:
+    def _run_batches(self, stopping: threading.Event) -> None:
         listen(self._forwarding)
-        while (taken := self._next()) is not None:
-            batch, staged = taken
-            begin = time.perf_counter()
-            self._forwarding.begin(batch.units[0].assembly.work, len(batch.units) - 1)
-            with self._instruments.tracer.span(STAGE, len(batch.units)):
-                outputs = self._forward.run(batch, staged)
-            self._forwarding.rest()
-            self._note(batch, time.perf_counter() - begin)
-            self._hand_on([(unit, output) for unit, output in outputs if not unit.released])
-            del taken, batch, staged, outputs  # otherwise they stay in memory until the next batch has run
+        while (schedule := self._next(stopping)) is not None:
+            self._abort()
+            if schedule.batch is not None:
+                self._execute(schedule.batch, schedule)
+            del schedule  # or its inputs stay in memory until the next batch has run
 
-    def _next(self) -> tuple[Batch, Staged | None] | None:
-        if self._ahead is not None:
-            return self._ahead.get()
-        batch = self._live_batch()
-        return None if batch is None else (batch, None)
+    def _next(self, stopping: threading.Event) -> Schedule | None:
+        return self._schedule(stopping) if self._ahead is None else self._ahead.get()
 
-    def _collate_ahead(self) -> None:
+    def _collate_ahead(self, stopping: threading.Event) -> None:
         assert self._ahead is not None
         listen(self._collating)
-        while (batch := self._live_batch()) is not None:
-            self._collating.begin(batch.units[0].assembly.work, len(batch.units) - 1)
-            with self._instruments.tracer.span("collate", len(batch.units)):
-                staged = self._forward.collate(batch)
-            self._collating.rest()
-            self._ahead.put((batch, staged))
+        while (schedule := self._schedule(stopping)) is not None:
+            self._ahead.put(schedule if schedule.batch is None else self._collated(schedule.batch))
+            del schedule
         self._ahead.put(None)
 
-    def _live_batch(self) -> Batch | None:
-        """The next batch, without the units of stopped jobs; None when the room is closed and empty."""
-        while (batch := self._room.take()) is not None:
-            live = [unit for unit in batch.units if not self._dropped(unit)]
-            if live:
-                return Batch(batch.key, live)
-        return None
+    def _collated(self, batch: Batch) -> Schedule:
+        self._collating.begin(batch.units[0].assembly.work, len(batch.units) - 1)
+        with self._instruments.tracer.span("collate", len(batch.units)):
+            staged = self._forward.collate(batch)
+        self._collating.rest()
+        return Schedule(batch, staged)
 
-    def _dropped(self, unit: Unit) -> bool:
-        """Drop a unit whose job was stopped, or whose item has failed in another unit. Returns whether it was dropped."""
-        failure = unit.assembly.failure or unit.assembly.work.job.stopped(STAGE)
-        if failure is not None:
-            self._hand_on([(unit, failure)])
-        return failure is not None
+    def _schedule(self, stopping: threading.Event) -> Schedule | None:
+        """The next batch, without the units that should go no further; None at the end."""
+        batch = self._room.take(stopping)
+        if batch is None:
+            return None
+        live: list[Unit] = []
+        for unit in batch.units:
+            failure = unit.assembly.failure or unit.assembly.work.job.stopped(STAGE)
+            if failure is None:
+                live.append(unit)
+            else:
+                self._aborted.put((unit, failure))
+        return Schedule(Batch(batch.key, live) if live else None)
 
-    def _hand_on(self, outputs: Sequence[tuple[Unit, Any | JobFailure]]) -> None:
-        # The device's thread may end one unit of an item while the collating thread drops another.
-        with self._collecting:
-            complete = [unit.assembly for unit, output in outputs if unit.assembly.collect(unit.index, output)]
+    def _execute(self, batch: Batch, schedule: Schedule) -> None:
+        step = Step(batch, self._tick, self._update)
+        begin = time.perf_counter()
+        self._forwarding.begin(batch.units[0].assembly.work, len(batch.units) - 1)
+        with self._instruments.tracer.span(STAGE, len(batch.units)):
+            outputs = self._forward.run(batch, step, schedule.staged)
+        self._forwarding.rest()
+        self._note(batch, time.perf_counter() - begin)
+        step.end(outputs)
+
+    def _tick(self) -> None:
+        """At each step of a long forward: feed the watchdog, and end what was aborted meanwhile."""
+        self._forwarding.tick()
+        self._abort()
+
+    def _abort(self) -> None:
+        """End the units that `_schedule` left out. The one place where units are aborted."""
+        aborted: list[tuple[Unit, JobFailure]] = []
+        while not self._aborted.empty():
+            aborted.append(self._aborted.get())
+        if aborted:
+            self._update(Update(aborted=aborted))
+
+    def _update(self, update: Update) -> None:
+        """Note what has become of units, and hand on the items that are complete. The one place where units end."""
+        ended: list[tuple[Unit, Any]] = [*update.ended, *update.aborted]
+        complete = [unit.assembly for unit, output in ended if unit.assembly.collect(unit.index, output)]
+        if update.ended and update.remaining:  # the watchdog names one that still runs
+            self._forwarding.begin(update.remaining[0].assembly.work, len(update.remaining) - 1)
         if complete:
             self._on_complete(complete)
 

@@ -11,9 +11,7 @@ room back however it leaves (`_end`, `_each`), so a job may be larger than the w
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import Any, TypeVar
 
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ServiceFullError, ServiceUnavailableError
+from pipefleet.service import Stoppable
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.engine.batch_queue import BatchQueue
 from pipefleet_workers.engine.batcher import BatchLimits, MicroBatcher
@@ -29,12 +28,15 @@ from pipefleet_workers.engine.budget import Budget
 from pipefleet_workers.engine.device import Device, Instruments
 from pipefleet_workers.engine.forward import Forward
 from pipefleet_workers.engine.processes import PreprocessPool
+from pipefleet_workers.engine.simulated import SimulatedForward
+from pipefleet_workers.engine.stage import Stage, work_of
 from pipefleet_workers.engine.transfer import Transfer
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, OutgrownError, Unit, Work
+from pipefleet_workers.observe.service_fit import ServiceTime
 from pipefleet_workers.process.sizes import bytes_of
-from pipefleet_workers.process.watchdog import Slot, Watchdog, listen, waiting, working_on
+from pipefleet_workers.process.watchdog import Watchdog, waiting, working_on
 from pipefleet_workers.results.lines import ResultWriter
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import BarredError, RefusedHereError
@@ -43,7 +45,6 @@ log = logging.getLogger(__name__)
 _In = TypeVar("_In", Work, Fetched, Decoded, Finished)
 _Out = TypeVar("_Out")
 _Held = TypeVar("_Held", Fetched, Assembly)
-_STOP_RANK = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,8 @@ class Engine:
         self.room = BatchQueue(MicroBatcher(limits), settings.window_units)
         device = stages.adapter.pipe.device
         self._watchdog = Watchdog(instruments.on_fatal)
-        self._stage_timeout = settings.stage_timeout
-        forward = Forward(stages.adapter, self.room.limit_cost, Transfer.to(device))
         self._device = Device(
-            forward,
+            _forward(stages.adapter, self.room, settings.simulated_device),
             self.room,
             instruments,
             self._complete,
@@ -89,25 +88,43 @@ class Engine:
             timeout=settings.forward_timeout,
             collate_ahead=device.type != "cpu",
         )
-        stages.adapter.tick = self._device.tick
-        stages.adapter.release = self._device.release
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         if stages.processes is not None:
             cpu = settings.preprocess_processes  # each thread waits for one process
-        store = settings.store_threads
-        self._store = _Stage("store", store, self._store_results, self._end, room=store)
-        self._finish = _Stage("finish", settings.finish_threads, self._finish_assemblies, self._end, room=256)
-        self._cpu = _Stage("cpu", cpu, self._decode_and_prepare, self._end, room=4 * cpu)
-        self._fetch = _Stage("fetch", fetch, self._fetch_slice, self._end, room=2 * fetch, services=True)
+        store, seconds = settings.store_threads, settings.stage_timeout
+        stage = functools.partial(Stage, end=self._end, watchdog=self._watchdog, seconds=seconds)
+        self._store = stage("store", store, self._store_results, room=store)
+        self._finish = stage("finish", settings.finish_threads, self._finish_assemblies, room=256)
+        self._cpu = stage("cpu", cpu, self._decode_and_prepare, room=4 * cpu)
+        self._fetch = stage("fetch", fetch, self._fetch_slice, room=2 * fetch, watchdog=None)
+        self._turn = threading.Lock()
 
     def start(self) -> None:
-        """Start processes and threads. All are daemons: a worker that must end does not wait for them."""
-        if self._stages.processes is not None:
-            self._stages.processes.start()
-        for stage in (self._store, self._finish, self._cpu, self._fetch):
-            stage.start(self._watchdog, self._stage_timeout)
-        self._device.start()
-        self._watchdog.start()
+        """Start processes and threads; nothing, where they run. All are daemons: a worker that must end does not wait for them.
+
+        Raises UsageError when a process cannot start.
+        """
+        with self._turn:
+            if self._stages.processes is not None:
+                self._stages.processes.start()
+            self._budget.open()
+            for service in (self._store, self._finish, self._cpu, self._fetch, self._device, self._watchdog):
+                service.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Finish what is inside, then end; up to `timeout` seconds (None: without bound). Whether all threads have ended.
+
+        Each stage ends after those that feed it.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._turn:
+            self._budget.close()
+            ended = [_stopped(self._fetch, end), _stopped(self._cpu, end)]
+            if self._stages.processes is not None and all(ended):
+                self._stages.processes.stop()
+            ended += [_stopped(one, end) for one in (self._device, self._finish, self._store)]
+            self._watchdog.stop()
+            return all(ended)
 
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
         """Take in items; the outcome of each goes to its job's sink. Bulk items wait here while the worker is full.
@@ -146,19 +163,6 @@ class Engine:
             assert failure is not None
             self._fail(work, failure)
         return False
-
-    def stop(self) -> None:
-        """Finish the items inside, then end the threads."""
-        self._budget.close()
-        self._fetch.stop()
-        self._cpu.stop()
-        if self._stages.processes is not None:
-            self._stages.processes.stop()
-        self.room.close()
-        self._device.join()
-        self._finish.stop()
-        self._store.stop()
-        self._watchdog.stop()
 
     def _fetch_slice(self, works: Sequence[Work]) -> None:
         with self._instruments.tracer.span("fetch", len(works)):
@@ -328,7 +332,7 @@ class Engine:
         """Call `do` for every item whose job goes on. Failures are delivered; the results are returned in order."""
         done: list[_Out] = []
         for item in items:
-            work = _work_of(item)
+            work = work_of(item)
             working_on(work)
             failure = work.job.stopped(stage)
             if failure is None:
@@ -363,74 +367,17 @@ class Engine:
         outcome.work.job.sink.deliver(outcome)
 
 
-class _Stage:
-    """Threads that take slices from one bounded queue: the most urgent first, equally urgent ones in order of arrival.
+def _forward(adapter: Adapter, room: BatchQueue, simulated: str) -> Forward:
+    """The forward of the adapter's device, or of the device that the setting `simulated` describes."""
+    transfer = Transfer.to(adapter.pipe.device)
+    if simulated:
+        return SimulatedForward(adapter, room.limit_cost, transfer, service=ServiceTime.parse(simulated))
+    return Forward(adapter, room.limit_cost, transfer)
 
-    A watchdog watches the threads. `handle` calls `working_on` at each item; without this call the whole slice counts as one item.
-    `handle` waits for other threads only inside `waiting`. A stage that waits for `services` is not watched, since services have
-    their own time-outs. When `handle` raises, `end` gets the items of its slice.
-    """
 
-    def __init__(
-        self,
-        name: str,
-        threads: int,
-        handle: Callable[[Any], None],
-        end: Callable[[Outcome], None],
-        *,
-        room: int,
-        services: bool = False,
-    ) -> None:
-        self._name = name
-        self._handle = handle
-        self._end = end
-        self._services = services
-        self._queue: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue(room)
-        self._order = itertools.count()
-        self._names = [f"{name}-{index}" for index in range(threads)]
-        self._threads: list[threading.Thread] = []
-
-    def start(self, watchdog: Watchdog, seconds: float) -> None:
-        """Start the threads; an item may take `seconds`."""
-        for name in self._names:
-            slot = None if self._services else watchdog.slot(self._name, seconds)
-            self._threads.append(threading.Thread(target=self._loop, args=(slot,), name=name, daemon=True))
-            self._threads[-1].start()
-
-    def put(self, priority: int, item: Any) -> None:
-        """Add one slice; block while the queue is full."""
-        with waiting():
-            self._queue.put((priority, next(self._order), item))
-
-    def stop(self) -> None:
-        """Work off the queue, then end the threads."""
-        for _ in self._threads:
-            self.put(_STOP_RANK, None)
-        for thread in self._threads:
-            thread.join()
-
-    def fail(self, items: Sequence[Any], error: BaseException) -> None:
-        """End the items of a slice after `handle` raised `error`. Called while the error is being handled."""
-        log.exception("stage %s failed on a slice of %d", self._name, len(items))
-        failure = JobFailure("internal_error", brief(error), self._name)
-        for item in items:  # an item that has ended already keeps its outcome
-            self._end(Outcome(_work_of(item), failure=failure))
-
-    def _loop(self, slot: Slot | None) -> None:
-        if slot is not None:
-            listen(slot)
-        while True:
-            _, _, items = self._queue.get()
-            if items is None:
-                return
-            if slot is not None:
-                slot.begin(_work_of(items[0]), len(items) - 1)
-            try:
-                self._handle(items)
-            except BaseException as error:  # noqa: BLE001 - logged there; a Rust panic is none of Exception, and the thread outlives it
-                self.fail(items, error)
-            if slot is not None:
-                slot.rest()
+def _stopped(service: Stoppable, end: float | None) -> bool:
+    """Stop a service until `end`, in seconds of the monotonic clock; whether it has ended."""
+    return service.stop(None if end is None else max(0.0, end - time.monotonic()))
 
 
 def _bytes_of(units: list[Unit] | ItemError) -> int:
@@ -439,10 +386,6 @@ def _bytes_of(units: list[Unit] | ItemError) -> int:
         return 0
     kept = getattr(units[0].assembly.context, "nbytes", 0)
     return sum([bytes_of(unit.features) for unit in units], kept)
-
-
-def _work_of(item: Work | Fetched | Decoded | Assembly | Finished) -> Work:
-    return item if isinstance(item, Work) else item.work
 
 
 def _all_stopped(works: Sequence[tuple[Work, int]]) -> bool:

@@ -16,12 +16,12 @@ import torch
 
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.adapters.progress import STAGE, Progress
 from pipefleet_workers.engine.transfer import Staged, Transfer
 from pipefleet_workers.items import Batch, ItemError, Unit
 from pipefleet_workers.models.precision import half_advice
 
 log = logging.getLogger(__name__)
-STAGE = "forward"
 _BROKEN = ("device-side assert", "illegal memory access", "unspecified launch failure", "CUBLAS_STATUS", "cudaErrorECC")
 """After one of these, a CUDA context answers every call with an error, so every later item would fail as well."""
 
@@ -53,19 +53,21 @@ class Forward:
             log.warning("a batch of %d cannot be collated (%s)", len(batch.units), brief(error))
             return None
 
-    def run(self, batch: Batch, staged: Staged | None = None) -> list[tuple[Unit, Any | JobFailure]]:
-        """The output of every unit, or its failure, in the order of the batch. Raises DeviceBrokenError."""
+    def run(
+        self, batch: Batch, progress: Progress, staged: Staged | None = None
+    ) -> list[tuple[Unit, Any | JobFailure]]:
+        """The output of every unit, or why it has none, in the batch's order. Raises DeviceBrokenError."""
         begin = time.perf_counter()
-        outputs = self._run(batch.units, staged)
+        outputs = self._run(batch.units, progress, staged)
         share = (time.perf_counter() - begin) / len(batch.units)
         for unit in batch.units:
             seconds = unit.assembly.work.seconds
             seconds[STAGE] = seconds.get(STAGE, 0.0) + share
         return list(zip(batch.units, outputs, strict=True))
 
-    def _run(self, units: Sequence[Unit], staged: Staged | None = None) -> list[Any | JobFailure]:
+    def _run(self, units: Sequence[Unit], progress: Progress, staged: Staged | None = None) -> list[Any | JobFailure]:
         try:
-            return self._once(units, staged)
+            return self._once(units, progress, staged)
         except Exception as error:
             if any(words in str(error) for words in _BROKEN):
                 raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
@@ -75,22 +77,27 @@ class Forward:
             log.warning("a batch of %d failed (%s); running it again in pieces", len(units), brief(error))
         if memory:
             self._free_memory(units)
-        return self._in_pieces(units, halves=memory)
+        return self._in_pieces(units, progress, halves=memory)
 
-    def _in_pieces(self, units: Sequence[Unit], *, halves: bool) -> list[Any | JobFailure]:
-        """The outputs of units that failed together; None for a unit whose output was handed on before."""
-        rest = [unit for unit in units if not unit.released]
+    def _in_pieces(self, units: Sequence[Unit], progress: Progress, *, halves: bool) -> list[Any | JobFailure]:
+        """The outputs of units that failed together; None for those whose output is handed on already."""
+        rest = [unit for unit in units if progress.remains(unit)]
         half = len(rest) // 2
         pieces = [piece for piece in (rest[:half], rest[half:]) if piece] if halves else [[unit] for unit in rest]
-        outputs = dict(zip(map(id, rest), (output for piece in pieces for output in self._run(piece)), strict=True))
+        found = (output for piece in pieces for output in self._run(piece, progress))
+        outputs = dict(zip(map(id, rest), found, strict=True))
         return [outputs.get(id(unit)) for unit in units]
 
-    def _once(self, units: Sequence[Unit], staged: Staged | None) -> list[Any]:
+    def _once(self, units: Sequence[Unit], progress: Progress, staged: Staged | None) -> list[Any]:
         inputs = self._adapter.collate(units) if staged is None else self._transfer.finish(staged)
-        outputs = self._adapter.split(self._adapter.run(inputs, units), units)
+        outputs = self._adapter.split(self._through_model(inputs, units, progress), units)
         if len(outputs) != len(units):
             raise RuntimeError(f"the model gave {len(outputs)} outputs for {len(units)} inputs")
         return outputs
+
+    def _through_model(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """The raw outputs of the model."""
+        return self._adapter.run(inputs, units, progress)
 
     def _free_memory(self, units: Sequence[Unit]) -> None:
         """Free the memory of the failed batch, and make later batches smaller.

@@ -42,6 +42,9 @@ class PreprocessPool:
     def __init__(self, recipe: Recipe, count: int, seconds: float = 900.0) -> None:
         self._children = [_Child(recipe, seconds) for _ in range(count)]
         self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
+        for child in self._children:
+            self._idle.put(child)
+        self._started = False
 
     @classmethod
     def of(cls, task: str, adapter: Adapter, settings: WorkerSettings) -> PreprocessPool:
@@ -58,7 +61,10 @@ class PreprocessPool:
         return cls(recipe, settings.preprocess_processes, settings.stage_timeout)
 
     def start(self) -> None:
-        """Start all processes and wait until each is ready. Raises UsageError when one cannot start."""
+        """Start all processes; returns when each can work. Nothing, where they run. Raises UsageError when one cannot start."""
+        if self._started:
+            return
+        self._started = True
         for child in self._children:
             child.spawn()
         try:
@@ -69,8 +75,6 @@ class PreprocessPool:
             raise UsageError(
                 f"a process that preprocesses cannot start ({error}); see the log, or unset PIPEFLEET_WORKER_PREPROCESS_PROCESSES"
             ) from None
-        for child in self._children:
-            self._idle.put(child)
 
     def prepare(self, fetched: Sequence[Fetched]) -> list[list[Unit] | ItemError]:
         """The units or the failure of each item, in the order of `fetched`; also notes the seconds of the stages.
@@ -84,7 +88,8 @@ class PreprocessPool:
             self._idle.put(child)
 
     def stop(self) -> None:
-        """End the processes; a busy process is killed after a few seconds."""
+        """End the processes; those that are at work are not waited for longer than a few seconds."""
+        self._started = False
         for child in self._children:
             child.stop()
 

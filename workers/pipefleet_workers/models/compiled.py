@@ -19,6 +19,7 @@ from pipefleet.errors import UsageError
 from pipefleet.fleet.pools import Pool
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.text.buckets import rounded_length
 from pipefleet_workers.adapters.text.encoder import TextEncoder
 from pipefleet_workers.items import ItemError, Unit
@@ -69,7 +70,7 @@ def compile_forward(
         adapter.pipe.model.compile(dynamic=True, backend=backend)
         _require_equal(adapter.numbers(proved), wanted, adapter)
         for units in _shapes(adapter, pool, parameters, max_cost):
-            adapter.split(adapter.run(adapter.collate(units), units), units)
+            adapter.split(adapter.run(adapter.collate(units), units, UNOBSERVED), units)
             if time.perf_counter() - begin > seconds:
                 log.warning("compiling was cut off after %.0f s: what is longer runs as it is, not compiled", seconds)
                 break

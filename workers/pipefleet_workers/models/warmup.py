@@ -21,6 +21,7 @@ import torch
 from pipefleet.contract.messages import JobItem, Priority
 from pipefleet.tasks import Media, TaskSpec
 from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.models.cache import ModelError
@@ -148,7 +149,7 @@ def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: S
 
 def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:
     begin = time.perf_counter()
-    adapter.split(adapter.run(adapter.collate(units), units), units)
+    adapter.split(adapter.run(adapter.collate(units), units, UNOBSERVED), units)
     return time.perf_counter() - begin
 
 

@@ -9,31 +9,43 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import queue
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipefleet.service import Inbox, Service
+
 log = logging.getLogger(__name__)
+TOGETHER = 1000
+"""Lines that are written at once at most."""
+LAST_SECONDS = 5.0
+"""How long the end of the process waits for the last lines."""
 
 
 class Tracer:
-    """Writes the spans of all threads through one writer thread."""
+    """Writes spans from any thread through one writer thread, which runs from `start` on; `stop` writes what is there."""
 
     def __init__(self, path: str) -> None:
-        self._lines: queue.SimpleQueue[str | None] | None = None
-        if path:
-            self._lines = queue.SimpleQueue()
-            writer = threading.Thread(target=self._write, args=(Path(path), self._lines), name="trace", daemon=True)
-            writer.start()
-            atexit.register(self._close, writer)
+        self._path = Path(path) if path else None
+        self._lines: Inbox[str] = Inbox()
+        self._service = Service("trace", self._write, wake=self._lines.wake)
+
+    def start(self) -> None:
+        """Begin to write; at the end of the process, what is there is written."""
+        if self._path is not None:
+            self._service.start()
+            atexit.register(self.stop, LAST_SECONDS)
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """End when all that is there is written. Whether that took at most `timeout` seconds."""
+        return self._service.stop(timeout)
 
     @contextmanager
     def span(self, stage: str, count: int) -> Iterator[None]:
         """Time the block as `count` pieces of work of `stage`."""
-        if self._lines is None:
+        if self._path is None:
             yield
             return
         start = time.monotonic()
@@ -43,20 +55,14 @@ class Tracer:
             fields = {"stage": stage, "thread": threading.current_thread().name, "start": start}
             self._lines.put(json.dumps({**fields, "end": time.monotonic(), "count": count}))
 
-    @staticmethod
-    def _write(path: Path, lines: queue.SimpleQueue[str | None]) -> None:
+    def _write(self, stopping: threading.Event) -> None:
+        assert self._path is not None
         try:
-            with path.open("a") as file:
-                while (line := lines.get()) is not None:
-                    file.write(line + "\n")
-                    if lines.empty():
-                        file.flush()
+            with self._path.open("a") as file:
+                while lines := self._lines.take(stopping, most=TOGETHER):
+                    file.writelines(f"{line}\n" for line in lines)
+                    file.flush()
         except OSError as error:
-            log.error("cannot write the trace %s (%s); the rest of it is dropped", path, error.strerror)
-            while lines.get() is not None:  # otherwise the lines would fill the memory
+            log.error("cannot write the trace %s (%s); the rest of it is dropped", self._path, error.strerror)
+            while self._lines.take(stopping, most=TOGETHER):  # or the lines would fill the memory
                 pass
-
-    def _close(self, writer: threading.Thread) -> None:
-        if self._lines is not None:
-            self._lines.put(None)
-            writer.join(5.0)

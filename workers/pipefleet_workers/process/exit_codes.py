@@ -19,7 +19,8 @@ HUNG_STAGE = 72
 
 
 def end_process(code: int, reason: str) -> None:
-    """End the process at once. Threads that hang in a driver or a codec cannot be ended in a gentler way."""
+    """End at once. Threads that hang in a driver or a codec cannot be ended in any gentler way."""
+    # No service: the process ends with it, or before it.
     anyway = threading.Timer(LAST_WORDS_SECONDS, os._exit, (code,))
     anyway.daemon = True
     anyway.start()

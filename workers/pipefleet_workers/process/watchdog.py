@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+from pipefleet.service import Service
 from pipefleet_workers.items import Work
 from pipefleet_workers.process.exit_codes import HUNG_STAGE
 
@@ -103,8 +104,7 @@ class Watchdog:
         self._clock = clock
         self._looked = clock()
         self._slots: list[Slot] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._service = Service("watchdog", self._watch)
 
     def slot(self, stage: str, seconds: float, code: int = HUNG_STAGE) -> Slot:
         """A slot for one thread, whose work on an item may take `seconds`. Call it before `start`."""
@@ -112,15 +112,19 @@ class Watchdog:
         return self._slots[-1]
 
     def start(self) -> None:
-        """Begin to watch."""
-        self._looked = self._clock()
-        self._arm()
-        self._thread.start()
+        """Begin to watch; the thread ends by itself when it has found what hangs."""
+        self._arm()  # here: a thread that holds Python's lock from now on would keep the watchdog's from doing it
+        self._service.start()
 
-    def stop(self) -> None:
-        """Stop watching."""
-        self._ended.set()
+    def stop(self, timeout: float | None = None) -> bool:
+        """Cease to watch. Whether its thread has ended within `timeout` seconds."""
+        ended = self._service.stop(timeout)
         faulthandler.cancel_dump_traceback_later()
+        return ended
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until it has found what hangs. Whether that came within `timeout` seconds."""
+        return self._service.join(timeout)
 
     def look(self) -> bool:
         """Look at every slot; returns whether all is well.
@@ -138,13 +142,14 @@ class Watchdog:
     def _interval(self) -> float:
         return min((slot.seconds for slot in self._slots), default=LOCKED_SECONDS) / LOOKS
 
-    def _watch(self) -> None:
+    def _watch(self, stopping: threading.Event) -> None:
+        self._looked = self._clock()
         try:
-            while not self._ended.wait(self._interval):
+            while not stopping.wait(self._interval):
                 self._arm()
                 if not self.look():
-                    break
-        finally:  # also if `stop` was called meanwhile
+                    stopping.set()
+        finally:  # also where a `stop` that did not wait came in between
             faulthandler.cancel_dump_traceback_later()
 
     def _arm(self) -> None:

@@ -90,6 +90,7 @@ def _side_by_side(do: Callable[[int], Said], places: Sequence[int]) -> dict[int,
                 place = waiting.get_nowait()
                 found[place] = do(place)
 
+    # No services: they end by themselves, and this call waits for them.
     threads = [threading.Thread(target=work, daemon=True) for _ in places[:STORED_AT_ONCE]]
     for thread in threads:
         thread.start()

@@ -13,8 +13,9 @@ import numpy as np
 from transformers import ASTFeatureExtractor, WhisperFeatureExtractor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pipefleet_workers.adapters.audio.waveforms import frames, hears_padding, padded, require_frames, require_piece
+from pipefleet_workers.adapters.audio.waveforms import frames, hears_padding, require_frames, require_piece
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.padding import pad_features
 from pipefleet_workers.items import Assembly, Decoded, Unit
 
 AST_HOP, AST_FRAME = 160, 400
@@ -32,7 +33,7 @@ class AudioClassifier(Adapter):
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Stacked features; where lengths differ, they come with a mask."""
         value = getattr(self.pipe.feature_extractor, "padding_value", 0.0)
-        return padded([unit.features for unit in units], value)
+        return pad_features([unit.features for unit in units], value)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
         """The logits of each unit, `[1, labels]`."""

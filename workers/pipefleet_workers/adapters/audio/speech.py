@@ -23,7 +23,6 @@ from pipefleet_workers.adapters.audio.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.audio.waveforms import (
     SAMPLES_PER_FRAME,
     hears_padding,
-    padded,
     require_few_pieces,
     require_frames,
     require_piece,
@@ -31,6 +30,8 @@ from pipefleet_workers.adapters.audio.waveforms import (
 from pipefleet_workers.adapters.audio.whisper_rows import WhisperRows, timed
 from pipefleet_workers.adapters.base import Adapter, brief, shape_key
 from pipefleet_workers.adapters.draws import drawing
+from pipefleet_workers.adapters.padding import pad_features
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.writing.parameters import generation_of, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed, row_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit, Work
@@ -67,7 +68,7 @@ class SpeechRecogniser(Adapter):
             inputs["stride"] = strides
         return {**inputs, "is_last": True}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """Tokens or logits, on the host."""
         arguments: Arguments = units[0].assembly.context
         forward = generation_of(arguments.fresh().forward, None)
@@ -113,7 +114,7 @@ class SpeechRecogniser(Adapter):
     def _tensors(self, units: Sequence[Unit]) -> dict[str, Any]:
         if self.pads:
             value = getattr(self.pipe.feature_extractor, "padding_value", 0.0)
-            return padded([unit.features["tensors"] for unit in units], value)
+            return pad_features([unit.features["tensors"] for unit in units], value)
         return super().collate([replace(unit, features=unit.features["tensors"]) for unit in units])
 
     def _own(self, unit: Unit, longest: int) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import StoppingCriteria
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
-from pipefleet_workers.adapters.audio.waveforms import padded
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.draws import drawing
+from pipefleet_workers.adapters.padding import pad_features
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.writing.parameters import generation_of, nested, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import default_seed
 from pipefleet_workers.items import Assembly, Audio, Decoded, ItemError, JobContext, Unit
@@ -59,24 +60,24 @@ class TextToAudio(Adapter):
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Tokens, padded at the end when requests share a call."""
         rows = [unit.features for unit in units]
-        return dict(rows[0]) if len(rows) == 1 else padded(rows, self.pipe.tokenizer.pad_token_id or 0)
+        return dict(rows[0]) if len(rows) == 1 else pad_features(rows, self.pipe.tokenizer.pad_token_id or 0)
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The result of the pipeline's forward; None when every job of the batch was stopped."""
-        arguments = _request(units[0]).arguments.fresh().forward
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """What the pipeline's forward gives; a list of failures when every job of the batch was stopped."""
+        arguments, jobs = _request(units[0]).arguments.fresh().forward, [unit.assembly.work.job for unit in units]
         voice, steps = (generation_of(arguments[name], None) for name in ("forward_params", "generate_kwargs"))
         if "speaker_embeddings" in voice:
             voice["speaker_embeddings"] = torch.tensor(voice["speaker_embeddings"]).reshape(1, -1).to(self.pipe.dtype)
         if self._can_stop:
-            steps["stopping_criteria"] = [_EachStep([unit.assembly.work.job for unit in units], self.tick)]
+            steps["stopping_criteria"] = [_EachStep(jobs, progress)]
         with contextlib.suppress(_AllStoppedError), self._drawing([_request(unit).seed for unit in units]):
             return self.pipe.forward(inputs, forward_params=voice, generate_kwargs=steps)
-        return None
+        return [progress.stopped(job) for job in jobs]
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The sound of each unit, `[1, channels, frames]` if it shared a call; a failure for a unit whose job was stopped."""
-        if outputs is None:
-            return [unit.assembly.work.job.stopped("forward") for unit in units]
+        """The sound of each unit, `[1, channels, frames]` where it shared a call; a failure for those that were stopped."""
+        if isinstance(outputs, list):
+            return outputs
         if len(units) == 1:
             return [outputs]
         return [{"sequences": part} for part in outputs["sequences"].chunk(len(units))]
@@ -166,14 +167,14 @@ class _AllStoppedError(Exception):
 class _EachStep(StoppingCriteria):  # type: ignore[misc]
     """Gives a sign of life at every step, and ends the call once all its jobs are cancelled or expired."""
 
-    def __init__(self, jobs: Sequence[JobContext], tick: Callable[[], None]) -> None:
+    def __init__(self, jobs: Sequence[JobContext], progress: Progress) -> None:
         self._jobs = jobs
-        self._tick = tick
+        self._progress = progress
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """False for each row."""
-        self._tick()
-        if all(job.stopped("forward") for job in self._jobs):
+        self._progress.tick()
+        if all(self._progress.stopped(job) for job in self._jobs):
             raise _AllStoppedError
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 

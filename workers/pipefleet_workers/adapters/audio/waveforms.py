@@ -1,11 +1,8 @@
-"""Helpers that the adapters of recordings share: padding with a mask, the unit of cost, and bounds on length and memory.
-
-The bounds raise ItemError (bad_input, too_long, bad_parameter).
-"""
+"""What adapters of recordings share: the bounds of a recording, and the unit that its cost is counted in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,18 +90,3 @@ def require_few_pieces(samples: int, rate: int, align: int, asked: Mapping[str, 
 def hears_padding(model: Any) -> bool:
     """Whether a model is known to normalise over time. Padding then changes its result, with or without a mask."""
     return getattr(model.config, "feat_extract_norm", None) == "group"
-
-
-def padded(rows: Sequence[Mapping[str, Any]], value: float) -> dict[str, Any]:
-    """Tensors `[1, n, …]` of all rows, padded at the end to the longest: the attention mask with 0, other tensors with `value`."""
-    return {name: _padded([row[name] for row in rows], 0 if name == "attention_mask" else value) for name in rows[0]}
-
-
-def _padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
-    longest = max(tensor.shape[1] for tensor in tensors)
-    if all(tensor.shape[1] == longest for tensor in tensors):
-        return torch.cat(list(tensors))
-    joined = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[2:]), value)
-    for row, tensor in zip(joined, tensors, strict=True):
-        row[: tensor.shape[1]] = tensor[0]
-    return joined

@@ -21,6 +21,7 @@ from pipefleet.errors import UsageError
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.audio.waveforms import SAMPLES_PER_FRAME
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.text.whole_texts import require_labels
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -61,7 +62,7 @@ class ZeroShotAudio(Adapter):
         names = units[0].features.sound
         return {name: torch.cat([unit.features.sound[name] for unit in units]) for name in names}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """For each unit the logits of its labels, `[labels]`, on the host."""
         model, device = self.pipe.model, self.pipe.device
         with torch.inference_mode():

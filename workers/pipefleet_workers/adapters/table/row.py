@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ class Sizing:
 class TaskRuntime:
     """One row: how inputs become model inputs, batches and results, and how large slices and batches should be."""
 
-    adapter: type[Adapter]
+    adapter: Callable[[Any], Adapter]
+    """Makes the adapter of a loaded pipeline: a class, or a function that chooses one by the model."""
     sizing: Sizing
     transformers_task: str = ""
     """The task's name in `transformers.pipeline`; empty if it is the same name."""

@@ -17,6 +17,7 @@ import torch
 from pipefleet.contract.messages import encode_json
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, brief
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.buckets import rounded_length
 from pipefleet_workers.adapters.text.long_texts import is_long
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -87,7 +88,7 @@ class TextEncoder(Adapter):
             inputs[name] = torch.from_numpy(rows)
         return inputs
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """The model's outputs, still on the device."""
         device = self.pipe.device
         with torch.inference_mode():
@@ -281,7 +282,7 @@ class TextClassifier(TextEncoder):
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """The logits of each unit."""
-        return list(self.run(self.collate(units), units)["logits"].float().cpu().numpy())
+        return list(self.run(self.collate(units), units, UNOBSERVED)["logits"].float().cpu().numpy())
 
     def finish(self, assembly: Assembly) -> Any:
         """`[{label, score}]` for a text, as the pipeline returns it for a single text; a dict for a pair without top_k."""

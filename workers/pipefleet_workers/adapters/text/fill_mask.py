@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.text.encoder import TextEncoder
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -72,7 +73,7 @@ class MaskFiller(TextEncoder):
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """The logits of each unit's masks."""
-        rows = self._rows(self.run(self.collate(units), units), units)
+        rows = self._rows(self.run(self.collate(units), units, UNOBSERVED), units)
         return [
             own.float().cpu().numpy() for own in torch.split(rows, [len(_masked(unit).positions) for unit in units])
         ]

@@ -19,9 +19,10 @@ from pipefleet.contract.messages import encode_json
 from pipefleet_workers.adapters.arguments import STAGE, Arguments, with_forward
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.draws import drawing
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.writing.parameters import apart
-from pipefleet_workers.adapters.writing.plan import Planner
+from pipefleet_workers.adapters.writing.plan import GenerationPlanner
 from pipefleet_workers.adapters.writing.rows import default_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -48,7 +49,7 @@ class TableReader(Adapter):
         self.pads = pipe.type == TAPAS and pipe.tokenizer.padding_side == "right"
         self.typical_size = 48 if pipe.type == TAPAS else 0
         self._positions = position_limit(pipe.model)
-        self._planner = None if pipe.type == TAPAS else Planner(pipe)
+        self._planner = None if pipe.type == TAPAS else GenerationPlanner(pipe)
 
     def example(self, size: int) -> dict[str, Any]:
         """A table of `size` cells."""
@@ -62,8 +63,8 @@ class TableReader(Adapter):
         names = units[0].features
         return {name: torch.cat([self._padded(name, unit, longest) for unit in units]) for name in names}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """Logits of tokens and of aggregations, or the written tokens, `[units, …]`."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """Logits of tokens and of aggregations, or the tokens that were written, `[units, …]`."""
         pipe = self.pipe
         with torch.inference_mode():
             tensors = {name: tensor.to(pipe.device) for name, tensor in inputs.items()}
@@ -88,7 +89,7 @@ class TableReader(Adapter):
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """The logits of each unit's own tokens."""
-        return [row[0].numpy() for row in self.split(self.run(self.collate(units), units), units)]
+        return [row[0].numpy() for row in self.split(self.run(self.collate(units), units, UNOBSERVED), units)]
 
     def finish(self, assembly: Assembly) -> Any:
         """`{answer, coordinates, cells, aggregator?}`; a list of these if several questions were asked."""

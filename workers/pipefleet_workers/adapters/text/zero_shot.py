@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
+from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.text.encoder import TextEncoder
 from pipefleet_workers.adapters.text.long_texts import LONG
 from pipefleet_workers.adapters.text.whole_texts import require_labels
@@ -71,7 +72,7 @@ class ZeroShotTextClassifier(TextEncoder):
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
         """The logits of each unit."""
-        return list(self.run(self.collate(units), units)["logits"].float().cpu().numpy())
+        return list(self.run(self.collate(units), units, UNOBSERVED)["logits"].float().cpu().numpy())
 
     def finish(self, assembly: Assembly) -> Any:
         """`{sequence, labels, scores}`, the most fitting label first."""

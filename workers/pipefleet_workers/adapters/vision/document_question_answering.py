@@ -16,10 +16,10 @@ from PIL import Image
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments, with_forward
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.chosen import Chosen
+from pipefleet_workers.adapters.padding import pad
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.text.whole_texts import characters, require_pieces, require_whole
-from pipefleet_workers.adapters.vision.question_answering import padded
 from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter, Writing
 from pipefleet_workers.adapters.writing.parameters import apart
 from pipefleet_workers.inputs.ocr import read_words
@@ -56,13 +56,13 @@ class PageReader(Adapter):
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """The model's inputs, padded on the right."""
-        pad = self.pipe.tokenizer.pad_token_id or 0
+        fill = self.pipe.tokenizer.pad_token_id or 0
         names = units[0].features["tensors"]
         rows = {name: [unit.features["tensors"][name] for unit in units] for name in names}
-        return {name: padded(own, pad if name == "input_ids" else 0) for name, own in rows.items()}
+        return {name: pad(own, fill if name == "input_ids" else 0) for name, own in rows.items()}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """For every place the logits to be the first and the last of the answer, on the host."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """The logits of every place to be the first and the last of the answer, on the host."""
         device = self.pipe.device
         with torch.inference_mode():
             found = self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
@@ -196,13 +196,9 @@ class PageWriter(EqualWriter):
         return self.copies.get().postprocess(outputs, **request.arguments.fresh().postprocess)
 
 
-class DocumentAnswerer(Chosen):
-    """document-question-answering, for both kinds of model."""
-
-    @staticmethod
-    def choose(pipe: Any) -> type[Adapter]:
-        """Chooses by whether the model writes."""
-        return PageWriter if pipe.model_type.value == "vision_encoder_decoder" else PageReader
+def document_answerer(pipe: Any) -> Adapter:
+    """The adapter of document-question-answering: Donut reads a page and writes, LayoutLM points at words."""
+    return PageWriter(pipe) if pipe.model_type.value == "vision_encoder_decoder" else PageReader(pipe)
 
 
 def checked(boxes: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from transformers import AutoBackbone
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _OF_A_BACKBONE = ("out_indices", "out_features")
@@ -30,8 +31,8 @@ class ImageFeatures(Adapter):
         self._lock = threading.Lock()
         self._backbone: Any = None
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The model's outputs, still on the device; a list of feature maps if the key says so."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """The model's outputs, still on the device: a list of feature maps where the key says so."""
         pipe = self.pipe
         model = self._backbone if units[0].key[-1] else pipe.model
         with torch.no_grad():

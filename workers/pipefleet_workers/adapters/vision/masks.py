@@ -16,6 +16,7 @@ import torch
 
 from pipefleet_workers.adapters.arguments import Arguments
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.vision.boxes import mask_of, non_maximum_suppression
 from pipefleet_workers.adapters.vision.sized import on_tensors
 from pipefleet_workers.items import Assembly, Decoded, Unit
@@ -72,25 +73,25 @@ class MaskGenerator(Adapter):
         points = torch.cat([unit.features.points for unit in units])
         return {"input_points": points, "input_labels": torch.ones(points.shape[:3], dtype=torch.int64)}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """Masks in the model's own resolution and their scores, on the device."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """What stays of each unit's masks, as run lengths, with scores and boxes on the host."""
         pipe = self.pipe
         with torch.no_grad():
-            self._embed([unit.features.crop for unit in units])
+            self._embed([unit.features.crop for unit in units], progress)
             embeddings = _joined([unit.features.crop.embeddings for unit in units])
             if isinstance(embeddings, tuple):  # SAM-HQ also needs the encoder's intermediate values
                 inputs = {**inputs, "intermediate_embeddings": embeddings[1]}
                 embeddings = embeddings[0]
             inputs = pipe._ensure_tensor_on_device(inputs, device=pipe.device)
-            return pipe.model(**inputs, image_embeddings=embeddings)
-
-    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The masks of each unit that pass the filters, as run lengths, with scores and boxes, on the host."""
-        with torch.no_grad():
+            outputs = pipe.model(**inputs, image_embeddings=embeddings)
             return [
-                self._filtered(outputs["pred_masks"][index], outputs["iou_scores"][index], unit)
+                self._filtered(outputs["pred_masks"][index], outputs["iou_scores"][index], unit, progress)
                 for index, unit in enumerate(units)
             ]
+
+    def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
+        """The outputs themselves: `run` has taken them apart."""
+        return list(outputs)
 
     def finish(self, assembly: Assembly) -> Any:
         """`{"masks": [array], "scores": tensor}`, best score first, without masks that repeat a better mask."""
@@ -150,7 +151,7 @@ class MaskGenerator(Adapter):
         )
         return boxes, points, images
 
-    def _embed(self, crops: Sequence[Crop]) -> None:
+    def _embed(self, crops: Sequence[Crop], progress: Progress) -> None:
         """Give every crop its embeddings, several in one run of the encoder."""
         waiting = list({id(crop): crop for crop in crops if crop.embeddings is None}.values())
         for start in range(0, len(waiting), EMBEDDED_TOGETHER):
@@ -160,10 +161,10 @@ class MaskGenerator(Adapter):
             for index, crop in enumerate(group):
                 crop.embeddings = _row(found, index)
                 crop.pixels = None
-            self.tick()
+            progress.tick()
 
-    def _filtered(self, masks: torch.Tensor, scores: torch.Tensor, unit: Unit) -> dict[str, Any]:
-        """The masks that pass. `masks` is `[points, masks of a point, height, width]`, `scores` `[points, masks of a point]`."""
+    def _filtered(self, masks: torch.Tensor, scores: torch.Tensor, unit: Unit, progress: Progress) -> dict[str, Any]:
+        """`masks` is `[points, masks of a point, height, width]`, `scores` `[points, masks of a point]`."""
         arguments: Arguments = self.arguments(unit)
         asked = {name: arguments.forward.get(name, default) for name, default in _FILTER_DEFAULTS.items()}
         chosen = scores > asked["pred_iou_thresh"] if asked["pred_iou_thresh"] > 0 else torch.ones_like(scores).bool()
@@ -176,7 +177,7 @@ class MaskGenerator(Adapter):
             runs += found
             kept.append(good.cpu())
             boxes.append(around.cpu())
-        self.tick()
+        progress.tick()
         return {"masks": runs, "scores": torch.cat(kept), "boxes": torch.cat(boxes)}
 
     def _full_size(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +25,13 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_transforms import get_resize_output_image_size
 
 from pipefleet_workers.adapters.base import Adapter, PipelineCopies, brief
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.vision.features import ImageFeatures
 from pipefleet_workers.adapters.vision.resample import FILTERS, resize, vertical_first
 from pipefleet_workers.items import Decoded, Unit
 
 log = logging.getLogger(__name__)
 
-SERVED = (Adapter, ImageFeatures)
-"""Adapters that pass the image processor's result to the model, and use it for nothing else."""
 LARGEST = 1 << 21
 """Pixels of a picture that waits undiminished. A larger picture is preprocessed on the host, or hundreds would fill its memory."""
 AT_ONCE = 1 << 23
@@ -187,9 +186,13 @@ class HostProcessor:
 
 
 class DevicePictures(Adapter):
-    """Mixed into an adapter of `SERVED`: its pictures are preprocessed on the device of its model."""
+    """An adapter whose pictures are preprocessed where its model is."""
 
-    plan: Plan
+    def __init__(self, pipe: Any, plan: Plan) -> None:
+        super().__init__(pipe)
+        host = copy.copy(pipe)
+        host.image_processor = HostProcessor(pipe.image_processor, plan)
+        self.plan, self.copies = plan, PipelineCopies(host)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """A list of pictures of any sizes; stacked tensors if the host has preprocessed them."""
@@ -197,14 +200,14 @@ class DevicePictures(Adapter):
             return super().collate(units)
         return {_PIXELS: [unit.features[_PIXELS].raw for unit in units]}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """The adapter's own outputs for the preprocessed pictures."""
         pictures = inputs[_PIXELS]
         if isinstance(pictures, list):
             with torch.no_grad():
                 there = [one.to(self.pipe.device) for one in pictures]
                 inputs = {**inputs, _PIXELS: self.plan.apply(there, self.pipe.dtype)}
-        return super().run(inputs, units)
+        return super().run(inputs, units, progress)
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         units = super()._prepare(decoded)
@@ -215,13 +218,25 @@ class DevicePictures(Adapter):
         return units
 
 
+class DeviceImageFeatures(DevicePictures, ImageFeatures):
+    """`ImageFeatures` on the device."""
+
+
+SERVED: Mapping[type[Adapter], Callable[[Any, Plan], Adapter]] = {
+    Adapter: DevicePictures,
+    ImageFeatures: DeviceImageFeatures,
+}
+"""Adapters that take what an image processor returns as the model's inputs, and nothing else of it: what stands in for each."""
+
+
 def on_device(adapter: Adapter) -> Adapter:
     """An adapter that preprocesses its pictures on its device, or `adapter` itself if that would change a result.
 
     Never raises; logs its choice and the reason.
     """
     processor = getattr(adapter.pipe, "image_processor", None)
-    if type(adapter) not in SERVED or processor is None:
+    served = SERVED.get(type(adapter))
+    if served is None or processor is None:
         return adapter
     try:
         plan = Plan.of(processor)
@@ -232,16 +247,7 @@ def on_device(adapter: Adapter) -> Adapter:
         log.info("pictures are preprocessed on the host: %s", reason)
         return adapter
     log.info("pictures are preprocessed on %s, which gives what the image processor gives", adapter.pipe.device)
-    return _with_plan(adapter, plan)
-
-
-def _with_plan(adapter: Adapter, plan: Plan) -> Adapter:
-    kind = type(adapter)
-    found: Any = type(f"{kind.__name__}OnDevice", (DevicePictures, kind), {})(adapter.pipe)
-    host = copy.copy(adapter.pipe)
-    host.image_processor = HostProcessor(adapter.pipe.image_processor, plan)
-    found.plan, found.copies = plan, PipelineCopies(host)
-    return found  # type: ignore[no-any-return]
+    return served(adapter.pipe, plan)
 
 
 def _difference(plan: Plan, pipe: Any) -> str:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.base import Adapter
-from pipefleet_workers.adapters.chosen import Chosen
+from pipefleet_workers.adapters.padding import pad
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -39,10 +40,10 @@ class AnswerClassifier(Adapter):
         for name in units[0].features:
             rows = [unit.features[name] for unit in units]
             value = (self.pipe.tokenizer.pad_token_id or 0) if name == "input_ids" else 0
-            inputs[name] = padded(rows, value)
+            inputs[name] = pad(rows, value)
         return inputs
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """`logits` `[units, answers]`, on the host."""
         device = self.pipe.device
         with torch.inference_mode():
@@ -77,19 +78,6 @@ class AnswerWriter(EqualWriter):
         return features["pixel_values"].numel()
 
 
-class VisualAnswerer(Chosen):
-    """visual-question-answering, for both kinds of model."""
-
-    @staticmethod
-    def choose(pipe: Any) -> type[Adapter]:
-        """Chooses by whether the model writes."""
-        return AnswerWriter if pipe.model.can_generate() else AnswerClassifier
-
-
-def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    """Tensors `[1, …]` with one number of dimensions, stacked; each is padded with `value` at its end in every dimension."""
-    shape = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
-    stacked = torch.full((len(rows), *shape), value, dtype=rows[0].dtype)
-    for target, row in zip(stacked, rows, strict=True):
-        target[tuple(slice(size) for size in row.shape[1:])] = row[0]
-    return stacked
+def visual_answerer(pipe: Any) -> Adapter:
+    """The adapter of visual-question-answering: BLIP and its kin write an answer, ViLT scores those that it knows."""
+    return AnswerWriter(pipe) if pipe.model.can_generate() else AnswerClassifier(pipe)

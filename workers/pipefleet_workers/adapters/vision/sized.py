@@ -14,6 +14,7 @@ import torch
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _UNUSED = ("hidden_state", "attentions", "auxiliary")
@@ -43,8 +44,8 @@ class SizedPictures(Adapter):
             return dict(pictures[0].tensors)
         return super().collate([replace(unit, features=unit.features.tensors) for unit in units])
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The outputs that postprocessing needs, on the host, in the model's own dtype."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """What postprocessing needs of the model's outputs, on the host in the model's own dtype."""
         pipe = self.pipe
         with torch.no_grad():
             outputs = pipe.model(**pipe._ensure_tensor_on_device(inputs, device=pipe.device))

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief, shape_key
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.text.whole_texts import require_labels
 from pipefleet_workers.adapters.writing.generate import learnt_positions
@@ -56,7 +57,7 @@ class ImageLabeller(Adapter):
         names = units[0].features.picture
         return {name: torch.cat([unit.features.picture[name] for unit in units]) for name in names}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """For each unit the logits of its labels, `[labels]`, on the host."""
         pictures = {name: one.to(self.pipe.device) for name, one in inputs.items()}
         with torch.inference_mode():

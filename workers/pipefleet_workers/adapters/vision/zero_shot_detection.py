@@ -16,9 +16,10 @@ from PIL import Image
 
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.base import Adapter, shape_key
+from pipefleet_workers.adapters.padding import pad
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.text.whole_texts import require_labels
-from pipefleet_workers.adapters.vision.question_answering import padded
 from pipefleet_workers.adapters.writing.generate import learnt_positions
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -57,12 +58,12 @@ class ObjectFinder(Adapter):
         inputs = {name: torch.cat([unit.features.picture[name] for unit in units]) for name in names}
         most = max(len(unit.features.texts) for unit in units)
         texts = [text for unit in units for text in _filled(unit.features.texts, most)]
-        pad = self.pipe.tokenizer.pad_token_id or 0
+        fill = self.pipe.tokenizer.pad_token_id or 0
         for name in texts[0]:
-            inputs[name] = padded([text[name] for text in texts], pad if name == "input_ids" else 0)
+            inputs[name] = pad([text[name] for text in texts], fill if name == "input_ids" else 0)
         return inputs
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """Logits `[units, boxes, labels]` and boxes, on the host."""
         device = self.pipe.device
         with torch.inference_mode():

@@ -10,6 +10,7 @@ import torch
 
 from pipefleet_workers.adapters.arguments import STAGE
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.writing.generate import context_length
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -37,7 +38,7 @@ class Decider(Adapter):
         (unit,) = units
         return {"prompts": unit.features}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """The scores of every question, on the host."""
         return self.pipe.forward(inputs)
 

@@ -19,9 +19,10 @@ from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, shape_key
 from pipefleet_workers.adapters.draws import drawing
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.writing.generate import context_length, learnt_positions, on_device
 from pipefleet_workers.adapters.writing.parameters import without_stops
-from pipefleet_workers.adapters.writing.plan import Planner
+from pipefleet_workers.adapters.writing.plan import GenerationPlanner
 from pipefleet_workers.adapters.writing.rows import Row, RowStops, default_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -52,13 +53,13 @@ class EqualWriter(Adapter):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
-        self._planner = Planner(pipe)
+        self._planner = GenerationPlanner(pipe)
         self._positions = learnt_positions(pipe.model.get_decoder(), pipe.model)
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The sequences of each unit, or its failure."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """For each unit its sequences, or why it has none."""
         request, model, device = _writing(units[0]), self.pipe.model, self.pipe.device
-        stops = RowStops([Row(unit.assembly.work.job, _UNBOUNDED) for unit in units], 0, self.tick)
+        stops = RowStops([Row(unit.assembly.work.job, _UNBOUNDED) for unit in units], 0, progress)
         arguments: dict[str, Any] = copy.deepcopy(dict(request.generation))
         if request.stop:
             arguments |= {"stop_strings": list(request.stop), "tokenizer": self.pipe.tokenizer}

@@ -1,8 +1,7 @@
 """The adapter of decoders that write text: prompts and chats of different requests in one generate() call.
 
-Prompts are padded on the left, where the attention mask and the positions hide the padding; the warm-up proves this for each model.
-Arguments that may differ between requests apply to rows (`rows.py`); the other arguments are the key of the batch (`plan.py`).
-A finished row is released while the others are still being written. Prompts that are too long raise ItemError (too_long).
+Prompts are padded on the left, where the attention mask and the positions hide it; the warm-up proves that for each model.
+What may differ between requests moves into rows (`rows.py`), the rest is the key (`plan.py`).
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from transformers.utils.chat_template_utils import Chat
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.long_texts import LONG, LongTexts
 from pipefleet_workers.adapters.writing.parameters import without_stops
-from pipefleet_workers.adapters.writing.plan import Plan, Planner
+from pipefleet_workers.adapters.writing.plan import GenerationPlanner, Plan
 from pipefleet_workers.adapters.writing.rows import Row, RowPenalty, RowSampler, RowStops, default_seed, row_seed
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
@@ -61,7 +61,7 @@ class TextGenerator(Adapter):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self.pads = True
-        self._planner = Planner(pipe)
+        self._planner = GenerationPlanner(pipe)
         self._stops = _StopStrings(pipe)
         self._positions = learnt_positions(pipe.model, pipe.model)
 
@@ -69,14 +69,14 @@ class TextGenerator(Adapter):
         """Token ids and attention mask, padded on the left; a row for each sampled sequence."""
         return self._inputs([unit for unit in units for _ in range(_request(unit).plan.copies)])
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The sequences of each unit, each a list of new tokens; or the unit's failure."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """For each unit its sequences, each a list of new tokens, or why it has none."""
         if len(units) > 1 and not self._within_positions(units):
-            return [output for unit in units for output in self.run(self.collate([unit]), [unit])]
+            return [output for unit in units for output in self.run(self.collate([unit]), [unit], progress)]
         plan, prompt = _request(units[0]).plan, self.prompt_length(inputs)
         rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
-        ended = _Ended(plan)
-        stops = RowStops(rows, prompt, self.tick, look=lambda tokens: self._release_ended(tokens, ended, stops, units))
+        release = _Release(units, progress)
+        stops = RowStops(rows, prompt, progress, look=lambda tokens: release.look(tokens, stops))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
         arguments["logits_processor"] = self._processors(plan, rows, prompt)
         if plan.min_length:  # it counts the prompt too; with it, all prompts of a batch have one length
@@ -91,21 +91,6 @@ class TextGenerator(Adapter):
         if plan.sampling is not None:
             processors.append(RowSampler(rows, prompt, first=plan.first, last=plan.last))
         return LogitsProcessorList(processors)
-
-    def _release_ended(self, tokens: torch.Tensor, ended: _Ended, stops: RowStops, units: Sequence[Unit]) -> None:
-        """Hand on the sequences of units whose rows have all ended, while other rows of the batch are still being written."""
-        plan = _request(units[0]).plan
-        if plan.beams > 1:
-            return  # the best beam is known only at the end
-        ends, have_ended = stops.ends(), ended.look(tokens)
-        for index, unit in enumerate(units):
-            own = range(index * plan.copies, (index + 1) * plan.copies)
-            if unit.released or index * plan.copies in stops.stopped:
-                continue
-            if all(ends[row] or have_ended[row] for row in own):
-                sequences = tokens[own.start : own.stop].tolist()
-                cut = [_cut(sequence, ends[row], plan)[0] for sequence, row in zip(sequences, own, strict=True)]
-                self.release(unit, cut)
 
     def prompt_length(self, inputs: dict[str, Any]) -> int:
         """How many tokens of generate()'s result existed before it began."""
@@ -282,6 +267,30 @@ class TextGenerator(Adapter):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_request(units[0]).seed)
             yield
+
+
+class _Release:
+    """Hands on the sequences of units that have all come to their ends, while others of the batch are still written."""
+
+    def __init__(self, units: Sequence[Unit], progress: Progress) -> None:
+        self._units = units
+        self._progress = progress
+        self._plan = _request(units[0]).plan
+        self._ended = _Ended(self._plan)
+
+    def look(self, tokens: torch.Tensor, stops: RowStops) -> None:
+        """Look at the new tokens `[rows, steps]` of every row, whose own bounds `stops` knows."""
+        if self._plan.beams > 1:
+            return  # which beam is the best is known at the end
+        copies, ends, ended = self._plan.copies, stops.ends(), self._ended.look(tokens)
+        for index, unit in enumerate(self._units):
+            own = range(index * copies, (index + 1) * copies)
+            if own.start in stops.stopped or not self._progress.remains(unit):
+                continue
+            if all(ends[row] or ended[row] for row in own):
+                sequences = tokens[own.start : own.stop].tolist()
+                cut = [_cut(one, ends[row], self._plan)[0] for one, row in zip(sequences, own, strict=True)]
+                self._progress.release(unit, cut)
 
 
 class _Ended:

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, shape_key
-from pipefleet_workers.adapters.chosen import Chosen
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.writing.equal_shapes import EqualWriter, Writing
 from pipefleet_workers.adapters.writing.generate import (
     Request,
@@ -57,14 +57,14 @@ class MultimodalGenerator(TextGenerator):
         """The model's inputs. Empty if the media of these units do not fit into one tensor; `run` then splits the batch."""
         return super().collate(units) if len(_stackable(units)) == 1 else {}
 
-    def run(self, inputs: dict[str, Any], units: Sequence[Unit]) -> Any:
-        """The sequences of each unit, each a list of new tokens; or the unit's failure."""
+    def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        """For each unit its sequences, each a list of new tokens, or why it has none."""
         if inputs:
-            return super().run(inputs, units)
+            return super().run(inputs, units, progress)
         outputs: dict[int, Any] = {}
         for indices in _stackable(units):
             group = [units[index] for index in indices]
-            outputs.update(zip(indices, super().run(self.collate(group), group), strict=True))
+            outputs.update(zip(indices, super().run(self.collate(group), group, progress), strict=True))
         return [outputs[index] for index in range(len(units))]
 
     def finish(self, assembly: Assembly) -> Any:
@@ -126,14 +126,10 @@ class EqualMultimodal(EqualWriter):
         return _records(self.copies.get(), assembly.outputs[0], ids, prompt, request.arguments)
 
 
-class ImageTextWriter(Chosen):
-    """image-text-to-text and any-to-any, for every kind of model."""
-
-    @staticmethod
-    def choose(pipe: Any) -> type[Adapter]:
-        """Chooses by whether the model has transformers' own generate()."""
-        own = type(pipe.model).generate is not GenerationMixin.generate
-        return EqualMultimodal if own or pipe.model.config.is_encoder_decoder else MultimodalGenerator
+def image_text_writer(pipe: Any) -> Adapter:
+    """The adapter of image-text-to-text and any-to-any, chosen by who wrote the model's generate()."""
+    own = type(pipe.model).generate is not GenerationMixin.generate
+    return EqualMultimodal(pipe) if own or pipe.model.config.is_encoder_decoder else MultimodalGenerator(pipe)
 
 
 def read_prompt(pipe: Any, value: Any, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Any]:

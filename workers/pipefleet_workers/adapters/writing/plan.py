@@ -96,7 +96,7 @@ class Plan:
         return self.max_length - prompt
 
 
-class Planner:
+class GenerationPlanner:
     """Makes plans for one pipeline, once for each set of forward arguments. Thread-safe."""
 
     def __init__(self, pipe: Any) -> None:

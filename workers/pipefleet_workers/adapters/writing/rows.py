@@ -1,8 +1,7 @@
 """Requests with different parameters in one generate() call; each gets the result that it gets alone.
 
-`RowStops` ends every row by its own bounds; `RowSampler` draws every row's tokens from its own seed. Arguments that cannot be
-applied row by row, such as the number of beams, must be equal within a batch (see `plan.py`). `TextGenerator.run` makes these
-objects for one call; generate() calls them at every step.
+`RowStops` ends every row by its own bounds, `RowSampler` draws every row's tokens from its own seed. What they cannot take
+apart, such as the number of beams, must be equal within a batch (see `plan.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from pipefleet.contract.records import JobFailure
+from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.items import JobContext, Work
 
-STAGE = "forward"
 LOOK_STEPS = 8
 """How many steps lie between two looks at the sequences: a look waits for the device."""
 _NO_TOKEN = torch.iinfo(torch.int32).max
@@ -62,16 +61,16 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         self,
         rows: Sequence[Row],
         prompt: int,
-        tick: Callable[[], None] = lambda: None,
+        progress: Progress = UNOBSERVED,
         *,
         look: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         """`prompt` is the padded length of the prompts. With beams, the rows of the call form equal groups.
 
-        `tick` is called at every step: a long generation is a sign of life, not a hung forward. Every `LOOK_STEPS` steps `look`
-        gets the new tokens of every row, on their device.
+        `progress` ticks, and is asked for stopped jobs, at every step. `look` gets the new tokens of
+        every row, where they lie, each `LOOK_STEPS` steps.
         """
-        self._tick = tick
+        self._progress = progress
         self._look = look
         self._rows = rows
         self._prompt = prompt
@@ -86,7 +85,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """A bool for each row of `input_ids`: whether it has ended."""
-        self._tick()
+        self._progress.tick()
         device, step = input_ids.device, input_ids.shape[1] - self._prompt
         group = input_ids.shape[0] // len(self._rows)
         self._limits, self._ended = self._limits.to(device), self._ended.to(device)
@@ -118,7 +117,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
 
     def _ask_jobs(self, step: int) -> bool:
         for index, row in enumerate(self._rows):
-            failure = None if index in self.stopped else row.job.stopped(STAGE)
+            failure = None if index in self.stopped else self._progress.stopped(row.job)
             if failure is not None:
                 self.stopped[index] = step, failure
         return bool(self.stopped)

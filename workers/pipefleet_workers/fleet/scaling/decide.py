@@ -2,9 +2,9 @@
 
     (state, signal, limits) ─▶ average of the load ─▶ correction by the backlog ─▶ hold and round ─▶ (state, decision)
 
-All work is in device-seconds, so a load is a number of busy devices. The target of the backlog is a part of the wait that the pool
-allows (`Limits.slack`), not zero. So no device idles; and an average that is wrong by a few per cent moves the backlog a little,
-where a target of zero would waste devices.
+All work is in device-seconds, so a load is a number of busy devices. The backlog is steered to a part of the wait that the pool
+allows (`ScalingLimits.slack`) rather than to zero: then no device idles, and an average that is wrong by a few per cent moves the
+backlog a little where it would otherwise waste devices.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ GAP_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """The fleet file's limits of a pool: bounds on the workers, seconds that a job may wait, seconds until a worker is ready."""
+class ScalingLimits:
+    """What the fleet file says of a pool: bounds on the workers, seconds that a job may wait, seconds until a worker is ready."""
 
     min: int
     max: int
@@ -79,7 +79,7 @@ class State:
     workers: int = 0
     idle_since: float | None = None
     recent: tuple[tuple[float, float], ...] = ()
-    """Time and number of workers wanted, for the last `Limits.hold` seconds."""
+    """Time and number of workers wanted, for the last `ScalingLimits.hold` seconds."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form."""
@@ -105,7 +105,7 @@ class Decision:
     """Workers wanted now, before holding, rounding and bounds."""
 
 
-def decide(state: State, signal: Signal, *, limits: Limits) -> tuple[State, Decision]:
+def decide(state: State, signal: Signal, *, limits: ScalingLimits) -> tuple[State, Decision]:
     """The next number of workers, within `limits`; at least 1 while there is work.
 
     Readings must come in order of time. More often than every minute is useful; more often than every 5 s is not.
@@ -139,8 +139,8 @@ def _observe(state: State, signal: Signal) -> State:
     return replace(state, at=signal.now, level=max(0.0, level))
 
 
-def _wanted(load: float, signal: Signal, limits: Limits) -> float:
-    """The load; more if the backlog is above its target, less if it is below."""
+def _wanted(load: float, signal: Signal, limits: ScalingLimits) -> float:
+    """The load, more where the backlog is above what the allowed wait wants, less where it is below."""
     backlog = signal.queued + signal.leased
     aim = limits.slack * limits.wait_slo * load
     over = backlog - aim * (1 + QUIET)

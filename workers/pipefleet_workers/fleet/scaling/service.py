@@ -38,8 +38,17 @@ from pipefleet.fleet.revisions import Part, parts_of
 from pipefleet.foreign import read_object
 from pipefleet.queues import dead_letters as deadletters
 from pipefleet.queues.keys import scaler_key
+from pipefleet.service import Service, Services
 from pipefleet.settings import Settings
-from pipefleet_workers.fleet.scaling.decide import GAP_SECONDS, HOLD_SECONDS, Decision, Limits, State, decide, replacing
+from pipefleet_workers.fleet.scaling.decide import (
+    GAP_SECONDS,
+    HOLD_SECONDS,
+    Decision,
+    ScalingLimits,
+    State,
+    decide,
+    replacing,
+)
 from pipefleet_workers.fleet.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
 
 log = logging.getLogger(__name__)
@@ -48,6 +57,10 @@ KEEP = "redis.call('EXPIRE', KEYS[1], ARGV[2]) redis.call('SET', KEYS[1], ARGV[1
 STALE_TICKS = 3
 """A reading is stale after so many missed readings."""
 SHORTEST_STALE = 30.0
+LOOK_SECONDS = 0.25
+"""How often the HTTP server looks whether it is to stop."""
+LAST_SECONDS = 5.0
+"""How long the end waits for a reading that is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +104,10 @@ class PoolStatus:
 class Scaler:
     """Reads and decides for every pool of a fleet, and for each revision that a pool is leaving, by `Pool.key`.
 
-    One thread calls `tick`; any thread calls the other methods. `cold_start` is in seconds from the start of a worker to its first
-    job, `hold` as in `Limits`. With `from_zero` no worker runs yet: only the measurements of an earlier scaler are used then, not
-    its decisions.
+    `tick` is called by one thread, the rest by any.
+
+    `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `ScalingLimits`. With `from_zero` no
+    worker runs yet: then it does not matter how many an earlier scaler wanted, only what it measured.
     """
 
     def __init__(
@@ -172,41 +186,57 @@ class Scaler:
         except (ValueError, LookupError, TypeError):
             return Memory(), State()
 
-    def _limits(self, pool: Pool) -> Limits:
+    def _limits(self, pool: Pool) -> ScalingLimits:
         workers = pool.workers
-        return Limits(workers.min, workers.max, pool.wait_slo, cold_start=self._cold_start, hold=self._hold)
+        return ScalingLimits(workers.min, workers.max, pool.wait_slo, cold_start=self._cold_start, hold=self._hold)
 
 
 class ScalerService:
-    """A Scaler with its thread and its HTTP server; a context manager. Port 0 takes a free port; `port` tells it."""
+    """A Scaler with its thread and its HTTP server. Port 0 takes a free one, which `port` tells.
+
+    A context manager: it is started inside the block, at whose end the port is given back.
+    """
 
     def __init__(self, scaler: Scaler, *, interval: float, address: str = "127.0.0.1", port: int = 0) -> None:
         self._scaler = scaler
         self._interval = interval
-        self._stopping = threading.Event()
         registry = CollectorRegistry()
         registry.register(_Metrics(self._fresh))
         fields = {"fresh": staticmethod(self._fresh), "registry": registry, "scaler": scaler}
         handler = type("Handler", (_Handler,), fields)
         self._server = ThreadingHTTPServer((address, port), handler)
+        self._server.timeout = LOOK_SECONDS
         self.port: int = self._server.server_address[1]
+        self._ticking = Service("scaler", self._tick_forever)
+        self._services = Services(self._ticking, Service("scaler-http", self._serve))
 
     def __enter__(self) -> ScalerService:
-        for target in (self._tick_forever, self._server.serve_forever):
-            threading.Thread(target=target, daemon=True).start()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._server.shutdown()
+        self.stop(LAST_SECONDS)
         self._server.server_close()
+
+    def start(self) -> None:
+        """Begin to look at the pools and to answer."""
+        self._services.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Look no more, and answer no more. Whether the threads have ended within `timeout` seconds; one may wait for Redis."""
+        return self._services.stop(timeout)
 
     def wait(self) -> None:
         """Block until the service is stopped."""
-        self._stopping.wait()
+        self._ticking.join()
 
-    def _tick_forever(self) -> None:
-        while not self._stopping.is_set():
+    def _serve(self, stopping: threading.Event) -> None:
+        """Answer in threads of their own, daemons that end with their connection."""
+        while not stopping.is_set():
+            self._server.handle_request()
+
+    def _tick_forever(self, stopping: threading.Event) -> None:
+        while not stopping.is_set():
             begin = time.monotonic()
             try:
                 self._scaler.tick()
@@ -214,7 +244,7 @@ class ScalerService:
                 log.warning("no reading: %s", error)
             except Exception:
                 log.exception("no reading")
-            self._stopping.wait(max(0.0, begin + self._interval - time.monotonic()))
+            stopping.wait(max(0.0, begin + self._interval - time.monotonic()))
 
     def _fresh(self) -> Mapping[str, PoolStatus]:
         return self._scaler.statuses(younger=max(SHORTEST_STALE, STALE_TICKS * self._interval))

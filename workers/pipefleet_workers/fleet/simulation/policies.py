@@ -6,7 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from pipefleet_workers.fleet.scaling.decide import Limits, Signal, State, decide
+from pipefleet_workers.fleet.scaling.decide import ScalingLimits, Signal, State, decide
 from pipefleet_workers.fleet.simulation.knowledge import TICK_SECONDS
 from pipefleet_workers.fleet.simulation.pool import View
 
@@ -39,7 +39,7 @@ class Hpa:
 class Ours:
     """`decide`, asked directly or through KEDA's metrics-api and the HPA."""
 
-    limits: Limits
+    limits: ScalingLimits
     through_hpa: bool = False
     state: State = field(default_factory=State)
     hpa: Hpa = field(default_factory=lambda: Hpa(down_window=0.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipefleet_workers.fleet.scaling.decide import Limits
+from pipefleet_workers.fleet.scaling.decide import ScalingLimits
 from pipefleet_workers.fleet.simulation.bound import clairvoyant_cost
 from pipefleet_workers.fleet.simulation.knowledge import Knowledge
 from pipefleet_workers.fleet.simulation.policies import (
@@ -71,7 +71,7 @@ Maker = Callable[[Scenario, int], Policy]
 
 def _ours(scenario: Scenario, devices: int) -> Ours:
     low, high = scenario.hardware.cold_start
-    return Ours(Limits(0, ROOM * devices, scenario.slo, cold_start=(low + high) / 2))
+    return Ours(ScalingLimits(0, ROOM * devices, scenario.slo, cold_start=(low + high) / 2))
 
 
 def _through_hpa(scenario: Scenario, devices: int) -> Ours:
