@@ -35,6 +35,7 @@ from pipefleet.runs.backlog import Backlog
 from pipefleet.runs.files import read_file
 from pipefleet.runs.moving import moved_plan, read_moved
 from pipefleet.runs.refusals import Refusals
+from pipefleet.service import Service
 from pipefleet.storage.store import ObjectStore
 
 if TYPE_CHECKING:
@@ -159,23 +160,22 @@ class Planner:
         They are taken back at its end, unless they may be those of another client, which goes on: one was there before
         (not `claimed`) and this one has written nothing, or it has seen that it is not alone.
         """
-        ended = threading.Event()
-        signs = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
-        tending = threading.Thread(target=self._tend, args=(ended,), name="pipefleet-tend", daemon=True)
+        signs = Service("pipefleet-alive", self._give_signs)
+        tending = Service("pipefleet-tend", self._tend)
         self._give_sign()
         signs.start()
         tending.start()
         try:
             yield
         finally:
-            ended.set()
-            signs.join()
-            tending.join(ALIVE_SECONDS)  # it may be waiting for a service that is away
+            tending.stop(0.0)
+            signs.stop()
+            tending.stop(ALIVE_SECONDS)  # it may be waiting for a service that is away
             if self.alone and (claimed or self._wrote):
                 release_planning(self._session, self.plan)
 
-    def _give_signs(self, ended: threading.Event) -> None:
-        while not ended.wait(ALIVE_SECONDS / 3):
+    def _give_signs(self, stopping: threading.Event) -> None:
+        while not stopping.wait(ALIVE_SECONDS / 3):
             try:
                 self._give_sign()
             except ServiceUnavailableError as error:  # the next sign is soon enough; planning itself will say so too
@@ -183,9 +183,9 @@ class Planner:
             except Exception:  # or another client would take the planning over
                 log.exception("no sign of life of the planning")
 
-    def _tend(self, ended: threading.Event) -> None:
+    def _tend(self, stopping: threading.Event) -> None:
         """Look after the shards that are out while the source keeps its next item back."""
-        while not ended.wait(TEND_SECONDS):
+        while not stopping.wait(TEND_SECONDS):
             if self._cut is not None and not self._stopped.is_set():
                 try:
                     self.backlog.tend(self.shards)
