@@ -188,4 +188,4 @@ def test_a_callback_that_asks_for_the_exit_does_not_end_those_of_others(error: B
     callbacks.run(leave)
     callbacks.run(called.set)
     assert called.wait(10)
-    callbacks.close()
+    assert callbacks.stop(20)
