@@ -165,17 +165,17 @@ class TestCallbacks:
         assert threads[0].daemon
         assert "a callback of a job failed" in caplog.text
 
-    def test_the_thread_ends_when_they_are_closed_and_another_begins_when_needed(self) -> None:
+    def test_the_thread_ends_when_they_are_stopped_and_another_begins_when_needed(self) -> None:
         callbacks, threads = Callbacks(), list[threading.Thread]()
         for _ in range(2):
             ran = threading.Event()
             callbacks.run(lambda: threads.append(threading.current_thread()))
             callbacks.run(ran.set)
-            callbacks.close()
-            assert ran.wait(20)
-            threads[-1].join(20)
+            assert callbacks.stop(20)
+            assert ran.is_set()
             assert not threads[-1].is_alive()
-        callbacks.close()
+        assert threads[0] is not threads[1]
+        assert callbacks.stop(20)
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
@@ -188,4 +188,4 @@ def test_a_callback_that_asks_for_the_exit_does_not_end_those_of_others(error: B
     callbacks.run(leave)
     callbacks.run(called.set)
     assert called.wait(10)
-    callbacks.close()
+    assert callbacks.stop(20)

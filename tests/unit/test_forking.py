@@ -47,7 +47,8 @@ def say(**found):
 
 LOCKS = """
 hold(client._lock, client.watcher._lock, client.clock._measuring, client.watcher._lookout._lock, client.store._lock,
-     client.watcher._callbacks._lock, client.redis.connection_pool._lock)
+     client.watcher._callbacks._service._lock, client.watcher._callbacks._waiting._changed, client.watcher._service._lock,
+     client.redis.connection_pool._lock)
 """
 
 FORKED = """

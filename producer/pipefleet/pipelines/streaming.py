@@ -16,6 +16,7 @@ from typing import Any
 
 from pipefleet.errors import PipefleetError, UsageError
 from pipefleet.jobs.job import Job
+from pipefleet.service import Service
 
 
 def stream(
@@ -64,10 +65,11 @@ class Feeder:
         self._done = False
         self._stopped = False
         self._process = os.getpid()
+        self._service = Service("pipefleet-feeder", self._feed)
 
     def start(self) -> None:
-        """Start the thread that takes inputs."""
-        threading.Thread(target=self._feed, name="pipefleet-feeder", daemon=True).start()
+        """Begin to take inputs; none are taken after `stop`."""
+        self._service.start()
 
     def wait_until_full(self) -> None:
         """Wait until `bound` inputs are under way or no more will come."""
@@ -95,10 +97,13 @@ class Feeder:
             self._under_way -= 1
             self._changed.notify_all()
 
-    def stop(self) -> None:
-        """Take no more inputs, and cancel the jobs under way. Raises nothing: the caller's own error matters more."""
+    def stop(self, timeout: float | None = 0.0) -> bool:
+        """Take no more inputs, and cancel the jobs under way. Returns whether the thread has ended: nobody waits for the source's code.
+
+        Raises nothing: the caller's own error matters more.
+        """
         if os.getpid() != self._process:
-            return  # the jobs are the parent's
+            return True  # the jobs are the parent's
         with self._changed:
             self._stopped = True
             left = [*([self._current] if self._current else []), *self._jobs]
@@ -106,8 +111,9 @@ class Feeder:
             self._jobs.clear()
             self._changed.notify_all()
         all(map(_cancel, left))
+        return self._service.stop(timeout)
 
-    def _feed(self) -> None:
+    def _feed(self, stopping: threading.Event) -> None:
         try:
             while self._has_room():
                 try:

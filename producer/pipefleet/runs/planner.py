@@ -36,6 +36,7 @@ from pipefleet.runs.backlog import Backlog
 from pipefleet.runs.files import read_file
 from pipefleet.runs.moving import moved_plan, read_moved
 from pipefleet.runs.refusals import Refusals
+from pipefleet.service import Service
 from pipefleet.storage.store import ObjectStore
 
 if TYPE_CHECKING:
@@ -159,35 +160,32 @@ class Planner:
         At the end the sign is removed, unless it may be another client's, which goes on: if another sign was there first (not
         `claimed`) and this planner wrote nothing, or if this planner saw that it is not alone.
         """
-        ended = threading.Event()
-        signs = threading.Thread(target=self._give_signs, args=(ended,), name="pipefleet-alive", daemon=True)
-        tending = threading.Thread(target=self._tend, args=(ended,), name="pipefleet-tend", daemon=True)
+        signs = Service("pipefleet-alive", self._give_signs)
+        tending = Service("pipefleet-tend", self._tend)
         self._give_sign()
         signs.start()
         tending.start()
         try:
             yield
         finally:
-            ended.set()
-            signs.join()
-            tending.join(ALIVE_SECONDS)  # bounded, because the thread may wait for a service that is away
+            tending.stop(0.0)
+            signs.stop()
+            tending.stop(ALIVE_SECONDS)  # bounded, because the thread may wait for a service that is away
             if self.alone and (claimed or self._wrote):
                 release_planning(self._session, self.plan)
 
-    def _give_signs(self, ended: threading.Event) -> None:
-        while not ended.wait(ALIVE_SECONDS / 3):
+    def _give_signs(self, stopping: threading.Event) -> None:
+        while not stopping.wait(ALIVE_SECONDS / 3):
             try:
                 self._give_sign()
-            except (
-                ServiceUnavailableError
-            ) as error:  # the next sign is soon enough; planning itself meets the outage too
+            except ServiceUnavailableError as error:  # the next sign is soon enough; planning meets the outage too
                 log.debug("no sign of life: %s", error)
             except Exception:  # it must go on, or another client would take the planning over
                 log.exception("no sign of life of the planning")
 
-    def _tend(self, ended: threading.Event) -> None:
+    def _tend(self, stopping: threading.Event) -> None:
         """Look after the outstanding shards while the source gives no item."""
-        while not ended.wait(TEND_SECONDS):
+        while not stopping.wait(TEND_SECONDS):
             if self._cut is not None and not self._stopped.is_set():
                 try:
                     self.backlog.tend(self.shards)

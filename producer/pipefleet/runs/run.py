@@ -12,7 +12,7 @@ import itertools
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ from pipefleet.runs.progress import RunProgress
 from pipefleet.runs.refusals import Refusals
 from pipefleet.runs.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.runs.wait import POLL_SECONDS, Waiter
+from pipefleet.service import Service
 from pipefleet.tasks import task_spec
 from pipefleet.waiting.lookout import why_waiting
 
@@ -70,7 +71,10 @@ class Run:
         self._layout = layout
         self._plan = plan
         self._planner = planner
-        self._thread: threading.Thread | None = None
+        self._planning = Service(
+            f"pipefleet-plan-{plan.id[:8]}", self._plan_rest, wake=self.stop_planning, daemon=False
+        )
+        self._alive: AbstractContextManager[object] = nullcontext()
         self._planning_error: PipefleetError | None = None
         self._next_look = self._ask_why_at = 0.0
         self._cancelled_in_store = False
@@ -105,7 +109,7 @@ class Run:
     @property
     def planning(self) -> bool:
         """True while this client plans the run."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._planning.alive
 
     def progress(self) -> RunProgress:
         """The progress of the run, from Redis; from object storage once it has ended. Raises the error that ended planning here.
@@ -274,7 +278,7 @@ class Run:
         with self._ending:
             missing = planner.backlog.find(planner.shards)
             if planner is self._planner and self.planning:
-                if not self._has_ended:
+                if self._planning.running:
                     return missing
                 self.join_planner()
                 alive.enter_context(planner.alive())
@@ -329,11 +333,9 @@ class Run:
 
     def start_planning(self, alive: AbstractContextManager[object]) -> None:
         """Plan the rest of the source in a thread, inside of `alive`. The thread keeps the process alive until it is done."""
-        name = f"pipefleet-plan-{self.id[:8]}"
         self._session.hold(self)
-        self._has_ended = False
-        self._thread = threading.Thread(target=self._plan_rest, args=(alive,), name=name, daemon=False)
-        self._thread.start()
+        self._alive = alive
+        self._planning.start()
         renew_after_fork(self)
 
     def stop_planning(self) -> None:
@@ -343,42 +345,40 @@ class Run:
 
     def join_planner(self) -> None:
         """Wait until the planning thread has ended."""
-        if self._thread is not None:
-            self._thread.join()
+        self._planning.join()
 
     def after_fork(self) -> None:
         """In a forked process: the parent plans the run. For the child the parent is another client."""
-        self._planner, self._thread = None, None
+        self._planner = None
         self._locks()
 
     def _locks(self) -> None:
         self._resuming = threading.Lock()
         self._ending = threading.Lock()
         """Held while missing shards are looked for, and while the planning thread decides that none is missing."""
-        self._has_ended = True
-        """Whether the planning thread looks for no more shards. It may still live."""
 
-    def _plan_rest(self, alive: AbstractContextManager[object]) -> None:
+    def _plan_rest(self, stopping: threading.Event) -> None:
         assert self._planner is not None
         try:
-            with alive:
-                self._run(self._planner)
+            with self._alive:
+                self._run(self._planner, stopping)
         except PipefleetError as error:
             self._end_planning(error)
         except Exception as error:  # noqa: BLE001 - nobody else sees the error that ends this thread; wait() raises it
             self._end_planning(RunError(f"planning ended with {type(error).__name__}: {error}"))
 
-    def _run(self, planner: Planner) -> None:
+    def _run(self, planner: Planner, stopping: threading.Event) -> None:
         """Plan until no shard is missing, or until the planner was stopped."""
         try:
-            while not self._has_ended:
+            while not stopping.is_set():
                 planned = planner.run()
                 with self._ending:
                     if planned:
                         self._plan = planner.plan
-                    self._has_ended = not planner.backlog.missing if planned else planner.stopped
+                    if planner.stopped or (planned and not planner.backlog.missing):
+                        stopping.set()
         finally:
-            self._has_ended = True
+            stopping.set()  # the thread may still live; a new start gets a new thread
 
     def _end_planning(self, error: PipefleetError) -> None:
         """Keep the error that ended the planning: in this handle, and in stopped.json for every other client."""

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable
 
 from pipefleet.forking import renew_after_fork
+from pipefleet.service import Inbox, Service
 
 log = logging.getLogger(__name__)
 
@@ -18,45 +18,33 @@ log = logging.getLogger(__name__)
 class Callbacks:
     """Runs functions one after another, in the order of `run`, on a daemon thread that starts with the first. Thread-safe."""
 
-    _lock: threading.Lock
-    _thread: threading.Thread | None
-    _waiting: queue.SimpleQueue[Callable[[], object] | None]
+    _waiting: Inbox[Callable[[], object]]
 
     def __init__(self) -> None:
-        self._start_afresh()
+        self.after_fork()
         renew_after_fork(self)
+        self._service = Service("pipefleet-callbacks", self._call_each, wake=lambda: self._waiting.wake())
 
     def run(self, function: Callable[[], object]) -> None:
-        """Call `function` soon on the thread; log its error. Never waits."""
-        with self._lock:
-            self._waiting.put(function)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_call_each, args=(self._waiting,), name="pipefleet-callbacks", daemon=True
-                )
-                self._thread.start()
+        """Call `function` soon on the thread, also after `stop`; log its error. Never waits."""
+        self._waiting.put(function)
+        self.start()
 
-    def close(self) -> None:
-        """Let the thread end after the functions given so far. A later `run` starts another thread."""
-        with self._lock:
-            if self._thread is not None:
-                self._waiting.put(None)
-                self._thread, self._waiting = None, queue.SimpleQueue()
+    def start(self) -> None:
+        """Begin to call."""
+        self._service.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Let the thread end after the functions given so far. Returns whether that took at most `timeout` seconds."""
+        return self._service.stop(timeout)
 
     def after_fork(self) -> None:
         """Start empty in the child: the parent runs the functions that wait in the parent."""
-        self._start_afresh()
+        self._waiting = Inbox()
 
-    def _start_afresh(self) -> None:
-        self._lock = threading.Lock()
-        self._thread, self._waiting = None, queue.SimpleQueue()
-
-
-def _call_each(waiting: queue.SimpleQueue[Callable[[], object] | None]) -> None:
-    while (function := waiting.get()) is not None:
-        try:
-            function()
-        except (
-            BaseException
-        ):  # SystemExit too: all callbacks need this thread, and no other thread would start after it
-            log.exception("a callback of a job failed")
+    def _call_each(self, stopping: threading.Event) -> None:
+        for function in self._waiting.each(stopping):
+            try:
+                function()
+            except BaseException:  # SystemExit too: all callbacks need this thread
+                log.exception("a callback of a job failed")

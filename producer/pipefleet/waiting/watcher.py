@@ -27,6 +27,7 @@ from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.forking import renew_after_fork
 from pipefleet.patience import PATIENCE_SECONDS
 from pipefleet.queues.keys import job_key, reply_channel
+from pipefleet.service import Service
 from pipefleet.waiting.callbacks import Callbacks
 from pipefleet.waiting.lookout import Lookout
 
@@ -91,9 +92,10 @@ class Watcher:
     def __init__(self, redis: Redis, url: str, lookout: Lookout) -> None:
         self._redis = redis
         self._url = url
-        self._closed = threading.Event()
+        self._closed = False
         self._callbacks = Callbacks()
         self._lookout = lookout
+        self._service = Service("pipefleet-watcher", self._run)
         self._start_afresh()
         renew_after_fork(self)
 
@@ -102,7 +104,6 @@ class Watcher:
         """The Redis channel on which workers publish the ends of this client's jobs, in this process."""
         self._futures: WeakValueDictionary[str, JobFuture] = WeakValueDictionary()
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._reached = False
         self._away_since: float | None = None
@@ -110,10 +111,6 @@ class Watcher:
 
     def after_fork(self) -> None:
         """Start afresh in the child: a caller there asks for the future again, and the child's own thread resolves it."""
-        closed = self._closed.is_set()
-        self._closed = threading.Event()
-        if closed:
-            self._closed.set()
         self._start_afresh()
 
     def watch(self, job_id: str, *, submitting: bool = False) -> JobFuture:
@@ -140,16 +137,23 @@ class Watcher:
             if future is not None and future.done():
                 del self._futures[job_id]
 
+    def start(self) -> None:
+        """Begin to listen; `watch` does this by itself."""
+        self._service.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Listen no more until the next `watch`. Whether the thread has ended within `timeout` seconds."""
+        return self._service.stop(timeout)
+
     def close(self) -> None:
-        """End the thread, and fail the open futures with JobError."""
+        """End the thread for good, and fail the open futures with JobError."""
         with self._lock:
-            self._closed.set()
-            thread, futures = self._thread, list(self._futures.items())
-        if thread is not None:
-            thread.join(SWEEP_SECONDS + 1.0)
+            self._closed = True
+            futures = list(self._futures.items())
+        self.stop(SWEEP_SECONDS + 1.0)
         for job_id, future in futures:
             _resolve(future, JobError(f"the client was closed while job {job_id} was waited for"))
-        self._callbacks.close()
+        self._callbacks.stop(0.0)
 
     def why_waiting(self, future: JobFuture) -> str | None:
         """One sentence if nobody served the job's queue at the last look; else None. No I/O."""
@@ -158,13 +162,12 @@ class Watcher:
     def _future(self, job_id: str) -> JobFuture:
         with self._lock:
             future = self._futures.get(job_id)
-            if self._closed.is_set() and not (future is not None and future.done()):
+            if self._closed and not (future is not None and future.done()):
                 raise JobError(f"the client is closed; make a new one and wait for `client.job({job_id!r})`")
             if future is None:
                 future = self._futures[job_id] = JobFuture(self._callbacks)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="pipefleet-watcher", daemon=True)
-                self._thread.start()
+            if not self._closed:
+                self.start()
         return future
 
     def _wait_until_ready(self) -> None:
@@ -173,18 +176,19 @@ class Watcher:
                 self._redis.ping()  # raises at once, where the thread would go on trying
             self._ready.wait(5.0)
 
-    def _run(self) -> None:
-        while not self._closed.is_set():
+    def _run(self, stopping: threading.Event) -> None:
+        while not stopping.is_set():
             try:
                 with redis_errors(self._url):
-                    self._listen()
+                    self._listen(stopping)
             except PipefleetError as error:
                 # Nothing is lost: callers go on waiting, and the sweep after reconnecting looks up all jobs.
                 self._note_outage(error)
-                self._closed.wait(0.5)
+                stopping.wait(0.5)
             except Exception:  # without this thread no caller would ever hear of an end
                 log.exception("watching jobs failed and goes on")
-                self._closed.wait(0.5)
+                stopping.wait(0.5)
+        self._ready.clear()
 
     def _note_outage(self, error: PipefleetError) -> None:
         """Fail every open future once Redis was away for PATIENCE_SECONDS, or at once if the error is not retryable."""
@@ -198,10 +202,10 @@ class Watcher:
             if future is not None:
                 _resolve(future, error)
 
-    def _listen(self) -> None:
+    def _listen(self, stopping: threading.Event) -> None:
         with subscribed(self._redis, self.channel) as channel:
             next_sweep = 0.0
-            while not self._closed.is_set():
+            while not stopping.is_set():
                 message = channel.get_message(timeout=0.2)
                 ended: list[str] = []
                 while message is not None:

@@ -203,7 +203,9 @@ class FakeClock:
 class Bench:
     """A consumer with everything around it."""
 
-    def __init__(self, served: FakeShards | None = None, *, places: Places | None = None, **limits: Any) -> None:
+    def __init__(
+        self, served: FakeShards | None = None, *, places: Places | None = None, start: bool = True, **limits: Any
+    ) -> None:
         self.engine, self.reporter, self.clock = FakeEngine(), FakeReporter(), FakeClock()
         self.metrics = Metrics("pool")
         self.tally = Tally(self.metrics, WorkCount())
@@ -215,7 +217,8 @@ class Bench:
             self.jobs, self.shards, self.shards, self.reporter, self.health, tally=self.tally,  # type: ignore[arg-type]
             limits=IntakeLimits(**{"shards": 1, **limits}), clock=self.clock, places=places,
         )  # fmt: skip
-        self.consumer.start()
+        if start:
+            self.consumer.start()
 
     def take(self, message: JobMessage | Any, **options: Any) -> FakeDelivery:
         """A delivery that the consumer has taken."""
