@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from pipefleet.connection.clock import ServerClock
 from pipefleet.connection.connect import connect, renew_connections
 from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import JobMessage, JobState, Priority
 from pipefleet.contract.records import CANCEL, JobRecord, finish_arguments, read_record
 from pipefleet.errors import UnknownModelError
@@ -133,7 +134,7 @@ class Session:
         reply = self.watcher.channel
         arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=reply, fields={})
         with redis_errors(self.settings.redis_url):
-            ended = bool(self.redis.eval(CANCEL, 1, key, *arguments))
+            ended = bool(run_script(self.redis, CANCEL, [key], *arguments))
             if ended:
                 self.redis.publish(CANCELLED_CHANNEL, job_id)
         return ended

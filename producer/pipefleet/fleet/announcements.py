@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefleet.connection.reading import reading
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import encode_json
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.routing import revision_queue
@@ -67,7 +68,7 @@ class Announcement:
 
 def announce_pool(redis: Any, name: str, fields: Mapping[str, Any], *, seconds: float) -> None:
     """Announce what `routing.announcement` says of a pool for `seconds`; workers repeat this well before the time is over."""
-    redis.eval(_ANNOUNCE_POOL, 1, POOLS_KEY, _field(name, fields), encode_json(dict(fields)), seconds)
+    run_script(redis, _ANNOUNCE_POOL, [POOLS_KEY], _field(name, fields), encode_json(dict(fields)), seconds)
 
 
 def withdraw_pool(redis: Any, name: str, fields: Mapping[str, Any]) -> None:
@@ -137,7 +138,7 @@ def announced_fleet(redis: Any) -> Fleet:
 
 def announce_worker(redis: Any, name: str, facts: Mapping[str, Any], *, seconds: float) -> None:
     """Tell that a worker lives, for `seconds`, with what it says of itself: not nothing."""
-    redis.eval(_ANNOUNCE_WORKER, 1, WORKERS_KEY, name, encode_json(dict(facts)), seconds)
+    run_script(redis, _ANNOUNCE_WORKER, [WORKERS_KEY], name, encode_json(dict(facts)), seconds)
 
 
 def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import JobItem, JobMessage, Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
@@ -90,7 +91,7 @@ class Journal:
     def opens(self) -> int:
         """The list of items is read next; how often that has begun, this time included, without being over."""
         with redis_errors(self._settings.redis_url):
-            return int(self._redis.eval(_OPEN, 1, self._key, int(self._settings.run_ttl)))
+            return int(run_script(self._redis, _OPEN, [self._key], int(self._settings.run_ttl)))
 
     def opened(self) -> None:
         """The list of items is read, or was given up, and the worker lives."""
@@ -103,7 +104,7 @@ class Journal:
 
     def _note(self, field: str, text: str) -> None:
         with redis_errors(self._settings.redis_url):
-            self._redis.eval(_NOTE, 1, self._key, field, text, int(self._settings.run_ttl))
+            run_script(self._redis, _NOTE, [self._key], field, text, int(self._settings.run_ttl))
 
     def tried(self) -> None:
         """The item that was running has ended, or was given up, and the worker lives."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from redis.exceptions import DataError, ResponseError
 
+from pipefleet.connection.scripts import ScriptBatch
 from pipefleet_workers.delivery.leases import Acked, Buried, GivenBack, Lease, Settlement
 from pipefleet_workers.delivery.scripts import ACK, BURY, GIVE_BACK
 
@@ -44,11 +45,11 @@ class Settlements:
 
     def _send(self, batch: Sequence[Entry]) -> list[Any] | None:
         """The answers of the scripts; None where what one of the entries holds is in the way."""
-        pipe = self._redis.pipeline(transaction=False)
+        scripts = ScriptBatch(self._redis)
         for script, arguments in calls(batch, self._prefix):
-            pipe.eval(script, len(self._keys), *self._keys, *arguments)
+            scripts.add(script, self._keys, *arguments)
         try:
-            answers: list[Any] = pipe.execute(raise_on_error=False)
+            answers = scripts.run()
         except (UnicodeError, DataError):  # an argument that has no form on the wire; nothing was sent
             return None
         errors = [answer for answer in answers if isinstance(answer, Exception)]
