@@ -150,7 +150,7 @@ def everything_runs(redis: Any, client: Client, prefix: str, texts: list[str]) -
     """Jobs and a run, to their ends, each once: nothing is delivered twice, and nothing stays behind."""
     jobs = [client.submit(TASK, text) for text in texts]
     run = client.map(TASK, texts, output=f"{prefix}{uuid.uuid4().hex}/", shard_size=5)
-    assert all(job.result(timeout=20)[0]["score"] > 0 for job in jobs)
+    assert all(job.result(timeout=60)[0]["score"] > 0 for job in jobs)
     assert [job.status() for job in jobs] == [JobState.SUCCEEDED] * len(jobs)
     ended = run.wait(timeout=60)
     assert (ended.state, ended.succeeded) == ("succeeded", len(texts))
@@ -167,7 +167,7 @@ def test_jobs_run_while_the_server_forgets_its_scripts(
 
     def forget() -> None:
         with server.client() as client:
-            while not over.is_set():
+            while not over.wait(0.005):  # a server that does nothing else is slow
                 client.script_flush()
 
     flushing = threading.Thread(target=forget, name="forget")
@@ -183,17 +183,15 @@ def test_jobs_run_while_the_server_forgets_its_scripts(
     assert "Traceback" not in nursery.log(pid)
 
 
-def test_a_fleet_whose_users_may_run_eval_alone_works(
+def test_a_producer_of_an_earlier_release_works_with_its_rights(
     redis: Any, nursery: Nursery, environment: dict[str, str], prefix: str, ours: dict[str, str],
     server: Server, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     redis.execute_command("ACL", "SETUSER", "old", "on", ">secret", "~*", "&*", "+@all", "-evalsha")
-    url = server.url.replace("redis://", "redis://old:secret@")
-    monkeypatch.setenv("PIPEFLEET_REDIS_URL", url)
-    pid = nursery.start({**environment, **ours, "PIPEFLEET_REDIS_URL": url})
+    monkeypatch.setenv("PIPEFLEET_REDIS_URL", server.url.replace("redis://", "redis://old:secret@"))
+    pid = nursery.start({**environment, **ours})
     with Client(load_settings()) as client:
         everything_runs(redis, client, prefix, long_texts(20))
-    evalsha, plain = calls(redis)
-    assert 0 < evalsha < 10 < plain, "each connection pool is refused once"
+    assert {one for one, _ in refusals(redis)} == {"evalsha"}
+    assert sum(count for _, count in refusals(redis)) == 1, "a client tries it once"
     assert nursery.stop(pid) == 0
-    assert "Traceback" not in nursery.log(pid)

@@ -24,7 +24,7 @@ not run both at once on the same `unacked` keys: a stock worker does not renew, 
     +ping +client +select +eval +evalsha +time +blmove +lmove +lrange +rpop +rpush +lpush +llen +lrem +hget +hset +hdel +hincrby
     +zadd +zrem +zscore +zrange +sadd +smembers +psubscribe +punsubscribe +publish +multi +exec
 
-Without +evalsha everything works and each call sends its script's text. A producer that only queues messages needs
+Without +evalsha each call sends the text of its script. A producer that only queues messages needs
 
     ~Q* ~_kombu.binding.* -@all +ping +client +select +lpush +llen +sadd +smembers +multi +exec
 
