@@ -15,9 +15,10 @@ import transformers
 from pipefleet.client import Client
 from pipefleet.contract.records import read_record
 from pipefleet.errors import FleetFileError, ParameterError
+from pipefleet.fleet.file import parse_fleet
 from pipefleet.fleet.loading import METHODS
 from pipefleet.fleet.model_names import check_loading
-from pipefleet.fleet.pools import Pool, parse_fleet
+from pipefleet.fleet.pools import Pool
 from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import TOLERANCE

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.pools import load_fleet
+from pipefleet.fleet.file import load_fleet
 from pipefleet_workers.fleet.local.fleet_file import LOOK_SECONDS, Description, WatchedFile
 from tests.unit.fake_clock import Clock
 

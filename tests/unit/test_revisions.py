@@ -27,8 +27,9 @@ from pipefleet.fleet.announcements import (
     forget_dead_workers,
     withdraw_pool,
 )
+from pipefleet.fleet.file import load_fleet, with_revision
 from pipefleet.fleet.followed_file import LOOK_SECONDS, FleetFile
-from pipefleet.fleet.pools import Fleet, Pool, load_fleet, with_revision
+from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
 from pipefleet.fleet.routing import announcement, queue_name, revision_queue, route, work_queue
 from pipefleet.queues.celery import celery_app, push_job

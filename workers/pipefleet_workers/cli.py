@@ -216,7 +216,7 @@ def reload_on_sighup(reload: Callable[[], None]) -> None:
 
 
 def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, Path | None]:
-    from pipefleet.fleet.pools import load_fleet, parse_fleet
+    from pipefleet.fleet.file import load_fleet, parse_fleet
 
     path = arguments.fleet or path
     if arguments.task or (arguments.model and path is None):
@@ -232,7 +232,7 @@ def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Flee
 
 def _chosen_revision(arguments: argparse.Namespace, pool: Pool) -> Pool:
     """The revision of a pool of the fleet file that was asked for; new work goes to none but the pool's own."""
-    from pipefleet.fleet.pools import with_revision
+    from pipefleet.fleet.file import with_revision
 
     if arguments.previous:
         if arguments.model or arguments.revision:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipefleet.errors import FleetFileError
-from pipefleet.fleet.pools import Fleet, load_fleet
+from pipefleet.fleet.file import load_fleet
+from pipefleet.fleet.pools import Fleet
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.pools import Fleet, Pool, WorkerRange, load_fleet
+from pipefleet.fleet.file import load_fleet
+from pipefleet.fleet.pools import Fleet, Pool, WorkerRange
 from pipefleet.fleet.routing import queue_name, revision_queue
 
 LOOK_SECONDS = 1.0

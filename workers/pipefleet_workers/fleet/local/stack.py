@@ -314,7 +314,7 @@ class Stack:
         return LOOK_SECONDS + max(5 * WorkerSettings().announce_seconds, scaler)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
-        from pipefleet.fleet.pools import load_fleet
+        from pipefleet.fleet.file import load_fleet
         from pipefleet.settings import Settings
         from pipefleet_workers.fleet.local.autoscale import Autoscaler
 

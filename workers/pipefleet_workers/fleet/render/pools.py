@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.pools import Pool, load_fleet
+from pipefleet.fleet.file import load_fleet
+from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import queue_name
 
 DRAIN_SECONDS = 45
