@@ -19,8 +19,8 @@ from pipefleet.contract.messages import JobMessage, JobState, Priority
 from pipefleet.contract.records import CANCEL, JobRecord, finish_arguments, read_record
 from pipefleet.errors import UnknownModelError
 from pipefleet.fleet.announcements import announced_fleet
-from pipefleet.fleet.followed_file import FleetFile
 from pipefleet.fleet.identity import Membership
+from pipefleet.fleet.latest import LatestFleet
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.routing import route
 from pipefleet.forking import renew_after_fork
@@ -69,7 +69,7 @@ class Session:
         """Shards of runs that Redis has lost."""
         self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Planning] = []
-        self._fleet_file: FleetFile | None = None
+        self._fleet_file: LatestFleet | None = None
         self._announced: Fleet | None = None
         self._announced_until = 0.0
         self._lock = threading.Lock()
@@ -92,7 +92,7 @@ class Session:
         path = self.settings.fleet_path
         if path is not None:
             if self._fleet_file is None or self._fleet_file.path != path:
-                self._fleet_file = FleetFile(path)
+                self._fleet_file = LatestFleet(path)
             return self._fleet_file.fleet(at_once=at_once)
         known = self._announced
         if known is None or at_once or time.monotonic() >= self._announced_until:

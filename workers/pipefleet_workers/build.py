@@ -17,7 +17,7 @@ from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard, as
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import StorageRef, join_uri
 from pipefleet.errors import ContractError, PipefleetError, UsageError
-from pipefleet.fleet.followed_file import FleetFile
+from pipefleet.fleet.latest import LatestFleet
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.fleet.writers import writers
@@ -105,7 +105,7 @@ def build(
     queue: str,
     device: str | None,
     name: str,
-    fleet_file: FleetFile | None = None,
+    fleet_file: LatestFleet | None = None,
 ) -> Built:
     """The consumer of one pool, its model loaded and warm, its engine running; and what was found out about batching.
 

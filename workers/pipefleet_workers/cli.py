@@ -24,7 +24,7 @@ from pipefleet_workers.observe import logs
 if TYPE_CHECKING:
     from pipefleet.fleet.pools import Fleet, Pool
     from pipefleet_workers.fleet.local import Stack
-    from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+    from pipefleet_workers.fleet.local.edits import FleetEdits
 
 log = logging.getLogger(__name__)
 DEFAULT_DATA = Path(".pipefleet")
@@ -114,7 +114,7 @@ def _register_worker(commands: Commands) -> None:
 
 def worker(arguments: argparse.Namespace) -> int:
     """Run a worker until SIGTERM."""
-    from pipefleet.fleet.followed_file import FleetFile
+    from pipefleet.fleet.latest import LatestFleet
     from pipefleet.settings import load_settings
     from pipefleet_workers.settings import WorkerSettings
     from pipefleet_workers.worker import Worker, prepare_process
@@ -124,7 +124,7 @@ def worker(arguments: argparse.Namespace) -> int:
     fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
     worker_settings = WorkerSettings()
     now = worker_settings.fleet_now or path
-    one = Worker(fleet, pool, settings, worker_settings, None if now is None else FleetFile(now, known=fleet))
+    one = Worker(fleet, pool, settings, worker_settings, None if now is None else LatestFleet(now, known=fleet))
     logs.configure(pool=pool.name, worker=one.name)
     if idle := fleet.idle_pools().get(pool.key):
         log.warning("%s", idle)
@@ -135,12 +135,12 @@ def worker(arguments: argparse.Namespace) -> int:
 def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
     from pipefleet.settings import load_settings
-    from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+    from pipefleet_workers.fleet.local.edits import FleetEdits
 
     path = arguments.fleet or load_settings().fleet_path
     if path is None:
         raise UsageError("there is no fleet.toml here; name one with --fleet, or see `pipefleet demo` for a ready one")
-    file = WatchedFile(path, allow_unpinned=arguments.allow_unpinned)
+    file = FleetEdits(path, allow_unpinned=arguments.allow_unpinned)
     fleet = file.read().fleet  # a wrong file is told before anything starts
     stack = _stack(arguments, file)
     logs.configure()
@@ -187,7 +187,7 @@ def demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.data, stay=sys.stdout.isatty())
 
 
-def _stack(arguments: argparse.Namespace, file: WatchedFile) -> Stack:
+def _stack(arguments: argparse.Namespace, file: FleetEdits) -> Stack:
     from pipefleet_workers.fleet.local import Stack
     from pipefleet_workers.fleet.local.autoscale import Pace
     from pipefleet_workers.fleet.local.workers import worker_command

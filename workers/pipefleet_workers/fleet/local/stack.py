@@ -13,9 +13,9 @@ from redis.exceptions import RedisError
 
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.credentials import Credentials
+from pipefleet_workers.fleet.local.edits import FleetEdits
 from pipefleet_workers.fleet.local.errors import PortTakenError, StackError
 from pipefleet_workers.fleet.local.files import env_lines, private_folder, write_private
-from pipefleet_workers.fleet.local.fleet_file import WatchedFile
 from pipefleet_workers.fleet.local.flower import Flower
 from pipefleet_workers.fleet.local.follow import Follower, outstanding
 from pipefleet_workers.fleet.local.lock import DataLock
@@ -78,7 +78,7 @@ class Stack:
         self._lock = DataLock(self.data / "lock")
         self._stop_requested = False
         self._reload_requested = False
-        self._file: WatchedFile | None = None
+        self._file: FleetEdits | None = None
         self._least = 1
         self._follower: Follower | None = None
         self._told: Mapping[str, Parked] = {}
@@ -119,7 +119,7 @@ class Stack:
         """Where the scaler answers, or None without one."""
         return None if self._autoscaler is None else self._autoscaler.url
 
-    def follow(self, file: WatchedFile, *, least: int = 1) -> Self:
+    def follow(self, file: FleetEdits, *, least: int = 1) -> Self:
         """Run the pools of `file`, each with `least` workers or its `workers.min`, and let `supervise` take its changes.
 
         Then a pool whose workers do not start takes no other down. `pools` of the stack must be empty. Returns itself.
@@ -306,7 +306,7 @@ class Stack:
 
     def _believed(self) -> float:
         """For how many seconds clients may believe what a worker announced before the fleet file changed."""
-        from pipefleet.fleet.followed_file import LOOK_SECONDS
+        from pipefleet.fleet.latest import LOOK_SECONDS
         from pipefleet_workers.settings import WorkerSettings
 
         scaler = 0.0 if self._autoscaler is None else self._autoscaler.announced_seconds

@@ -1,6 +1,6 @@
 """The fleet file under a running `pipefleet up`: what it says, whether it has changed, and what that means for a pool's workers.
 
-fleet.toml ─▶ WatchedFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+fleet.toml ─▶ FleetEdits.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Description:
         return "# Written by `pipefleet up` for its workers.\n" + "\n".join(tables)
 
 
-class WatchedFile:
+class FleetEdits:
     """A fleet file that may be edited at any time. One thread at a time may call it.
 
     With `allow_unpinned`, hub models without a revision are accepted. `clock` gives seconds, as the monotonic clock does.

@@ -17,7 +17,7 @@ LOOK_SECONDS = 2.0
 """How often at most the file is looked at."""
 
 
-class FleetFile:
+class LatestFleet:
     """A fleet file that may change. Thread-safe. Hub models may be unpinned in it: that is for the workers to refuse.
 
     `known` is the fleet until the file can be read, where there is one.
