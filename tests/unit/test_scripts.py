@@ -102,6 +102,19 @@ def test_a_user_of_an_earlier_release_is_refused_once_and_goes_on_with_the_text(
     assert [one for one, _ in refusals(redis)] == ["evalsha", "evalsha"]
 
 
+def test_a_right_to_evalsha_on_other_keys_is_none(server: Server, redis: Any) -> None:
+    name = uuid.uuid4().hex
+    try:
+        redis.execute_command(
+            "ACL", "SETUSER", name, "on", ">secret", "+@connection", "(~n +eval +incrby)", "(~m +evalsha)"
+        )
+    except ResponseError:
+        pytest.skip("Redis before 7.0 knows no rights by key")
+    with server.client(username=name, password="secret") as control:
+        assert [run_script(control, COUNT, ["n"], 1) for _ in range(3)] == [1, 2, 3]
+    assert sum(count for _, count in refusals(redis)) == 1
+
+
 def test_who_may_run_no_script_is_refused_and_may_be_given_the_right_later(server: Server, redis: Any) -> None:
     with user(server, "+incrby") as nobody:
         with pytest.raises(NoPermissionError):

@@ -100,6 +100,15 @@ class _Pool(_Revision):
     previous: Annotated[dict[str, Any] | list[Any], _rule("a table with model and revision, or a list of such")] = []
 
 
+def fingerprint(path: Path) -> tuple[int, ...]:
+    """Numbers that change with the file, or with the file that its name leads to; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def load_fleet(path: Path, *, allow_unpinned: bool = False) -> Fleet:
     """Read `path`. Model folders and tokenizers given as relative paths are relative to the file.
 

@@ -1,4 +1,8 @@
-"""The fleet file as a process that lives long reads it: again whenever it changes, so that clients follow a roll-out."""
+"""The latest fleet that a fleet file describes without a mistake, for clients and workers that live long and follow a roll-out.
+
+`fleet()` looks at the file when it is asked, not before, and never fails once a fleet is known. Its counterpart
+`pipefleet_workers.fleet.local.edits` tells `pipefleet up` of each settled edit once, mistakes included.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipefleet.errors import FleetFileError
-from pipefleet.fleet.file import load_fleet
+from pipefleet.fleet.file import fingerprint, load_fleet
 from pipefleet.fleet.pools import Fleet
 
 log = logging.getLogger(__name__)
@@ -27,7 +31,7 @@ class LatestFleet:
         self.path = path
         self._clock = clock
         self._fleet = known
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] = ()
         self._look_at = 0.0
         self._lock = threading.Lock()
 
@@ -45,7 +49,7 @@ class LatestFleet:
             return self._fleet
 
     def _look(self, known: Fleet | None) -> Fleet:
-        seen = self._signature()
+        seen = fingerprint(self.path)
         if known is not None and seen == self._seen:
             return known
         self._seen = seen
@@ -56,11 +60,3 @@ class LatestFleet:
                 raise
             log.warning("the fleet stays as it was: %s", error)
             return known
-
-    def _signature(self) -> tuple[int, int, int] | None:
-        """What changes with the file; None where there is none. A mounted file is replaced, so its number counts too."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,12 +1,13 @@
-"""The fleet file under a running `pipefleet up`: what it says, whether it has changed, and what that means for a pool's workers.
+"""Edits of the fleet file under a running `pipefleet up`: each settled one is told once, and a mistake is an error.
 
 fleet.toml ─▶ FleetEdits.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+
+`up` calls it from one thread. Its counterpart for clients is `pipefleet.fleet.latest`, which passes mistakes over.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 import tomllib
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.file import load_fleet
+from pipefleet.fleet.file import fingerprint, load_fleet
 from pipefleet.fleet.pools import Fleet, Pool, WorkerRange
 from pipefleet.fleet.routing import queue_name, revision_queue
 
@@ -79,7 +80,7 @@ class FleetEdits:
 
     def read(self) -> Description:
         """What the file says now. Raises FleetFileError, or UsageError for a model folder that is not there."""
-        self._judged = self._seen = self._fingerprint()
+        self._judged = self._seen = fingerprint(self.path)
         return self._parse()
 
     def news(self, *, at_once: bool = False) -> Description | None:
@@ -107,15 +108,8 @@ class FleetEdits:
         if self._clock() < self._look_at:
             return False
         self._look_at = self._clock() + LOOK_SECONDS
-        before, self._seen = self._seen, self._fingerprint()
+        before, self._seen = self._seen, fingerprint(self.path)
         return self._seen == before and self._seen != self._judged
-
-    def _fingerprint(self) -> tuple[int, ...]:
-        try:
-            found = os.stat(self.path)  # noqa: PTH116 - of the target, where the file is a link
-        except OSError:
-            return ()
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _content(self) -> bytes:
         try:
