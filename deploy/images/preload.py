@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from pipefleet.errors import PipefleetError
-from pipefleet.fleet.pools import Pool, load_fleet
+from pipefleet.fleet.file import load_fleet
+from pipefleet.fleet.pools import Pool
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self, cast
 
 from pipefleet.arguments import seconds_of, text_of, whole_of
 from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import (
     CONTRACT_VERSION,
@@ -256,7 +257,7 @@ class Client(Session):
         future = job.watch(submitting=True)
         with redis_errors(self.settings.redis_url):
             self._note_revision(message, queue)
-            queued, same = cast("tuple[bytes, int]", self.redis.eval(SUBMIT, len(keys), *keys, *arguments))
+            queued, same = cast("tuple[bytes, int]", run_script(self.redis, SUBMIT, keys, *arguments))
         future.unknown_since = None  # a sweep may have been quicker
         if once is not None and not same:
             raise _conflict(once.key, queued.decode())

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 from pipefleet.connection.clock import ServerClock
 from pipefleet.connection.connect import connect, renew_connections
 from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import JobMessage, JobState, Priority
 from pipefleet.contract.records import CANCEL, JobRecord, finish_arguments, read_record
 from pipefleet.errors import UnknownModelError
 from pipefleet.fleet.announcements import announced_fleet
-from pipefleet.fleet.followed_file import FleetFile
 from pipefleet.fleet.identity import Membership
+from pipefleet.fleet.latest import LatestFleet
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.routing import route
 from pipefleet.forking import renew_after_fork
@@ -68,7 +69,7 @@ class Session:
         """Shards of runs that Redis has lost."""
         self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Planning] = []
-        self._fleet_file: FleetFile | None = None
+        self._fleet_file: LatestFleet | None = None
         self._announced: Fleet | None = None
         self._announced_until = 0.0
         self._lock = threading.Lock()
@@ -91,7 +92,7 @@ class Session:
         path = self.settings.fleet_path
         if path is not None:
             if self._fleet_file is None or self._fleet_file.path != path:
-                self._fleet_file = FleetFile(path)
+                self._fleet_file = LatestFleet(path)
             return self._fleet_file.fleet(at_once=at_once)
         known = self._announced
         if known is None or at_once or time.monotonic() >= self._announced_until:
@@ -133,7 +134,7 @@ class Session:
         reply = self.watcher.channel
         arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=reply, fields={})
         with redis_errors(self.settings.redis_url):
-            ended = bool(self.redis.eval(CANCEL, 1, key, *arguments))
+            ended = bool(run_script(self.redis, CANCEL, [key], *arguments))
             if ended:
                 self.redis.publish(CANCELLED_CHANNEL, job_id)
         return ended

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipefleet.fleet.pools import load_fleet
+from pipefleet.fleet.file import load_fleet
 from tests.deploy.project import PASSWORDS, compose, project
 from tests.deploy.tools import DEPLOY, FLEET
 

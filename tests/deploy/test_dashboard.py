@@ -19,7 +19,7 @@ from redis import Redis
 
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobState
-from pipefleet.fleet.pools import load_fleet
+from pipefleet.fleet.file import load_fleet
 from pipefleet.settings import Settings
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipefleet.fleet.pools import load_fleet
+from pipefleet.fleet.file import load_fleet
 from tests.deploy.schemas import CUSTOM
 from tests.deploy.tools import DEPLOY, FLEET, module, run, succeed, tool
 

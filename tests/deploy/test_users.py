@@ -29,8 +29,8 @@ from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import TASK_NAME, Priority
 from pipefleet.errors import AccessDeniedError, RunError, ServiceUnavailableError
 from pipefleet.fleet.announcements import announced_fleet
+from pipefleet.fleet.file import load_fleet
 from pipefleet.fleet.identity import Membership
-from pipefleet.fleet.pools import load_fleet
 from pipefleet.patience import Patience
 from pipefleet.queues import dead_letters
 from pipefleet.queues.keys import (

@@ -57,7 +57,7 @@ def arriving(redis: Redis) -> int:
 
 def scripts_run(redis: Redis) -> int:
     found: Any = redis.info("commandstats")
-    return int(found.get("cmdstat_eval", {}).get("calls", 0))
+    return sum(int(found.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("eval", "evalsha"))
 
 
 def all_poll(workers: Sequence[Taker], done: Callable[[], Any]) -> None:

@@ -30,7 +30,7 @@ from redis.retry import Retry
 from pipefleet_workers.fleet.local import Stack, StackError
 from pipefleet_workers.fleet.local import ports as ports_module
 from pipefleet_workers.fleet.local import stack as stack_module
-from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+from pipefleet_workers.fleet.local.edits import FleetEdits
 from pipefleet_workers.fleet.local.flower import USER
 from pipefleet_workers.fleet.local.parked import Parked, parked_pools
 from pipefleet_workers.fleet.local.restarts import MOST_DEATHS, PARKED_SECONDS
@@ -373,7 +373,7 @@ def followed(folder: Path, code: str, *pools: str) -> Stack:
     (folder / "model").mkdir(parents=True, exist_ok=True)
     tables = [f'[pools.{pool}]\ntask = "text-classification"\nmodel = "./model"\n' for pool in pools]
     (folder / "fleet.toml").write_text("default = true\n".join(tables))
-    return Stack(folder / "data", flower=False, worker_command=worker(code)).follow(WatchedFile(folder / "fleet.toml"))
+    return Stack(folder / "data", flower=False, worker_command=worker(code)).follow(FleetEdits(folder / "fleet.toml"))
 
 
 def test_at_the_start_one_pool_that_does_not_load_takes_no_other_down(

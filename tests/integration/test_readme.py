@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipefleet.fleet.pools import parse_fleet
+from pipefleet.fleet.file import parse_fleet
 from pipefleet_workers.fleet.demo.run import upload_samples
 from tests.conftest import Servers
 from tests.docs.tables import README, with_task_table

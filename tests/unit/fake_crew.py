@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.credentials import Credentials
-from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+from pipefleet_workers.fleet.local.edits import FleetEdits
 from pipefleet_workers.fleet.local.follow import Follower
 from pipefleet_workers.fleet.local.ports import PortBook
 from pipefleet_workers.fleet.local.service import Site
@@ -62,7 +62,7 @@ class FakeCrew:
         site = Site(folder, PortBook(folder / "ports.json"), Credentials(*[""] * 6), self.children)
         self.crew = Crew(site, dict(os.environ), command=fake_worker, grace=10.0, clock=self.clock)
         self.follower = Follower(
-            WatchedFile(self.path, clock=self.clock),
+            FleetEdits(self.path, clock=self.clock),
             site.folder("run"),
             least=least,
             outstanding=self._outstanding,

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import FleetFileError, UnknownModelError
-from pipefleet.fleet.pools import Fleet, Pool, WorkerRange, load_fleet, model_label, parse_fleet, pinned, with_revision
+from pipefleet.fleet.file import load_fleet, parse_fleet, with_revision
+from pipefleet.fleet.pools import Fleet, Pool, WorkerRange, model_label, pinned
 
 POOL = '[pools.speech]\ntask = "automatic-speech-recognition"\nmodel = "/models/whisper"\n'
 OTHER = POOL.replace("speech]", "ctc]").replace("whisper", "ctc")
@@ -185,7 +186,7 @@ VALUES = st.recursive(
 @given(st.dictionaries(st.sampled_from([one.name for one in fields(Pool)]) | st.text(max_size=6), VALUES, max_size=4))
 def test_no_value_of_any_key_raises_anything_else(table: dict[str, object]) -> None:
     from pipefleet.errors import UsageError
-    from pipefleet.fleet.pools import parse_fleet
+    from pipefleet.fleet.file import parse_fleet
 
     content = {"pools": {"x": {"task": "text-classification", "model": "/m", **table}}}
     try:

@@ -25,8 +25,8 @@ from pipefleet.errors import (
     UsageError,
 )
 from pipefleet.fleet import identity
+from pipefleet.fleet.file import load_fleet
 from pipefleet.fleet.identity import OBJECT, Identity, Membership
-from pipefleet.fleet.pools import load_fleet
 from pipefleet.queues.keys import FLEET_KEY
 from pipefleet.queues.looking import queue_depth
 from pipefleet.settings import Settings

@@ -15,15 +15,16 @@ import transformers
 from pipefleet.client import Client
 from pipefleet.contract.records import read_record
 from pipefleet.errors import FleetFileError, ParameterError
+from pipefleet.fleet.file import parse_fleet
 from pipefleet.fleet.loading import METHODS
 from pipefleet.fleet.model_names import check_loading
-from pipefleet.fleet.pools import Pool, parse_fleet
+from pipefleet.fleet.pools import Pool
 from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import TOLERANCE
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.fleet.doctor.doctor import _runs_with
-from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+from pipefleet_workers.fleet.local.edits import FleetEdits
 from pipefleet_workers.fleet.render.pools import load_pools
 from pipefleet_workers.models import precision
 from pipefleet_workers.models.cache import ModelError
@@ -177,18 +178,18 @@ def test_another_way_to_load_is_another_duty_and_another_deployment(line: str, t
     path = tmp_path / "fleet.toml"
     (tmp_path / "models").mkdir()
     path.write_text(FILE.replace("/models", str(tmp_path / "models")))
-    plain = WatchedFile(path).read()
+    plain = FleetEdits(path).read()
     text = FILE.replace("/models", "s3://bucket/models")
     path.write_text(text)
     digest = load_pools(path)[0].digest
     path.write_text(text + line)
     assert load_pools(path)[0].digest != digest
     path.write_text(FILE.replace("/models", str(tmp_path / "models")) + line)
-    changed = WatchedFile(path).read()
+    changed = FleetEdits(path).read()
     assert changed.duty("texts") != plain.duty("texts")
     assert changed.duty("texts").queues == plain.duty("texts").queues
     path.write_text(changed.to_toml())
-    assert WatchedFile(path).read().duty("texts") == changed.duty("texts")
+    assert FleetEdits(path).read().duty("texts") == changed.duty("texts")
 
 
 def test_what_a_pool_says_reaches_the_model(tmp_path: Path) -> None:

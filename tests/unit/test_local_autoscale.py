@@ -13,7 +13,7 @@ from pipefleet import cli
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.fleet.announcements import announced_fleet
-from pipefleet.fleet.pools import load_fleet
+from pipefleet.fleet.file import load_fleet
 from pipefleet.queues.celery import push_job
 from pipefleet_workers.fleet.local.autoscale import Autoscaler, Pace, least_useful, pools_without_maximum, share
 

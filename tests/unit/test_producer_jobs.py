@@ -12,6 +12,7 @@ import pytest
 
 from pipefleet.client import Client
 from pipefleet.connection.connect import subscribed
+from pipefleet.connection.scripts import digest
 from pipefleet.contract.messages import JobMessage, JobState, decode_message
 from pipefleet.contract.records import FINISH, SUBMIT, JobFailure, finish_arguments
 from pipefleet.errors import (
@@ -143,10 +144,10 @@ class TestSubmit:
             assert whole(*arguments) == first
             return first
 
-        whole = client.redis.eval
+        whole = client.redis.evalsha
         with monkeypatch.context() as patch:
-            patch.setattr(client.redis, "eval", lambda script, *rest: (
-                lost_answer(script, *rest) if script == SUBMIT else whole(script, *rest)
+            patch.setattr(client.redis, "evalsha", lambda script, *rest: (
+                lost_answer(script, *rest) if script == digest(SUBMIT) else whole(script, *rest)
             ))  # fmt: skip
             job = client.submit(TEXTS, "good", idempotency_key=key)
         assert job.status() is JobState.SUCCEEDED

@@ -27,8 +27,9 @@ from pipefleet.fleet.announcements import (
     forget_dead_workers,
     withdraw_pool,
 )
-from pipefleet.fleet.followed_file import LOOK_SECONDS, FleetFile
-from pipefleet.fleet.pools import Fleet, Pool, load_fleet, with_revision
+from pipefleet.fleet.file import load_fleet, with_revision
+from pipefleet.fleet.latest import LOOK_SECONDS, LatestFleet
+from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.revisions import Held, forget_revisions, held_by_queue, parts_of, read_backlogs, waiting
 from pipefleet.fleet.routing import announcement, queue_name, revision_queue, route, work_queue
 from pipefleet.queues.celery import celery_app, push_job
@@ -100,7 +101,7 @@ class TestNames:
         assert [sum(queue_depth(client.redis, QUEUE).values()), waiting(client.redis, own(NEW))] == [1, 0]
 
 
-class TestFleetFile:
+class TestLatestFleet:
     def test_a_retired_revision_is_found_by_name_and_never_by_default(self, fleet: Fleet) -> None:
         assert route(TEXTS, None, None, fleet).model == NEW.model
         found = route(TEXTS, OLD.model, None, fleet)
@@ -126,7 +127,7 @@ class TestFleetFile:
     def test_a_client_that_lives_long_follows_the_file(self, tmp_path: Path) -> None:
         path, now = tmp_path / "fleet.toml", [0.0]
         path.write_text(FLEET)
-        file = FleetFile(path, clock=lambda: now[0])
+        file = LatestFleet(path, clock=lambda: now[0])
         first = file.fleet()
         path.write_text(FLEET.replace("/models/new", "/models/newer"))
         assert file.fleet() is first  # looked at a moment ago
@@ -142,7 +143,7 @@ class TestFleetFile:
 
     def test_until_it_can_be_read_a_fleet_that_is_known_counts(self, tmp_path: Path, fleet: Fleet) -> None:
         path = tmp_path / "edited.toml"
-        file = FleetFile(path, known=fleet)
+        file = LatestFleet(path, known=fleet)
         assert file.fleet() is fleet
         path.write_text("[pools")
         assert file.fleet(at_once=True) is fleet
@@ -186,7 +187,7 @@ class TestAnnouncements:
     def test_a_worker_is_retired_once_the_fleet_file_says_so_and_another_takes_new_work(
         self, client: Client, redis: Redis, fleet: Fleet, tmp_path: Path
     ) -> None:
-        file = FleetFile(tmp_path / "fleet.toml", clock=itertools.count(step=LOOK_SECONDS).__next__)
+        file = LatestFleet(tmp_path / "fleet.toml", clock=itertools.count(step=LOOK_SECONDS).__next__)
         worker = Worker(fleet, fleet.pool("texts"), client.settings, WorkerSettings(), file)
         assert worker._announced(redis)["retired"] is False
         back = FLEET.replace("/models/new", "/models/x").replace("/models/old", "/models/new")
@@ -246,7 +247,7 @@ class TestElsewhere:
         fields = {"task": TEXTS, "model": pool.model, "items": (JobItem("0", "text"),), **changes}
         return JobMessage("one", **fields)
 
-    def jobs(self, client: Client, file: FleetFile | None) -> Jobs:
+    def jobs(self, client: Client, file: LatestFleet | None) -> Jobs:
         engine: Any = None
         return Jobs(NEW, engine, elsewhere=Elsewhere(client.settings, file))
 
@@ -255,7 +256,7 @@ class TestElsewhere:
     ) -> None:
         alone = self.jobs(client, None)
         assert alone.elsewhere(self.message(OLD)) is None
-        assert self.jobs(client, FleetFile(tmp_path / "fleet.toml")).elsewhere(self.message(OLD)) == own(OLD)
+        assert self.jobs(client, LatestFleet(tmp_path / "fleet.toml")).elsewhere(self.message(OLD)) == own(OLD)
         announce_pool(redis, "texts", told(OLD), seconds=60)
         assert alone.elsewhere(self.message(OLD)) == own(OLD)
         assert own(OLD) in queues_of(redis, QUEUE)

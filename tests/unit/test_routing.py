@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import UnknownModelError, UnknownTaskError
-from pipefleet.fleet.pools import Fleet, Pool, parse_fleet
+from pipefleet.fleet.file import parse_fleet
+from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.routing import queue_name, route
 from pipefleet.tasks import TASKS
 

@@ -15,7 +15,8 @@ from pipefleet.client import Client
 from pipefleet.connection.reading import server_time
 from pipefleet.contract.messages import JobItem, JobMessage, Priority
 from pipefleet.errors import FleetFileError
-from pipefleet.fleet.pools import Fleet, parse_fleet
+from pipefleet.fleet.file import parse_fleet
+from pipefleet.fleet.pools import Fleet
 from pipefleet.queues.celery import COST_HEADER, celery_message
 from pipefleet.queues.keys import ledger_keys, scaler_key, work_key
 from pipefleet_workers.fleet.scaling.decide import ScalingLimits, State, decide

@@ -16,7 +16,8 @@ from redis import Redis
 from pipefleet.client import Client
 from pipefleet.contract.messages import JobItem, JobMessage, Priority, encode_json
 from pipefleet.errors import ServiceUnavailableError, UsageError
-from pipefleet.fleet.pools import Fleet, parse_fleet
+from pipefleet.fleet.file import parse_fleet
+from pipefleet.fleet.pools import Fleet
 from pipefleet.queues.celery import push_job
 from pipefleet.queues.keys import scaler_key
 from pipefleet_workers.facts import WORKERS_KEY

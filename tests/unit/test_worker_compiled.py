@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.pools import Pool, parse_fleet
+from pipefleet.fleet.file import parse_fleet
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME

@@ -21,7 +21,7 @@ from pipefleet.contract.messages import JobItem, JobMessage, Priority, Shard, as
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import StorageRef, join_uri
 from pipefleet.errors import ContractError, PipefleetError, UsageError
-from pipefleet.fleet.followed_file import FleetFile
+from pipefleet.fleet.latest import LatestFleet
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.fleet.writers import writers
@@ -111,7 +111,7 @@ def build(
     queue: str,
     device: str | None,
     name: str,
-    fleet_file: FleetFile | None = None,
+    fleet_file: LatestFleet | None = None,
 ) -> Built:
     """The consumer of one pool, with its model loaded and warm and its engine running; and the results of the warm-up.
 

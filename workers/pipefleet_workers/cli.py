@@ -29,7 +29,7 @@ from pipefleet_workers.observe import logs
 if TYPE_CHECKING:
     from pipefleet.fleet.pools import Fleet, Pool
     from pipefleet_workers.fleet.local import Stack
-    from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+    from pipefleet_workers.fleet.local.edits import FleetEdits
 
 log = logging.getLogger(__name__)
 DEFAULT_DATA = Path(".pipefleet")
@@ -119,7 +119,7 @@ def _register_worker(commands: Commands) -> None:
 
 def worker(arguments: argparse.Namespace) -> int:
     """Run a worker until SIGTERM."""
-    from pipefleet.fleet.followed_file import FleetFile
+    from pipefleet.fleet.latest import LatestFleet
     from pipefleet.settings import load_settings
     from pipefleet_workers.settings import WorkerSettings
     from pipefleet_workers.worker import Worker, prepare_process
@@ -129,7 +129,7 @@ def worker(arguments: argparse.Namespace) -> int:
     fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
     worker_settings = WorkerSettings()
     now = worker_settings.fleet_now or path
-    one = Worker(fleet, pool, settings, worker_settings, None if now is None else FleetFile(now, known=fleet))
+    one = Worker(fleet, pool, settings, worker_settings, None if now is None else LatestFleet(now, known=fleet))
     logs.configure(pool=pool.name, worker=one.name)
     if idle := fleet.idle_pools().get(pool.key):
         log.warning("%s", idle)
@@ -140,13 +140,13 @@ def worker(arguments: argparse.Namespace) -> int:
 def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
     from pipefleet.settings import load_settings
-    from pipefleet_workers.fleet.local.fleet_file import WatchedFile
+    from pipefleet_workers.fleet.local.edits import FleetEdits
 
     path = arguments.fleet or load_settings().fleet_path
     if path is None:
         raise UsageError("there is no fleet.toml here; name one with --fleet, or see `pipefleet demo` for a ready one")
-    file = WatchedFile(path, allow_unpinned=arguments.allow_unpinned)
-    fleet = file.read().fleet  # read first, so that a wrong file is reported before anything starts
+    file = FleetEdits(path, allow_unpinned=arguments.allow_unpinned)
+    fleet = file.read().fleet  # a wrong file is told before anything starts
     stack = _stack(arguments, file)
     logs.configure()
     interrupt_on_sigterm()
@@ -192,7 +192,7 @@ def demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.data, stay=sys.stdout.isatty())
 
 
-def _stack(arguments: argparse.Namespace, file: WatchedFile) -> Stack:
+def _stack(arguments: argparse.Namespace, file: FleetEdits) -> Stack:
     from pipefleet_workers.fleet.local import Stack
     from pipefleet_workers.fleet.local.autoscale import Pace
     from pipefleet_workers.fleet.local.workers import worker_command
@@ -221,7 +221,7 @@ def reload_on_sighup(reload: Callable[[], None]) -> None:
 
 
 def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, Path | None]:
-    from pipefleet.fleet.pools import load_fleet, parse_fleet
+    from pipefleet.fleet.file import load_fleet, parse_fleet
 
     path = arguments.fleet or path
     if arguments.task or (arguments.model and path is None):
@@ -236,8 +236,8 @@ def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Flee
 
 
 def _chosen_revision(arguments: argparse.Namespace, pool: Pool) -> Pool:
-    """The requested revision of a pool of the fleet file; new work goes only to the pool's own revision."""
-    from pipefleet.fleet.pools import with_revision
+    """The revision of a pool of the fleet file that was asked for; new work goes to none but the pool's own."""
+    from pipefleet.fleet.file import with_revision
 
     if arguments.previous:
         if arguments.model or arguments.revision:

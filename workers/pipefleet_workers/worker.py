@@ -21,8 +21,8 @@ from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import TASK_NAME
 from pipefleet.errors import FleetMismatchError, ObjectMissingError, PipefleetError, ServiceUnavailableError
 from pipefleet.fleet.announcements import announce_pool, forget_dead_workers, takes_new_work, withdraw_pool
-from pipefleet.fleet.followed_file import FleetFile
 from pipefleet.fleet.identity import Membership
+from pipefleet.fleet.latest import LatestFleet
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.revisions import forget_revisions
 from pipefleet.fleet.routing import announcement, queue_name, revision_queue
@@ -74,7 +74,7 @@ class Worker:
         pool: Pool,
         settings: Settings,
         worker_settings: WorkerSettings,
-        fleet_file: FleetFile | None = None,
+        fleet_file: LatestFleet | None = None,
     ) -> None:
         self._pool = pool
         self._settings = settings

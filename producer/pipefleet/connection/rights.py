@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import encode_json
 from pipefleet.errors import AccessDeniedError
 
@@ -25,8 +26,8 @@ _COMMAND = re.compile(r"'([a-z]+(?:[|-][a-z]+)*)' command")
 
 
 def may(redis: Any, *commands: tuple[str, ...]) -> bool:
-    """Whether the user of `redis` may run all of these commands. One round trip; raises redis-py's errors."""
-    return bool(redis.eval(_MAY, 0, encode_json([list(one) for one in commands])))
+    """Whether the user of `redis` may run every one of these commands. One round trip; raises redis-py's errors."""
+    return bool(run_script(redis, _MAY, [], encode_json([list(one) for one in commands])))
 
 
 def require(redis: Any, what: str, role: str, *commands: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefleet.connection.reading import reading
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import encode_json
 from pipefleet.fleet.pools import Fleet, Pool
 from pipefleet.fleet.routing import revision_queue
@@ -67,8 +68,8 @@ class Announcement:
 
 
 def announce_pool(redis: Any, name: str, fields: Mapping[str, Any], *, seconds: float) -> None:
-    """Announce the `fields` of a pool, from `fleet.routing.announcement`, for `seconds`. Workers repeat this well before."""
-    redis.eval(_ANNOUNCE_POOL, 1, POOLS_KEY, _field(name, fields), encode_json(dict(fields)), seconds)
+    """Announce what `routing.announcement` says of a pool for `seconds`; workers repeat this well before the time is over."""
+    run_script(redis, _ANNOUNCE_POOL, [POOLS_KEY], _field(name, fields), encode_json(dict(fields)), seconds)
 
 
 def withdraw_pool(redis: Any, name: str, fields: Mapping[str, Any]) -> None:
@@ -137,8 +138,8 @@ def announced_fleet(redis: Any) -> Fleet:
 
 
 def announce_worker(redis: Any, name: str, facts: Mapping[str, Any], *, seconds: float) -> None:
-    """Announce a live worker with its `facts`, which are not empty, for `seconds`."""
-    redis.eval(_ANNOUNCE_WORKER, 1, WORKERS_KEY, name, encode_json(dict(facts)), seconds)
+    """Tell that a worker lives, for `seconds`, with what it says of itself: not nothing."""
+    run_script(redis, _ANNOUNCE_WORKER, [WORKERS_KEY], name, encode_json(dict(facts)), seconds)
 
 
 def announced_workers(redis: Any) -> dict[str, dict[str, Any]]:

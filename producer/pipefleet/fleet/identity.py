@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.rights import may, require
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import CONTRACT_VERSION, encode_json
 from pipefleet.contract.references import join_uri
 from pipefleet.errors import (
@@ -212,7 +213,7 @@ class Membership:
                 printable(known.store, 200),
             )
         with self._errors():
-            self._redis.eval(_REPLACE, 1, FLEET_KEY, self._seen, mine.write())
+            run_script(self._redis, _REPLACE, [FLEET_KEY], self._seen, mine.write())
         return self._known()
 
     def _noted(self, known: Identity | None, own: str, *, works: bool) -> Identity | None:

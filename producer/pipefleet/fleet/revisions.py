@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipefleet.connection.reading import server_time
+from pipefleet.connection.scripts import run_script
 from pipefleet.connection.wrong_type import passed_over
 from pipefleet.fleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.fleet.pools import Fleet, Pool, model_label
@@ -84,7 +85,7 @@ class Part:
 def held_by_queue(redis: Any, queue: str) -> dict[str, Held]:
     """The messages of a pool that are with workers or delayed, by the queue that they came from."""
     keys = ledger_keys(queue)
-    answer = redis.eval(_HELD, 0, keys["unacked_key"], keys["delayed_key"])
+    answer = run_script(redis, _HELD, [], keys["unacked_key"], keys["delayed_key"])
     triples = zip(answer[::3], answer[1::3], answer[2::3], strict=True)
     return {name.decode(errors="replace"): Held(int(leased), int(delayed)) for name, leased, delayed in triples}
 

@@ -98,7 +98,7 @@ class Feeder:
             self._changed.notify_all()
 
     def stop(self, timeout: float | None = 0.0) -> bool:
-        """Take no more inputs, and cancel the jobs under way. Returns whether the thread has ended: nobody waits for the source's code.
+        """Take no more inputs, and cancel the jobs under way. Returns whether the thread has ended; it may be in the source's code.
 
         Raises nothing: the caller's own error matters more.
         """

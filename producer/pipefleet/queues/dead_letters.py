@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.connection.reading import reading, server_time
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import MAX_WIRE_BYTES, encode_json
 from pipefleet.errors import ContractError, UsageError
 from pipefleet.foreign import number, read_object, whole
@@ -108,7 +109,7 @@ def dead_letters(redis: Redis, queue: str, *, start: int = 0, count: int = 100) 
     """
     keys = ledger_keys(queue)
     names = (keys["unreported_key"], keys["dead_key"])
-    found: Any = redis.eval(_READ_LETTERS, 2, *names, start, count, MOST_LETTER_BYTES, MOST_READ_BYTES)
+    found: Any = run_script(redis, _READ_LETTERS, names, start, count, MOST_LETTER_BYTES, MOST_READ_BYTES)
     return [DeadLetter.parse(one) if isinstance(one, bytes) else _unread(*one) for one in found]
 
 
@@ -148,7 +149,7 @@ take the letter, or the suspect of this culprit would run again and again, alone
 def file_dead_letter(redis: Redis, queue: str, *, message: str, reason: str, deliveries: int = 0) -> None:
     """Put the text of a message into the dead letters of a queue, also on a full server."""
     entry = {"reason": reason, "at": server_time(redis), "queue": queue, "deliveries": deliveries}
-    redis.eval(_FILE_LETTER, 1, ledger_keys(queue)["dead_key"], encode_json({**entry, "message": message}))
+    run_script(redis, _FILE_LETTER, [ledger_keys(queue)["dead_key"]], encode_json({**entry, "message": message}))
 
 
 _REMOVE_LETTER = """
@@ -183,7 +184,7 @@ def remove_dead_letter(redis: Redis, letter: DeadLetter, queue: str) -> bool:
     """Remove a dead letter. False when it was gone already."""
     keys = ledger_keys(queue)
     return bool(
-        redis.eval(_REMOVE_LETTER, 2, keys["dead_key"], keys["unreported_key"], letter.entry, MOST_LETTER_BYTES)
+        run_script(redis, _REMOVE_LETTER, [keys["dead_key"], keys["unreported_key"]], letter.entry, MOST_LETTER_BYTES)
     )
 
 
@@ -208,7 +209,7 @@ def requeue_dead_letter(
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ContractError):
         raise UsageError("this dead letter is not a message that can be queued; remove it") from None
     names = (keys["dead_key"], keys["unreported_key"], target, *record)
-    became: Any = redis.eval(_REQUEUE_LETTER, len(names), *names, letter.entry, text, int(ttl), own)
+    became: Any = run_script(redis, _REQUEUE_LETTER, names, letter.entry, text, int(ttl), own)
     return None if became is None else became.decode()
 
 

@@ -28,6 +28,7 @@ def note_revision(redis: Any, queue: str, model: str | None, revision: str | Non
     if REVISION_MARK in queue:
         at = server_time(redis) if now is None else now
         note = encode_json({"model": model, "revision": revision, "at": at})
+        # With its text: in a transaction, NOSCRIPT would lose the note beside messages that are queued.
         redis.eval(_NOTE, 1, REVISIONS_KEY, queue, note)
 
 

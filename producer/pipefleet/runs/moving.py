@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.rights import may, require
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import encode_json
 from pipefleet.errors import ObjectMissingError, UnknownModelError, UsageError
@@ -137,7 +138,7 @@ def take_back(session: Session, moved: Moved, run_id: str) -> None:
                 continue
             keys = ledger_keys(base)
             ledger = [keys[f"{name}_key"] for name in ("unacked", "unacked_index", "deliveries", "retries", "owners")]
-            session.redis.eval(_TAKE, 5, *ledger, moved.queue, f"{run_id}-", STALE_SECONDS)
+            run_script(session.redis, _TAKE, ledger, moved.queue, f"{run_id}-", STALE_SECONDS)
             for queue in queues_of(session.redis, base):
                 if queue != moved.queue:
                     _remove(session.redis, queue, run_id)

@@ -27,6 +27,7 @@ from pipefleet.connection.clock import ServerClock
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.reading import reading
 from pipefleet.connection.rights import may
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.messages import MAX_RUN_ITEMS, MAX_SHARD_BYTES, MAX_SHARD_ITEMS, Shard, encode_json
 from pipefleet.contract.parts import MAX_PART_BYTES, part_format
@@ -155,7 +156,7 @@ def note(redis: Redis, shard: Shard, failure: JobFailure, *, ttl: float, queue: 
     run, ledger = shard.run_id, ledger_keys(queue)
     keys = [_key(run), run_key(run, "parts"), ledger["dead_key"], ledger["unreported_key"], run_key(run)]
     text = encode_json(Refusal.of(shard, failure).to_json())
-    return Noted(int(redis.eval(NOTE, len(keys), *keys, shard.index, text, int(ttl), letter, shard.run_uri)))
+    return Noted(int(run_script(redis, NOTE, keys, shard.index, text, int(ttl), letter, shard.run_uri)))
 
 
 def _key(run_id: str) -> str:
@@ -329,9 +330,7 @@ class Refusals:
         keys = [run_key(self._id, name) for name in ("", "items", "failed", "parts", "refused")]
         positions = encode_json(list(items) if sealed else [])
         with self._errors():
-            current = self._redis.eval(
-                SEAL, len(keys), *keys, resumed.word, index, int(self._settings.run_ttl), positions
-            )
+            current = run_script(self._redis, SEAL, keys, resumed.word, index, int(self._settings.run_ttl), positions)
         if not sealed:
             self._store.delete(self._layout.refused_shard(index))
         elif not current:  # the client that took the shard up may have removed the mark before our part came

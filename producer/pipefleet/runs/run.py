@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.replicas import old_figures
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.artifacts import resolve
 from pipefleet.contract.layout import RunLayout, RunPlan
 from pipefleet.contract.parts import JsonLines, part_format
@@ -232,7 +233,7 @@ class Run:
         key = run_key(self.id)
         self._session.store.put(self._layout.cancelled, b"{}")
         with redis_errors(self._session.settings.redis_url):
-            self._session.redis.eval(CANCEL_RUN, 1, key, int(self._session.settings.run_ttl))
+            run_script(self._session.redis, CANCEL_RUN, [key], int(self._session.settings.run_ttl))
             self._session.redis.publish(CANCELLED_CHANNEL, self.id)
 
     def resume(self, *, model: str | None = None, revision: str | None = None) -> int:

@@ -89,7 +89,7 @@ class Fleet:
         """The server drops what the worker waits at, and none of those who look at it."""
         for client in self.redis.client_list():
             if (
-                client["cmd"] in ("blmove", "eval", "brpop", "subscribe", "psubscribe")
+                client["cmd"] in ("blmove", "eval", "evalsha", "brpop", "subscribe", "psubscribe")
                 and client["id"] not in self._others
             ):
                 self.redis.client_kill_filter(client["id"])

@@ -17,7 +17,7 @@ from pipefleet.connection.errors import redis_errors
 from pipefleet.contract.messages import JobMessage
 from pipefleet.errors import UnknownModelError
 from pipefleet.fleet.announcements import announced_fleet
-from pipefleet.fleet.followed_file import FleetFile
+from pipefleet.fleet.latest import LatestFleet
 from pipefleet.fleet.pools import Fleet
 from pipefleet.fleet.routing import work_queue
 from pipefleet.queues.revision_notes import note_revision
@@ -33,7 +33,7 @@ class Elsewhere:
     def __init__(
         self,
         settings: Settings,
-        fleet_file: FleetFile | None,
+        fleet_file: LatestFleet | None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.scripts import run_script
 from pipefleet.contract.messages import JobItem, JobMessage, Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
@@ -96,7 +97,7 @@ class Journal:
     def opens(self) -> int:
         """Note that the list of items is read next. Returns how many such readings have begun without an end, this one included."""
         with redis_errors(self._settings.redis_url):
-            return int(self._redis.eval(_OPEN, 1, self._key, int(self._settings.run_ttl)))
+            return int(run_script(self._redis, _OPEN, [self._key], int(self._settings.run_ttl)))
 
     def opened(self) -> None:
         """Note that the list of items was read or given up, and the worker lives."""
@@ -109,7 +110,7 @@ class Journal:
 
     def _note(self, field: str, text: str) -> None:
         with redis_errors(self._settings.redis_url):
-            self._redis.eval(_NOTE, 1, self._key, field, text, int(self._settings.run_ttl))
+            run_script(self._redis, _NOTE, [self._key], field, text, int(self._settings.run_ttl))
 
     def tried(self) -> None:
         """Note that the running item has ended or was given up, and the worker lives."""

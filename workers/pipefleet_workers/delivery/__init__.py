@@ -30,10 +30,10 @@ both at once on the same `unacked` keys: a stock worker does not renew, so our s
 **Rights.** The least that a Redis user needs for one queue Q (with keys from `pipefleet.queues.keys.ledger_keys`) is, as a worker,
 
     ~Q* ~pipefleet:*:Q ~_kombu.binding.* &/0.celery.pidbox &/0.celeryev/worker.* &/0.celeryev/* -@all
-    +ping +client +select +eval +time +blmove +lmove +lrange +rpop +rpush +lpush +llen +lrem +hget +hset +hdel +hincrby
+    +ping +client +select +eval +evalsha +time +blmove +lmove +lrange +rpop +rpush +lpush +llen +lrem +hget +hset +hdel +hincrby
     +zadd +zrem +zscore +zrange +sadd +smembers +psubscribe +punsubscribe +publish +multi +exec
 
-and as a producer that only queues messages
+Without +evalsha each call sends the text of its script. A producer that only queues messages needs
 
     ~Q* ~_kombu.binding.* -@all +ping +client +select +lpush +llen +sadd +smembers +multi +exec
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 from redis import Redis
 from redis.exceptions import RedisError
 
+from pipefleet.connection.scripts import run_script
 from pipefleet.queues.dead_letters import DeadLetter
 from pipefleet.service import Service, Services
 from pipefleet_workers.delivery.leases import Buried, GivenBack, Lease, LeaseKeys, Settlement, Terms
@@ -99,6 +100,11 @@ class Ledger:
     def keys(self) -> tuple[str, ...]:
         """KEYS[1..8] of every script."""
         return self._keys
+
+    @property
+    def redis(self) -> Any:
+        """The client of this ledger; its Redis user is that of its channels."""
+        return self._redis
 
     @property
     def held(self) -> int:
@@ -281,7 +287,7 @@ class Ledger:
         self._wake.set()
 
     def _call(self, script: str, *arguments: Any) -> Any:
-        answer = self._redis.eval(script, len(self._keys), *self._keys, *arguments)
+        answer = run_script(self._redis, script, self._keys, *arguments)
         self._note_answer()
         return answer
 

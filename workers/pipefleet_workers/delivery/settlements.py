@@ -11,6 +11,7 @@ from typing import Any
 
 from redis.exceptions import DataError, ResponseError
 
+from pipefleet.connection.scripts import ScriptBatch
 from pipefleet_workers.delivery.leases import Acked, Buried, GivenBack, Lease, Settlement
 from pipefleet_workers.delivery.scripts import ACK, BURY, GIVE_BACK
 
@@ -46,13 +47,13 @@ class Settlements:
         return sum(len(answer) for answer in answers if isinstance(answer, list))
 
     def _send(self, batch: Sequence[Entry]) -> list[Any] | None:
-        """The answers of the scripts; None when the values under one entry's keys make its script fail."""
-        pipe = self._redis.pipeline(transaction=False)
+        """The answers of the scripts; None where what one of the entries holds is in the way."""
+        scripts = ScriptBatch(self._redis)
         for script, arguments in calls(batch, self._prefix):
-            pipe.eval(script, len(self._keys), *self._keys, *arguments)
+            scripts.add(script, self._keys, *arguments)
         try:
-            answers: list[Any] = pipe.execute(raise_on_error=False)
-        except (UnicodeError, DataError):  # an argument cannot be encoded; nothing was sent
+            answers = scripts.run()
+        except (UnicodeError, DataError):  # an argument that has no form on the wire; nothing was sent
             return None
         errors = [answer for answer in answers if isinstance(answer, Exception)]
         for error in errors:

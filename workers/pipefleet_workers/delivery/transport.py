@@ -28,14 +28,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from pipefleet.connection.scripts import must_send_text, never_began, note_answer, run_script
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
+from pipefleet_workers.delivery.fetch import Fetch, Source
 from pipefleet_workers.delivery.leases import Lease, is_queue_name
 from pipefleet_workers.delivery.ledger import Ledger
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
@@ -47,20 +49,6 @@ from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 log = logging.getLogger(__name__)
 FULL_SECONDS = 1.0
 """How often a worker looks for messages while the server is full."""
-
-
-class _List(NamedTuple):
-    name: str
-    queue: str
-    low: bool
-
-
-class _Fetch(NamedTuple):
-    """A fetch that was sent and is not answered yet."""
-
-    lists: Sequence[_List]
-    credit: int
-    low_credit: int
 
 
 class Channel(stock.Channel):  # type: ignore[misc]
@@ -109,8 +97,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._arrived: set[str] = set()
         """Lists in which a message woke this channel after its last fetch was sent."""
         self._look_at: float | None = None
-        """When to look again at lists that this worker may not wait on, for example because the server is full."""
-        self._fetch: _Fetch | None = None
+        """When lists are looked at again that nobody may wait on, because the server is full."""
+        self._fetch: Fetch | None = None
+        self._refusal: ResponseError | None = None
+        """Why the server did not run the last fetch by its digest; the next one goes with the text."""
         self._ledger: Ledger | None = None
         self._cached: tuple[Any, Any] | None = None
         with retrying():
@@ -171,9 +161,9 @@ class Channel(stock.Channel):  # type: ignore[misc]
         """The next message of `queue`, with a lease unless `no_ack`; None when there is none."""
         if no_ack:
             return super().basic_get(queue, no_ack=True, **kwargs)
-        fetch = _Fetch(self._lists([queue]), 1, 1)
+        fetch = Fetch(self._lists([queue]), 1, 1)
         self.ledger.attach(self, [one.name for one in fetch.lists])
-        answer = Redis(connection_pool=self.pool).eval(*self._fetch_command(fetch)[1:])
+        answer = run_script(Redis(connection_pool=self.pool), FETCH, *fetch.arguments(self.ledger, self.max_deliveries))
         for lease, raw in self._leases(fetch, answer):
             message = self._opened(lease, raw)
             if message is not None:
@@ -255,24 +245,17 @@ class Channel(stock.Channel):  # type: ignore[misc]
             if self._look_at is None:
                 self._wait_for(lists)
         else:
-            self._send_fetch(_Fetch(lists, min(self.fetch_max, self.qos.credit()), low_credit))
+            with_text = self._refusal is not None or must_send_text(self.ledger.redis)
+            self._send_fetch(Fetch(lists, min(self.fetch_max, self.qos.credit()), low_credit, with_text))
 
     def _low_credit(self) -> int:
         return UNBOUNDED if self.low_prefetch is None else max(0, self.low_prefetch - self.ledger.held_low)
 
-    def _send_fetch(self, fetch: _Fetch) -> None:
+    def _send_fetch(self, fetch: Fetch) -> None:
         connection = self.client.connection
         self._arrived.difference_update(one.name for one in fetch.lists)
         self._fetch, self._in_poll, self._brpop_sent_at = fetch, connection, monotonic()
-        connection.send_command(*self._fetch_command(fetch))
-
-    def _fetch_command(self, fetch: _Fetch) -> list[Any]:
-        lists = fetch.lists
-        first_low = next((place for place, one in enumerate(lists, 1) if one.low), len(lists) + 1)
-        keys = [*self.ledger.keys, *(one.name for one in lists)]
-        most = UNBOUNDED if self.max_deliveries is None else self.max_deliveries
-        arguments = [fetch.credit, min(fetch.low_credit, fetch.credit), first_low, most, self.ledger.owner()]
-        return ["EVAL", FETCH, len(keys), *keys, *arguments, *(one.queue for one in lists)]
+        connection.send_command(*fetch.command(self.ledger, self.max_deliveries))
 
     def _brpop_read(self, **options: Any) -> bool:
         if self._fetch is None:
@@ -280,21 +263,33 @@ class Channel(stock.Channel):  # type: ignore[misc]
         fetch, self._fetch = self._fetch, None
         connection = self.client.connection
         try:
-            answer = self.client.parse_response(connection, "EVAL")
+            answer = self.client.parse_response(connection, "EVALSHA")
         except self.connection_errors:
             connection.disconnect()
             raise
         except ResponseError as error:
-            raise retried(error) from error
+            if fetch.with_text or not never_began(error):
+                raise retried(error) from error
+            answer = error
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
         try:
+            if isinstance(answer, ResponseError):
+                self._fetch_again(fetch, answer)
+            note_answer(self.ledger.redis, self._refusal, answer)
+            self._refusal = None
             return self._deliver(fetch, answer)
         finally:
             self._pass_on(list(self._arrived))
 
-    def _deliver(self, fetch: _Fetch, answer: Any) -> bool:
+    def _fetch_again(self, fetch: Fetch, refusal: ResponseError) -> NoReturn:
+        """Let the next poll send the script's text. Always raises Empty, kombu's word for no delivery."""
+        self._refusal = refusal
+        self._arrived.update(one.name for one in fetch.lists)  # what woke this channel still waits to be fetched
+        raise Empty
+
+    def _deliver(self, fetch: Fetch, answer: Any) -> bool:
         found = self._leases(fetch, answer)
         self._note_empty(fetch, answer, found)
         delivered = False
@@ -328,7 +323,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
     def _stopping(self) -> bool:
         return self._transport.loop is not None and self.do_restore
 
-    def _leases(self, fetch: _Fetch, answer: Any) -> list[tuple[Lease, bytes]]:
+    def _leases(self, fetch: Fetch, answer: Any) -> list[tuple[Lease, bytes]]:
         owner, buried, taken, _ = answer
         if buried:
             self.ledger.nudge()
@@ -336,7 +331,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self.ledger.add(lease for lease, _ in found)
         return found
 
-    def _lease(self, source: _List, owner: str, taken: Sequence[Any]) -> Lease:
+    def _lease(self, source: Source, owner: str, taken: Sequence[Any]) -> Lease:
         _, tag, _, deliveries, retries = taken
         order = self.ledger.next_order()
         return Lease(
@@ -368,8 +363,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         except Exception:  # noqa: BLE001 - whatever a hostile body makes the codecs raise
             raise MalformedError("its body is not what its encoding says") from None
 
-    def _note_empty(self, fetch: _Fetch, answer: Any, found: Sequence[tuple[Lease, bytes]]) -> None:
-        """Fewer messages than asked for mean that the lists are empty; note this, so that no second fetch is needed."""
+    def _note_empty(self, fetch: Fetch, answer: Any, found: Sequence[tuple[Lease, bytes]]) -> None:
+        """A fetch that had room left has emptied its lists; no second one is needed to know."""
         self._known_empty.clear()
         if len(found) >= fetch.credit or answer[3]:
             return
@@ -378,7 +373,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._known_empty.update(one.name for one in fetch.lists if low_seen or not one.low)
         self._known_empty -= self._arrived
 
-    def _wait_for(self, lists: Sequence[_List]) -> None:
+    def _wait_for(self, lists: Sequence[Source]) -> None:
         for one in lists:
             bell = self._bells.get(one.name) or self._new_bell(one.name)
             if not bell.armed:
@@ -422,6 +417,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             bell = self._bells.get(name)
             if bell is not None and bell.idle and not self._has_room(name):
                 self._arrived.discard(name)
+                # With its text: nobody reads the answer of a bell, so nobody would send the text after a NOSCRIPT.
                 bell.put_back(["EVAL", GATHER, len(self.ledger.keys), *self.ledger.keys, name])
 
     def _has_room(self, name: str) -> bool:
@@ -468,11 +464,11 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._cached = (self.pool, client)
         return self._cached[1]
 
-    def _lists(self, queues: Sequence[str]) -> list[_List]:
+    def _lists(self, queues: Sequence[str]) -> list[Source]:
         lowest = max(self.priority_steps)
         prefix = self.global_keyprefix
         return [
-            _List(prefix + self._q_for_pri(queue, step), queue, step == lowest)
+            Source(prefix + self._q_for_pri(queue, step), queue, step == lowest)
             for step in self.priority_steps
             for queue in queues
         ]

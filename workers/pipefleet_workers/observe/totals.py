@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipefleet.connection.scripts import run_script
 from pipefleet.foreign import number
 from pipefleet.queues.keys import work_key
 
@@ -77,7 +78,7 @@ def record_done(redis: Any, *names: str, cost: float, seconds: float) -> None:
 
 
 def _add(redis: Any, keys: Sequence[str], command: str, **values: float) -> None:
-    for total in redis.eval(_ADD, len(keys), *keys, command, *(part for pair in values.items() for part in pair)):
+    for total in run_script(redis, _ADD, keys, command, *(part for pair in values.items() for part in pair)):
         log.warning("%s was no number; it begins anew", total.decode(errors="replace"))
 
 

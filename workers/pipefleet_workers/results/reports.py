@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.scripts import ScriptBatch, run_script
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import JobMessage, JobState, Shard, encode_json, is_reply
 from pipefleet.contract.records import (
@@ -117,19 +118,19 @@ class Reporter:
             ours = [(one.tag, one.owner, one.deliveries - excused) for one in leases if one.queue == queue]
             arguments = [part for one in ours for part in one]
             with redis_errors(self._settings.redis_url):
-                self._redis.eval(COUNT, 2, keys["owners_key"], keys["deliveries_key"], *arguments)
+                run_script(self._redis, COUNT, [keys["owners_key"], keys["deliveries_key"]], *arguments)
 
     def start_many(self, messages: Sequence[JobMessage]) -> list[JobState | Exception]:
         """Mark single jobs as running. Returns `running` for each; for a job that has ended already, its final state.
 
         Returns an error for a job whose record Redis refuses to change; the other jobs go on.
         """
-        pipe = self._redis.pipeline(transaction=False)
+        batch = ScriptBatch(self._redis)
         arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
         for message in messages:
-            pipe.eval(START, 1, job_key(message.id), *arguments)
+            batch.add(START, [job_key(message.id)], *arguments)
         with redis_errors(self._settings.redis_url):
-            answers = pipe.execute(raise_on_error=False)
+            answers = batch.run()
             others = self._others(messages, answers)
         return [
             self._refused(answer) if isinstance(answer, Exception) else others.get(place, JobState.RUNNING)
@@ -153,7 +154,7 @@ class Reporter:
     def _finish_many(
         self, ends: Sequence[tuple[JobMessage, Outcome]], told: Sequence[Said]
     ) -> list[Ending | Exception]:
-        pipe = self._redis.pipeline(transaction=False)
+        batch = ScriptBatch(self._redis)
         found: list[Ending | Exception] = []
         for (message, outcome), said in zip(ends, told, strict=True):
             if isinstance(said, Exception):
@@ -163,11 +164,11 @@ class Reporter:
             state = Outcome(outcome.work, failure=failure).state
             fields = {} if isinstance(said, JobFailure) else said
             told_of = _told(failure, outcome.work.seconds, outcome.work.warnings)
-            self._finish(pipe, message, state, {**fields, **self._loaded, **told_of})
+            self._finish(batch, message, state, {**fields, **self._loaded, **told_of})
             found.append(single_ending(state, failure))
         written = [place for place, one in enumerate(found) if isinstance(one, Ending)]
         try:
-            answers = self._ended([ends[place][0] for place in written], pipe)
+            answers = self._ended([ends[place][0] for place in written], batch)
         except ServiceUnavailableError as error:
             return [error] * len(ends)
         for place, answer in zip(written, answers, strict=True):
@@ -175,13 +176,10 @@ class Reporter:
         return found
 
     def end(self, message: JobMessage, state: JobState, failure: JobFailure) -> Ending:
-        """End a single job without the engine, and tell its client.
-
-        Returns its ending: `state`, or the state that was there first.
-        """
-        pipe = self._redis.pipeline(transaction=False)
-        self._finish(pipe, message, state, _told(failure))
-        (answer,) = self._ended([message], pipe)
+        """End a single job without the engine. How it has ended: as `state`, or as it had ended before; its client is told."""
+        batch = ScriptBatch(self._redis)
+        self._finish(batch, message, state, _told(failure))
+        (answer,) = self._ended([message], batch)
         if isinstance(answer, Exception):
             raise answer
         if is_reply(message.reply) and answer is not None:  # the process that ended it may not have known its client
@@ -202,7 +200,7 @@ class Reporter:
         ttl = self._settings.result_ttl
         arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=None, fields=_told(failure))
         with redis_errors(self._settings.redis_url):
-            self._redis.eval(CANCEL, 1, job_key(job_id), *arguments)
+            run_script(self._redis, CANCEL, [job_key(job_id)], *arguments)
 
     def bury(self, letter: DeadLetter, failure: JobFailure, queue: str, reply: str | None) -> None:
         """End the single job of a dead letter, unless the letter was queued again or removed meanwhile."""
@@ -211,7 +209,7 @@ class Reporter:
         arguments = finish_arguments(letter.job_id, JobState.FAILED, None, ttl=ttl, reply=reply, fields=_told(failure))
         names = (job_key(letter.job_id), keys["unreported_key"], keys["dead_key"])
         with redis_errors(self._settings.redis_url):
-            ended = self._redis.eval(BURY, len(names), *names, *arguments, letter.entry)
+            ended = run_script(self._redis, BURY, names, *arguments, letter.entry)
         if ended:
             self._on_failed(failure)
 
@@ -225,13 +223,13 @@ class Reporter:
         succeeded = [place for place, has_failed in places if not has_failed]
         arguments = [int(self._settings.run_ttl), encode_json(succeeded), encode_json(failed)]
         with redis_errors(self._settings.redis_url):
-            self._redis.eval(PROGRESS, len(keys), *keys, *arguments)
+            run_script(self._redis, PROGRESS, keys, *arguments)
 
     def part_written(self, shard: Shard) -> bool:
         """Note that a shard's part is there. True if the run is planned to its end and no other shard is left."""
         keys = [run_key(shard.run_id, name) for name in ("parts", "refused", "")]
         with redis_errors(self._settings.redis_url):
-            ended, shards = self._redis.eval(PART, len(keys), *keys, shard.index, int(self._settings.run_ttl))
+            ended, shards = run_script(self._redis, PART, keys, shard.index, int(self._settings.run_ttl))
         return shards is not None and ended >= int(shards)
 
     def refusals(self, objects: ObjectStore, layout: RunLayout, run_id: str) -> Refusals:
@@ -254,21 +252,21 @@ class Reporter:
             raise ContractError(f"{FOREIGN}the run {shard.run_id} lies elsewhere")
         return bool(cancelled) or (not known and self._store.exists(RunLayout(shard.run_uri).cancelled))
 
-    def _finish(self, commands: Any, message: JobMessage, state: JobState, fields: dict[str, Any]) -> None:
-        """Bring a job to its final state through `commands`: the client itself, or one of its pipelines."""
+    def _finish(self, batch: ScriptBatch, message: JobMessage, state: JobState, fields: dict[str, Any]) -> None:
+        """Bring a job to its final state when `batch` runs."""
         arguments = finish_arguments(
             message.id, state, None, ttl=self._settings.result_ttl, reply=message.reply, fields=fields
         )
         script = FINISH_WITH_ROOM if len(fields.get("output", b"")) > LITTLE else FINISH
-        commands.eval(script, 1, job_key(message.id), *arguments)
+        batch.add(script, [job_key(message.id)], *arguments)
 
-    def _ended(self, messages: Sequence[JobMessage], pipe: Any) -> list[Ending | Exception | None]:
-        """Send a FINISH for each of `messages`. None if it worked; else the job's earlier ending, or the error of Redis.
+    def _ended(self, messages: Sequence[JobMessage], batch: ScriptBatch) -> list[Ending | Exception | None]:
+        """Send a FINISH for each of `messages`. None where it took; else how the job had ended before, or why Redis refused.
 
         An error for one job does not stop the others.
         """
         with redis_errors(self._settings.redis_url):
-            answers = pipe.execute(raise_on_error=False)
+            answers = batch.run()
             others = self._others(messages, answers)
         refused = {place: self._refused(one) for place, one in enumerate(answers) if isinstance(one, Exception)}
         endings = {place: before(state) for place, state in others.items()}

@@ -252,7 +252,7 @@ def _race(settings: Settings) -> str:
 
 
 def _fleet(settings: Settings) -> str:
-    from pipefleet.fleet.pools import load_fleet
+    from pipefleet.fleet.file import load_fleet
 
     path = settings.fleet_path
     if path is None:

@@ -1,6 +1,6 @@
 """`pipefleet up` follows its fleet file: pools appear, go, change or are resized, without disturbing the others.
 
-    WatchedFile ─▶ Description ─▶ differences ─▶ Crew: start, resize, replace
+    FleetEdits ─▶ Description ─▶ differences ─▶ Crew: start, resize, replace
                                                  replaced workers ─▶ told to end once nothing waits for them
 
 `Stack.step` calls `Follower.step`. A changed pool is rolled: the new workers start beside the old workers. The old workers go on
@@ -20,8 +20,8 @@ from pipefleet.connection.errors import redis_errors
 from pipefleet.errors import ServiceUnavailableError, UsageError
 from pipefleet.fleet.pools import Fleet, Pool, model_label
 from pipefleet.fleet.revisions import waiting
+from pipefleet_workers.fleet.local.edits import Description, Duty, FleetEdits
 from pipefleet_workers.fleet.local.files import write_private
-from pipefleet_workers.fleet.local.fleet_file import Description, Duty, WatchedFile
 from pipefleet_workers.fleet.local.workers import Crew, Squad, WorkerProcess
 from pipefleet_workers.observe.logs import say
 
@@ -46,7 +46,7 @@ class Follower:
 
     def __init__(
         self,
-        file: WatchedFile,
+        file: FleetEdits,
         folder: Path,
         *,
         least: int,

@@ -19,9 +19,9 @@ from redis.exceptions import RedisError
 
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.credentials import Credentials
+from pipefleet_workers.fleet.local.edits import FleetEdits
 from pipefleet_workers.fleet.local.errors import PortTakenError, StackError
 from pipefleet_workers.fleet.local.files import env_lines, private_folder, write_private
-from pipefleet_workers.fleet.local.fleet_file import WatchedFile
 from pipefleet_workers.fleet.local.flower import Flower
 from pipefleet_workers.fleet.local.follow import Follower, outstanding
 from pipefleet_workers.fleet.local.lock import DataLock
@@ -84,7 +84,7 @@ class Stack:
         self._lock = DataLock(self.data / "lock")
         self._stop_requested = False
         self._reload_requested = False
-        self._file: WatchedFile | None = None
+        self._file: FleetEdits | None = None
         self._least = 1
         self._follower: Follower | None = None
         self._told: Mapping[str, Parked] = {}
@@ -125,8 +125,8 @@ class Stack:
         """The URL of the scaler; None without a scaler."""
         return None if self._autoscaler is None else self._autoscaler.url
 
-    def follow(self, file: WatchedFile, *, least: int = 1) -> Self:
-        """Run the pools of `file`, each with `least` workers or its `workers.min`; `supervise` follows changes of the file.
+    def follow(self, file: FleetEdits, *, least: int = 1) -> Self:
+        """Run the pools of `file`, each with `least` workers or its `workers.min`, and let `supervise` take its changes.
 
         A pool whose workers do not start then does not stop the others. `pools` of the stack must be empty. Returns itself.
         """
@@ -311,8 +311,8 @@ class Stack:
         return self._follower.begin(crew)
 
     def _believed(self) -> float:
-        """For how many seconds clients may believe a worker's announcement from before a change of the fleet file."""
-        from pipefleet.fleet.followed_file import LOOK_SECONDS
+        """For how many seconds clients may believe what a worker announced before the fleet file changed."""
+        from pipefleet.fleet.latest import LOOK_SECONDS
         from pipefleet_workers.settings import WorkerSettings
 
         scaler = 0.0 if self._autoscaler is None else self._autoscaler.announced_seconds
@@ -320,7 +320,7 @@ class Stack:
         return LOOK_SECONDS + max(5 * WorkerSettings().announce_seconds, scaler)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
-        from pipefleet.fleet.pools import load_fleet
+        from pipefleet.fleet.file import load_fleet
         from pipefleet.settings import Settings
         from pipefleet_workers.fleet.local.autoscale import Autoscaler
 

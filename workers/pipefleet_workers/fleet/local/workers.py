@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipefleet_workers.fleet.local.children import Child, ChildSpec
-from pipefleet_workers.fleet.local.fleet_file import Duty
+from pipefleet_workers.fleet.local.edits import Duty
 from pipefleet_workers.fleet.local.parked import Parked
 from pipefleet_workers.fleet.local.restarts import Restarts
 from pipefleet_workers.fleet.local.service import ChildService, Site

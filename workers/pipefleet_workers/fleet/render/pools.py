@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.pools import Pool, load_fleet
+from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import queue_name
 
 DRAIN_SECONDS = 45
@@ -87,6 +87,8 @@ def load_pools(path: Path) -> list[DeployedPool]:
 
     Raises FleetFileError for a pool that no container can run.
     """
+    from pipefleet.fleet.file import load_fleet  # pydantic, which `pipefleet --help` does without
+
     fleet = load_fleet(path)
     tables = tomllib.loads(path.read_text(encoding="utf-8"))["pools"]
     found = []

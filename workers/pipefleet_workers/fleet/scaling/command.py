@@ -73,7 +73,7 @@ def check_interval(interval: float, option: str) -> None:
 
 
 def _fleet(arguments: argparse.Namespace, path: Path | None) -> Fleet:
-    from pipefleet.fleet.pools import load_fleet
+    from pipefleet.fleet.file import load_fleet
 
     path = arguments.fleet or path
     if path is None:

@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 from pipefleet.connection.connect import connect
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.reading import server_time
+from pipefleet.connection.scripts import run_script
 from pipefleet.connection.wrong_type import passed_over
 from pipefleet.contract.messages import encode_json
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
@@ -173,7 +174,7 @@ class Scaler:
         self._minds[part.key] = memory, state
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
-            self._redis.eval(KEEP, 1, scaler_key(part.key), content, int(60 * GAP_SECONDS))
+            run_script(self._redis, KEEP, [scaler_key(part.key)], content, int(60 * GAP_SECONDS))
         dead = 0 if pool.generation else deadletters.count_dead_letters(self._redis, part.queue)
         return PoolStatus(pool, reading, measured, decision, dead, barred)
 

@@ -1,7 +1,7 @@
-"""The fleet file in a process that lives long: it is read again when it changes, so that clients follow a roll-out.
+"""The latest fleet that a fleet file describes without a mistake, for clients and workers that live long and follow a roll-out.
 
-Sessions, workers and the scaler ask `FleetFile.fleet`. A wrong file after a change is passed over with a warning; only the first
-read raises FleetFileError.
+`fleet()` looks at the file when it is asked, not before, and never fails once a fleet is known. Its counterpart
+`pipefleet_workers.fleet.local.edits` tells `pipefleet up` of each settled edit once, mistakes included.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipefleet.errors import FleetFileError
-from pipefleet.fleet.pools import Fleet, load_fleet
+from pipefleet.fleet.file import fingerprint, load_fleet
+from pipefleet.fleet.pools import Fleet
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 """Seconds between two looks at the file."""
 
 
-class FleetFile:
-    """A fleet file that may change. Thread-safe. Hub models may be unpinned here: only workers refuse them.
+class LatestFleet:
+    """A fleet file that may change. Thread-safe. Hub models may be unpinned in it: that is for the workers to refuse.
 
     `known`, if given, is the fleet until the file can be read.
     """
@@ -30,7 +31,7 @@ class FleetFile:
         self.path = path
         self._clock = clock
         self._fleet = known
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] = ()
         self._look_at = 0.0
         self._lock = threading.Lock()
 
@@ -48,7 +49,7 @@ class FleetFile:
             return self._fleet
 
     def _look(self, known: Fleet | None) -> Fleet:
-        seen = self._signature()
+        seen = fingerprint(self.path)
         if known is not None and seen == self._seen:
             return known
         self._seen = seen
@@ -59,11 +60,3 @@ class FleetFile:
                 raise
             log.warning("the fleet stays as it was: %s", error)
             return known
-
-    def _signature(self) -> tuple[int, int, int] | None:
-        """Numbers that change with the file; None without a file. The inode is one of them, because a mounted file is replaced."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,14 +1,13 @@
-"""The fleet file of a running `pipefleet up`: its content, whether it has changed, and what a change means for a pool's workers.
+"""Edits of the fleet file under a running `pipefleet up`: each settled one is told once, and a mistake is an error.
 
-    fleet.toml ─▶ WatchedFile.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
+fleet.toml ─▶ FleetEdits.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
 
-`Follower` asks for news. A wrong file raises FleetFileError, or UsageError for a missing model folder.
+`up` calls it from one thread. Its counterpart for clients is `pipefleet.fleet.latest`, which passes mistakes over.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 import tomllib
 from collections.abc import Callable, Mapping
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.pools import Fleet, Pool, WorkerRange, load_fleet
+from pipefleet.fleet.file import fingerprint, load_fleet
+from pipefleet.fleet.pools import Fleet, Pool, WorkerRange
 from pipefleet.fleet.routing import queue_name, revision_queue
 
 LOOK_SECONDS = 1.0
@@ -62,7 +62,7 @@ class Description:
         return "# Written by `pipefleet up` for its workers.\n" + "\n".join(tables)
 
 
-class WatchedFile:
+class FleetEdits:
     """A fleet file that may be edited at any time. One thread at a time may call it.
 
     With `allow_unpinned`, hub models without a revision are accepted. `clock` gives monotonic seconds.
@@ -79,8 +79,8 @@ class WatchedFile:
         self._look_at = clock()
 
     def read(self) -> Description:
-        """The present content. Raises FleetFileError, or UsageError for a missing model folder."""
-        self._judged = self._seen = self._fingerprint()
+        """What the file says now. Raises FleetFileError, or UsageError for a model folder that is not there."""
+        self._judged = self._seen = fingerprint(self.path)
         return self._parse()
 
     def news(self, *, at_once: bool = False) -> Description | None:
@@ -108,15 +108,8 @@ class WatchedFile:
         if self._clock() < self._look_at:
             return False
         self._look_at = self._clock() + LOOK_SECONDS
-        before, self._seen = self._seen, self._fingerprint()
+        before, self._seen = self._seen, fingerprint(self.path)
         return self._seen == before and self._seen != self._judged
-
-    def _fingerprint(self) -> tuple[int, ...]:
-        try:
-            found = os.stat(self.path)  # noqa: PTH116 - of the target, where the file is a link
-        except OSError:
-            return ()
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _content(self) -> bytes:
         try:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipefleet.errors import FleetFileError, UsageError
-from pipefleet.fleet.pools import load_fleet
-from pipefleet_workers.fleet.local.fleet_file import LOOK_SECONDS, Description, WatchedFile
+from pipefleet.fleet.file import load_fleet
+from pipefleet_workers.fleet.local.edits import LOOK_SECONDS, Description, FleetEdits
 from tests.unit.fake_clock import Clock
 
 TEXTS = '[pools.texts]\ntask = "text-classification"\nmodel = "./model"\n'
@@ -30,13 +30,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def file(path: Path, clock: Clock) -> WatchedFile:
-    one = WatchedFile(path, clock=clock)
+def file(path: Path, clock: Clock) -> FleetEdits:
+    one = FleetEdits(path, clock=clock)
     one.read()
     return one
 
 
-def look(file: WatchedFile, clock: Clock) -> Description | None:
+def look(file: FleetEdits, clock: Clock) -> Description | None:
     clock.now += LOOK_SECONDS
     return file.news()
 
@@ -52,17 +52,17 @@ def replace(path: Path, text: str) -> None:
     neighbour.replace(path)
 
 
-def test_nothing_is_read_while_the_file_stays_as_it_is(file: WatchedFile, clock: Clock) -> None:
+def test_nothing_is_read_while_the_file_stays_as_it_is(file: FleetEdits, clock: Clock) -> None:
     assert [look(file, clock) for _ in range(4)] == [None] * 4
 
 
 @pytest.mark.parametrize("save", [replace, Path.write_text])
-def test_a_new_version_is_taken_once_two_looks_find_it_alike(save, file: WatchedFile, path: Path, clock: Clock) -> None:
+def test_a_new_version_is_taken_once_two_looks_find_it_alike(save, file: FleetEdits, path: Path, clock: Clock) -> None:
     save(path, MORE)
     assert [pools(look(file, clock)) for _ in range(3)] == [None, ["texts", "vectors"], None]
 
 
-def test_between_two_looks_the_file_is_left_alone(file: WatchedFile, path: Path, clock: Clock) -> None:
+def test_between_two_looks_the_file_is_left_alone(file: FleetEdits, path: Path, clock: Clock) -> None:
     look(file, clock)
     path.write_text(MORE)
     clock.now += LOOK_SECONDS / 2
@@ -70,7 +70,7 @@ def test_between_two_looks_the_file_is_left_alone(file: WatchedFile, path: Path,
     assert [pools(look(file, clock)) for _ in range(2)] == [None, ["texts", "vectors"]]
 
 
-def test_a_file_in_the_middle_of_being_written_is_not_read(file: WatchedFile, path: Path, clock: Clock) -> None:
+def test_a_file_in_the_middle_of_being_written_is_not_read(file: FleetEdits, path: Path, clock: Clock) -> None:
     for end in range(1, len(MORE), 7):
         path.write_text(MORE[:end])
         assert look(file, clock) is None
@@ -80,7 +80,7 @@ def test_a_file_in_the_middle_of_being_written_is_not_read(file: WatchedFile, pa
 
 
 def test_a_wrong_version_is_refused_once_and_the_next_good_one_taken(
-    file: WatchedFile, path: Path, clock: Clock
+    file: FleetEdits, path: Path, clock: Clock
 ) -> None:
     path.write_text(TEXTS.replace("model =", "modle ="))
     assert look(file, clock) is None
@@ -91,7 +91,7 @@ def test_a_wrong_version_is_refused_once_and_the_next_good_one_taken(
     assert [pools(look(file, clock)) for _ in range(2)] == [None, ["texts", "vectors"]]
 
 
-def test_a_model_folder_that_is_not_there_is_refused(file: WatchedFile, path: Path, clock: Clock) -> None:
+def test_a_model_folder_that_is_not_there_is_refused(file: FleetEdits, path: Path, clock: Clock) -> None:
     path.write_text(TEXTS.replace("./model", "./other"))
     with pytest.raises(UsageError, match=r"there is no model folder .*other"):
         file.news(at_once=True)
@@ -102,7 +102,7 @@ def test_a_model_folder_that_is_not_there_is_refused(file: WatchedFile, path: Pa
     assert again.fleet.pools["texts"].model == str(path.parent / "other")
 
 
-def test_a_file_that_is_gone_is_refused_and_taken_when_it_is_back(file: WatchedFile, path: Path, clock: Clock) -> None:
+def test_a_file_that_is_gone_is_refused_and_taken_when_it_is_back(file: FleetEdits, path: Path, clock: Clock) -> None:
     path.unlink()
     assert look(file, clock) is None
     with pytest.raises(FleetFileError, match="there is no fleet file"):
@@ -114,15 +114,15 @@ def test_a_file_that_is_gone_is_refused_and_taken_when_it_is_back(file: WatchedF
 def test_a_version_that_is_written_while_it_is_read_counts_for_nothing(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = WatchedFile(path, clock=clock)
-    honest = WatchedFile._parse
+    file = FleetEdits(path, clock=clock)
+    honest = FleetEdits._parse
 
-    def torn(self: WatchedFile) -> Description:
+    def torn(self: FleetEdits) -> Description:
         found = honest(self)
         path.write_text(MORE)
         return found
 
-    monkeypatch.setattr(WatchedFile, "_parse", torn)
+    monkeypatch.setattr(FleetEdits, "_parse", torn)
     assert file.news(at_once=True) is None
     monkeypatch.undo()
     assert [pools(look(file, clock)) for _ in range(2)] == [None, ["texts", "vectors"]]
@@ -137,7 +137,7 @@ def test_the_workers_copy_says_the_same_from_another_folder(path: Path, tmp_path
         + '[pools.labels]\ntask = "zero-shot-classification"\nmodel = "./model"\n'
         + 'parameters = { candidate_labels = ["a \\"b\\"", "\\u007f\\\\", "😀\\n"], multi_label = true }\n'
     )
-    description = WatchedFile(path).read()
+    description = FleetEdits(path).read()
     copy = tmp_path / "elsewhere" / "fleet.toml"
     copy.parent.mkdir()
     copy.write_text(description.to_toml())
@@ -158,18 +158,18 @@ def test_the_workers_copy_says_the_same_from_another_folder(path: Path, tmp_path
     ],
 )
 def test_workers_depend_on_what_they_load_and_not_on_their_number(line: str, same: bool, path: Path) -> None:
-    before = WatchedFile(path).read().duty("texts")
+    before = FleetEdits(path).read().duty("texts")
     path.write_text(TEXTS + line + "\n")
-    assert (WatchedFile(path).read().duty("texts") == before) is same
+    assert (FleetEdits(path).read().duty("texts") == before) is same
 
 
 def test_another_queue_is_another_duty(path: Path) -> None:
-    before = WatchedFile(path).read().duty("texts")
+    before = FleetEdits(path).read().duty("texts")
     path.write_text(
         TEXTS
         + '[pools.others]\ntask = "text-classification"\nmodel = "./model"\ntokenizer = "./model"\ndefault = true\n'
     )
-    after = WatchedFile(path).read().duty("texts")
+    after = FleetEdits(path).read().duty("texts")
     assert (before.queue, after.queue) == ("pipefleet.text-classification", "pipefleet.text-classification.texts")
     assert after != before
 
@@ -179,7 +179,7 @@ def test_of_a_link_it_is_the_target_that_counts(path: Path, tmp_path: Path, cloc
         (tmp_path / f"{name}.toml").write_text(text)
     link = tmp_path / "link.toml"
     link.symlink_to("one.toml")
-    file = WatchedFile(link, clock=clock)
+    file = FleetEdits(link, clock=clock)
     file.read()
     (tmp_path / "new").symlink_to("two.toml")
     os.replace(tmp_path / "new", link)  # noqa: PTH105
