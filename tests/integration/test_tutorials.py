@@ -25,8 +25,8 @@ from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import InputError, ParameterError, UnknownModelError
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.checkpoints import cached
 from tests.checkpoints.media import audio, document, image, image_bytes, sound_bytes
 from tests.parity.harness import assert_same, load

@@ -13,7 +13,7 @@ from redis import Redis
 from pipefleet.client import Client
 from pipefleet.queues.looking import queued_ids
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.local import Stack
+from pipefleet_workers.fleet.local.stack import Stack
 
 FLEET = """
 [pools.texts]
