@@ -1,9 +1,8 @@
-"""Makes the sample media in `samples/` again: `python -m pipefleet_workers.fleet.demo.make_samples`.
+"""Makes the sample media of `pipefleet demo` again: `python -m tests.samples`.
 
-In: `samples/passages.txt`, sentences of nineteenth-century books. Out: recordings and their
-`transcripts.tsv`, pictures, `texts.jsonl`, always the same with the same tools. Needs the program espeak-ng
-(1.51 was used; on Debian `apt install espeak-ng`) and the `workers` extra. The samples are kept with the
-project; only who changes them runs this.
+In: `passages.txt` of the samples, sentences of nineteenth-century books. Out: recordings and their `transcripts.tsv`,
+pictures, `texts.jsonl`, always the same with the same tools. Needs the program espeak-ng (1.51 was used; on Debian
+`apt install espeak-ng`) and the `workers` extra. The samples are kept with the project: run this only to change them.
 """
 
 import io
@@ -20,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from pipefleet_workers.fleet.demo.make_pictures import make_pictures
+from pipefleet_workers.fleet.demo import assets
+from tests.samples.pictures import make_pictures
 
 Passages = dict[str, list[str]]
 Samples = npt.NDArray[np.int16]
 
 RATE = 16_000
-_SAMPLES = Path(__file__).parent / "samples"
+_SAMPLES = assets.texts().parent
 # Whisper tiny.en understood no voice clearly better, see the figures in samples/README.md.
 _VOICE, _WORDS_PER_MINUTE = "en-us", 150
 _CODECS = {".mp3": "libmp3lame", ".ogg": "libopus", ".m4a": "aac"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipefleet.cli.common import Commands, add_json_option, command, print_json
@@ -44,17 +43,13 @@ def register(commands: Commands) -> None:
     add("--cost-noise", type=_share, default=0.16, help="relative error of one reading of a job's mean cost (0.16)")
     add("--count-jobs", action="store_true", help="the work of jobs is not known: they are counted")
     add_json_option(parser)
-    add("--write", type=Path, metavar="DOC.md", help="write the tables and pictures of this document anew (a minute)")
 
 
 def simulate(arguments: argparse.Namespace) -> int:
-    """Print the comparison, or write the document."""
-    from pipefleet_workers.fleet.simulation.report import table, write_document
+    """Print the comparison."""
+    from pipefleet_workers.fleet.simulation.report import table
     from pipefleet_workers.fleet.simulation.run import POLICIES, compare
 
-    if arguments.write is not None:
-        write_document(arguments.write)
-        return 0
     names = arguments.policy or list(POLICIES)
     unknown = [name for name in names if name not in POLICIES]
     if unknown:
