@@ -1,6 +1,6 @@
 """Makes the sample media of `pipefleet demo` again: `python -m tests.samples`.
 
-In: `passages.txt` of the samples, sentences of nineteenth-century books. Out: recordings and their `transcripts.tsv`,
+In: `passages.txt`, sentences of nineteenth-century books. Out: recordings and their `transcripts.tsv`,
 pictures, `texts.jsonl`, always the same with the same tools. Needs the program espeak-ng (1.51 was used; on Debian
 `apt install espeak-ng`) and the `workers` extra. The samples are kept with the project: run this only to change them.
 """
@@ -26,6 +26,7 @@ Passages = dict[str, list[str]]
 Samples = npt.NDArray[np.int16]
 
 RATE = 16_000
+_PASSAGES = Path(__file__).with_name("passages.txt")
 _SAMPLES = assets.texts().parent
 # Whisper tiny.en understood no voice clearly better, see the figures in samples/README.md.
 _VOICE, _WORDS_PER_MINUTE = "en-us", 150
@@ -83,7 +84,7 @@ def main() -> int:
     if shutil.which("espeak-ng") is None:
         print("espeak-ng is not installed; install it (on Debian: apt install espeak-ng).", file=sys.stderr)
         return 2
-    passages = read_passages((_SAMPLES / "passages.txt").read_text())
+    passages = read_passages(_PASSAGES.read_text())
     make_recordings(passages)
     make_pictures(_SAMPLES)
     make_texts(passages)
