@@ -75,7 +75,6 @@ def task_rows() -> list[dict[str, Any]]:
             "input": _input(spec),
             "returns": spec.returns,
             "parameters": sorted(spec.parameters),
-            "cost": str(spec.cost_unit),
         }
         for spec in TASKS.values()
     ]

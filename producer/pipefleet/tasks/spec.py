@@ -28,14 +28,6 @@ class Media(StrEnum):
     DATA = "JSON"
 
 
-class CostUnit(StrEnum):
-    """What the work of one item grows with."""
-
-    TOKENS = "tokens"
-    SECONDS = "seconds"
-    IMAGES = "images"
-
-
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
     """One row: `media` of the main input, `fields` a dict input may have, allowed `parameters`, what comes back."""
@@ -45,7 +37,6 @@ class TaskSpec:
     """None where an input is always a dict of `fields`."""
     parameters: Mapping[str, Check]
     returns: str
-    cost_unit: CostUnit
     aliases: tuple[str, ...] = ()
     fields: Mapping[str, Media] = field(default_factory=dict)
     """Fields of an input that is a dict, e.g. a text and its pair; empty when the task takes no dicts."""

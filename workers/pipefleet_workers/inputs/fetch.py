@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from pipefleet.contract.references import StorageRef, map_refs
 from pipefleet.contract.uris import shown
@@ -49,8 +48,3 @@ class Fetcher:
         if not content:
             raise ItemError("empty_object", f"{shown(reference.uri)} is empty", STAGE)
         return Blob(reference.uri, content, reference.type)
-
-
-def slices(works: Sequence[Work], size: int) -> list[Sequence[Work]]:
-    """`works` in slices of at most `size`."""
-    return [works[start : start + size] for start in range(0, len(works), size)]
