@@ -24,7 +24,8 @@ def register(commands: Commands) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print every check; 1 when one of them failed."""
-    from pipefleet_workers.fleet.doctor.doctor import adopt_store, run_checks
+    from pipefleet_workers.fleet.doctor.fleet import adopt_store
+    from pipefleet_workers.fleet.doctor.report import run_checks
 
     if arguments.adopt_store:
         print(adopt_store(), file=sys.stderr)

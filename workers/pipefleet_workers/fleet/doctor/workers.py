@@ -1,27 +1,40 @@
-"""Checks of `pipefleet doctor` that are not about one service: workers that are refused, and the clocks of this machine."""
+"""Checks of the workers: what those that are alive run with, and which of them S3 refuses."""
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
+from collections.abc import Mapping
+from typing import Any
 
 from pipefleet.connection.connect import connect
 from pipefleet.connection.errors import redis_errors
-from pipefleet.connection.reading import server_time
 from pipefleet.errors import PipefleetError
 from pipefleet.fleet.announcements import announced_workers, refused_places
 from pipefleet.printable import printable
 from pipefleet.settings import Settings
-from pipefleet.storage.s3_errors import clock_sentence
-from pipefleet.storage.store import ObjectStore
-
-WARN_SECONDS = 5.0
-"""A clock that is further off is told with what to do about it. The store's is known to the second only."""
-MOST_SECONDS = 300.0
-"""A clock that is further off than this from the store's is a failure: S3 refuses requests of 15 minutes off."""
 
 
-def access_of_workers(settings: Settings) -> str:
+def check_workers(settings: Settings, *, needed: bool) -> str:
+    """What each worker that is alive runs with. Raises PipefleetError where none is and some are `needed`."""
+    with redis_errors(settings.redis_url):
+        workers = announced_workers(connect(settings))
+    if not workers and not needed:
+        return "none is alive, and none is needed now"
+    if not workers:
+        raise PipefleetError("no worker is alive; start one with `pipefleet worker --pool NAME`, or `pipefleet up`")
+    return "; ".join(
+        f"{name}: {_runs_with(facts)}{facts.get('batching', '')}" for name, facts in sorted(workers.items())
+    )
+
+
+def _runs_with(facts: Mapping[str, Any]) -> str:
+    """Dtype, device, attention and quantization of a worker's model; earlier releases tell none, and others may tell anything."""
+    loaded = facts.get("loaded")
+    named = loaded if isinstance(loaded, Mapping) else {}
+    found = [printable(f"{name} {one}", 100) for name, one in named.items() if isinstance(one, str)]
+    return f"{', '.join(found[:6])}; " if found else ""
+
+
+def check_access(settings: Settings) -> str:
     """Raises PipefleetError that names the workers which take no jobs since S3 refuses them, and why."""
     with redis_errors(settings.redis_url):
         workers = announced_workers(connect(settings))
@@ -36,28 +49,3 @@ def access_of_workers(settings: Settings) -> str:
     if told:
         raise PipefleetError("; ".join(told))
     return f"S3 refuses none of {len(workers)}"
-
-
-def clocks(settings: Settings) -> str:
-    """How far this machine's clock is from those of Redis and of the store. Raises PipefleetError where S3 may refuse it."""
-    with redis_errors(settings.redis_url):
-        redis = connect(settings)
-        began = time.time()
-        now = server_time(redis)
-        behind_redis = now - (began + time.time()) / 2
-    told = [_told(behind_redis, "Redis's")]
-    behind_store: float | None = None
-    with suppress(PipefleetError):  # a store that does not answer is told by its own check
-        behind_store = ObjectStore().clock_behind(settings.store)
-    if behind_store is not None:
-        told.append(_told(behind_store, "the store's"))
-    text = "; ".join(told)
-    if behind_store is not None and abs(behind_store) > MOST_SECONDS:
-        raise PipefleetError(f"{text}; S3 refuses requests of machines that are 15 minutes off")
-    return text
-
-
-def _told(behind: float, whose: str) -> str:
-    if abs(behind) <= WARN_SECONDS:
-        return f"{abs(behind):.1f} s {'behind' if behind > 0 else 'ahead of'} {whose}"
-    return f"WARNING: {clock_sentence(behind, whose)}"

@@ -1,0 +1,44 @@
+"""Checks of this machine's clock against those of Redis and of the store."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from pipefleet.connection.connect import connect
+from pipefleet.connection.errors import redis_errors
+from pipefleet.connection.reading import server_time
+from pipefleet.errors import PipefleetError
+from pipefleet.settings import Settings
+from pipefleet.storage.s3_errors import clock_sentence
+from pipefleet.storage.store import ObjectStore
+
+WARN_SECONDS = 5.0
+"""A clock that is further off is told with what to do about it. The store's is known to the second only."""
+MOST_SECONDS = 300.0
+"""A clock that is further off than this from the store's is a failure: S3 refuses requests of 15 minutes off."""
+
+
+def check_clocks(settings: Settings) -> str:
+    """How far this machine's clock is from those of Redis and of the store. Raises PipefleetError where S3 may refuse it."""
+    with redis_errors(settings.redis_url):
+        redis = connect(settings)
+        began = time.time()
+        now = server_time(redis)
+        behind_redis = now - (began + time.time()) / 2
+    told = [_told(behind_redis, "Redis's")]
+    behind_store: float | None = None
+    with suppress(PipefleetError):  # a store that does not answer is told by its own check
+        behind_store = ObjectStore().clock_behind(settings.store)
+    if behind_store is not None:
+        told.append(_told(behind_store, "the store's"))
+    text = "; ".join(told)
+    if behind_store is not None and abs(behind_store) > MOST_SECONDS:
+        raise PipefleetError(f"{text}; S3 refuses requests of machines that are 15 minutes off")
+    return text
+
+
+def _told(behind: float, whose: str) -> str:
+    if abs(behind) <= WARN_SECONDS:
+        return f"{abs(behind):.1f} s {'behind' if behind > 0 else 'ahead of'} {whose}"
+    return f"WARNING: {clock_sentence(behind, whose)}"
