@@ -13,8 +13,8 @@ import pytest
 
 from pipefleet.client import Client
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.checkpoints import cached
 
 # A change is judged by the same examples each time; on a laptop every run looks at new ones.

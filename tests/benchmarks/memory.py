@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pipefleet_workers.fleet.local import Stack
+from pipefleet_workers.fleet.local.stack import Stack
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = 1000

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 from pipefleet.client import Client
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.benchmarks.contenders import ENGINE_WARM_UP
 from tests.benchmarks.measurement import Machine, Measurement, timed
 from tests.benchmarks.workloads import Workload

@@ -13,7 +13,7 @@ from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.jobs.job import Job
 from pipefleet.queues.keys import ledger_keys
 from pipefleet.runs.run import Run
-from pipefleet_workers.fleet.doctor.checks import access_of_workers
+from pipefleet_workers.fleet.doctor.workers import check_access
 from tests.chaos.checks import check_quiet, check_run, check_singles, start_run, texts
 from tests.chaos.proxy import WELL, Mood, Proxy
 from tests.chaos.saboteur import TASK
@@ -212,7 +212,7 @@ def refused_worker(world: World, scale: Scale) -> Finding:
 def named(client: Client, worker: Worker) -> bool:
     """Whether doctor says of a worker that it takes no jobs."""
     try:
-        access_of_workers(client.settings)
+        check_access(client.settings)
     except PipefleetError as error:
         return f"-{worker.pid} takes no jobs: s3://" in str(error)
     return False

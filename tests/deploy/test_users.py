@@ -48,7 +48,8 @@ from pipefleet.queues.revision_notes import note_revision
 from pipefleet.runs.backlog import STALLED_SECONDS, Backlog
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.doctor import doctor
+from pipefleet_workers.fleet.doctor import store as doctor_store
+from pipefleet_workers.fleet.doctor.report import run_checks
 from pipefleet_workers.fleet.scaling.service import Scaler
 from tests import servers
 from tests.checkpoints import cached
@@ -270,7 +271,7 @@ def test_a_server_before_7_refuses_the_file(tmp_path: Path) -> None:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty prefix of a bucket, which the environment leads to; doctor has few races here."""
-    monkeypatch.setattr(doctor, "RACERS", 2)
+    monkeypatch.setattr(doctor_store, "RACERS", 2)
     with servers.moto_server() as url:
         for name, value in {
             "AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1",
@@ -393,7 +394,7 @@ def test_doctor_queues_and_top_work_for_every_role(
         note_revision(client.redis, OWN_QUEUE, "/models/old", None)
         client.redis.lpush(OWN_QUEUE, "{}")
     use(guarded, monkeypatch, role)
-    checks = {one.name: one for one in doctor.run_checks()}
+    checks = {one.name: one for one in run_checks()}
     assert checks["redis"].ok, checks["redis"]
     assert "version" in checks["redis"].detail
     assert f"user {role}" in checks["redis rights"].detail

@@ -1,1 +1,1 @@
-"""Documentation that is generated from the code."""
+"""Documentation that is generated from the code: `python -m tests.docs`, and `python -m tests.docs.autoscaling` (a minute)."""

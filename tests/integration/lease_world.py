@@ -13,7 +13,7 @@ from redis import Redis
 
 from pipefleet.queues import dead_letters
 from pipefleet.queues.keys import PRIORITY_SEPARATOR, PRIORITY_STEPS, ledger_keys
-from pipefleet.queues.looking import queue_depth
+from pipefleet.queues.looking import message_id, queue_depth
 from pipefleet_workers.delivery.leases import Lease, lease_of
 from tests.servers import until
 
@@ -132,3 +132,32 @@ def ledger_is_empty(redis: Redis) -> bool:
 
 def waits(redis: Redis, lists: int) -> bool:
     return sum(client["cmd"] == "blmove" for client in redis.client_list()) == lists
+
+
+@dataclass(frozen=True)
+class Held:
+    """A message that is with a worker."""
+
+    job_id: str | None
+    seconds: float
+    """How long the worker has had it."""
+    renewed_seconds: float
+    """How long ago its lease was renewed."""
+    deliveries: int
+
+
+def held_messages(redis: Redis) -> list[Held]:
+    """The messages that workers hold, as Redis tells it, longest held first."""
+    keys = ledger_keys(QUEUE)
+    pipe: Any = redis.pipeline()
+    pipe.time()
+    for name in ("owners_key", "deliveries_key", "unacked_key"):
+        pipe.hgetall(keys[name])
+    pipe.zrange(keys["unacked_index_key"], 0, -1, withscores=True)
+    (seconds, micros), owners, deliveries, messages, renewed = pipe.execute()
+    now, scores = seconds + micros / 1e6, dict(renewed)
+    found = []
+    for tag, owner in owners.items():
+        since = float(owner.rpartition(b"@")[2])
+        found.append(Held(message_id(messages[tag]), now - since, now - scores[tag], int(deliveries.get(tag, 0))))
+    return sorted(found, key=lambda one: -one.seconds)

@@ -25,8 +25,8 @@ from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet.jobs.job import Job
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TASKS, Media, TaskSpec, task_spec
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.checkpoints import cached
 from tests.checkpoints.media import audio, frames, image, image_bytes, jpeg_bytes, mp4_bytes, sound_bytes
 from tests.parity.cases import CASES, Case

@@ -14,7 +14,6 @@ import pytest
 from kombu import Connection, Queue
 from redis import Redis
 
-from pipefleet.queues import dead_letters
 from pipefleet.queues.looking import queued_ids
 from pipefleet_workers.delivery.leases import lease_of
 from tests.integration.lease_world import (
@@ -24,6 +23,7 @@ from tests.integration.lease_world import (
     QUEUE,
     Taker,
     depth,
+    held_messages,
     ledger_is_empty,
     list_name,
     push,
@@ -224,7 +224,7 @@ def test_the_documented_rights_are_enough_for_a_worker_and_a_producer(
         f"redis://worker:secret@127.0.0.1:{server.port}/0", options={"renew_seconds": 0.05, "lease_seconds": 0.5}
     )
     (first,) = worker.take(1)
-    until(lambda: dead_letters.leased_messages(redis, QUEUE)[0].seconds > 0.5)
+    until(lambda: held_messages(redis)[0].seconds > 0.5)
     first.reject(requeue=True)
     (second,) = worker.take(1)
     lease = lease_of(second)

@@ -27,14 +27,15 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError
 from redis.retry import Retry
 
-from pipefleet_workers.fleet.local import Stack, StackError
 from pipefleet_workers.fleet.local import ports as ports_module
 from pipefleet_workers.fleet.local import stack as stack_module
 from pipefleet_workers.fleet.local.edits import FleetEdits
+from pipefleet_workers.fleet.local.errors import StackError
 from pipefleet_workers.fleet.local.flower import USER
 from pipefleet_workers.fleet.local.parked import Parked, parked_pools
 from pipefleet_workers.fleet.local.restarts import MOST_DEATHS, PARKED_SECONDS
 from pipefleet_workers.fleet.local.servers import BUCKET
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.unit.fake_clock import Clock
 
 READY_AND_IDLE = "import pathlib, sys, threading; pathlib.Path(sys.argv[1]).touch(); threading.Event().wait()"
@@ -43,7 +44,7 @@ NEVER_READY = "import threading; threading.Event().wait()"
 SUPERVISED = """
 import signal, sys
 from pathlib import Path
-from pipefleet_workers.fleet.local import Stack
+from pipefleet_workers.fleet.local.stack import Stack
 code, data = sys.argv[1:]
 command = lambda pool, ready: [sys.executable, "-c", code, str(ready)]
 stack = Stack(Path(data), pools=["text"], flower=False, worker_command=command)

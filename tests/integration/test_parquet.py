@@ -18,8 +18,8 @@ from pipefleet.errors import ContractError, RunError
 from pipefleet.queues.keys import run_key
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.shards import require_format
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.checkpoints.media import image, image_bytes
 from tests.conftest import POOLS, write_fleet
 from tests.parity.harness import assert_same

@@ -21,7 +21,7 @@ from pipefleet.client import Client
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.settings import load_settings
 from pipefleet_workers.facts import announced_workers
-from pipefleet_workers.fleet.doctor.doctor import pool_checks
+from pipefleet_workers.fleet.doctor.pools import pool_checks
 from pipefleet_workers.fleet.local.environment import in_environment
 from tests.checkpoints import cached
 from tests.conftest import write_fleet

@@ -13,8 +13,8 @@ from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import JobFailedError
 from pipefleet.pipelines.fleet_pipeline import pipeline
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.conftest import write_fleet
 from tests.parity.in_process_worker import working
 from tests.unit.sound_files import CASES, case

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.local import Stack
+from pipefleet_workers.fleet.local.stack import Stack
 
 
 @pytest.fixture(scope="package")

@@ -10,8 +10,8 @@ import pytest
 import pipefleet
 from pipefleet.client import Client
 from pipefleet.tasks import TASKS
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 from tests.checkpoints import cached
 from tests.parity.cases import CASES, Case
 from tests.parity.cases.multimodal import told, whole

@@ -13,7 +13,7 @@ from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.inputs.fetch import Fetcher, slices
+from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.gate import lies_under
@@ -224,9 +224,3 @@ def test_an_allowed_bucket_does_not_allow_buckets_whose_name_begins_so(objects: 
     reference = stored(objects, uri, b"bytes")
     assert refusal(reference, allowed_uris="s3://pipe") == "forbidden"
     assert fetch(reference.to_json(), allowed_uris="s3://pipefleet").inputs.content == b"bytes"
-
-
-def test_slices_keep_order_and_lose_nothing() -> None:
-    works = [work(str(index)) for index in range(7)]
-    assert [list(one) for one in slices(works, 3)] == [works[:3], works[3:6], works[6:]]
-    assert slices([], 3) == []

@@ -13,7 +13,7 @@ from redis import Redis
 from pipefleet.client import Client
 from pipefleet.queues.looking import queued_ids
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.local import Stack
+from pipefleet_workers.fleet.local.stack import Stack
 
 FLEET = """
 [pools.texts]
@@ -97,3 +97,10 @@ def queued(client: Client) -> Callable[[str], list[str]]:
         return list(queued_ids(client.redis, queue))[::-1]
 
     return ids
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of models, the one that this test uses."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pipefleet"

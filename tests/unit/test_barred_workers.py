@@ -13,7 +13,7 @@ from pipefleet.errors import PipefleetError
 from pipefleet.fleet.announcements import announce_worker
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.waiting.lookout import why_waiting
-from pipefleet_workers.fleet.doctor.checks import access_of_workers
+from pipefleet_workers.fleet.doctor.workers import check_access
 from pipefleet_workers.fleet.top.read import read_fleet
 from pipefleet_workers.fleet.top.view import plain
 from tests.unit.test_doctor import checks
@@ -31,10 +31,10 @@ def test_one_refused_worker_among_others_is_named_everywhere(
     client: Client, redis: Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:
     announce(redis, "texts@good-1")
-    assert access_of_workers(client.settings) == "S3 refuses none of 1"
+    assert check_access(client.settings) == "S3 refuses none of 1"
     announce(redis, "texts@bad-1", WHY)
     with pytest.raises(PipefleetError) as caught:
-        access_of_workers(client.settings)
+        check_access(client.settings)
     assert str(caught.value) == f"texts@bad-1 takes no jobs: {WHY}"
     assert checks(client)["pool texts"].ok
     assert main(["queues"]) == 0

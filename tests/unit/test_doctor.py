@@ -19,7 +19,9 @@ from pipefleet.fleet.routing import revision_queue
 from pipefleet.queues.celery import push_job
 from pipefleet.queues.revision_notes import note_revision
 from pipefleet_workers.facts import WORKERS_KEY
-from pipefleet_workers.fleet.doctor.doctor import Check, pool_checks, run_checks
+from pipefleet_workers.fleet.doctor.check import Check
+from pipefleet_workers.fleet.doctor.pools import pool_checks
+from pipefleet_workers.fleet.doctor.report import run_checks
 from pipefleet_workers.fleet.local.parked import Parked, tell_parked
 from pipefleet_workers.fleet.scaling.service import Scaler
 

@@ -31,7 +31,9 @@ from pipefleet.queues.keys import FLEET_KEY
 from pipefleet.queues.looking import queue_depth
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.doctor import doctor
+from pipefleet_workers.fleet.doctor import store as doctor_store
+from pipefleet_workers.fleet.doctor.check import Check
+from pipefleet_workers.fleet.doctor.report import run_checks
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.worker import Worker
 from tests.servers import free_port, moto_server
@@ -372,11 +374,11 @@ class TestDoctor:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(doctor, "RACERS", 2)
+        monkeypatch.setattr(doctor_store, "RACERS", 2)
         monkeypatch.setenv("PIPEFLEET_STORE", other(settings).store)
 
-        def found() -> doctor.Check:
-            return next(one for one in doctor.run_checks() if one.name == "fleet identity")
+        def found() -> Check:
+            return next(one for one in run_checks() if one.name == "fleet identity")
 
         assert not found().ok
         assert settings.store in found().detail

@@ -23,7 +23,7 @@ from pipefleet.pipelines.fleet_pipeline import pipeline
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import TOLERANCE
 from pipefleet_workers.adapters.table import RUNTIME
-from pipefleet_workers.fleet.doctor.doctor import _runs_with
+from pipefleet_workers.fleet.doctor.workers import _runs_with
 from pipefleet_workers.fleet.local.edits import FleetEdits
 from pipefleet_workers.fleet.render.pools import load_pools
 from pipefleet_workers.models import precision

@@ -11,7 +11,7 @@ from pipefleet.connection.connect import connect
 from pipefleet.fleet.identity import Membership
 from pipefleet.settings import load_settings
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.fleet.local import Stack
+from pipefleet_workers.fleet.local.stack import Stack
 
 
 def _prove(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> str:

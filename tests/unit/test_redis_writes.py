@@ -9,8 +9,7 @@ import pytest
 
 from pipefleet.errors import PipefleetError
 from pipefleet.settings import Settings
-from pipefleet_workers.fleet.doctor import doctor
-from pipefleet_workers.fleet.doctor.redis_writes import judge_writes
+from pipefleet_workers.fleet.doctor.redis_server import check_redis, judge_writes
 from tests.servers import Server, free_port, programs
 
 
@@ -25,7 +24,7 @@ def replica(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
 
 def test_doctor_names_a_replica(replica: Server) -> None:
     with pytest.raises(PipefleetError, match="is a replica that takes no writes; name the primary"):
-        doctor._redis(Settings(redis_url=replica.url))
+        check_redis(Settings(redis_url=replica.url))
 
 
 @pytest.mark.parametrize("name", ["aof_last_write_status", "rdb_last_bgsave_status"])

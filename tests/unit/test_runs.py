@@ -323,7 +323,7 @@ class TestProgress:
 def test_resume_does_not_wait_for_ever_for_another_planner(
     client: Client, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipefleet.runs.run.TAKE_OVER_SECONDS", 0.3)
+    monkeypatch.setattr("pipefleet.runs.resume.TAKE_OVER_SECONDS", 0.3)
     source = Endless(free=5, total=10)
     run = client.map(TEXTS, source, output=prefix, shard_size=5)
     with Client() as other, pytest.raises(RunError, match="another client plans the run"):

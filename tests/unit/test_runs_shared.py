@@ -44,7 +44,7 @@ def environment(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("pipefleet.runs.planner.TEND_SECONDS", 0.05)
     monkeypatch.setattr("pipefleet.runs.planner.HELD_BACK_SECONDS", 0.05)
     monkeypatch.setattr("pipefleet.runs.backlog.LOOK_SECONDS", 0.0)
-    monkeypatch.setattr("pipefleet.runs.run.TAKE_OVER_SECONDS", 1.0)
+    monkeypatch.setattr("pipefleet.runs.resume.TAKE_OVER_SECONDS", 1.0)
     return environment
 
 

@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as AwayError
 import pipefleet
 import pipefleet_workers
 from pipefleet.contract.layout import RunLayout
-from pipefleet.fleet.pools import parse_fleet
+from pipefleet.fleet.file import parse_fleet
 from pipefleet.pipelines.streaming import Feeder
 from pipefleet.runs.run import Run
 from pipefleet.service import Inbox, Service, Services, Stoppable

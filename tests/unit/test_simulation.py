@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet.errors import InputError, UsageError
-from pipefleet_workers.fleet.simulation import command, report
+from pipefleet.errors import UsageError
+from pipefleet_workers.fleet.simulation import command
 from pipefleet_workers.fleet.simulation.bound import clairvoyant_cost, taut_string
 from pipefleet_workers.fleet.simulation.pool import Result
 from pipefleet_workers.fleet.simulation.run import BOUND, POLICIES, Scenario, compare, run_pool
 from pipefleet_workers.fleet.simulation.traffic import DAY, Traffic, arrivals
 from pipefleet_workers.fleet.simulation.workers import Hardware
+from tests.docs import autoscaling
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "autoscaling.md"
 ROUGH = Hardware(spot_loss=1.0, hard=0.5, redelivery=900.0)
 
 
@@ -106,7 +105,7 @@ def test_our_scaling_keeps_what_the_document_promises(name: str, changes: dict[s
     assert row.late <= 1e-4
 
 
-def test_several_pools_add_up(tmp_path: Path) -> None:
+def test_several_pools_add_up() -> None:
     scenario = Scenario(Traffic(60), pools=3)
     assert [part.devices for part in scenario.parts()] == [33, 16, 11]
     row = compare(scenario, ["pipefleet"], [1])[0]
@@ -131,17 +130,16 @@ class TestCommand:
         with pytest.raises(UsageError, match="there are: pipefleet"):
             run("--policy", "magic")
 
-    def test_a_document_without_marks_is_refused(self, tmp_path: Path) -> None:
-        page = tmp_path / "page.md"
-        page.write_text("nothing")
-        with pytest.raises(InputError, match="mark"):
-            run("--write", str(page))
-        assert page.read_text() == "nothing"
+
+class TestDocument:
+    def test_a_document_without_marks_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="mark"):
+            autoscaling.filled("nothing")
 
     def test_the_document_has_the_marks_and_the_picture_of_a_day(self) -> None:
-        text = DOCUMENT.read_text()
-        assert all(f"<!-- generated: {name} -->" in text for name in report.PARTS)
-        assert "autoscaling-day.svg" in text
-        picture = report.day_picture()
-        assert picture.count("<polyline") == 3 * len(report.PICTURED)
-        assert DOCUMENT.with_name("autoscaling-day.svg").read_text() == picture
+        text = autoscaling.DOCUMENT.read_text()
+        assert all(f"<!-- generated: {name} -->" in text for name in autoscaling.PARTS)
+        assert autoscaling.PICTURE.name in text
+        picture = autoscaling.day_picture()
+        assert picture.count("<polyline") == 3 * len(autoscaling.PICTURED)
+        assert autoscaling.PICTURE.read_text() == picture, "run `python -m tests.docs.autoscaling`"

@@ -26,7 +26,7 @@ from pipefleet.queues import dead_letters
 from pipefleet.queues.keys import REVISIONS_KEY, queue_lists, run_key
 from pipefleet.queues.revision_notes import note_revision
 from pipefleet_workers.consume.jobs import Jobs
-from pipefleet_workers.fleet.doctor.checks import clocks
+from pipefleet_workers.fleet.doctor.clocks import check_clocks
 from pipefleet_workers.items import Outcome, Work
 from tests.unit.shard_worker import ShardWorker, read
 from tests.unit.test_producer_jobs import TEXTS
@@ -154,11 +154,11 @@ def test_doctor_tells_how_far_the_clock_is_off(
 ) -> None:
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + skew)
-    assert re.search(words, clocks(client.settings))
+    assert re.search(words, check_clocks(client.settings))
 
 
 def test_a_clock_that_the_store_will_refuse_is_a_failure(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() - 3660)
     with pytest.raises(PipefleetError, match="61 minutes behind the store's; set it \\(NTP\\); S3 refuses"):
-        clocks(client.settings)
+        check_clocks(client.settings)

@@ -15,7 +15,7 @@ from tests.unit.fake_crew import until
 
 WAITS = """
 import pathlib, signal, sys
-from pipefleet_workers.cli import reload_on_sighup
+from pipefleet_workers.fleet.local.command import reload_on_sighup
 reload_on_sighup(lambda: pathlib.Path(sys.argv[1], "reloaded").touch())
 pathlib.Path(sys.argv[1], "ready").touch()
 try:

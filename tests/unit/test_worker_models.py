@@ -1,4 +1,4 @@
-"""Loading models: where they come from, what is refused and with which words, and how much memory it takes."""
+"""Loading models from folders: what is refused and with which words, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -7,61 +7,28 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from pipefleet.errors import ObjectChangedError, UsageError
-from pipefleet.fleet.pools import Pool
-from pipefleet.storage.store import ListedObject, ObjectStore
-from pipefleet_workers.models import cache as model_cache
-from pipefleet_workers.models.cache import ModelError, downloaded_model
+from pipefleet.errors import UsageError
 from pipefleet_workers.models.load import load_pipeline, require_folder
 from tests.checkpoints import build, cached
 from tests.checkpoints.text import llama_config
 from tests.checkpoints.vocabularies import chat_tokenizer
-from tests.unit.fake_hub import COMMIT, TOKEN, Hub, serving
+from tests.unit.model_folders import SPEECH, TASK, TEXT, pool, refusal
 
-TASK = "text-classification"
-SPEECH = "automatic-speech-recognition"
-TEXT = "The food was very good."
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A classifier of texts that a test may change."""
     return build(TASK, tmp_path / "model")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "pipefleet"
-
-
-def pool(model: Path | str, task: str = TASK, **fields: Any) -> Pool:
-    return Pool("texts", task, str(model), **fields)
-
-
-def refusal(wanted: Pool) -> str:
-    with pytest.raises(ModelError) as caught:
-        load_pipeline(wanted)
-    sentence = str(caught.value)
-    assert "texts" in sentence
-    assert "\n" not in sentence
-    assert len(sentence) < 700
-    return sentence
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -300,218 +267,3 @@ def test_loading_takes_no_second_copy_and_offloading_stays_below_its_bound(large
     assert grown["loading whole"] < 0.5 * size, "the weights are mapped, not copied"
     assert grown["whole"] > 0.9 * size, "else the measure shows nothing"
     assert grown["offloaded"] < 0.6 * size, grown
-
-
-# --- from the hub
-
-
-LOAD = """
-import json, os, sys
-from pipefleet.fleet.pools import Pool
-from pipefleet_workers.models.load import load_pipeline
-for line in sys.stdin:
-    case = json.loads(line)
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.update(case.pop("environment", {}))
-    try:
-        print(json.dumps({"result": load_pipeline(Pool("texts", **case))("The food was very good.")}), flush=True)
-    except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-"""
-Ask = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Ask]]:
-    """A hub, and a function that loads a pool from it in a process of its own; the hub stops before the last one."""
-    unsafe = build(TASK, tmp_path_factory.mktemp("hub") / "unsafe")
-    torch.save(load_file(unsafe / "model.safetensors"), unsafe / "pytorch_model.bin")
-    (unsafe / "model.safetensors").unlink()
-    folders = {"org/texts": cached(TASK), "org/gated": cached(TASK), "org/unsafe": unsafe}
-    cache = tmp_path_factory.mktemp("home")
-    with serving(Hub(folders, frozenset({"org/gated"}))) as served:
-        environment = {**os.environ, "HF_ENDPOINT": served.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-        with subprocess.Popen(
-            [sys.executable, "-c", LOAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-
-            def ask(model: str, revision: str | None = COMMIT, **case: Any) -> dict[str, Any]:
-                process.stdin.write(json.dumps({"task": TASK, "model": model, "revision": revision, **case}) + "\n")
-                process.stdin.flush()
-                return dict(json.loads(process.stdout.readline()))
-
-            yield served, ask
-            process.stdin.close()
-            process.wait(30)
-
-
-def test_a_model_of_the_hub_is_loaded_at_its_revision(hub: tuple[Hub, Ask]) -> None:
-    served, ask = hub
-    (mine,), (theirs,) = ask("org/texts")["result"], load_pipeline(pool(cached(TASK)))(TEXT)
-    assert mine == {"label": theirs["label"], "score": pytest.approx(theirs["score"], abs=1e-5)}
-    files = [path for path in served.asked if "/resolve/" in path]
-    assert files
-    assert all(f"/resolve/{COMMIT}/" in path for path in files)
-
-
-@pytest.mark.parametrize(
-    ("model", "revision", "words"),
-    [
-        ("org/gated", COMMIT, "it is gated: accept its terms on the hub, and set HF_TOKEN"),
-        ("org/none", COMMIT, "there is no such repository, or it is private: check the name, or set HF_TOKEN"),
-        ("org/texts", 40 * "1", "it has no such revision; check the pool's revision"),
-        ("org/unsafe", COMMIT, "it has no weights as safetensors, and other forms can run code"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_sentence(hub: tuple[Hub, Ask], model: str, revision: str, words: str) -> None:
-    error = hub[1](model, revision)["error"]
-    assert error.startswith(f"ModelError: pool texts: cannot load {model}@{revision} for {TASK} on "), error
-    assert words in error
-    assert "\n" not in error
-
-
-def test_a_gated_model_is_read_with_the_token(hub: tuple[Hub, Ask]) -> None:
-    answer = hub[1]("org/gated", environment={"HF_TOKEN": TOKEN})
-    assert answer.get("result"), answer
-    wrong = hub[1]("org/gated", 40 * "2", environment={"HF_TOKEN": "hf_wrong"})["error"]
-    assert "it is gated" in wrong
-    assert "hf_wrong" not in wrong
-
-
-def test_a_model_that_is_not_there_and_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "not in the cache and the hub cannot be reached; check the network" in refusal(
-        pool("org/none", revision=COMMIT)
-    )
-
-
-# --- from object storage
-
-
-def upload(store: ObjectStore, folder: Path, prefix: str) -> None:
-    for file in folder.iterdir():
-        store.put(f"{prefix}{file.name}", file.read_bytes(), content_type="application/octet-stream")
-
-
-def test_a_model_under_a_prefix_is_downloaded_once(store: ObjectStore, prefix: str, cache: Path) -> None:
-    upload(store, cached(TASK), prefix)
-    store.put(f"{prefix}pytorch_model.bin", b"never fetched")
-    first = load_pipeline(pool(prefix))
-    assert first(TEXT) == load_pipeline(pool(cached(TASK)))(TEXT)
-    folder = downloaded_model(prefix)
-    inode = (folder / "model.safetensors").stat().st_ino
-    assert (downloaded_model(prefix.rstrip("/")) / "model.safetensors").stat().st_ino == inode
-    assert not (folder / "pytorch_model.bin").exists()
-    assert [path for path in (cache / "models").iterdir() if path.is_dir()] == [folder]
-
-
-def test_a_prefix_that_was_written_again_is_another_version(store: ObjectStore, prefix: str) -> None:
-    upload(store, cached(TASK), prefix)
-    before = downloaded_model(prefix)
-    config = (before / "config.json").read_bytes()
-    store.put(f"{prefix}config.json", config.replace(b"POSITIVE", b"positive") + b" ")
-    after = downloaded_model(prefix)
-    assert after != before
-    assert (before / "config.json").read_bytes() == config
-    assert (after / "config.json").read_bytes() != config
-
-
-@pytest.mark.parametrize("damage", ["a byte", "the end", "a file", "the manifest"])
-def test_a_damaged_copy_is_never_used(store: ObjectStore, prefix: str, damage: str) -> None:
-    upload(store, cached(TASK), prefix)
-    folder = downloaded_model(prefix)
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    match damage:
-        case "a byte":
-            weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        case "the end":
-            weights.write_bytes(whole[:-1])
-        case "a file":
-            weights.unlink()
-        case _:
-            (folder / ".pipefleet.json").unlink()
-    assert downloaded_model(prefix) == folder
-    assert weights.read_bytes() == whole
-
-
-def test_what_an_interrupted_download_left_is_not_used(
-    store: ObjectStore, prefix: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload(store, cached(TASK), prefix)
-    fetch, done = model_cache._fetch, []
-
-    def interrupted(*args: Any) -> str:
-        if done:
-            raise KeyboardInterrupt
-        done.append(args)
-        return fetch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model_cache, "_fetch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            downloaded_model(prefix)
-    left = [path for path in (cache / "models").iterdir() if path.is_dir()]
-    assert [path.suffix for path in left] == [".partial"]
-    (left[0] / "surplus.json").write_text("{}")
-    folder = downloaded_model(prefix)
-    assert [path for path in (cache / "models").iterdir() if path.is_dir()] == [folder]
-    assert {path.name for path in folder.iterdir()} == {
-        *(path.name for path in cached(TASK).iterdir()),
-        ".pipefleet.json",
-    }
-
-
-def test_workers_that_start_together_download_once(
-    store: ObjectStore, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload(store, cached(TASK), prefix)
-    fetch, fetched, folders = model_cache._fetch, [], []
-
-    def counted(*args: Any) -> str:
-        fetched.append(args)
-        return fetch(*args)
-
-    monkeypatch.setattr(model_cache, "_fetch", counted)
-    threads = [threading.Thread(target=lambda: folders.append(downloaded_model(prefix))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(folders) == 4
-    assert len(set(folders)) == 1
-    assert len(fetched) == len(list(cached(TASK).iterdir()))
-
-
-def test_bytes_that_do_not_match_the_listing_are_refused(store: ObjectStore, prefix: str, tmp_path: Path) -> None:
-    uri = f"{prefix}config.json"
-    store.put(uri, b"{}")
-    (entry,) = store.list(prefix)
-    assert model_cache._fetch(store, prefix, entry, tmp_path / "whole")
-    with pytest.raises(ModelError, match="arrived damaged"):
-        model_cache._fetch(store, prefix, replace(entry, size=3), tmp_path / "short")
-    with pytest.raises(ObjectChangedError):
-        model_cache._fetch(store, prefix, ListedObject(entry.key, 2, 32 * "0"), tmp_path / "other")
-
-
-def test_prefixes_that_hold_no_model(store: ObjectStore, prefix: str) -> None:
-    assert f"no model lies under {prefix}" in refusal(pool(prefix))
-    store.put(f"{prefix}config.json", b"{}")
-    assert "holds no weights" in refusal(pool(prefix))
-    store.put(f"{prefix}pytorch_model.bin", b"x")
-    assert "holds weights only as pytorch_model.bin" in refusal(pool(prefix))
-    store.put(f"{prefix}model.safetensors", b"x")
-    assert "damaged or cut short" in refusal(pool(prefix)) or "config.json" in refusal(pool(prefix))
-
-
-def test_keys_never_lead_out_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hostile:
-        def list(self, prefix: str) -> Iterator[ListedObject]:
-            yield ListedObject("models/../../escaped.safetensors", 1, 32 * "0")
-
-    monkeypatch.setattr(model_cache, "ObjectStore", Hostile)
-    with pytest.raises(ModelError, match="leads out of the model's folder"):
-        downloaded_model("s3://bucket/models/")

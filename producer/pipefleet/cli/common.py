@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.errors import ParameterError, ServiceUnavailableError
+from pipefleet.errors import ParameterError, ServiceUnavailableError, UsageError
 from pipefleet.printable import MOST_MESSAGE, LineFormatter, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
@@ -21,18 +22,44 @@ else:
 
 
 def command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], *, help: str, example: str
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    example: str,
+    description: str | None = None,
 ) -> argparse.ArgumentParser:
-    """Declare one command. `example` stands under its help."""
+    """Declare one command. Its own help begins with `description`, or with `help` as a sentence, and ends with `example`."""
     parser = commands.add_parser(
         name,
         help=help,
-        description=help[0].upper() + help[1:] + ".",
+        description=description or f"{help[0].upper()}{help[1:]}.",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def add_fleet_option(parser: argparse.ArgumentParser) -> None:
+    """`--fleet`; `fleet_path` reads it."""
+    parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
+
+
+def fleet_path(arguments: argparse.Namespace, *, missing: str) -> Path:
+    """The fleet file of `--fleet`, else that of the settings. Raises UsageError with the text `missing` where both lack one."""
+    from pipefleet.settings import load_settings
+
+    path: Path | None = arguments.fleet or load_settings().fleet_path
+    if path is None:
+        raise UsageError(missing)
+    return path
+
+
+def add_json_option(parser: argparse.ArgumentParser, text: str = "print one JSON document") -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help=text)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +97,21 @@ def read_parameters(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def seconds(text: str) -> float:
-    """A time-out as the shell gives it. Raises ArgumentTypeError for what is none."""
+    """A time of 0 seconds or more, as an option's type. Raises ArgumentTypeError for any other text."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is no number of seconds")
+    return value
+
+
+def positive_seconds(text: str) -> float:
+    """A time above 0 seconds, as an option's type. Raises ArgumentTypeError for any other text."""
+    value = seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be above 0 seconds")
     return value
 
 

@@ -7,7 +7,7 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.cli.common import Commands, command, print_error, print_json, print_line, print_troubles
+from pipefleet.cli.common import Commands, add_json_option, command, print_error, print_json, print_line, print_troubles
 from pipefleet.connection.rights import require
 from pipefleet.connection.wrong_type import passed_over
 from pipefleet.errors import UsageError
@@ -30,11 +30,11 @@ def register(commands: Commands) -> None:
     parser = command(
         commands, "tasks", tasks, help="list every task with its inputs and parameters", example="pipefleet tasks"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    add_json_option(parser, "print one JSON list")
     parser = command(
         commands, "queues", queues, help="show what waits in the queues of the fleet", example="pipefleet queues --json"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    add_json_option(parser, "print one JSON list")
     parser = command(
         commands, "dead-letters", dead_letters, help="list messages that were given up, queue them again or remove them",
         example="pipefleet dead-letters --requeue",
@@ -49,7 +49,7 @@ def register(commands: Commands) -> None:
     parser.add_argument(
         "--limit", type=int, default=100, metavar="N", help="list the newest N of each pool at most (default: 100)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON list, inputs up to 10,000 characters")
+    add_json_option(parser, "print one JSON list, inputs up to 10,000 characters")
 
 
 def tasks(arguments: argparse.Namespace) -> int:
@@ -75,7 +75,6 @@ def task_rows() -> list[dict[str, Any]]:
             "input": _input(spec),
             "returns": spec.returns,
             "parameters": sorted(spec.parameters),
-            "cost": str(spec.cost_unit),
         }
         for spec in TASKS.values()
     ]

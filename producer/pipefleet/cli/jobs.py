@@ -10,6 +10,7 @@ from typing import Any
 
 from pipefleet.cli.common import (
     Commands,
+    add_json_option,
     add_model_options,
     command,
     print_error,
@@ -44,7 +45,7 @@ def register(commands: Commands) -> None:
         "--timeout", type=seconds, metavar="SECONDS",
         help="wait at most this long for each result; the job goes on (exit code 4)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON list, in input order")
+    add_json_option(parser, "print one JSON list, in input order")
 
 
 def submit(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipefleet.cli.common import (
     Commands,
+    add_json_option,
     add_model_options,
     command,
     print_error,
@@ -49,7 +50,7 @@ def register(commands: Commands) -> None:
         "--strict", action="store_true", help="end at an item that cannot be prepared; else it fails alone"
     )
     _add_waiting(parser, "return when the run is queued, not when it has ended")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json_option(parser)
     for name, run, text in (
         ("status", status, "say how far a run is"),
         ("resume", resume, "queue again what is missing of a run and wait for its end"),
@@ -58,7 +59,7 @@ def register(commands: Commands) -> None:
     ):
         parser = command(commands, name, run, help=text, example=f"pipefleet {name} s3://media/transcripts/")
         parser.add_argument("uri", metavar="RUN_URI", help="the output that map was given")
-        parser.add_argument("--json", action="store_true", help="print one JSON document")
+        add_json_option(parser)
         if name == "resume":
             parser.add_argument("--model", help="go on with this model, which a pool of the fleet serves")
             parser.add_argument("--revision", help="its revision")

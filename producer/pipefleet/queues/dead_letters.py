@@ -1,8 +1,4 @@
-"""Dead letters, and the messages that workers hold, as an operator sees them.
-
-A dead letter is a message that no worker will run. Workers file them; `pipefleet dead-letters` and runs read, remove and requeue
-them. All functions raise redis-py's errors. See `runs.letters` for the jobs inside of letters.
-"""
+"""Messages that were given up, as an operator sees them. In Redis; raises what redis-py raises."""
 
 from __future__ import annotations
 
@@ -211,45 +207,3 @@ def requeue_dead_letter(
     names = (keys["dead_key"], keys["unreported_key"], target, *record)
     became: Any = run_script(redis, _REQUEUE_LETTER, names, letter.entry, text, int(ttl), own)
     return None if became is None else became.decode()
-
-
-@dataclass(frozen=True, slots=True)
-class LeasedMessage:
-    """A message that a worker holds."""
-
-    tag: str
-    job_id: str | None
-    owner: str
-    """Host, process, a random part and a number, with colons between."""
-    seconds: float
-    """Seconds since the worker took it."""
-    renewed_seconds: float
-    """Seconds since its lease was renewed."""
-    deliveries: int
-
-
-def leased_messages(redis: Redis, queue: str) -> list[LeasedMessage]:
-    """The messages that workers of the lease transport hold, longest held first."""
-    keys = ledger_keys(queue)
-    pipe = reading(redis)
-    pipe.time()
-    for name in ("owners_key", "deliveries_key", "unacked_key"):
-        pipe.hgetall(keys[name])
-    pipe.zrange(keys["unacked_index_key"], 0, -1, withscores=True)
-    (seconds, micros), owners, deliveries, messages, renewed = pipe.execute()
-    now, scores = seconds + micros / 1e6, dict(renewed)
-    found = []
-    for tag, value in owners.items():
-        owner, _, since = value.decode(errors="replace").rpartition("@")
-        job_id = message_id(messages.get(tag, b""))
-        ages = (now - _number(since, now), now - scores.get(tag, now))
-        count = int(_number(deliveries.get(tag, 0), 0))
-        found.append(LeasedMessage(tag.decode(errors="replace"), job_id, owner, *ages, count))
-    return sorted(found, key=lambda one: -one.seconds)
-
-
-def _number(value: Any, otherwise: float) -> float:
-    try:
-        return number(value)
-    except ValueError:
-        return otherwise

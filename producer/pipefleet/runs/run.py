@@ -7,8 +7,6 @@ files, ResultTimeoutError, and ServiceUnavailableError.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -19,23 +17,18 @@ from typing import TYPE_CHECKING, Any
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.replicas import old_figures
 from pipefleet.connection.scripts import run_script
-from pipefleet.contract.artifacts import resolve
 from pipefleet.contract.layout import RunLayout, RunPlan
-from pipefleet.contract.parts import JsonLines, part_format
 from pipefleet.contract.records import CANCEL_RUN
 from pipefleet.errors import PipefleetError, RunError
 from pipefleet.fleet.pools import Pool
 from pipefleet.forking import renew_after_fork
-from pipefleet.inputs.sources import Source, open_source
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.queues.keys import CANCELLED_CHANNEL, run_key
 from pipefleet.runs.backlog import Backlog
-from pipefleet.runs.files import failed_rows, rows_of
-from pipefleet.runs.finishing import failed_lines, read_totals
+from pipefleet.runs.finishing import read_totals
 from pipefleet.runs.moving import known_pool, move_run, read_moved, take_back, unserved
 from pipefleet.runs.planner import (
     Planner,
-    claim_planning,
     is_forgotten,
     left_unqueued,
     planner_alive,
@@ -45,11 +38,12 @@ from pipefleet.runs.planner import (
     remember_totals,
 )
 from pipefleet.runs.progress import RunProgress
+from pipefleet.runs.reading import read_failures, read_results
 from pipefleet.runs.refusals import Refusals
+from pipefleet.runs.resume import claim_when_alone, reopened
 from pipefleet.runs.stopped import UNKNOWN, forget_stopped, note_stopped, read_stopped
 from pipefleet.runs.wait import POLL_SECONDS, Waiter
 from pipefleet.service import Service
-from pipefleet.tasks import task_spec
 from pipefleet.waiting.lookout import why_waiting
 
 if TYPE_CHECKING:
@@ -60,8 +54,6 @@ LOOK_AT_STORE_SECONDS = 5.0
 ASK_WHY_SECONDS = 2.0
 """Seconds between two looks whether a worker serves the queue."""
 FORGOTTEN = "Redis was emptied, and what waited in it is lost"
-TAKE_OVER_SECONDS = 30.0
-"""Seconds for which `resume` waits for a planner that seems alive: the sign of a dead planner lasts ten seconds."""
 
 
 class Run:
@@ -194,30 +186,11 @@ class Run:
         Artifacts, such as long arrays, are fetched with their row. Raises RunError if the run was cancelled before all its parts
         were there. Waits for services as `wait` does.
         """
-        index, patience = 0, self._waiter.patience()
-        while self._wait_for_part(index):
-            yield from map(self._row, patience.each(functools.partial(self._rows, index)))
-            index += 1
-
-    def _rows(self, index: int, read: int) -> Iterator[dict[str, Any]]:
-        return itertools.islice(self._part(index), read, None)
-
-    def _part(self, index: int) -> Iterator[dict[str, Any]]:
-        """The rows of a part. JSON lines are streamed; a part of another format is read whole."""
-        uri, store = self._layout.part(index), self._session.store
-        if self._plan.format == JsonLines.name:
-            return rows_of(store.lines(uri), uri)
-        return part_format(self._plan.format).rows(store.get(uri))
-
-    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "output": resolve(row["output"], self._session.store.get)} if "output" in row else row
+        yield from read_results(self._session.store, self._layout, self._waiter.patience(), self._wait_for_part)
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """The failed items so far, as manifest rows with an `error` of code, message and stage. Waits for S3 as `wait` does."""
-        return failed_rows(self._waiter.patience().each(self._failed_lines), self._layout.failed)
-
-    def _failed_lines(self, read: int) -> Iterator[bytes]:
-        return itertools.islice(failed_lines(self._session.store, self._layout), read, None)
+        return read_failures(self._session.store, self._layout, self._waiter.patience())
 
     @property
     def failures_uri(self) -> str:
@@ -298,7 +271,7 @@ class Run:
         taken = self._refusals.take_up(self._plan, only=shards)
         if not taken:
             return []
-        backlog = Backlog(self._session, self._layout, self._plan, Patience(threading.Event()))
+        backlog = self._backlog()
         if ended:
             self._uncancel()
             with redis_errors(self._session.settings.redis_url):
@@ -313,8 +286,12 @@ class Run:
             return False
         if read_moved(self._session.store, self._layout) is None:
             return False
-        Backlog(self._session, self._layout, self._plan, Patience(threading.Event())).publish([shard])
+        self._backlog().publish([shard])
         return True
+
+    def _backlog(self) -> Backlog:
+        """What is missing of the run, for one look from outside of its planning. It waits for no service."""
+        return Backlog(self._session, self._layout, self._plan, Patience(threading.Event()))
 
     def has_part(self, shard: int) -> bool:
         """Whether the part of a shard is there."""
@@ -416,8 +393,7 @@ class Run:
         lost = self._session.losses.why(self._plan)
         if lost is None or lost == self._lost:
             return lost
-        backlog = Backlog(self._session, self._layout, self._plan, Patience(threading.Event()))
-        self._lost = None if backlog.restore_unknown(self._plan.shards) else lost
+        self._lost = None if self._backlog().restore_unknown(self._plan.shards) else lost
         return self._lost
 
     def _refresh_plan(self) -> None:
@@ -458,13 +434,13 @@ class Run:
         if planner is not None and usable and self.planning:
             planner.go_on()
             return planner
-        if not self._wait_until_alone(moved=moved):
+        if not claim_when_alone(self._session, self._plan, self.uri, moved=moved):
             return None
         try:
             self._refresh_plan()
             reads = self._plan.shards is None
             if planner is None or not usable or not reads:
-                source = self._reopened() if reads else None
+                source = reopened(self._session, self._layout, self._plan) if reads else None
                 planner = Planner(self._session, self._layout, self._plan, source)
             planner.go_on()
             alive.enter_context(planner.alive())
@@ -472,29 +448,3 @@ class Run:
             release_planning(self._session, self._plan)
             raise
         return planner
-
-    def _wait_until_alone(self, *, moved: bool) -> bool:
-        """Claim the planning. False if another client plans a run that was `moved`; for any other run that raises RunError."""
-        deadline = time.monotonic() + TAKE_OVER_SECONDS
-        while not claim_planning(self._session, self._plan):  # another planner may have died a moment ago
-            if time.monotonic() >= deadline:
-                if moved:
-                    return False
-                raise RunError(
-                    f"another client plans the run at {self.uri} and queues again by itself what Redis lost; "
-                    f"see `pipefleet status {self.uri}`, or stop that client first"
-                )
-            time.sleep(POLL_SECONDS)
-        return True
-
-    def _reopened(self) -> Source:
-        """The source, opened again. Raises RunError for an iterable, which cannot be opened again."""
-        if self._plan.source is None:
-            reason = read_stopped(self._session.store, self._layout)
-            raise RunError(
-                f"the source of the run at {self.uri} was an iterable that ended with its client"
-                f"{f' ({reason})' if reason else ''}; call map again with the same arguments to go on"
-            )
-        spec = task_spec(self._plan.task)
-        preparer = self._session.preparer(spec, parameters=self._plan.parameters)
-        return open_source(self._plan.source, spec, self._session.store, preparer, output=self.uri)

@@ -12,9 +12,9 @@ from types import MappingProxyType
 
 from pipefleet.errors import UnknownTaskError, nearest
 from pipefleet.tasks import audio, multimodal, text, vision
-from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
+from pipefleet.tasks.spec import Media, TaskSpec
 
-__all__ = ["ALIASES", "TASKS", "CostUnit", "Media", "TaskSpec", "implied_parameters", "task_spec"]
+__all__ = ["ALIASES", "TASKS", "Media", "TaskSpec", "implied_parameters", "task_spec"]
 
 _ROWS = (*text.ROWS, *audio.ROWS, *vision.ROWS, *multimodal.ROWS)
 _TRANSLATION = re.compile(r"translation_([A-Za-z-]+)_to_([A-Za-z-]+)")

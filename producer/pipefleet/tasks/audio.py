@@ -18,7 +18,7 @@ from pipefleet.tasks.checks import (
 from pipefleet.tasks.generation import SEED, WHISPER, generation_without
 from pipefleet.tasks.requirements import labels_given, pieces_longer_than_strides
 from pipefleet.tasks.shared import CANDIDATE_LABELS, LABEL_COUNT, STRICT_MEDIA
-from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
+from pipefleet.tasks.spec import Media, TaskSpec
 
 _TEMPERATURE = number(0.0, 100.0)
 _WRITE = {
@@ -65,7 +65,6 @@ ROWS = (
         },
         returns="{text, chunks?}",
         carried={"audio": Media.AUDIO, "stride": Media.DATA, "sampling_rate": Media.DATA, "extra": Media.DATA},
-        cost_unit=CostUnit.SECONDS,
         nones=frozenset(WHISPER),
         merges=frozenset({"generate_kwargs"}),
         requires=(pieces_longer_than_strides,),
@@ -81,14 +80,12 @@ ROWS = (
         },
         nones=frozenset({"top_k"}),
         returns="[{label, score}]",
-        cost_unit=CostUnit.SECONDS,
     ),
     TaskSpec(
         name="zero-shot-audio-classification",
         media=Media.AUDIO,
         parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000), **STRICT_MEDIA},
         returns="[{label, score}]",
-        cost_unit=CostUnit.SECONDS,
         requires=(labels_given,),
     ),
     TaskSpec(
@@ -103,6 +100,5 @@ ROWS = (
         },
         nones=frozenset(_WRITE),
         returns="{audio, sampling_rate}",
-        cost_unit=CostUnit.TOKENS,
     ),
 )

@@ -18,7 +18,7 @@ from pipefleet.tasks.requirements import (
     writable,
 )
 from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
-from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
+from pipefleet.tasks.spec import Media, TaskSpec
 
 _GENERATE_KWARGS = mapping_of(GENERATION)
 _CHAT: dict[str, Check] = {
@@ -51,7 +51,6 @@ ROWS = (
         parameters=_CHAT,
         nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns=_CHAT_RETURNS,
-        cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
         requires=(prompt_filled, media_in_chat, asked_once, one_way_of_showing, writable),
     ),
@@ -65,7 +64,6 @@ ROWS = (
         parameters={**_CHAT, **STRICT_MEDIA, "generation_mode": _text_mode},
         nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns=_CHAT_RETURNS,
-        cost_unit=CostUnit.TOKENS,
         tensors=("generated_token_ids",),
         requires=(prompt_filled, media_in_chat, asked_once, one_way_of_showing, writable),
     ),
@@ -80,7 +78,6 @@ ROWS = (
         },
         nones=frozenset(GENERATION) - {"max_new_tokens"},
         returns="[{generated_text}]",
-        cost_unit=CostUnit.IMAGES,
         requires=(picture_given, asked_once, writable),
     ),
     TaskSpec(
@@ -95,7 +92,6 @@ ROWS = (
         parameters={**WRITE, "top_k": _ANSWERS, "truncation": boolean, "padding": PADDING},
         nones=frozenset(GENERATION) - {"top_k"},
         returns="[{score, answer}], or [{answer}] from a model that writes",
-        cost_unit=CostUnit.IMAGES,
     ),
     TaskSpec(
         name="document-question-answering",
@@ -117,7 +113,6 @@ ROWS = (
         },
         nones=frozenset(GENERATION) - {"top_k"},
         returns="[{score, answer, start, end}], or [{answer}] from a model that reads the page itself",
-        cost_unit=CostUnit.IMAGES,
         requires=(boxes_on_page,),
     ),
     TaskSpec(
@@ -126,7 +121,6 @@ ROWS = (
         positional=("image", "candidate_labels"),
         parameters={"candidate_labels": CANDIDATE_LABELS, "hypothesis_template": template(1000)},
         returns="[{score, label}]",
-        cost_unit=CostUnit.IMAGES,
         requires=(labels_given,),
     ),
     TaskSpec(
@@ -143,7 +137,6 @@ ROWS = (
         },
         nones=frozenset({"top_k"}),
         returns="[{score, label, box: {xmin, ymin, xmax, ymax}}]",
-        cost_unit=CostUnit.IMAGES,
         requires=(labels_given,),
     ),
 )

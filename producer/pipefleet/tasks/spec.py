@@ -31,14 +31,6 @@ class Media(StrEnum):
     DATA = "JSON"
 
 
-class CostUnit(StrEnum):
-    """The unit in which the work of one item grows."""
-
-    TOKENS = "tokens"
-    SECONDS = "seconds"
-    IMAGES = "images"
-
-
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
     """One row: the `media` of the main input, the `fields` of a dict, the allowed `parameters`, and the form of the result."""
@@ -48,7 +40,6 @@ class TaskSpec:
     """None if an input is always a dict of `fields`."""
     parameters: Mapping[str, Check]
     returns: str
-    cost_unit: CostUnit
     aliases: tuple[str, ...] = ()
     fields: Mapping[str, Media] = field(default_factory=dict)
     """Fields of an input that is a dict, such as a text and its pair; empty if the task takes no dicts."""

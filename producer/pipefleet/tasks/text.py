@@ -40,7 +40,7 @@ from pipefleet.tasks.shared import (
     TRUNCATION,
     WRITE,
 )
-from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
+from pipefleet.tasks.spec import Media, TaskSpec
 
 _LABEL = text(1000)
 _PADDING = either(boolean, choice("longest", "max_length", "do_not_pad"))
@@ -62,7 +62,6 @@ _TRANSLATION = TaskSpec(
     parameters=_TRANSLATE,
     nones=frozenset(GENERATION),
     returns="[{translation_text}]",
-    cost_unit=CostUnit.TOKENS,
     requires=(writable,),
     tensors=("translation_token_ids",),
     bare_in_lists=True,
@@ -77,7 +76,6 @@ ROWS = (
         positional=("state", "questions"),
         parameters={},
         returns="{question: {type, …}}",
-        cost_unit=CostUnit.TOKENS,
         requires=(request_in_json,),
     ),
     TaskSpec(
@@ -93,7 +91,6 @@ ROWS = (
         merges=frozenset({"tokenize_kwargs"}),
         requires=(one_truncation,),
         returns="[[[number]]] tokens by width, or [number] with pooling",
-        cost_unit=CostUnit.TOKENS,
         tensors=("",),
     ),
     TaskSpec(
@@ -105,7 +102,6 @@ ROWS = (
             "tokenizer_kwargs": mapping_of(_TOKENIZE),
         },
         returns="[{score, token, token_str, sequence}], or a list of those for each of several masks",
-        cost_unit=CostUnit.TOKENS,
         requires=(text_not_blank,),
         answers_one_alone=True,
     ),
@@ -126,7 +122,6 @@ ROWS = (
             "padding": _PADDING,
         },
         returns="{score, start, end, answer}, or a list of those with top_k",
-        cost_unit=CostUnit.TOKENS,
         requires=(fields_filled("question", "context"),),
         answers_one_alone=True,
     ),
@@ -136,7 +131,6 @@ ROWS = (
         parameters=_REWRITE,
         nones=frozenset(GENERATION),
         returns="[{summary_text}]",
-        cost_unit=CostUnit.TOKENS,
         requires=(writable,),
         tensors=("summary_token_ids",),
         bare_in_lists=True,
@@ -156,7 +150,6 @@ ROWS = (
         },
         nones=frozenset(GENERATION),
         returns="{answer, coordinates, cells, aggregator?}, or a list of those for a list of queries",
-        cost_unit=CostUnit.TOKENS,
         requires=(fields_filled("query"),),
         tuples=("coordinates",),
         answers_one_alone=True,
@@ -171,7 +164,6 @@ ROWS = (
         parameters={"top_k": LABEL_COUNT, "function_to_apply": ACTIVATION, **_TOKENIZE},
         nones=frozenset({"top_k", *_TOKENIZE}),
         returns="[{label, score}]",
-        cost_unit=CostUnit.TOKENS,
         bare_in_lists=True,
         bare_in_streams=True,
         kept_with=("top_k",),
@@ -191,7 +183,6 @@ ROWS = (
         },
         nones=frozenset({*GENERATION, "add_special_tokens", "padding"}) - {"max_length"},
         returns="[{generated_text}], or [{generated_token_ids}]",
-        cost_unit=CostUnit.TOKENS,
         requires=(one_way_of_showing, writable),
     ),
     TaskSpec(
@@ -200,7 +191,6 @@ ROWS = (
         parameters=_REWRITE,
         nones=frozenset(GENERATION),
         returns="[{generated_text}]",
-        cost_unit=CostUnit.TOKENS,
         requires=(writable,),
         tensors=("generated_token_ids",),
         bare_in_lists=True,
@@ -217,7 +207,6 @@ ROWS = (
             "delimiter": text(100),
         },
         returns="[{entity, score, index, word, start, end}], or [{entity_group, score, word, start, end}]",
-        cost_unit=CostUnit.TOKENS,
         requires=(words_or_text,),
     ),
     _TRANSLATION,
@@ -234,7 +223,6 @@ ROWS = (
         },
         nones=frozenset({"multi_label"}),
         returns="{sequence, labels, scores}",
-        cost_unit=CostUnit.TOKENS,
         requires=(text_filled, labels_given),
     ),
 )

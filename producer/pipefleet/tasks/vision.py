@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
 from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT, STRICT_MEDIA
-from pipefleet.tasks.spec import CostUnit, Media, TaskSpec
+from pipefleet.tasks.spec import Media, TaskSpec
 
 _SHARE = number(0.0, 1.0)
 _EDGE = integer(1, 4096)
@@ -33,7 +33,6 @@ ROWS = (
         media=Media.IMAGE,
         parameters={},
         returns="{predicted_depth: array of the picture's size, depth: image}",
-        cost_unit=CostUnit.IMAGES,
         tensors=("predicted_depth",),
     ),
     TaskSpec(
@@ -41,7 +40,6 @@ ROWS = (
         media=Media.IMAGE,
         parameters={"top_k": LABEL_COUNT, "function_to_apply": ACTIVATION},
         returns="[{label, score}]",
-        cost_unit=CostUnit.IMAGES,
     ),
     TaskSpec(
         name="image-feature-extraction",
@@ -55,7 +53,6 @@ ROWS = (
         },
         merges=frozenset({"image_processor_kwargs"}),
         returns="[[[number]]] patches by width, [[number]] with pool, a list of feature maps (AutoBackbone's) with out_indices",
-        cost_unit=CostUnit.IMAGES,
         tensors=("",),
     ),
     TaskSpec(
@@ -69,14 +66,12 @@ ROWS = (
         },
         nones=frozenset({"subtask"}),
         returns="[{score, label, mask: image}]",
-        cost_unit=CostUnit.IMAGES,
     ),
     TaskSpec(
         name="image-to-image",
         media=Media.IMAGE,
         parameters={},
         returns="image",
-        cost_unit=CostUnit.IMAGES,
     ),
     TaskSpec(
         name="keypoint-matching",
@@ -84,7 +79,6 @@ ROWS = (
         positional=("inputs", "threshold"),
         parameters={"threshold": _SHARE},
         returns="[{keypoint_image_0: {x, y}, keypoint_image_1: {x, y}, score}]",
-        cost_unit=CostUnit.IMAGES,
         answers_one_alone=True,
     ),
     TaskSpec(
@@ -106,7 +100,6 @@ ROWS = (
         },
         nones=frozenset({"points_per_batch", "output_rle_mask", "output_bboxes_mask"}),
         returns="{masks: [array of booleans], scores: array, rle_mask?, bounding_boxes?}",
-        cost_unit=CostUnit.IMAGES,
         tensors=("scores", "bounding_boxes"),
     ),
     TaskSpec(
@@ -114,7 +107,6 @@ ROWS = (
         media=Media.IMAGE,
         parameters={"threshold": _SHARE},
         returns="[{score, label, box: {xmin, ymin, xmax, ymax}}]",
-        cost_unit=CostUnit.IMAGES,
     ),
     TaskSpec(
         name="video-classification",
@@ -127,6 +119,5 @@ ROWS = (
             **STRICT_MEDIA,
         },
         returns="[{score, label}]",
-        cost_unit=CostUnit.IMAGES,
     ),
 )

@@ -16,7 +16,7 @@ from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.places import ASK_SECONDS, NOTED_SECONDS, PASS_ON_SECONDS, Others, Places
 from pipefleet_workers.delivery.leases import GivenBack
 from pipefleet_workers.ending import Ending
-from pipefleet_workers.fleet.doctor.checks import access_of_workers
+from pipefleet_workers.fleet.doctor.workers import check_access
 from pipefleet_workers.storage.store import BarredError, RefusedHereError
 from tests.unit.conftest import eventually
 from tests.unit.consume.fakes import BARRED, Bench, FakeDelivery, FakeShards, shard, single
@@ -219,4 +219,4 @@ def test_others_are_live_workers_of_the_queue_that_were_not_refused_there(client
         announce_worker(client.redis, name, facts, seconds=60.0)
     assert (others("bucket"), others("another")) == (False, True)
     with pytest.raises(PipefleetError, match="alike gives jobs back whose bucket S3 refuses to it: s3://bucket/"):
-        access_of_workers(client.settings)
+        check_access(client.settings)

@@ -6,7 +6,6 @@ The engine's fetch threads call `Fetcher.fetch`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from pipefleet.contract.references import StorageRef, map_refs
 from pipefleet.contract.uris import shown
@@ -52,8 +51,3 @@ class Fetcher:
         if not content:
             raise ItemError("empty_object", f"{shown(reference.uri)} is empty", STAGE)
         return Blob(reference.uri, content, reference.type)
-
-
-def slices(works: Sequence[Work], size: int) -> list[Sequence[Work]]:
-    """`works` in slices of at most `size`."""
-    return [works[start : start + size] for start in range(0, len(works), size)]

@@ -14,8 +14,8 @@ from pipefleet.runs.progress import RunProgress
 from pipefleet.runs.run import Run
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.fleet.demo import assets, weights
-from pipefleet_workers.fleet.local import Stack
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.stack import Stack
 
 SAMPLES = "s3://pipefleet/samples/"
 FLEET = """\

@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipefleet.cli.common import Commands, command
-from pipefleet.errors import UsageError
+from pipefleet.cli.common import Commands, add_fleet_option, command, fleet_path
 from pipefleet_workers.fleet.render.pools import DRAIN_SECONDS, NAMESPACE, RenderOptions
 
 OUTPUTS = {"compose": Path("deploy/compose"), "kubernetes": Path("deploy/kubernetes/pools")}
@@ -21,7 +20,7 @@ def register(commands: Commands) -> None:
         example="pipefleet render kubernetes --fleet deploy/fleet.toml --check",
     )  # fmt: skip
     parser.add_argument("target", choices=sorted(OUTPUTS), help="which files")
-    parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
+    add_fleet_option(parser)
     parser.add_argument(
         "--output", type=Path, metavar="DIR",
         help="where they go (default: deploy/compose, deploy/kubernetes/pools)",
@@ -35,13 +34,10 @@ def register(commands: Commands) -> None:
 
 
 def render(arguments: argparse.Namespace) -> int:
-    """Write the files; with --check name each file that is out of date, and return 1."""
-    from pipefleet.settings import load_settings
+    """Write the files, or with --check name each that is out of date and return 1."""
     from pipefleet_workers.fleet.render.files import differences, rendered, write
 
-    path = arguments.fleet or load_settings().fleet_path
-    if path is None:
-        raise UsageError("there is no fleet.toml here; name one with --fleet")
+    path = fleet_path(arguments, missing="there is no fleet.toml here; name one with --fleet")
     folder = arguments.output or OUTPUTS[arguments.target]
     wanted = rendered(arguments.target, path, RenderOptions(arguments.drain, arguments.namespace))
     if not arguments.check:

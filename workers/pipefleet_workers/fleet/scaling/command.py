@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipefleet.cli.common import Commands, command, print_json
+from pipefleet.cli.common import (
+    Commands,
+    add_fleet_option,
+    command,
+    fleet_path,
+    interrupt_on_sigterm,
+    positive_seconds,
+    print_json,
+)
 from pipefleet.errors import UsageError
 from pipefleet_workers.observe import logs
 
@@ -15,6 +22,7 @@ if TYPE_CHECKING:
     from pipefleet.fleet.pools import Fleet
 
 DEFAULT_PORT = 9180
+NO_FLEET = "name a fleet file with --fleet or PIPEFLEET_FLEET: it says how many workers a pool may have"
 
 
 def register(commands: Commands) -> None:
@@ -24,15 +32,20 @@ def register(commands: Commands) -> None:
         help="serve the number of workers that each pool should have, and the fleet's metrics",
         example="pipefleet scaler --fleet fleet.toml --port 9180",
     )  # fmt: skip
-    parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
+    add_fleet_option(parser)
     parser.add_argument("--port", type=port, default=DEFAULT_PORT, help="port to serve on (9180); 0 takes a free one")
     parser.add_argument("--address", default="127.0.0.1", help="address to serve on (loopback)")
-    parser.add_argument("--interval", type=seconds, default=15.0, help="seconds between two readings (15, at most 60)")
     parser.add_argument(
-        "--cold-start", type=seconds, default=180.0, help="seconds from the start of a worker to its first job (180)"
+        "--interval", type=positive_seconds, default=15.0, help="seconds between two readings (15, at most 60)"
     )
     parser.add_argument(
-        "--scale-down-after", type=seconds, default=300.0, metavar="SECONDS",
+        "--cold-start",
+        type=positive_seconds,
+        default=180.0,
+        help="seconds from the start of a worker to its first job (180)",
+    )
+    parser.add_argument(
+        "--scale-down-after", type=positive_seconds, default=300.0, metavar="SECONDS",
         help="seconds for which fewer workers must be wanted until fewer are asked for (300)",
     )  # fmt: skip
     parser.add_argument("--json-once", action="store_true", help="read once, print one JSON list, change nothing")
@@ -40,7 +53,6 @@ def register(commands: Commands) -> None:
 
 def scaler(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; with --json-once, print one reading."""
-    from pipefleet.cli.common import interrupt_on_sigterm
     from pipefleet.settings import load_settings
     from pipefleet_workers.delivery.redis_start import refuse_unusable
     from pipefleet_workers.fleet.scaling.service import Scaler, ScalerService
@@ -48,8 +60,7 @@ def scaler(arguments: argparse.Namespace) -> int:
     check_interval(arguments.interval, "--interval")
     settings = load_settings()
     refuse_unusable(settings)
-    fleet, hold = _fleet(arguments, settings.fleet_path), arguments.scale_down_after
-    reader = Scaler(fleet, settings, cold_start=arguments.cold_start, hold=hold)
+    reader = Scaler(_fleet(arguments), settings, cold_start=arguments.cold_start, hold=arguments.scale_down_after)
     if arguments.json_once:
         print_json([status.to_json() for status in reader.tick(remember=False).values()])
         return 0
@@ -72,13 +83,11 @@ def check_interval(interval: float, option: str) -> None:
         raise UsageError(f"{option} must be at most 60 seconds; longer, and what arrives between two is not understood")
 
 
-def _fleet(arguments: argparse.Namespace, path: Path | None) -> Fleet:
+def _fleet(arguments: argparse.Namespace) -> Fleet:
     from pipefleet.fleet.file import load_fleet
 
-    path = arguments.fleet or path
-    if path is None:
-        raise UsageError("name a fleet file with --fleet or PIPEFLEET_FLEET: it says how many workers a pool may have")
-    return load_fleet(path, allow_unpinned=True)  # the workers decide what is pinned
+    # The workers decide what is pinned.
+    return load_fleet(fleet_path(arguments, missing=NO_FLEET), allow_unpinned=True)
 
 
 def port(text: str) -> int:
@@ -87,11 +96,3 @@ def port(text: str) -> int:
     if not 0 <= number <= 65_535:
         raise argparse.ArgumentTypeError("a port is between 0 and 65535")
     return number
-
-
-def seconds(text: str) -> float:
-    """A time above 0, as an option's type."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be above 0 seconds")
-    return value

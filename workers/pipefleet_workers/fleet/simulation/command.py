@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipefleet.cli.common import Commands, command, print_json
+from pipefleet.cli.common import Commands, add_json_option, command, print_json
 from pipefleet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,18 +42,14 @@ def register(commands: Commands) -> None:
     add("--prices", type=_positive, nargs=2, default=(1.0, 3.0), metavar=("SPOT", "ON_DEMAND"), help="an hour (1 3)")
     add("--cost-noise", type=_share, default=0.16, help="relative error of one reading of a job's mean cost (0.16)")
     add("--count-jobs", action="store_true", help="the work of jobs is not known: they are counted")
-    add("--json", action="store_true", help="print one JSON document")
-    add("--write", type=Path, metavar="DOC.md", help="write the tables and pictures of this document anew (a minute)")
+    add_json_option(parser)
 
 
 def simulate(arguments: argparse.Namespace) -> int:
-    """Print the comparison, or write the document."""
-    from pipefleet_workers.fleet.simulation.report import table, write_document
+    """Print the comparison."""
+    from pipefleet_workers.fleet.simulation.report import table
     from pipefleet_workers.fleet.simulation.run import POLICIES, compare
 
-    if arguments.write is not None:
-        write_document(arguments.write)
-        return 0
     names = arguments.policy or list(POLICIES)
     unknown = [name for name in names if name not in POLICIES]
     if unknown:

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pipefleet.cli.common import Commands, command, print_json, print_troubles
+from pipefleet.cli.common import Commands, add_json_option, command, print_json, print_troubles
 from pipefleet.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def register(commands: Commands) -> None:
         example="pipefleet top --once",
     )  # fmt: skip
     parser.add_argument("--once", action="store_true", help="print one plain table and end (so it is when piped, too)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document and end")
+    add_json_option(parser, "print one JSON document and end")
 
 
 def top(arguments: argparse.Namespace) -> int:

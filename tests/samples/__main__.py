@@ -1,8 +1,8 @@
-"""Makes the sample media in `samples/` again: `python -m pipefleet_workers.fleet.demo.make_samples`.
+"""Makes the sample media of `pipefleet demo` again: `python -m tests.samples`.
 
-In: `samples/passages.txt`, sentences of nineteenth-century books. Out: recordings and their `transcripts.tsv`, pictures,
-`texts.jsonl`; the same tools always give the same files. It needs the program espeak-ng (1.51 was used; on Debian `apt install
-espeak-ng`) and the `workers` extra. The samples are kept with the project; run this only to change them.
+In: `passages.txt`, sentences of nineteenth-century books. Out: recordings and their `transcripts.tsv`,
+pictures, `texts.jsonl`, always the same with the same tools. Needs the program espeak-ng (1.51 was used; on Debian
+`apt install espeak-ng`) and the `workers` extra. The samples are kept with the project: run this only to change them.
 """
 
 import io
@@ -19,14 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from pipefleet_workers.fleet.demo.make_pictures import make_pictures
+from pipefleet_workers.fleet.demo import assets
+from tests.samples.pictures import make_pictures
 
 Passages = dict[str, list[str]]
 Samples = npt.NDArray[np.int16]
 
 RATE = 16_000
-_SAMPLES = Path(__file__).parent / "samples"
-# Whisper tiny.en understands no other voice clearly better, see the figures in samples/README.md.
+_PASSAGES = Path(__file__).with_name("passages.txt")
+_SAMPLES = assets.texts().parent
+# Whisper tiny.en understood no voice clearly better, see the figures in samples/README.md.
 _VOICE, _WORDS_PER_MINUTE = "en-us", 150
 _CODECS = {".mp3": "libmp3lame", ".ogg": "libopus", ".m4a": "aac"}
 _BIT_RATE = 24_000
@@ -82,7 +84,7 @@ def main() -> int:
     if shutil.which("espeak-ng") is None:
         print("espeak-ng is not installed; install it (on Debian: apt install espeak-ng).", file=sys.stderr)
         return 2
-    passages = read_passages((_SAMPLES / "passages.txt").read_text())
+    passages = read_passages(_PASSAGES.read_text())
     make_recordings(passages)
     make_pictures(_SAMPLES)
     make_texts(passages)

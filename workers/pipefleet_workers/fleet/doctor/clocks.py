@@ -1,7 +1,4 @@
-"""Checks of `pipefleet doctor` beyond single services: workers that S3 refuses, and the clocks of this machine.
-
-Each check returns a sentence; a fault raises PipefleetError with the remedy.
-"""
+"""Checks of this machine's clock against those of Redis and of the store."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ from pipefleet.connection.connect import connect
 from pipefleet.connection.errors import redis_errors
 from pipefleet.connection.reading import server_time
 from pipefleet.errors import PipefleetError
-from pipefleet.fleet.announcements import announced_workers, refused_places
-from pipefleet.printable import printable
 from pipefleet.settings import Settings
 from pipefleet.storage.s3_errors import clock_sentence
 from pipefleet.storage.store import ObjectStore
@@ -24,25 +19,8 @@ MOST_SECONDS = 300.0
 """A clock that differs from the store's by more than this is a failure: S3 refuses requests that are 15 minutes off."""
 
 
-def access_of_workers(settings: Settings) -> str:
-    """Raises PipefleetError with the workers that take no jobs since S3 refuses them, and the reasons."""
-    with redis_errors(settings.redis_url):
-        workers = announced_workers(connect(settings))
-    barred = {name: str(facts["barred"]) for name, facts in sorted(workers.items()) if facts.get("barred")}
-    told = [f"{printable(name)} takes no jobs: {printable(why, 400)}" for name, why in barred.items()]
-    for name, facts in sorted(workers.items()):
-        if places := refused_places(facts):
-            buckets = printable(", ".join(f"s3://{one}/" for one in places), 400)
-            told.append(
-                f"{printable(name)} gives jobs back whose bucket S3 refuses to it: {buckets}; see what its policy allows"
-            )
-    if told:
-        raise PipefleetError("; ".join(told))
-    return f"S3 refuses none of {len(workers)}"
-
-
-def clocks(settings: Settings) -> str:
-    """How far this machine's clock differs from the clocks of Redis and of the store. Raises PipefleetError if S3 may refuse it."""
+def check_clocks(settings: Settings) -> str:
+    """How far this machine's clock is from those of Redis and of the store. Raises PipefleetError where S3 may refuse it."""
     with redis_errors(settings.redis_url):
         redis = connect(settings)
         began = time.time()

@@ -1,0 +1,26 @@
+"""`pipefleet demo`: a fleet with two packaged models, and two bulk jobs on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipefleet.cli.common import Commands, command
+from pipefleet_workers.fleet.local.command import add_data_option
+
+
+def register(commands: Commands) -> None:
+    """Add the command."""
+    parser = command(
+        commands, "demo", demo,
+        help="start a fleet with two packaged models and run two bulk jobs on it",
+        example="pipefleet demo",
+    )  # fmt: skip
+    add_data_option(parser)
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Run the demonstration; on a terminal the fleet stays up until Ctrl-C."""
+    from pipefleet_workers.fleet.demo.run import run_demo
+
+    return run_demo(arguments.data, stay=sys.stdout.isatty())
