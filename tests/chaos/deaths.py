@@ -251,7 +251,7 @@ def told_to_shut_down(world: World, scale: Scale) -> Finding:
 def terminated_twice(world: World, scale: Scale) -> Finding:
     """A second SIGTERM ends the waiting."""
     with world.scene(workers=1, drain_seconds=60) as client:
-        job = client.submit(TASK, "SLOW:8 forward")
+        job = client.submit(TASK, "SLOW:16 forward")
         until(lambda: world.ran, what="the forward has begun")
         first = world.workers[0]
         first.supervised = False
@@ -261,7 +261,7 @@ def terminated_twice(world: World, scale: Scale) -> Finding:
         asked = time.monotonic()
         until(lambda: first.codes, 30, what="the worker ends")
         ended = time.monotonic() - asked
-        assert ended < 8.0, "it waited for the forward"
+        assert ended < 14.0, "it waited for the forward"
         assert list(queued_ids(world.redis, QUEUE)) == [job.id], "the job is lost"
         assert job.cancel()
         world.add_worker()

@@ -14,13 +14,13 @@ import pytest
 from tests.unit.fake_crew import until
 
 WAITS = """
-import pathlib, signal, sys
+import pathlib, sys, time
 from pipefleet_workers.fleet.local.command import reload_on_sighup
 reload_on_sighup(lambda: pathlib.Path(sys.argv[1], "reloaded").touch())
 pathlib.Path(sys.argv[1], "ready").touch()
 try:
     while True:
-        signal.pause()
+        time.sleep(0.05)  # pause() would miss a signal that comes just before it
 except KeyboardInterrupt:
     sys.exit(130)
 """
