@@ -10,6 +10,18 @@ The search in a shard that was delivered too often:
 
 A worker that lives never convicts an item by its own note: it gave the item up for another reason, such as a Redis that was away.
 The consumer calls `Suspects.run`. It raises the errors of `Shards.run`.
+
+A suspect is a message that was delivered often enough that it may have killed its workers. While a suspect waits, its delivery is
+not counted; it counts only while the suspect runs. Otherwise one killer would raise the counts of all suspects that wait behind
+it. Redis holds this number of deliveries (the fetch made it d):
+
+    the suspect waits to run alone, also after it was postponed    d - 1        the worker may die of another suspect
+    it runs alone                                                  d            the worker may die of it
+    it has ended, but its ack is not written yet                   d - 1        then the entry is deleted
+    it was given back, from any state                              d - 1
+    its lease was lost                                             untouched    the next holder counts it
+
+Each number is set, never added to: repeating a step, after an error or a lost answer, changes nothing.
 """
 
 from __future__ import annotations
