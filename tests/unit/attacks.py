@@ -24,7 +24,9 @@ BOUNDS = {
 MARKER = "S3CRET-"
 LONG = MARKER * 1000
 EVERY_TASK = pytest.mark.parametrize("spec", TASKS.values(), ids=list(TASKS))
-MEDIA = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR, Media.AUDIO, Media.VIDEO, Media.TABLE)
+SOUNDS, FILMS = (Media.AUDIO, Media.AUDIOS), (Media.VIDEO, Media.VIDEOS)
+LISTED = {Media.IMAGES: Media.IMAGE, Media.AUDIOS: Media.AUDIO, Media.VIDEOS: Media.VIDEO}
+MEDIA = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR, *SOUNDS, *FILMS, Media.TABLE)
 _BYTES = {
     Media.IMAGE: Blob("s3://bucket/picture", image_bytes(image(8, 8)), None),
     Media.AUDIO: Blob("s3://bucket/sound", wav_bytes(np.zeros(1600, np.float32)), None),
@@ -38,8 +40,8 @@ def sample(media: Media) -> Any:
     match media:
         case Media.IMAGES | Media.IMAGE | Media.IMAGE_PAIR:
             return [picture, picture] if media is Media.IMAGE_PAIR else picture
-        case Media.AUDIO | Media.VIDEO:
-            return _BYTES[media]
+        case Media.AUDIO | Media.AUDIOS | Media.VIDEO | Media.VIDEOS:
+            return _BYTES[LISTED.get(media, media)]
         case Media.TABLE:
             return {"a": ["1"]}
         case Media.LABELS | Media.TEXTS:
@@ -55,9 +57,9 @@ def around(media: Media, value: Any) -> Iterator[Any]:
         yield [sample(Media.IMAGE), value]
     else:
         yield value
-    if media is Media.IMAGES:
+    if media in LISTED:
         yield [value]
-        yield [sample(Media.IMAGE), value]
+        yield [sample(LISTED[media]), value]
 
 
 def positions(spec: TaskSpec, kinds: tuple[Media, ...] = MEDIA) -> Iterator[tuple[Media, Callable[[Any], Any]]]:

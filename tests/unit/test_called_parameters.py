@@ -93,6 +93,14 @@ VALUES = [
     ("image-feature-extraction", {"out_features": ("stage1",)}, {"out_features": ["stage1"]}),
     ("zero-shot-classification", {"candidate_labels": np.array(["a", "b"])}, {"candidate_labels": ["a", "b"]}),
     ("text-generation", {"generation_config": GenerationConfig(num_beams=2), "num_beams": 3}, {"num_beams": 3}),
+    ("text-generation", {"top_k": 5.0, "do_sample": 1}, {"top_k": 5, "do_sample": True}),
+    ("any-to-any", {"generate_kwargs": {"max_new_tokens": 4.0}}, {"generate_kwargs": {"max_new_tokens": 4}}),
+    ("zero-shot-classification", {"multi_label": 0}, {"multi_label": False}),
+    ("image-feature-extraction", {"pool": np.int64(1)}, {"pool": True}),
+    ("token-classification", {"ignore_labels": [0, "O"]}, {"ignore_labels": [0, "O"]}),
+    ("feature-extraction", {"padding": "max_length", "truncation": True}, {"padding": "max_length", "truncation": True}),
+    ("object-detection", {"threshold": -1}, {"threshold": -1}),
+    ("image-segmentation", {"threshold": 1.5, "mask_threshold": 2}, {"threshold": 1.5, "mask_threshold": 2}),
     ("text-to-audio", {"generation_config": {"top_k": 2}, "generate_kwargs": {"top_k": 3}}, {"generate_kwargs": {"top_k": 3}}),
 ]  # fmt: skip
 
@@ -110,6 +118,11 @@ def test_values_of_numpy_torch_and_transformers_are_those_of_json(task: str, giv
         ("text-generation", {"tools": [{}]}, "chat template"),
         ("text-classification", {"generation_config": GenerationConfig(top_k=2)}, "takes no parameter 'generation_config'"),
         ("text-classification", {"top_k": object()}, "whole number"),
+        ("text-classification", {"top_k": 2.5}, "whole number"),
+        ("text-generation", {"max_new_tokens": float("inf")}, "whole number"),
+        ("zero-shot-classification", {"multi_label": 2}, "true or false"),
+        ("object-detection", {"threshold": float("nan")}, "must be a number"),
+        ("automatic-speech-recognition", {"prompt_ids": []}, "list of 1 to 1000 values"),
     ],
 )  # fmt: skip
 def test_what_is_no_value_is_refused(task: str, given: Any, message: str) -> None:

@@ -49,7 +49,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("zero-shot-image-classification", {"hypothesis_template": "{} and {}"}),
     ("zero-shot-image-classification", {"hypothesis_template": "no place"}),
     ("zero-shot-image-classification", {"tokenizer_kwargs": {}}),
-    ("zero-shot-object-detection", {"threshold": 2}),
+    ("zero-shot-object-detection", {"threshold": "2"}),
 ]
 
 

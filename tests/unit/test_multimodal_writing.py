@@ -21,7 +21,7 @@ from pipefleet_workers.items import Decoded, ItemError, JobContext, Work
 from pipefleet_workers.models.warmup import warm_up
 from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints import CHECKPOINTS, cached
-from tests.checkpoints.media import image
+from tests.checkpoints.media import audio, image
 from tests.parity.cases.multimodal import without_media
 from tests.parity.harness import Call, Running, finished, load, recording, running
 
@@ -264,6 +264,20 @@ def test_every_generation_argument_of_a_caption_that_generate_refuses_is_a_bad_p
         (bad,) = engine.run([Call(PICTURES[0], {"generate_kwargs": {"do_sample": False, "num_return_sequences": 2}})])
     assert bad.failure is not None
     assert bad.failure.code == "bad_parameter"
+
+
+def test_several_recordings_belong_to_one_text_whatever_is_in_the_batch() -> None:
+    pipe, heard, short = load("any-to-any"), "it <|audio_bos|><|AUDIO|><|audio_eos|>", {"max_new_tokens": 3}
+    sounds = [audio(1.0), audio(2.2, "noise"), audio(0.7, "chirp")]
+    prompts = [
+        {"text": f"{heard} {heard}", "audio": sounds[:2]},
+        {"text": heard, "audio": sounds[2:]},
+        {"text": heard, "audio": sounds[0]},
+        {"text": "nothing"},
+    ]
+    wanted = [pipe(**copy.deepcopy(one), generate_kwargs=short) for one in prompts]
+    with running(recording(ImageTextWriter, load("any-to-any")), "any-to-any") as engine:
+        assert outputs(engine.run_together([Call(one, {"generate_kwargs": short}) for one in prompts])) == wanted
 
 
 def test_sounds_of_one_request_stay_its_own() -> None:

@@ -96,3 +96,17 @@ def test_none_for_a_name_that_nobody_knows_is_refused() -> None:
     for given in ({"banana": None}, {"generate_kwargs": {"banana": None}}):
         with pytest.raises(ParameterError, match="banana"):
             called_parameters(task_spec("image-text-to-text"), given)
+
+
+@pytest.mark.parametrize(("task", "given"), [(BOXES, {}), ("automatic-speech-recognition", {"max_new_tokens": 3})])
+def test_one_sequence_is_what_a_call_gives_without_asking(task: str, given: dict[str, Any]) -> None:
+    assert called_parameters(task_spec(task), {"num_return_sequences": 1, **given}) == given
+    with pytest.raises(ParameterError, match="num_return_sequences"):
+        called_parameters(task_spec(task), {"num_return_sequences": 2})
+
+
+def test_one_sequence_is_left_out_inside_of_generate_kwargs_too() -> None:
+    found = called_parameters(
+        task_spec("automatic-speech-recognition"), {"generate_kwargs": {"num_return_sequences": 1}}
+    )
+    assert found == {"generate_kwargs": {}}

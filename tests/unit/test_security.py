@@ -29,7 +29,7 @@ from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
 from tests.checkpoints.media import image, image_bytes
 from tests.parity.harness import load
-from tests.unit.attacks import EVERY_TASK, LONG, MARKER, MEDIA, around, decode, positions, refusal, used, work
+from tests.unit.attacks import EVERY_TASK, LISTED, LONG, MARKER, MEDIA, around, decode, positions, refusal, used, work
 
 STRINGS = [
     "http://169.254.169.254/latest/meta-data/",
@@ -101,7 +101,9 @@ def test_the_producer_sends_no_web_address_as_a_medium(spec: TaskSpec, sealed: N
     for media, put in positions(spec):
         if media is not Media.TABLE:
             for text in STRINGS[:2]:
-                for value in {Media.IMAGES: [text, [text]], Media.IMAGE_PAIR: [[text, text]]}.get(media, [text]):
+                for value in (
+                    [text, [text]] if media in LISTED else [[text, text] if media is Media.IMAGE_PAIR else text]
+                ):
                     with pytest.raises(InputError, match="workers fetch nothing from the web"):
                         preparer.prepare(put(value))
 

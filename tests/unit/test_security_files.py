@@ -18,7 +18,7 @@ from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet.tasks import TASKS, Media, TaskSpec
 from pipefleet_workers.items import Blob, ItemError
 from tests.checkpoints.media import frames, mp4_bytes
-from tests.unit.attacks import BOUNDS, EVERY_TASK, around, decode, positions, refusal, used
+from tests.unit.attacks import BOUNDS, EVERY_TASK, FILMS, LISTED, SOUNDS, around, decode, positions, refusal, used
 
 
 def png_bomb(side: int) -> bytes:
@@ -59,10 +59,11 @@ def test_sound_is_measured_while_it_is_decoded() -> None:
     slow = Blob("s3://bucket/slow.wav", header + b"\0\0\0\0", None)
     assert len(long.content) < 200_000
     for spec in TASKS.values():
-        for _, put in positions(spec, (Media.AUDIO,)):
-            assert refusal(spec, put(long))[0] == "too_large"
-            assert refusal(spec, put(raw))[0] == "too_large"
-            assert refusal(spec, put(slow))[0] == "bad_media", "a rate of 1 Hz would make 16,000 samples of one"
+        for media, put in positions(spec, SOUNDS):
+            for value in (*around(media, long), *around(media, raw)):
+                assert refusal(spec, put(value))[0] == "too_large"
+            for value in around(media, slow):
+                assert refusal(spec, put(value))[0] == "bad_media", "a rate of 1 Hz would make 16,000 samples of one"
 
 
 @EVERY_TASK
@@ -114,9 +115,9 @@ def test_the_attack_works_where_nothing_holds_it_back(secrets: Path) -> None:
 def test_playlists_open_no_other_file(secrets: Path) -> None:
     attacked = set()
     for spec in TASKS.values():
-        for media, put in positions(spec, (Media.AUDIO, Media.VIDEO)):
-            for name, content in playlists(SECRETS[media], secrets).items():
-                attacked.add(media)
+        for media, put in positions(spec, (*SOUNDS, *FILMS)):
+            for name, content in playlists(SECRETS[LISTED.get(media, media)], secrets).items():
+                attacked.add(LISTED.get(media, media))
                 with pytest.raises(ItemError) as caught:
                     used(decode(spec, put(Blob(f"s3://bucket/{name}", content, "video/mp4"))))
                 assert caught.value.failure.code == "bad_media", (spec.name, name)

@@ -59,10 +59,12 @@ class InputPreparer:
             Media.TEXTS: self._texts,
             Media.PROMPT: self._prompt,
             Media.IMAGE: self._image,
-            Media.IMAGES: self._images,
+            Media.IMAGES: lambda value: self._several(value, "image", self._image),
             Media.IMAGE_PAIR: self._image_pair,
             Media.AUDIO: self._audio,
+            Media.AUDIOS: lambda value: self._several(value, "recording", self._audio),
             Media.VIDEO: self._media,
+            Media.VIDEOS: lambda value: self._several(value, "video", self._media),
             Media.TABLE: self._table,
             Media.LABELS: self._labels,
             Media.DATA: self._data,
@@ -208,12 +210,15 @@ class InputPreparer:
             return self._upload.image(picture_of_array(value))
         return self._media(value)
 
-    def _images(self, value: Any) -> Any:
+    def _several(self, value: Any, name: str, kind: Callable[[Any], Any]) -> Any:
+        """One medium, or a list of all that belong to one text; in a list of one list as well, which is a batch of one text."""
         if not isinstance(value, list | tuple):
-            return self._image(value)
+            return kind(value)
+        if len(value) == 1 and isinstance(value[0], list | tuple):
+            (value,) = value
         if not value:
-            raise InputError(f"{self.spec.name} takes one image or more in a list, not none; leave the list out")
-        return [self._image(one) for one in value]
+            raise InputError(f"{self.spec.name} takes one {name} or more in a list, not none; leave the list out")
+        return [kind(one) for one in value]
 
     def _image_pair(self, value: Any) -> list[Any]:
         if not isinstance(value, list | tuple) or len(value) != 2:

@@ -19,6 +19,8 @@ _MAIN = ("inputs", "text_inputs", "sequences", "text", "images", "image", "audio
 """Names of the first argument in transformers' pipelines."""
 _SINGLE = (Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO)
 """Kinds of fields that hold one value, so that a list means several inputs."""
+_LISTED = (Media.IMAGES, Media.AUDIOS, Media.VIDEOS)
+"""Kinds of fields that hold one medium or a list of them."""
 _OF_ONE = ("__array_interface__", "detach", "save", "get_all_samples", "get_frame_at")
 """Attributes of arrays, tensors, pictures and decoders of torchcodec. Each is one input, though it has items."""
 
@@ -112,8 +114,8 @@ def _each(spec: TaskSpec, given: Mapping[str, Any]) -> Any:
         return _together(spec, fields, {**lists, **lazy})
     if not lists:
         return given if isinstance(given, Beside) else fields
-    # Beside several texts, a list of pictures has one picture for each text; beside one text, all pictures belong to it.
-    lists |= {name: fields[name] for name in fields if _is_list_of_images(kinds.get(name), fields[name])}
+    # Beside several texts, a list of media has one for each text; beside one text, all of them belong to it.
+    lists |= {name: fields[name] for name in fields if _is_list_of_media(kinds.get(name), fields[name])}
     if len({len(value) for value in lists.values()}) > 1:
         raise InputError(f"{', '.join(lists)} are lists of different lengths")
     each = list(_together(spec, fields, lists))
@@ -194,7 +196,7 @@ def _is_several(kind: Media | None, value: Any) -> bool:
 
 def _is_lazy(kind: Media | None, value: Any) -> bool:
     """Whether the value of a field gives its items one by one."""
-    return kind in (*_SINGLE, Media.PROMPT, Media.IMAGES) and not isinstance(value, list | tuple) and is_dataset(value)
+    return kind in (*_SINGLE, *_LISTED, Media.PROMPT) and not isinstance(value, list | tuple) and is_dataset(value)
 
 
 def _is_nested(value: Any) -> bool:
@@ -210,5 +212,5 @@ def _is_text_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str)
 
 
-def _is_list_of_images(kind: Media | None, value: Any) -> bool:
-    return kind is Media.IMAGES and isinstance(value, list | tuple)
+def _is_list_of_media(kind: Media | None, value: Any) -> bool:
+    return kind in _LISTED and isinstance(value, list | tuple)

@@ -99,7 +99,7 @@ WHISPER: dict[str, Check] = {
     "language": optional(text(40)),
     "task": optional(choice("transcribe", "translate")),
     "is_multilingual": optional(boolean),
-    "prompt_ids": optional(list_of(_TOKEN, 1000)),
+    "prompt_ids": optional(list_of(_TOKEN, 1000, least=1)),
     "prompt_condition_type": optional(choice("first-segment", "all-segments")),
     "condition_on_prev_tokens": optional(boolean),
     "compression_ratio_threshold": optional(number(0.0, 100.0)),

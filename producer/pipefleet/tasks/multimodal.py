@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipefleet.tasks.checks import Check, boolean, either, integer, mapping_of, null, number, template, text
+from pipefleet.tasks.checks import Check, boolean, either, integer, mapping_of, null, template, text
 from pipefleet.tasks.generation import GENERATION, SEED, STOP, generation_without
 from pipefleet.tasks.refused import REASONS
 from pipefleet.tasks.requirements import (
@@ -17,7 +17,17 @@ from pipefleet.tasks.requirements import (
     prompt_filled,
     writable,
 )
-from pipefleet.tasks.shared import ANY_LABELS, CANDIDATE_LABELS, PADDING, SHOWN, STRICT_MEDIA, SWITCHES, TOKENIZE, WRITE
+from pipefleet.tasks.shared import (
+    ANY_LABELS,
+    CANDIDATE_LABELS,
+    PADDING,
+    SHOWN,
+    STRICT_MEDIA,
+    SWITCHES,
+    THRESHOLD,
+    TOKENIZE,
+    WRITE,
+)
 from pipefleet.tasks.spec import Media, TaskSpec
 
 _GENERATE_KWARGS = mapping_of(GENERATION)
@@ -57,7 +67,7 @@ ROWS = (
     TaskSpec(
         name="any-to-any",
         media=Media.PROMPT,
-        fields={"text": Media.PROMPT, "images": Media.IMAGES, "videos": Media.VIDEO, "audio": Media.AUDIO},
+        fields={"text": Media.PROMPT, "images": Media.IMAGES, "videos": Media.VIDEOS, "audio": Media.AUDIOS},
         required=("text",),
         positional=("text", "images", "videos", "audio"),
         chat_media=(Media.TEXT, Media.IMAGE, Media.AUDIO, Media.VIDEO),
@@ -132,7 +142,7 @@ ROWS = (
         renamed={"text_queries": "candidate_labels"},
         parameters={
             "candidate_labels": ANY_LABELS,
-            "threshold": number(0.0, 1.0),
+            "threshold": THRESHOLD,
             "top_k": either(null, integer(1, 100_000)),
         },
         nones=frozenset({"top_k"}),

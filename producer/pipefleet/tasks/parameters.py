@@ -30,10 +30,10 @@ def called_parameters(spec: TaskSpec, given: Mapping[str, Any] | None) -> dict[s
     """The parameters of a call as JSON. Raises ParameterError for a parameter that the task does not take."""
     if not isinstance(given, Mapping | None):
         spec.check(given)
-    found = _without_nothing(spec, {name: plain(value) for name, value in (given or {}).items()})
+    found = _as_meant(spec, {name: plain(value) for name, value in (given or {}).items()})
     for name in (_NESTED, _CONFIG):
         if isinstance(found.get(name), Mapping):
-            found[name] = _without_nothing(spec, found[name])
+            found[name] = _as_meant(spec, found[name])
     found = _without_config(spec, found)
     if found.get("return_tensors") in _LIBRARIES and "return_tensors" in spec.parameters:
         found["return_tensors"] = True
@@ -85,6 +85,19 @@ def _without(nest: Any, said: set[str]) -> Any:
 
 def _takes_config(spec: TaskSpec) -> bool:
     return "max_new_tokens" in spec.parameters
+
+
+def _as_meant(spec: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _exact(spec, name, value) for name, value in _without_nothing(spec, given).items()}
+
+
+def _exact(spec: TaskSpec, name: str, value: Any) -> Any:
+    """0 and 1 as False and True, and 4.0 as 4, where the parameter takes only those: tables and config files know no better."""
+    check = spec.parameters.get(name)
+    if check is None or type(value) not in (int, float) or check(value) is None or value != value // 1:
+        return value
+    others = [one for one in (int(value), bool(value)) if one == value and check(one) is None]
+    return others[0] if others else value
 
 
 def _without_nothing(spec: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:

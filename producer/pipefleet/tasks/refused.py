@@ -109,7 +109,9 @@ _WRITERS = frozenset({"automatic-speech-recognition", "text-to-audio", "table-qu
                       "document-question-answering", "summarization", "translation", "translation_xx_to_yy",
                       "text2text-generation", "image-to-text", "visual-question-answering"})  # fmt: skip
 _UNHEARD = "the models of this task do not hear it, or it has not been shown to leave neighbours in a batch alone"
-_NOTHING: Mapping[str, float] = {"num_beam_groups": 1, "diversity_penalty": 0}
+_NOTHING: Mapping[str, float] = {
+    "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "num_return_sequences": 1,
+}  # fmt: skip
 """Numbers with which generate() does as it does without the parameter."""
 
 

@@ -7,6 +7,8 @@ from pipefleet.tasks.generation import GENERATION, SEED, STOP
 
 STRICT_MEDIA: dict[str, Check] = {"strict_media": boolean}
 """A parameter of pipefleet's own, for tasks that take recordings or films: it refuses media that are damaged or lack their end."""
+THRESHOLD = number(-1e9, 1e9)
+"""A bound of scores. As in transformers one below 0 keeps everything, and one above 1 nothing."""
 LABEL_COUNT = either(null, integer(1, 100_000))
 ACTIVATION = either(null, word("default", "sigmoid", "softmax", "none"))
 TRUNCATION = either(boolean, choice("longest_first", "only_first", "only_second", "do_not_truncate"))

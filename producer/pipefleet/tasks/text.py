@@ -13,6 +13,7 @@ from pipefleet.tasks.checks import (
     list_of,
     mapping_of,
     null,
+    number,
     some_text,
     template,
     text,
@@ -83,6 +84,7 @@ ROWS = (
         media=Media.TEXT,
         parameters={
             "truncation": TRUNCATION,
+            "padding": _PADDING,  # without effect, as in transformers, which takes it in tokenize_kwargs
             "tokenize_kwargs": mapping_of(_TOKENIZE),
             "return_tensors": boolean,
             "pooling": either(null, choice("mean", "cls", "last")),
@@ -201,7 +203,7 @@ ROWS = (
         media=Media.TEXTS,
         parameters={
             "aggregation_strategy": word("none", "simple", "first", "average", "max"),
-            "ignore_labels": list_of(_LABEL),
+            "ignore_labels": list_of(either(_LABEL, number(-1e9, 1e9))),  # a number is no label, and ignores none
             "stride": integer(0, 100_000),
             "is_split_into_words": boolean,
             "delimiter": text(100),

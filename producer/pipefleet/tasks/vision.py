@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pipefleet.tasks.checks import Check, boolean, choice, either, integer, list_of, mapping_of, null, number, text
-from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT, STRICT_MEDIA
+from pipefleet.tasks.shared import ACTIVATION, LABEL_COUNT, STRICT_MEDIA, THRESHOLD
 from pipefleet.tasks.spec import Media, TaskSpec
 
-_SHARE = number(0.0, 1.0)
 _EDGE = integer(1, 4096)
 _SIZE = either(
     _EDGE, mapping_of({name: _EDGE for name in ("height", "width", "shortest_edge", "longest_edge")}), list_of(_EDGE, 2)
@@ -60,9 +59,9 @@ ROWS = (
         media=Media.IMAGE,
         parameters={
             "subtask": either(null, choice("semantic", "instance", "panoptic")),
-            "threshold": _SHARE,
-            "mask_threshold": _SHARE,
-            "overlap_mask_area_threshold": _SHARE,
+            "threshold": THRESHOLD,
+            "mask_threshold": THRESHOLD,
+            "overlap_mask_area_threshold": THRESHOLD,
         },
         nones=frozenset({"subtask"}),
         returns="[{score, label, mask: image}]",
@@ -77,7 +76,7 @@ ROWS = (
         name="keypoint-matching",
         media=Media.IMAGE_PAIR,
         positional=("inputs", "threshold"),
-        parameters={"threshold": _SHARE},
+        parameters={"threshold": THRESHOLD},
         returns="[{keypoint_image_0: {x, y}, keypoint_image_1: {x, y}, score}]",
         answers_one_alone=True,
     ),
@@ -94,7 +93,7 @@ ROWS = (
             "stability_score_thresh": number(-1.0, 1.0),
             "stability_score_offset": number(0.0, 1000.0),
             "mask_threshold": number(-1000.0, 1000.0),
-            "crops_nms_thresh": _SHARE,
+            "crops_nms_thresh": number(0.0, 1.0),
             "output_rle_mask": boolean,
             "output_bboxes_mask": boolean,
         },
@@ -105,7 +104,7 @@ ROWS = (
     TaskSpec(
         name="object-detection",
         media=Media.IMAGE,
-        parameters={"threshold": _SHARE},
+        parameters={"threshold": THRESHOLD},
         returns="[{score, label, box: {xmin, ymin, xmax, ymax}}]",
     ),
     TaskSpec(

@@ -28,7 +28,9 @@ from pipefleet_workers.settings import WorkerSettings
 
 STAGE = "decode"
 _PICTURES = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR)
-_MEDIA = (*_PICTURES, Media.AUDIO, Media.VIDEO)
+_SOUNDS = (Media.AUDIO, Media.AUDIOS)
+_FILMS = (Media.VIDEO, Media.VIDEOS)
+_MEDIA = (*_PICTURES, *_SOUNDS, *_FILMS)
 FRAMES = 32
 """Most frames of a video that a model wants, as assumed before its adapter decides."""
 SLACK = 1 << 20
@@ -49,10 +51,12 @@ class Decoder:
             Media.TEXTS: self._texts,
             Media.PROMPT: self._prompt,
             Media.IMAGE: self._image,
-            Media.IMAGES: self._images,
+            Media.IMAGES: lambda value: _each(value, self._image),
             Media.IMAGE_PAIR: self._image_pair,
             Media.AUDIO: self._audio,
+            Media.AUDIOS: lambda value: _each(value, self._audio),
             Media.VIDEO: self._video,
+            Media.VIDEOS: lambda value: _each(value, self._video),
             Media.TABLE: self._table,
             Media.LABELS: self._labels,
             Media.DATA: self._data,
@@ -109,9 +113,9 @@ class Decoder:
         settings = self._settings
         if media in _PICTURES:
             return min(picture_bytes(blob.content), settings.max_pixels * PIXEL)
-        if media == Media.AUDIO:
+        if media in _SOUNDS:
             return recording_bytes(blob, self._rate, settings.max_audio_seconds)
-        if media == Media.VIDEO:
+        if media in _FILMS:
             return film_bytes(blob.content, FRAMES, KEPT_PICTURES * settings.max_pixels)
         return min(len(blob.content), settings.max_text_bytes) * CHARACTER
 
@@ -138,7 +142,7 @@ class Decoder:
         settings = self._settings
         pictures = KEPT_PICTURES * settings.max_pixels * PIXEL
         sounds = int(settings.max_audio_seconds * self._rate * SAMPLE)
-        for kinds, bound, name in ((_PICTURES, pictures, "pictures"), ((Media.AUDIO,), sounds, "recordings")):
+        for kinds, bound, name in ((_PICTURES, pictures, "pictures"), (_SOUNDS, sounds, "recordings")):
             found = self._media_bytes(inputs, self._spec.media, kinds)
             if found > bound:
                 text = (
@@ -223,9 +227,6 @@ class Decoder:
     def _image(self, value: Any) -> Any:
         return decode_image(self._blob(value), max_pixels=self._settings.max_pixels)
 
-    def _images(self, value: Any) -> Any:
-        return [self._image(one) for one in value] if isinstance(value, list) else self._image(value)
-
     def _image_pair(self, value: Any) -> list[Any]:
         if not isinstance(value, list) or len(value) != 2:
             raise self._bad("takes a list of two images")
@@ -287,3 +288,8 @@ class Decoder:
 
     def _bad(self, what: str) -> ItemError:
         return ItemError("bad_input", f"{self._spec.name} {what}", STAGE)
+
+
+def _each(value: Any, decode: Callable[[Any], Any]) -> Any:
+    """One medium, or each of a list."""
+    return [decode(one) for one in value] if isinstance(value, list) else decode(value)

@@ -188,13 +188,13 @@ def _made_up(media: Media, size: int, rate: int) -> Any:
     match media:
         case Media.TEXT | Media.TEXTS | Media.PROMPT:
             return " ".join(source.choice(["the", "sea", "of", "trees", "was", "wide", "and", "old"], size))
-        case Media.AUDIO:
+        case Media.AUDIO | Media.AUDIOS:
             return (0.1 * source.standard_normal(int(rate * size / 10))).astype(np.float32)
         case Media.IMAGE | Media.IMAGES:
             return _picture(source, size)
         case Media.IMAGE_PAIR:
             return [_picture(source, size), _picture(source, size)]
-        case Media.VIDEO:
+        case Media.VIDEO | Media.VIDEOS:
             return _clip(source)
         case _:
             raise NotImplementedError(f"no example is made up of {media}")

@@ -228,6 +228,8 @@ def _shown_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """A video as the frames that a model sees, `[frames, height, width, 3]`; any other value unchanged."""
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
     if not isinstance(value, Clip):
         return value
     count = value.count()
