@@ -276,7 +276,7 @@ def test_several_recordings_belong_to_one_text_whatever_is_in_the_batch() -> Non
         {"text": "nothing"},
     ]
     wanted = [pipe(**copy.deepcopy(one), generate_kwargs=short) for one in prompts]
-    with running(recording(ImageTextWriter, load("any-to-any")), "any-to-any") as engine:
+    with running(recording(image_text_writer, load("any-to-any")), "any-to-any") as engine:
         assert outputs(engine.run_together([Call(one, {"generate_kwargs": short}) for one in prompts])) == wanted
 
 
