@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DEFAULT_DATA = Path(".pipefleet")
+OF_A_WORKER = (
+    "torch", "transformers", "accelerate", "safetensors", "obstore", "numpy", "pandas", "PIL", "soundfile", "av", "orjson",
+    "prometheus_client",
+)  # fmt: skip
+"""Modules without which no worker starts."""
 UP = """\
 Start Redis, S3, the fleet's workers and Flower on this machine, until Ctrl-C.
 
@@ -47,6 +52,7 @@ def register(commands: Commands) -> None:
         commands, "up", up,
         help="start Redis, S3, the fleet's workers and Flower on this machine",
         example="pipefleet up --fleet fleet.toml --env-file .env",
+        needs=OF_A_WORKER, extra="local",
     )  # fmt: skip
     parser.description = UP
     parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
@@ -70,6 +76,7 @@ def register(commands: Commands) -> None:
         commands, "demo", demo,
         help="start a fleet with two packaged models and run two bulk jobs on it",
         example="pipefleet demo",
+        needs=OF_A_WORKER, extra="demo",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the one directory for all data (.pipefleet)")
     for further in (scaler, simulation, render, watch):
@@ -99,6 +106,7 @@ def _register_worker(commands: Commands) -> None:
         commands, "worker", worker,
         help="run one worker: one process, one model",
         example="pipefleet worker --pool speech --device cuda:0",
+        needs=OF_A_WORKER,
     )  # fmt: skip
     parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
     parser.add_argument("--pool", help="a pool of the fleet file")

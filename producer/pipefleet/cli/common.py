@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import logging
 import signal
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipefleet.errors import ParameterError, ServiceUnavailableError
+from pipefleet.errors import ParameterError, ServiceUnavailableError, UsageError
 from pipefleet.printable import MOST_MESSAGE, LineFormatter, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
@@ -21,9 +23,16 @@ else:
 
 
 def command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], *, help: str, example: str
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    example: str,
+    needs: Sequence[str] = (),
+    extra: str = "workers",
 ) -> argparse.ArgumentParser:
-    """Declare one command. `example` stands under its help."""
+    """Declare one command. `example` stands under its help. `needs` are modules that the package's `extra` brings."""
     parser = commands.add_parser(
         name,
         help=help,
@@ -31,8 +40,28 @@ def command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(_run_with, name, needs, extra, run) if needs else run)
     return parser
+
+
+def _run_with(
+    name: str, needs: Sequence[str], extra: str, run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
+) -> int:
+    """Run a command. Raises UsageError, before it starts, where a module that it needs is not installed."""
+    missing = [module for module in needs if not _is_installed(module)]
+    if missing:
+        raise UsageError(
+            f"`pipefleet {name}` needs packages that are not installed here ({', '.join(missing)}): "
+            f"pip install 'pipefleet[{extra}]'"
+        )
+    return run(arguments)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ def register(commands: Commands) -> None:
         commands, "scaler", scaler,
         help="serve the number of workers that each pool should have, and the fleet's metrics",
         example="pipefleet scaler --fleet fleet.toml --port 9180",
+        needs=("prometheus_client",),
     )  # fmt: skip
     parser.add_argument("--fleet", type=Path, help="the fleet file (default: PIPEFLEET_FLEET, then ./fleet.toml)")
     parser.add_argument("--port", type=port, default=DEFAULT_PORT, help="port to serve on (9180); 0 takes a free one")
