@@ -88,3 +88,24 @@ def test_import_linter_keeps_its_contracts() -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "0 broken" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (("up", "--fleet", "fleet.toml"), "local"),
+        (("worker", "--task", "feature-extraction", "--model", "./m"), "workers"),
+        (("scaler", "--json-once"), "workers"),
+        (("simulate", "--devices", "1"), "workers"),
+        (("demo",), "demo"),
+    ],
+)
+def test_a_command_whose_packages_are_not_installed_says_how_to_install_them(
+    command: tuple[str, ...], extra: str, tmp_path: Path
+) -> None:
+    (tmp_path / "fleet.toml").write_text('[pools.e]\ntask = "feature-extraction"\nmodel = "./m"\n')
+    code = f"import sys, pipefleet.cli as c\nsys.exit(c.main({list(command)!r}))"
+    ended = python(code, blocked=WORKERS_ONLY - {"pipefleet_workers"}, cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].endswith(f"pip install 'pipefleet[{extra}]'")
+    assert "Traceback" not in ended.stderr

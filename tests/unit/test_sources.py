@@ -477,6 +477,24 @@ class TestIterables:
         assert missing.inputs is None  # another name would be another file
         assert r"cannot read the input 'none\udce9.jpg'" in str(missing.failure)
 
+    @pytest.mark.parametrize("task", [TEXTS, "token-classification", "text-generation"])
+    def test_a_text_that_cannot_be_read_does_not_become_the_text_of_its_path(
+        self, task: str, opener: Opener, tmp_path: Path
+    ) -> None:
+        (tmp_path / "empty.txt").touch()
+        for source in (tmp_path, [tmp_path / "missing.txt"], [{"inputs": tmp_path / "missing.txt", "id": "a"}]):
+            (found,) = items(opener(source, task))
+            assert "txt" in str(found.failure)
+            (again,) = items(opener([{"inputs": found.inputs, "id": found.id}], task))
+            assert again.failure is not None
+            assert again.id == found.id
+
+    def test_a_picture_that_cannot_be_read_is_looked_for_again(self, opener: Opener, tmp_path: Path) -> None:
+        (tmp_path / "empty.png").touch()
+        (found,) = items(opener(tmp_path, PICTURES))
+        assert found.inputs == str(tmp_path / "empty.png")
+        assert found.failure is not None
+
     def test_a_folder_of_texts_and_an_empty_one(self, opener: Opener, tmp_path: Path, store: ObjectStore) -> None:
         (tmp_path / "texts").mkdir()
         with pytest.raises(SourceError, match="there is no file in the folder"):

@@ -37,6 +37,7 @@ def _register_worker(commands: Commands) -> None:
         commands, "worker", worker,
         help="run one worker: one process, one model",
         example="pipefleet worker --pool speech --device cuda:0",
+        needs=local.OF_A_WORKER,
     )  # fmt: skip
     add_fleet_option(parser)
     parser.add_argument("--pool", help="a pool of the fleet file")

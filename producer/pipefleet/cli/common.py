@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import logging
 import signal
@@ -29,8 +31,13 @@ def command(
     help: str,
     example: str,
     description: str | None = None,
+    needs: Sequence[str] = (),
+    extra: str = "workers",
 ) -> argparse.ArgumentParser:
-    """Declare one command. Its own help begins with `description`, or with `help` as a sentence, and ends with `example`."""
+    """Declare one command. Its own help begins with `description`, or with `help` as a sentence, and ends with `example`.
+
+    `needs` are modules that the package's `extra` brings.
+    """
     parser = commands.add_parser(
         name,
         help=help,
@@ -38,7 +45,7 @@ def command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(_run_with, name, needs, extra, run) if needs else run)
     return parser
 
 
@@ -60,6 +67,26 @@ def fleet_path(arguments: argparse.Namespace, *, missing: str) -> Path:
 def add_json_option(parser: argparse.ArgumentParser, text: str = "print one JSON document") -> None:
     """`--json`."""
     parser.add_argument("--json", action="store_true", help=text)
+
+
+def _run_with(
+    name: str, needs: Sequence[str], extra: str, run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
+) -> int:
+    """Run a command. Raises UsageError, before it starts, where a module that it needs is not installed."""
+    missing = [module for module in needs if not _is_installed(module)]
+    if missing:
+        raise UsageError(
+            f"`pipefleet {name}` needs packages that are not installed here ({', '.join(missing)}): "
+            f"pip install 'pipefleet[{extra}]'"
+        )
+    return run(arguments)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

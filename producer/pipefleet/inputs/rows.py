@@ -15,6 +15,7 @@ from pipefleet.contract.messages import encode_json
 from pipefleet.contract.references import refs_in
 from pipefleet.errors import ContractError, InputError, ParameterError, PipefleetError
 from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.tasks import Media
 from pipefleet.tasks.parameters import called_parameters
 
 LARGEST_ITEM = 64 << 20
@@ -22,6 +23,8 @@ LARGEST_ITEM = 64 << 20
 LARGEST_SHOWN = 1 << 20
 """Most bytes of JSON of an input in the row of a failed item. A larger input is left out."""
 _LONGEST_REASON = 400
+_WRITTEN = (Media.TEXT, Media.TEXTS, Media.PROMPT)
+"""Media of which a text is the input itself and names no file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,12 @@ def item_or_failure(row: Mapping[str, Any], preparer: InputPreparer) -> SourceIt
     try:
         return row_item(row, preparer)
     except (InputError, ParameterError, ContractError) as error:
-        return failed_item(row, str(error))
+        return failed_item(row, str(error), media=preparer.spec.media)
     except PipefleetError:
         raise
     except Exception as error:  # noqa: BLE001 - a picture or an array of the user's own may raise anything
-        return failed_item(row, f"the input cannot be read: {type(error).__name__}: {error}")
+        reason = f"the input cannot be read: {type(error).__name__}: {error}"
+        return failed_item(row, reason, media=preparer.spec.media)
 
 
 def in_utf8(name: str) -> str:
@@ -79,9 +83,13 @@ def in_utf8(name: str) -> str:
         return name.encode(errors="backslashreplace").decode()
 
 
-def failed_item(row: Mapping[str, Any], reason: str) -> SourceItem:
-    """The failed item of a row that cannot be used: its inputs, id and parameters, as far as they are JSON."""
-    inputs, identity, parameters = (_shown(row, name) for name in ("inputs", "id", "parameters"))
+def failed_item(row: Mapping[str, Any], reason: str, *, media: Media | None = None) -> SourceItem:
+    """The failed item of a row that cannot be used: its inputs, id and parameters, as far as they are JSON.
+
+    `media` is that of the task: where it is written, a path is left out, since whoever gives the row to a run again would get an
+    answer about the text of the path.
+    """
+    inputs, identity, parameters = (_shown(row, name, media) for name in ("inputs", "id", "parameters"))
     return SourceItem(
         None if identity is None else str(identity),
         inputs,
@@ -91,10 +99,12 @@ def failed_item(row: Mapping[str, Any], reason: str) -> SourceItem:
     )
 
 
-def _shown(row: Mapping[str, Any], name: str) -> Any:
+def _shown(row: Mapping[str, Any], name: str, media: Media | None) -> Any:
     """A value of a row if it is JSON that a row can hold, a path as its text; else None."""
     try:
         value = row.get(name)
+        if name == "inputs" and media in _WRITTEN and isinstance(value, os.PathLike):
+            return None
         shown = os.fspath(value) if isinstance(value, os.PathLike) else value
         shown = in_utf8(shown) if name == "id" and isinstance(shown, str) else shown
         refs_in(shown)

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from pipefleet.cli.common import Commands, command
-from pipefleet_workers.fleet.local.command import add_data_option
+from pipefleet_workers.fleet.local.command import OF_A_WORKER, add_data_option
 
 
 def register(commands: Commands) -> None:
@@ -15,6 +15,7 @@ def register(commands: Commands) -> None:
         commands, "demo", demo,
         help="start a fleet with two packaged models and run two bulk jobs on it",
         example="pipefleet demo",
+        needs=OF_A_WORKER, extra="demo",
     )  # fmt: skip
     add_data_option(parser)
 

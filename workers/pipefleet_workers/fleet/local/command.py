@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from pipefleet_workers.fleet.local.stack import Stack
 
 DEFAULT_DATA = Path(".pipefleet")
+OF_A_WORKER = (
+    "torch", "transformers", "accelerate", "safetensors", "obstore", "numpy", "pandas", "PIL", "soundfile", "av", "orjson",
+    "prometheus_client",
+)  # fmt: skip
+"""Modules without which no worker starts."""
 NO_FLEET = "there is no fleet.toml here; name one with --fleet, or see `pipefleet demo` for a ready one"
 DESCRIPTION = """\
 Start Redis, S3, the fleet's workers and Flower on this machine, until Ctrl-C.
@@ -52,6 +57,7 @@ def register(commands: Commands) -> None:
         help="start Redis, S3, the fleet's workers and Flower on this machine",
         description=DESCRIPTION,
         example="pipefleet up --fleet fleet.toml --env-file .env",
+        needs=OF_A_WORKER, extra="local",
     )  # fmt: skip
     add_fleet_option(parser)
     add_data_option(parser)

@@ -31,6 +31,7 @@ def register(commands: Commands) -> None:
         commands, "scaler", scaler,
         help="serve the number of workers that each pool should have, and the fleet's metrics",
         example="pipefleet scaler --fleet fleet.toml --port 9180",
+        needs=("prometheus_client",),
     )  # fmt: skip
     add_fleet_option(parser)
     parser.add_argument("--port", type=port, default=DEFAULT_PORT, help="port to serve on (9180); 0 takes a free one")

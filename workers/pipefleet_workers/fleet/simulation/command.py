@@ -19,6 +19,7 @@ def register(commands: Commands) -> None:
         commands, "simulate", simulate,
         help="compare ways to scale a fleet on a simulated day, in seconds",
         example="pipefleet simulate --devices 10 --seeds 1 --policy pipefleet --policy 'KEDA, list length 20'",
+        needs=("numpy",),
     )  # fmt: skip
     add = parser.add_argument
     add("--devices", type=_count, default=100, help="size of the fleet, 1 to 10000 devices (100)")
