@@ -17,6 +17,7 @@ from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet_workers.inputs.formats import AUDIO_FORMATS, PICTURE_FORMATS, VIDEO_FORMATS
 from pipefleet_workers.inputs.pictures import avif, jpeg2000
 from pipefleet_workers.inputs.pictures.inner import ICON, inner
+from pipefleet_workers.inputs.sound.mpeg import is_mpeg, mpeg_seconds
 from pipefleet_workers.items import Blob
 
 PIXEL = 18
@@ -70,6 +71,8 @@ def film_bytes(content: bytes, frames: int, max_pixels: int) -> int:
 
 
 def _seconds(content: bytes) -> float | None:
+    if is_mpeg(content):
+        return mpeg_seconds(content) or _container_seconds(content)
     try:
         found = soundfile.info(io.BytesIO(content))
     except soundfile.LibsndfileError:
