@@ -180,6 +180,12 @@ def test_no_library_writes_a_line_of_its_own_about_a_recording(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_wav_whose_size_is_not_known_weighs_the_samples_that_it_has() -> None:
+    content = wav(2, 44_100)
+    weight = decoder("automatic-speech-recognition").weigh(blob(content[:40] + bytes(4) + content[44:]))
+    assert weight == pytest.approx(2 * RATE * SAMPLE, rel=0.1)
+
+
 def test_other_inputs_weigh_what_they_are_made_of() -> None:
     assert decoder("automatic-speech-recognition").weigh(blob(b"\0" * 400, RAW_AUDIO)) == 100 * SAMPLE
     film = mp4_bytes(frames(10, 64, 48))

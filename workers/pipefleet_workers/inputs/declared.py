@@ -77,7 +77,9 @@ def _seconds(content: bytes) -> float | None:
         found = soundfile.info(io.BytesIO(content))
     except soundfile.LibsndfileError:
         return _container_seconds(content)
-    return found.frames / found.samplerate if 0 < found.frames < 1 << 62 and found.samplerate > 0 else None
+    if 0 < found.frames < 1 << 62 and found.samplerate > 0:
+        return found.frames / found.samplerate
+    return _container_seconds(content)  # which counts the bytes of a WAV that gives its size as 0
 
 
 def _container_seconds(content: bytes) -> float | None:
