@@ -78,7 +78,7 @@ def _seconds(content: bytes) -> float | None:
     except soundfile.LibsndfileError:
         return _container_seconds(content)
     if 0 < found.frames < 1 << 62 and found.samplerate > 0:
-        return found.frames / found.samplerate
+        return float(found.frames / found.samplerate)
     return _container_seconds(content)  # which counts the bytes of a WAV that gives its size as 0
 
 
