@@ -26,10 +26,10 @@ def tone(rate: int, seconds: float = 2.0, hz: float = 440.0) -> NDArray[np.float
     return (0.3 * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
 
 
-def by_ffmpeg(form: str, codec: str, samples: Samples, rate: int, layout: str = "mono") -> bytes:
-    """A file of samples of shape `[samples]` or `[samples, channels]`."""
+def by_ffmpeg(form: str, codec: str, samples: Samples, rate: int, layout: str = "mono", **options: str) -> bytes:
+    """A file of samples of shape `[samples]` or `[samples, channels]`; `options` are those of the container."""
     with tempfile.NamedTemporaryFile() as file:
-        with av.open(file.name, "w", format=form) as container:
+        with av.open(file.name, "w", format=form, options=options) as container:
             stream: Any = container.add_stream(codec, rate=rate)
             stream.layout = layout
             fill(container, stream, samples, rate, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import subprocess
@@ -33,6 +34,7 @@ from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, JobContex
 from pipefleet_workers.settings import WorkerSettings
 from tests.checkpoints.media import frames, mp4_bytes
 from tests.parity.harness import SECONDS, Call, load, recording, running, wait_until
+from tests.unit.sound_files import by_ffmpeg
 
 RATE = 16_000
 
@@ -118,6 +120,69 @@ def test_a_picture_with_a_thumbnail_weighs_its_own_pixels() -> None:
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "MP3"])
 def test_a_recording_weighs_its_samples_at_the_rate_of_the_model(form: str) -> None:
     weight = decoder("automatic-speech-recognition").weigh(blob(wav(2, 44_100, 2, form)))
+    assert weight == pytest.approx(2 * RATE * SAMPLE, rel=0.1)
+
+
+def mp3(form: str = "mp3", codec: str = "libmp3lame", **options: str) -> bytes:
+    """Three seconds; written to a pipe, it has no tag that says how long it is."""
+    return by_ffmpeg(form, codec, noise(3.0), 44_100, **options)
+
+
+def noise(seconds: float) -> Any:
+    return np.random.default_rng(0).normal(0, 0.1, int(seconds * 44_100)).astype(np.float32)
+
+
+def cover(size: int) -> bytes:
+    """A tag with a picture, which holds marks of frames as any picture does."""
+    noise = np.random.default_rng(1).bytes(size)
+    size += 10
+    high, upper, lower, low = (size >> shift & 127 for shift in (21, 14, 7, 0))
+    return b"ID3\3\0\0" + bytes([high, upper, lower, low]) + b"APIC" + struct.pack(">IH", size - 10, 0) + noise
+
+
+@pytest.mark.parametrize(
+    ("content", "seconds"),
+    [
+        (mp3(), 3),
+        (mp3(write_xing="0"), 3),
+        (cover(2_000_000) + mp3(), 3),
+        (cover(2_000_000) + mp3(write_xing="0"), 3),
+        (mp3() * 4, 12),
+        ((cover(30_000) + mp3()) * 4, 12),
+        (mp3(write_xing="0") * 4, 12),
+        (mp3("mp2", "mp2"), 3),
+        (mp3("adts", "aac"), 3),
+        (cover(50_000) + mp3("adts", "aac") * 2, 6),
+    ],
+)
+def test_a_recording_of_frames_weighs_its_sound_and_not_its_pictures(content: bytes, seconds: int) -> None:
+    weight = decoder("automatic-speech-recognition").weigh(blob(content))
+    assert seconds * RATE * SAMPLE * 0.98 < weight < seconds * RATE * SAMPLE * 1.25
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        mp3()[:700],
+        mp3() * 2,
+        b"\xff\xfb\x90\x64" + bytes(3000),
+        b"\xff\xfb\x90\x64" + b"x" * 100,
+        "sea".encode("utf-16"),
+    ],
+)
+def test_no_library_writes_a_line_of_its_own_about_a_recording(
+    content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = decoder("automatic-speech-recognition")
+    assert one.weigh(blob(content)) > 0
+    with contextlib.suppress(ItemError):
+        one.decode(Fetched(work(), blob(content)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_wav_whose_size_is_not_known_weighs_the_samples_that_it_has() -> None:
+    content = wav(2, 44_100)
+    weight = decoder("automatic-speech-recognition").weigh(blob(content[:40] + bytes(4) + content[44:]))
     assert weight == pytest.approx(2 * RATE * SAMPLE, rel=0.1)
 
 

@@ -65,6 +65,18 @@ def flac_seconds(content: bytes) -> float | None:
     return total or None
 
 
+def behind_tags(content: bytes) -> int:
+    """Where the ID3 tags in front of a file end, as they say: 0 without any, beyond the end of a file that was cut in one."""
+    at = 0
+    for _ in range(_MOST_TAGS):
+        if content[at : at + 3] != b"ID3" or len(content) < at + _ID3_BYTES:
+            break
+        footer = _ID3_BYTES if content[at + 5] & 0x10 else 0
+        high, upper, lower, low = (byte & 0x7F for byte in content[at + 6 : at + 10])
+        at += _ID3_BYTES + (high << 21 | upper << 14 | lower << 7 | low) + footer
+    return at
+
+
 def is_placeholder(size: int) -> bool:
     """Whether a size means "not known"."""
     return any(size in sizes for sizes in _STREAMED) or (size >= _ROUND[0] and size % _ROUND[1] == 0)
@@ -204,14 +216,8 @@ def _mp4(content: bytes) -> Missing | None:
 
 
 def _mp3(content: bytes) -> Missing | None:
-    """Encoders write the number of bytes into the first frame (the Xing or Info tag); ID3 tags may precede this frame."""
-    at = 0
-    for _ in range(_MOST_TAGS):
-        if content[at : at + 3] != b"ID3" or len(content) < at + _ID3_BYTES:
-            break
-        footer = _ID3_BYTES if content[at + 5] & 0x10 else 0
-        high, upper, lower, low = (byte & 0x7F for byte in content[at + 6 : at + 10])
-        at += _ID3_BYTES + (high << 21 | upper << 14 | lower << 7 | low) + footer
+    """Encoders write the number of bytes into the first frame (the Xing or Info tag), which ID3 tags may precede."""
+    at = behind_tags(content)
     if at > len(content):
         return Missing("its tag is cut")
     frame = content[at : at + _FIRST_FRAME]

@@ -17,6 +17,7 @@ from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet_workers.inputs.formats import AUDIO_FORMATS, PICTURE_FORMATS, VIDEO_FORMATS
 from pipefleet_workers.inputs.pictures import avif, jpeg2000
 from pipefleet_workers.inputs.pictures.inner import ICON, inner
+from pipefleet_workers.inputs.sound.mpeg import is_mpeg, mpeg_seconds
 from pipefleet_workers.items import Blob
 
 PIXEL = 18
@@ -70,11 +71,15 @@ def film_bytes(content: bytes, frames: int, max_pixels: int) -> int:
 
 
 def _seconds(content: bytes) -> float | None:
+    if is_mpeg(content):
+        return mpeg_seconds(content) or _container_seconds(content)
     try:
         found = soundfile.info(io.BytesIO(content))
     except soundfile.LibsndfileError:
         return _container_seconds(content)
-    return found.frames / found.samplerate if 0 < found.frames < 1 << 62 and found.samplerate > 0 else None
+    if 0 < found.frames < 1 << 62 and found.samplerate > 0:
+        return float(found.frames / found.samplerate)
+    return _container_seconds(content)  # which counts the bytes of a WAV that gives its size as 0
 
 
 def _container_seconds(content: bytes) -> float | None:

@@ -53,5 +53,8 @@ AUDIO_FORMATS = (
     "wv,tta,ape,tak,shn,mpc,mpc8,dsf"
 )
 """Demuxers that FFmpeg may choose for a recording. libsndfile opens a few kinds beside them."""
-VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,ivf,flv,gif,asf,ogg,mxf,nut,wtv,rm,dv"
-"""Demuxers that FFmpeg may choose for a film."""
+VIDEO_FORMATS = (
+    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,ivf,flv,gif,asf,ogg,mxf,nut,wtv,rm,dv,"
+    "h264,hevc,obu,av1,mjpeg,yuv4mpegpipe,apng,dhav"
+)
+"""Demuxers that FFmpeg may choose for a film; those of the second line are of bare streams, as cameras write them."""

@@ -18,6 +18,7 @@ from pipefleet.inputs.uploads import RAW_AUDIO
 from pipefleet_workers.inputs.containers import MOST_MISSING, Missing, flac_seconds, missing_of
 from pipefleet_workers.inputs.losses import Losses, note
 from pipefleet_workers.inputs.sound.ffmpeg import CannotOpenError, read_sound
+from pipefleet_workers.inputs.sound.mpeg import is_mpeg
 from pipefleet_workers.inputs.sound.pages import lost_pages
 from pipefleet_workers.inputs.sound.plain_wav import plain_samples
 from pipefleet_workers.inputs.sound.tracks import STAGE, Bounds, Samples, Track, sound_frame
@@ -101,7 +102,7 @@ def _decoded(blob: Blob, track: Track, losses: Losses) -> Samples:
     try:
         return read_sound(blob, track, losses)
     except CannotOpenError as error:
-        if track.seconds:
+        if track.seconds or is_mpeg(blob.content):  # libsndfile would print lines about the latter
             raise error.refusal from None
         try:
             return _by_libsndfile(blob.content, track)
