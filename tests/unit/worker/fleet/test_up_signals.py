@@ -26,10 +26,17 @@ except KeyboardInterrupt:
 """
 
 
+def _hears_hang_ups() -> None:
+    """As in a terminal, also where the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(folder: Path, terminal: int, *words: str) -> subprocess.Popen[bytes]:
     """The program on a terminal of its own, once it is ready."""
     command = [*words, sys.executable, "-c", WAITS, str(folder)]
-    process = subprocess.Popen(["setsid", "--ctty", *command], stdin=terminal, stdout=terminal, stderr=terminal)
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *command], stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=_hears_hang_ups
+    )
     until(lambda: (folder / "ready").exists())
     return process
 
