@@ -143,17 +143,25 @@ def build(
     log.info("pool %s serves %s with %s: %s", pool.name, pool.task, pool.model, loaded)
     clock = _clock(settings)
     elsewhere = Elsewhere(settings, fleet_file)
-    jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
+    health = Health(_probe(outlets))
+    jobs = Jobs(
+        pool,
+        engine,
+        outlets.allowed,
+        elsewhere,
+        store=settings.store,
+        clock=clock.now,
+        is_away=lambda: not health.check(),
+    )
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     # Without leases a message cannot be put off: it would come back at once.
     lease = worker_settings.transport != "stock"
     places = Places(Others(settings, own_queue, name)) if lease else Places()
-    consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally, places=places)
-    consumer.health.watchers.append(instruments.metrics.barred)
-    facts = Facts(
-        name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health, places, loaded
-    )
+    outlets.store.report_refusals(on_denied=health.accuse, on_refused=places.require)
+    consumer = _consumer(jobs, outlets, worker_settings, health, undertaker=undertaker, tally=tally, places=places)
+    health.watchers.append(instruments.metrics.barred)
+    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, health, places, loaded)
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
     return Built(consumer, outlets.reporter, facts, burials, clock, letters=worker_settings.transport != "stock")
 
@@ -210,6 +218,7 @@ def _consumer(
     jobs: Jobs,
     outlets: Outlets,
     worker_settings: WorkerSettings,
+    health: Health,
     *,
     undertaker: Undertaker,
     tally: Tally,
@@ -220,9 +229,6 @@ def _consumer(
     limits = IntakeLimits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
-    health = Health(_probe(outlets))
-    outlets.store.on_denied = health.accuse
-    outlets.store.on_refused = places.require
     return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits, places=places)
 
 

@@ -114,7 +114,6 @@ class Consumer:
         self._leaving = 0
         self.health = health
         health.watchers.append(self._bar)
-        jobs.is_away = lambda: not health.check()
         self._loops = self._services()
 
     @property
