@@ -59,8 +59,8 @@ from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.results.lines import PartWriter, ResultWriter
 from pipefleet_workers.results.reports import Reporter
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.storage.gate import allowed_prefixes
 from pipefleet_workers.storage.store import WorkerStore
+from pipefleet_workers.storage.uri_gate import allowed_prefixes
 
 log = logging.getLogger(__name__)
 MOST_NAME = 100

@@ -30,8 +30,8 @@ from pipefleet_workers.items import JobContext, Outcome, Sink, Work
 from pipefleet_workers.process.sizes import bytes_of, text_bytes
 from pipefleet_workers.results.lines import PartWriter
 from pipefleet_workers.results.reports import Reporter
-from pipefleet_workers.storage.gate import UriGate
 from pipefleet_workers.storage.store import WorkerStore
+from pipefleet_workers.storage.uri_gate import UriGate
 
 log = logging.getLogger(__name__)
 UNKNOWN_BYTES = 1 << 20

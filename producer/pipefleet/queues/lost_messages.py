@@ -44,7 +44,7 @@ class _Seen:
     at: float
 
 
-class Losses:
+class LostMessages:
     """The counts of one client, for runs whose planning has ended. Thread-safe. `monotonic` is a clock in seconds."""
 
     def __init__(self, redis: Redis, url: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:

@@ -37,7 +37,7 @@ class Site:
         return self.data / "logs" / f"{name}.log"
 
 
-class Service(Protocol):
+class Part(Protocol):
     """A part that can be waited for."""
 
     @property
@@ -48,7 +48,7 @@ class Service(Protocol):
         """Whether it answers now. Raises StackError when it never will."""
 
 
-class ChildService:
+class ChildPart:
     """Base of the parts with one child process, with the common form of `stop` and `wait_ready`."""
 
     child: Child | None = None
@@ -80,7 +80,7 @@ class ChildService:
         raise NotImplementedError
 
 
-def wait_ready(services: Sequence[Service], timeout: float) -> None:
+def wait_ready(services: Sequence[Part], timeout: float) -> None:
     """Return once all of `services` answered. Raises StackError with the missing services after `timeout` s."""
     deadline = time.monotonic() + timeout
     missing = list(services)
