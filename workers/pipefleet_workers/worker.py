@@ -120,7 +120,19 @@ class Worker:
             forget_revisions(redis)
             forget_dead_workers(redis)
         services.start()
-        worker = app.Worker(
+        worker = self._celery_worker(app)
+        worker.start()
+        services.stop(LAST_SECONDS)  # or it could announce this worker once more
+        built.burials.stop(LAST_SECONDS)
+        built.consumer.stop(LAST_SECONDS)
+        self._withdraw(built.facts)
+        opentelemetry.stop()
+        if self._refused is not None:
+            raise self._refused
+        return int(worker.exitcode or 0)
+
+    def _celery_worker(self, app: Any) -> Any:
+        return app.Worker(
             pool="solo",  # never used: the task's Strategy hands messages to the consumer
             concurrency=1,
             prefetch_multiplier=self._worker_settings.prefetch,
@@ -131,15 +143,6 @@ class Worker:
             task_events=True,
             quiet=True,
         )
-        worker.start()
-        services.stop(LAST_SECONDS)  # or it could announce this worker once more
-        built.burials.stop(LAST_SECONDS)
-        built.consumer.stop(LAST_SECONDS)
-        self._withdraw(built.facts)
-        opentelemetry.stop()
-        if self._refused is not None:
-            raise self._refused
-        return int(worker.exitcode or 0)
 
     def _services(self, built: Built) -> Services:
         """What runs beside the consumer. All of it ends by one event: Celery's handler of SIGTERM sets it, and may take no lock."""
