@@ -1,4 +1,8 @@
-"""What stands at a local path, told without an error for a name that no file system takes: it may be a text, not a path at all."""
+"""Looks at local paths: a file, a folder, a pipe, or nothing.
+
+An input may be a text and not a path, so a name that no file system takes is no error: nothing lies there. Sources, uploads and
+`pipefleet submit` call these functions.
+"""
 
 from __future__ import annotations
 

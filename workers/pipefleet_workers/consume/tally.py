@@ -1,4 +1,8 @@
-"""`Tally`: the counters of a consumer, for Prometheus and for the scaler. The consumer and its parts call it at each event."""
+"""`Tally`: the counters of a consumer, for Prometheus and for the scaler.
+
+The consumer, `singles` and `shards` call it at each event of a message or an item. The numbers go to `observe.metrics` and
+`observe.totals`; nothing here waits or fails.
+"""
 
 from __future__ import annotations
 
