@@ -145,7 +145,7 @@ class Worker:
         )
 
     def _services(self, built: Built) -> Services:
-        """What runs beside the consumer. All of it ends by one event: Celery's handler of SIGTERM sets it, and may take no lock."""
+        """The services beside the consumer. One event ends them all: Celery's handler of SIGTERM sets it, and may take no lock."""
         told = self._stopping.set
         return Services(
             # Who is refused should say so before the first job; a store that hangs must not keep the others waiting.

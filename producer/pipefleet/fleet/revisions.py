@@ -266,7 +266,7 @@ def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> lis
 
 
 def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
-    """Forget the notes of empty queues that nobody sent to or consumed for so many days.
+    """Forget the notes of queues that are empty, and that nobody sent to or consumed for `days` days.
 
     Notes of other names are forgotten too. A queue whose key holds another type is left: other commands tell of it.
     """

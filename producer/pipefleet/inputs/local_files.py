@@ -40,7 +40,7 @@ def fault(name: str | os.PathLike[str]) -> str | None:
 
 
 def why_no_source(name: str) -> str:
-    """What is wrong with a name that should be that of a folder or a manifest, as the beginning of a sentence."""
+    """The fault of a name that should name a folder or a manifest, as the beginning of a sentence."""
     shown = repr(name[:200])
     if not name:
         return f"no such source {shown}"

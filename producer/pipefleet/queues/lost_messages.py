@@ -71,7 +71,7 @@ class LostMessages:
         )
 
     def suspected(self, run_id: str) -> bool:
-        """Whether shards of the run seemed to be lost at the last look, be it certain or not."""
+        """Whether shards of the run were missing at the last look, even if not yet for GRACE_SECONDS."""
         seen = self._seen.get(run_id)
         return seen is not None and seen.lost > 0
 

@@ -149,7 +149,7 @@ class Consumer:
         )
 
     def take(self, delivery: Delivery, *, after: float = 0.0) -> None:
-        """Take in one delivery, to begin after so many seconds. It is given back when the worker drains."""
+        """Take in one delivery, to begin in `after` seconds. It is given back when the worker drains."""
         with self._changed:
             self._held[id(delivery)] = delivery
         self._tally.taken(delivery)

@@ -32,7 +32,7 @@ class Later(Generic[_T]):
         self._changed = threading.Condition()
 
     def put(self, value: _T, seconds: float) -> bool:
-        """Keep a thing for so many seconds. False when this is closed; then the thing is not kept."""
+        """Keep `value` for `seconds`. Returns False when this is closed; then the value is not kept."""
         with self._changed:
             if self._closed:
                 return False
