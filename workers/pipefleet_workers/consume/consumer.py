@@ -373,7 +373,10 @@ class Consumer:
         return found
 
     def _take_accused_in(self, stopping: threading.Event) -> None:
-        """Excuse the accused as they come, and let the first one run only when no more come: all of a fetch are excused then."""
+        """Uncount the deliveries of all suspects of one fetch before the first of them runs.
+
+        The suspects of a fetch come one by one, so the first one waits until no more come for GATHER_SECONDS.
+        """
         while batch := self._accused.take(stopping):
             while more := self._accused.take(stopping, seconds=GATHER_SECONDS):
                 batch += more
