@@ -1,4 +1,8 @@
-"""Arguments of our own calls that may be of any type, as what they should be; or one sentence on what they are not."""
+"""Checks of arguments that users pass to our own calls: texts, whole numbers and seconds.
+
+A value of any type comes in; a value of the right type goes out. A wrong value raises InputError or ParameterError, whose sentence
+names the argument. `Client`, `Job`, `Run` and the pipelines call these functions.
+"""
 
 from __future__ import annotations
 

@@ -194,9 +194,9 @@ class Client(Session):
         """Run a task over a whole source, from object storage to object storage.
 
         `source` is an `s3://bucket/prefix/`, a manifest (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.txt`, each also with
-        `.gz`) there or here, a local folder, or any iterable of
-        inputs. Returns when the first shard is queued; planning goes on in a thread that `close` waits for. `shard_size`
-        bounds the items of a shard, from 1 to 10,000 (default: growing from 16 to 512). `format` is the format of the parts:
+        `.gz`) there or here, a local folder, or any iterable of inputs. Returns when the first shard is queued; planning goes on
+        in a thread that `close` waits for. `shard_size` bounds the items of a shard, from 1 to 10,000 (default: growing from 16
+        to 512). `format` is the format of the parts:
         `jsonl`, or `parquet`, where embeddings are vectors (it needs pyarrow here and on the workers).
 
         An item that cannot be prepared (null, a wrong type, a missing local file …) is a failed item of the run, with code
@@ -207,19 +207,11 @@ class Client(Session):
         model = model_name(model)
         spec, pool = self.route(task, model, revision)
         parameters = _checked(task, spec, parameters)
-        if text_of("format", format) not in FORMATS:
-            raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
-        FORMATS[format].require()
+        _require_format(format)
         if format != JsonLines.name:
             require_writer(self.redis, self.settings.redis_url, pool.name, format)
-        shard_size = None if shard_size is None else whole_of("shard_size", shard_size)
-        if shard_size is not None and not 1 <= shard_size <= MAX_SHARD_ITEMS:
-            raise RunError(
-                f"shard_size must be from 1 to {MAX_SHARD_ITEMS}, not {shard_size}: a worker holds a shard in memory"
-            )
-        layout = replace(RunLayout.at(output), format=format)
-        layout.require_room()
-        _require(run_fault(layout.uri, self.settings.store))
+        shard_size = _shard_size(shard_size)
+        layout = self._layout(output, format)
         self.check_fleet()
         plan = RunPlan(
             id=uuid.uuid4().hex,
@@ -236,6 +228,12 @@ class Client(Session):
             strict=strict,
         )
         return plan_run(self, layout, plan, source, pool)
+
+    def _layout(self, output: str, format: str) -> RunLayout:
+        layout = replace(RunLayout.at(output), format=format)
+        layout.require_room()
+        _require(run_fault(layout.uri, self.settings.store))
+        return layout
 
     def run(self, uri: str) -> Run:
         """Open the run whose output lies at `uri`. Raises RunError where there is no run."""
@@ -300,6 +298,22 @@ def _require(fault: str | None) -> None:
     """Raise InputError with the fault of an output, if it has one."""
     if fault is not None:
         raise InputError(fault)
+
+
+def _require_format(format: Any) -> None:
+    """Raise RunError for an unknown format, or for one whose packages are missing here."""
+    if text_of("format", format) not in FORMATS:
+        raise RunError(f"format must be one of {', '.join(FORMATS)}, not {format[:40]!r}")
+    FORMATS[format].require()
+
+
+def _shard_size(value: Any) -> int | None:
+    if value is None:
+        return None
+    size = whole_of("shard_size", value)
+    if not 1 <= size <= MAX_SHARD_ITEMS:
+        raise RunError(f"shard_size must be from 1 to {MAX_SHARD_ITEMS}, not {size}: a worker holds a shard in memory")
+    return size
 
 
 def _checked(task: str, spec: TaskSpec, parameters: Mapping[str, Any] | None) -> dict[str, Any]:

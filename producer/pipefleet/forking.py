@@ -15,7 +15,10 @@ class Forkable(Protocol):
     """An object whose locks, threads or connections do not survive a fork."""
 
     def after_fork(self) -> None:
-        """Make them anew. Python calls this in the child, on its only thread, before other code runs. It must not wait."""
+        """Make locks, threads and connections anew.
+
+        Python calls this in the child, on its only thread, before other code runs. It must not wait.
+        """
 
 
 _known: WeakSet[Forkable] = WeakSet()

@@ -1,10 +1,10 @@
 """`Service`: a background thread, or several that do the same, with one `start` and one `stop`; `Inbox`: a queue that it reads.
 
-A service gets a loop and calls it on its thread; whoever owns the service starts and stops it. Constructors start nothing.
+A service calls its loop on its thread. The owner of the service starts and stops it; constructors start nothing.
 
     start ──▶ loop(stopping) runs ──▶ stop sets `stopping` and calls `wake` ──▶ the loop returns ──▶ stop has joined it
 
-An error that leaves the loop ends that thread: it is logged, and told to `on_error`.
+An error that leaves the loop ends the thread; it is logged and passed to `on_error`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _T = TypeVar("_T")
 
 
 class Stoppable(Protocol):
-    """What every service can do. Each call may come from any thread, in any order and any number of times."""
+    """The calls of every service: from any thread, in any order, any number of times."""
 
     def start(self) -> None:
-        """Begin; nothing, where it runs. After `stop` it begins anew."""
+        """Begin. Does nothing while the service runs; after `stop` it begins anew."""
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End, and wait for that up to `timeout` seconds (None: without bound). Whether it has ended."""
+        """Tell the service to end, and wait up to `timeout` seconds (None: without bound). Returns whether it has ended."""
 
 
 class Service:
     """Runs `loop(stopping)` on `threads` threads called `name`. Thread-safe.
 
-    The loop returns soon after the event `stopping` is set, or by itself. `wake` is called at each `stop` and gets the loop out of
-    its waiting, where that is not a wait for the event. A loop that ends by itself sets the event before it looks for work the last
-    time: a `start` from then on begins a successor, and no work is left between the two.
+    The loop returns soon after the event `stopping` is set, or by itself. Each `stop` calls `wake`, which must wake a loop that
+    waits for anything but the event. A loop that ends by itself sets the event before its last look for work: a `start` after
+    this begins new threads, which find the work that the last look missed.
 
-    A successor waits for the threads before it, so that no two generations run the loop at once. In a forked process the service
+    New threads wait for the end of the threads before them, so the loop never runs twice at once. In a forked process the service
     is stopped, and may be started.
     """
 
@@ -57,7 +57,7 @@ class Service:
         threads: int = 1,
         daemon: bool = True,
     ) -> None:
-        """With `daemon`, the process may end while the loop runs. `on_error` is called by the thread that ends."""
+        """With `daemon`, the process may end while the loop runs. The thread that ends by an error calls `on_error` with it."""
         self._loop = loop
         self._wake = wake
         self._on_error = on_error
@@ -68,16 +68,16 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether a thread of it lives, though it may have been told to stop."""
+        """Whether one of its threads lives, even if it was told to stop."""
         return any(thread.is_alive() for thread in self._threads)
 
     @property
     def running(self) -> bool:
-        """Whether a thread of it lives and was not told to stop, so that `start` would do nothing."""
+        """Whether one of its threads lives and was not told to stop; then `start` does nothing."""
         return self.alive and not self._stopping.is_set()
 
     def start(self) -> None:
-        """Begin; nothing, where it runs. After `stop` it begins anew, as soon as the threads before have ended."""
+        """Begin. Does nothing while the service runs; after `stop` it begins anew, once the threads before have ended."""
         with self._lock:
             before = [thread for thread in self._threads if thread.is_alive()]
             if before and not self._stopping.is_set():
@@ -91,9 +91,9 @@ class Service:
                 self._threads.append(thread)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Tell the loop to end, and wait for it up to `timeout` seconds (None: without bound). Whether it has ended.
+        """Tell the loop to end, and wait for it up to `timeout` seconds (None: without bound). Returns whether it has ended.
 
-        Before `start` it does nothing. The service's own thread may call it, and does not wait for itself.
+        Does nothing before `start`. A thread of the service may call it; that thread does not wait for itself.
         """
         with self._lock:
             threads = list(self._threads)
@@ -103,13 +103,13 @@ class Service:
         return _joined(threads, timeout)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until the loop has ended by itself, up to `timeout` seconds. Whether it has ended."""
+        """Wait up to `timeout` seconds until the loop ends by itself. Returns whether it has ended."""
         with self._lock:
             threads = list(self._threads)
         return _joined(threads, timeout)
 
     def after_fork(self) -> None:
-        """The threads stayed with the parent."""
+        """The child has none of the threads."""
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._threads = []
@@ -136,7 +136,7 @@ class Services:
             service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Tell all of them to end, then wait for them up to `timeout` seconds together. Whether all have ended."""
+        """Tell all of them to end, then wait up to `timeout` seconds for all. Returns whether all have ended."""
         end = _end(timeout)
         for service in self._services:
             service.stop(0.0)
@@ -144,34 +144,34 @@ class Services:
 
 
 class Inbox(Generic[_T]):
-    """A queue for the loop of a service. Thread-safe; unbounded. Give `wake` to the service."""
+    """A queue that the loop of a service reads. Thread-safe; unbounded. The service gets `wake`."""
 
     def __init__(self) -> None:
         self._items: deque[_T] = deque()
         self._changed = threading.Condition(threading.Lock())
 
     def put(self, item: _T) -> None:
-        """Add one; never waits."""
+        """Add an item; never waits."""
         with self._changed:
             self._items.append(item)
             self._changed.notify()
 
     def take(self, stopping: threading.Event, *, most: int = 1, seconds: float | None = None) -> list[_T]:
-        """What is there, in its order, at most so many; waits for the first, up to `seconds`. Empty when nothing came.
+        """The oldest items, at most `most`. Waits up to `seconds` for the first one; an empty list if none came.
 
-        After `stopping` it goes on with what is there and waits no more, so a loop that ends at an empty list works it off.
+        Once `stopping` is set it does not wait. So a loop that ends at an empty list has worked off all items.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._items or stopping.is_set(), seconds)
             return [self._items.popleft() for _ in range(min(most, len(self._items)))]
 
     def each(self, stopping: threading.Event) -> Iterator[_T]:
-        """One after another, until `stopping` is set and nothing is left."""
+        """Item by item, until `stopping` is set and no item is left."""
         while items := self.take(stopping):
             yield from items
 
     def wake(self) -> None:
-        """Let those that wait see that they are to stop."""
+        """Wake the threads that wait in `take`, so that they see that `stopping` is set."""
         with self._changed:
             self._changed.notify_all()
 

@@ -27,7 +27,7 @@ from pipefleet.forking import renew_after_fork
 from pipefleet.inputs.prepare import InputPreparer
 from pipefleet.queues.celery import push_job
 from pipefleet.queues.keys import CANCELLED_CHANNEL, job_key
-from pipefleet.queues.losses import Losses
+from pipefleet.queues.lost_messages import LostMessages
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet.tasks import TaskSpec, task_spec
@@ -65,7 +65,7 @@ class Session:
         """The clock of deadlines and records."""
         self._membership = Membership(self.redis, self.store, self.settings)
         self._lookout = Lookout(self.redis)
-        self.losses = Losses(self.redis, self.settings.redis_url)
+        self.losses = LostMessages(self.redis, self.settings.redis_url)
         """Shards of runs that Redis has lost."""
         self.watcher = Watcher(self.redis, self.settings.redis_url, self._lookout)
         self._planning: list[Planning] = []

@@ -22,9 +22,9 @@ from pipefleet.client import Client
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.credentials import Credentials
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.part import Site, wait_ready
 from pipefleet_workers.fleet.local.ports import PortBook
 from pipefleet_workers.fleet.local.servers import BUCKET, REGION, RedisServer, S3Server
-from pipefleet_workers.fleet.local.service import Site, wait_ready
 from tests.chaos.agreement import check_agreement, stored
 from tests.chaos.events import Events
 from tests.chaos.proxy import WELL, Proxy

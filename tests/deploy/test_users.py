@@ -417,7 +417,7 @@ def test_a_right_that_is_missing_is_named(guarded: Guarded) -> None:
 def test_a_producer_may_see_that_messages_of_its_run_are_lost(
     guarded: Guarded, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipefleet.queues.losses.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("pipefleet.queues.lost_messages.GRACE_SECONDS", 0.5)
     with Client(guarded.settings("producer")) as client:
         run = client.map("feature-extraction", ["a", "b"], output=bucket)
         run.join_planner()

@@ -24,9 +24,9 @@ from pipefleet.queues.revision_notes import queues_of
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.credentials import Credentials
 from pipefleet_workers.fleet.local.environment import in_environment
+from pipefleet_workers.fleet.local.part import Site, wait_ready
 from pipefleet_workers.fleet.local.ports import PortBook
 from pipefleet_workers.fleet.local.servers import BUCKET, REGION, RedisServer, S3Server
-from pipefleet_workers.fleet.local.service import Site, wait_ready
 from tests.checkpoints import cached
 from tests.fuzz import messages
 from tests.fuzz.messages import GARBAGE, HOST_ITEMS, HOST_SHARDS, HOST_URI, QUEUE, SHARD_FILES, TASK, VICTIM_URI

@@ -16,8 +16,8 @@ from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Blob, Fetched, ItemError, JobContext, Work
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.storage.gate import lies_under
 from pipefleet_workers.storage.store import WorkerStore
+from pipefleet_workers.storage.uri_gate import lies_under
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.credentials import Credentials
 from pipefleet_workers.fleet.local.edits import FleetEdits
 from pipefleet_workers.fleet.local.follow import Follower
+from pipefleet_workers.fleet.local.part import Site
 from pipefleet_workers.fleet.local.ports import PortBook
-from pipefleet_workers.fleet.local.service import Site
 from pipefleet_workers.fleet.local.workers import Crew, WorkerProcess
 from tests.unit.fake_clock import Clock
 

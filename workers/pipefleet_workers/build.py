@@ -59,8 +59,8 @@ from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.results.lines import PartWriter, ResultWriter
 from pipefleet_workers.results.reports import Reporter
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.storage.gate import allowed_prefixes
 from pipefleet_workers.storage.store import WorkerStore
+from pipefleet_workers.storage.uri_gate import allowed_prefixes
 
 log = logging.getLogger(__name__)
 MOST_NAME = 100
@@ -119,43 +119,57 @@ def build(
     names. Raises ModelError, or UsageError when the metrics port is in use.
     """
     row = RUNTIME[pool.task]
-    instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
-    instruments.tracer.start()
-    _serve_metrics(instruments.metrics, worker_settings)
+    instruments = _instruments(pool, worker_settings)
     pipe = load_pipeline(pool, device=device)
-    if pipe.device.type == "cuda":
-        gpus = visible_gpus(every=pool.device_map is not None, index=pipe.device.index)
-        watch_gpus(instruments.metrics, pool.name, gpus)
+    _watch_gpus(instruments.metrics, pool, pipe)
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     parameters = {**row.example_parameters, **pool.parameters}
     adapter = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
     found = _warmed(adapter, pool, parameters, worker_settings, instruments, default)
-    processes = PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     tally = Tally(instruments.metrics, instruments.work)
     loaded = how_loaded(pipe)
     outlets = _outlets(pool, settings, worker_settings, name, tally, loaded)
-    decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
-    results = ResultWriter(outlets.store, settings.store)
-    stages = Stages(Fetcher(outlets.store, worker_settings), decoder, adapter, processes, results)
+    stages = _stages(pool, settings, worker_settings, outlets.store, adapter)
     engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
     engine.start()
     log.info("pool %s serves %s with %s: %s", pool.name, pool.task, pool.model, loaded)
     clock = _clock(settings)
     elsewhere = Elsewhere(settings, fleet_file)
-    jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now)
+    health = Health(_probe(outlets))
+    jobs = Jobs(pool, engine, outlets.allowed, elsewhere, store=settings.store, clock=clock.now, is_away=health.is_away)
     own_queue = revision_queue(queue, pool.model, pool.revision)
     undertaker = Undertaker(settings, queue, pool.name, name)
     # Without leases a message cannot be put off: it would come back at once.
     lease = worker_settings.transport != "stock"
     places = Places(Others(settings, own_queue, name)) if lease else Places()
-    consumer = _consumer(jobs, outlets, worker_settings, undertaker=undertaker, tally=tally, places=places)
-    consumer.health.watchers.append(instruments.metrics.barred)
-    facts = Facts(
-        name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, consumer.health, places, loaded
-    )
+    outlets.store.report_refusals(on_denied=health.accuse, on_refused=places.require)
+    consumer = _consumer(jobs, outlets, worker_settings, health, undertaker=undertaker, tally=tally, places=places)
+    health.watchers.append(instruments.metrics.barred)
+    facts = Facts(name, pool, limits, found, instruments, Pulse(instruments.metrics), own_queue, health, places, loaded)
     burials = Burials(settings, outlets.reporter, queue=queue, allowed=outlets.allowed, on_refused=tally.refused)
     return Built(consumer, outlets.reporter, facts, burials, clock, letters=worker_settings.transport != "stock")
+
+
+def _stages(
+    pool: Pool, settings: Settings, worker_settings: WorkerSettings, store: WorkerStore, adapter: Adapter
+) -> Stages:
+    processes = PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
+    decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
+    return Stages(Fetcher(store, worker_settings), decoder, adapter, processes, ResultWriter(store, settings.store))
+
+
+def _instruments(pool: Pool, worker_settings: WorkerSettings) -> Instruments:
+    """The observers of a worker; its trace is written and its metrics are served from now on."""
+    instruments = Instruments(Metrics(pool.name), tracer=Tracer(worker_settings.trace))
+    instruments.tracer.start()
+    _serve_metrics(instruments.metrics, worker_settings)
+    return instruments
+
+
+def _watch_gpus(metrics: Metrics, pool: Pool, pipe: Any) -> None:
+    if pipe.device.type == "cuda":
+        watch_gpus(metrics, pool.name, visible_gpus(every=pool.device_map is not None, index=pipe.device.index))
 
 
 class Undertaker:
@@ -210,6 +224,7 @@ def _consumer(
     jobs: Jobs,
     outlets: Outlets,
     worker_settings: WorkerSettings,
+    health: Health,
     *,
     undertaker: Undertaker,
     tally: Tally,
@@ -220,9 +235,6 @@ def _consumer(
     limits = IntakeLimits(
         shards=worker_settings.shards, deliveries=worker_settings.max_deliveries, retries=worker_settings.retries
     )
-    health = Health(_probe(outlets))
-    outlets.store.on_denied = health.accuse
-    outlets.store.on_refused = places.require
     return Consumer(jobs, shards, suspects, outlets.reporter, health, tally=tally, limits=limits, places=places)
 
 

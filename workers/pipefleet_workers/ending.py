@@ -1,4 +1,7 @@
-"""`Ending`: how a job ended, in the words of its record and of Celery's tools. `consume` and `results` exchange it."""
+"""`Ending`: how a job ended, in the words of its record and of Celery's tools.
+
+`results` makes it when a record or a part is written. `consume` passes it on to Celery's events and to the counters. No I/O.
+"""
 
 from __future__ import annotations
 

@@ -120,17 +120,7 @@ class Worker:
             forget_revisions(redis)
             forget_dead_workers(redis)
         services.start()
-        worker = app.Worker(
-            pool="solo",  # never used: the task's Strategy hands messages to the consumer
-            concurrency=1,
-            prefetch_multiplier=self._worker_settings.prefetch,
-            hostname=self.name,
-            loglevel="WARNING",
-            without_gossip=True,
-            without_mingle=True,
-            task_events=True,
-            quiet=True,
-        )
+        worker = self._celery_worker(app)
         worker.start()
         services.stop(LAST_SECONDS)  # or it could announce this worker once more
         built.burials.stop(LAST_SECONDS)
@@ -141,8 +131,21 @@ class Worker:
             raise self._refused
         return int(worker.exitcode or 0)
 
+    def _celery_worker(self, app: Any) -> Any:
+        return app.Worker(
+            pool="solo",  # never used: the task's Strategy hands messages to the consumer
+            concurrency=1,
+            prefetch_multiplier=self._worker_settings.prefetch,
+            hostname=self.name,
+            loglevel="WARNING",
+            without_gossip=True,
+            without_mingle=True,
+            task_events=True,
+            quiet=True,
+        )
+
     def _services(self, built: Built) -> Services:
-        """What runs beside the consumer. All of it ends by one event: Celery's handler of SIGTERM sets it, and may take no lock."""
+        """The services beside the consumer. One event ends them all: Celery's handler of SIGTERM sets it, and may take no lock."""
         told = self._stopping.set
         return Services(
             # Who is refused should say so before the first job; a store that hangs must not keep the others waiting.

@@ -102,7 +102,7 @@ def map_(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     """Print the progress of a run, some seconds later if shards seem to be lost. Exit code 1 if it ended with failed items."""
     from pipefleet.client import Client
-    from pipefleet.queues.losses import LOOK_SECONDS
+    from pipefleet.queues.lost_messages import LOOK_SECONDS
 
     with Client() as client:
         run = client.run(arguments.uri)

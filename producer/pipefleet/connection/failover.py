@@ -13,7 +13,7 @@ from pipefleet.connection.answers import is_of_replica, word_of
 
 
 class _Leaving:
-    """A mix-in for redis-py's connections: after the answer of a replica the connection is closed with the end of its command."""
+    """A mix-in for redis-py's connections: a connection that got the answer of a replica closes at the end of its command."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         """The next answer. Raises redis-py's errors."""
@@ -32,7 +32,7 @@ def leaving(kind: type[Any]) -> type[Any]:
 
 
 def leave_replicas(redis: Any) -> Any:
-    """`redis`, changed: its pool makes connections that leave a replica. `redis` must not have connected yet."""
+    """Make the pool of `redis` give connections that leave a replica; returns `redis`. It must not have connected yet."""
     pool = redis.connection_pool
     pool.connection_class = leaving(pool.connection_class)
     return redis

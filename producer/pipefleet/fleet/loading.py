@@ -228,7 +228,7 @@ def _check(where: str, table: Mapping[str, Any], rules: Mapping[str, _Rule]) -> 
 
 
 def misplaced(name: str) -> str | None:
-    """What to do with an argument of `from_pretrained` that stands in a pool's table itself; None for any other name."""
+    """The advice for an argument of `from_pretrained` that stands in a pool's table itself; None for any other name."""
     if name in OF_THE_CONFIG or name in OF_THE_WEIGHTS:
         return f"write it as model_kwargs = {{ {name} = … }}"
     if name in _REFUSED:

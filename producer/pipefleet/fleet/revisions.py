@@ -128,7 +128,7 @@ def _sum(held: Iterable[Held]) -> Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Backlog:
+class RevisionBacklog:
     """The backlog and the workers of one revision."""
 
     part: Part
@@ -189,7 +189,7 @@ def model_options(pool: Pool) -> str:
     return f"--model {pool.model}" + (f" --revision {pool.revision}" if pool.revision else "")
 
 
-def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[Backlog]:
+def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None = None) -> list[RevisionBacklog]:
     """The backlog of every revision of the fleet, and of others that have messages or workers.
 
     With `troubles`, a pool with a key of another type is left out, and the reason is noted there.
@@ -208,7 +208,9 @@ def read_backlogs(redis: Any, fleet: Fleet, *, troubles: dict[str, str] | None =
         barred = tuple(str(workers[name]["barred"]) for name in names if workers[name].get("barred"))
         refused = tuple(places for name in names if (places := tuple(refused_places(workers[name]))))
         if part.named or serving or sum(waiting.values()) or held != Held():
-            found.append(Backlog(part, waiting, held, serving, fleet.pools.get(part.pool.name), barred, refused))
+            found.append(
+                RevisionBacklog(part, waiting, held, serving, fleet.pools.get(part.pool.name), barred, refused)
+            )
     return found
 
 
@@ -264,7 +266,7 @@ def _forgotten(redis: Any, fleet: Fleet, troubles: dict[str, str] | None) -> lis
 
 
 def forget_revisions(redis: Any, *, days: float = 7.0) -> None:
-    """Forget the notes of empty queues that nobody sent to or consumed for so many days.
+    """Forget the notes of queues that are empty, and that nobody sent to or consumed for `days` days.
 
     Notes of other names are forgotten too. A queue whose key holds another type is left: other commands tell of it.
     """

@@ -1,4 +1,8 @@
-"""The live workers of a pool that can write parts in a format, from their announcements. `map` and workers ask."""
+"""The live workers of a pool that can write parts in a format, counted from their announcements in Redis.
+
+`Client.map` asks before it plans, a worker before it hands a shard back. RunError says that no worker can; other errors are
+redis-py's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Cells of `datasets` columns that are not decoded: `{"bytes", "path"}` or one of the two, for pictures and for sound."""
+"""Cells of `datasets` columns that are not decoded: `{"bytes", "path"}` or one of the two, for pictures and for sound.
+
+`prepare` calls this. The bytes or the path go out; a cell with neither raises InputError.
+"""
 
 from __future__ import annotations
 

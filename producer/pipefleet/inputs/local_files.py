@@ -1,4 +1,8 @@
-"""What stands at a local path, told without an error for a name that no file system takes: it may be a text, not a path at all."""
+"""Looks at local paths: a file, a folder, a pipe, or nothing.
+
+An input may be a text and not a path, so a name that no file system takes is no error: nothing lies there. Sources, uploads and
+`pipefleet submit` call these functions.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ def fault(name: str | os.PathLike[str]) -> str | None:
 
 
 def why_no_source(name: str) -> str:
-    """What is wrong with a name that should be that of a folder or a manifest, as the beginning of a sentence."""
+    """The fault of a name that should name a folder or a manifest, as the beginning of a sentence."""
     shown = repr(name[:200])
     if not name:
         return f"no such source {shown}"

@@ -211,7 +211,7 @@ class InputPreparer:
         return self._media(value)
 
     def _several(self, value: Any, name: str, kind: Callable[[Any], Any]) -> Any:
-        """One medium, or a list of all that belong to one text; in a list of one list as well, which is a batch of one text."""
+        """One medium, or the list of all media of one text. A list of one list is a batch of one text, and gives the inner list."""
         if not isinstance(value, list | tuple):
             return kind(value)
         if len(value) == 1 and isinstance(value[0], list | tuple):

@@ -291,7 +291,7 @@ def _task_of(client: Client, model: str | None, revision: str | None) -> str:
 
 
 def _result(job: Job, timeout: float | None) -> Any:
-    """The result of a job without another handle. After the time-out, or Ctrl-C, the job is cancelled.
+    """The result of a job on which nobody else has a handle. After the time-out, or Ctrl-C, the job is cancelled.
 
     Missing pieces of the result become warnings of Python's.
     """
@@ -339,5 +339,5 @@ def _is_words(value: Any) -> bool:
 
 
 def _tuples(value: list[Any]) -> Any:
-    """A list as a tuple, a list of lists as a list of tuples; an empty one is the latter."""
+    """A list becomes a tuple; a list of lists, also an empty list, becomes a list of tuples."""
     return tuple(value) if value and not isinstance(value[0], list) else [tuple(one) for one in value]

@@ -1,4 +1,8 @@
-"""Messages that were given up, as an operator sees them. In Redis; raises what redis-py raises."""
+"""Dead letters: messages that were given up, in Redis. Here they are filed, listed, removed and queued again.
+
+Workers file them; `pipefleet dead-letters`, the end of a run and the scaler read them. Errors are redis-py's; UsageError says that
+a letter cannot be queued again.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ The fleet. The hashes keep their entries until somebody removes them; an entry c
 
     pools                   hash    pools and revisions that are served; by workers and `up --autoscale`; an entry counts for 30 s
     workers                 hash    facts of each live worker, by its name; by the worker; an entry counts for 30 s
-    fleet                   string  id, URI and endpoint of the store (see `fleet.identity`); by the first who comes; never ends
+    fleet                   string  id, URI and endpoint of the store (see `fleet.identity`); by whoever comes first; never ends
     revisions               hash    model and revision of each queue `<queue>@…`; by clients and workers; dropped after a week
     parked                  hash    pools whose workers `pipefleet up` starts no more, and why; by `up`; ends after 30 s
     work:<pool>             hash    running totals of a pool, or of a revision as `<pool>@<digits>`; by workers; never ends

@@ -1,4 +1,7 @@
-"""What `Run.resume` needs before it goes on: to be the only client that plans the run, and the source once more."""
+"""The first two steps of `Run.resume`: to become the only client that plans the run, and to open its source once more.
+
+RunError says that another client plans the run, or that the source was an iterable, which ended with its client.
+"""
 
 from __future__ import annotations
 

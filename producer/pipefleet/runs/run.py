@@ -290,7 +290,7 @@ class Run:
         return True
 
     def _backlog(self) -> Backlog:
-        """What is missing of the run, for one look from outside of its planning. It waits for no service."""
+        """The missing shards of the run, as a client sees them that does not plan it. Waits for no service."""
         return Backlog(self._session, self._layout, self._plan, Patience(threading.Event()))
 
     def has_part(self, shard: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a model draws at random for one request: the numbers of a pipeline that is called with torch seeded before."""
+"""The random numbers of one request: those that a pipeline draws when torch is seeded before its call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Draws:
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """What is drawn inside comes from these numbers; afterwards torch's own go on as if nothing had been drawn."""
+        """Inside of it torch draws these numbers; afterwards torch's own go on as if nothing had been drawn."""
         with torch.random.fork_rng(devices=self._devices):
             if self._state is None:
                 torch.manual_seed(self._seed)
@@ -35,5 +35,5 @@ class Draws:
 
 
 def drawing(seed: int | None, device: torch.device, *, loads: bool = False) -> contextlib.AbstractContextManager[None]:
-    """`Draws` for one call; nothing of it where nothing is drawn."""
+    """The context of one call that draws `seed`'s numbers; without a seed it does nothing."""
     return contextlib.nullcontext() if seed is None else Draws(seed, device, loads=loads).current()

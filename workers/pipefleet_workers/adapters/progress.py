@@ -1,4 +1,4 @@
-"""What an adapter says and asks while its forward runs: signs of life, outputs that are ready early, jobs that were stopped.
+"""The calls of an adapter while its forward runs: it gives signs of life and early outputs, and asks for stopped jobs.
 
 The device passes its own `Progress` to `Adapter.run` with every batch. Who runs a forward for itself, such as the warm-up,
 passes `UNOBSERVED`. All methods are called by the thread that called `run`, until `run` has returned.
@@ -37,7 +37,7 @@ class Unobserved:
         """Nothing."""
 
     def stopped(self, job: JobContext) -> JobFailure | None:
-        """As for a batch on the device."""
+        """Why the job should go no further, as for a batch on the device."""
         return job.stopped(STAGE)
 
     def remains(self, unit: Unit) -> bool:

@@ -30,7 +30,7 @@ from pipefleet.service import Inbox, Service
 from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.results.reports import Reporter
-from pipefleet_workers.storage.gate import UriGate
+from pipefleet_workers.storage.uri_gate import UriGate
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0

@@ -114,7 +114,6 @@ class Consumer:
         self._leaving = 0
         self.health = health
         health.watchers.append(self._bar)
-        jobs.is_away = lambda: not health.check()
         self._loops = self._services()
 
     @property
@@ -150,7 +149,7 @@ class Consumer:
         )
 
     def take(self, delivery: Delivery, *, after: float = 0.0) -> None:
-        """Take in one delivery, to begin after so many seconds. It is given back when the worker drains."""
+        """Take in one delivery, to begin in `after` seconds. It is given back when the worker drains."""
         with self._changed:
             self._held[id(delivery)] = delivery
         self._tally.taken(delivery)
@@ -374,7 +373,10 @@ class Consumer:
         return found
 
     def _take_accused_in(self, stopping: threading.Event) -> None:
-        """Excuse the accused as they come, and let the first one run only when no more come: all of a fetch are excused then."""
+        """Uncount the deliveries of all suspects of one fetch before the first of them runs.
+
+        The suspects of a fetch come one by one, so the first one waits until no more come for GATHER_SECONDS.
+        """
         while batch := self._accused.take(stopping):
             while more := self._accused.take(stopping, seconds=GATHER_SECONDS):
                 batch += more

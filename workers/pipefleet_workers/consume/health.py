@@ -80,6 +80,10 @@ class Health:
         self._follow(error)
         return error is None
 
+    def is_away(self) -> bool:
+        """Ask now whether a service does not answer."""
+        return not self.check()
+
     def accuse(self, error: AccessDeniedError, seen: int) -> None:
         """S3 refused this worker something. Returns if the worker is well otherwise: the refusal is then about this thing alone.
 

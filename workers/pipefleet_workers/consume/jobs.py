@@ -30,8 +30,8 @@ from pipefleet_workers.items import JobContext, Outcome, Sink, Work
 from pipefleet_workers.process.sizes import bytes_of, text_bytes
 from pipefleet_workers.results.lines import PartWriter
 from pipefleet_workers.results.reports import Reporter
-from pipefleet_workers.storage.gate import UriGate
 from pipefleet_workers.storage.store import WorkerStore
+from pipefleet_workers.storage.uri_gate import UriGate
 
 log = logging.getLogger(__name__)
 UNKNOWN_BYTES = 1 << 20
@@ -65,8 +65,9 @@ class Jobs:
         *,
         store: str = "",
         clock: Callable[[], float] = time.time,
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`store` is the prefix of the fleet's own uploads and results; no job may write there."""
+        """`store` is the prefix of the fleet's own uploads and results; no job may write there. For `is_away` see `JobContext`."""
         self._pool = pool
         self._spec: TaskSpec = task_spec(pool.task)
         self._gate = UriGate(allowed, store)
@@ -78,8 +79,7 @@ class Jobs:
         self.turn = threading.Lock()
         """The shard whose items are entering holds it, so that the items of an earlier shard enter first."""
         self.clock = clock
-        self.is_away: Callable[[], bool] = lambda: False
-        """See `JobContext.is_away`."""
+        self.is_away = is_away
 
     def begin(self, message: JobMessage, sink: Sink, *, priority: int, patient: bool) -> JobContext:
         """The context of a job that begins here; the caller must call `end` later. For `patient` see `JobContext.patient`."""

@@ -1,4 +1,8 @@
-"""`Later`: keeps deliveries until their time has come. The consumer puts them in; one thread takes the due ones out."""
+"""`Later`: keeps deliveries until their time has come, in memory; their leases are renewed meanwhile.
+
+The consumer puts postponed deliveries in, and those with a start time. One thread of the consumer takes the due ones out. A closed
+`Later` takes no more: the caller then gives the delivery back.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class Later(Generic[_T]):
         self._changed = threading.Condition()
 
     def put(self, value: _T, seconds: float) -> bool:
-        """Keep a thing for so many seconds. False when this is closed; then the thing is not kept."""
+        """Keep `value` for `seconds`. Returns False when this is closed; then the value is not kept."""
         with self._changed:
             if self._closed:
                 return False

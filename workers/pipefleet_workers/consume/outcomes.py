@@ -1,4 +1,8 @@
-"""`Outcomes`: the sink of one shard. The engine's threads deliver; the shard's thread waits until all items have ended."""
+"""`Outcomes`: the sink of one shard.
+
+The engine's threads deliver an outcome for each item. The thread of the shard waits for all of them, and writes progress meanwhile.
+If the shard is given back, the waiting thread gets the reason as an error.
+"""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ from pipefleet_workers.consume.run_plans import RunPlans
 from pipefleet_workers.consume.tally import Tally
 from pipefleet_workers.ending import SHARD_CANCELLED, Ending, before, shard_ending
 from pipefleet_workers.items import JobContext, Outcome, Work
-from pipefleet_workers.storage.gate import UriGate
 from pipefleet_workers.storage.store import ObjectTooLargeError
+from pipefleet_workers.storage.uri_gate import UriGate
 
 PROGRESS_SECONDS = 0.25
 ADMITTED_AT_ONCE = 128

@@ -1,4 +1,8 @@
-"""`Tally`: the counters of a consumer, for Prometheus and for the scaler. The consumer and its parts call it at each event."""
+"""`Tally`: the counters of a consumer, for Prometheus and for the scaler.
+
+The consumer, `singles` and `shards` call it at each event of a message or an item. The numbers go to `observe.metrics` and
+`observe.totals`; nothing here waits or fails.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +68,7 @@ class Tally:
         self._metrics.ended(JobState.CANCELLED, count)
 
     def refused(self, failure: JobFailure, count: int) -> None:
-        """No worker will run a shard of so many items. If the shard is taken up later, its items end and count once more."""
+        """No worker will run a shard of this many items. If the shard is taken up later, its items end and count once more."""
         self._metrics.ended(JobState.FAILED, count)
         self._metrics.failure(code=failure.code, stage=failure.stage, count=count)
 

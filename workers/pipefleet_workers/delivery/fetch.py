@@ -1,4 +1,7 @@
-"""One fetch of a channel: the lists that it takes from, the room that it has, and the words of its command."""
+"""One fetch of a channel: the lists that it takes from, the room that it has, and the words of its command.
+
+`transport` makes a Fetch, sends its command, and reads the answer later. The script itself is `scripts.FETCH`. No I/O here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Source(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """What is asked for. `with_text` sends the script itself and not its digest."""
+    """The request of one fetch. `with_text` sends the script itself and not its digest."""
 
     lists: Sequence[Source]
     credit: int
@@ -28,7 +31,7 @@ class Fetch(NamedTuple):
     with_text: bool = False
 
     def arguments(self, ledger: Ledger, max_deliveries: int | None) -> list[Any]:
-        """What `run_script` takes after FETCH: the keys, and each argument."""
+        """The arguments of `run_script` behind FETCH: the keys, then each argument."""
         first_low = next((place for place, one in enumerate(self.lists, 1) if one.low), len(self.lists) + 1)
         keys = [*ledger.keys, *(one.name for one in self.lists)]
         most = UNBOUNDED if max_deliveries is None else max_deliveries

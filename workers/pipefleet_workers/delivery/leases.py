@@ -133,7 +133,7 @@ class Lease:
         self.holder.settle(self, GivenBack(max(0.0, delay)))
 
     def put_off(self, seconds: float) -> None:
-        """Keep the message aside for so many seconds, since its time has not come; counts neither as a delivery nor as a retry."""
+        """Keep the message aside until its time has come; this counts neither as a delivery nor as a retry."""
         self.holder.settle(self, GivenBack(max(0.0, seconds), retry=False))
 
     def due_now(self) -> None:

@@ -47,7 +47,7 @@ class Settlements:
         return sum(len(answer) for answer in answers if isinstance(answer, list))
 
     def _send(self, batch: Sequence[Entry]) -> list[Any] | None:
-        """The answers of the scripts; None where what one of the entries holds is in the way."""
+        """The answers of the scripts; None if a script fails because of the content of an entry."""
         scripts = ScriptBatch(self._redis)
         for script, arguments in calls(batch, self._prefix):
             scripts.add(script, self._keys, *arguments)

@@ -1,4 +1,8 @@
-"""Chooses the ledger of a channel: one for each server, set of keys and terms, so that a new connection finds the old leases."""
+"""Chooses the ledger of a channel: one for each server, set of keys and terms.
+
+Ledgers outlive connections: after an outage Celery opens a new channel, which finds the leases of the channel before. `transport`
+calls `ledger_for` with a channel.
+"""
 
 from __future__ import annotations
 

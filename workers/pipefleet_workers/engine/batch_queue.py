@@ -33,7 +33,7 @@ class BatchQueue:
             self._changed.notify_all()
 
     def take(self, stopping: threading.Event) -> Batch | None:
-        """The next batch; blocks while there is none. After `stopping` it goes on with what is there, and is None at the end."""
+        """The next batch; blocks while there is none. After `stopping` it gives the batches that are left, then None."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._batcher) > 0 or stopping.is_set())
             batch = self._batcher.take(time.monotonic())

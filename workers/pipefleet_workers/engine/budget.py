@@ -68,7 +68,7 @@ class Budget:
         return True
 
     def prepared(self, works: Sequence[tuple[Work, int]]) -> None:
-        """These items are features now, of so many bytes; their decoded form is gone."""
+        """Each item is features now, of the given number of bytes; its decoded form is gone."""
         with self._changed:
             self._reweigh(works)
             self._changed.notify_all()

@@ -75,12 +75,12 @@ class Device:
         self._turn = threading.Lock()
 
     def start(self) -> None:
-        """Begin; nothing, where it runs. Waits for a `stop` that is under way."""
+        """Begin. Does nothing while the device runs; waits for a `stop` that is under way."""
         with self._turn:
             self._services.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Run what is in the room, then end; up to `timeout` seconds (None: without bound). Whether it has ended."""
+        """Run the units in the room, then end. Waits up to `timeout` seconds (None: no bound); returns whether it has ended."""
         with self._turn:
             return self._services.stop(timeout)
 
@@ -98,7 +98,7 @@ class Device:
             self._abort()
             if schedule.batch is not None:
                 self._execute(schedule.batch, schedule)
-            del schedule  # or its inputs stay in memory until the next batch has run
+            del schedule  # otherwise its inputs stay in memory until the next batch has run
 
     def _next(self, stopping: threading.Event) -> Schedule | None:
         return self._schedule(stopping) if self._ahead is None else self._ahead.get()
@@ -119,7 +119,7 @@ class Device:
         return Schedule(batch, staged)
 
     def _schedule(self, stopping: threading.Event) -> Schedule | None:
-        """The next batch, without the units that should go no further; None at the end."""
+        """The next batch, without the units of jobs that were stopped; None at the end."""
         batch = self._room.take(stopping)
         if batch is None:
             return None
@@ -148,7 +148,7 @@ class Device:
         self._abort()
 
     def _abort(self) -> None:
-        """End the units that `_schedule` left out. The one place where units are aborted."""
+        """End the units that `_schedule` left out. Units are aborted only here."""
         aborted: list[tuple[Unit, JobFailure]] = []
         while not self._aborted.empty():
             aborted.append(self._aborted.get())
@@ -156,7 +156,7 @@ class Device:
             self._update(Update(aborted=aborted))
 
     def _update(self, update: Update) -> None:
-        """Note what has become of units, and hand on the items that are complete. The one place where units end."""
+        """Note the output or failure of each unit, and hand on the items that are complete. Units end only here."""
         ended: list[tuple[Unit, Any]] = [*update.ended, *update.aborted]
         complete = [unit.assembly for unit, output in ended if unit.assembly.collect(unit.index, output)]
         if update.ended and update.remaining:  # the watchdog names one that still runs

@@ -41,7 +41,7 @@ class SliceQueue:
             self._filled.notify()
 
     def take(self, stopping: threading.Event) -> Any:
-        """The next slice; blocks while there is none. After `stopping` it goes on with what is there, and is None at the end."""
+        """The next slice; blocks while there is none. After `stopping` it gives the slices that are left, then None."""
         with self._filled:
             self._filled.wait_for(lambda: self._slices or stopping.is_set())
             if not self._slices:

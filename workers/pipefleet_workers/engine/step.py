@@ -28,7 +28,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What has become of units. One when units are aborted, one at each early output of a batch, and one at its end."""
+    """The ends of units: one Update when units are aborted, one at each early output of a batch, one at its end."""
 
     scheduled: Sequence[Unit] = ()
     """The units of the batch that runs."""

@@ -12,8 +12,8 @@ from pipefleet.contract.uris import shown
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
 from pipefleet_workers.items import Blob, Fetched, ItemError, Work
 from pipefleet_workers.settings import WorkerSettings
-from pipefleet_workers.storage.gate import UriGate, allowed_prefixes
 from pipefleet_workers.storage.store import WorkerStore
+from pipefleet_workers.storage.uri_gate import UriGate, allowed_prefixes
 
 STAGE = "fetch"
 

@@ -36,7 +36,7 @@ _BARE = (KeyError, AttributeError, TypeError, IndexError, AssertionError, Arithm
 
 
 def explained(pool: Pool, device: str, error: Exception) -> str:
-    """What happened to which model, and what to do. Never a traceback, at most 300 characters of foreign text.
+    """One sentence: the model, its error, and the next step. No traceback; at most 300 characters of foreign text.
 
     The traceback of what has no sentence of its own goes to the log.
     """

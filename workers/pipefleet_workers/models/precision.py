@@ -197,7 +197,7 @@ def warn_of_half(pool: Pool, pipe: Any) -> None:
 
 
 def how_loaded(pipe: Any) -> dict[str, str]:
-    """What the model uses: `dtype` and `device`; `attention` if the model has a choice; `quantization` if it is quantized."""
+    """The settings in use: `dtype` and `device`; `attention` if the model has a choice; `quantization` if it is quantized."""
     model = pipe.model
     places = getattr(model, "hf_device_map", None) or {"": pipe.device}
     found = {

@@ -25,7 +25,7 @@ LAST_SECONDS = 5.0
 
 
 class Tracer:
-    """Writes spans from any thread through one writer thread, which runs from `start` on; `stop` writes what is there."""
+    """Writes spans from any thread through one writer thread, which runs from `start` on; `stop` writes the rest."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path) if path else None
@@ -33,7 +33,7 @@ class Tracer:
         self._service = Service("trace", self._write, wake=self._lines.wake)
 
     def start(self) -> None:
-        """Begin to write; at the end of the process, what is there is written."""
+        """Begin to write; the rest is written at the end of the process."""
         if self._path is not None:
             self._service.start()
             atexit.register(self.stop, LAST_SECONDS)

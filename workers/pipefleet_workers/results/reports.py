@@ -176,7 +176,7 @@ class Reporter:
         return found
 
     def end(self, message: JobMessage, state: JobState, failure: JobFailure) -> Ending:
-        """End a single job without the engine. How it has ended: as `state`, or as it had ended before; its client is told."""
+        """End a single job that is not in the engine, and tell its client. Returns its ending: this one, or an earlier one."""
         batch = ScriptBatch(self._redis)
         self._finish(batch, message, state, _told(failure))
         (answer,) = self._ended([message], batch)

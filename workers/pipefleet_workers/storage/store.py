@@ -85,19 +85,23 @@ class WorkerStore:
         self._open: dict[str, S3Store] = {}
         self._of = renewals()
         self._seen = threading.local()
-        self.on_denied: Callable[[AccessDeniedError, int], None] = _nothing
-        """Called with a refusal of access before it is raised, and with `renewals()` as of the request's credentials.
-
-        If it raises an error, this error is raised instead.
-        """
-        self.on_refused: Callable[[str], None] = _nowhere
-        """Called with the bucket, after `on_denied` returned. If it raises an error, this error is raised instead.
-
-        Not called if only one
-        object is refused in a bucket that can still be read.
-        """
+        self._on_denied: Callable[[AccessDeniedError, int], None] = _nothing
+        self._on_refused: Callable[[str], None] = _nowhere
         self._read: dict[str, str] = {}
         """By bucket, the key that was read last."""
+
+    def report_refusals(
+        self,
+        *,
+        on_denied: Callable[[AccessDeniedError, int], None] | None = None,
+        on_refused: Callable[[str], None] | None = None,
+    ) -> None:
+        """Call these functions before a refusal of access is raised. An error that one of them raises is raised instead.
+
+        `on_denied` gets the refusal, and `renewals()` as of the request's credentials. Then `on_refused` gets the bucket, unless
+        only one object is refused in a bucket that can still be read.
+        """
+        self._on_denied, self._on_refused = on_denied or _nothing, on_refused or _nowhere
 
     def get(self, reference: StorageRef, *, max_bytes: int | None = None) -> bytes:
         """The bytes of an object; of the pinned version if the reference has an ETag.
@@ -193,9 +197,9 @@ class WorkerStore:
     def _mapped(self, error: Exception, uri: str, *, reads: bool = False) -> Exception:
         found = error if isinstance(error, PipefleetError) else _mapped(error, uri)
         if isinstance(found, AccessDeniedError):
-            self.on_denied(found, getattr(self._seen, "of", renewals()))
+            self._on_denied(found, getattr(self._seen, "of", renewals()))
             if not (reads and self._goes_on_reading(split_uri(uri)[0])):
-                self.on_refused(split_uri(uri)[0])
+                self._on_refused(split_uri(uri)[0])
         return found
 
     def _note_read(self, bucket: str, key: str) -> None:
@@ -224,8 +228,8 @@ class WorkerStore:
         try:
             yield
         except AccessDeniedError as error:
-            self.on_denied(error, seen)
-            self.on_refused(split_uri(uri)[0])
+            self._on_denied(error, seen)
+            self._on_refused(split_uri(uri)[0])
             raise
 
     def _bucket(self, name: str) -> S3Store:

@@ -16,7 +16,7 @@ from pipefleet.contract.uris import lies_in_run, output_fault, run_fault, shard_
 from pipefleet.errors import AccessDeniedError, ContractError, InputError, PipefleetError, UsageError
 from pipefleet.queues.looking import queue_depth
 from pipefleet.storage.store import ObjectStore
-from pipefleet_workers.storage.gate import UriGate
+from pipefleet_workers.storage.uri_gate import UriGate
 
 TASK = "text-classification"
 STORE = "s3://pipefleet/store/"

@@ -11,10 +11,10 @@ from redis import Redis
 from pipefleet.cli import main
 from pipefleet.client import Client
 from pipefleet.errors import RunError
-from pipefleet.queues import losses
+from pipefleet.queues import lost_messages
 from pipefleet.queues.celery import celery_app
 from pipefleet.queues.keys import ARRIVING, base_queue, ledger_keys, queue_lists, run_key
-from pipefleet.queues.losses import GRACE_SECONDS, LOOK_SECONDS, Losses
+from pipefleet.queues.lost_messages import GRACE_SECONDS, LOOK_SECONDS, LostMessages
 from pipefleet.runs.run import Run
 from tests.unit.shard_worker import ShardWorker
 
@@ -45,8 +45,8 @@ def run(client: Client, prefix: str) -> Run:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(losses, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(lost_messages, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(lost_messages, "LOOK_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("soon")
@@ -87,15 +87,15 @@ class TestLosses:
         return [100.0]
 
     @pytest.fixture
-    def seen(self, client: Client, clock: list[float]) -> Losses:
-        return Losses(client.redis, client.settings.redis_url, monotonic=lambda: clock[0])
+    def seen(self, client: Client, clock: list[float]) -> LostMessages:
+        return LostMessages(client.redis, client.settings.redis_url, monotonic=lambda: clock[0])
 
-    def later(self, seen: Losses, run: Run, clock: list[float], seconds: float = GRACE_SECONDS) -> str | None:
+    def later(self, seen: LostMessages, run: Run, clock: list[float], seconds: float = GRACE_SECONDS) -> str | None:
         clock[0] += seconds
         return seen.why(run.plan)
 
     def test_nothing_is_lost_while_messages_wait_or_are_with_workers(
-        self, redis: Redis, run: Run, seen: Losses, clock: list[float]
+        self, redis: Redis, run: Run, seen: LostMessages, clock: list[float]
     ) -> None:
         queue = next(name for name in queue_lists(run.plan.queue) if redis.llen(name))
         keys = ledger_keys(run.plan.queue)
@@ -113,7 +113,7 @@ class TestLosses:
         assert seen.suspected(run.id)  # a caller that was told nothing a moment before looks once more
 
     def test_it_is_certain_only_when_nothing_of_the_run_ends_meanwhile(
-        self, redis: Redis, run: Run, seen: Losses, clock: list[float]
+        self, redis: Redis, run: Run, seen: LostMessages, clock: list[float]
     ) -> None:
         redis.delete(*queue_lists(run.plan.queue))
         for index in range(3):
@@ -123,13 +123,15 @@ class TestLosses:
         assert self.later(seen, run, clock) is not None
 
     def test_a_client_that_queues_the_rest_of_the_run_has_not_lost_it(
-        self, redis: Redis, run: Run, seen: Losses, clock: list[float]
+        self, redis: Redis, run: Run, seen: LostMessages, clock: list[float]
     ) -> None:
         redis.delete(*queue_lists(run.plan.queue))
         redis.set(run_key(run.id, "planner"), "4 4")
         assert [self.later(seen, run, clock) for _ in range(3)] == [None] * 3
 
-    def test_who_may_not_count_is_told_nothing(self, redis: Redis, run: Run, seen: Losses, clock: list[float]) -> None:
+    def test_who_may_not_count_is_told_nothing(
+        self, redis: Redis, run: Run, seen: LostMessages, clock: list[float]
+    ) -> None:
         redis.delete(*queue_lists(run.plan.queue))
         redis.set(ledger_keys(run.plan.queue)["unacked_key"], "of another type")
         assert [self.later(seen, run, clock) for _ in range(3)] == [None] * 3

@@ -150,7 +150,7 @@ def test_an_item_fails_alone_for_an_object_that_is_refused(
 ) -> None:
     answers.status, answers.code = status, code
     store = WorkerStore(retries=0, retry_seconds=1.0)
-    store.on_denied = Health(lambda: None).accuse
+    store.report_refusals(on_denied=Health(lambda: None).accuse)
     with pytest.raises(ItemError) as caught:
         fetch(store)
     assert caught.value.failure.code == fails_with
@@ -163,7 +163,7 @@ def test_no_item_fails_for_a_worker_that_is_refused(answers: Answers) -> None:
     health = Health(
         lambda: quick.put("s3://bucket/probe", b"x", content_type="text/plain"), sleep=threading.Event().wait
     )
-    store.on_denied = health.accuse
+    store.report_refusals(on_denied=health.accuse)
     with pytest.raises(BarredError, match="nobody has this AWS_ACCESS_KEY_ID"):
         fetch(store)
     for key in ("key", "a//key"):  # the second goes through the plain client
@@ -180,7 +180,7 @@ def fetch(store: WorkerStore) -> None:
 
 def test_where_another_worker_may_be_allowed_no_item_fails_and_no_output(answers: Answers) -> None:
     store = WorkerStore(retries=0, retry_seconds=1.0)
-    store.on_refused = Places(lambda bucket: bucket == "bucket").require
+    store.report_refusals(on_refused=Places(lambda bucket: bucket == "bucket").require)
     with pytest.raises(RefusedHereError, match="'bucket'"):
         fetch(store)
     for key in ("key", "a//key"):
@@ -193,7 +193,7 @@ def test_where_another_worker_may_be_allowed_no_item_fails_and_no_output(answers
 def test_an_object_that_is_refused_in_a_bucket_that_is_read_is_nobodys_else(answers: Answers) -> None:
     asked: list[str] = []
     store = WorkerStore(retries=0, retry_seconds=1.0)
-    store.on_refused = asked.append
+    store.report_refusals(on_refused=asked.append)
     answers.allowed = {"/bucket/good"}
     assert store.get(StorageRef("s3://bucket/good"))
     with pytest.raises(ItemError) as caught:

@@ -211,7 +211,8 @@ class Bench:
         self.tally = Tally(self.metrics, WorkCount())
         self.looks = threading.Event()
         self.health = Health(self.reporter.ping, sleep=lambda _: self.looks.wait(20) and self.looks.clear())
-        self.jobs = Jobs(Pool("pool", TASK, "model"), self.engine)  # type: ignore[arg-type]
+        pool = Pool("pool", TASK, "model")
+        self.jobs = Jobs(pool, self.engine, is_away=self.health.is_away)  # type: ignore[arg-type]
         self.shards: Any = served or FakeShards(lambda message: Ending(JobState.SUCCEEDED))
         self.consumer = Consumer(
             self.jobs, self.shards, self.shards, self.reporter, self.health, tally=self.tally,  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """The adapter of audio-classification: recordings of equal shape, or padded if a mask tells the model where the padding is.
 
 Spectrogram models bring every recording to one shape. Only some waveform models take a mask, and models with group normalisation
-hear padding in spite of a mask: the warm-up proves each model.
+change their result with padding in spite of a mask: the warm-up proves each model.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class TextToAudio(Adapter):
         return dict(rows[0]) if len(rows) == 1 else pad_features(rows, self.pipe.tokenizer.pad_token_id or 0)
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """What the pipeline's forward gives; a list of failures when every job of the batch was stopped."""
+        """The outputs of the pipeline's forward; a list of failures when every job of the batch was stopped."""
         arguments, jobs = _request(units[0]).arguments.fresh().forward, [unit.assembly.work.job for unit in units]
         voice, steps = (generation_of(arguments[name], None) for name in ("forward_params", "generate_kwargs"))
         if "speaker_embeddings" in voice:

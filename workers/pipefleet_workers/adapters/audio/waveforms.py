@@ -1,4 +1,4 @@
-"""What adapters of recordings share: the bounds of a recording, and the unit that its cost is counted in."""
+"""Shared by the adapters of recordings: the bounds of a recording, and the unit of its cost."""
 
 from __future__ import annotations
 

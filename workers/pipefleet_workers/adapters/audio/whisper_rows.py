@@ -204,7 +204,7 @@ def timed(model: Any, frames: Sequence[int], lengths: Sequence[int]) -> list[np.
 
 
 class _EndsAt(LogitsProcessor):  # type: ignore[misc]
-    """Ends each row after exactly so many tokens, and lets it write no token twice. For one call."""
+    """Ends each row after its own number of tokens, and lets it write no token twice. For one call."""
 
     def __init__(self, lengths: Sequence[int], end: int) -> None:
         self._lengths = torch.tensor(lengths)

@@ -112,7 +112,7 @@ class LongTexts:
         return None
 
     def _has_more(self, text: str, tokens: int) -> bool:
-        """Whether a beginning has so many tokens that the whole text has more than `tokens`, however it goes on."""
+        """Whether a beginning has so many tokens that the whole text must have more than `tokens`, whatever follows."""
         if self.prefix(text, tokens) is not None:
             return True
         size = FIRST_LOOK

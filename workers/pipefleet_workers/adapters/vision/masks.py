@@ -74,7 +74,7 @@ class MaskGenerator(Adapter):
         return {"input_points": points, "input_labels": torch.ones(points.shape[:3], dtype=torch.int64)}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """What stays of each unit's masks, as run lengths, with scores and boxes on the host."""
+        """The masks of each unit that stay, as run lengths, with scores and boxes on the host."""
         pipe = self.pipe
         with torch.no_grad():
             self._embed([unit.features.crop for unit in units], progress)

@@ -65,7 +65,7 @@ class Plan:
     fill: int
     """The token with which generate() makes the sequences of one input equally long."""
     penalty: float = 1.0
-    """The repetition penalty that `RowPenalty` applies, since transformers' own hears padding; 1.0 for none."""
+    """The repetition penalty that `RowPenalty` applies, since transformers' own counts padding as tokens; 1.0 for none."""
     reads_encoder: bool = False
     """Whether arguments look at the encoder's tokens, so that the encoder's padding would change the result."""
     first: tuple[Any, ...] = ()

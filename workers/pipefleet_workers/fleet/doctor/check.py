@@ -19,7 +19,7 @@ class Check:
     detail: str
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The form that `--json` prints."""
         return {"name": self.name, "ok": self.ok, "detail": self.detail}
 
 

@@ -50,6 +50,6 @@ def judge_writes(information: Mapping[str, object]) -> None:
 
 
 def check_rights(settings: Settings) -> str:
-    """What the user of these settings may do in Redis."""
+    """The rights in Redis of the user of these settings, in one sentence."""
     with redis_errors(settings.redis_url):
         return rights.describe(connect(settings))

@@ -14,7 +14,7 @@ from pipefleet.settings import Settings
 
 
 def check_workers(settings: Settings, *, needed: bool) -> str:
-    """What each worker that is alive runs with. Raises PipefleetError where none is and some are `needed`."""
+    """How each live worker runs its model: dtype, device, batching. Raises PipefleetError if none lives and some are `needed`."""
     with redis_errors(settings.redis_url):
         workers = announced_workers(connect(settings))
     if not workers and not needed:

@@ -128,7 +128,7 @@ class Autoscaler:
 
     @property
     def announced_seconds(self) -> float:
-        """Clients believe an announcement of the autoscaler for so many seconds."""
+        """The seconds for which clients believe an announcement of the autoscaler."""
         return max(30.0, 3 * self._pace.interval)
 
     def _announce(self) -> None:

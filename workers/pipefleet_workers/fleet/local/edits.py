@@ -79,7 +79,7 @@ class FleetEdits:
         self._look_at = clock()
 
     def read(self) -> Description:
-        """What the file says now. Raises FleetFileError, or UsageError for a model folder that is not there."""
+        """The fleet that the file describes now. Raises FleetFileError, or UsageError for a model folder that is not there."""
         self._judged = self._seen = fingerprint(self.path)
         return self._parse()
 

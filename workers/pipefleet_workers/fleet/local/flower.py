@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping
 
 from pipefleet_workers.fleet.local.children import ChildSpec
+from pipefleet_workers.fleet.local.part import ChildPart, Site
 from pipefleet_workers.fleet.local.ports import LOOPBACK
-from pipefleet_workers.fleet.local.service import ChildService, Site
 
 USER = "pipefleet"
 _SAVE_MILLISECONDS = 30_000
 
 
-class Flower(ChildService):
+class Flower(ChildPart):
     """Flower for the Celery app at `app` (`package.module:attribute`), read-only, with its state on disk.
 
     `environment` is the child's; the broker's URL and the password are passed in it, not on the command line. Flower's own

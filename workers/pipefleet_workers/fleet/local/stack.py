@@ -26,9 +26,9 @@ from pipefleet_workers.fleet.local.flower import Flower
 from pipefleet_workers.fleet.local.follow import Follower, outstanding
 from pipefleet_workers.fleet.local.lock import DataLock
 from pipefleet_workers.fleet.local.parked import TOLD_SECONDS, Parked, tell_parked
+from pipefleet_workers.fleet.local.part import Part, Site, wait_ready
 from pipefleet_workers.fleet.local.ports import LOOPBACK, PortBook
 from pipefleet_workers.fleet.local.servers import BUCKET, REGION, RedisServer, S3Server
-from pipefleet_workers.fleet.local.service import Service, Site, wait_ready
 from pipefleet_workers.fleet.local.workers import Crew, WorkerCommand, WorkerProcess, worker_command
 from pipefleet_workers.observe.logs import say
 
@@ -288,7 +288,7 @@ class Stack:
         if self._with_flower:
             self._flower = Flower(site, FLOWER_APP, broker_url=self.redis.url, environment=environment)
             self._flower.start()
-        others: list[Service] = [] if self._flower is None else [self._flower]
+        others: list[Part] = [] if self._flower is None else [self._flower]
         if self._follower is None:
             return wait_ready([*workers, *others], WORKER_SECONDS if workers else SERVER_SECONDS)
         _wait_for_one(workers, WORKER_SECONDS)

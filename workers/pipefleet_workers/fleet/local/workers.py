@@ -19,8 +19,8 @@ from pathlib import Path
 from pipefleet_workers.fleet.local.children import Child, ChildSpec
 from pipefleet_workers.fleet.local.edits import Duty
 from pipefleet_workers.fleet.local.parked import Parked
+from pipefleet_workers.fleet.local.part import ChildPart, Site
 from pipefleet_workers.fleet.local.restarts import Restarts
-from pipefleet_workers.fleet.local.service import ChildService, Site
 from pipefleet_workers.observe.logs import say
 
 WorkerCommand = Callable[[str, Path], Sequence[str]]
@@ -34,7 +34,7 @@ def worker_command(pool: str, ready_file: Path, *, allow_unpinned: bool = False)
     return [sys.executable, "-m", "pipefleet", "worker", "--pool", pool, "--ready-file", str(ready_file), *unpinned]
 
 
-class WorkerProcess(ChildService):
+class WorkerProcess(ChildPart):
     """Worker number `number` (from 1, counted over the stack) for `pool`; `restarts` counts its deaths.
 
     `drained_at` is the time at which it was told to end for good (monotonic seconds); None before.

@@ -39,7 +39,7 @@ GAP_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class ScalingLimits:
-    """What the fleet file says of a pool: bounds on the workers, seconds that a job may wait, seconds until a worker is ready."""
+    """Settings of a pool in the fleet file: bounds on the workers, seconds that a job may wait, seconds until a worker is ready."""
 
     min: int
     max: int

@@ -55,7 +55,7 @@ class Content:
 
     @property
     def soon(self) -> int:
-        """How many of them are work already."""
+        """The number of messages that a worker can take now, or within DUE_SECONDS."""
         return self.count if self.due is None else min(self.count, self.due)
 
 

@@ -17,7 +17,7 @@ from pipefleet.connection.reading import server_time
 from pipefleet.connection.wrong_type import passed_over
 from pipefleet.fleet.announcements import announced_workers, refused_places, workers_of
 from pipefleet.fleet.pools import Fleet, model_label
-from pipefleet.fleet.revisions import Backlog, Held, Part, every_part, parts_of
+from pipefleet.fleet.revisions import Held, Part, RevisionBacklog, every_part, parts_of
 from pipefleet.foreign import read_object
 from pipefleet.queues import dead_letters as deadletters
 from pipefleet.queues.keys import scaler_key
@@ -132,7 +132,7 @@ def read_fleet(client: Client, fleet: Fleet | None = None, *, unnamed: bool = Tr
 def _unserved(part: Part, row: PoolRow, fleet: Fleet) -> str:
     """Why messages for a revision that the fleet does not name go on waiting; empty if a worker serves it."""
     held = Held(row.messages["leased"], row.messages["delayed"])
-    waits = Backlog(part, {"queued": row.messages["queued"]}, held, row.alive, fleet.pools.get(part.pool.name))
+    waits = RevisionBacklog(part, {"queued": row.messages["queued"]}, held, row.alive, fleet.pools.get(part.pool.name))
     return waits.note or ""
 
 

@@ -1,4 +1,4 @@
-"""What a decoder allocates for the headers of a JPEG 2000, before any pixel: tiles, components, blocks of coefficients."""
+"""The pieces that a decoder allocates for the headers of a JPEG 2000, before any pixel: tiles, components, blocks."""
 
 from __future__ import annotations
 

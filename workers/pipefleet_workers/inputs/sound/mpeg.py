@@ -56,7 +56,7 @@ def mpeg_seconds(content: bytes) -> float | None:
 
 
 def _said(content: bytes, at: int) -> float | None:
-    """As the encoder wrote into the first frame, if that speaks of all the file."""
+    """The seconds that the encoder wrote into the first frame, if that frame speaks of the whole file."""
     frame, head = _frame(content, at), content[at : at + 64]
     tag = max(head.find(b"Xing"), head.find(b"Info"))
     if frame is None or tag < 0 or at + tag + 16 > len(content):
@@ -68,7 +68,7 @@ def _said(content: bytes, at: int) -> float | None:
 
 
 def _frames(content: bytes, at: int) -> Iterator[tuple[int, float]]:
-    """Bytes and seconds of some frames from `at` on, from the first that another one follows."""
+    """Bytes and seconds of some frames from `at` on; the first of them is one that another frame follows."""
     for mark in islice(_MARK.finditer(content, at, at + _REACH), _MARKS):
         at = mark.start()
         frame = _frame(content, at)

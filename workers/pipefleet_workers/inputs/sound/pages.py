@@ -51,7 +51,7 @@ def _size(content: bytes, at: int) -> int:
 
 
 def _checksum(page: bytes) -> int:
-    """That of zlib with all bits the other way round, and without its complements."""
+    """The checksum of an Ogg page: zlib's, with all bits in reverse order and without its complements."""
     mirrored = (page[:22] + bytes(4) + page[26:]).translate(_REVERSED)
     found = zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{found:032b}"[::-1], 2)

@@ -161,7 +161,7 @@ class _Ordered:
         self._graph: av.filter.Graph | None = None
 
     def resample(self, frame: av.AudioFrame | None) -> list[Any]:
-        """What is ready after one more frame; all that is left after None."""
+        """The samples that are ready after one more frame; after None, all that are left."""
         if self._graph is None:
             if frame is None:
                 return []

@@ -37,7 +37,7 @@ class Site:
         return self.data / "logs" / f"{name}.log"
 
 
-class Service(Protocol):
+class Part(Protocol):
     """A part that can be waited for."""
 
     @property
@@ -48,7 +48,7 @@ class Service(Protocol):
         """Whether it answers now. Raises StackError when it never will."""
 
 
-class ChildService:
+class ChildPart:
     """Base of the parts with one child process, with the common form of `stop` and `wait_ready`."""
 
     child: Child | None = None
@@ -80,12 +80,12 @@ class ChildService:
         raise NotImplementedError
 
 
-def wait_ready(services: Sequence[Service], timeout: float) -> None:
-    """Return once all of `services` answered. Raises StackError with the missing services after `timeout` s."""
+def wait_ready(parts: Sequence[Part], timeout: float) -> None:
+    """Return once all of `parts` answered. Raises StackError with the missing parts after `timeout` s."""
     deadline = time.monotonic() + timeout
-    missing = list(services)
-    while missing := [service for service in missing if not service.ready()]:
+    missing = list(parts)
+    while missing := [part for part in missing if not part.ready()]:
         if time.monotonic() > deadline:
-            names = ", ".join(service.name for service in missing)
+            names = ", ".join(part.name for part in missing)
             raise StackError(f"not ready after {timeout:g} s: {names}; read their logs in the data directory")
         time.sleep(_POLL_SECONDS)

@@ -44,7 +44,7 @@ class _Seen:
     at: float
 
 
-class Losses:
+class LostMessages:
     """The counts of one client, for runs whose planning has ended. Thread-safe. `monotonic` is a clock in seconds."""
 
     def __init__(self, redis: Redis, url: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -71,7 +71,7 @@ class Losses:
         )
 
     def suspected(self, run_id: str) -> bool:
-        """Whether shards of the run seemed to be lost at the last look, be it certain or not."""
+        """Whether shards of the run were missing at the last look, even if not yet for GRACE_SECONDS."""
         seen = self._seen.get(run_id)
         return seen is not None and seen.lost > 0
 
