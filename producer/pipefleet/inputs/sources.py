@@ -18,7 +18,7 @@ from pipefleet.contract.references import StorageRef, is_uri, refs_in, split_uri
 from pipefleet.errors import InputError, ManifestError, RunError, SourceError, UsageError, nearest
 from pipefleet.inputs.local_files import is_file, is_folder, why_no_source
 from pipefleet.inputs.manifests import ANNOTATIONS, FORMATS, KEYS, Row, Unreadable, rows, suffix_of
-from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.prepare import InputPreparer, is_table
 from pipefleet.inputs.rows import SourceItem, failed_item, in_utf8, item_or_failure, row_item
 from pipefleet.storage.store import ListedObject, ObjectStore
 from pipefleet.tasks import Media, TaskSpec
@@ -225,6 +225,11 @@ def open_source(
     if isinstance(source, str | os.PathLike):
         found = _named_source(os.fsdecode(source), spec, store, preparer, output)
         return replace(found, strict=strict) if isinstance(found, ManifestSource) else found
+    if is_table(source):
+        raise SourceError(
+            "a table of pandas is no source, since it yields the names of its columns; pass the column with the inputs, "
+            'table["text"], or its rows, table.to_dict("records")'
+        )
     if isinstance(source, Mapping | bytes | bytearray | memoryview) or not isinstance(source, Iterable):
         raise SourceError(f"a source is an s3:// URI or an iterable of inputs, not a {type(source).__name__}")
     return IterableSource(source, preparer)
