@@ -230,6 +230,8 @@ def open_source(
             "a table of pandas is no source, since it yields the names of its columns; pass the column with the inputs, "
             'table["text"], or its rows, table.to_dict("records")'
         )
+    if _is_indexed(source):
+        source = map(source.__getitem__, range(len(source)))
     if isinstance(source, Mapping | bytes | bytearray | memoryview) or not isinstance(source, Iterable):
         raise SourceError(f"a source is an s3:// URI or an iterable of inputs, not a {type(source).__name__}")
     return IterableSource(source, preparer)
@@ -247,6 +249,12 @@ def _named_source(name: str, spec: TaskSpec, store: ObjectStore, preparer: Input
     if is_file(name) and is_manifest:
         return ManifestSource(name, store, spec, preparer)
     raise SourceError(f"{why_no_source(name)}: give an s3:// prefix, {FORMATS}, or a folder")
+
+
+def _is_indexed(source: Any) -> bool:
+    """True for a torch data set without an iterator, such as transformers' KeyDataset. A decoder of a film is one input."""
+    indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    return indexed and not hasattr(source, "__iter__") and not hasattr(source, "get_frame_at")
 
 
 def _unread(error: OSError) -> None:

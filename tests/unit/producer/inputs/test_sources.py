@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pytest
 
 from pipefleet.contract.references import refs_in, split_uri
@@ -440,13 +439,6 @@ class TestIterables:
     def test_what_is_no_iterable_of_inputs_is_refused(self, opener: Opener, source: Any) -> None:
         with pytest.raises(SourceError, match=r"an s3:// URI or an iterable of inputs, not a"):
             opener(source)
-
-    def test_a_table_of_pandas_is_not_read_as_the_names_of_its_columns(self, opener: Opener) -> None:
-        table = pandas.DataFrame({"inputs": ["one", "two"], "id": ["a", "b"]})
-        with pytest.raises(SourceError, match=r"pass the column with the inputs"):
-            opener(table)
-        assert [item.inputs for item in items(opener(table["inputs"]))] == ["one", "two"]
-        assert [item.id for item in items(opener(table.to_dict("records")))] == ["a", "b"]
 
     def test_a_local_folder_is_read_in_the_order_of_its_names(
         self, opener: Opener, tmp_path: Path, store: ObjectStore
