@@ -18,7 +18,7 @@ from pipefleet.contract.references import StorageRef, is_uri, refs_in, split_uri
 from pipefleet.errors import InputError, ManifestError, RunError, SourceError, UsageError, nearest
 from pipefleet.inputs.local_files import is_file, is_folder, why_no_source
 from pipefleet.inputs.manifests import ANNOTATIONS, FORMATS, KEYS, Row, Unreadable, rows, suffix_of
-from pipefleet.inputs.prepare import InputPreparer
+from pipefleet.inputs.prepare import InputPreparer, is_table
 from pipefleet.inputs.rows import SourceItem, failed_item, in_utf8, item_or_failure, row_item
 from pipefleet.storage.store import ListedObject, ObjectStore
 from pipefleet.tasks import Media, TaskSpec
@@ -225,6 +225,13 @@ def open_source(
     if isinstance(source, str | os.PathLike):
         found = _named_source(os.fsdecode(source), spec, store, preparer, output)
         return replace(found, strict=strict) if isinstance(found, ManifestSource) else found
+    if is_table(source):
+        raise SourceError(
+            "a table of pandas is no source, since it yields the names of its columns; pass the column with the inputs, "
+            'table["text"], or its rows, table.to_dict("records")'
+        )
+    if _is_indexed(source):
+        source = map(source.__getitem__, range(len(source)))
     if isinstance(source, Mapping | bytes | bytearray | memoryview) or not isinstance(source, Iterable):
         raise SourceError(f"a source is an s3:// URI or an iterable of inputs, not a {type(source).__name__}")
     return IterableSource(source, preparer)
@@ -242,6 +249,12 @@ def _named_source(name: str, spec: TaskSpec, store: ObjectStore, preparer: Input
     if is_file(name) and is_manifest:
         return ManifestSource(name, store, spec, preparer)
     raise SourceError(f"{why_no_source(name)}: give an s3:// prefix, {FORMATS}, or a folder")
+
+
+def _is_indexed(source: Any) -> bool:
+    """True for a torch data set without an iterator, such as transformers' KeyDataset. A decoder of a film is one input."""
+    indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    return indexed and not hasattr(source, "__iter__") and not hasattr(source, "get_frame_at")
 
 
 def _unread(error: OSError) -> None:
