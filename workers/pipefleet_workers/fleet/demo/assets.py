@@ -1,6 +1,7 @@
 """Paths of the project's own sample media, in `samples/` inside the package.
 
-They are small (under 1.6 MB in all) and free of other people's rights; `samples/README.md` names their sources.
+`run` and the tests read them. They are small (under 1.6 MB in all) and free of other people's rights; `samples/README.md` names
+their sources.
 """
 
 from importlib.resources import files

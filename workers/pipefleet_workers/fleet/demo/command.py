@@ -1,4 +1,7 @@
-"""`pipefleet demo`: a fleet with two packaged models, and two bulk jobs on it."""
+"""The command `pipefleet demo`: a fleet with two packaged models, and two bulk jobs on it.
+
+`cli` registers it; `run` does the work. The exit code is 1 if an item failed. A missing package raises UsageError.
+"""
 
 from __future__ import annotations
 

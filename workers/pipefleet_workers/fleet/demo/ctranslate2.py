@@ -1,9 +1,9 @@
-"""Reads the tensors of a CTranslate2 `model.bin`, without CTranslate2.
+"""Reads the tensors of a CTranslate2 `model.bin`, without CTranslate2. `whisper` calls `read_model`.
 
 In: the path of a file in the binary format of versions 2 to 6. Out: a `ModelFile` whose arrays are read-only
 views of one buffer. The layout, little-endian throughout: version, spec name, revision, tensor count, then
 per tensor its name, rank, dimensions, type number, byte count and bytes; from version 3 on a table of aliases
-follows.
+follows. A damaged or foreign file raises ModelFileError.
 """
 
 import math

@@ -1,4 +1,8 @@
-"""`pipefleet demo`: runs a whole fleet on this machine, and two real bulk jobs through it, from a bucket back to the bucket."""
+"""The demonstration: a whole fleet on this machine, and two real bulk jobs through it, from a bucket back to the bucket.
+
+`command` calls `run_demo` with a data directory; the models, the fleet file and the stack's data go there. It prints results and
+the next steps, and returns the exit code. UsageError: a package is missing. StackError: the local stack does not start.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Folders with real pretrained weights, from the packages of the `demo` extra; no network.
 
 `minilm` (23 M parameters, sentence embeddings) is used in its package's folder. `whisper_tiny_en` (38 M parameters, speech
-recognition) is converted once into a cache folder. A missing package raises DemoPackageMissing.
+recognition) is converted once into a cache folder. `run` and the tests call both. A missing package raises DemoPackageMissing.
 """
 
 import fcntl

@@ -1,4 +1,8 @@
-"""A check of `pipefleet doctor`: its name, whether it holds, and a sentence of detail."""
+"""The outcome of one check of `pipefleet doctor`: its name, whether it holds, and a sentence of detail.
+
+`report` passes the function of a check and the settings to `checked`, and gets a `Check`. `pools` makes its own.
+`checked` raises nothing: each error of a check becomes a failed `Check`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Check:
 
 
 def checked(name: str, check: Callable[[Settings], str], settings: Settings) -> Check:
-    """The outcome of one check. An error of any kind fails it, and ends no other check."""
+    """The outcome of one check. An error of any kind makes this check fail, and leaves the other checks alone."""
     try:
         return Check(name, True, check(settings))
     except PipefleetError as error:

@@ -1,4 +1,8 @@
-"""Checks of this machine's clock against those of Redis and of the store."""
+"""The doctor's check of this machine's clock against the clocks of Redis and of the store.
+
+`report` calls it. It returns a sentence with both differences; a large difference is a warning with the remedy.
+It raises PipefleetError if Redis is away, or if the difference to the store is so large that S3 may refuse requests.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,16 @@ from pipefleet.storage.s3_errors import clock_sentence
 from pipefleet.storage.store import ObjectStore
 
 WARN_SECONDS = 5.0
-"""A clock that differs by more gets a warning with the remedy. The store's clock is known only to the second."""
+"""A larger difference is a warning with the remedy. The store tells its time only to the second."""
 MOST_SECONDS = 300.0
-"""A clock that differs from the store's by more than this is a failure: S3 refuses requests that are 15 minutes off."""
+"""A larger difference to the store's clock is a failure: S3 refuses requests that are 15 minutes off."""
 
 
 def check_clocks(settings: Settings) -> str:
-    """How far this machine's clock is from those of Redis and of the store. Raises PipefleetError where S3 may refuse it."""
+    """The difference to the clock of Redis and to the clock of the store, in one sentence.
+
+    Raises PipefleetError if Redis is away, or if the store's clock differs by more than MOST_SECONDS.
+    """
     with redis_errors(settings.redis_url):
         redis = connect(settings)
         began = time.time()

@@ -1,4 +1,8 @@
-"""`pipefleet doctor`: prints the checks of a fleet, and with --adopt-store moves it to another store first."""
+"""The command `pipefleet doctor`: prints the checks of a fleet; with `--adopt-store` it first moves the fleet to another store.
+
+`cli` registers it. The report goes to stdout, as text or as JSON; the exit code is 1 if a check failed.
+A wrong setting, or a store that cannot be adopted, raises PipefleetError before the first check.
+"""
 
 from __future__ import annotations
 

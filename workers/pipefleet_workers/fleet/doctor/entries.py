@@ -1,4 +1,8 @@
-"""The doctor's check of the hashes in which workers announce themselves: entries that pipefleet did not write."""
+"""The doctor's check of the Redis hashes in which workers announce themselves: it finds entries that pipefleet did not write.
+
+`report` calls it. It returns a sentence if every entry can be read. It raises PipefleetError, with the command that
+removes an entry, if one cannot be read, and ServiceUnavailableError if Redis is away.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,12 @@ from pipefleet.queues.keys import PARKED_KEY, POOLS_KEY, REVISIONS_KEY, WORKERS_
 from pipefleet.settings import Settings
 
 SHOWN = 5
-"""Entries of a hash that are named."""
+"""The message names at most so many entries of a hash."""
 Readable = Callable[[bytes, bytes], bool]
 
 
 def check_entries(settings: Settings) -> str:
-    """A sentence if every entry can be read. Raises PipefleetError that names the other entries and the way to remove them."""
+    """A sentence if every entry can be read. Raises PipefleetError with the unreadable entries and the way to remove them."""
     redis: Any = connect(settings)
     found = []
     with redis_errors(settings.redis_url):

@@ -1,4 +1,8 @@
-"""Checks of the fleet as a whole: its file, and that Redis and the store belong to one fleet."""
+"""The doctor's checks of the fleet as a whole: the fleet file, and that Redis and the store belong to one fleet.
+
+`report` calls the checks, and `command` calls `adopt_store`. Each returns a sentence.
+A wrong fleet file, a store of another fleet, or an absent service raises PipefleetError.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pipefleet.storage.store import ObjectStore
 
 
 def check_fleet_file(settings: Settings) -> str:
-    """The pools of the fleet file, and those that cannot get work. Raises PipefleetError for a wrong file."""
+    """The pools of the fleet file, and the pools among them that cannot get work. Raises PipefleetError for a wrong file."""
     from pipefleet.fleet.file import load_fleet
 
     path = settings.fleet_path
@@ -21,11 +25,11 @@ def check_fleet_file(settings: Settings) -> str:
 
 
 def check_identity(settings: Settings) -> str:
-    """Raises PipefleetError where Redis and the store belong to different fleets."""
+    """A sentence if Redis and the store belong to one fleet. Raises PipefleetError if not."""
     return Membership(connect(settings), ObjectStore(), settings).prove()
 
 
 def adopt_store() -> str:
-    """Make the store of these settings that of Redis's fleet; what became of it. Raises PipefleetError."""
+    """Make the store of the settings the store of Redis's fleet. Returns the outcome as a sentence. Raises PipefleetError."""
     settings = load_settings()
     return Membership(connect(settings), ObjectStore(), settings).adopt()

@@ -1,4 +1,9 @@
-"""Checks of this machine: the libraries that decode pictures and sound, and the device. Without torch no worker can run here."""
+"""The doctor's checks of this machine: the libraries that decode pictures and sound, and the device.
+
+`report` runs the checks that `checks_of_machine` lists. Each check returns a sentence.
+A missing library or picture format raises an error, which fails the check. Without torch no worker can run
+here: then a single check says so, and no other check runs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from pipefleet.settings import Settings
 
 
 def checks_of_machine() -> list[tuple[str, Callable[[Settings], str]]]:
-    """Name and function of each check; a single one where torch is not installed."""
+    """Name and function of each check; without torch, a single check that says so."""
     if not _installed("torch"):
         return [("this machine", _no_torch)]
     return [("images", check_images), ("audio", check_audio), ("device", check_device)]
@@ -29,7 +34,7 @@ def _no_torch(settings: Settings) -> str:
 
 
 def check_images(settings: Settings) -> str:
-    """Raises PipefleetError where Pillow lacks a format."""
+    """The version and the formats of Pillow. Raises PipefleetError if a format is missing."""
     from PIL import features
 
     missing = [name for name in ("jpg", "zlib", "webp") if not features.check(name)]
@@ -39,7 +44,7 @@ def check_images(settings: Settings) -> str:
 
 
 def check_audio(settings: Settings) -> str:
-    """The libraries that decode sound. Raises ImportError where one is missing."""
+    """The versions of the libraries that decode sound. Raises ImportError if one is missing."""
     soundfile, av = importlib.import_module("soundfile"), importlib.import_module("av")
     return f"libsndfile {soundfile.__libsndfile_version__}, FFmpeg through PyAV {av.__version__}"
 

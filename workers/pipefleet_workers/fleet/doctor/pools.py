@@ -1,4 +1,8 @@
-"""Checks of pools: whether somebody serves each of them, or nobody needs it now."""
+"""The doctor's checks of pools: a pool passes if a worker serves it, or if it needs no worker now.
+
+`report` calls `pool_checks` with the settings and gets a `Check` for each pool. The numbers are those of `top.read`.
+Nothing is raised: if the pools cannot be read, one failed check gives the reason.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ if TYPE_CHECKING:
     from pipefleet_workers.fleet.top.read import PoolRow
 
 UNREAD = "pools"
-"""The check that stands for those of the pools where they cannot be read."""
+"""The name of the check that replaces the checks of the pools if the pools cannot be read."""
 
 
 def pool_checks(settings: Settings) -> list[Check]:
-    """A check for each pool: does somebody serve it, or need nobody? One failed check where they cannot be read.
+    """A check for each pool; one failed check if the pools cannot be read.
 
-    Pools are those of the fleet file, and others that are announced and that messages wait for.
+    The pools are all pools of the fleet file, and the announced pools and unnamed revisions that messages wait for.
     """
     from pipefleet.client import Client
 
@@ -58,7 +62,7 @@ def _pools(client: Client, troubles: dict[str, str]) -> list[tuple[PoolRow, Pool
 
 
 def _unnamed(client: Client, troubles: dict[str, str]) -> list[Check]:
-    """A check for each revision of the fleet's pools that messages wait for, and that nobody names nor serves."""
+    """A failed check for each revision that has waiting messages and no worker, and that the fleet file does not name."""
     from pipefleet.fleet.revisions import read_backlogs
 
     with redis_errors(client.settings.redis_url):
@@ -75,7 +79,7 @@ def _waits(count: int) -> str:
 
 
 def _pool(row: PoolRow, pool: Pool) -> Check:
-    """Whether a pool is served, or needs nobody now."""
+    """Whether a worker serves the pool, or the pool needs no worker now."""
     name, waiting = f"pool {row.pool}", row.messages["queued"] + row.messages["delayed"]
     waits = _waits(waiting)
     start = f"start one with `pipefleet worker --pool {row.pool}`, or `pipefleet up`"

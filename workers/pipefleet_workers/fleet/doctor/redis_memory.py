@@ -1,4 +1,8 @@
-"""The doctor's check of Redis's memory: how near it is to being full, and what it would drop then."""
+"""The doctor's check of Redis's memory: how near it is to being full, and what a full Redis would drop.
+
+`report` calls `check_memory`, which returns a sentence. It raises PipefleetError, with the remedy, if Redis will soon refuse
+work, if its policy lets it drop keys, if it is a cluster, or if it is away.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ KEEPS = "noeviction"
 
 
 def check_memory(settings: Settings) -> str:
-    """How much memory Redis uses, of how much. Raises PipefleetError with the remedy if Redis will lose or refuse work."""
+    """The used memory and its bound, in a sentence. Raises PipefleetError with the remedy if Redis will lose or refuse work."""
     from redis.exceptions import NoPermissionError
 
     redis = connect(settings)

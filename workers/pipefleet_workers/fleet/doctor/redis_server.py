@@ -1,4 +1,8 @@
-"""Checks of Redis: that it answers, takes writes and drops no jobs, and what its user may do there."""
+"""The doctor's checks of Redis: it answers, takes writes and drops no jobs; and the rights of its user.
+
+`report` calls `check_redis` and `check_rights`; each returns a sentence. Each raises PipefleetError if Redis is away;
+`check_redis` also does so for a replica, a server that cannot save, and a policy that may drop jobs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from pipefleet.settings import Settings, without_credentials
 
 
 def check_redis(settings: Settings) -> str:
-    """Version and latency of Redis. Raises PipefleetError where it does not answer, takes no writes or may drop jobs."""
+    """Version and latency of Redis. Raises PipefleetError if Redis does not answer, takes no writes or may drop jobs."""
     redis = connect(settings)
     with redis_errors(settings.redis_url):
         begin = time.perf_counter()
@@ -42,7 +46,7 @@ def _information(redis: Any) -> Any:
 
 
 def judge_writes(information: Mapping[str, object]) -> None:
-    """Raises PipefleetError where `information`, the answer to INFO, is of a server that refuses writes, with what to do."""
+    """Raise PipefleetError with the remedy if `information`, the answer to INFO, shows that the server refuses writes."""
     if information.get("role") == "slave":
         raise PipefleetError(f"Redis {sentence_of(READ_ONLY)}")
     if "err" in (information.get("aof_last_write_status"), information.get("rdb_last_bgsave_status")):
@@ -50,6 +54,6 @@ def judge_writes(information: Mapping[str, object]) -> None:
 
 
 def check_rights(settings: Settings) -> str:
-    """The rights in Redis of the user of these settings, in one sentence."""
+    """One sentence on the rights that the user of these settings has in Redis."""
     with redis_errors(settings.redis_url):
         return rights.describe(connect(settings))

@@ -1,6 +1,7 @@
 """The report of `pipefleet doctor`: every check, of the services, the fleet, its pools and this machine.
 
-The checks of each subject lie in a module of this package. A failed one says what to mend.
+`command` calls `run_checks`, which reads the settings and returns a list of `Check`. The checks of each subject lie in a module
+of this package. A wrong setting raises UsageError; every other error is a failed check that names the remedy.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pipefleet_workers.fleet.doctor.workers import check_access, check_workers
 
 
 def run_checks() -> list[Check]:
-    """All checks in the order in which their causes build on each other. Raises UsageError for a wrong setting."""
+    """All checks, causes before their consequences. Raises UsageError for a wrong setting."""
     settings = load_settings()
     pools = pool_checks(settings)
     checks: list[tuple[str, Callable[[Settings], str]]] = [

@@ -1,4 +1,8 @@
-"""Checks of object storage: that it reads back what was written, and that exactly one of several conditional writes wins."""
+"""The doctor's checks of object storage: it reads back what was written, and exactly one of several conditional writes wins.
+
+`report` calls them. Both write and delete objects under the prefix of the store, and return a sentence.
+They raise PipefleetError if the store is away, refuses access, or fails the check.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ ROUNDS = 3
 
 
 def check_store(settings: Settings) -> str:
-    """Raises PipefleetError where an object cannot be written, read back and deleted."""
+    """Write, read back and delete an object; a sentence on it. Raises PipefleetError if a step fails."""
     store, uri = ObjectStore(), join_uri(settings.store, f"doctor-{uuid.uuid4().hex}")
     store.require_bucket(settings.store)
     store.put(uri, b"pipefleet")
@@ -29,7 +33,10 @@ def check_store(settings: Settings) -> str:
 
 
 def check_conditional_writes(settings: Settings) -> str:
-    """Fifty writers of one key: exactly one may win, else a part could be replaced."""
+    """Let RACERS writers write one key: exactly one may win, else a part of a run could be replaced.
+
+    Returns a sentence. Raises PipefleetError if none or several win.
+    """
     store = ObjectStore()
     with ThreadPoolExecutor(RACERS) as threads:
         for _ in range(ROUNDS):

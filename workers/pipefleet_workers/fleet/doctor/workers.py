@@ -1,4 +1,8 @@
-"""Checks of the workers: what those that are alive run with, and which of them S3 refuses."""
+"""The doctor's checks of the workers: the settings that live workers run with, and the workers that S3 refuses.
+
+`report` calls them. Both read the workers' announcements in Redis and return a sentence.
+They raise PipefleetError if a needed worker is missing, if S3 refuses a worker, or if Redis is away.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from pipefleet.settings import Settings
 
 
 def check_workers(settings: Settings, *, needed: bool) -> str:
-    """How each live worker runs its model: dtype, device, batching. Raises PipefleetError if none lives and some are `needed`."""
+    """Dtype, device and batching of each live worker. Raises PipefleetError if no worker lives although one is `needed`."""
     with redis_errors(settings.redis_url):
         workers = announced_workers(connect(settings))
     if not workers and not needed:
@@ -27,7 +31,7 @@ def check_workers(settings: Settings, *, needed: bool) -> str:
 
 
 def _runs_with(facts: Mapping[str, Any]) -> str:
-    """Dtype, device, attention and quantization of a worker's model; earlier releases tell none, and others may tell anything."""
+    """Dtype, device, attention and quantization of a worker's model. Earlier releases announce none; the values may be anything."""
     loaded = facts.get("loaded")
     named = loaded if isinstance(loaded, Mapping) else {}
     found = [printable(f"{name} {one}", 100) for name, one in named.items() if isinstance(one, str)]
@@ -35,7 +39,7 @@ def _runs_with(facts: Mapping[str, Any]) -> str:
 
 
 def check_access(settings: Settings) -> str:
-    """Raises PipefleetError that names the workers which take no jobs since S3 refuses them, and why."""
+    """A sentence if S3 refuses no worker. Raises PipefleetError with each refused worker, and the reason or the buckets."""
     with redis_errors(settings.redis_url):
         workers = announced_workers(connect(settings))
     barred = {name: str(facts["barred"]) for name, facts in sorted(workers.items()) if facts.get("barred")}

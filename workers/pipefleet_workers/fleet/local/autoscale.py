@@ -119,7 +119,7 @@ class Autoscaler:
                     worker.drain()
 
     def _held(self, name: str) -> Counter[int]:
-        """How many messages each process of this machine holds."""
+        """The number of messages that each process of this machine holds, by process id."""
         key = ledger_keys(queue_name(self._fleet.pool(name), self._fleet))["owners_key"]
         with redis_errors(self._settings.redis_url):
             owners = [value.decode(errors="replace").split(":") for value in self._redis.hvals(key)]
@@ -157,7 +157,7 @@ def share(
 
 
 def least_useful(workers: Iterable[WorkerProcess], held: Mapping[int, int]) -> list[WorkerProcess]:
-    """The workers in the order in which to end them: fewest held messages first, and among equals the youngest."""
+    """The workers in the order in which they should end: the fewest held messages first; of equals, the youngest first."""
     return sorted(workers, key=lambda worker: (held.get(worker.child.pid, 0) if worker.child else 0, -worker.number))
 
 
@@ -182,7 +182,7 @@ def _workers(number: int) -> str:
 
 
 def _reason(status: PoolStatus) -> str:
-    """The reason of the number, for a reader of the log."""
+    """The reason for the number of workers, for a reader of the log."""
     signal, messages = (
         status.measured.signal,
         sum(status.reading.count(state) for state in ("queued", "leased", "delayed")),

@@ -1,6 +1,6 @@
 """Child processes that never outlive this process: started in order, watched, stopped in reverse order.
 
-The parts of the stack use it through `service.ChildPart`. A start that fails shows as a child that has ended.
+The parts of the stack use it through `part.ChildPart`. A start that fails raises nothing: it shows as a child that has ended.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`pipefleet up`: Redis, S3, the fleet's workers and Flower on this machine, until Ctrl-C or SIGTERM.
 
-It starts a `Stack` that follows the fleet file, and says where clients find it. SIGHUP reads the file at once.
+`cli` registers it. It starts a `Stack` that follows the fleet file, and prints the settings that clients need. SIGHUP reads the
+file at once. A wrong option or fleet file raises UsageError; a part that does not start or that ends raises StackError.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def up(arguments: argparse.Namespace) -> int:
 
 
 def _tell(stack: Stack, fleet: Fleet, data: Path) -> None:
-    """Print the settings of clients as shell commands, the addresses, and which pools are ready."""
+    """Print the settings of clients as shell commands, the addresses, and the pools that are not ready."""
     print("\n".join(f"export {name}={value}" for name, value in stack.environment().items()))
     if stack.flower is not None:
         print(f"# Flower: {stack.flower.url}  user pipefleet  password {stack.flower.password}")
@@ -139,7 +140,7 @@ def _stack(arguments: argparse.Namespace, file: FleetEdits) -> Stack:
 
 
 def reload_on_sighup(reload: Callable[[], None]) -> None:
-    """Call `reload` at SIGHUP; unless the terminal of this process is gone, which ends it as Ctrl-C does."""
+    """Call `reload` at SIGHUP. If the terminal of this process is gone, SIGHUP ends the process as Ctrl-C does."""
     terminal = next((number for number in (0, 1, 2) if os.isatty(number)), None)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         terminal = None  # under nohup: goes on without

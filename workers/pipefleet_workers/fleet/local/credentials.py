@@ -1,4 +1,8 @@
-"""Generated credentials of one data directory, kept across restarts in a file for its owner alone."""
+"""Generated credentials of one data directory, kept across restarts in a file for its owner alone.
+
+`Stack` calls `load_or_create` with the file's path, and passes the credentials to the parts in a `Site`. A damaged file raises
+StackError; a file that cannot be written raises OSError.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from pipefleet_workers.fleet.local.files import write_private
 class Credentials:
     """Every secret of a stack, in hexadecimal, so that no URL or env file needs to escape it.
 
-    `s3_signing_key` signs requests between the parts of the S3 server, `flower_cookie_secret` sessions.
+    `s3_signing_key` signs requests between the parts of the S3 server; `flower_cookie_secret` signs the sessions of Flower.
     """
 
     redis_password: str

@@ -1,8 +1,8 @@
-"""Edits of the fleet file under a running `pipefleet up`: each settled one is told once, and a mistake is an error.
+"""Edits of the fleet file under a running `pipefleet up`: each settled edit is returned once, and a mistake raises an error.
 
 fleet.toml ─▶ FleetEdits.news ─▶ Description ─▶ a copy under data/run/ that the workers of this version read
 
-`up` calls it from one thread. Its counterpart for clients is `pipefleet.fleet.latest`, which passes mistakes over.
+`command` makes it, and `Follower` asks it for news. Clients have `pipefleet.fleet.latest` instead, which passes mistakes over.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PLACES = ("model", "tokenizer", "processor", "offload_folder")
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """The settings that the workers of one pool depend on: while it stays equal, they need not be replaced."""
+    """The settings that the workers of one pool depend on: while they stay equal, no worker needs to be replaced."""
 
     pool: Pool
     queue: str
@@ -79,7 +79,7 @@ class FleetEdits:
         self._look_at = clock()
 
     def read(self) -> Description:
-        """The fleet that the file describes now. Raises FleetFileError, or UsageError for a model folder that is not there."""
+        """The fleet that the file describes now. Raises FleetFileError, or UsageError for a missing model folder."""
         self._judged = self._seen = fingerprint(self.path)
         return self._parse()
 

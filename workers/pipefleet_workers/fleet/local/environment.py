@@ -1,4 +1,4 @@
-"""Changes the environment of this process for a while."""
+"""Changes the environment of this process for a while. The demo uses it to make a client of its own stack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of the local stack."""
+"""Errors of the local stack. They are PipefleetErrors, so the command line prints them as one line."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class StackError(PipefleetError):
 
 
 class PortTakenError(StackError):
-    """Another program took a port between its choice and its use; choosing again helps."""
+    """Another program took a port between its choice and its use; `Stack` chooses again a few times."""

@@ -1,4 +1,7 @@
-"""Flower, the web page of the fleet's traffic, as a child process on loopback behind a password."""
+"""Flower, the web page of the fleet's traffic, as a child process on loopback behind a password.
+
+`Stack` starts it with the broker's URL, and waits until it answers. A missing free port, or a process that ends, raises StackError.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Allows one stack for each data directory: a kernel lock, which ends with its processes, on a file that names the holder."""
+"""Allows one stack for each data directory: a kernel lock, which ends with its processes, on a file that names the holder.
+
+`Stack` acquires it before anything starts, and its children inherit it. A directory in use raises StackError with the holder.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def _is_alive(pid: str) -> bool:
 
 
 def _is_zombie(pid: str) -> bool:
-    """Whether the process has ended and only waits to be reaped; False if /proc does not tell."""
+    """Whether the process has ended and only waits to be reaped; False if /proc cannot be read."""
     try:
         stat = Path("/proc", pid, "stat").read_text()
     except OSError:

@@ -1,7 +1,7 @@
 """Pools that `pipefleet up` could not keep alive. `up` writes them to Redis; `top` and `doctor` read them.
 
-They lie in the Redis hash `pipefleet:parked`, by pool. Entries expire by the server's clock unless `up` writes them again. Errors
-are redis-py's.
+They lie in the Redis hash `pipefleet:parked`, by pool. Entries expire by the server's clock unless `up` writes them again. `Stack`
+calls `tell_parked`, and `top.read` calls `parked_pools`. Errors are redis-py's; an entry of another version is ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipefleet.printable import printable
 from pipefleet.queues.keys import PARKED_KEY
 
 TOLD_SECONDS = 30.0
-"""How long an entry holds: three times the pause between two writes."""
+"""Seconds until an entry expires: three times the pause between two writes."""
 
 
 @dataclass(frozen=True, slots=True)

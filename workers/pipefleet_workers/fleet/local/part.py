@@ -1,4 +1,8 @@
-"""The common base of the stack's parts: one child process each, and a wait for several parts at once."""
+"""The common base of the stack's parts: one child process each, and a wait for several parts at once.
+
+`RedisServer`, `S3Server`, `Flower` and `WorkerProcess` derive from `ChildPart`; `Stack` makes their `Site` and waits for them.
+StackError: a part has ended, or is not ready in time. PortTakenError: another program took its port, so another start may help.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _TAKEN = ("address already in use", "is not available on 127.0.0.1")
 
 @dataclass(frozen=True)
 class Site:
-    """The data directory and its lock; `lock` is the descriptor that children inherit."""
+    """The data directory and the things that all parts share; `lock` is the descriptor of its lock, which children inherit."""
 
     data: Path
     ports: PortBook
@@ -45,7 +49,7 @@ class Part(Protocol):
         """Its name in messages."""
 
     def ready(self) -> bool:
-        """Whether it answers now. Raises StackError when it never will."""
+        """Whether it answers now. Raises StackError if it will never answer."""
 
 
 class ChildPart:
@@ -58,7 +62,7 @@ class ChildPart:
         self._site = site
 
     def ready(self) -> bool:
-        """Whether it answers now. Raises StackError when it has ended, PortTakenError for a lost port."""
+        """Whether it answers now. Raises StackError if it has ended; PortTakenError if it ended because its port was taken."""
         if self.child is None:
             raise StackError(f"{self.name} has not been started")
         if self.child.ended():

@@ -1,4 +1,7 @@
-"""Free loopback ports, the same as last time if possible, so that URLs survive a restart."""
+"""Free loopback ports, the same as last time if possible, so that URLs survive a restart.
+
+The parts of a stack ask its `PortBook` for ports by name; it remembers them in a file. If no port is free, it raises StackError.
+"""
 
 from __future__ import annotations
 

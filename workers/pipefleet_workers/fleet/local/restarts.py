@@ -2,6 +2,8 @@
 
 died ─▶ pause (doubles) ─▶ due ─▶ started ─┬▶ ready for STEADY_SECONDS ─▶ deaths = 0
                                            └▶ died; at MOST_DEATHS in a row: parked, started every PARKED_SECONDS
+
+`Crew` keeps one `Restarts` for each worker, reports deaths to it, and asks it when to start the worker again. No I/O, no errors.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ MOST_DEATHS = 8
 STEADY_SECONDS = 300.0
 """A process that was ready for so long has overcome the reason of its deaths."""
 PARKED_SECONDS = 600.0
-"""Between two starts of a parked process."""
+"""Seconds between two starts of a parked process."""
 
 
 class Restarts:

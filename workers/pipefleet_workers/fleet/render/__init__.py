@@ -1,1 +1,4 @@
-"""Deploy files from the fleet file: the parts of Compose and Kubernetes that differ between pools are rendered."""
+"""`pipefleet render`: deploy files from the fleet file. It renders the parts of Compose and Kubernetes that differ between pools.
+
+`pools` reads the fleet file, `files` fills the templates in `templates/`, `command` writes or checks the results.
+"""

@@ -1,4 +1,8 @@
-"""The command `pipefleet render`: writes or checks the deploy files of every pool, from the fleet file."""
+"""The command `pipefleet render`: writes or checks the deploy files of every pool, from the fleet file.
+
+`cli` registers it. The files go to a folder; with `--check` nothing is written, differences go to stderr, and any difference makes
+the exit code 1. A wrong fleet file raises FleetFileError; a wrong option or a folder that cannot be written raises UsageError.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The rendered files: texts from the templates beside this module, and the differences between a folder and these texts."""
+"""The rendered files: the texts from the templates beside this module, and the differences between a folder and these texts.
+
+`command` calls it: `rendered` turns a fleet file into texts by name, `differences` and `write` compare or write them.
+A pool that no container can run raises FleetFileError; a folder that cannot be written raises UsageError.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The values of a pool that its deploy files need. Reads the fleet file; otherwise pure. `files` calls it."""
+"""The values of a pool that its deploy files need.
+
+In: the path of a fleet file. Out: a `DeployedPool` for each pool and for each revision that a pool is leaving. `files` calls
+`load_pools`. A wrong fleet file, or a pool that no container can run, raises FleetFileError; a wrong option raises UsageError.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +52,9 @@ class RenderOptions:
 
 @dataclass(frozen=True, slots=True)
 class DeployedPool:
-    """A pool, or a revision that it is leaving, and `digest`: when it changes, the workers must be restarted.
+    """A pool, or a revision that it is leaving, and the `digest` of its settings. A new digest means that its workers must restart.
 
-    A new range of workers does not change it. When a pool leaves a revision, the digest of its new revision does not change either.
+    A new range of workers does not change the digest. When a pool leaves a revision, the digest of its new revision stays as well.
     """
 
     pool: Pool
@@ -68,7 +72,7 @@ class DeployedPool:
 
     @property
     def gpu(self) -> str | None:
-        """The index in `device = "cuda:N"`."""
+        """N of `device = "cuda:N"`; None for any other device."""
         return self.pool.device.partition(":")[2] or None
 
     @property
@@ -77,7 +81,7 @@ class DeployedPool:
         return max(1, self.pool.workers.min)
 
     def arguments(self, ready_file: str) -> list[str]:
-        """The command line after `pipefleet`. A container sees its one GPU as the first GPU."""
+        """The arguments of `pipefleet` in the container, which sees its one GPU as the first GPU."""
         device = ["--device", "cuda:0"] if self.gpu else []
         return ["worker", "--pool", self.pool.key, "--ready-file", ready_file, *device]
 

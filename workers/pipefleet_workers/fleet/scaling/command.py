@@ -1,4 +1,9 @@
-"""The command `pipefleet scaler`: the autoscaling signal and the fleet's metrics over HTTP."""
+"""The command `pipefleet scaler`: serves the autoscaling signal and the fleet's metrics over HTTP.
+
+`cli` registers it. The fleet file names the pools. With `--json-once` it prints one reading as JSON and ends.
+It raises UsageError without a fleet file, for an interval above 60 s and for a port in use. While Redis is away, the service
+answers 503 and goes on, but `--json-once` raises ServiceUnavailableError.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +84,7 @@ def scaler(arguments: argparse.Namespace) -> int:
 
 
 def check_interval(interval: float, option: str) -> None:
-    """Raise UsageError for readings that are too far apart."""
+    """Raise UsageError if readings lie more than 60 s apart. `option` is the name of the option in the message."""
     if interval > 60:
         raise UsageError(f"{option} must be at most 60 seconds; longer, and what arrives between two is not understood")
 

@@ -16,7 +16,7 @@ from typing import Any
 from pipefleet.foreign import mapping, number, whole
 
 LEVEL_SECONDS = 300.0
-"""Memory of the average load."""
+"""Time constant of the average load."""
 SURGE = 2.0
 """A reading above this many times the load or the pool is a burst: the backlog shows it, and the average ignores it."""
 REACH = 0.9
@@ -32,7 +32,7 @@ LEAN = 0.15
 HOLD_SECONDS = 300.0
 """A pool shrinks only to the largest number wanted for this long; it goes to zero after being idle for as long."""
 MOST_LOAD = 1e6
-"""Most busy devices of a pool; a scaler never writes a larger load, so another program wrote it."""
+"""Most busy devices of a pool. No scaler writes a larger load to Redis, so a larger load is the work of another program."""
 GAP_SECONDS = 120.0
 """After a longer silence a reading starts afresh, since the arrivals cannot be spread over the silence."""
 
@@ -140,7 +140,7 @@ def _observe(state: State, signal: Signal) -> State:
 
 
 def _wanted(load: float, signal: Signal, limits: ScalingLimits) -> float:
-    """The load, more where the backlog is above what the allowed wait wants, less where it is below."""
+    """The wanted workers: the load, raised for a backlog above the wanted backlog, lowered for a backlog below it."""
     backlog = signal.queued + signal.leased
     aim = limits.slack * limits.wait_slo * load
     over = backlog - aim * (1 + QUIET)
@@ -159,7 +159,7 @@ def _remember(state: State, signal: Signal, wanted: float, hold: float) -> State
 
 
 def _held(state: State, signal: Signal, wanted: float, hold: float) -> int:
-    """A whole number: up at once, down to the largest number wanted lately, to zero after being idle for long."""
+    """The whole number of workers. It rises at once, falls to the largest number wanted lately, and to 0 after a long idle time."""
     if state.idle_since is not None and signal.now - state.idle_since >= hold:
         return 0
     most = max(wanted for _, wanted in state.recent)

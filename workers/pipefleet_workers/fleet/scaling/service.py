@@ -8,6 +8,8 @@
 
 Every answer is 503 while Redis cannot be read or the last reading is old: a scaler that cannot see must never answer 0. Averages
 are kept in Redis too, so a restarted scaler goes on from them. Run one scaler for a fleet.
+
+`pipefleet scaler` and `local.autoscale` run it. A port in use raises OSError. A reading that fails is logged.
 """
 
 from __future__ import annotations
@@ -59,9 +61,9 @@ STALE_TICKS = 3
 """A reading is stale after so many missed readings."""
 SHORTEST_STALE = 30.0
 LOOK_SECONDS = 0.25
-"""How often the HTTP server looks whether it is to stop."""
+"""Seconds between two looks of the HTTP server at its stop signal."""
 LAST_SECONDS = 5.0
-"""How long the end waits for a reading that is under way."""
+"""Seconds that the end waits for a reading that is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Scaler:
     `tick` is called by one thread, the rest by any.
 
     `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `ScalingLimits`. With `from_zero` no
-    worker runs yet: then it does not matter how many an earlier scaler wanted, only what it measured.
+    worker runs yet: the scaler then goes on from the measurements of an earlier scaler, but not from its number of workers.
     """
 
     def __init__(
@@ -220,11 +222,11 @@ class ScalerService:
         self._server.server_close()
 
     def start(self) -> None:
-        """Begin to look at the pools and to answer."""
+        """Begin to read the pools and to answer."""
         self._services.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Look no more, and answer no more. Whether the threads have ended within `timeout` seconds; one may wait for Redis."""
+        """Stop reading and answering. Whether the threads have ended within `timeout` seconds; a thread may wait for Redis."""
         return self._services.stop(timeout)
 
     def wait(self) -> None:
@@ -252,7 +254,7 @@ class ScalerService:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """GET only."""
+    """Answers GET requests, and no others."""
 
     fresh: Callable[[], Mapping[str, PoolStatus]]
     registry: CollectorRegistry

@@ -8,7 +8,7 @@ Redis counts work in units of cost. One unit takes a worker
     seconds per unit of cost = workers * time / cost done,        measured while work waits
 
 While work waits, every worker is busy, so this includes every delay of a worker. Before the first such measurement, the seconds of
-forwards stand in for workers * time.
+forwards stand in for workers * time. `read_pool` raises redis-py's errors; `measure` raises nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pipefleet_workers.fleet.scaling.messages import SAMPLE, Content, places, re
 from pipefleet_workers.observe.totals import Done, read_done
 
 RATE_SECONDS = 300.0
-"""Memory of the seconds per unit of cost."""
+"""Time constant of the average seconds per unit of cost."""
 MEAN_SECONDS = 90.0
-"""Memory of the mean cost of waiting messages, if it is sampled."""
+"""Time constant of the average cost of a waiting message, if costs are sampled."""
 TRACE_SECONDS = 1e-3
 """The work of a message before anything was measured: enough for one worker, whose work is then measured."""
 OLDEST_SECONDS = 30 * 86_400.0

@@ -1,4 +1,8 @@
-"""The command `pipefleet simulate`: compares ways to scale on a simulated fleet, without a real one."""
+"""The command `pipefleet simulate`: compares ways to scale on a simulated fleet, without a real one.
+
+`cli` registers it. The options describe the load, the hardware and the allowed wait. The rows go to stdout, as a Markdown table or
+as JSON. An unknown policy, or an impossible option, raises UsageError.
+"""
 
 from __future__ import annotations
 

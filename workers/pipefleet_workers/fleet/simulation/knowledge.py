@@ -1,4 +1,7 @@
-"""A simulated scaler's knowledge of a pool: counts, and costs with an error, measured by the service's own `measure`."""
+"""A simulated scaler's knowledge of a pool: counts of jobs, and costs with an error.
+
+`pool` passes the true work to `Estimate`, and gets the measured work, by the same `measure` as the scaler's service. No errors.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,14 @@ class Estimate:
         self._memory = Memory()
 
     def done(self, work: float, jobs: float) -> None:
-        """Take in ended work."""
+        """Take in the work and the number of jobs that ended."""
         self._done += jobs if self._knowledge.counted else work
 
     def read(self, now: float, work: float, jobs: float, *, workers: int) -> tuple[float, float]:
-        """Device-seconds that wait, and device-seconds that arrived since the last reading."""
+        """The measured device-seconds of waiting work, and of the work that arrived since the last reading.
+
+        `work` and `jobs` are the true work and the true number of jobs that wait.
+        """
         error = float(np.exp(self._knowledge.noise * self._random.normal()))
         count = math.ceil(jobs - 1e-9)
         cost = (jobs if self._knowledge.counted else work * error) / max(1, count)

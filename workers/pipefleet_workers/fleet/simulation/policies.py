@@ -1,4 +1,8 @@
-"""The compared ways to scale: each as its makers ship it (by our reading), and ours. `pool` asks a policy at each tick."""
+"""The compared ways to scale: each as its makers ship it (by our reading), and ours.
+
+`run` makes one policy for each pool and run, since policies remember earlier ticks. At each tick `SimulatedPool` passes a `View` to
+`replicas`, and gets the number of workers. Pure: no I/O, no errors.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ class Hpa:
     _wishes: deque[tuple[float, int]] = field(default_factory=deque)
 
     def replicas(self, view: View, wish: float) -> int:
-        """The replicas that it makes of `wish`."""
+        """The number of replicas that the HPA sets when `wish` is asked for."""
         current, wanted = view.replicas, math.ceil(wish - 1e-9)
         if current and wanted and abs(wish / current - 1) <= self.tolerance:
             wanted = current
@@ -45,7 +49,7 @@ class Ours:
     hpa: Hpa = field(default_factory=lambda: Hpa(down_window=0.0))
 
     def replicas(self, view: View) -> int:
-        """The decision."""
+        """The number of workers that `decide` asks for, passed through the HPA if `through_hpa`."""
         signal = Signal(
             now=view.now, queued=view.queued, leased=view.leased, arrived=view.arrived,
             oldest_age=view.oldest_age, ready=view.ready,
@@ -62,7 +66,7 @@ class ListLength:
     hpa: Hpa = field(default_factory=Hpa)
 
     def replicas(self, view: View) -> int:
-        """The length of the list over the target."""
+        """The waiting jobs over the target, passed through the HPA."""
         return self.hpa.replicas(view, view.queued_jobs / self.target)
 
 
@@ -79,7 +83,7 @@ class BacklogPerInstance:
     _next: float = 0.0
 
     def replicas(self, view: View) -> int:
-        """The backlog over the target, after an alarm."""
+        """The backlog over the target after an alarm; otherwise the present number."""
         if view.now < self._next:
             return view.replicas
         self._next = view.now + 60.0
@@ -101,7 +105,7 @@ class OngoingRequests:
     _down: float = 0.0
 
     def replicas(self, view: View) -> int:
-        """The average of the last half minute over the target, after its delay."""
+        """The average of the last half minute over the target, after the delay; otherwise the present number."""
         self._seen.append(view.queued_jobs + view.leased_jobs)
         wanted = math.ceil(sum(self._seen) / len(self._seen) / self.target)
         self._up = self._up + TICK_SECONDS if wanted > view.replicas else 0.0

@@ -1,7 +1,7 @@
 """One simulated pool over its days: a queue, workers that serve it in order of arrival, and a policy that sizes the fleet.
 
 `run` calls `SimulatedPool.run`. Inside a step, work flows like a fluid: `n` ready workers do `n * step` device-seconds. Work is
-never lost: it is done, or queued, or with a lost worker and comes back.
+never lost: it is done, or queued, or with a lost worker and comes back. No I/O, no errors; equal seeds give equal results.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _Account:
 
 
 class SimulatedPool:
-    """One run. A fleet has at most `maximum` workers; `knowledge` is how well the work of waiting jobs is known."""
+    """One run. The pool has at most `maximum` workers; `knowledge` tells how well its policy knows the work of waiting jobs."""
 
     def __init__(
         self, arrivals: Arrivals, hardware: Hardware, policy: Policy, *, seed: int, maximum: int, knowledge: Knowledge

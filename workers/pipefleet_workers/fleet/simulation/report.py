@@ -1,4 +1,4 @@
-"""The table that `pipefleet simulate` prints."""
+"""The table that `pipefleet simulate` prints. `command` passes the rows of `run.compare`, and gets Markdown."""
 
 from __future__ import annotations
 

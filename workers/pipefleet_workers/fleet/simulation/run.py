@@ -1,6 +1,6 @@
 """Runs of whole fleets: every policy with the same arrivals and the same seeds, summed over pools, averaged over seeds.
 
-`command` and `report` call `compare`.
+`command` calls `compare`, and passes its rows to `report`. An unknown policy raises KeyError.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One policy on one scenario: means over seeds; `worst_late` is the worst seed's."""
+    """One policy on one scenario: means over seeds; `worst_late` is the `late` of the worst seed."""
 
     policy: str
     devices: int

@@ -1,6 +1,7 @@
 """The arrivals of a simulated pool: a daily cycle that differs a little from day to day, noise, bursts of bulk work, odd job sizes.
 
-Arrivals are cohorts: for each step, how much work came (device-seconds) in how many jobs. Work is in units of one device.
+`run` calls `arrivals` with a `Traffic` and a seed. Arrivals are cohorts: for each step, the device-seconds of the work that came,
+and the number of its jobs. No errors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The workers of a simulated pool: they start, become ready, are lost, are stopped.
 
-Every second of a worker's existence is paid.
+`SimulatedPool` calls `Workers` in each step, once for spot workers and once for workers on demand. Every second of a worker's
+existence is paid, its cold start included. No errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The command `pipefleet top`: one table, or a screen that is redrawn every second."""
+"""The command `pipefleet top`: one table, or a screen that is redrawn every second.
+
+`cli` registers it. With `--once` or `--json`, or if stdout is no terminal, it prints one reading and ends, with code 3 if a pool
+cannot be read. If Redis is away at the start, it raises ServiceUnavailableError; later the screen is marked as stale.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A snapshot as tables: for a terminal with rich, for other programs as plain text of whole lines. No I/O."""
+"""A snapshot as tables: for a terminal with rich, for other programs as plain text of whole lines.
+
+`command` passes a `Snapshot` to `plain` or `screen` and prints the result. No I/O, and no errors of its own: names and texts from
+Redis are made printable here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ Cells = tuple[str, ...]
 
 
 def pool_cells(row: PoolRow) -> Cells:
-    """The columns of POOL_COLUMNS: messages that wait and messages that workers hold, their work, and so on."""
+    """The cells of a pool's row, in the order of POOL_COLUMNS. Delayed messages count as waiting."""
     waits = row.messages["queued"] + row.messages["delayed"]
     return (
         row.pool,
@@ -40,7 +44,7 @@ def pool_cells(row: PoolRow) -> Cells:
 
 
 def worker_cells(row: WorkerRow) -> Cells:
-    """The columns of WORKER_COLUMNS: the budget of a batch, padded or of equal shapes alone, and the seconds of its work."""
+    """The cells of a worker's row, in the order of WORKER_COLUMNS. `batch takes` is the fitted time: base + seconds per unit."""
     batches = f"{row.max_cost} {'padded' if row.pads else 'equal'}"
     takes = "?" if row.base is None else f"{seconds(row.base)}+{seconds(row.per_cost or 0.0)}/unit"
     return (row.worker, rate(row.items_per_second), f"{row.busy:.0%}", str(row.items), str(row.failed), batches, takes)
