@@ -1,4 +1,8 @@
-"""Gauges of the worker's GPUs, read from NVML at each scrape. Without a GPU, or without nvidia-ml-py, there are no gauges."""
+"""Gauges of the worker's GPUs, read from NVML at each scrape.
+
+`build` passes the names from `visible_gpus` to `watch_gpus`, which adds the gauges to the worker's metrics. Nothing is raised:
+there are no gauges without a GPU, without nvidia-ml-py or without an answer of the driver.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,7 @@ class GpuCollector(Collector):
                 yield family
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Yield nothing: registering must not ask the driver."""
+        """Yield nothing, so that registering does not ask the driver."""
         return iter(())
 
 
@@ -86,9 +90,9 @@ def watch_gpus(metrics: Metrics, pool: str, uuids: list[str], nvml: Any = None) 
 
 
 def visible_gpus(*, every: bool, index: int | None) -> list[str]:
-    """NVML's names of the GPUs that torch uses: all visible GPUs, or `cuda:index`; empty without a GPU. Imports torch.
+    """NVML's names of the GPUs that torch uses: with `every` all visible GPUs, else `cuda:index`; none without a GPU.
 
-    Names are uuids, since the driver numbers GPUs without regard to CUDA_VISIBLE_DEVICES.
+    Names are uuids, since the driver numbers GPUs without regard to CUDA_VISIBLE_DEVICES. Imports torch.
     """
     import torch
 

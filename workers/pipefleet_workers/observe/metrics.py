@@ -1,4 +1,8 @@
-"""The metrics of one worker, in one table; served over HTTP for Prometheus if a port is given. A new metric starts here."""
+"""The metrics of one worker, in one table; a new metric starts here.
+
+The engine and `consume.tally` count, `facts` sets facts and `pulse` reads the totals. `build` serves the metrics over HTTP for
+Prometheus if a port is given; a port in use raises OSError there. Counting raises nothing.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +91,7 @@ class Metrics:
         self._child(self._messages, event).inc()
 
     def processed(self, seconds: Sequence[Mapping[str, float]]) -> None:
-        """Count items that leave the engine, with the seconds of each by stage. Counted together, since each counter has a lock."""
+        """Count items that leave the engine, with the seconds of each by stage. Many in one call, since each counter has a lock."""
         with self._lock:
             self._processed += len(seconds)
         for name in {name for one in seconds for name in one}:
@@ -121,7 +125,7 @@ class Metrics:
         self._facts.labels(self._pool, name).set(value)
 
     def add(self, collector: Collector) -> None:
-        """Expose the findings of `collector` at each scrape as well."""
+        """Expose the metrics of `collector` as well, read at each scrape."""
         self.registry.register(collector)
 
     def serve(self, port: int, address: str = "127.0.0.1") -> None:

@@ -4,10 +4,10 @@
     pipefleet job     queued                begun                                                    ended
                       |-------- queue ------|-fetch-|-decode-|-preprocess-|  (waits)  |-forward-|-postprocess-|
 
-`singles` calls `job_ended`. The spans are made then, from the seconds of each stage that travel with every result: fetch, decode
-and preprocess are laid out from the begin of the job on, forward and postprocess back from its end. In between, the item waited for
-its batch. Spans are optional: they need the extra `otel`, and OTEL_EXPORTER_OTLP_ENDPOINT (or …_TRACES_ENDPOINT) in the worker's
-environment. A failure to make them is logged, and changes no job.
+`worker` calls `start` and `stop`, and `singles` calls `job_ended`, which makes the spans from the seconds of each stage that
+travel with every result. Fetch, decode and preprocess are laid out from the begin of the job on, forward and postprocess back from
+its end; in between, the item waited for its batch. Spans are optional: they need the extra `otel`, and OTEL_EXPORTER_OTLP_ENDPOINT
+(or …_TRACES_ENDPOINT) in the worker's environment. A failure to make them is logged, and changes no job.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Telemetry:
     def job_ended(self, headers: Mapping[str, Any], message: JobMessage, outcome: Outcome, *, begun: float) -> None:
         """Make the spans of a job that has just ended.
 
-        `begun` is in seconds of the monotonic clock; `headers` are its message's.
+        `begun` is in seconds of the monotonic clock; `headers` are the headers of the job's message.
         """
         end = time.time_ns()
         start = end - round((time.monotonic() - begun) * 1e9)

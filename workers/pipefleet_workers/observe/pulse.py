@@ -1,4 +1,8 @@
-"""`Pulse`: the throughput of one worker, announced with its facts: items a second, and the share of time with a running forward."""
+"""The throughput of one worker: items a second, and the share of time in which a forward ran.
+
+`facts` asks `Pulse` for a `Beat` before each announcement, and confirms the beat once Redis has its items. `Pulse` reads the
+worker's metrics. No I/O, no errors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from pipefleet_workers.observe.totals import ITEM_COUNTS
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """The work since the beat before: items that ended, items that failed, were cancelled or expired, and the rates."""
+    """The work of a while: items that ended, the failed, cancelled and expired items among them, and the rates."""
 
     totals: Totals
     items: int
@@ -37,7 +41,7 @@ class Beat:
 
 
 class Pulse:
-    """Takes the beats of one worker. One thread calls `beat` and `told`."""
+    """Makes the beats of one worker. One thread calls `beat` and `told`."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
@@ -45,7 +49,7 @@ class Pulse:
         self._told, self._before, self._at = Totals(), Totals(), clock()
 
     def beat(self) -> Beat:
-        """The work since the last call, and the number of items that ended since the last `told`."""
+        """The rates since the last call, and the numbers of items that ended since the last confirmed beat."""
         now, totals = self._clock(), self._metrics.totals()
         elapsed = max(1e-6, now - self._at)
         processed = totals.processed - self._before.processed
@@ -55,5 +59,5 @@ class Pulse:
         return Beat(totals, **untold, items_per_second=processed / elapsed, busy=busy)
 
     def told(self, beat: Beat) -> None:
-        """Note that the fleet has received this beat."""
+        """Confirm a beat: the fleet has received it, so its items are not reported again."""
         self._told = beat.totals

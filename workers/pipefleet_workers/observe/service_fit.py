@@ -1,7 +1,8 @@
 """Learns the cost of a batch on this device from the batches themselves: seconds = base + per_cost * padded cost.
 
-The device's thread adds each batch. Least squares with exponential forgetting: every batch weighs 2 % less than the next, so the
-fit follows a device that gets slower or faster. The fleet's scaler uses it to turn waiting work into seconds.
+The warm-up and the device's thread add each batch; `facts` announces the fit, which `top` shows. Least squares with exponential
+forgetting: every batch weighs 2 % less than the next, so the fit follows a device that gets slower or faster. A simulated device
+takes a `ServiceTime` from its setting; a wrong text raises UsageError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A trace of one worker: a JSON line for each piece of work of a stage, if `PIPEFLEET_WORKER_TRACE` names a file.
 
-Lines are `{"stage", "thread", "start", "end", "count"}`, in seconds of the monotonic clock. Without the setting the trace costs
-almost nothing. If the file cannot be written, the rest of the trace is dropped.
+Lines are `{"stage", "thread", "start", "end", "count"}`, in seconds of the monotonic clock. `build` starts the `Tracer`; the engine
+and the device time their work with `span`. Without the setting the trace costs almost nothing. If the file cannot be written, an
+error is logged and the rest of the trace is dropped.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pipefleet.service import Inbox, Service
 
 log = logging.getLogger(__name__)
 TOGETHER = 1000
-"""Lines that are written at once at most."""
+"""At most so many lines are written at once."""
 LAST_SECONDS = 5.0
-"""How long the end of the process waits for the last lines."""
+"""Seconds that the end of the process waits for the last lines."""
 
 
 class Tracer:
@@ -39,7 +40,7 @@ class Tracer:
             atexit.register(self.stop, LAST_SECONDS)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End when all that is there is written. Whether that took at most `timeout` seconds."""
+        """Write the remaining lines and end. Whether the writer ended within `timeout` seconds."""
         return self._service.stop(timeout)
 
     @contextmanager

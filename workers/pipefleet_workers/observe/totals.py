@@ -1,7 +1,8 @@
 """The work of a pool's workers, as running totals in Redis: `pipefleet:work:<pool>` with `cost`, `seconds` and ITEM_COUNTS.
 
 `pipefleet:work:<pool>@<digits of its queue>` has `cost` and `seconds` of one revision alone. Every worker adds its work since its
-last report, so the totals stay when a worker ends. The scaler and `top` read them. Errors are redis-py's.
+last report, so the totals stay when a worker ends. The device and `consume.tally` count, `facts` reports; the scaler and `top` read
+the totals. Errors are redis-py's.
 """
 
 from __future__ import annotations
