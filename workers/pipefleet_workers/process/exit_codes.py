@@ -1,4 +1,8 @@
-"""Exit codes that only workers use; the command line has its own codes. Other workers get the jobs that the process held."""
+"""Exit codes that only workers use, and the end of a process whose threads hang; the command line has its own codes.
+
+The device and the watchdog call `end_process`, which never returns. The jobs that the process held are
+delivered to other workers.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""How much memory this process may still take: of the machine, of its control group, and of its own limit.
+"""The memory that this process may still take: of the machine, of its control group, and of its own limit.
 
-Bounds on inputs ask it before they accept a large picture or recording.
+The adapters ask `available_bytes` before a model on the CPU gets a large picture or a long recording. A system that cannot tell
+gives None; nothing is raised.
 """
 
 from __future__ import annotations

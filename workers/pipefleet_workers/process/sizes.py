@@ -1,6 +1,7 @@
 """Estimates the bytes that a value takes in memory: it counts arrays, tensors, pictures and long lists.
 
-The engine's budget uses it.
+`bytes_of` feeds the engine's budget and the weight of a message; `text_bytes` bounds the texts of inputs and parameters.
+No errors: an unknown value counts as one number.
 """
 
 from __future__ import annotations

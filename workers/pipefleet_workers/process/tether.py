@@ -1,8 +1,8 @@
 """Run as a script: tie this process to its parent, then become the command: `tether.py PARENT COMMAND…`.
 
-The local stack starts its children this way. It is a step of its own, because doing the same between fork and exec (`preexec_fn`)
-can deadlock a parent with threads. On Linux the kernel kills the command when the parent's thread that forked it ends; on other
-systems the command just runs.
+The local stack starts its children this way; a preprocessing process calls `tie` itself. The script is a step of its own, because
+the same between fork and exec (`preexec_fn`) can deadlock a parent with threads. On Linux the kernel kills the command when the
+parent's thread that forked it ends; on other systems the command just runs. A command that cannot run raises OSError.
 """
 
 from __future__ import annotations

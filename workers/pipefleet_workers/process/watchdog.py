@@ -3,8 +3,9 @@
     thread:    working_on(item) ─▶ work ─▶ tick (a sign of life) ─▶ waiting(): not timed ─▶ rest
     watchdog:  looks at every slot, LOOKS times within the shortest time allowed; a slot without a sign of life ─▶ on_hang
 
-Each working thread has a slot; one thread looks at all slots. The message of a hang names stage, job and item. The job is delivered
-again; a job that hangs each time is found like any job that kills its workers (`consume.suspects`).
+The engine makes the watchdog, with a slot for each working thread; one thread looks at all slots. The message of a hang names
+stage, job and item. The job is delivered again; a job that hangs each time is found like any job that kills its workers
+(`consume.suspects`).
 
 Code that never releases Python's lock, such as a regular expression that backtracks for ever, stops the watchdog as well. Then
 `faulthandler`, which needs no lock, prints the position of every thread and ends the process with code 1.
@@ -38,7 +39,7 @@ class _Begun(NamedTuple):
 
 
 class Listener(Protocol):
-    """Is told what one thread works on."""
+    """Gets the items that one thread works on."""
 
     def begin(self, work: Work | None, others: int = 0) -> None:
         """The thread begins an item; `others` more items cannot be told apart from it."""
@@ -112,24 +113,24 @@ class Watchdog:
         return self._slots[-1]
 
     def start(self) -> None:
-        """Begin to watch; the thread ends by itself when it has found what hangs."""
+        """Begin to watch; the thread ends by itself after it has found a hang."""
         self._arm()  # here: a thread that holds Python's lock from now on would keep the watchdog's from doing it
         self._service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Cease to watch. Whether its thread has ended within `timeout` seconds."""
+        """Stop watching. Whether its thread has ended within `timeout` seconds."""
         ended = self._service.stop(timeout)
         faulthandler.cancel_dump_traceback_later()
         return ended
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until it has found what hangs. Whether that came within `timeout` seconds."""
+        """Wait until it has found a hang and ended. Whether it did so within `timeout` seconds."""
         return self._service.join(timeout)
 
     def look(self) -> bool:
         """Look at every slot; returns whether all is well.
 
-        A process that was stopped and goes on, or a machine that slept, does not hang: such a gap counts for little.
+        A process that was stopped and goes on, or a machine that slept, does not hang: such a gap counts as two intervals.
         """
         now = self._clock()
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
@@ -163,7 +164,7 @@ _thread = threading.local()
 
 
 def listen(listener: Listener) -> None:
-    """Let `listener` hear from now on what the calling thread works on."""
+    """From now on, pass the items that the calling thread works on to `listener`."""
     _thread.listener = listener
 
 
