@@ -48,7 +48,7 @@ _STATUS, _CODE, _REGION = (
 MOST_BUCKETS = 256
 """Buckets that are kept open."""
 CREDENTIALS_SECONDS = 300.0
-"""How long credentials from a file or a role are used before they are read again; botocore renews a role's before they expire."""
+"""Seconds until credentials of a file or a role are read again; botocore renews the credentials of a role before they expire."""
 
 
 class ObjectTooLargeError(SourceError):
@@ -68,7 +68,7 @@ class BarredError(ServiceUnavailableError):
 
 
 class RefusedHereError(ServiceUnavailableError):
-    """S3 refuses this worker something in a bucket where another worker may be allowed: the job goes back for the other worker."""
+    """S3 refuses this worker a request in a bucket, and may allow it to another worker: the job goes back for the other worker."""
 
 
 class WorkerStore:
@@ -208,7 +208,7 @@ class WorkerStore:
         self._read[bucket] = key
 
     def _goes_on_reading(self, bucket: str) -> bool:
-        """Whether the object that was read last in a bucket can still be read: then the bucket is not refused."""
+        """Whether the object that was read last in a bucket can still be read. If so, S3 does not refuse the bucket."""
         key = self._read.get(bucket)
         if key is None:
             return False
@@ -223,7 +223,7 @@ class WorkerStore:
 
     @contextmanager
     def _told(self, uri: str) -> Iterator[None]:
-        """A context that reports a refusal that the plain store inside meets."""
+        """A context for requests through boto3: it reports a refusal of access, and raises it."""
         seen = renewals()
         try:
             yield

@@ -1,6 +1,7 @@
 """The gate that every URI of a message passes before it is read or written: inputs, outputs, runs, lists of shards.
 
-`Jobs`, `Shards` and the fetcher ask it; it refuses with a sentence or an error, and does no I/O.
+`Jobs`, `Shards`, `Burials` and the fetcher ask it. It gets a URI, a message or a shard. It refuses with a sentence, or with
+AccessDeniedError, InputError or ContractError, and does no I/O.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class UriGate:
             raise InputError(fault)
 
     def output(self, message: JobMessage) -> str | None:
-        """Why the output of a single job may not be written, or None."""
+        """The reason why the output of a single job may not be written, or None."""
         if message.output is None:
             return None
         return output_fault(message.output, message.id, self._store) or self._outside(message.output, "write")
 
     def shard(self, shard: Shard) -> str | None:
-        """Why a shard may not run, or None: its list is read, and all that it writes lies under the URI of its run."""
+        """The reason why a shard may not run, or None. Its URIs all lie under the URI of its run, so this URI decides."""
         outside = self._outside(shard.run_uri, "write")
         return (f"the output {outside}" if outside else None) or shard_fault(shard, self._store)
 
