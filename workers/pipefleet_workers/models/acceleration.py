@@ -1,6 +1,7 @@
 """Speeds up a fast device, by two means, each proved before use: pictures preprocessed on the device, and a compiled model.
 
-`build` calls it between loading and warm-up.
+`build` calls `accelerated` between loading and warm-up, and goes on with the adapter that it returns. A means whose proof fails is
+left out. A pool that asks for a compiled model that cannot be compiled raises UsageError.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     eager results of examples → compile → the same results? → every length and batch of one and of several, once → no more compiling
 
-`models.acceleration` calls it. If a step fails, the model runs uncompiled, and the log says why.
+`models.acceleration` calls it. If a step fails, the model runs uncompiled, and the log says why. A model that compiling cannot
+help raises UsageError.
 """
 
 from __future__ import annotations

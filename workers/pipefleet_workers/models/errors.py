@@ -1,4 +1,8 @@
-"""Turns any error of transformers, huggingface_hub, safetensors or torch during loading into one sentence. `load` calls it."""
+"""Turns any error of transformers, huggingface_hub, safetensors or torch during loading into one sentence.
+
+`load` passes the pool, the device and the error to `explained`, and raises the sentence as ModelError. Nothing is raised here; the
+traceback of an unknown error goes to the log.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +36,13 @@ _WORDS = {
 
 
 _BARE = (KeyError, AttributeError, TypeError, IndexError, AssertionError, ArithmeticError, RecursionError)
-"""What Python raises where transformers relies on a value that a file or the pool gave it: the text names no cause."""
+"""Errors of Python if transformers relies on a wrong value of a file or of the pool. Their texts name no cause."""
 
 
 def explained(pool: Pool, device: str, error: Exception) -> str:
     """One sentence: the model, its error, and the next step. No traceback; at most 300 characters of foreign text.
 
-    The traceback of what has no sentence of its own goes to the log.
+    The traceback of an error without a sentence of its own goes to the log.
     """
     model = f"{pool.model}@{pool.revision}" if pool.revision else pool.model
     reason = _known_reason(error)
@@ -49,7 +53,7 @@ def explained(pool: Pool, device: str, error: Exception) -> str:
 
 
 def said(error: BaseException) -> str:
-    """The kind of an error and the first of its lines that says something, at most 300 characters."""
+    """The class of an error and its first line that is not blank, at most 300 characters. A colon at its end adds the next line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
@@ -68,7 +72,7 @@ def _known_reason(error: Exception) -> str | None:
 
 
 def _values(pool: Pool, error: Exception) -> str:
-    """Which values may be to blame: those that the pool lays over config.json, else that file's own."""
+    """The values that may be to blame: the values that the pool lays over config.json, else the values of that file."""
     own = " and ".join(sorted(pool.model_kwargs.keys() & OF_THE_CONFIG.keys()))
     if own:
         return f"transformers cannot use {own} of model_kwargs ({said(error)}); correct it, or take it out"

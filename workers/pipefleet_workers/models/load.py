@@ -191,7 +191,7 @@ def _pipeline(pool: Pool, source: str, task: str, model: Any, device: str) -> An
 
 
 def _require_known(pool: Pool, task: str, implementation: Any, model: Any) -> None:
-    """Raise ModelError for a model of another task where the pipeline would take any."""
+    """Raise ModelError for a model of another task if the pipeline itself accepts any model."""
     from transformers.pipelines import check_task
 
     if pool.trust_remote_code or _asks(implementation):
@@ -201,7 +201,7 @@ def _require_known(pool: Pool, task: str, implementation: Any, model: Any) -> No
 
 
 def _asks(implementation: Any) -> bool:
-    """Whether a pipeline class looks at the model that it is made with, which it does in its `__init__` or not at all."""
+    """Whether a pipeline class checks its model. A class that checks it does so in its `__init__`."""
     made = [vars(one)["__init__"] for one in implementation.__mro__ if "__init__" in vars(one) and one is not object]
     return any("check_model_type" in one.__code__.co_names for one in made)
 
@@ -270,7 +270,7 @@ def _parts(pool: Pool, source: str, implementation: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _required(pool: Pool, part: str, place: str) -> Iterator[None]:
-    """Raise ModelError where a folder lacks a part or holds it damaged; what comes from the hub has reasons of its own."""
+    """Raise ModelError if a folder lacks a part, or if the part is damaged. Errors of a part from the hub pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -287,7 +287,7 @@ def _required(pool: Pool, part: str, place: str) -> Iterator[None]:
 
 
 def _pinned_source(pool: Pool, name: str) -> tuple[str, str | None]:
-    """Where a part is loaded from, and its revision: its own, or the model's if it lies in the model's repository."""
+    """The place of a part, and its revision: the revision of the model if the part lies in the model's repository, else its own."""
     source, revision = pinned(name)
     return local_model(source), pool.revision if source == pool.model else revision
 

@@ -1,8 +1,9 @@
-"""How a pool's weights are loaded (dtype, quantization, attention), and what the loaded model really uses, for provenance.
+"""How a pool's weights are loaded (dtype, quantization, attention), and the settings that the loaded model really uses.
 
     fleet.toml ─▶ arguments of from_pretrained ─▶ model ─▶ {dtype, device, attention, quantization}
 
-`load` calls it before and after loading. A missing package or an unsafe wish raises ModelError.
+`load` calls it before and after loading; `build` calls `how_loaded`, whose answer becomes provenance. A missing package or an
+unsafe setting raises ModelError.
 """
 
 from __future__ import annotations

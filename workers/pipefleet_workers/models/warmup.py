@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 KNEE = 0.95
 """A budget is large enough if it reaches this share of the best measured throughput."""
 SECONDS = 1.0
-"""How long measuring one model may take."""
+"""Seconds after which no further batch is measured."""
 MEMORY_SHARE = 0.8
 """Share of a GPU's free memory that a batch may take."""
 
@@ -98,7 +98,7 @@ def _difference(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) ->
 
 
 def _difference_of_moments(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any]) -> float:
-    """The same difference for the moments of words; 0.0 for a model that tells no moments."""
+    """The same difference for the timestamps of words; 0.0 for a model that gives no timestamps of words."""
     if not adapter.tells_moments:
         return 0.0
     return _apart(adapter.moments, lambda: _examples(adapter, spec, parameters, (5, 61)))
