@@ -4,7 +4,8 @@
     array      → .npy, kind "array"; an array of booleans is packed eight to a byte, kind "mask"
                                      a list of such arrays of one shape, kind "mask_list"
 
-`ResultWriter.take_apart` calls it. It stores nothing itself.
+`ResultWriter.take_apart` calls it, and stores the artifacts later. A number that is not finite raises ItemError (bad_output) when
+its artifact is encoded. A result that cannot be read raises an error of any kind.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pipefleet_workers.process.sizes import bytes_of
 
 STAGE = "write"
 INLINE_NUMBERS = 16_384
-"""Arrays shorter than this stay as numbers in the JSON."""
+"""Arrays of at most so many numbers stay in the JSON."""
 
 
 class TakenApart:
     """A result taken apart: `value` holds a reference for every artifact; `artifacts` will lie under `prefix`.
 
-    Tensors always become artifacts, arrays of numbers from `INLINE_NUMBERS` up. The same result always gives the same objects.
+    Tensors always become artifacts; arrays of numbers do so if they are longer than `INLINE_NUMBERS`. The same result always gives
+    the same objects.
     Raises any error of reading the result.
     """
 
@@ -92,7 +94,7 @@ _SCALARS, _FIRST, _LISTS = (str, int, float, type(None)), (str, int, float), (li
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value surely holds no artifact. Most results hold none, and naming their parts would take most of the time."""
+    """Whether a value surely holds no artifact. This spares most results the walk through their parts, which is slow."""
     if isinstance(value, _SCALARS):
         return True
     if isinstance(value, dict):

@@ -173,7 +173,10 @@ class PartWriter:
         return written_as.encode([self._that_fits(written_as, *pair) for pair in zip(lines, outcomes, strict=True)])
 
     def _that_fits(self, written_as: PartFormat, line: bytes, outcome: Outcome) -> bytes:
-        """The line of an item; or a line with the reason if its format cannot hold it, with the input unless this is the reason."""
+        """`line`, or the line of a failure if the format cannot hold it.
+
+        The line of a failure has no input if the format cannot hold the input.
+        """
         refused = _refusal(written_as, line)
         if refused is None:
             return line
@@ -211,7 +214,7 @@ def _no_json(error: Exception) -> JobFailure:
 
 
 def _refusal(written_as: PartFormat, line: bytes) -> JobFailure | None:
-    """Why a format cannot hold a row, or None."""
+    """The reason why a format cannot hold a row, or None."""
     try:
         written_as.encode([line])
     except Exception as error:  # noqa: BLE001 - whatever the format's library raises
@@ -224,7 +227,7 @@ def _with_uris(inputs: Any) -> Any:
 
 
 def utf8_all(texts: Sequence[str]) -> list[str]:
-    """Each text in the form that `utf8` gives it."""
+    """The texts, each made safe by `utf8`."""
     return [str(utf8(text)) for text in texts]
 
 

@@ -1,6 +1,7 @@
-"""The results of single jobs, as their records show them. Long results become objects, several stored at once.
+"""The results of single jobs, in the form that their records have. Long results become objects, several stored at once.
 
-`reports` calls it.
+`Reporter` passes jobs and outcomes to `RecordWriter.write`, and gets a `Said` for each. An absent store is such a `Said` as well:
+nothing is raised.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 STORED_AT_ONCE = 8
-"""Results that are stored at the same time."""
+"""Most results that are stored at the same time."""
 Said = dict[str, Any] | JobFailure | Exception
-"""The fields of a record with the result; or the job's failure.
+"""One of three: the fields of a record with the result; the failure of the job; the error of an absent service.
 
-Or the error of an absent service, so that the job has not ended.
+After such an error the job has not ended.
 """
 
 

@@ -2,8 +2,8 @@
 
     result stored (S3) ─▶ record or progress (Redis) ─▶ ack of the message
 
-`singles`, `shards`, `revocations` and `burials` call `Reporter`. All methods raise ServiceUnavailableError while Redis or S3 is
-away.
+`consumer`, `singles`, `shards`, `revocations` and `burials` call `Reporter`. All methods raise ServiceUnavailableError
+while Redis or S3 is away.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Reporter:
             self._on_failed(failure)
 
     def progress(self, shard: Shard, outcomes: Sequence[Outcome]) -> None:
-        """Set the bits of items that have ended, in one command."""
+        """Note the items of a shard that have ended, and the failed items among them, in one command."""
         if not outcomes:
             return
         keys = [run_key(shard.run_id, name) for name in ("items", "failed")]
@@ -233,7 +233,7 @@ class Reporter:
         return shards is not None and ended >= int(shards)
 
     def refusals(self, objects: ObjectStore, layout: RunLayout, run_id: str) -> Refusals:
-        """The refused shards of a run, which can also end the run."""
+        """The `Refusals` of a run: its refused shards, and the end of the run once no shard is left."""
         return Refusals(self._redis, self._settings, objects, layout, run_id)
 
     def run_cancelled(self, shard: Shard) -> bool:
@@ -261,7 +261,7 @@ class Reporter:
         batch.add(script, [job_key(message.id)], *arguments)
 
     def _ended(self, messages: Sequence[JobMessage], batch: ScriptBatch) -> list[Ending | Exception | None]:
-        """Send a FINISH for each of `messages`. None where it took; else how the job had ended before, or why Redis refused.
+        """Run the FINISH of each message. Returns None for a job that ended now, the earlier ending, or the error of Redis.
 
         An error for one job does not stop the others.
         """
@@ -280,7 +280,7 @@ class Reporter:
             return error
 
     def _others(self, messages: Sequence[JobMessage], answers: Sequence[Any]) -> dict[int, JobState]:
-        """The final states that were there first, by position, for the jobs whose script returned 0."""
+        """The final states of jobs that had ended before, by position: their scripts returned 0."""
         places = [place for place, answer in enumerate(answers) if not answer]
         pipe = self._redis.pipeline(transaction=False)
         for place in places:
