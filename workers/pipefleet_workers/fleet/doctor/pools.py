@@ -1,6 +1,6 @@
 """The doctor's checks of pools: a pool passes if a worker serves it, or if it needs no worker now.
 
-`report` calls `pool_checks` with the settings and gets a `Check` for each pool. The numbers are those of `top.read`.
+`report` calls `pool_checks` with the settings and gets a `Check` for each pool. The numbers come from `top.read`.
 Nothing is raised: if the pools cannot be read, one failed check gives the reason.
 """
 

@@ -1,4 +1,4 @@
-"""The doctor's check of Redis's memory: how near it is to being full, and what a full Redis would drop.
+"""The doctor's check of Redis's memory: how full it is, and whether a full Redis would drop keys.
 
 `report` calls `check_memory`, which returns a sentence. It raises PipefleetError, with the remedy, if Redis will soon refuse
 work, if its policy lets it drop keys, if it is a cluster, or if it is away.

@@ -1,4 +1,4 @@
-"""The doctor's checks of object storage: it reads back what was written, and exactly one of several conditional writes wins.
+"""The doctor's checks of object storage: a written object reads back unchanged, and exactly one of several conditional writes wins.
 
 `report` calls them. Both write and delete objects under the prefix of the store, and return a sentence.
 They raise PipefleetError if the store is away, refuses access, or fails the check.

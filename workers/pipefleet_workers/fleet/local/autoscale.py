@@ -2,7 +2,7 @@
 
     Scaler (a thread of ScalerService) ─▶ workers wanted ─▶ share of the cores ─▶ Crew: start, or drain the least useful
 
-`Stack.step` calls `Autoscaler.step`. The rule and the HTTP answers are those that KEDA follows on a cluster, so a trial here holds
+`Stack.step` calls `Autoscaler.step`. The rule and the HTTP answers are the same as for KEDA on a cluster, so a trial here holds
 there. While Redis is away, nothing changes.
 """
 
@@ -36,7 +36,7 @@ class Pace:
     """How an autoscaled stack follows the work, in seconds. The defaults suit a machine that has its models already."""
 
     interval: float = 5.0
-    """Between two looks at the queues."""
+    """Seconds between two looks at the queues."""
     cold_start: float = 10.0
     """From the start of a worker to its first job."""
     hold: float = 60.0
@@ -142,7 +142,7 @@ class Autoscaler:
 def share(
     wanted: Mapping[str, int], waits: Mapping[str, float], *, sharing: Collection[str], cores: int
 ) -> dict[str, int]:
-    """How many workers each pool gets: the wanted number, but the pools in `sharing` share the cores that the others leave.
+    """The number of workers of each pool: the wanted number, but the pools in `sharing` share the cores that the others leave.
 
     Each pool in `sharing` that wants workers gets one, however few cores there are. The remaining cores go to the pools with most
     waiting work for each worker.

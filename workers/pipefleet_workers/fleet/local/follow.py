@@ -26,13 +26,13 @@ from pipefleet_workers.fleet.local.workers import Crew, Squad, WorkerProcess
 from pipefleet_workers.observe.logs import say
 
 LOOK_SECONDS = 1.0
-"""Between two looks at the messages that wait for replaced workers."""
+"""Seconds between two looks at the messages that wait for replaced workers."""
 QUIET_SECONDS = 6.0
 """For so long no message may have waited for replaced workers. A run that is being planned queues its next shard within this
 time, and a client that has just read where jobs go sends its last jobs there.
 """
 Outstanding = Callable[[Collection[str]], int]
-"""How many messages of these queues wait or are with workers. Raises ServiceUnavailableError."""
+"""The number of messages of these queues that wait or are with workers. Raises ServiceUnavailableError."""
 
 
 class Follower:
@@ -211,7 +211,7 @@ class Follower:
 
 
 def outstanding(redis: Any, url: str, queues: Iterable[str]) -> int:
-    """How many messages of `queues` wait or are with workers. Raises ServiceUnavailableError."""
+    """The number of messages of `queues` that wait or are with workers. Raises ServiceUnavailableError."""
     with redis_errors(url):
         return sum(waiting(redis, queue) for queue in queues)
 

@@ -311,7 +311,7 @@ class Stack:
         return self._follower.begin(crew)
 
     def _believed(self) -> float:
-        """For how many seconds clients may believe what a worker announced before the fleet file changed."""
+        """The seconds for which clients may believe an announcement that a worker made before the fleet file changed."""
         from pipefleet.fleet.latest import LOOK_SECONDS
         from pipefleet_workers.settings import WorkerSettings
 

@@ -1,4 +1,4 @@
-"""Worker processes of the stack: one child each; a worker is ready when it has written the file that it was told to write.
+"""Worker processes of the stack: one child each; a worker is ready when it has written its ready file.
 
     Crew: pool ─▶ Squad (one description of the pool) ─▶ WorkerProcess, WorkerProcess, …
           assign ─▶ the old squad is replaced ─▶ dismiss ─▶ its workers drain ─▶ gone

@@ -51,7 +51,7 @@ class Content:
     queued_at: float | None = None
     """When the oldest message was queued; None if there is none, or it carries no time."""
     due: int | None = None
-    """How many of them are due within DUE_SECONDS, if they are delayed; None means all."""
+    """The number of delayed messages that are due within DUE_SECONDS; None means all."""
 
     @property
     def soon(self) -> int:
@@ -125,7 +125,7 @@ def believed(cost: Any) -> float:
 
 
 def _counts(redis: Any, wanted: Sequence[Place], until: float) -> tuple[list[int], dict[str, int]]:
-    """The number of messages in each place; and for each sorted set, how many are due by `until`."""
+    """The number of messages in each place; and for each sorted set, the number of messages that are due by `until`."""
     pipe, tags = redis.pipeline(transaction=False), [place.key for place in wanted if place.kind == "tags"]
     for place in wanted:
         {"list": pipe.llen, "hash": pipe.hlen, "tags": pipe.zcard}[place.kind](place.key)

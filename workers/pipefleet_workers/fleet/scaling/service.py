@@ -195,7 +195,7 @@ class Scaler:
 
 
 class ScalerService:
-    """A Scaler with its thread and its HTTP server. Port 0 takes a free one, which `port` tells.
+    """A Scaler with its thread and its HTTP server. Port 0 takes a free port; `port` has its number.
 
     A context manager: it is started inside the block, at whose end the port is given back.
     """

@@ -16,7 +16,7 @@ from pipefleet_workers.fleet.scaling.signal import Memory, Reading, measure
 from pipefleet_workers.observe.totals import Done
 
 TICK_SECONDS = 15.0
-"""How often a policy is asked: the period of Kubernetes' autoscaler."""
+"""Seconds between two questions to a policy: the period of Kubernetes' autoscaler."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ class _Account:
 
 
 class SimulatedPool:
-    """One run. The pool has at most `maximum` workers; `knowledge` tells how well its policy knows the work of waiting jobs."""
+    """One run. The pool has at most `maximum` workers; `knowledge` sets how well its policy knows the work of waiting jobs."""
 
     def __init__(
         self, arrivals: Arrivals, hardware: Hardware, policy: Policy, *, seed: int, maximum: int, knowledge: Knowledge
@@ -217,7 +217,7 @@ class SimulatedPool:
         return taken
 
     def _tick(self, now: int) -> tuple[int, int]:
-        """Ask the policy. Returns how many ready workers were stopped, spot and on demand."""
+        """Ask the policy. Returns the numbers of ready workers that were stopped: spot, and on demand."""
         wanted = min(max(self._policy.replicas(self._view(now)), 0), self._maximum)
         steady = round(wanted * self._hardware.on_demand)
         return self._spot.resize(now, wanted - steady), self._steady.resize(now, steady)

@@ -41,7 +41,7 @@ class PoolRow:
     task: str
     model: str
     messages: Mapping[str, int]
-    """How many are `queued`, `leased` and `delayed`."""
+    """The number of messages by state: `queued`, `leased` and `delayed`."""
     backlog_seconds: float | None
     oldest_age_seconds: float
     alive: int
@@ -55,7 +55,7 @@ class PoolRow:
     failed: int
     dead_letters: int
     note: str = ""
-    """What `pipefleet up` could not do for it, or why it waits, in one sentence; empty if all is well."""
+    """A fault in one sentence: workers that `pipefleet up` could not keep alive, or why messages wait. Empty if all is well."""
     cancelled: int = 0
     expired: int = 0
 
@@ -183,7 +183,7 @@ def _pool(redis: Any, part: Part, workers: list[WorkerRow], now: float) -> PoolR
 
 
 def _scaler(redis: Any, pool: str, now: float) -> tuple[Memory, int | None]:
-    """A scaler's measurements of a pool, and how many workers it wants if it still looks."""
+    """The scaler's measurements of a pool, and the workers that it wants; None for these if its last look is too old."""
     try:
         content = read_object(redis.get(scaler_key(pool)))
         memory, state = Memory.from_json(content["memory"]), State.from_json(content["state"])
