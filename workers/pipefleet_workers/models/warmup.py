@@ -48,7 +48,7 @@ class WarmUp:
     max_cost: int
     seconds: float
     moments: float = 0.0
-    """How much the moments of words differ between a batch and a unit alone, relative as in `difference`."""
+    """The difference of the timestamps of words between a batch and a unit alone, relative as `difference`."""
 
     def describe(self) -> str:
         """One line for people."""

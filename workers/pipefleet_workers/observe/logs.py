@@ -68,7 +68,7 @@ def adopt_transformers() -> None:
 
 
 def _adopt_the_rest() -> None:
-    """Log what Python would print directly: warnings, and errors that end a thread or the process; for JSON also Celery's notes."""
+    """Log the direct prints of Python: warnings, and errors that end a thread or the process; for JSON also Celery's notes."""
 
     def thread_ended(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_type is not SystemExit:

@@ -12,7 +12,7 @@ import threading
 
 log = logging.getLogger(__name__)
 LAST_WORDS_SECONDS = 10.0
-"""How long the process may take to print its reason: a reader of its output may be missing."""
+"""Seconds that the process may take to print its reason: a reader of its output may be missing."""
 
 HUNG_FORWARD = 70
 """A forward did not return within `forward_timeout`."""

@@ -58,7 +58,7 @@ redis.call('EXPIRE', KEYS[1], ARGV[2])
 return {redis.call('BITCOUNT', KEYS[1]) + redis.call('HLEN', KEYS[2]), redis.call('HGET', KEYS[3], 'shards')}
 """
 """KEYS: parts and refused of the run, the run. ARGV: index of a shard whose part is there, ttl. If the shard was refused in another
-copy of its message, this removes the refusal. Returns how many shards have ended, and how many there are if that is known.
+copy of its message, this removes the refusal. Returns the number of ended shards, and the number of all shards if it is known.
 """
 
 COUNT = """

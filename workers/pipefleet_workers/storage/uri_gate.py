@@ -17,7 +17,7 @@ ANYWHERE = ("s3://",)
 
 
 class UriGate:
-    """Which URIs messages may name in this worker: those under `allowed`, except places that only the fleet itself writes.
+    """Decides which URIs the messages of a worker may name: URIs under `allowed`, except places that only the fleet itself writes.
 
     `store` is the prefix of the fleet's store; empty if there is no such store. Pure and thread-safe.
     """
