@@ -1,7 +1,7 @@
 """The report of `pipefleet doctor`: every check, of the services, the fleet, its pools and this machine.
 
 `command` calls `run_checks`, which reads the settings and returns a list of `Check`. The checks of each subject lie in a module
-of this package. A wrong setting raises UsageError; every other error is a failed check that names the remedy.
+of this package. A wrong setting raises UsageError; every other error becomes a failed check.
 """
 
 from __future__ import annotations

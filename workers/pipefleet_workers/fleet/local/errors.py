@@ -13,4 +13,4 @@ class StackError(PipefleetError):
 
 
 class PortTakenError(StackError):
-    """Another program took a port between its choice and its use; `Stack` chooses again a few times."""
+    """Another program took a port between its choice and its use; for its servers `Stack` chooses again, a few times."""

@@ -1,7 +1,7 @@
 """Private files and folders of the data directory, readable only by their owner; a file is written whole or not at all.
 
-Every module of this package that keeps something on disk calls it. A folder that cannot be written raises OSError; a value that
-does not fit on a line of an env file raises ValueError.
+The modules of this package call it for their files and folders. A folder that cannot be written raises OSError; a value with a line
+break raises ValueError.
 """
 
 from __future__ import annotations

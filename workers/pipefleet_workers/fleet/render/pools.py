@@ -54,7 +54,7 @@ class RenderOptions:
 class DeployedPool:
     """A pool, or a revision that it is leaving, and the `digest` of its settings. A new digest means that its workers must restart.
 
-    A new range of workers does not change the digest. When a pool leaves a revision, the digest of its new revision stays as well.
+    A new range of workers does not change the digest. The end of an old revision does not change the digest of the new revision.
     """
 
     pool: Pool

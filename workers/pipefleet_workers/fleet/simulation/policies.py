@@ -1,7 +1,7 @@
 """The compared ways to scale: each as its makers ship it (by our reading), and ours.
 
 `run` makes one policy for each pool and run, since policies remember earlier ticks. At each tick `SimulatedPool` passes a `View` to
-`replicas`, and gets the number of workers. Pure: no I/O, no errors.
+`replicas`, and gets the number of workers. No I/O, no errors.
 """
 
 from __future__ import annotations
