@@ -96,7 +96,7 @@ def _rounded(sums: Array) -> Array:
 
 
 def resize(pictures: torch.Tensor, after: tuple[int, int], resample: int, *, columns_first: bool) -> torch.Tensor:
-    """`[…, height, width]` of whole numbers in float32, resized to `after`, again as whole numbers in float32.
+    """Resize pictures `[…, height, width]` to `after`. Input and output are whole numbers in float32.
 
     `columns_first` is the result of `vertical_first`. Needs float32 products in full precision, as is torch's default.
     """

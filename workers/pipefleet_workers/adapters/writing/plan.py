@@ -171,7 +171,7 @@ class GenerationPlanner:
         except (TypeError, ValueError) as error:
             raise ItemError("bad_parameter", f"generate() refuses the parameters: {error}", STAGE) from None
         if NO_END in _ids(config.eos_token_id) and (config.pad_token_id is None or config.pad_token_id < 0):
-            arguments = {**arguments, "pad_token_id": 0}  # it fills ended rows, and the model looks up its embedding
+            arguments = {**arguments, "pad_token_id": 0}  # fills ended rows; the model needs an embedding for it
         return arguments, config
 
 
