@@ -1,8 +1,7 @@
 """Video: from bytes to the frames that a model wants.
 
-FFmpeg is inside PyAV's wheel; playlists are refused, since they open other files.
-
-`Decoder` makes a `Clip`; the adapter asks it for frames. Damage becomes a warning, or with `strict` an ItemError.
+`Decoder` makes a `Clip`; the adapter asks it for frames. Damage becomes a warning, or with `strict` an ItemError. PyAV's FFmpeg
+decodes; it opens no playlists, since these open other files.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class Clip:
         return found
 
     def rate(self) -> float | None:
-        """Frames in a second, on average; None where the container does not say. Raises ItemError as `frames` does."""
+        """Frames in a second, on average; None if the container does not declare it. Raises the ItemErrors of `frames`."""
         with self._open() as container:
             found = _film(container).average_rate
         return float(found) if found else None
