@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 LONGEST_WAIT = 3600.0
-"""Seconds; the interpreter cannot wait for every year that a message may name."""
+"""Most seconds of one wait: a message may name a year for which the interpreter cannot wait."""
 
 
 class Later(Generic[_T]):
@@ -51,7 +51,7 @@ class Later(Generic[_T]):
             return []
 
     def pick(self, wanted: Callable[[_T], bool]) -> list[_T]:
-        """Take out, due or not, the things that `wanted` is true of."""
+        """Take out the things for which `wanted` is true, due or not."""
         with self._changed:
             found = [entry for entry in self._heap if wanted(entry[2])]
             self._heap = [entry for entry in self._heap if not wanted(entry[2])]
