@@ -26,14 +26,14 @@ BELL = "BELL"
 
 
 class Bell:
-    """One list that is waited on. In kombu's poller it takes the place of a client, so it has a `connection`."""
+    """A wait on one list. In kombu's poller it takes the place of a client, so it has a `connection`."""
 
     def __init__(self, connection: Any, name: str, rung: Callable[[Bell], None]) -> None:
         self.connection = connection
         self.name = name
         self.kind = f"{BELL}:{name}"
         self.takes = False
-        """Whether the message that rings moves to the list `arriving`."""
+        """Whether the message moves to the list `arriving` when it rings."""
         self._rung = rung
         self._asked_at: float | None = None
         self._puts_back = False
@@ -55,7 +55,7 @@ class Bell:
         self.takes, self._puts_back, self._asked_at = takes, False, time.monotonic()
 
     def put_back(self, command: Sequence[Any]) -> None:
-        """Send the command that lets the message that rang wake others. Returns at once; `read` takes the answer."""
+        """Send `command`, which lets the message wake other workers. Returns at once; `read` takes the answer."""
         self.connection.send_command(*command)
         self._puts_back, self._asked_at = True, time.monotonic()
 
