@@ -29,7 +29,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 TEMPLATE = "This is a sound of {}."
 """transformers' own template, for a request without one."""
 KEPT_TEXTS = 8192
-"""Embeddings of texts that are kept."""
+"""Most embeddings of texts that are kept."""
 TEXTS_AT_ONCE = 128
 Tokens = tuple[int, ...]
 _CROPPING = threading.Lock()

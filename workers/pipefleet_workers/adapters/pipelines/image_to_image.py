@@ -18,7 +18,7 @@ NAME = "pipefleet/image-to-image"
 
 
 class ImageToImagePipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
-    """A PIL image in, a PIL image out. The stages are those of transformers 4."""
+    """A PIL image in, a PIL image out. The stages work as in transformers 4."""
 
     _load_processor = False
     _load_image_processor = True

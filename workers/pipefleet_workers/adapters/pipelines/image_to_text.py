@@ -20,7 +20,7 @@ _UNPROMPTED = ("pix2struct",)
 
 
 class ImageToTextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
-    """A PIL image, or a dict of `image` and `text`, in; `[{"generated_text": …}]` out. The stages are those of transformers 4."""
+    """A PIL image, or a dict of `image` and `text`, in; `[{"generated_text": …}]` out. Stages as in transformers 4."""
 
     _load_processor = None
     _load_image_processor = True

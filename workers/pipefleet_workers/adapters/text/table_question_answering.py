@@ -1,9 +1,8 @@
 """The adapter of table-question-answering: a table and questions go in, cells or a written answer come out.
 
-Each question is a unit; questions about different tables share a batch.
-
-TAPAS reads a table with a question and points at cells; its inputs are padded. Other models (TAPEX) write their answer; their
-questions share a batch only if their inputs have one length.
+Each question is a unit; questions about different tables share a batch. TAPAS reads a table with a question and points at
+cells; its inputs are padded. Other models (TAPEX) write their answer; their questions share a batch only if their inputs have one
+length.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ class TableReader(Adapter):
         return self.copies.get().postprocess(rows)
 
     def _written(self, tensors: dict[str, torch.Tensor], units: Sequence[Unit]) -> torch.Tensor:
-        """The tokens of the answers; each unit has as many rows as it asks for."""
+        """The tokens of the answers. A unit has one row for each asked sequence."""
         request: TableQuestions = units[0].assembly.context
         with drawing(request.seed, self.pipe.device, loads=True):
             written: torch.Tensor = self.pipe.model.generate(**tensors, **copy.deepcopy(dict(request.generation)))

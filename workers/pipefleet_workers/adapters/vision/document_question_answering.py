@@ -62,7 +62,7 @@ class PageReader(Adapter):
         return {name: pad(own, fill if name == "input_ids" else 0) for name, own in rows.items()}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """For every place the logits that the answer begins there and that it ends there, on the host."""
+        """For every place two logits, on the host: that the answer begins there, and that it ends there."""
         device = self.pipe.device
         with torch.inference_mode():
             found = self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()})

@@ -2,7 +2,7 @@
 
     prepare: picture ─▶ crops ─▶ points, in units      device: encode a crop once ─▶ masks for the points of each unit
 
-The pipeline runs the vision encoder in its preprocess; here this is the device's work as well. The first batch with points of a
+The pipeline runs the vision encoder in its preprocess; here the device runs the encoder as well. The first batch with points of a
 crop computes the crop's embedding, together with other crops that need one; later batches find it.
 """
 

@@ -19,7 +19,7 @@ from PIL import Image
 _BITS = 22
 _LOW_BITS = 7
 MOST_TAPS = 500
-"""Pixels that one pixel may be made of.
+"""The most pixels that contribute to one resized pixel.
 
 With more, the sum of the lower parts of the weights is too large to be exact in float32.
 """

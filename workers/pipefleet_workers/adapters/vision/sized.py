@@ -45,7 +45,7 @@ class SizedPictures(Adapter):
         return super().collate([replace(unit, features=unit.features.tensors) for unit in units])
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """The outputs of the model that postprocessing needs, on the host, in the model's own dtype."""
+        """The model's outputs that postprocessing needs, on the host, in the model's own dtype."""
         pipe = self.pipe
         with torch.no_grad():
             outputs = pipe.model(**pipe._ensure_tensor_on_device(inputs, device=pipe.device))

@@ -121,7 +121,7 @@ class EqualWriter(Adapter):
         """All arguments that the pipeline passes to generate()."""
         generation = self._planner.merged(self.generation(arguments))[0]
         if type(self.pipe.model).generate is not GenerationMixin.generate:
-            generation.pop("pad_token_id", None)  # such a model passes its own to its decoder
+            generation.pop("pad_token_id", None)  # such a model passes its own padding token to its decoder
         return generation
 
     def _bounded(self, generation: dict[str, Any], prompt: int) -> dict[str, Any]:

@@ -259,7 +259,7 @@ class TextGenerator(Adapter):
 
     @contextlib.contextmanager
     def _randomness(self, units: Sequence[Unit]) -> Iterator[None]:
-        """A context with torch's own random numbers from the seed of a request that has its own call."""
+        """A context that seeds torch's random numbers for a request with a call of its own; it does nothing for other requests."""
         if not _request(units[0]).plan.alone:
             yield
             return

@@ -1,8 +1,8 @@
 """Turns the parameters of a request into a `Plan`: the part that all requests of a generate() call share, and its own part.
 
-Defaults come from three places: the call, the model's generation config, the pipeline. transformers merges them; this module only
-reads the result. `TextGenerator` asks for a plan for each request. Arguments that generate() refuses raise ItemError
-(bad_parameter).
+Defaults come from three places: the call, the model's generation config, the pipeline. transformers merges the three;
+this module only reads the result. `TextGenerator` asks for a plan for each request. Arguments that generate() refuses raise
+ItemError (bad_parameter).
 """
 
 from __future__ import annotations
