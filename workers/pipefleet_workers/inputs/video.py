@@ -98,7 +98,7 @@ class Clip:
         return float(found) if found else None
 
     def _decoded(self, wanted: int, losses: Losses) -> Iterator[av.VideoFrame]:
-        """The frames. Refused before the first frame, if `wanted` frames have too many pixels."""
+        """The frames. Raises ItemError before the first frame if `wanted` frames have too many pixels."""
         with self._open() as container:
             stream = _film(container)
             width, height = stream.codec_context.width, stream.codec_context.height
@@ -111,7 +111,7 @@ class Clip:
     def _checked(
         self, packets: Iterable[av.Packet[Any]], context: av.VideoCodecContext, losses: Losses
     ) -> Iterator[av.VideoFrame]:
-        """The frames of packets. Packets that show no frame count too: a codec may decode pictures and hide them."""
+        """The frames of packets. Packets without a frame count too: a codec may decode pictures and hide them."""
         pixels = hidden = 0
         end = time.monotonic() + self.max_seconds
         for packet in packets:

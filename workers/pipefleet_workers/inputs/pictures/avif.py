@@ -1,6 +1,6 @@
 """The size of the AV1 streams of an AVIF, by their own headers: the decoder allocates this size, whatever the container declares.
 
-Bytes go in, a size or the name of an excess comes out; nothing raises. `declared` asks for the size, `pieces` for the excess.
+Bytes go in, a size or the name of an excess comes out. `declared` asks for the size, `pieces` for the excess.
 
 Only sequence headers are read. A frame that overrides the size of its sequence is bounded only by the decoder (2^28 pixels).
 """

@@ -26,7 +26,7 @@ _UNREAD = {
     rb"%PDF-": "PDF",
 }
 """Common formats that Pillow does not open, by the first bytes of a file."""
-# Pillow cuts large pictures into blocks of 16 MB, which malloc keeps for the thread; those above 32 MB always go back at once.
+# By default Pillow cuts large pictures into blocks of 16 MB, which malloc keeps for the thread; blocks above 32 MB go back at once.
 Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 
 

@@ -17,11 +17,11 @@ from itertools import islice
 from pipefleet_workers.inputs.containers import FLAC_START, chunk_of, is_placeholder
 
 _MOST_PARTS = 256
-"""Most parts that are opened one by one; later parts belong to the last one."""
+"""Most parts that are opened one by one; the last part holds all later parts."""
 _MOST_PAGES = 1 << 20
 """Most pages of an Ogg that are read; an encoder's pages of this number hold hours."""
 _MOST_TAGS = 1 << 14
-"""Most tags of each kind that are looked for; FFmpeg skips later tags as it skips any bytes that are no sound."""
+"""Most tags of each kind that are searched. FFmpeg skips later tags, as it skips all bytes that are no sound."""
 _ID3 = re.compile(rb"ID3[\x02-\x04][\x00-\x0f][\x00\x10\x20\x40\x50\x60\x80\x90\xa0\xc0\xd0\xe0][\x00-\x7f]{4}")
 _APE = re.compile(rb"APETAGEX[\xd0\xe8][\x03\x07]\x00\x00")
 _APE_HEAD = 32
