@@ -4,7 +4,7 @@
                 └▶ S3: the refusal beside the run, the run's end      in a thread of its own
 
 The ledger calls `Burials.letter` for each dead letter, the consumer for refused shards. If the second step fails, the next client
-that looks at the run does it.
+that looks at the run does this step.
 """
 
 from __future__ import annotations

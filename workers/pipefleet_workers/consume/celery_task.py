@@ -160,7 +160,7 @@ class InferTask(Task):  # type: ignore[misc]
         return not isinstance(queued, int | float) or queued <= at
 
     def take_or_not(self, barred: str | None) -> None:
-        """Stop Celery from taking messages while the worker is barred. Called by any thread."""
+        """Let Celery take messages, or no messages while the worker is barred. Called by any thread."""
         celery = self.celery_consumer
         if celery is not None:
             celery.call_soon(lambda: self._obey(celery))
@@ -284,7 +284,7 @@ class CeleryDelivery:
 
     def _accept(self) -> None:
         if self._ready or self._accepted:
-            return  # the job was revoked while it began
+            return  # the job was revoked before this step
         self._accepted = True
         self._request.time_start, self._request.worker_pid = time.time(), os.getpid()
         state.task_accepted(self._request)
@@ -355,7 +355,7 @@ def _check(message: Any, clock: Callable[[], float]) -> None:
 
 
 def _seconds_until(request: Any, now: float) -> float:
-    """Seconds until a request may begin, or until it expires if that is earlier; at most 0 without an eta.
+    """Seconds until a request may begin, or until it expires if it expires earlier; at most 0 without an eta.
 
     Raises OverflowError and ValueError.
     """
@@ -402,7 +402,7 @@ def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopSt
 
 
 def _run_ready(celery: Any) -> None:
-    """Run the steps that wait for the ended event loop, and the steps that they add; acknowledgements are among them."""
+    """Run the steps that still wait for the ended event loop, and all steps that these add. Acknowledgements are among them."""
     for _ in range(8):
         ready = celery.hub._pop_ready() if celery.hub else ()
         if not ready:

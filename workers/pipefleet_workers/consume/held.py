@@ -42,7 +42,7 @@ class Delivery(Protocol):
     revoked: bool
     """True once an operator has revoked the job."""
     deadline: float | None
-    """When the message expires according to its headers, in seconds since 1970; the job may have an earlier deadline of its own."""
+    """When the message expires by its headers, in seconds since 1970. The job itself may have an earlier deadline."""
 
     @property
     def lease(self) -> Lease | None:

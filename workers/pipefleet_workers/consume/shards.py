@@ -115,7 +115,7 @@ class Shards:
         without: Mapping[int, JobFailure] | None = None,
         only: Sequence[int] | None = None,
     ) -> list[Outcome]:
-        """The outcomes of items, in order: of all items, or only of those at the positions `only`.
+        """The outcomes of items, in order: of all items, or only of the items at the positions `only`.
 
         Items in `without` have failed already.
         """
@@ -131,7 +131,7 @@ class Shards:
             self._admit([work for work in works if work.position not in without], sink, message.shard)
             self._wait(sink, message.shard)
         except Exception as error:
-            context.give_back(error)  # items that are still inside would only slow the next try
+            context.give_back(error)  # remaining items in the engine would only slow the next try
             raise
         finally:
             self._jobs.end(context)

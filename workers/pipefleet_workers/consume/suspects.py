@@ -87,7 +87,7 @@ class Journal:
         self._key = run_key(shard.run_id, f"suspects:{shard.index}")
 
     def read(self, reader: str) -> Finding:
-        """The finding, without a note that the process `reader` itself wrote about an item that it was trying."""
+        """The finding. A note about a running item is left out if the process `reader` itself wrote it."""
         with redis_errors(self._settings.redis_url):
             raw = self._redis.hgetall(self._key)
         position, _, process = raw.get(b"trying", b"").decode(errors="replace").partition(":")
