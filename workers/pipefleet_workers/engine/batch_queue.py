@@ -1,4 +1,4 @@
-"""The bounded room between preprocessing and the device: a MicroBatcher behind one lock.
+"""The bounded room between preprocessing and the device: a MicroBatcher behind one lock. The engine makes one.
 
 Threads of the `cpu` stage put units in; the device's thread takes batches out. `put` blocks while the room is full, so a slow
 device slows every stage before it. `take` blocks while the room is empty.

@@ -1,4 +1,4 @@
-"""Bounds on the memory of a worker: items and bytes of bulk work, bytes of decoded inputs, of outputs and of results.
+"""Bounds the memory of a worker: items and bytes of bulk work, bytes of decoded inputs, of outputs and of results.
 
     inputs ─▶ decoded, and the model's features ─▶ outputs of the model ─▶ results ─▶ stored
 
@@ -68,7 +68,7 @@ class Budget:
         return True
 
     def prepared(self, works: Sequence[tuple[Work, int]]) -> None:
-        """Each item is features now, of the given number of bytes; its decoded form is gone."""
+        """Each item has become features of the given number of bytes; its decoded form is freed."""
         with self._changed:
             self._reweigh(works)
             self._changed.notify_all()

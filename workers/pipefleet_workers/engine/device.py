@@ -143,7 +143,7 @@ class Device:
         step.end(outputs)
 
     def _tick(self) -> None:
-        """At each step of a long forward: feed the watchdog, and end what was aborted meanwhile."""
+        """At each step of a long forward: feed the watchdog, and end units that were aborted meanwhile."""
         self._forwarding.tick()
         self._abort()
 

@@ -80,7 +80,7 @@ class Forward:
         return self._in_pieces(units, progress, halves=memory)
 
     def _in_pieces(self, units: Sequence[Unit], progress: Progress, *, halves: bool) -> list[Any | JobFailure]:
-        """The outputs of units that failed together; None for those whose output is handed on already."""
+        """The outputs of units that failed together; None for each unit whose output is handed on already."""
         rest = [unit for unit in units if progress.remains(unit)]
         half = len(rest) // 2
         pieces = [piece for piece in (rest[:half], rest[half:]) if piece] if halves else [[unit] for unit in rest]

@@ -110,7 +110,7 @@ class Answer:
 
 
 def serve(connection: Connection, recipe: Recipe) -> None:
-    """Answer requests until the parent says None or is gone. A child that is stuck in an item dies with its parent as well."""
+    """Answer requests until the parent sends None or is gone. A child that hangs in an item also dies with its parent."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         tie(parent.pid)
