@@ -40,7 +40,7 @@ _CHUNK = 500
 _PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 1.0
 """Seconds before Redis is tried again."""
 _MOST_TELLS = 5
-"""A dead letter is filed untold after so many failed reports, counted while reports of other letters succeed."""
+"""After so many failed reports a dead letter is filed without one. Only failures while other reports succeed count."""
 
 
 class _Held(NamedTuple):
@@ -169,7 +169,7 @@ class Ledger:
         return sorted(found, key=lambda lease: lease.order)
 
     def give_all_back(self) -> None:
-        """Give back all held messages, also those that the consumer dropped.
+        """Give back all held messages, also messages that the consumer dropped.
 
         Celery's thread pool drops unstarted tasks at shutdown.
         """
@@ -292,7 +292,7 @@ class Ledger:
         return answer
 
     def _note_answer(self) -> None:
-        """Note that Redis answered. After an outage, every worker must renew its leases before any worker sweeps."""
+        """Note that Redis answered. After an outage for all workers, each must renew its leases before any worker sweeps."""
         now = time.monotonic()
         if now - self._answered_at > self._silence:
             self._sweep_at = max(self._sweep_at, now + 2 * self._terms.renew_seconds)

@@ -66,7 +66,7 @@ class Settlements:
 def calls(batch: Sequence[Entry], prefix: str) -> list[tuple[str, list[Any]]]:
     """The scripts that write a batch, with their arguments."""
     acked = [lease for lease, how in batch if isinstance(how, Acked)]
-    # The message that is put back last is fetched first, so the oldest is put back last.
+    # Redis returns first the message that was put back last. So the oldest message is put back last.
     back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
     buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
     found: list[tuple[str, list[Any]]] = [

@@ -417,7 +417,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             bell = self._bells.get(name)
             if bell is not None and bell.idle and not self._has_room(name):
                 self._arrived.discard(name)
-                # With its text: nobody reads the answer of a bell, so nobody would send the text after a NOSCRIPT.
+                # Send the text: no code reads the answer of a bell, so none would send the text after a NOSCRIPT.
                 bell.put_back(["EVAL", GATHER, len(self.ledger.keys), *self.ledger.keys, name])
 
     def _has_room(self, name: str) -> bool:

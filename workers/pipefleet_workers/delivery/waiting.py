@@ -2,7 +2,7 @@
 
     list ──BLMOVE──▶ list:arriving ──gather, at the next fetch or sweep──▶ head of list ──fetch──▶ lease
 
-`BLMOVE list list:arriving RIGHT LEFT` returns as soon as any program pushes a message, and only to the worker that has waited
+`BLMOVE list list:arriving RIGHT LEFT` returns as soon as any program pushes a message. Redis wakes only the worker that has waited
 longest. The message still belongs to the queue: the next fetch, usually by the woken worker, first puts the messages of `arriving`
 back to the head of their list (`gather` in `scripts`). Every sweep does the same, for a worker that died or froze. A woken worker
 without room does the same too, and so wakes the next worker.
@@ -96,7 +96,7 @@ class LeasePoller(MultiChannelPoller):  # type: ignore[misc]
         return super().handle_event(fileno, event)
 
     def maybe_check_brpop_health(self) -> None:
-        """Drop connections whose answer is overdue, those of bells included."""
+        """Drop connections whose answer is overdue, bells included."""
         super().maybe_check_brpop_health()
         for channel in list(self._channels):
             channel.check_bells()
