@@ -43,7 +43,7 @@ HAND_OVER_PAUSE = 1.0
 Else this worker would take it again at once.
 """
 HAND_OVER_SECONDS = 600.0
-"""How long a shard is handed back before it fails: workers that could do it may exist but never take it."""
+"""How long a shard is handed back before it is refused: workers that could do it may exist but never take it."""
 
 
 class ElsewhereError(DrainedError):
