@@ -38,7 +38,7 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy, at a tenth of its cost for plain values, which most arguments are."""
+    """A deep copy. Most arguments are plain values, for which this takes a tenth of the time of `copy.deepcopy`."""
     return {name: value if isinstance(value, _PLAIN) else copy.deepcopy(value) for name, value in arguments.items()}
 
 

@@ -104,7 +104,7 @@ class Adapter:
     def longest(self, positions: int | None) -> int:
         """Tokens that a text may have: the size of the table of positions, else the bound of the settings or of the model's config.
 
-        Without a bound one text could take all memory, which grows with the square of its tokens, and end the worker.
+        The memory of a forward grows with the square of the tokens. Without a bound, one text could end the worker.
         """
         if positions is not None:
             return positions
@@ -143,7 +143,7 @@ class Adapter:
         return {name: _joined([unit.features[name] for unit in units]) for name in names}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """The model's outputs for collated inputs, on the host. A forward of many steps ticks and asks `progress` at each."""
+        """The model's outputs for collated inputs, on the host. A forward of many steps calls `progress` at each step."""
         return self.pipe.forward(inputs, **self.arguments(units[0]).fresh().forward)
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
@@ -153,12 +153,12 @@ class Adapter:
         ]
 
     def numbers(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """The model's raw outputs for each unit, its own part only: what the proof of exactness compares."""
+        """The model's raw outputs for each unit, without padding. The proof of exactness compares these arrays."""
         rows = self.split(self.run(self.collate(units), units, UNOBSERVED), units)
         return [_as_numbers(next(iter(row.values())) if isinstance(row, Mapping) else row) for row in rows]
 
     def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """When each token that the model writes for a unit was spoken, in seconds; only with `tells_moments`."""
+        """For each unit, the second at which each written token was spoken. Called only with `tells_moments`."""
         raise NotImplementedError
 
     def finish(self, assembly: Assembly) -> Any:
@@ -196,7 +196,7 @@ def shape_key(features: Mapping[str, Any]) -> tuple[Any, ...]:
 def brief(error: BaseException) -> str:
     """The class of an error and the first 300 characters of its first line; whole payloads never reach a message.
 
-    A line that ends with a colon says nothing without the next one.
+    If the first line ends with a colon, the next line is added: the first says nothing without it.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()]
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])

@@ -1,4 +1,8 @@
-"""The random numbers of one request: those that a pipeline draws when torch is seeded before its call."""
+"""Gives each request random numbers of its own: the numbers that a pipeline draws if torch is seeded before its call.
+
+A seed goes in; a context comes out, in which torch draws the numbers of this seed. Adapters that sample with torch's own generator
+enter it around the forward, in the thread of the forward. Torch's global numbers are unchanged afterwards.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ class Draws:
     """The random numbers of one request, which go on from call to call."""
 
     def __init__(self, seed: int, device: torch.device, *, loads: bool = False) -> None:
-        """`loads` says that transformers' pipeline reads even a single input through a DataLoader, which draws first."""
+        """`loads`: transformers' pipeline reads even a single input through a DataLoader, which draws one number first."""
         self._seed = seed
         self._loads = loads
         self._devices = [device] if device.type == "cuda" else []
@@ -20,7 +24,7 @@ class Draws:
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """Inside of it torch draws these numbers; afterwards torch's own go on as if nothing had been drawn."""
+        """A context in which torch draws these numbers. Afterwards torch's own numbers go on as if none had been drawn."""
         with torch.random.fork_rng(devices=self._devices):
             if self._state is None:
                 torch.manual_seed(self._seed)
@@ -35,5 +39,5 @@ class Draws:
 
 
 def drawing(seed: int | None, device: torch.device, *, loads: bool = False) -> contextlib.AbstractContextManager[None]:
-    """The context of one call that draws `seed`'s numbers; without a seed it does nothing."""
+    """A context for one call, in which torch draws the numbers of `seed`. Without a seed the context does nothing."""
     return contextlib.nullcontext() if seed is None else Draws(seed, device, loads=loads).current()

@@ -1,4 +1,4 @@
-"""Tensors of unequal sizes in one tensor. Called by adapters whose models hide padding, such as behind an attention mask."""
+"""Stacks tensors of unequal sizes, filled up to the largest. Only adapters whose models hide padding (with a mask) call it."""
 
 from __future__ import annotations
 

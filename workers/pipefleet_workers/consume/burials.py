@@ -4,7 +4,7 @@
                 └▶ S3: the refusal beside the run, the run's end      in a thread of its own
 
 The ledger calls `Burials.letter` for each dead letter, the consumer for refused shards. If the second step fails, the next client
-that looks at the run does it.
+that looks at the run does this step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ PATIENCE_SECONDS = 300.0
 class Burials:
     """Notes the dead letters of one queue. Thread-safe.
 
-    `on_refused` is called with the failure and the number of items of a shard once it is noted, by the thread that ends runs. That
-    thread begins with the first refused shard, also after `stop`.
+    Once a refused shard is noted, the thread that ends runs calls `on_refused` with the failure and the shard's number of items.
+    This thread begins with the first refused shard, also after `stop`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Burials:
         self._service = Service("burials", self._follow, wake=self._shards.wake)
 
     def letter(self, letter: DeadLetter) -> None:
-        """Tell the waiting client. Raises ServiceUnavailableError while Redis is away; then the caller calls again later.
+        """Tell the waiting client. Raises ServiceUnavailableError while Redis is away; the caller then calls again later.
 
         If another program has overwritten the record of the job or the run, no one can be told. This raises nothing: repeated calls
         for such letters would keep later letters back.
@@ -104,7 +104,7 @@ class Burials:
         self._service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End after what has been noted, tried once more where a service is away. Whether that took at most `timeout` seconds."""
+        """End the runs of noted shards (one try each while a service is away), then stop. Whether `timeout` seconds were enough."""
         return self._service.stop(timeout)
 
     def _follow(self, stopping: threading.Event) -> None:

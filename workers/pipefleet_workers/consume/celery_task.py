@@ -4,7 +4,7 @@
 
 Requests keep the state that Celery's tools read: `inspect active` and `reserved`, and the events that Flower shows. Celery ends
 revoked and expired messages by itself; here the consumer ends them, so that the job's record ends as well. A pool would cost a
-thread hop and several times the time of a small job. A message that is no job raises InvalidTaskError, which Celery handles.
+thread hop and several times the time of a small job. A malformed message raises InvalidTaskError, which Celery handles.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHORT_WAIT = 1.0
 
 
 class InferRequest(Request):  # type: ignore[misc]
-    """A request that Celery cannot end by itself: Celery's wishes for it go to the consumer."""
+    """A request that Celery cannot end by itself: the consumer gets Celery's orders to end it."""
 
     def maybe_expire(self) -> bool:
         """Always False: the consumer knows the time too, and ends the job as expired."""
@@ -131,7 +131,7 @@ class InferTask(Task):  # type: ignore[misc]
         return handle
 
     def _wait_in_redis(self, delivery: CeleryDelivery, lease: Lease, seconds: float) -> None:
-        """Let a message wait beside its queue, where it does not take the place of another message."""
+        """Let a message wait in Redis, beside its queue. There it takes no place of the prefetch."""
         self._put_off.pop(delivery.id, None)
         self._put_off[delivery.id] = lease
         if len(self._put_off) > MOST_REVOKED:
@@ -140,7 +140,7 @@ class InferTask(Task):  # type: ignore[misc]
         lease.put_off(seconds)
 
     def revoke(self, ids: Iterable[str]) -> None:
-        """End these jobs: those that are here, and those that come later. Called in the event loop; returns at once."""
+        """End the jobs with these ids, here or when they come later. Called in the event loop; returns at once."""
         known = self._revoked_at
         for one in ids:
             known.pop(one, None)
@@ -160,7 +160,7 @@ class InferTask(Task):  # type: ignore[misc]
         return not isinstance(queued, int | float) or queued <= at
 
     def take_or_not(self, barred: str | None) -> None:
-        """Stop Celery from taking messages while the worker is barred. Called by any thread."""
+        """Let Celery take messages, or no messages while the worker is barred. Called by any thread."""
         celery = self.celery_consumer
         if celery is not None:
             celery.call_soon(lambda: self._obey(celery))
@@ -175,7 +175,7 @@ class InferTask(Task):  # type: ignore[misc]
             celery.task_consumer.cancel()
 
     def died(self, job_id: str, reason: str) -> None:
-        """Tell Celery that a job went to the dead letters after its workers died, so that no worker reports it.
+        """Send Celery's event that a job failed: its workers died, so the job is a dead letter, and none of them can report it.
 
         Called by any thread.
         """
@@ -268,7 +268,7 @@ class CeleryDelivery:
         self._soon(lambda: self._refuse(reason))
 
     def _soon(self, step: Callable[[], None]) -> None:
-        """Let the event loop do a step after the earlier steps of this delivery; the loop alone keeps no order."""
+        """Let the event loop do a step after all earlier steps of this delivery. The loop itself keeps no order."""
         self._steps.append(step)
         self._celery.call_soon(self._take_steps)
 
@@ -279,12 +279,12 @@ class CeleryDelivery:
                 step()
             except self._celery.connection_errors:
                 raise  # Celery connects again
-            except Exception:  # it would end the worker, only because Celery's books of one message are wrong
+            except Exception:  # an error in Celery's books of one message must not end the worker
                 log.exception("what Celery is told of message %s failed", self.id)
 
     def _accept(self) -> None:
         if self._ready or self._accepted:
-            return  # the job was revoked while it began
+            return  # the job was revoked before this step
         self._accepted = True
         self._request.time_start, self._request.worker_pid = time.time(), os.getpid()
         state.task_accepted(self._request)
@@ -355,7 +355,7 @@ def _check(message: Any, clock: Callable[[], float]) -> None:
 
 
 def _seconds_until(request: Any, now: float) -> float:
-    """Seconds until a request may begin, or until it expires if that is earlier; at most 0 without an eta.
+    """Seconds until a request may begin, or until it expires if it expires earlier; at most 0 without an eta.
 
     Raises OverflowError and ValueError.
     """
@@ -402,7 +402,7 @@ def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopSt
 
 
 def _run_ready(celery: Any) -> None:
-    """Run the steps that wait for the ended event loop, and the steps that they add; acknowledgements are among them."""
+    """Run the steps that still wait for the ended event loop, and all steps that these add. Acknowledgements are among them."""
     for _ in range(8):
         ready = celery.hub._pop_ready() if celery.hub else ()
         if not ready:

@@ -128,13 +128,13 @@ class Consumer:
         self._loops.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Give back what is here, then end the threads: after `drain`, or instead of it. Whether `timeout` seconds were enough.
+        """Give back all deliveries, then end the threads: after `drain`, or instead of it. Whether `timeout` seconds were enough.
 
-        A consumer that was stopped or drained gives back whatever it takes, also when it is started anew.
+        A stopped or drained consumer gives back each delivery that it takes, also when it is started anew.
         """
         self._begin_draining()
         self._jobs.give_back_all(DrainedError())
-        ended = self._loops.stop(timeout)  # before the reporting: one of them waits for the report of a suspect
+        ended = self._loops.stop(timeout)  # before the reporting: the loop of suspects waits for a report
         return Services(self._singles.reporting, self.health).stop(timeout) and ended
 
     def _services(self) -> Services:
@@ -174,7 +174,7 @@ class Consumer:
         return found
 
     def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
-        """Give back what has not begun, wait up to `seconds` for the rest (less when `hurry` is set), then give that back too."""
+        """Give back waiting jobs, wait up to `seconds` for running jobs (less once `hurry` is set), then give the rest back."""
         self._begin_draining()
         self._wait_until_empty(seconds, hurry)
         self._jobs.give_back_all(DrainedError())
@@ -239,7 +239,7 @@ class Consumer:
         log.warning("a job begins again in %.1f s: %s", seconds, error)
         if not self.later.put(delivery, seconds):
             self.give_back(delivery)
-        elif delivery.revoked:  # it was revoked while it was put there, and the revocation has not found it
+        elif delivery.revoked:  # it was revoked during the put, and the revocation did not find it
             self.later.pick(lambda one: one is delivery)
             self._route(delivery)
 
@@ -285,7 +285,7 @@ class Consumer:
         self._leave(delivery, act)
 
     def _bar(self, barred: str | None) -> None:
-        """S3 refuses this worker: give everything back. Deliveries that are still on their way in here go back when they begin."""
+        """S3 refuses this worker: give all deliveries back. A delivery that is still on its way in goes back when it begins."""
         if barred is not None:
             for delivery in self.later.pick(lambda _: True):
                 self.give_back(delivery)
@@ -309,7 +309,7 @@ class Consumer:
 
     def _wait_until_empty(self, seconds: float, hurry: threading.Event | None = None) -> None:
         if hurry is not None:  # it is set by a signal's handler, which must not touch a lock of ours
-            # No service: it ends by itself, with this wait.
+            # This thread is no service: it ends with this wait.
             threading.Thread(target=self._notify_when, args=(hurry, seconds), daemon=True).start()
         with self._changed:
             self._changed.wait_for(
@@ -348,7 +348,7 @@ class Consumer:
             self._singles.start(singles)
 
     def _readable(self, batch: list[Delivery]) -> list[_Read]:
-        """The deliveries that are jobs, with these; the others end here, and all of them while the worker drains."""
+        """The deliveries that are jobs, each with its job. The others end here; while the worker drains, all end here."""
         found = []
         for delivery in batch:
             if self._draining.is_set() or self.barred is not None:
@@ -421,7 +421,7 @@ class Consumer:
 
     @contextlib.contextmanager
     def _goes_on(self, *deliveries: Delivery) -> Iterator[None]:
-        """Keep the thread alive: an error inside is logged, and the deliveries that are still here begin again later."""
+        """Keep the thread alive: log an error inside; the deliveries that have not ended begin again later."""
         try:
             yield
         except Exception as error:

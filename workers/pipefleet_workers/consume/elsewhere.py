@@ -24,7 +24,7 @@ from pipefleet.queues.revision_notes import note_revision
 from pipefleet.settings import Settings
 
 FRESH_SECONDS = 2.0
-"""How long the workers' announcements are used without reading them again, for jobs that they answer."""
+"""How long the workers' announcements are used without reading them again. A job without an answer in them reads them anew."""
 
 
 class Elsewhere:

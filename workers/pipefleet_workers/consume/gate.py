@@ -13,8 +13,8 @@ from contextlib import contextmanager
 class Gate:
     """Counts the jobs inside. Thread-safe. A job that waits to be alone keeps later jobs out.
 
-    Jobs that begin together enter together. If a thread entered for one job and then waited to enter for the next, it would wait
-    for ever: the job inside cannot end before the thread begins it, and the job that wants to be alone waits for this end.
+    Jobs that begin together enter with one call. A thread that entered for one job and then waited to enter for the next could wait
+    for ever: the first job ends only after the thread has begun it, and a job that waits to be alone waits for this end.
     """
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from pipefleet_workers.storage.store import BarredError
 
 log = logging.getLogger(__name__)
 FIRST, LONGEST = 0.5, 15.0
-"""Seconds between two looks at a service that is away: the first pause and the longest; pauses double, and vary down to half."""
+"""Seconds between two looks at a service that is away: the first pause and the longest. Pauses double, with jitter."""
 MOST = 400
 """Characters of a reason in a message."""
 
@@ -32,10 +32,10 @@ MOST = 400
 class Health:
     """Knows whether the services answer. Thread-safe. `probe` raises while a service does not answer.
 
-    An error of the probe that is not retryable bars the worker: its keys, its clock or its bucket are wrong. `sleep` waits that
-    many seconds between two looks; without it the wait ends at `stop`.
+    An error of the probe that is not retryable bars the worker: its keys, its clock or its bucket are wrong. `sleep` waits the
+    given seconds between two looks; the default wait ends at `stop`.
 
-    A look that finds a service away starts the thread that goes on asking, until `stop`; it ends when all is well.
+    A look that finds a service away starts a thread. The thread goes on asking until the services answer, or until `stop`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Health:
         self._asked = float("-inf")
         """When the last look began that found all services well."""
         self.watchers: list[Callable[[str | None], None]] = []
-        """Any thread calls these: with the reason when this worker is barred, and with None when it is no longer barred."""
+        """Callbacks of any thread: with the reason when this worker becomes barred, with None when it is no longer barred."""
 
     @property
     def well(self) -> bool:
@@ -85,7 +85,7 @@ class Health:
         return not self.check()
 
     def accuse(self, error: AccessDeniedError, seen: int) -> None:
-        """S3 refused this worker something. Returns if the worker is well otherwise: the refusal is then about this thing alone.
+        """Judge a refusal of S3. Returns if the worker is well otherwise: S3 then refuses only the one object.
 
         `seen` is the value of `renewals()` when the request got its credentials. Raises BarredError if S3 refuses this worker, and
         ServiceUnavailableError if no answer comes, or if a repeated request would have other credentials now.
@@ -120,7 +120,7 @@ class Health:
                 self._service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Ask no more, and let nobody wait; what was last known stays. Whether the thread has ended within `timeout` seconds."""
+        """Stop asking, and release all waiting threads; the last answer stays. Whether the thread ended in `timeout` seconds."""
         self.release()
         with self._changed:
             self._stopped = True
@@ -137,7 +137,7 @@ class Health:
         return error
 
     def _follow(self, error: Exception | None) -> None:
-        """After a look that found `error`: tell of it, and go on asking in a thread."""
+        """After a look: tell the watchers of `error`, and go on asking in a thread."""
         if error is None:
             return
         self._say(error)
@@ -172,7 +172,7 @@ class Health:
                 break
             self._say(error)
         log.warning("the services answer again")
-        stopping.set()  # whoever finds a service away from here on starts the thread anew
+        stopping.set()  # from here on, a look that finds a service away starts a new thread
         self._say(None)
 
     def _error(self) -> Exception | None:

@@ -42,7 +42,7 @@ class Delivery(Protocol):
     revoked: bool
     """True once an operator has revoked the job."""
     deadline: float | None
-    """When the message expires according to its headers, in seconds since 1970; the job may have an earlier deadline of its own."""
+    """When the message expires by its headers, in seconds since 1970. The job itself may have an earlier deadline."""
 
     @property
     def lease(self) -> Lease | None:
@@ -50,7 +50,7 @@ class Delivery(Protocol):
 
     @property
     def lost(self) -> bool:
-        """True when the lease ran out and another worker may have the message: no one wants the results from here any more."""
+        """True when the lease ran out and another worker may have the message. Results of this delivery are then not wanted."""
 
     def started(self) -> None:
         """Tell Celery that work begins; only the first call counts."""
@@ -59,10 +59,10 @@ class Delivery(Protocol):
         """Acknowledge the message: the job's results are written."""
 
     def give_back(self, delay: float = 0.0) -> None:
-        """Put the message back to its place in the queue. With a delay in seconds it is kept aside so long, and this is counted."""
+        """Put the message back to its place in the queue. With a `delay` it waits so many seconds first, and counts as a retry."""
 
     def hand_over(self, queue: str) -> None:
-        """Move the message to another queue, whose workers serve it; this delivery does not count."""
+        """Move the message to another queue, whose workers serve its job. This delivery does not count."""
 
     def refuse(self, reason: str) -> None:
         """Move the message to the dead letters."""

@@ -77,7 +77,7 @@ class Jobs:
         self._lock = threading.Lock()
         self.engine = engine
         self.turn = threading.Lock()
-        """The shard whose items are entering holds it, so that the items of an earlier shard enter first."""
+        """A shard holds this lock while its items enter, so that the items of an earlier shard enter first."""
         self.clock = clock
         self.is_away = is_away
 
@@ -106,7 +106,7 @@ class Jobs:
         return self._spec.settled(layered(self._spec, below, own))
 
     def _local(self, deadline: float | None) -> float | None:
-        """The deadline on the monotonic clock: the clock that it is compared with must not jump while the job is here."""
+        """The deadline on the monotonic clock, which does not jump while the job is here."""
         return None if deadline is None else time.monotonic() + (deadline - self.clock())
 
     def end(self, context: JobContext) -> None:

@@ -1,7 +1,7 @@
 """`Later`: keeps deliveries until their time has come, in memory; their leases are renewed meanwhile.
 
-The consumer puts postponed deliveries in, and those with a start time. One thread of the consumer takes the due ones out. A closed
-`Later` takes no more: the caller then gives the delivery back.
+The consumer puts in postponed deliveries, and deliveries with a start time. One thread of the consumer takes due deliveries out. A
+closed `Later` refuses deliveries: the caller then gives them back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 LONGEST_WAIT = 3600.0
-"""Seconds; the interpreter cannot wait for every year that a message may name."""
+"""Most seconds of one wait: a message may name a year for which the interpreter cannot wait."""
 
 
 class Later(Generic[_T]):
@@ -41,7 +41,7 @@ class Later(Generic[_T]):
             return True
 
     def take(self) -> list[_T]:
-        """Wait until something is due, and take everything that is due; returns an empty list once this is closed."""
+        """Wait until a thing is due, and take all due things; returns an empty list once this is closed."""
         with self._changed:
             while not self._closed:
                 due = self._due()
@@ -51,7 +51,7 @@ class Later(Generic[_T]):
             return []
 
     def pick(self, wanted: Callable[[_T], bool]) -> list[_T]:
-        """Take out, due or not, the things that `wanted` is true of."""
+        """Take out the things for which `wanted` is true, due or not."""
         with self._changed:
             found = [entry for entry in self._heap if wanted(entry[2])]
             self._heap = [entry for entry in self._heap if not wanted(entry[2])]

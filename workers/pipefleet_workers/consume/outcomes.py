@@ -1,7 +1,7 @@
-"""`Outcomes`: the sink of one shard.
+"""`Outcomes`: the sink of one shard; `Shards.process` makes it.
 
-The engine's threads deliver an outcome for each item. The thread of the shard waits for all of them, and writes progress meanwhile.
-If the shard is given back, the waiting thread gets the reason as an error.
+The engine's threads deliver an outcome for each item. The shard's thread waits for all outcomes, and writes progress meanwhile. If
+the shard is given back, the waiting thread raises the reason.
 """
 
 from __future__ import annotations

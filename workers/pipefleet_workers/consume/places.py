@@ -1,6 +1,6 @@
-"""Buckets that S3 refuses to this worker, which is well otherwise: jobs in these buckets are for workers that are allowed there.
+"""Buckets that S3 refuses to this worker, which is well otherwise. Jobs in these buckets go to workers that are allowed there.
 
-The consumer and the store note refusals here; the worker's announcement tells them to the others (`told`).
+The consumer and the store note refusals here; the worker's announcement lists them (`told`), and other workers read it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipefleet_workers.storage.store import RefusedHereError
 NOTED_SECONDS = 120.0
 """How long a refusal is announced; longer than the longest pause before the next try."""
 ASK_SECONDS = 1.0
-"""How long the others' answer is used: a shard may have thousands of refused items."""
+"""How long the answer about other workers is kept: a shard may have thousands of refused items."""
 PASS_ON_SECONDS = 2.0
 """How long a job is kept aside before another worker may take it; else this worker would take it again at once."""
 
@@ -53,7 +53,7 @@ class Places:
     def require(self, bucket: str) -> None:
         """Note that S3 refused something in a bucket. Raises RefusedHereError if another live worker is allowed there.
 
-        The others' answer is used for ASK_SECONDS. Raises ServiceUnavailableError when it cannot be had.
+        The answer about other workers is kept for ASK_SECONDS. Raises ServiceUnavailableError while Redis is away.
         """
         self._note(bucket)
         now = self._clock()

@@ -47,7 +47,7 @@ class Ends(Protocol):
 
 
 class Revocations:
-    """Ends what operators revoke. Thread-safe; `order` returns at once, and the service `carrying_out` does what was ordered."""
+    """Ends jobs that operators revoke. Thread-safe. `order` returns at once; the service `carrying_out` carries the orders out."""
 
     def __init__(self, jobs: Jobs, reporter: Reporter, health: Health, ends: Ends, draining: threading.Event) -> None:
         self._jobs = jobs
@@ -78,7 +78,7 @@ class Revocations:
                 self.carry_out(what)
             except Exception as error:
                 log.exception("revoking a job failed")
-                if not isinstance(what, str):  # nothing else ends it
+                if not isinstance(what, str):  # no other code ends this delivery
                     self._ends.refuse(what, f"{REVOKED}, and its end cannot be told: {type(error).__name__}")
 
     @contextmanager

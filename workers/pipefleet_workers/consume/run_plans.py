@@ -26,7 +26,7 @@ MAX_PLAN_BYTES = 1 << 20
 MOST_KNOWN = 256
 """Number of plans that are remembered."""
 PLANNING_SECONDS = 10.0
-"""How long a plan without totals is used before it is read again: its run is being planned, and has no bound yet."""
+"""How long a plan without totals is used before it is read again: its run is still being planned, and has no bound yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,10 @@ class RunPlans:
     def require(self, message: JobMessage, shard: Shard, store: WorkerStore) -> None:
         """Raise ContractError for a shard that lies outside its run, ServiceUnavailableError when the store is away.
 
-        A message that asks for something else than its run raises ContractError too: its items would fail, or have other results.
+        A message with other parameters than its run raises ContractError too: its items would fail, or have other results.
 
-        A remembered plan only accepts. Before a refusal the plan is read again, since another run may have begun at the same place.
+        A remembered plan may accept a shard, never refuse it. Before a refusal the plan is read again, since another run may have
+        begun at the same place.
         """
         with self._lock:
             known = self._known.get(shard.run_uri)

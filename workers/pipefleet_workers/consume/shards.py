@@ -1,5 +1,7 @@
 """Shards of bulk runs. A thread of the consumer reads the items of a shard, sends them through the engine and writes its part.
 
+The consumer calls `run`, `Suspects` the single steps. The class names the errors; each decides how the delivery ends.
+
 open: gate, plan, cancelled?, part there? ─▶ read ─▶ process ─▶ close: part ─▶ progress ─▶ the run's end, if it was the last
 """
 
@@ -41,7 +43,7 @@ HAND_OVER_PAUSE = 1.0
 Else this worker would take it again at once.
 """
 HAND_OVER_SECONDS = 600.0
-"""How long a shard is handed back. The workers that can do it may exist and never get to it."""
+"""How long a shard is handed back before it is refused: workers that could do it may exist but never take it."""
 
 
 class ElsewhereError(DrainedError):
@@ -113,7 +115,7 @@ class Shards:
         without: Mapping[int, JobFailure] | None = None,
         only: Sequence[int] | None = None,
     ) -> list[Outcome]:
-        """The outcomes of items, in order: of all items, or only of those at the positions `only`.
+        """The outcomes of items, in order: of all items, or only of the items at the positions `only`.
 
         Items in `without` have failed already.
         """
@@ -129,7 +131,7 @@ class Shards:
             self._admit([work for work in works if work.position not in without], sink, message.shard)
             self._wait(sink, message.shard)
         except Exception as error:
-            context.give_back(error)  # items that are still inside would only slow the next try
+            context.give_back(error)  # remaining items in the engine would only slow the next try
             raise
         finally:
             self._jobs.end(context)
@@ -153,7 +155,7 @@ class Shards:
         return ending
 
     def _part(self, shard: Shard) -> bytes:
-        """The part that another worker wrote, if it was a worker. Raises ContractError for more than MAX_PART_BYTES."""
+        """The part at the shard's place, usually another worker's. Raises ContractError if it has more than MAX_PART_BYTES."""
         uri = RunLayout(shard.run_uri, shard.format).part(shard.index)
         try:
             return self._outlets.store.get(StorageRef(uri), max_bytes=MAX_PART_BYTES)
@@ -161,7 +163,7 @@ class Shards:
             raise ContractError(f"the part of the shard cannot be read: {error}") from None
 
     def _end(self, shard: Shard, part: bytes) -> None:
-        """After the part is there, ours or another worker's: list its failures, note it, and end the run if it was the last."""
+        """After the part exists, ours or another worker's: list its failures, note it, and end the run if it was the last part."""
         layout, objects = RunLayout(shard.run_uri, shard.format), self._outlets.objects
         failed = part_format(shard.format).failed(part)
         write_failed_rows(objects, layout, shard.index, failed)
@@ -177,7 +179,7 @@ class Shards:
             require_format(shard)
         except ContractError:
             now = time.monotonic()
-            if len(self._handed_over) > 10_000:  # shards that another worker took are never asked for again
+            if len(self._handed_over) > 10_000:  # shards that another worker took never come back here
                 self._handed_over.clear()
             since = self._handed_over.setdefault(job_id, now)
             if now - since < HAND_OVER_SECONDS and self._elsewhere(shard.format):
@@ -205,7 +207,7 @@ class Shards:
         return Contents([item for _, item, _ in decoded], failures)
 
     def _admit(self, works: Sequence[Work], sink: Outcomes, shard: Shard | None) -> None:
-        """Send the items in as there is room, and report meanwhile which have ended: a shard may be larger than the worker."""
+        """Send items in while there is room, and report ended items meanwhile: a shard may be larger than the worker."""
         told = time.monotonic()
         with self._jobs.turn:
             for start in range(0, len(works), ADMITTED_AT_ONCE):

@@ -107,14 +107,14 @@ class Singles:
             for single in singles:
                 self._leave(single, error)
             return
-        except Exception as error:  # noqa: BLE001 - logged for the job whose fault it is
+        except Exception as error:  # noqa: BLE001 - logged for the job that caused it
             return self._start_each(singles, error)
         works = [work for single, state in zip(singles, states, strict=True) for work in self._begun(single, state)]
         for priority in sorted({work.job.priority for work in works}):
             self._admit([work for work in works if work.job.priority == priority])
 
     def _start_each(self, singles: Sequence[Single], error: Exception) -> None:
-        """Start jobs one by one: one job, for example with an id that cannot be written, has failed the round trip for all."""
+        """Start jobs one by one, after one bad job (such as an id that Redis cannot store) failed the round trip of all."""
         if len(singles) > 1:
             for single in singles:
                 self._start([single])
@@ -168,7 +168,7 @@ class Singles:
             if isinstance(end, Exception):
                 self._leave(single, end)
             elif single.delivery.lost:
-                self._leave(single, LOST)  # the worker that has the job now reports it
+                self._leave(single, LOST)  # the worker that now has the job reports it
             else:
                 finished.append((single, end))
         ends = [(single.message, outcome) for single, outcome in finished]

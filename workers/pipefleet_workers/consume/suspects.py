@@ -8,7 +8,7 @@ The search in a shard that was delivered too often:
 4. The next worker runs all other items as usual, in batches, but with no other job beside them.
 5. If that worker dies as well, there is another culprit: the search begins again at 1, without the known culprits.
 
-A worker that lives never convicts an item by its own note: it gave the item up for another reason, such as a Redis that was away.
+A living worker never convicts an item by its own note: it stopped at this item for another reason, such as an outage of Redis.
 The consumer calls `Suspects.run`. It raises the errors of `Shards.run`.
 
 A suspect is a message that was delivered often enough that it may have killed its workers. While a suspect waits, its delivery is
@@ -87,7 +87,7 @@ class Journal:
         self._key = run_key(shard.run_id, f"suspects:{shard.index}")
 
     def read(self, reader: str) -> Finding:
-        """The finding, without a note that the process `reader` itself wrote about an item that it was trying."""
+        """The finding. A note about a running item is left out if the process `reader` itself wrote it."""
         with redis_errors(self._settings.redis_url):
             raw = self._redis.hgetall(self._key)
         position, _, process = raw.get(b"trying", b"").decode(errors="replace").partition(":")
@@ -95,7 +95,7 @@ class Journal:
         return Finding(found[0] if found else None, tuple(self._positions(_list(raw.get(b"culprits", b"[]")))))
 
     def _positions(self, values: Sequence[Any]) -> list[int]:
-        """The values that are positions of the shard; other values, which only another program writes, accuse no item."""
+        """The values that are positions of the shard. Other values come from another program, and accuse no item."""
         found = [int(one) for one in values if re.fullmatch("[0-9]{1,9}", str(one), re.ASCII)]
         return [one for one in found if one < self._count]
 

@@ -30,7 +30,7 @@ class Tally:
         self._work = work
 
     def taken(self, delivery: Delivery) -> None:
-        """A message was delivered; or again, if a worker died with it or lost it."""
+        """A message was delivered, perhaps again after a worker died with it or lost it."""
         self._metrics.message("redelivered" if delivery.deliveries > 1 else "delivered")
 
     def handed_back(self) -> None:

@@ -22,7 +22,7 @@ __all__ = ["MalformedError", "check_message", "mark", "read_envelope", "refuse_c
 DELIVERIES = "x-delivery-count"
 RETRIES = "x-retry-count"
 MOST_DEPTH = 100
-"""Lists and objects within each other in a body; deeper nesting costs a stack that no job's inputs need."""
+"""Most levels of lists and objects in a body. Deeper nesting fills the stack, and no job's inputs need it."""
 _ENCODINGS = ("base64", "utf-8")
 _CHARACTERS = ("utf-8", "utf8", "us-ascii", "ascii")
 _NO_JSON = (ValueError, RecursionError, TypeError, LookupError, ArithmeticError, AttributeError)
@@ -82,7 +82,7 @@ def check_message(message: Any) -> None:
 
 
 def refuse_compression() -> None:
-    """Stop kombu from unpacking in this process, for every caller: Celery's own transport and its control channel unpack too."""
+    """Stop kombu from unpacking bodies in this process, for every caller: Celery's own transport and control channel unpack too."""
     for kind in compression.encoders():
         compression.register(compression.get_encoder(kind)[0], _refused, kind)
 

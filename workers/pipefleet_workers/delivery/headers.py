@@ -1,6 +1,6 @@
 """Keeps the few headers and properties that Celery and this worker read, each of the right type and bounded. `envelope` calls it.
 
-All other headers end here, among them headers that ask a worker to send further messages or to write results. A wrong type in a
+All other headers are dropped, among them headers that ask a worker to send further messages or to write results. A wrong type in a
 header that matters raises MalformedError; other wrong headers are dropped.
 """
 
@@ -18,7 +18,7 @@ from pipefleet.queues.celery import COST_HEADER, SHARD_HEADER, TIME_HEADER
 MOST_ID = 200
 """Characters of an id."""
 MOST_WAIT = 366 * 86_400.0
-"""Seconds; a message that should begin later than this from now is refused."""
+"""Seconds from now; a message that must begin later than this is refused."""
 MOST_STAMPS = 100
 _NEVER = 10 * MOST_WAIT
 """Seconds from now; a message that expires later than this does not expire."""
@@ -35,7 +35,7 @@ class MalformedError(Exception):
 
 
 def checked_headers(headers: Any, clock: Callable[[], float] = time.time) -> dict[str, Any]:
-    """The headers that are kept. Raises MalformedError when a header that decides has the wrong type."""
+    """The headers that are kept. Raises MalformedError when a header that matters has the wrong type."""
     if headers is None:
         return {}
     if not isinstance(headers, Mapping):

@@ -86,7 +86,7 @@ class Holder(Protocol):
         """End the lease; only the first call counts. Thread-safe."""
 
     def due_now(self, lease: Lease) -> None:
-        """Let the message of a lease that was put off come back now. Thread-safe."""
+        """End the delay of a lease that was put off. Thread-safe."""
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -95,8 +95,8 @@ class Lease:
 
     Of `ack`, `give_back`, `hand_over` and `dead_letter` only the first call counts.
 
-    It is renewed as long as any Python reference exists: to the lease, or to the message that `lease_of` found it on. Without a
-    reference it runs out, and the message is delivered again.
+    It is renewed as long as a Python reference exists to the lease, or to its kombu message (see `lease_of`). Without a reference
+    it runs out, and the message is delivered again.
     """
 
     tag: bytes
@@ -133,11 +133,11 @@ class Lease:
         self.holder.settle(self, GivenBack(max(0.0, delay)))
 
     def put_off(self, seconds: float) -> None:
-        """Keep the message aside until its time has come; this counts neither as a delivery nor as a retry."""
+        """Keep the message aside for `seconds`. This counts neither as a delivery nor as a retry."""
         self.holder.settle(self, GivenBack(max(0.0, seconds), retry=False))
 
     def due_now(self) -> None:
-        """Let a message that was put off come back now. Returns at once; does nothing if it has come back already."""
+        """Put a message that was put off back to its list now. Returns at once; does nothing if it is back already."""
         self.holder.due_now(self)
 
     @property
@@ -148,7 +148,7 @@ class Lease:
     def hand_over(self, queue: str, list: str) -> None:
         """Move the message to the head of another queue's list; this delivery does not count.
 
-        If that is the queue that it came from, the message is kept aside for a second, so that another worker takes it.
+        If it came from that queue, the message is kept aside for a second, so that another worker takes it.
         """
         self.holder.settle(self, GivenBack(1.0) if queue == self.queue else GivenBack(list=list))
 

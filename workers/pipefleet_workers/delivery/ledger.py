@@ -40,11 +40,11 @@ _CHUNK = 500
 _PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 1.0
 """Seconds before Redis is tried again."""
 _MOST_TELLS = 5
-"""A dead letter is filed untold after so many failed reports, counted while reports of other letters succeed."""
+"""After so many failed reports a dead letter is filed without one. Only failures while other reports succeed count."""
 
 
 class _Held(NamedTuple):
-    """A lease that the consumer may drop, with the data that its message needs to be given back all the same."""
+    """A weakly held lease, with the data to give its message back even after the consumer has dropped the lease."""
 
     lease: weakref.ref[Lease]
     tag: bytes
@@ -141,7 +141,7 @@ class Ledger:
         self._wake.set()
 
     def gather_soon(self) -> None:
-        """Let messages that woke this process, and were not fetched, wake others; also when no user is left. Returns at once."""
+        """Put unfetched messages that woke this process back, so that they wake others; also without a user. Returns at once."""
         self._gathers = True
         self._wake.set()
 
@@ -169,7 +169,7 @@ class Ledger:
         return sorted(found, key=lambda lease: lease.order)
 
     def give_all_back(self) -> None:
-        """Give back all held messages, also those that the consumer dropped.
+        """Give back all held messages, also messages that the consumer dropped.
 
         Celery's thread pool drops unstarted tasks at shutdown.
         """
@@ -193,7 +193,7 @@ class Ledger:
         self._tell_users()
 
     def due_now(self, lease: Lease) -> None:
-        """Let a message that was put off come back now."""
+        """End the delay of a message that was put off."""
         self._due.append(lease.tag)
         self._wake.set()
 
@@ -205,7 +205,7 @@ class Ledger:
     def flush(self, seconds: float) -> bool:
         """Wait until every settlement is written and reported; False when this took longer than `seconds`."""
         if os.getpid() != self._pid:
-            return True  # in a forked child: the thread and its work stayed with the parent
+            return True  # in a forked child: the thread and its work remain in the parent
         self._wake.set()
         with self._written:
             return self._written.wait_for(lambda: not (self._unwritten or self._reporting), seconds)
@@ -220,9 +220,9 @@ class Ledger:
             self._service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End when what is settled is written, or cannot be. Whether that took at most `timeout` seconds.
+        """End when all settlements are written, or cannot be written. Whether `timeout` seconds were enough.
 
-        What is held is renewed no more; whatever is attached, taken or settled later begins anew.
+        Held leases are then no longer renewed. A later `attach`, `add` or `settle` starts the thread again.
         """
         return Services(self._service, self._reports).stop(timeout)
 
@@ -292,7 +292,7 @@ class Ledger:
         return answer
 
     def _note_answer(self) -> None:
-        """Note that Redis answered. After a silence that all workers share, every worker must renew before any worker sweeps."""
+        """Note that Redis answered. After an outage for all workers, each must renew its leases before any worker sweeps."""
         now = time.monotonic()
         if now - self._answered_at > self._silence:
             self._sweep_at = max(self._sweep_at, now + 2 * self._terms.renew_seconds)
@@ -411,9 +411,9 @@ class Ledger:
             self._wake.set()
 
     def _given_up(self, failed: Sequence[bytes], *, others: bool) -> list[bytes]:
-        """Letters whose report fails while others succeed.
+        """Letters whose report keeps failing while other reports succeed.
 
-        After some tries they are filed untold, or they would keep later letters back.
+        After _MOST_TELLS tries they are filed without a report; else they would keep later letters back.
         """
         self._failed_tells = Counter({entry: self._failed_tells[entry] + others for entry in failed})
         given_up = [entry for entry in failed if self._failed_tells[entry] >= _MOST_TELLS]

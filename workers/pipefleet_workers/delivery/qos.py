@@ -1,6 +1,6 @@
 """The prefetch of a channel, counted by the leases of its ledger instead of kombu's list of tags.
 
-Kombu calls it for each channel.
+Kombu makes a `QoS` for each channel.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
             log.warning("messages could not be given back; they are delivered again once their lease runs out")
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """At the end of a channel: give back the held messages, unless only a connection broke and the tasks go on."""
+        """At the end of a channel: give back the held messages. Does nothing if only a connection broke, since the tasks go on."""
         self._on_collect.cancel()
         self._flush()
         if self.channel.do_restore and self.channel.leasing:

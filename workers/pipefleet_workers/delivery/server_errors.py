@@ -1,4 +1,4 @@
-"""Turns an error reply of the Redis server into Celery's two cases: wait and connect again, or go on without the failed step.
+"""Sorts error replies of the Redis server into Celery's two cases: wait and connect again, or go on without the failed step.
 
 `transport` wraps its calls with it.
 """
@@ -20,7 +20,7 @@ REFUSED_SECONDS = 1.0
 
 
 def is_no_list(error: ResponseError) -> bool:
-    """Whether the key of a list holds another type; the other lists are then served without it."""
+    """Whether the key of a list holds another type. The caller then serves the other lists."""
     return "WRONGTYPE" in str(error)
 
 

@@ -1,6 +1,7 @@
-"""Writes the ends of leases: many in one round trip, or one by one when one of them cannot be written.
+"""Writes the ends of leases (acks, give-backs, dead letters) to Redis. The ledger's thread calls it with a batch.
 
-The ledger's thread calls it.
+A batch takes one round trip. If one of its entries cannot be written, the entries are written one by one. RedisError means that the
+server is away: the ledger then repeats the whole batch.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Settlements:
             scripts.add(script, self._keys, *arguments)
         try:
             answers = scripts.run()
-        except (UnicodeError, DataError):  # an argument that has no form on the wire; nothing was sent
+        except (UnicodeError, DataError):  # an argument cannot be encoded; nothing was sent
             return None
         errors = [answer for answer in answers if isinstance(answer, Exception)]
         for error in errors:
@@ -65,7 +66,7 @@ class Settlements:
 def calls(batch: Sequence[Entry], prefix: str) -> list[tuple[str, list[Any]]]:
     """The scripts that write a batch, with their arguments."""
     acked = [lease for lease, how in batch if isinstance(how, Acked)]
-    # The message that is put back last is fetched first, so the oldest is put back last.
+    # Redis returns first the message that was put back last. So the oldest message is put back last.
     back = sorted(((one, how) for one, how in batch if isinstance(how, GivenBack)), key=lambda pair: -pair[0].order)
     buried = [(lease, how) for lease, how in batch if isinstance(how, Buried)]
     found: list[tuple[str, list[Any]]] = [

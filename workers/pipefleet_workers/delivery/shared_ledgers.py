@@ -39,7 +39,7 @@ class Callback:
 
 
 def ledger_for(channel: Any) -> Ledger:
-    """The process's ledger for a channel's server, keys and terms; made when it does not exist."""
+    """The ledger of this process for a channel's server, keys and terms; made at the first call."""
     prefix = channel.global_keyprefix
     keys = LeaseKeys(
         *(prefix + key for key in (channel.unacked_key, channel.unacked_index_key, channel.deliveries_key)),
@@ -73,7 +73,7 @@ def _terms(channel: Any) -> Terms:
 
 
 def _ledger_client(parameters: dict[str, Any], terms: Terms) -> Redis:
-    """A client like the channel's own, with time-outs that leave time for another try before a lease runs out."""
+    """A client like the channel's own. Its time-outs are so short that a failed call can be repeated before a lease runs out."""
     seconds = max(0.5, min(5.0, terms.lease_seconds / 5))
     bounded = {**parameters, "socket_timeout": seconds, "socket_connect_timeout": seconds, "max_connections": 4}
     redis: Redis = leave_replicas(Redis(connection_pool=ConnectionPool(**bounded)))

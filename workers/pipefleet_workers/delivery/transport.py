@@ -97,10 +97,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._arrived: set[str] = set()
         """Lists in which a message woke this channel after its last fetch was sent."""
         self._look_at: float | None = None
-        """When lists are looked at again that nobody may wait on, because the server is full."""
+        """When to look again at lists that no worker may wait on, because the server is full."""
         self._fetch: Fetch | None = None
         self._refusal: ResponseError | None = None
-        """Why the server did not run the last fetch by its digest; the next one goes with the text."""
+        """Why the server did not run the last fetch by its digest; the next fetch sends the text."""
         self._ledger: Ledger | None = None
         self._cached: tuple[Any, Any] | None = None
         with retrying():
@@ -136,7 +136,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             loop.call_soon(lambda: None)
 
     def finish_callbacks(self) -> None:
-        """Run the acks that still wait in an ended event loop; when it closed, it ran only the callbacks that it knew then."""
+        """Run the acks that still wait in an ended event loop: at its end it ran only the callbacks that it knew then."""
         loop = self._transport.loop
         for callback in (one for _ in range(8) for one in (loop._pop_ready() if loop is not None else ())):
             try:
@@ -207,7 +207,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
                 bell.connection.disconnect()
 
     def close(self) -> None:
-        """Close the channel; see `do_restore` for what becomes of its messages."""
+        """Close the channel; `do_restore` decides whether its messages go back."""
         try:
             super().close()
         finally:
@@ -219,7 +219,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         for queue in set(self._receivers) - set(self.active_queues):
             del self._receivers[queue]
         if not self.active_queues and self._fetch is not None and self._in_poll:
-            try:  # no one else reads this answer, and its messages must not wait until their leases run out
+            try:  # no other code reads this answer, and its messages must not wait until their leases run out
                 self._brpop_read()
             except (Empty, *self.connection_errors):
                 pass
@@ -286,7 +286,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
     def _fetch_again(self, fetch: Fetch, refusal: ResponseError) -> NoReturn:
         """Let the next poll send the script's text. Always raises Empty, kombu's word for no delivery."""
         self._refusal = refusal
-        self._arrived.update(one.name for one in fetch.lists)  # what woke this channel still waits to be fetched
+        self._arrived.update(one.name for one in fetch.lists)  # their messages still wait to be fetched
         raise Empty
 
     def _deliver(self, fetch: Fetch, answer: Any) -> bool:
@@ -364,7 +364,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             raise MalformedError("its body is not what its encoding says") from None
 
     def _note_empty(self, fetch: Fetch, answer: Any, found: Sequence[tuple[Lease, bytes]]) -> None:
-        """A fetch that had room left has emptied its lists; no second one is needed to know."""
+        """Note the lists as empty after a fetch with room left; no second fetch is needed."""
         self._known_empty.clear()
         if len(found) >= fetch.credit or answer[3]:
             return
@@ -412,12 +412,12 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._pass_on([bell.name])
 
     def _pass_on(self, names: Sequence[str]) -> None:
-        """Let messages that woke this channel, which has no room for them now, wake other workers."""
+        """Let messages that woke this channel wake other workers: it has no room for them now."""
         for name in self._arrived.intersection(names):
             bell = self._bells.get(name)
             if bell is not None and bell.idle and not self._has_room(name):
                 self._arrived.discard(name)
-                # With its text: nobody reads the answer of a bell, so nobody would send the text after a NOSCRIPT.
+                # Send the text: no code reads the answer of a bell, so none would send the text after a NOSCRIPT.
                 bell.put_back(["EVAL", GATHER, len(self.ledger.keys), *self.ledger.keys, name])
 
     def _has_room(self, name: str) -> bool:

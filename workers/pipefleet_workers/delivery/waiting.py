@@ -2,7 +2,7 @@
 
     list ──BLMOVE──▶ list:arriving ──gather, at the next fetch or sweep──▶ head of list ──fetch──▶ lease
 
-`BLMOVE list list:arriving RIGHT LEFT` returns as soon as any program pushes a message, and only to the worker that has waited
+`BLMOVE list list:arriving RIGHT LEFT` returns as soon as any program pushes a message. Redis wakes only the worker that has waited
 longest. The message still belongs to the queue: the next fetch, usually by the woken worker, first puts the messages of `arriving`
 back to the head of their list (`gather` in `scripts`). Every sweep does the same, for a worker that died or froze. A woken worker
 without room does the same too, and so wakes the next worker.
@@ -26,14 +26,14 @@ BELL = "BELL"
 
 
 class Bell:
-    """One list that is waited on. In kombu's poller it takes the place of a client, so it has a `connection`."""
+    """A wait on one list. In kombu's poller it takes the place of a client, so it has a `connection`."""
 
     def __init__(self, connection: Any, name: str, rung: Callable[[Bell], None]) -> None:
         self.connection = connection
         self.name = name
         self.kind = f"{BELL}:{name}"
         self.takes = False
-        """Whether the message that rings moves to the list `arriving`."""
+        """Whether the message moves to the list `arriving` when it rings."""
         self._rung = rung
         self._asked_at: float | None = None
         self._puts_back = False
@@ -55,7 +55,7 @@ class Bell:
         self.takes, self._puts_back, self._asked_at = takes, False, time.monotonic()
 
     def put_back(self, command: Sequence[Any]) -> None:
-        """Send the command that lets the message that rang wake others. Returns at once; `read` takes the answer."""
+        """Send `command`, which lets the message wake other workers. Returns at once; `read` takes the answer."""
         self.connection.send_command(*command)
         self._puts_back, self._asked_at = True, time.monotonic()
 
@@ -96,7 +96,7 @@ class LeasePoller(MultiChannelPoller):  # type: ignore[misc]
         return super().handle_event(fileno, event)
 
     def maybe_check_brpop_health(self) -> None:
-        """Drop connections whose answer is overdue, those of bells included."""
+        """Drop connections whose answer is overdue, bells included."""
         super().maybe_check_brpop_health()
         for channel in list(self._channels):
             channel.check_bells()

@@ -1,4 +1,4 @@
-"""The bounded room between preprocessing and the device: a MicroBatcher behind one lock.
+"""The bounded room between preprocessing and the device: a MicroBatcher behind one lock. The engine makes one.
 
 Threads of the `cpu` stage put units in; the device's thread takes batches out. `put` blocks while the room is full, so a slow
 device slows every stage before it. `take` blocks while the room is empty.
@@ -33,7 +33,7 @@ class BatchQueue:
             self._changed.notify_all()
 
     def take(self, stopping: threading.Event) -> Batch | None:
-        """The next batch; blocks while there is none. After `stopping` it gives the batches that are left, then None."""
+        """The next batch; blocks while there is none. After `stopping` it returns the remaining batches, then None."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._batcher) > 0 or stopping.is_set())
             batch = self._batcher.take(time.monotonic())
@@ -47,7 +47,7 @@ class BatchQueue:
             self._batcher.limits = replace(limits, max_cost=max(1, min(limits.max_cost, cost)))
 
     def wake(self) -> None:
-        """Let those that wait in `take` see that they are to stop."""
+        """Wake the threads in `take`, so that they see `stopping`."""
         with self._changed:
             self._changed.notify_all()
 

@@ -45,10 +45,10 @@ class _Lane:
         self.total += unit.length
 
     def next(self, urgent: int) -> int:
-        """Index of the unit to begin with: the longest of priority `urgent` that is not above the last batch, else its longest.
+        """The index of the longest unit of priority `urgent` that is not above the last batch; without one, of the longest unit.
 
-        Starting at the longest unit each time pads almost as much as arrival order does. A long unit would be served as soon as it
-        comes, together with whichever short units are there, and the short ones would pile up.
+        Starting at the longest unit each time would pad almost as much as arrival order does: a long unit would go as soon as it
+        comes, together with the few short units that are there, and other short units would pile up.
         """
         indices = [index for index, unit in enumerate(self.units) if unit.priority == urgent]
         return next((index for index in reversed(indices) if self.units[index].length <= self.below), indices[-1])

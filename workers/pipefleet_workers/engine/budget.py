@@ -1,8 +1,8 @@
-"""Bounds on the memory of a worker: items and bytes of bulk work, bytes of decoded inputs, of outputs and of results.
+"""Bounds the memory of a worker: items and bytes of bulk work, bytes of decoded inputs, of outputs and of results.
 
     inputs ─▶ decoded, and the model's features ─▶ outputs of the model ─▶ results ─▶ stored
 
-Each of the four kinds waits only for room that the kinds behind it give back, so no kind can wait for itself. Until an input is
+Each of the four kinds waits only for room that later kinds give back, so no kind can wait for itself. Until an input is
 decoded, it counts with the bytes that its header declares. The engine calls the budget at each step. Single jobs enter without
 waiting: the consumer bounds them.
 """
@@ -18,14 +18,14 @@ from pipefleet_workers.items import Work
 LOOK_SECONDS = 0.25
 """How often a thread that waits for room checks whether its job was stopped meanwhile."""
 PORTIONS = 4
-"""Items that come together are cut so that this many portions fit: the first portion is worked on while the others wait."""
+"""Items that come together are divided so that this many portions fit: work on the first begins while the others wait."""
 
 
 class Budget:
     """Counts items and their bytes; `size` bytes are the bound for all kinds together. Thread-safe.
 
-    A single item above the bound passes alone. A result exists before it can be counted, so at most one result for each thread of
-    the finish stage comes on top of the bound.
+    A single item above the bound passes alone. A result exists before it can be counted, so each thread of the finish stage may
+    hold one result beyond the bound.
     """
 
     def __init__(self, items: int, size: int) -> None:
@@ -68,7 +68,7 @@ class Budget:
         return True
 
     def prepared(self, works: Sequence[tuple[Work, int]]) -> None:
-        """Each item is features now, of the given number of bytes; its decoded form is gone."""
+        """Each item has become features of the given number of bytes; its decoded form is freed."""
         with self._changed:
             self._reweigh(works)
             self._changed.notify_all()
@@ -85,7 +85,7 @@ class Budget:
             self._changed.notify_all()
 
     def finish(self, work: Work) -> None:
-        """Wait until a result as large as the item's output would fit behind the finish stage."""
+        """Wait until there is room for a result of the size of the item's output."""
         size = work.room.outputs
         with self._changed:
             self._changed.wait_for(lambda: self._fits_behind(self._results, size))
@@ -112,7 +112,7 @@ class Budget:
             self._changed.notify_all()
 
     def open(self) -> None:
-        """Let people wait for room, as at first."""
+        """Let threads wait for room again, as at first."""
         with self._changed:
             self._closed = False
 

@@ -58,7 +58,7 @@ class Device:
         timeout: float,
         collate_ahead: bool,
     ) -> None:
-        """A forward may take `timeout` seconds, and so may collating. The caller starts the `watchdog`."""
+        """A forward may take `timeout` seconds, and collating as many. The caller starts the `watchdog`."""
         self._forward = forward
         self._room = room
         self._instruments = instruments
@@ -88,7 +88,7 @@ class Device:
         return Service(name, loop, wake=self._room.wake, on_error=self._broken)
 
     def _broken(self, error: BaseException) -> None:
-        """Without this thread the worker would hold its jobs for ever, so its end is the process's."""
+        """End the process: without this thread the worker would hold its jobs for ever."""
         reason = f"the device's thread ended: {type(error).__name__}: {error}"
         self._instruments.on_fatal(BROKEN_DEVICE, reason)
 
@@ -98,7 +98,7 @@ class Device:
             self._abort()
             if schedule.batch is not None:
                 self._execute(schedule.batch, schedule)
-            del schedule  # otherwise its inputs stay in memory until the next batch has run
+            del schedule  # otherwise the inputs stay in memory until the next batch has run
 
     def _next(self, stopping: threading.Event) -> Schedule | None:
         return self._schedule(stopping) if self._ahead is None else self._ahead.get()
@@ -143,7 +143,7 @@ class Device:
         step.end(outputs)
 
     def _tick(self) -> None:
-        """At each step of a long forward: feed the watchdog, and end what was aborted meanwhile."""
+        """At each step of a long forward: feed the watchdog, and end units that were aborted meanwhile."""
         self._forwarding.tick()
         self._abort()
 
@@ -159,7 +159,7 @@ class Device:
         """Note the output or failure of each unit, and hand on the items that are complete. Units end only here."""
         ended: list[tuple[Unit, Any]] = [*update.ended, *update.aborted]
         complete = [unit.assembly for unit, output in ended if unit.assembly.collect(unit.index, output)]
-        if update.ended and update.remaining:  # the watchdog names one that still runs
+        if update.ended and update.remaining:  # the watchdog shall name a unit that still runs
             self._forwarding.begin(update.remaining[0].assembly.work, len(update.remaining) - 1)
         if complete:
             self._on_complete(complete)

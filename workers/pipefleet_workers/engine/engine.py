@@ -4,8 +4,8 @@
              threads  threads (`cpu`)        units   one thread  threads   threads
 
 `consume` admits the items of a job, waits for their outcomes, writes them, and acknowledges the message. A failure in any stage
-goes straight to the sink: every admitted item has exactly one outcome, unless its job is given back as a whole. An item gives its
-room back however it leaves (`_end`, `_each`), so a job may be larger than the worker.
+goes straight to the sink: every admitted item has exactly one outcome, unless its job is given back as a whole. Each item gives
+its room back when it ends (`_end`, `_each`), so a job may be larger than the worker.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Engine:
         )
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         if stages.processes is not None:
-            cpu = settings.preprocess_processes  # each thread waits for one process
+            cpu = settings.preprocess_processes  # each thread of the stage waits for one process
         store, seconds = settings.store_threads, settings.stage_timeout
         stage = functools.partial(Stage, end=self._end, watchdog=self._watchdog, seconds=seconds)
         self._store = stage("store", store, self._store_results, room=store)
@@ -100,7 +100,7 @@ class Engine:
         self._turn = threading.Lock()
 
     def start(self) -> None:
-        """Start processes and threads; nothing, where they run. All are daemons: a worker that must end does not wait for them.
+        """Start processes and threads, unless they run already. All are daemons: a worker that must end does not wait for them.
 
         Raises UsageError when a process cannot start.
         """
@@ -112,9 +112,9 @@ class Engine:
                 service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Finish what is inside, then end; up to `timeout` seconds (None: without bound). Whether all threads have ended.
+        """Finish the items inside, then end, within `timeout` seconds (None: no bound). Whether all threads have ended.
 
-        Each stage ends after those that feed it.
+        Each stage ends after the stages that feed it.
         """
         end = None if timeout is None else time.monotonic() + timeout
         with self._turn:
@@ -129,8 +129,8 @@ class Engine:
     def admit(self, works: Sequence[Work], *, bulk: bool) -> None:
         """Take in items; the outcome of each goes to its job's sink. Bulk items wait here while the worker is full.
 
-        There may be any number of items: each gives its room back when it ends. Items that wait here when their job is stopped end
-        as stopped.
+        There may be any number of items, since each gives its room back when it ends. If a job is stopped while its items wait
+        here, they end as stopped.
         """
         for piece in self._pieces(works):
             if bulk and not self._entered(piece):
@@ -188,7 +188,7 @@ class Engine:
             self._budget.decode(works, functools.partial(_all_stopped, works))
         try:
             return self._prepare_piece([one for one, _ in piece])
-        except BaseException as error:  # noqa: BLE001 - logged there; those of other pieces may be on their way already
+        except BaseException as error:  # noqa: BLE001 - `fail` logs it; items of other pieces may be further already
             self._cpu.fail([one for one, _ in piece], error)
             return []
 
@@ -196,7 +196,7 @@ class Engine:
         tracer, processes = self._instruments.tracer, self._stages.processes
         if processes is not None:
             live = self._each(fetched, "decode", lambda one: one)
-            with tracer.span("preprocess", len(live)), waiting():  # the pool watches its process itself
+            with tracer.span("preprocess", len(live)), waiting():  # the pool itself watches its processes
                 prepared = processes.prepare(live)
             self._enter([one.work for one in live], prepared)
             return []  # only audio inputs can outgrow their declared size, and no audio task is prepared in processes
@@ -214,7 +214,7 @@ class Engine:
         return outgrown
 
     def _decode(self, fetched: Fetched) -> Decoded | tuple[Fetched, int]:
-        """The decoded item; or the item with the bytes that it needs, where these are more than it was let in with."""
+        """The decoded item. If it needs more bytes than its reserved room: the item, and the bytes that it needs."""
         try:
             return self._stages.decoder.decode(fetched)
         except OutgrownError as error:
@@ -316,7 +316,7 @@ class Engine:
         with self._instruments.tracer.span("store", len(finished)):
             stored = self._each(finished, "write", self._store_one)
         for one in finished:
-            one.artifacts.clear()  # this thread refers to them until it takes its next slice
+            one.artifacts.clear()  # this thread refers to the artifacts until it takes its next slice
         self._instruments.metrics.processed([outcome.work.seconds for outcome in stored])
         for outcome in stored:
             self._end(outcome)
@@ -340,7 +340,7 @@ class Engine:
                     done.append(do(item))
                     continue
                 except ServiceUnavailableError as error:
-                    # an outage is not the item's failure: the whole job runs again later
+                    # an outage is no failure of the item: the whole job runs again later
                     is_ours = isinstance(error, BarredError | RefusedHereError | ServiceFullError)
                     if work.job.patient or is_ours or work.job.is_away():
                         work.job.give_back(error)
@@ -362,13 +362,13 @@ class Engine:
         self._end(Outcome(work, failure=failure))
 
     def _end(self, outcome: Outcome) -> None:
-        """The one way out for every item, except for items whose job is given back at that moment (see `_each`)."""
+        """The only way out for items, except for items whose job is being given back (see `_each`)."""
         self._budget.leave(outcome.work)
         outcome.work.job.sink.deliver(outcome)
 
 
 def _forward(adapter: Adapter, room: BatchQueue, simulated: str) -> Forward:
-    """The forward of the adapter's device, or of the device that the setting `simulated` describes."""
+    """The forward of the adapter's device, or of the simulated device that `simulated` describes."""
     transfer = Transfer.to(adapter.pipe.device)
     if simulated:
         return SimulatedForward(adapter, room.limit_cost, transfer, service=ServiceTime.parse(simulated))

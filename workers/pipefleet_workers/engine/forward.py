@@ -1,4 +1,4 @@
-"""One forward: a batch goes through the model, and every unit gets an output or a failure. The device's thread calls it.
+"""One forward: a batch goes in, an output or a failure for every unit comes out. The device's thread calls it.
 
 Only the culprit of a failure fails: a failed batch runs again in pieces. When memory runs out, the batch is halved, and later
 batches become smaller. Raises DeviceBrokenError when only a new process can use the device again.
@@ -49,14 +49,14 @@ class Forward:
         """
         try:
             return self._transfer.begin(self._adapter.collate(batch.units))
-        except Exception as error:  # noqa: BLE001 - found again, and put down to a unit, by `run`
+        except Exception as error:  # noqa: BLE001 - `run` meets the error again, and finds its unit
             log.warning("a batch of %d cannot be collated (%s)", len(batch.units), brief(error))
             return None
 
     def run(
         self, batch: Batch, progress: Progress, staged: Staged | None = None
     ) -> list[tuple[Unit, Any | JobFailure]]:
-        """The output of every unit, or why it has none, in the batch's order. Raises DeviceBrokenError."""
+        """For every unit its output or its failure, in the batch's order. Raises DeviceBrokenError."""
         begin = time.perf_counter()
         outputs = self._run(batch.units, progress, staged)
         share = (time.perf_counter() - begin) / len(batch.units)
@@ -73,14 +73,14 @@ class Forward:
                 raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
             memory = _out_of_memory(error)
             if len(units) == 1:
-                return [_failure(units[0], error, self._adapter)]  # ignored if the unit's output was handed on before
+                return [_failure(units[0], error, self._adapter)]  # ignored if the unit's output was handed on earlier
             log.warning("a batch of %d failed (%s); running it again in pieces", len(units), brief(error))
         if memory:
             self._free_memory(units)
         return self._in_pieces(units, progress, halves=memory)
 
     def _in_pieces(self, units: Sequence[Unit], progress: Progress, *, halves: bool) -> list[Any | JobFailure]:
-        """The outputs of units that failed together; None for those whose output is handed on already."""
+        """The outputs of units that failed together; None for each unit whose output is handed on already."""
         rest = [unit for unit in units if progress.remains(unit)]
         half = len(rest) // 2
         pieces = [piece for piece in (rest[:half], rest[half:]) if piece] if halves else [[unit] for unit in rest]

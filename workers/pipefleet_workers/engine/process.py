@@ -41,7 +41,7 @@ _SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that a child needs to prepare items as its parent would: the whole pipeline except the weights."""
+    """The things that a child needs to prepare items as its parent would: the whole pipeline except the weights."""
 
     task: str
     pads: bool
@@ -91,7 +91,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The child begins the item at `position` of the request; it cannot tell `others` more items apart from this one."""
+    """The child begins the item at `position` of the request, together with the next `others` items: any of them may hang."""
 
     position: int
     others: int
@@ -110,11 +110,11 @@ class Answer:
 
 
 def serve(connection: Connection, recipe: Recipe) -> None:
-    """Answer requests until the parent says None or is gone. A child that is stuck in an item dies with its parent as well."""
+    """Answer requests until the parent sends None or is gone. A child that hangs in an item also dies with its parent."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         tie(parent.pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still needs the items under way
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still needs the running items
     torch.set_num_threads(1)
     adapter = recipe.adapter()
     decoder = Decoder(task_spec(recipe.task), recipe.settings, sampling_rate=adapter.sampling_rate)

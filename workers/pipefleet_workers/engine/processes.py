@@ -27,14 +27,14 @@ from pipefleet_workers.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 SERVED = (Adapter, TextClassifier, FeatureExtractor)
-"""Adapters whose units are plain data, and whose `prepare` needs only the config and the shapes of the model."""
+"""The adapters with units of plain data and a `prepare` that needs only the config and the shapes of the model."""
 STAGE = "preprocess"
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
 
 class PreprocessPool:
-    """Processes that prepare items as the adapter would. As many threads may call `prepare` at once as there are processes.
+    """Processes that prepare items as the adapter would. At most as many threads as processes may call `prepare` at once.
 
     An item may take `seconds`; after that its process is killed, and the item fails.
     """
@@ -61,7 +61,7 @@ class PreprocessPool:
         return cls(recipe, settings.preprocess_processes, settings.stage_timeout)
 
     def start(self) -> None:
-        """Start all processes; returns when each can work. Nothing, where they run. Raises UsageError when one cannot start."""
+        """Start all processes, unless they run; returns when each can work. Raises UsageError when a process cannot start."""
         if self._started:
             return
         self._started = True
@@ -88,7 +88,7 @@ class PreprocessPool:
             self._idle.put(child)
 
     def stop(self) -> None:
-        """End the processes; those that are at work are not waited for longer than a few seconds."""
+        """End the processes. A process at work gets a few seconds to finish."""
         self._started = False
         for child in self._children:
             child.stop()
@@ -197,9 +197,9 @@ class _Child:
         raise ChildHungError(begun, self._seconds)
 
     def _says_something(self, pipe: Connection) -> bool:
-        """Wait in several short pieces.
+        """Whether the child says something in time. Waits in several short pieces.
 
-        If both processes were stopped and go on, only one piece has run out, not the whole time.
+        If both processes are stopped and continued (SIGSTOP, SIGCONT), only one piece runs out, not the whole time.
         """
         return any(pipe.poll(self._seconds / LOOKS) for _ in range(LOOKS))
 

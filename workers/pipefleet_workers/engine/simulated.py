@@ -1,7 +1,8 @@
-"""A simulated accelerator: its forward takes `a + b * cost` seconds with Python's lock released. The worker's build makes it.
+"""A simulated accelerator: its forward takes `a + b * cost` seconds with Python's lock released.
 
 It shows how well the engine feeds a device that is faster, slower or steadier than the CPU at hand. The real adapter runs (a tiny
-model will do), then the thread sleeps until the simulated time is over. Results are the real model's.
+model will do), then the thread sleeps until the simulated time is over. Results are the real model's. The engine makes a
+`SimulatedForward` if the setting `simulated_device` is set.
 """
 
 from __future__ import annotations

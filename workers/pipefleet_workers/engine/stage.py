@@ -2,7 +2,8 @@
 
     put ─▶ the most urgent slice first, equally urgent ones in order ─▶ handle, on any of the threads
 
-What `handle` raises fails the items of its slice; the threads outlive it.
+The engine makes a stage for each kind of work and puts slices in. An error of `handle` fails the items of its slice; the
+threads go on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class SliceQueue:
             self._filled.notify()
 
     def take(self, stopping: threading.Event) -> Any:
-        """The next slice; blocks while there is none. After `stopping` it gives the slices that are left, then None."""
+        """The next slice; blocks while there is none. After `stopping` it returns the remaining slices, then None."""
         with self._filled:
             self._filled.wait_for(lambda: self._slices or stopping.is_set())
             if not self._slices:
@@ -50,7 +51,7 @@ class SliceQueue:
             return heapq.heappop(self._slices)[2]
 
     def wake(self) -> None:
-        """Let those that wait in `take` see that they are to stop."""
+        """Wake the threads in `take`, so that they see `stopping`."""
         with self._filled:
             self._filled.notify_all()
 
@@ -58,9 +59,9 @@ class SliceQueue:
 class Stage:
     """A service of several threads.
 
-    They are watched: `handle` calls `working_on` at each item, or its whole slice counts as one, and waits for others only inside
-    `waiting`. A stage that waits for services, which have time-outs of their own, has no `watchdog`. `end` takes the items of a
-    slice that `handle` could not stand.
+    A `watchdog` watches the threads. `handle` calls `working_on` at each item; otherwise its whole slice counts as one item. It
+    waits for other threads only inside `waiting`. Stages that wait for services have no watchdog, since services have time-outs.
+    `end` gets the failures of the items of a slice for which `handle` raised an error.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Stage:
         watchdog: Watchdog | None,
         seconds: float,
     ) -> None:
-        """`room` bounds the slices that wait. An item may take `seconds`; `watchdog` is the caller's to start."""
+        """At most `room` slices wait. An item may take `seconds`. The caller starts the `watchdog`."""
         self._name = name
         self._handle = handle
         self._end = end
@@ -83,11 +84,11 @@ class Stage:
         self._service = Service(name, self._loop, wake=self._queue.wake, threads=threads)
 
     def start(self) -> None:
-        """Start the threads; nothing, where they run."""
+        """Start the threads, unless they run already."""
         self._service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Work off the queue, then end; up to `timeout` seconds (None: without bound). Whether the threads have ended."""
+        """Work off the queue, then end, within `timeout` seconds (None: no bound). Whether the threads have ended."""
         return self._service.stop(timeout)
 
     def put(self, priority: int, items: Any) -> None:
@@ -96,10 +97,10 @@ class Stage:
             self._queue.put(priority, items)
 
     def fail(self, items: Sequence[Any], error: BaseException) -> None:
-        """End the items of a slice that `handle` could not stand, while that error is handled."""
+        """End the items of a slice for which `handle` raised `error`. Called inside the `except`, since it logs the traceback."""
         log.exception("stage %s failed on a slice of %d", self._name, len(items))
         failure = JobFailure("internal_error", brief(error), self._name)
-        for item in items:  # those that have ended already keep their outcome
+        for item in items:  # items that have ended already keep their outcome
             self._end(Outcome(work_of(item), failure=failure))
 
     def _loop(self, stopping: threading.Event) -> None:
@@ -116,12 +117,12 @@ class Stage:
             slot.begin(work_of(items[0]), len(items) - 1)
         try:
             self._handle(items)
-        except BaseException as error:  # noqa: BLE001 - logged there; a Rust panic is none of Exception, and the thread outlives it
+        except BaseException as error:  # noqa: BLE001 - `fail` logs it; a Rust panic is no Exception, and the thread must go on
             self.fail(items, error)
         if slot is not None:
             slot.rest()
 
 
 def work_of(item: Work | Fetched | Decoded | Assembly | Finished) -> Work:
-    """The admitted item that something between the stages belongs to."""
+    """The admitted item behind an object that passes between stages."""
     return item if isinstance(item, Work) else item.work

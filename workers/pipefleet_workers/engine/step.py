@@ -19,21 +19,21 @@ from pipefleet_workers.items import Batch, JobContext, Unit
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The next batch of the device. None where every unit that was taken for it is aborted."""
+    """The next batch of the device; `batch` is None if all its units were aborted."""
 
     batch: Batch | None
     staged: Staged | None = None
-    """Its inputs, on their way to the device; None where they are collated when it runs."""
+    """The batch's inputs, on their way to the device; None if they are collated only when the batch runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The ends of units: one Update when units are aborted, one at each early output of a batch, one at its end."""
+    """The ends of units. An Update comes when units are aborted, at each early output of a batch, and at its end."""
 
     scheduled: Sequence[Unit] = ()
     """The units of the batch that runs."""
     ended: Sequence[tuple[Unit, Any | JobFailure]] = ()
-    """Units that ran, each with its output or why it has none."""
+    """Units that ran, each with its output or its failure."""
     aborted: Sequence[tuple[Unit, JobFailure]] = ()
     """Units that never run, because their job was stopped or another unit of their item has failed."""
     remaining: Sequence[Unit] = ()
@@ -50,11 +50,11 @@ class Step:
         self._on_update = on_update
 
     def tick(self) -> None:
-        """A sign of life from inside the forward."""
+        """Give a sign of life from inside the forward."""
         self._on_tick()
 
     def stopped(self, job: JobContext) -> JobFailure | None:
-        """Why a job should go no further; None where it goes on."""
+        """Why a job must stop; None if it goes on."""
         return job.stopped(STAGE)
 
     def remains(self, unit: Unit) -> bool:
@@ -62,11 +62,11 @@ class Step:
         return id(unit) in self._remaining
 
     def release(self, unit: Unit, output: Any) -> None:
-        """The output of a unit, before the batch has ended."""
+        """Hand on the output of a unit before the batch has ended."""
         self._end([(unit, output)])
 
     def end(self, outputs: Sequence[tuple[Unit, Any | JobFailure]]) -> None:
-        """The batch has ended: the outputs of all its units, of which those that were released before are dropped."""
+        """End the batch with the outputs of all its units. Outputs of units that were released earlier are dropped."""
         self._end([(unit, output) for unit, output in outputs if self.remains(unit)])
 
     def _end(self, ended: Sequence[tuple[Unit, Any | JobFailure]]) -> None:

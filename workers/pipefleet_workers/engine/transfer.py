@@ -2,8 +2,8 @@
 
     collate thread: begin ─▶ pinned copy ─▶ device, on the side stream ─▶ event      device's thread: finish waits for the event
 
-No thread waits for the copy: only the device's work on a batch is queued behind the copy of this batch. A failed copy is no error:
-the forward copies the inputs itself.
+No thread waits for the copy: only the device's work on a batch is queued behind the copy of this batch. `Forward` calls `begin` and
+`finish`. A failed copy raises nothing: the forward copies the inputs itself.
 """
 
 from __future__ import annotations

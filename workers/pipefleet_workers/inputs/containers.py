@@ -1,8 +1,10 @@
-"""Containers of media: how much of a file is missing, compared with what the file promises. Bytes in, a sentence out; no decoding.
+"""Containers of media: how much of a file is missing, compared with the length that the file declares.
 
-The rule: where more than a tenth of what a file promises is missing, or its index, it was cut and is refused. Where less is
-missing, or the file does not say how long it is and its last piece is broken off, the rest is taken, with a warning. MPEG-TS,
-MPEG-PS, ADTS, AMR, ASF, FLV, and MP3 without its encoder's tag are not looked at: most do not say how long they are.
+Bytes go in, a clause and a share come out. Nothing is decoded. The decoders of sound and video call it.
+
+The rule: a file without its index, or without more than a tenth of its declared bytes, was cut, and is refused. If less is missing,
+or if a file of undeclared length ends within a piece, the rest is decoded, with a warning. MPEG-TS, MPEG-PS, ADTS, AMR, ASF, FLV,
+and MP3 without its encoder's tag are not checked: most of them do not declare their length.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST_MISSING = 0.1
-"""The part of the promised bytes that may be missing."""
+"""The share of the promised bytes that may be missing."""
 _STREAMED = (range(-1, 1), range(0x7FFF_0000, 0x8000_0001), range(0xFFFF_0000, 1 << 32), range(1 << 62, 1 << 64))
 """Sizes that mean "not known": recorders that stream write 0, or about the largest number of the field, signed or unsigned."""
 _LARGEST = 1 << 30
 """A size above this means "not known" in any smaller file."""
 _ROUND = (100_000_000, 1_000_000)
-"""From the first number of bytes on, a multiple of the second is a number that a person chose, such as 2,000,000,000."""
+"""A size above the first number that is a multiple of the second number was chosen by a person, such as 2,000,000,000."""
 FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 """The mark of a FLAC, and the head of its first block, which has a fixed size."""
 _SEGMENT = b"\x18\x53\x80\x67"
@@ -66,7 +68,7 @@ def flac_seconds(content: bytes) -> float | None:
 
 
 def behind_tags(content: bytes) -> int:
-    """Where the ID3 tags in front of a file end, as they say: 0 without any, beyond the end of a file that was cut in one."""
+    """The end of the ID3 tags in front of a file, by their declared sizes: 0 without tags, beyond the end if a tag is cut."""
     at = 0
     for _ in range(_MOST_TAGS):
         if content[at : at + 3] != b"ID3" or len(content) < at + _ID3_BYTES:
@@ -102,7 +104,7 @@ def chunk_of(content: bytes, name: bytes, *, at: int, layout: str, align: int = 
 
 
 def _avi(content: bytes) -> Missing | None:
-    """A large one has several parts, each with a size of its own; a recorder that was stopped has left 0."""
+    """The missing part of an AVI. A large AVI has several parts, each with its size; a stopped recorder leaves the size 0."""
     at = 0
     while content[at : at + 4] == b"RIFF" and at + 12 <= len(content):
         (size,) = struct.unpack_from("<I", content, at + 4)
@@ -196,7 +198,7 @@ def _bytes_missing(content: bytes, promised: int, share: float | None = None) ->
 
 
 def _vint_bytes(first: int) -> int:
-    """The length of an EBML integer, from its first byte."""
+    """The number of bytes of an EBML integer, from its first byte."""
     return 9 - first.bit_length()
 
 

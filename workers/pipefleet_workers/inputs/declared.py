@@ -1,7 +1,7 @@
-"""The decoded size of an object, as its own header declares it: read before anything is decoded. `Decoder.weigh` calls it.
+"""The decoded size of an object, as its own header declares it. `Decoder.weigh` asks for it before anything is decoded.
 
-A header may lie, so this size only decides when an object is decoded. A recording that turns out longer is decoded again when there
-is room for all of it. The bounds of the decoder itself are in the settings. Nothing here raises.
+A header may lie, so this size only decides when an object is decoded. A recording that is longer than declared is decoded again
+when there is room for all of it. The bounds of the decoder itself are in the settings. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def picture_bytes(content: bytes) -> int:
 
 
 def coded_pixels(content: bytes, held: bytes | None = None) -> int:
-    """Pixels by the header of the coded stream, of `content` or of the file `held` in it; 0 if only Pillow can read its header."""
+    """Pixels by the header of the coded stream in `content`, or in its inner file `held`; 0 if only Pillow can read the header."""
     held = inner(content) if held is None else held
     sizes = [_coded(one) for one in ((content, held) if held else (content,))]
     return max(width * height for width, height in sizes)
@@ -79,7 +79,7 @@ def _seconds(content: bytes) -> float | None:
         return _container_seconds(content)
     if 0 < found.frames < 1 << 62 and found.samplerate > 0:
         return float(found.frames / found.samplerate)
-    return _container_seconds(content)  # which counts the bytes of a WAV that gives its size as 0
+    return _container_seconds(content)  # FFmpeg counts the bytes of a WAV that declares the size 0
 
 
 def _container_seconds(content: bytes) -> float | None:
@@ -134,6 +134,6 @@ def _opened(content: bytes) -> int:
         return 0
     try:
         width, height = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS).size
-    except Exception:  # noqa: BLE001 - decoding says what is wrong with it
+    except Exception:  # noqa: BLE001 - decoding reports the fault
         return 0
     return width * height

@@ -65,7 +65,7 @@ class Decoder:
     def decode(self, fetched: Fetched) -> Decoded:
         """The decoded value. Raises ItemError: bad_input, bad_media, truncated_media or too_large.
 
-        Raises OutgrownError if its recordings take more bytes than the budget has reserved for it; 0 means no bound.
+        Raises OutgrownError if its recordings take more bytes than the budget has reserved for it; 0 reserved bytes mean no bound.
         """
         begin = time.perf_counter()
         room = fetched.work.room.decoded
@@ -128,7 +128,7 @@ class Decoder:
             )
 
     def _require_few_bytes(self, inputs: Any) -> None:
-        """Raise ItemError (too_large) if the texts of an input that came as objects are too long together."""
+        """Raise ItemError (too_large) if the text objects of an input have too many bytes together."""
         bound = self._settings.max_text_bytes
         if self._text_objects(inputs, self._spec.media) > bound:
             raise ItemError(
@@ -244,7 +244,7 @@ class Decoder:
                 warnings=room.warnings,
             )
         except OutgrownError as error:
-            # At least twice as much, so that an input of many recordings is not begun again for each of them.
+            # Ask for at least twice as much; else an input of many recordings would begin again for each of them.
             error.size = max(2 * room.whole, room.whole - room.left + error.size)
             raise
         if room.left is not None:

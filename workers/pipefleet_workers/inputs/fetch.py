@@ -1,6 +1,6 @@
-"""Fetching: references become bytes. The worker's budget bounds the bytes; every object's size is checked, and its ETag pinned.
+"""Fetching: references become bytes. Every object's size is checked, and its ETag pinned; the worker's budget bounds the bytes.
 
-The engine's fetch threads call `Fetcher.fetch`.
+The engine's fetch threads call `Fetcher.fetch`. A fault of the object fails its item; an outage of the store fails no item.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The formats that are opened at all. Formats of playlists (concat, hls, dash) are missing, since they would open other files."""
+"""The formats that Pillow and FFmpeg may open. Playlists (concat, hls, dash) are left out, since they would open other files."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _WITHOUT_SIGNATURE = ("PCD", "IM", "IMT", "SPIDER", "TGA")
 """Recognised only by values in their headers, so they come last."""
 Image.init()
 PICTURE_FORMATS = tuple(name for name in (*_COMMON, *_RARE, *_WITHOUT_SIGNATURE) if name in Image.OPEN)
-"""All formats that this Pillow opens, except: EPS, which runs Ghostscript; IPTC, which holds pictures of any format, EPS too; WMF,
-which is drawn on Windows only; and formats without a decoder in Pillow (BUFR, GRIB, HDF5, MPEG).
+"""All formats that this Pillow opens, except EPS (it runs Ghostscript), IPTC (it holds pictures of any format, EPS too), WMF (only
+Windows draws it), and formats without a decoder in Pillow (BUFR, GRIB, HDF5, MPEG).
 """
 AUDIO_FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,wtv,rm,dv,"
@@ -57,4 +57,4 @@ VIDEO_FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,ivf,flv,gif,asf,ogg,mxf,nut,wtv,rm,dv,"
     "h264,hevc,obu,av1,mjpeg,yuv4mpegpipe,apng,dhav"
 )
-"""Demuxers that FFmpeg may choose for a film; those of the second line are of bare streams, as cameras write them."""
+"""Demuxers that FFmpeg may choose for a film. The second line has the bare streams, as cameras write them."""

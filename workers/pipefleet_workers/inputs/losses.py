@@ -1,6 +1,6 @@
 """The parts of a file that a decoder could not read, and the sentences about them that go with its result.
 
-Decoders of sound and video count losses here while they read.
+Decoders of sound and video count losses here while they read. Damage raises nothing here: callers warn or refuse.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Losses:
 def read_packets(container: Any, stream: Any, losses: Losses) -> Iterator[Any]:
     """The packets of a stream to the end of the data, then an empty packet.
 
-    `losses` gets their number, and why reading ended early.
+    Counts the packets in `losses`, and notes there why reading ended early.
     """
     packets = container.demux(stream)
     try:
@@ -58,7 +58,7 @@ def read_packets(container: Any, stream: Any, losses: Losses) -> Iterator[Any]:
 
 
 def decoded(packet: Any, losses: Losses, decode: Callable[[Any], Sequence[Any]] | None = None) -> Sequence[Any]:
-    """The frames of a packet, by its stream's decoder or another. If it cannot be decoded: no frames, and one more loss."""
+    """The frames of a packet, by `decode` or its stream's decoder. An undecodable packet gives no frames, and one loss."""
     try:
         found: Sequence[Any] = packet.decode() if decode is None else decode(packet if packet.size else None)
         return found

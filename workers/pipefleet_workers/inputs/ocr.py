@@ -1,8 +1,7 @@
 """Words of a page with their places, for models that read boxes instead of pixels.
 
-It uses RapidOCR, whose wheel contains its weights.
-
-The adapter of document-question-answering calls it for pages without `word_boxes`.
+The adapter of document-question-answering calls `read_words` for pages without `word_boxes`. RapidOCR reads the page; its wheel
+contains its weights. Without the extra `ocr`, ItemError (not_installed).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables: columns of texts, as JSON or as a CSV or JSON file, become a pandas table whose cells are all texts.
 
-`Decoder` calls it.
+`Decoder` calls `decode_table`. A value or a file that is no table raises ItemError.
 """
 
 from __future__ import annotations

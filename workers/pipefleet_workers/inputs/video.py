@@ -1,8 +1,7 @@
 """Video: from bytes to the frames that a model wants.
 
-FFmpeg is inside PyAV's wheel; playlists are refused, since they open other files.
-
-`Decoder` makes a `Clip`; the adapter asks it for frames. Damage becomes a warning, or with `strict` an ItemError.
+`Decoder` makes a `Clip`; the adapter asks it for frames. Damage becomes a warning, or with `strict` an ItemError. PyAV's FFmpeg
+decodes; it opens no playlists, since these open other files.
 """
 
 from __future__ import annotations
@@ -93,13 +92,13 @@ class Clip:
         return found
 
     def rate(self) -> float | None:
-        """Frames in a second, on average; None where the container does not say. Raises ItemError as `frames` does."""
+        """Frames in a second, on average; None if the container does not declare it. Raises the ItemErrors of `frames`."""
         with self._open() as container:
             found = _film(container).average_rate
         return float(found) if found else None
 
     def _decoded(self, wanted: int, losses: Losses) -> Iterator[av.VideoFrame]:
-        """The frames. Refused before the first frame, if `wanted` frames have too many pixels."""
+        """The frames. Raises ItemError before the first frame if `wanted` frames have too many pixels."""
         with self._open() as container:
             stream = _film(container)
             width, height = stream.codec_context.width, stream.codec_context.height
@@ -112,7 +111,7 @@ class Clip:
     def _checked(
         self, packets: Iterable[av.Packet[Any]], context: av.VideoCodecContext, losses: Losses
     ) -> Iterator[av.VideoFrame]:
-        """The frames of packets. Packets that show no frame count too: a codec may decode pictures and hide them."""
+        """The frames of packets. Packets without a frame count too: a codec may decode pictures and hide them."""
         pixels = hidden = 0
         end = time.monotonic() + self.max_seconds
         for packet in packets:

@@ -1,4 +1,8 @@
-"""The companions of a recording: the stride at its ends, and extra keys that go into the result unchanged."""
+"""Reads the input of speech recognition: the samples, the stride at both ends, and extra keys that go into the result unchanged.
+
+`speech` passes the decoded input, which is samples or a dict, and gets a `Heard`. A wrong stride or wrong extra keys raise
+ItemError (bad_input).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Heard:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self) -> Any:
-        """The argument of the pipeline's preprocess: a new one for each call, since preprocess takes a dict apart."""
+        """The argument of the pipeline's preprocess; new for each call, since preprocess removes the keys of a dict."""
         if self.stride is None:
             return self.samples
         return {"raw": self.samples, "sampling_rate": self.rate, "stride": self.stride}

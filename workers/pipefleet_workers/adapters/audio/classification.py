@@ -52,7 +52,7 @@ class AudioClassifier(Adapter):
     def _heard(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The samples that the model hears. Raises ItemError (too_long) if it hears all samples and they are too many."""
         extractor = self.pipe.feature_extractor
-        if isinstance(extractor, ASTFeatureExtractor):  # it computes each frame alone, and keeps the first frames
+        if isinstance(extractor, ASTFeatureExtractor):  # AST's frames are independent; it keeps the first
             return samples[: (extractor.max_length + 1) * AST_HOP + AST_FRAME]
         if not isinstance(extractor, WhisperFeatureExtractor):  # Whisper's extractor cuts before it computes
             rate = extractor.sampling_rate

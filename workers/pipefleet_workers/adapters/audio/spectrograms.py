@@ -1,7 +1,7 @@
 """Computes Whisper's spectrogram of a long recording block by block. In one piece it takes seven times the memory of the samples.
 
-Each frame depends only on its own 400 samples; only the loudest value is searched over the whole recording. Results are exactly
-those of the extractor. `speech` switches it on once for each pipeline.
+Each frame depends only on its own 400 samples; only the loudest value is searched over the whole recording. The results equal the
+extractor's own results exactly. `speech` switches it on once for each pipeline.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A unit is a chunk if `chunk_length_s` asks for chunks, else a whole recording. H
 
     Whisper   pads every recording up to 30 s to one shape itself; `WhisperRows` keeps the rows of a batch apart
     CTC       padded with a mask, if the warm-up proves this exact (layer normalisation)
-    others    equal lengths only; so are CTC models that normalise over time, since they would hear the padding
+    others    equal lengths only; the same for CTC models that normalise over time, since they would hear the padding
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class SpeechRecogniser(Adapter):
         return [logits[index, : self._own(unit, longest)].numpy() for index, unit in enumerate(units)]
 
     def moments(self, units: Sequence[Unit]) -> list[np.ndarray[Any, Any]]:
-        """Each unit writes the more tokens the longer it is, so that rows of a batch are filled up."""
+        """As in `Adapter`. A longer unit writes more tokens, so the proof covers rows that are filled up."""
         frames = [unit.features["sounding"] for unit in units]
         with torch.inference_mode():
             return timed(self.pipe.model, frames, [4 + count // 50 for count in frames])
@@ -178,7 +178,7 @@ class SpeechRecogniser(Adapter):
         if self.pipe.type not in _DRAWING:
             return False
         given, asked = self._asked(forward)
-        # Shorter rows are filled up with it, and only special tokens are left out of the text.
+        # generate() fills shorter rows with this token, and only special tokens are left out of the text.
         pad = asked("pad_token_id")
         if pad is not None and pad not in self.pipe.tokenizer.all_special_ids:
             return True
@@ -189,26 +189,26 @@ class SpeechRecogniser(Adapter):
         # The text so far is padded in front, and positions count this padding; transformers drops all of it if row 0 has no text.
         if asked("condition_on_prev_tokens"):
             return True
-        # Once a row was sampled, all rows lose their beams; and silence is looked for in the rows of beams.
+        # With one sampled row, transformers drops the beams of all rows; and it detects silence in the rows of beams.
         return (asked("num_beams") or 1) > 1 and bool(given.get("temperature") or asked("no_speech_threshold"))
 
     def _asked(self, forward: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
-        """The arguments of generate(), and by name what they or else the model's own generation config say."""
+        """The arguments of generate(), and a function from a name to its value there, or else in the generation config."""
         given = self.pipe._prepare_generate_kwargs(dict(forward))
         config = given.get("generation_config") or self.pipe.model.generation_config
         return given, lambda name: getattr(config, name, None) if given.get(name) is None else given[name]
 
     def _width(self, forward: Mapping[str, Any]) -> float:
-        """How many times the beams of an ordinary call, for which the cost of a batch is measured, are asked for; at least 1."""
+        """The asked beams, as a multiple of the beams of an ordinary call, by which costs are measured; at least 1."""
         if self.pipe.type not in _DRAWING:
             return 1.0
         beams, usual = self._asked(forward)[1]("num_beams") or 1, self.pipe._default_generation_config.num_beams or 1
         return max(1.0, float(beams / usual))
 
     def _require_pieces(self, samples: int, arguments: Arguments) -> None:
-        """Bound the pieces.
+        """Raise ItemError (bad_parameter, too_long) for too many pieces, or for a piece that is too long.
 
-        Whisper hears half a minute at a time, filled up with silence; other models hear the pieces as they are.
+        Whisper hears pieces of half a minute, filled up with silence; other models hear the pieces as they are.
         """
         extractor, align = self.pipe.feature_extractor, getattr(self.pipe.model.config, "inputs_to_logits_ratio", 1)
         padded_bytes = 0
@@ -235,7 +235,7 @@ class SpeechRecogniser(Adapter):
         key = (forward_key, shape, stride is None, (id(assembly), index) if alone else None)
         features = {"tensors": chunk, "stride": stride, "long": long}
         if self.pipe.type == WHISPER:
-            # The encoder runs over all frames, padding included; decoding grows with those that hold sound.
+            # The encoder runs over all frames, padding included; the time of decoding grows with the frames that hold sound.
             features["sounding"] = _sounding(chunk, main)
             return Unit(assembly, index, key, features["sounding"], features, fixed=int(main.shape[-1]))
         return Unit(assembly, index, key, max(1, int(main.shape[-1]) // SAMPLES_PER_FRAME), features)
@@ -243,7 +243,7 @@ class SpeechRecogniser(Adapter):
 
 @contextlib.contextmanager
 def _parameters_judged() -> Iterator[None]:
-    """Raise ItemError (bad_parameter) for what generate() refuses before it begins: a language, a task, too great a length."""
+    """Turn generate()'s ValueError (an unknown language or task, too great a length) into ItemError (bad_parameter)."""
     try:
         yield
     except ValueError as error:

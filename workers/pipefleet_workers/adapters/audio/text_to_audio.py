@@ -35,7 +35,7 @@ _PROBED = 2
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The arguments of one request; `seed` decides all that the model draws."""
+    """The arguments of one request; `seed` decides all random draws of the model."""
 
     arguments: Arguments
     seed: int
@@ -75,7 +75,7 @@ class TextToAudio(Adapter):
         return [progress.stopped(job) for job in jobs]
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The sound of each unit, `[1, channels, frames]` where it shared a call; a failure for those that were stopped."""
+        """The sound of each unit; `[1, channels, frames]` for units that shared a call. For a stopped unit its failure."""
         if isinstance(outputs, list):
             return outputs
         if len(units) == 1:

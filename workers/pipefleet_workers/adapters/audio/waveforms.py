@@ -1,4 +1,7 @@
-"""Shared by the adapters of recordings: the bounds of a recording, and the unit of its cost."""
+"""The bounds of a recording, and the unit of its cost. The adapters of recordings call these functions before the forward.
+
+A recording that is too short, too long or cut into too many pieces raises ItemError (bad_input, too_long, bad_parameter).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pipefleet_workers.items import ItemError
 from pipefleet_workers.process.memory import available_bytes
 
 SAMPLES_PER_FRAME = 160
-"""Samples that count as one frame, a hundredth of a second at 16 kHz: the unit of cost of all models that hear."""
+"""Samples that count as one frame, a hundredth of a second at 16 kHz. All models of recordings count their cost in such frames."""
 
 MOST_PIECES = 50_000
 """Pieces of one recording."""
@@ -21,7 +24,7 @@ MOST_PIECE_BYTES = 9 << 28
 _ALWAYS_SECONDS = 30.0
 """Recordings up to this length are not checked against the memory."""
 _COPIES = 3
-"""Copies of the first convolution's output in memory: as it is, normalised, and after its activation."""
+"""Copies of the first convolution's output in memory: raw, normalised, and activated."""
 
 
 def frames(features: torch.Tensor) -> int:

@@ -1,9 +1,9 @@
 """Whisper's generate() for a batch, with each row's result as if it ran alone. `speech` puts it in front of the model.
 
-transformers fills shorter rows with padding and then reads the filled rows: the attention that times the words is normalised over
-padding too, a row that is decoded again at a higher temperature gets the bounds of another, and all draw from one generator.
-`WhisperRows` cuts each row to its own tokens, decodes it again by itself, and draws from the row's own seed. It also keeps no more
-of the attention than times the words: all of it takes 3 GB for half a minute with the largest model.
+transformers fills shorter rows with padding and then reads the filled rows. So the attention that times the words is normalised
+over padding too; a row that is decoded again at a higher temperature gets another row's bounds; all rows share one generator.
+`WhisperRows` cuts each row to its own tokens, decodes it again by itself, and draws from the row's own seed. It keeps only the
+attention that times the words: the whole attention takes 3 GB for half a minute with the largest model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from transformers.modeling_outputs import BaseModelOutput
 from pipefleet_workers.adapters.draws import Draws
 
 _Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
-"""The result of generate_with_fallback(): by row the tokens, the outputs and whether it is silent; then data of the whole batch."""
+"""The result of generate_with_fallback(): by row the tokens, the outputs, and whether it is silent; then batch data."""
 
 
 class WhisperRows:
     """Stands in front of the generation of one Whisper model, from its creation on. For one thread at a time."""
 
     def __init__(self, model: Any) -> None:
-        """Replaces four methods of `model`, this object alone, not its class, and what its forward gives of the attention."""
+        """Replace four methods of this one `model` object, and reduce the attention that its forward returns."""
         self._languages: list[torch.Tensor | None] | None = None
-        """Those of the last generate(), whose outputs are let go."""
+        """The languages of the last generate(); its outputs themselves are not kept."""
         self._model = model
         self._ends: Sequence[int] = ()
         self._falls_back: dict[int, bool] = {}
@@ -48,7 +48,7 @@ class WhisperRows:
         model._need_fallback = self._note_fallback
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """Let each row of the next generate() draw as if torch had been seeded before a pipeline is called with it alone."""
+        """Seed each row of the next generate(): it draws as if torch were seeded and the pipeline called with this row alone."""
         self._draws = [Draws(seed, self._model.device, loads=True) for seed in seeds]
 
     def languages(self, rows: int) -> list[torch.Tensor | None]:
@@ -59,7 +59,7 @@ class WhisperRows:
         return self._languages or [None] * rows
 
     def _generate_once(self, *arguments: Any, **named: Any) -> Any:
-        """Call generate(), then undo its switch to eager attention (timed words cause it): the next call begins as this one did."""
+        """Call generate(), then undo its switch to eager attention, which timed words cause: every call begins alike."""
         self._languages = None
         try:
             generated = _with_silent_rows(self._generate(*arguments, **named))
@@ -144,10 +144,10 @@ class WhisperRows:
 
 
 class _AlignmentHeads:
-    """Takes all else out of the attention that a model's forward gives: only these heads tell when a word was spoken."""
+    """Reduces the attention that a model's forward returns to the alignment heads: only they tell when a word was spoken."""
 
     def __init__(self, model: Any) -> None:
-        """In use from then on. Does nothing for a model that names no such heads, which cannot time words either."""
+        """Reduce the attention of `model` from now on. Does nothing for a model without alignment heads: it cannot time words."""
         self._kept: list[list[int]] = [[] for _ in range(model.config.decoder_layers)]
         for layer, head in getattr(model.generation_config, "alignment_heads", None) or ():
             self._kept[layer].append(head)
@@ -157,7 +157,7 @@ class _AlignmentHeads:
             model.register_forward_hook(self._narrow)
 
     def places(self, heads: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """Where each of `heads`, a layer and a head, stands in what is kept."""
+        """For each of `heads` (layer, head) its layer and its position among the kept heads of this layer."""
         return [(layer, self._kept[layer].index(head)) for layer, head in heads]
 
     def _narrow(self, model: Any, arguments: Any, output: Any) -> None:
@@ -173,16 +173,16 @@ def _without_attention(module: Any, arguments: Any, named: dict[str, Any]) -> tu
 
 
 def _let_go(output: Any) -> None:
-    """Take the attention out of what is known of a row: long recordings keep that of all their half minutes to the end."""
+    """Delete the attention from a row's outputs. Otherwise a long recording keeps the attention of every half minute to the end."""
     if isinstance(output, dict):
         for name in [name for name in output if name.endswith("_attentions")]:
             del output[name]
 
 
 def timed(model: Any, frames: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray[Any, Any]]:
-    """The moments of `lengths[i]` different tokens, which row i writes for `frames[i]` frames.
+    """For each row i the seconds of `lengths[i]` different tokens, which the model writes for `frames[i]` frames.
 
-    The model reads made-up states of its encoder. If it heard noise instead, every word would be timed at the end of the recording.
+    The model reads made-up states of its encoder. From noise it would time every word at the end of the recording.
     """
     states, mask = [], torch.zeros(len(frames), 2 * model.config.max_source_positions, dtype=torch.long)
     for row, count in enumerate(frames):
@@ -234,7 +234,7 @@ def _row_of(outputs: Any, row: int, prompt: int, ends: Sequence[int]) -> _Output
     mine = slice(row * beams, (row + 1) * beams)
     steps = outputs.cross_attentions
     found = _Output()
-    if "beam_indices" in outputs:  # beam indices show the length of the row themselves
+    if "beam_indices" in outputs:  # beam indices already show the length of the row
         indices = outputs.beam_indices[row : row + 1]
         found["beam_indices"] = torch.where(indices < 0, indices, indices - row * beams)
     else:
@@ -247,9 +247,9 @@ def _row_of(outputs: Any, row: int, prompt: int, ends: Sequence[int]) -> _Output
 
 
 def _with_silent_rows(generated: Any) -> Any:
-    """Results in which some rows are empty, since no one speaks in them.
+    """The results, made readable for the pipeline where a row is empty because no one speaks in it.
 
-    An empty row turns the tokens of all rows into fractions.
+    An empty row turns the tokens of all rows into floats, and has no segments.
     """
     if isinstance(generated, torch.Tensor):
         return generated.long()
@@ -262,7 +262,7 @@ def _with_silent_rows(generated: Any) -> Any:
 
 
 def _language(segments: Sequence[Mapping[str, Any]], known: set[int]) -> torch.Tensor | None:
-    """The language, as the pipeline reads it from the first segment; its result begins with the tokens that generate() cuts off."""
+    """The language of a row: the first known language token in the result of its first segment; None without such a token."""
     result = segments[0]["result"]
     tokens = result["sequences"] if isinstance(result, Mapping) else result
     found = next((token for token in tokens.tolist() if token in known), None)

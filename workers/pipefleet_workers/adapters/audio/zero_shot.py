@@ -29,7 +29,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 TEMPLATE = "This is a sound of {}."
 """transformers' own template, for a request without one."""
 KEPT_TEXTS = 8192
-"""Embeddings of texts that are kept."""
+"""Most embeddings of texts that are kept."""
 TEXTS_AT_ONCE = 128
 Tokens = tuple[int, ...]
 _CROPPING = threading.Lock()
@@ -111,7 +111,7 @@ class ZeroShotAudio(Adapter):
         seconds = len(samples) / extractor.sampling_rate
         if (
             extractor.truncation == "fusion" and seconds > self.max_whole_seconds
-        ):  # it computes everything and keeps a part
+        ):  # this extractor computes the whole recording and keeps a part
             text = f"the recording lasts {seconds:.0f} s, the model hears at most {self.max_whole_seconds:.0f} s of one"
             raise ItemError("too_long", f"{text} (PIPEFLEET_WORKER_MAX_WHOLE_SECONDS); send a part of it", STAGE)
         with cropped_by_content(samples) if long else contextlib.nullcontext():
@@ -145,7 +145,7 @@ class ZeroShotAudio(Adapter):
 
 
 def content_seed(samples: np.ndarray[Any, Any]) -> int:
-    """The seed that chooses the part of a long recording that is heard: equal for equal samples."""
+    """The seed that chooses the heard part of a long recording: equal for equal samples."""
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(samples).tobytes(), digest_size=4).digest(), "little")
 
 

@@ -1,4 +1,8 @@
-"""The pipeline of image-to-text: captions of pictures. transformers 5 has the models, but no longer the pipeline."""
+"""The pipeline of image-to-text: a picture goes in, perhaps with a prompt; its caption comes out.
+
+transformers 5 has the models, but no longer the pipeline. `EqualWriter` runs its stages. An input that the model cannot take
+raises ValueError.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ _UNPROMPTED = ("pix2struct",)
 
 
 class ImageToTextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
-    """A PIL image, or a dict of `image` and `text`, in; `[{"generated_text": …}]` out. The stages are those of transformers 4."""
+    """A PIL image, or a dict of `image` and `text`, in; `[{"generated_text": …}]` out. Stages as in transformers 4."""
 
     _load_processor = None
     _load_image_processor = True
@@ -59,7 +63,7 @@ class ImageToTextPipeline(Pipeline):  # type: ignore[misc]  # transformers has n
         return self._prompted(inputs, prompt)
 
     def _prompted(self, picture: Image.Image, prompt: str) -> Any:
-        if self.model.config.model_type == "git":  # its decoder begins with [CLS] and must not meet a [SEP]
+        if self.model.config.model_type == "git":  # GIT's prompt begins with [CLS], without a [SEP]
             found = self.image_processor(images=picture, return_tensors="pt").to(self.dtype)
             words = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             return {**found, "input_ids": torch.tensor([[self.tokenizer.cls_token_id, *words]])}
@@ -82,7 +86,7 @@ def generate(pipe: Any, model_inputs: Mapping[str, Any], given: Mapping[str, Any
     """The sequences that a model writes, `[sequences, tokens]`; the pipeline's defaults fill in missing arguments."""
     arguments = pipe._prepare_generate_kwargs(dict(given))
     if type(pipe.model).generate is not GenerationMixin.generate:
-        arguments.pop("pad_token_id", None)  # such a model passes its own to its decoder
+        arguments.pop("pad_token_id", None)  # such a model passes its own padding token to its decoder
     found: torch.Tensor = pipe.model.generate(**model_inputs, **arguments)
     return found
 

@@ -1,8 +1,8 @@
 """The pipeline of question-answering: the span of a context that answers a question. transformers 5 no longer has the pipeline.
 
-Results are those of transformers 4.57, the last release that had it, including its way of counting. The scores of a chunk are a
+Results equal the results of transformers 4.57, the last release with this pipeline, scores included. The scores of a chunk are a
 softmax over its context and its first special token. An answer is widened to whole words. Spans of the same words are one answer,
-and its score is the sum of their scores.
+and its score is the sum of their scores. The adapter of the task calls `encode` and `postprocess`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A question with a piece of its context: model inputs, where an answer may lie, and the text that each token stands for.
+    """A question with a piece of its context: model inputs, the tokens of the context, and the characters of each token.
 
     It holds arrays, since the tokenizer's own encoding takes a dozen times as much memory: a book has thousands of chunks.
     """
@@ -51,7 +51,7 @@ class Chunk:
     def characters(self, first: int, last: int, *, align_to_words: bool) -> tuple[int, int]:
         """The first character of token `first`, and the character after token `last`.
 
-        Widened to whole words where there are words.
+        With `align_to_words`, both tokens are widened to their words, if they have words.
         """
         if not align_to_words or self.words[first] < 0 or self.words[last] < 0:
             return int(self.offsets[first][0]), int(self.offsets[last][1])

@@ -1,6 +1,6 @@
 """The pipelines of text2text-generation, summarization and translation: encoder-decoders that write.
 
-transformers 5 has none of them.
+transformers 5 has none of these pipelines. `TextRewriter` runs their stages.
 
 As in transformers 4, a T5-like checkpoint names parameters and a prefix for each task of its training (`task_specific_params`).
 A multilingual model gets its two languages as codes of its own tokenizer.

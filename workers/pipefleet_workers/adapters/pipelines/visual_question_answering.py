@@ -1,4 +1,7 @@
-"""The pipeline of visual-question-answering. transformers 5 has the models, but no longer the pipeline."""
+"""The pipeline of visual-question-answering: a picture and a question go in, answers come out.
+
+transformers 5 has the models, but no longer the pipeline. The adapters of `vision.question_answering` run its stages.
+"""
 
 from __future__ import annotations
 

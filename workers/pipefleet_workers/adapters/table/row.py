@@ -1,4 +1,7 @@
-"""The type of the task table's worker half: `TaskRuntime` is one row."""
+"""The type of the task table's worker half: `TaskRuntime` is one row, `Sizing` its slices and batches.
+
+The other modules of `table` make the rows. Loading, the warm-up and the engine read them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pipefleet_workers.adapters.base import Adapter
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """Items that a stage handles at a time, and the padded cost of a batch on CPU and on a GPU when it is not measured.
+    """The number of items in a slice of a stage, and the padded cost of a batch on CPU and on a GPU, used until it is measured.
 
     The cost counts the units that the adapter pads: tokens of a text (read and written), frames of a recording, elements of a
     picture's tensor.

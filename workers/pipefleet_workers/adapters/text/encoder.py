@@ -95,7 +95,7 @@ class TextEncoder(Adapter):
             return self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, **self._switches)
 
     def key(self, work_parameters: Mapping[str, Any]) -> Any:
-        """A key that must be equal for two texts to share a forward, in addition to their tensors."""
+        """The task's own part of the batch key: only texts with equal keys share a forward."""
         return None
 
     def span(self, unit: Unit, longest: int) -> slice:
@@ -103,9 +103,9 @@ class TextEncoder(Adapter):
         return slice(longest - unit.length, None) if self.pipe.tokenizer.padding_side == "left" else slice(unit.length)
 
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
-        """For each value the tokens that `units` makes units of. May raise for all values when one is at fault.
+        """The tokens of each value, for `units`. One bad value may raise an error for all values.
 
-        Only the preprocess part of `arguments` holds for all values.
+        The values share only the preprocess part of `arguments`.
         """
         tokenizer, keywords = self.copies.get().tokenizer, self.keywords(arguments)
         if isinstance(values[0], Mapping):
@@ -119,7 +119,7 @@ class TextEncoder(Adapter):
         return {name: value for name, value in arguments.fresh().preprocess.items() if name != "padding"}
 
     def bounded(self, value: Any, arguments: Arguments) -> Any:
-        """A value with a long text, shortened by the part that the tokenizer would cut. Raises ItemError (too_long)."""
+        """The value without the end of a long text that the tokenizer would cut off. Raises ItemError (too_long)."""
         longest = self.longest(self._positions)
         return self.long_texts().bounded(value, self.keywords(arguments), longest, self.cut_hint)
 
@@ -148,7 +148,7 @@ class TextEncoder(Adapter):
                 working_on(decoded[0].work)
                 values = [self.bounded(values[0], parsed[0])]
             encoded = self.encode(values, parsed[0])
-        except Exception as error:  # noqa: BLE001 - told apart below: with one text it is that text's own failure
+        except Exception as error:  # noqa: BLE001 - handled below: with a single text, the error is the failure of this text
             if len(decoded) == 1:
                 return [(indices[0], _refusal(error))]
             alone = zip(decoded, parsed, indices, strict=True)
@@ -180,9 +180,9 @@ def position_limit(model: torch.nn.Module) -> int | None:
 
 
 def _unused_positions(table: Any) -> int:
-    """Positions that texts never use: RoBERTa and its kin count from behind the padding's position.
+    """Positions at the start of a table that no text uses.
 
-    BART and its kin name an offset.
+    RoBERTa and its kin count from the position after the padding token's index. BART and its kin have an attribute `offset`.
     """
     offset: int | None = getattr(table, "offset", None)
     if offset is not None:
@@ -194,7 +194,7 @@ class FeatureExtractor(TextEncoder):
     """feature-extraction: one vector for each token, or one for each text with `pooling`, pooled on the device."""
 
     def encode(self, values: Sequence[Any], arguments: Arguments) -> Sequence[Any]:
-        """As of any text. Raises ItemError (too_long) where it would be padded beyond the model's positions."""
+        """The tokens of each value. Raises ItemError (too_long) if padding would go beyond the model's positions."""
         asked = self.keywords(arguments)
         if asked.get("padding") == _TO_LENGTH:
             length = asked.get("max_length") or self.pipe.tokenizer.model_max_length
@@ -207,12 +207,12 @@ class FeatureExtractor(TextEncoder):
         return super().encode(values, arguments)
 
     def keywords(self, arguments: Arguments) -> dict[str, Any]:
-        """The tokenizer's arguments; padding to one length stays, for its tokens have vectors like any other."""
+        """The tokenizer's arguments. An asked padding to one length stays: the result has vectors for padding tokens too."""
         padding = arguments.fresh().preprocess.get("padding")
         return {**super().keywords(arguments), **({"padding": padding} if padding == _TO_LENGTH else {})}
 
     def units(self, decoded: Decoded, arguments: Arguments, encoded: Any) -> list[Unit]:
-        """The units of one item; one vector for a text is made of its own tokens."""
+        """The units of one item. With `pooling`, padding is removed: the vector is made of the text's own tokens."""
         if decoded.work.parameters.get("pooling") is not None:
             encoded = _unpadded(encoded)
         return super().units(decoded, arguments, encoded)

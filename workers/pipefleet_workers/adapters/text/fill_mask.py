@@ -1,4 +1,8 @@
-"""The adapter of fill-mask: only the rows of the masks leave the device, never the scores of a whole vocabulary for every token."""
+"""The adapter of fill-mask: a text with masks goes in, the most probable tokens for each mask come out.
+
+A text is one unit. The scores of a whole vocabulary are large, so `split` ranks them on the device; only the best tokens of each
+mask leave it. A text without a mask raises ItemError (bad_input), a `top_k` above the vocabulary ItemError (bad_parameter).
+"""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ _CHARACTERS = 16
 """Characters to begin with for each wanted token."""
 _TRIES = 16
 _BEHIND = 512
-"""Tokens at the end of a beginning that the cut may have changed: of a word, a sign or a pair that was cut in two."""
+"""Tokens at the end of a beginning that may differ from the whole text's: the cut may divide a word, a sign or a pair."""
 _ENDLESS = 1 << 30
-"""Above this number a bound means none: a tokenizer without its own bound says 10^30."""
+"""A larger bound means "no bound": a tokenizer without a bound has 10^30."""
 _SPACES = "\u0120\u2581\u010a \n"
 """A space and a line break, as byte-level vocabularies, SentencePiece and plain text write them."""
 _BLANKS = _SPACES + "\t\r\u0109\u010d"
@@ -43,9 +43,9 @@ _PROBE = "sea sea"
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """Where a call of a tokenizer cuts a text: after `most` tokens.
+    """The cut of a tokenizer's call: after `most` tokens.
 
-    Depending on the strategy, both texts of a pair count together.
+    Some truncation strategies count both texts of a pair together, others each text alone.
     """
 
     most: int
@@ -53,7 +53,7 @@ class Cutting:
 
     @classmethod
     def of(cls, tokenizer: Any, keywords: Mapping[str, Any]) -> Cutting | None:
-        """The cut that these keywords ask for. None if nothing is cut, or if the rest of a text is not dropped."""
+        """The cut of a call with these keywords. None if the call cuts no text, or returns the rest of a text as well."""
         strategy = keywords.get("truncation")
         strategy = getattr(strategy, "value", strategy)
         most = keywords.get("max_length") or tokenizer.model_max_length
@@ -100,7 +100,7 @@ class LongTexts:
         return self._agreed(text, tokens, size)
 
     def _agreed(self, text: str, tokens: int, size: int) -> str | None:
-        """A beginning that is cut anywhere; a beginning twice as long must have the same first tokens."""
+        """A beginning, cut at any place. It counts only if a beginning of twice its length has the same first tokens; else None."""
         if not getattr(self._tokenizer, "is_fast", False):
             return None
         while 2 * size < len(text):
@@ -171,10 +171,10 @@ class LongTexts:
         return words[:count]
 
     def _both(self, texts: tuple[str, ...], most: int) -> tuple[str, ...]:
-        """A pair whose longer text is cut until both texts are.
+        """A pair that the tokenizer cuts from the longer text first, shortened before the call.
 
-        The longer text must stay the longer, and a short text must stay whole. The tokenizer pairs every piece that it cuts off one
-        text with every piece of the other; this takes the square of their lengths.
+        The longer text must stay the longer text, and a short text must stay whole. Unshortened texts would be slow: the tokenizer
+        pairs every cut-off piece of one text with every piece of the other, which takes the square of their lengths.
         """
         counts = [self._counted(one) for one in texts]
         less = 0 if counts[0] <= counts[1] else 1
@@ -212,7 +212,7 @@ class LongTexts:
         return text
 
     def _drops_the_end(self, keywords: Mapping[str, Any]) -> bool:
-        """Whether the cut removes the end of a text, and the removed part is not read in pieces of its own."""
+        """Whether the call drops the end of a text. False if it cuts the start, or returns the end as further pieces."""
         pieces = keywords.get("return_overflowing_tokens") or keywords.get("stride")
         return not pieces and getattr(self._tokenizer, "truncation_side", "") == "right"
 
@@ -271,7 +271,7 @@ def _sees_words(tokenizer: Any) -> bool:
 
 
 def _last(place: re.Pattern[str], text: str, size: int) -> int | None:
-    """Where the word of the last place to cut ends, within `_REACH` before `size`; None for a text without such a place."""
+    """The end of the word before the last place to cut, within `_REACH` before `size`; None without such a place."""
     start = max(0, size - _REACH)
     found = None
     for match in place.finditer(text, start, size):

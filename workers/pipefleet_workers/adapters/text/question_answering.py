@@ -1,4 +1,9 @@
-"""The adapter of question-answering: chunks of contexts of different requests share batches."""
+"""The adapter of question-answering: a question and its context go in, the span that answers comes out.
+
+A long context becomes several chunks that overlap; each chunk is a unit, so chunks of different requests share batches. The
+pipeline in `pipelines.question_answering` makes the chunks and reads the answer from their logits. It raises ItemError (too_long)
+for a context with too many chunks.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +47,7 @@ class QuestionAnswerer(TextEncoder):
         return encode(self.copies.get().tokenizer, values, **arguments.preprocess, most=self.max_whole_characters)
 
     def bounded(self, value: Any, arguments: Arguments) -> Any:
-        """A value whose question ends soon after the tokens that are read of it; a context is read to its end, in chunks."""
+        """A value with its question cut soon after the tokens that are read. The context stays: chunks read it to its end."""
         bounds = [one for one in arguments.preprocess.values() if isinstance(one, int)]
         question = self.long_texts().shortened(value["question"], max([LONGEST_CHUNK, *bounds]))
         return {**value, "question": question}
@@ -53,7 +58,7 @@ class QuestionAnswerer(TextEncoder):
         return [self.unit(assembly, index, chunk.features, arguments) for index, chunk in enumerate(encoded)]
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The logits of each unit's own tokens, `[2, tokens]`: to be the first and the last token of the answer."""
+        """The logits of each unit's own tokens, `[2, tokens]`: row 0 for the answer's first token, row 1 for its last."""
         with torch.inference_mode():
             logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], 1).float().cpu()
         return [logits[row, :, self.span(unit, logits.shape[2])] for row, unit in enumerate(units)]

@@ -1,7 +1,8 @@
-"""The adapter of table-question-answering: each question is a unit; questions about different tables are padded together.
+"""The adapter of table-question-answering: a table and questions go in, cells or a written answer come out.
 
-TAPAS reads a table with a question and points at cells. Models without cells (TAPEX) write their answer; they share a batch only if
-their inputs have one length.
+Each question is a unit; questions about different tables share a batch. TAPAS reads a table with a question and points at
+cells; its inputs are padded. Other models (TAPEX) write their answer; their questions share a batch only if their inputs have one
+length.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class TableReader(Adapter):
         return {"table": pandas.DataFrame(table, dtype=str), "query": "How many are there in row 3?"}
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
-        """The inputs of TAPAS padded on the right, where its mask hides them; those of others stacked."""
-        longest = max(_tokens(unit) for unit in units)  # a unit's length counts the rows that are written, too
+        """The inputs of TAPAS, padded on the right behind its mask; the inputs of other models, stacked."""
+        longest = max(_tokens(unit) for unit in units)  # a unit's length also counts the rows of its answer
         names = units[0].features
         return {name: torch.cat([self._padded(name, unit, longest) for unit in units]) for name in names}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """Logits of tokens and of aggregations, or the tokens that were written, `[units, …]`."""
+        """Logits of tokens and of aggregations, or the written tokens, `[units, …]`."""
         pipe = self.pipe
         with torch.inference_mode():
             tensors = {name: tensor.to(pipe.device) for name, tensor in inputs.items()}
@@ -103,7 +104,7 @@ class TableReader(Adapter):
         return self.copies.get().postprocess(rows)
 
     def _written(self, tensors: dict[str, torch.Tensor], units: Sequence[Unit]) -> torch.Tensor:
-        """The tokens of the answers; each unit has as many rows as it asks for."""
+        """The tokens of the answers. A unit has one row for each asked sequence."""
         request: TableQuestions = units[0].assembly.context
         with drawing(request.seed, self.pipe.device, loads=True):
             written: torch.Tensor = self.pipe.model.generate(**tensors, **copy.deepcopy(dict(request.generation)))

@@ -1,4 +1,9 @@
-"""The adapter of token-classification: a text is one unit, or several units with `stride`, which read all of it."""
+"""The adapter of token-classification: a text, or a list of its words, goes in; its entities come out.
+
+A text is one unit; with `stride` a long text becomes several units that overlap and together cover it. The pipeline's own
+postprocess joins the units' logits. Raises ItemError: bad_input for words instead of a text or the reverse, bad_parameter for a
+stride that leaves no room, too_long for a text of too many pieces.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +114,7 @@ class TokenClassifier(TextEncoder):
         return [{**entity, "score": float(entity["score"])} for entity in entities]
 
     def _row(self, sentence: Sentence, chunk: Chunk, logits: torch.Tensor, post: Mapping[str, Any]) -> dict[str, Any]:
-        """A chunk in the form that the pipeline's postprocess takes."""
+        """A chunk in the form for the pipeline's postprocess."""
         special = chunk.special
         if post.get("aggregation_strategy", AggregationStrategy.NONE) == AggregationStrategy.NONE:
             # Most tokens of a text are left out in the end, so postprocess need not look at them.

@@ -1,4 +1,4 @@
-"""Bounds on the characters that a tokenizer takes at once. A tokenizer has no bound, and takes up to 600 bytes of memory for each.
+"""Bounds on the characters that a tokenizer takes at once. A tokenizer has no bound, and takes up to 600 bytes for a character.
 
 Most long texts are cut or refused by their beginning (see `long_texts`). The remaining texts come here: texts that are read in
 pieces, texts of few tokens for many characters, tables, pages of many words, labels. They are refused with ItemError (too_long),
@@ -17,7 +17,7 @@ SETTING = "PIPEFLEET_WORKER_MAX_WHOLE_CHARACTERS"
 MOST_LABELS = 100_000
 """Most labels of one input; the largest sets of classes have a fifth of this number."""
 _EXPANDED = {"\ufdfa": 17, "\ufdfb": 7}
-"""Signs that a normaliser (NFKC) expands to so many characters."""
+"""Signs that a normaliser (NFKC) expands, with the number of characters of each."""
 _LISTS = (list, tuple)
 
 

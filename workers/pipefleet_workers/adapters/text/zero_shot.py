@@ -1,4 +1,8 @@
-"""The adapter of zero-shot-classification: each label with the text is a unit; units of different requests share batches."""
+"""The adapter of zero-shot-classification: a text and labels go in, a score for each label comes out.
+
+Each pair of the text and a label is a unit, so units of different requests share batches. `finish` computes the scores from the
+logits of all units of a request. Raises ItemError for bad or too many labels, and for a text that is too long.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 _TEMPLATE = "This example is {}."
 _KEPT = 4
-"""How many tokens of all pairs of text and label are kept, for each character that is tokenised at once."""
+"""Bound of the tokens of all pairs of one input, as a multiple of the characters that may be tokenised at once."""
 _TOO_SHORT = "too short"
 """Part of the tokenizer's error for a text that is shorter than the part to be cut off."""
 

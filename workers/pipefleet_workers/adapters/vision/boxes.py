@@ -1,4 +1,7 @@
-"""Boxes and run-length masks for mask-generation, in place of torchvision's functions: not every machine can import torchvision."""
+"""Boxes and run-length masks for mask-generation, in NumPy. Only `masks` calls these functions; they raise nothing of their own.
+
+They take the place of torchvision's functions, since not every machine can import torchvision.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from numpy.typing import NDArray
 def non_maximum_suppression(
     boxes: NDArray[np.float32], scores: NDArray[np.float32], *, iou_threshold: float
 ) -> NDArray[np.int64]:
-    """Indices of the boxes that stay, best score first. A box goes if it overlaps a better box that stays by too much.
+    """Indices of the kept boxes, best score first. A box is dropped if it overlaps a better kept box by more than the threshold.
 
     `boxes` is `[n, 4]` as x0, y0, x1, y1; equal scores stay in order. Overlap is intersection over union. Two boxes without an area
-    have no overlap, so both stay, as in torchvision.
+    have no overlap, so both are kept, as in torchvision.
     """
     order = np.argsort(-scores, kind="stable")
     threshold = np.float64(iou_threshold)

@@ -40,7 +40,7 @@ class PageReader(Adapter):
         own, table = pipe.tokenizer.model_max_length, position_limit(pipe.model)
         self._longest = own if table is None else min(own, table)
         if getattr(pipe.image_processor, "apply_ocr", False):
-            pipe.image_processor.apply_ocr = False  # it needs tesseract; here the words come from `read_words`
+            pipe.image_processor.apply_ocr = False  # this OCR needs tesseract; `read_words` takes its place
         taken = inspect.signature(pipe.model.forward).parameters
         self._looks = bool({"pixel_values", "image"} & set(taken))
         self._picture = "pixel_values" if "pixel_values" in taken and "image" not in taken else "image"
@@ -62,7 +62,7 @@ class PageReader(Adapter):
         return {name: pad(own, fill if name == "input_ids" else 0) for name, own in rows.items()}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """The logits of every place to be the first and the last of the answer, on the host."""
+        """For every place two logits, on the host: that the answer begins there, and that it ends there."""
         device = self.pipe.device
         with torch.inference_mode():
             found = self.pipe.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
@@ -84,7 +84,7 @@ class PageReader(Adapter):
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
         parameters = dict(decoded.work.parameters)
-        most = parameters.pop("max_question_len", None)  # transformers documents it, but its preprocess refuses it
+        most = parameters.pop("max_question_len", None)  # documented, but transformers' preprocess refuses it
         arguments = self.parse(parameters)
         if "image" not in decoded.value and self._looks:
             raise ItemError("bad_input", "this model looks at the page itself; pass its image beside word_boxes", STAGE)
@@ -109,7 +109,7 @@ class PageReader(Adapter):
         return Unit(assembly, index, key, length, {"tensors": tensors})
 
     def _words(self, value: Mapping[str, Any]) -> list[Any]:
-        """The page's words with their boxes; empty on an empty page, where the only answer can be that there is none."""
+        """The page's words with their boxes. Empty for an empty page; its only possible answer is "no answer"."""
         given = value.get("word_boxes")
         return read_words(value["image"]) if given is None else checked(given)
 

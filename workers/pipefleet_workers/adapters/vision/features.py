@@ -1,4 +1,8 @@
-"""The adapter of image-feature-extraction: hidden states, the pooled vector, or the feature maps of the model's backbone."""
+"""The adapter of image-feature-extraction: a picture goes in; hidden states, the pooled vector, or feature maps come out.
+
+Pictures of one shape share a batch. Feature maps come from the model's backbone, which is made once and shares the model's weights.
+A model without a backbone, and a stage that it does not have, raise ItemError (bad_parameter).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ _OF_A_BACKBONE = ("out_indices", "out_features")
 class ImageFeatures(Adapter):
     """image-feature-extraction. With `out_indices` the result is a list of feature maps `[1, channels, height, width]`.
 
-    They are the maps of `AutoBackbone.from_pretrained(model, out_indices=…)`, in the order of the request.
+    The maps equal the maps of `AutoBackbone.from_pretrained(model, out_indices=…)`; their order is the order of the request.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -32,7 +36,7 @@ class ImageFeatures(Adapter):
         self._backbone: Any = None
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """The model's outputs, still on the device: a list of feature maps where the key says so."""
+        """The model's outputs, still on the device; a list of feature maps for units that asked for maps."""
         pipe = self.pipe
         model = self._backbone if units[0].key[-1] else pipe.model
         with torch.no_grad():
@@ -102,8 +106,7 @@ def _named(stages: list[str], asked: Sequence[str]) -> list[int]:
 def backbone_of(model: Any) -> Any:
     """The backbone of a base model, with the feature maps of all stages; it shares the weights. Raises ItemError (bad_parameter).
 
-    A backbone has norms of its own, one after each stage; they are untrained and change nothing, as in
-    `AutoBackbone.from_pretrained`.
+    A backbone adds a norm after each stage. These norms are untrained and change nothing, as in `AutoBackbone.from_pretrained`.
     """
     config = copy.deepcopy(model.config)
     try:

@@ -2,7 +2,7 @@
 
     prepare: picture ─▶ crops ─▶ points, in units      device: encode a crop once ─▶ masks for the points of each unit
 
-The pipeline runs the vision encoder in its preprocess; here this is the device's work as well. The first batch with points of a
+The pipeline runs the vision encoder in its preprocess; here the device runs the encoder as well. The first batch with points of a
 crop computes the crop's embedding, together with other crops that need one; later batches find it.
 """
 
@@ -42,9 +42,9 @@ _FILTER_DEFAULTS = {
 
 @dataclass(slots=True)
 class Crop:
-    """A part of a picture, or all of it. `pixels` are freed when `embeddings` are there.
+    """A part of a picture, or all of it. Only the device's thread uses it after `prepare`.
 
-    Then only the device's thread touches it.
+    `pixels` are freed when `embeddings` exist.
     """
 
     pixels: torch.Tensor | None
@@ -74,7 +74,7 @@ class MaskGenerator(Adapter):
         return {"input_points": points, "input_labels": torch.ones(points.shape[:3], dtype=torch.int64)}
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """The masks of each unit that stay, as run lengths, with scores and boxes on the host."""
+        """For each unit its kept masks as run lengths, with scores and boxes, on the host."""
         pipe = self.pipe
         with torch.no_grad():
             self._embed([unit.features.crop for unit in units], progress)

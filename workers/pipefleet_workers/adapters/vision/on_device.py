@@ -33,7 +33,7 @@ from pipefleet_workers.items import Decoded, Unit
 log = logging.getLogger(__name__)
 
 LARGEST = 1 << 21
-"""Pixels of a picture that waits undiminished. A larger picture is preprocessed on the host, or hundreds would fill its memory."""
+"""Most pixels of a picture that waits at its full size. The host preprocesses larger pictures; hundreds would fill its memory."""
 AT_ONCE = 1 << 23
 """Pixels that are resized together; they are float32 meanwhile."""
 PROVED = (
@@ -226,7 +226,7 @@ SERVED: Mapping[type[Adapter], Callable[[Any, Plan], Adapter]] = {
     Adapter: DevicePictures,
     ImageFeatures: DeviceImageFeatures,
 }
-"""Adapters that take what an image processor returns as the model's inputs, and nothing else of it: what stands in for each."""
+"""The adapter that replaces each supported adapter. Supported adapters use nothing of a processor but the model's inputs."""
 
 
 def on_device(adapter: Adapter) -> Adapter:
@@ -241,7 +241,7 @@ def on_device(adapter: Adapter) -> Adapter:
     try:
         plan = Plan.of(processor)
         reason = "its image processor has ways of its own" if plan is None else _difference(plan, adapter.pipe)
-    except Exception as error:  # noqa: BLE001 - whatever a processor raises, the host's way still stands
+    except Exception as error:  # noqa: BLE001 - whatever a processor raises, the host can still preprocess
         plan, reason = None, brief(error)
     if plan is None or reason:
         log.info("pictures are preprocessed on the host: %s", reason)

@@ -1,4 +1,8 @@
-"""The adapter of visual-question-answering: ViLT, with pictures and questions padded behind masks, and models that write."""
+"""The adapters of visual-question-answering: a picture and a question go in, scored or written answers come out.
+
+ViLT scores the answers that it knows; pictures and questions of a batch are padded behind masks. BLIP and its kin write an answer;
+only requests with equal shapes share a batch. A question with too many tokens raises ItemError (too_long).
+"""
 
 from __future__ import annotations
 
@@ -79,5 +83,5 @@ class AnswerWriter(EqualWriter):
 
 
 def visual_answerer(pipe: Any) -> Adapter:
-    """The adapter of visual-question-answering: BLIP and its kin write an answer, ViLT scores those that it knows."""
+    """The adapter of visual-question-answering: BLIP and its kin write an answer; ViLT scores its known answers."""
     return AnswerWriter(pipe) if pipe.model.can_generate() else AnswerClassifier(pipe)

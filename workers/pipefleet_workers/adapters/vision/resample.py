@@ -19,7 +19,7 @@ from PIL import Image
 _BITS = 22
 _LOW_BITS = 7
 MOST_TAPS = 500
-"""Pixels that one pixel may be made of.
+"""The most pixels that contribute to one resized pixel.
 
 With more, the sum of the lower parts of the weights is too large to be exact in float32.
 """
@@ -96,7 +96,7 @@ def _rounded(sums: Array) -> Array:
 
 
 def resize(pictures: torch.Tensor, after: tuple[int, int], resample: int, *, columns_first: bool) -> torch.Tensor:
-    """`[…, height, width]` of whole numbers in float32, resized to `after`, again as whole numbers in float32.
+    """Resize pictures `[…, height, width]` to `after`. Input and output are whole numbers in float32.
 
     `columns_first` is the result of `vertical_first`. Needs float32 products in full precision, as is torch's default.
     """

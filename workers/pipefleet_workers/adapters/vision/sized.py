@@ -45,7 +45,7 @@ class SizedPictures(Adapter):
         return super().collate([replace(unit, features=unit.features.tensors) for unit in units])
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
-        """The outputs of the model that postprocessing needs, on the host, in the model's own dtype."""
+        """The model's outputs that postprocessing needs, on the host, in the model's own dtype."""
         pipe = self.pipe
         with torch.no_grad():
             outputs = pipe.model(**pipe._ensure_tensor_on_device(inputs, device=pipe.device))
@@ -62,9 +62,7 @@ class SizedPictures(Adapter):
         return rows
 
     def finish(self, assembly: Assembly) -> Any:
-        """The result of the pipeline's postprocessing, in the dtype of the outputs.
-
-        transformers also gives scores in half precision.
+        """The result of the pipeline's postprocessing, in the dtype of the outputs: half precision stays, as in transformers.
 
         NumPy knows no bfloat16, so postprocessing that uses NumPy (depth maps) gets float32.
         """
@@ -111,7 +109,7 @@ class KeypointMatcher(SizedPictures):
     size_name = "target_sizes"
 
     def split(self, outputs: Any, units: Sequence[Unit]) -> list[Any]:
-        """The form that the pipeline's postprocess takes: outputs and sizes side by side."""
+        """For each unit its outputs and the sizes of its pictures, in the form for the pipeline's postprocess."""
         rows = [outputs] if len(units) == 1 else Adapter.split(self, outputs, units)
         return [
             {"model_outputs": row, self.size_name: [unit.features.size]} for row, unit in zip(rows, units, strict=True)

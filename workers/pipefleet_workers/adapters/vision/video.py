@@ -1,4 +1,9 @@
-"""The adapter of video-classification: frames of a clip, decoded here and handed to the model's processor as pictures."""
+"""The adapter of video-classification: a clip goes in, scores of labels come out.
+
+It decodes only the frames that the model wants, and gives them to the model's processor as pictures. Clips share a batch if their
+tensors have one shape. Raises ItemError: bad_parameter without a number of frames, too_short for a clip with fewer frames, and the
+errors of `Clip.frames`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,10 @@ from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 
 
 class VideoClassifier(Adapter):
-    """video-classification. Frames are those of transformers.
+    """video-classification, with the frames that transformers takes.
 
-    The first `num_frames` of a clip, `frame_sampling_rate` apart; or, where the model has a video processor, as many as that
-    spreads over the whole clip.
+    Without a video processor: `num_frames` frames from the start of the clip, `frame_sampling_rate` apart. A video processor
+    chooses its frames itself, spread over the whole clip.
     """
 
     def _prepare(self, decoded: Decoded) -> list[Unit]:
@@ -53,6 +58,6 @@ class VideoClassifier(Adapter):
         pipe = self.copies.get()
         if pipe.video_processor is None:
             found = pipe.image_processor(frames, return_tensors="pt")
-        else:  # told not to choose, for that would open a file
+        else:  # without sampling: to sample frames, the processor would open a file
             found = pipe.video_processor(np.stack(frames), do_sample_frames=False, return_tensors="pt")
         return dict(found.to(pipe.dtype))

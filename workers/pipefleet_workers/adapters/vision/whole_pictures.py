@@ -20,7 +20,7 @@ _ALWAYS_PIXELS = 1 << 16
 
 
 def require_pixels(pipe: Any, value: Any, most: int) -> None:
-    """Raise ItemError (too_large) for an unresized picture with more than `most` pixels, or needing more memory than is free.
+    """Raise ItemError (too_large) for an unresized picture that has more than `most` pixels or needs more than the free memory.
 
     On a GPU the memory is not checked: a GPU without memory raises an error and goes on, but a worker without memory is killed.
     """

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 TEMPLATE = "This is a photo of {}."
 """transformers' own template, for a request without one."""
 KEPT_TEXTS = 8192
-"""Embeddings of texts that are kept."""
+"""Most embeddings of texts that are kept."""
 TEXTS_AT_ONCE = 128
 SIGLIP_TOKENS = 64
 
@@ -158,7 +158,7 @@ class ImageLabeller(Adapter):
             pictures = {name: one.to(self.pipe.device) for name, one in picture.items()}
             with torch.inference_mode():
                 whole, apart = self._whole(pictures, texts), self._compared(pictures, [texts])[0]
-        except Exception as error:  # noqa: BLE001 - a model without such towers fails in ways of its own
+        except Exception as error:  # noqa: BLE001 - a model without such towers may raise any error
             log.info("the model is run whole for every set of labels (%s)", brief(error))
             return False
         limit = TOLERANCE.get(self.pipe.dtype, 1e-4) * max(1.0, float(whole.abs().max()))

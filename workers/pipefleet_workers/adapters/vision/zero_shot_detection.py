@@ -1,7 +1,8 @@
 """The adapter of zero-shot-object-detection: a picture is processed once, whatever the number of its labels.
 
 OwlViT and OWLv2 compare one look at a picture with many labels. A unit is a picture with up to `LABELS_AT_ONCE` labels; pictures
-with fewer labels are filled up with labels that the model ignores. For other models, each label is a unit.
+with fewer labels are filled up with labels that the model ignores. For other models, each label is a unit. A label
+with too many tokens raises ItemError (too_long).
 """
 
 from __future__ import annotations

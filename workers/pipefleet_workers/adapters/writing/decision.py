@@ -1,4 +1,8 @@
-"""The adapter of decision: one request at a time, as in transformers; its prompts cannot be padded."""
+"""The adapter of decision: a state and typed questions go in, a probability for every option comes out.
+
+It runs one request at a time, as in transformers: the prompts cannot be padded. A bad request, and fields that transformers would
+open as URLs, raise ItemError.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Writing:
 class EqualWriter(Adapter):
     """Writes with generate(). `finish` gets, as output of an item, its sequences `[sequences, tokens]`."""
 
-    typical_size = 0  # made-up pictures say nothing of how long the answers are: the row's own budget holds
+    typical_size = 0  # made-up pictures tell nothing about the length of answers, so the cost of the task table is used
     loads = False
     """Whether transformers' pipeline reads a single input through a DataLoader."""
 
@@ -121,7 +121,7 @@ class EqualWriter(Adapter):
         """All arguments that the pipeline passes to generate()."""
         generation = self._planner.merged(self.generation(arguments))[0]
         if type(self.pipe.model).generate is not GenerationMixin.generate:
-            generation.pop("pad_token_id", None)  # such a model passes its own to its decoder
+            generation.pop("pad_token_id", None)  # such a model passes its own padding token to its decoder
         return generation
 
     def _bounded(self, generation: dict[str, Any], prompt: int) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class EqualWriter(Adapter):
         if self._positions is None:
             return generation
         if prompt > self._positions:
-            # It must be refused here: on a GPU an index beyond the table breaks the device for every later input.
+            # Refuse it here: on a GPU an index beyond the table breaks the device for every later input.
             raise ItemError("too_long", f"the text has {prompt} tokens, the model takes {self._positions}", STAGE)
         room = {"max_new_tokens": self._positions - prompt + 1, "max_length": self._positions + 1}
         bounds = {name: min(bound, generation[name]) for name, bound in room.items() if generation.get(name)}

@@ -79,7 +79,7 @@ class TextGenerator(Adapter):
         stops = RowStops(rows, prompt, progress, look=lambda tokens: release.look(tokens, stops))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
         arguments["logits_processor"] = self._processors(plan, rows, prompt)
-        if plan.min_length:  # it counts the prompt too; with it, all prompts of a batch have one length
+        if plan.min_length:  # `min_length` counts the prompt too; plans with it batch only prompts of one length
             arguments["min_new_tokens"] = max(0, plan.min_length - prompt)
         with self._randomness(units):
             sequences = self._generate(inputs, stopping_criteria=StoppingCriteriaList([stops]), **arguments)
@@ -180,7 +180,7 @@ class TextGenerator(Adapter):
         return arguments.forward
 
     def _read(self, value: Any, arguments: Arguments) -> tuple[Any, torch.Tensor, Any]:
-        """The prompt as the pipeline's postprocess takes it, its tokens, and the features of its unit (here: the tokens)."""
+        """The prompt in the form for the pipeline's postprocess, its tokens, and the features of its unit (here: the tokens)."""
         if isinstance(value, str):
             if not any(arguments.preprocess.get(name) for name in _CUTTING):
                 self.long_texts().require(value, self._longest_prompt)
@@ -224,8 +224,8 @@ class TextGenerator(Adapter):
         """`new_tokens`, but at most the room in a table of positions; the very last token needs no position."""
         longest = self._longest_prompt
         if prompt > longest:
-            # It must be refused here: on a GPU an index beyond a table breaks the device for every later input. Without a table,
-            # one such prompt takes the time and memory of all others.
+            # Refuse it here: on a GPU an index beyond a table breaks the device for every later input. Without a table, one such
+            # prompt takes the time and memory of all others.
             raise ItemError("too_long", f"the prompt has {prompt} tokens, the model takes {longest}", STAGE)
         return new_tokens if self._positions is None else min(new_tokens, self._positions - prompt + 1)
 
@@ -259,7 +259,7 @@ class TextGenerator(Adapter):
 
     @contextlib.contextmanager
     def _randomness(self, units: Sequence[Unit]) -> Iterator[None]:
-        """A context with torch's own random numbers from the seed of a request that has its own call."""
+        """A context that seeds torch's random numbers for a request with a call of its own; it does nothing for other requests."""
         if not _request(units[0]).plan.alone:
             yield
             return
@@ -270,7 +270,7 @@ class TextGenerator(Adapter):
 
 
 class _Release:
-    """Hands on the sequences of units that have all come to their ends, while others of the batch are still written."""
+    """Hands on the sequences of a unit as soon as all of them have ended, while the batch still runs."""
 
     def __init__(self, units: Sequence[Unit], progress: Progress) -> None:
         self._units = units
@@ -279,9 +279,9 @@ class _Release:
         self._ended = _Ended(self._plan)
 
     def look(self, tokens: torch.Tensor, stops: RowStops) -> None:
-        """Look at the new tokens `[rows, steps]` of every row, whose own bounds `stops` knows."""
+        """Look at the new tokens `[rows, steps]` of all rows. `stops` knows the bounds of each row."""
         if self._plan.beams > 1:
-            return  # which beam is the best is known at the end
+            return  # only the end of the call shows the best beam
         copies, ends, ended = self._plan.copies, stops.ends(), self._ended.look(tokens)
         for index, unit in enumerate(self._units):
             own = range(index * copies, (index + 1) * copies)
@@ -294,7 +294,7 @@ class _Release:
 
 
 class _Ended:
-    """Which rows of one call have written an end token. It reads each token once, so long answers do not make each look slower."""
+    """Knows the rows of one call that have written an end token. It reads each token once, so long answers slow no look."""
 
     def __init__(self, plan: Plan) -> None:
         self._tokens = torch.tensor(sorted(plan.ends), dtype=torch.long)
@@ -390,9 +390,9 @@ def _cut(tokens: list[int], end: int, plan: Plan) -> tuple[list[int], bool]:
 def filled(
     sequences: Sequence[list[int]], request: Request, hidden: frozenset[int], *, all_shown: bool = False
 ) -> Sequence[list[int]]:
-    """Sequences of one request as generate() gives them, of one length, where somebody would see what they are filled with.
+    """The sequences of one request, filled up to one length as generate() fills them, if the result shows the filling token.
 
-    With `hidden` tokens nobody does, unless `all_shown` or the request shows them.
+    `hidden` tokens do not show in a result, unless `all_shown` is set or the request asks for tokens or special tokens.
     """
     if len(sequences) < 2:
         return sequences

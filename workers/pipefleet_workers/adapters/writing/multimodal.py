@@ -50,7 +50,7 @@ class MultimodalGenerator(TextGenerator):
         self._positions = learnt_positions(pipe.model.get_decoder(), pipe.model)
 
     def example(self, size: int) -> Any:
-        """A chat: words alone when small, with a picture when larger, so that the proof sees both in one batch."""
+        """A chat. A small one has words alone, a larger one a picture too, so the proof covers both in one batch."""
         return example_prompt(self.pipe, size)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
@@ -127,13 +127,13 @@ class EqualMultimodal(EqualWriter):
 
 
 def image_text_writer(pipe: Any) -> Adapter:
-    """The adapter of image-text-to-text and any-to-any, chosen by who wrote the model's generate()."""
+    """The adapter of image-text-to-text and any-to-any. Decoders with transformers' own generate() get the adapter that pads."""
     own = type(pipe.model).generate is not GenerationMixin.generate
     return EqualMultimodal(pipe) if own or pipe.model.config.is_encoder_decoder else MultimodalGenerator(pipe)
 
 
 def read_prompt(pipe: Any, value: Any, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Any]:
-    """The tensors of a text, a chat, or a dict of text and media; and the prompt in the form that the pipeline's postprocess takes.
+    """The tensors of a text, a chat, or a dict of text and media; and the prompt in the form for the pipeline's postprocess.
 
     Raises ItemError (bad_input) for a chat with media beside it and for an empty prompt.
     """
@@ -247,7 +247,7 @@ def _without_media(value: Any) -> Any:
     """The messages of a chat, with each part of media reduced to its type; a text unchanged; tokens as a list."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
-    value = getattr(value, "messages", value)  # when it returns tokens, the pipeline returns its own Chat object
+    value = getattr(value, "messages", value)  # with tokens as result, the pipeline returns its own Chat object
     if not isinstance(value, list):
         return value
     return [{**message, "content": _named(message["content"])} for message in value]

@@ -39,7 +39,7 @@ def nested(parameters: Mapping[str, Any], *, but: Sequence[str] = ()) -> dict[st
 
 
 def apart(parameters: Mapping[str, Any], *, but: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters without the arguments of generate(), and these arguments: for a pipeline that takes them from no call."""
+    """The parameters without the arguments of generate(), and these arguments. For pipelines that accept none of them in a call."""
     generation = {name: value for name, value in parameters.items() if name in GENERATION and name not in but}
     return {name: value for name, value in parameters.items() if name not in generation}, generation
 

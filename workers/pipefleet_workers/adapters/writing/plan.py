@@ -1,8 +1,8 @@
 """Turns the parameters of a request into a `Plan`: the part that all requests of a generate() call share, and its own part.
 
-Defaults come from three places: the call, the model's generation config, the pipeline. transformers merges them; this module only
-reads the result. `TextGenerator` asks for a plan for each request. Arguments that generate() refuses raise ItemError
-(bad_parameter).
+Defaults come from three places: the call, the model's generation config, the pipeline. transformers merges the three;
+this module only reads the result. `TextGenerator` asks for a plan for each request. Arguments that generate() refuses raise
+ItemError (bad_parameter).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class GenerationPlanner:
         except (TypeError, ValueError) as error:
             raise ItemError("bad_parameter", f"generate() refuses the parameters: {error}", STAGE) from None
         if NO_END in _ids(config.eos_token_id) and (config.pad_token_id is None or config.pad_token_id < 0):
-            arguments = {**arguments, "pad_token_id": 0}  # it fills ended rows, and the model looks up its embedding
+            arguments = {**arguments, "pad_token_id": 0}  # fills ended rows; the model needs an embedding for it
         return arguments, config
 
 

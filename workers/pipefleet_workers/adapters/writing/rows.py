@@ -1,7 +1,8 @@
-"""Requests with different parameters in one generate() call; each gets the result that it gets alone.
+"""Lets requests with different parameters share one generate() call, each with the result of a call of its own.
 
-`RowStops` ends every row by its own bounds, `RowSampler` draws every row's tokens from its own seed. What they cannot take
-apart, such as the number of beams, must be equal within a batch (see `plan.py`).
+`RowStops` ends every row by its own bounds, `RowSampler` draws every row's tokens from its own seed, and `RowPenalty` ignores the
+row's padding. Other arguments, such as the number of beams, must be equal within a batch (see `plan.py`). The writing adapters pass
+these objects to generate(); each is for one call, on one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.items import JobContext, Work
 
 LOOK_STEPS = 8
-"""How many steps lie between two looks at the sequences: a look waits for the device."""
+"""Steps between two looks at the sequences. A look waits for the device, so not every step has one."""
 _NO_TOKEN = torch.iinfo(torch.int32).max
 """Stands for padding in the search for stop strings: it lies above every vocabulary, so no string contains it."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -67,8 +68,8 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
     ) -> None:
         """`prompt` is the padded length of the prompts. With beams, the rows of the call form equal groups.
 
-        `progress` ticks, and is asked for stopped jobs, at every step. `look` gets the new tokens of
-        every row, where they lie, each `LOOK_STEPS` steps.
+        At every step, `progress` gets a tick and is asked for stopped jobs. Every `LOOK_STEPS` steps, `look` gets the new tokens
+        of all rows `[rows, steps]`, on the device.
         """
         self._progress = progress
         self._look = look
@@ -209,7 +210,7 @@ def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _within_top_k(scores: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
-    """Each row's own `top_k`; as in transformers, tokens that tie with the last token stay."""
+    """The scores within each row's own `top_k`; as in transformers, tokens that tie with the last kept token stay."""
     width = scores.shape[-1]
     bounds = [min(bound, width) for bound in top_k]
     if not any(bounds):
@@ -221,7 +222,7 @@ def _within_top_k(scores: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
 
 
 def _within_top_p(scores: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
-    """Each row's own `top_p`, for rows that have one."""
+    """The scores within each row's own `top_p`, for rows that have one."""
     rows = [index for index, bound in enumerate(top_p) if bound < 1.0]
     if not rows:
         return scores

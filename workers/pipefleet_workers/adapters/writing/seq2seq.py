@@ -1,4 +1,4 @@
-"""The adapter of encoder-decoders that write text: summaries, translations, and any other text that a model makes of a text.
+"""The adapter of encoder-decoders that write text: a text goes in; a summary, a translation or another text comes out.
 
 Texts are padded on the right, where the encoder's mask hides the padding. Every decoder begins with one token, so no decoder input
 is padded. Requests may differ in the same arguments as in `TextGenerator`.

@@ -1,5 +1,7 @@
 """The size of the AV1 streams of an AVIF, by their own headers: the decoder allocates this size, whatever the container declares.
 
+Bytes go in, a size or the name of an excess comes out. `declared` asks for the size, `pieces` for the excess.
+
 Only sequence headers are read. A frame that overrides the size of its sequence is bounded only by the decoder (2^28 pixels).
 """
 
@@ -33,7 +35,7 @@ def size(content: bytes) -> tuple[int, int]:
 
 
 def excess(content: bytes) -> str | None:
-    """The kind of piece of which it has far too many, or None."""
+    """The kind of piece of which a file has far too many, or None."""
     for index, _ in enumerate(_streams(content)):
         if index >= MOST_STREAMS:
             return f"more than {MOST_STREAMS} streams"

@@ -1,4 +1,7 @@
-"""Pictures that contain a file of another format, with its own header and size: ICO, ICNS and BLP."""
+"""Pictures that contain a file of another format, with its own header and size: ICO, ICNS and BLP.
+
+`pictures` and `declared` check the inner file as they check the outer one. Only headers are read, and nothing raises.
+"""
 
 from __future__ import annotations
 

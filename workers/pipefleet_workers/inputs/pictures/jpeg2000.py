@@ -1,4 +1,7 @@
-"""The pieces that a decoder allocates for the headers of a JPEG 2000, before any pixel: tiles, components, blocks."""
+"""The pieces that a decoder allocates for the headers of a JPEG 2000, before any pixel: tiles, components, blocks.
+
+Bytes go in, a size or the name of an excess comes out; nothing raises. `declared` asks for the size, `pieces` for the excess.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def size(content: bytes) -> tuple[int, int]:
 
 
 def excess(content: bytes) -> str | None:
-    """The kind of piece of which it has far too many, or None. Reads only headers."""
+    """The kind of piece of which a file has far too many, or None. Reads only headers."""
     at = content.find(_CODESTREAM)
     try:
         return _excess(content, at) if at >= 0 else None

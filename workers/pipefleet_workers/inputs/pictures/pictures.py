@@ -25,8 +25,8 @@ _UNREAD = {
     rb"(?s)\s*(<\?xml.{0,1000})?<svg": "SVG",
     rb"%PDF-": "PDF",
 }
-"""What people have that Pillow does not open, by how it begins."""
-# Pillow cuts large pictures into blocks of 16 MB, which malloc keeps for the thread; those above 32 MB always go back at once.
+"""Common formats that Pillow does not open, by the first bytes of a file."""
+# By default Pillow cuts large pictures into blocks of 16 MB, which malloc keeps for the thread; blocks above 32 MB go back at once.
 Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 
 

@@ -1,7 +1,7 @@
-"""Picture files made of far too many pieces: each takes a few bytes in the file, but time and memory when it is decoded.
+"""Finds picture files of far too many pieces: a piece takes a few bytes in the file, but time and memory when it is decoded.
 
 A progressive JPEG may go over all its pixels again for every hundred bytes. Pillow keeps a list of the strips of a TIFF, and of the
-unknown chunks of a PNG. `pictures` asks before it decodes.
+unknown chunks of a PNG. `pictures` asks `excess` before it decodes, and refuses such files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Sound by FFmpeg: the track that `ffmpeg` would choose, decoded to the end of the data.
 
-Packets that cannot be decoded are skipped.
+`recordings` passes a file, a `Track` for the frames, and `Losses`. Packets that cannot be decoded are skipped and counted. A file
+that FFmpeg cannot open raises CannotOpenError; libsndfile then gets it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pipefleet_workers.inputs.sound.tracks import STAGE, Samples, Track
 from pipefleet_workers.items import Blob, ItemError
 
 _SECOND_CHOICE = {"amrnb": "libopencore_amrnb", "amrwb": "libopencore_amrwb"}
-"""Other decoders for packets that FFmpeg's own decoder cannot decode: the frames of silence (DTX) that phones send."""
+"""Other decoders, for packets that FFmpeg's own decoders cannot decode: the frames of silence (DTX) that phones send."""
 _PHONE_SECONDS = 0.02
-"""The length of such a packet."""
+"""Seconds of a phone's packet."""
 _TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 """First bytes of a tag between the parts of a joined file. A tag is no packet."""
 _DEFAULT = 5_000_000
@@ -56,14 +57,14 @@ def _read(blob: Blob, track: Track, losses: Losses) -> None:
 
 
 def _read_one(blob: Blob, content: bytes, track: Track, losses: Losses) -> None:
-    """Add one file to the track: the stream that `ffmpeg` would take, else the next one where that holds nothing at all."""
+    """Add one file to the track: the stream that `ffmpeg` would take; if that stream is empty, the next stream."""
     before, empty = losses.packets, list[int]()
     while not _read_stream(blob, content, track, losses, empty) and losses.packets == before:
         pass
 
 
 def _read_stream(blob: Blob, content: bytes, track: Track, losses: Losses, empty: list[int]) -> bool:
-    """Add the frames of the best stream; the empty ones are passed over by index. Whether it was the last one."""
+    """Add the frames of the best stream outside `empty`, and its index to `empty`. Whether it was the last stream."""
     try:
         with av.open(io.BytesIO(content), "r", options={"format_whitelist": AUDIO_FORMATS}) as container:
             known = [one for one in container.streams.audio if one.index not in empty]
@@ -83,9 +84,10 @@ def _read_stream(blob: Blob, content: bytes, track: Track, losses: Losses, empty
 
 
 def chosen(streams: Sequence[Any]) -> tuple[Any, str | None]:
-    """The track that `ffmpeg` takes: the default one, else the one with most channels, else the first; None without any.
+    """The track that `ffmpeg` takes, and the order of its channels.
 
-    With the order of its channels, where that is none of FFmpeg's layouts: its frames only say how many they are.
+    The default track comes first, then the track with most channels, then the first track; None if no track has channels. The order
+    is None for FFmpeg's own layouts. It is needed for all others, whose frames only give the number of channels.
     """
     orders = [None if one.codec_context is None else _own_order(one.codec_context) for one in streams]
     scores = [_score(one) for one in streams]
@@ -101,9 +103,9 @@ def _score(stream: Any) -> int:
 
 
 def _own_order(context: Any) -> str | None:
-    """The names of channels that have an order of their own, of which the context then knows the number only.
+    """The names of channels in an order that is no layout of FFmpeg; None for a layout. `context` then keeps only their number.
 
-    PyAV frees a list of channels once for each object that was made of it, and so would end the process.
+    PyAV frees a list of channels once for each object made of it, which would end the process.
     """
     shared = context.layout
     count = f"{shared.nb_channels} channels"

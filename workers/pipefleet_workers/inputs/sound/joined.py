@@ -1,7 +1,9 @@
-"""Files that were joined (`cat a b`), and sizes that FFmpeg does not take: bytes in; files that FFmpeg reads to their ends out.
+"""Splits files that were joined (`cat a b`), and repairs sizes that FFmpeg does not accept.
 
-In a joined MP3, ADTS or Ogg, FFmpeg itself goes on after the first part. It does not go on after a change of codec, rate or number
-of channels in an Ogg, nor after a picture in a tag that looks like sound; and in a joined FLAC it takes some frames twice.
+Bytes go in; files that FFmpeg reads to their ends come out. `ffmpeg` calls `parts` for each recording.
+
+In a joined MP3, ADTS or Ogg, FFmpeg itself goes on after the first part. It stops at a change of codec, rate or number of channels
+in an Ogg, and at a picture in a tag that looks like sound. In a joined FLAC it decodes some frames twice.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from itertools import islice
 from pipefleet_workers.inputs.containers import FLAC_START, chunk_of, is_placeholder
 
 _MOST_PARTS = 256
-"""Most parts that are opened one by one; later parts belong to the last one."""
+"""Most parts that are opened one by one; the last part holds all later parts."""
 _MOST_PAGES = 1 << 20
 """Most pages of an Ogg that are read; an encoder's pages of this number hold hours."""
 _MOST_TAGS = 1 << 14
-"""Most tags of each kind that are looked for; FFmpeg skips later tags as it skips any bytes that are no sound."""
+"""Most tags of each kind that are searched. FFmpeg skips later tags, as it skips all bytes that are no sound."""
 _ID3 = re.compile(rb"ID3[\x02-\x04][\x00-\x0f][\x00\x10\x20\x40\x50\x60\x80\x90\xa0\xc0\xd0\xe0][\x00-\x7f]{4}")
 _APE = re.compile(rb"APETAGEX[\xd0\xe8][\x03\x07]\x00\x00")
 _APE_HEAD = 32
@@ -50,7 +52,7 @@ def _split(content: bytes, starts: list[int]) -> list[bytes]:
 
 
 def _wav_starts(content: bytes) -> Iterator[int]:
-    """Where each WAV begins that directly follows another, by their declared sizes; FFmpeg would stop after the first."""
+    """The starts of WAVs that directly follow another WAV, by their declared sizes. FFmpeg would stop after the first WAV."""
     at = 0
     while at == 0 or (content[at : at + 4] == b"RIFF" and content[at + 8 : at + 12] == b"WAVE"):
         yield at
@@ -61,7 +63,7 @@ def _wav_starts(content: bytes) -> Iterator[int]:
 
 
 def _ogg_starts(content: bytes) -> Iterator[int]:
-    """Where the codec, rate or number of channels changes, by the first packet of each stream; 0 is the first start."""
+    """The places where codec, rate or number of channels change, by the first packet of each stream; the first place is 0."""
     before, headed = b"", False
     yield 0
     for at, is_first, head in islice(_ogg_pages(content), _MOST_PAGES):
@@ -110,7 +112,7 @@ def _ape_tags(content: bytes) -> Iterator[tuple[int, int]]:
             size, _, flags = struct.unpack_from("<III", content, found.end())
             if flags & _APE_IS_HEAD:
                 yield found.start(), found.start() + _APE_HEAD + size
-            elif not flags & _APE_HAS_HEAD:  # its foot alone, which counts itself
+            elif not flags & _APE_HAS_HEAD:  # a tag with a foot alone; its size counts the foot
                 yield found.start() + _APE_HEAD - size, found.start() + _APE_HEAD
 
 

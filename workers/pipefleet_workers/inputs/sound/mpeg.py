@@ -1,7 +1,7 @@
-"""MPEG audio (MP3, MP2, ADTS): how long it lasts by its own frames, in some places of the file. Nothing is decoded.
+"""Estimates how long MPEG audio (MP3, MP2, ADTS) lasts, by its frames in some places of the file. Nothing is decoded.
 
-libsndfile is never asked about these: it would take a cover for sound, not look behind the end of the first of joined files, and
-print a line for whatever it finds strange.
+`declared` asks for the length. libsndfile is never asked about these files: it would take a cover picture for sound, ignore all but
+the first of joined files, and print a line for each oddity. So `declared` and `recordings` ask `is_mpeg` first.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pipefleet_workers.inputs.containers import behind_tags
 
 _PLACES = 64
 _FRAMES = 8
-"""Frames that are looked at in each place."""
+"""Frames that are read in each place."""
 _REACH = 2048
-"""Bytes in which a place must show a frame: those of stereo are smaller. A place without one, as in a picture, counts as silent."""
+"""Bytes that are searched for a frame in each place; stereo frames are smaller. A place without a frame (a picture) adds 0 s."""
 _MARK, _MARKS = re.compile(rb"\xff[\xe2-\xff][\x00-\xef]"), 256
-"""How a frame begins, and how many of those are tried in each place."""
+"""The pattern of a frame's first bytes, and how many matches are tried in each place."""
 _MARGIN = 1.125
-"""Where the encoder does not say how long it is: a file that lasts longer than it declares would be decoded twice."""
+"""Factor of an estimated length: a file that is longer than its estimate would be decoded twice."""
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _ADTS_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
 _KBITS = {
@@ -32,7 +32,7 @@ _KBITS = {
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 1): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-"""By whether it is MPEG 1, and by the layer as a frame says it (3 is layer I)."""
+"""Kilobits per second, by (is MPEG 1, layer as coded in a frame: 3 is layer I)."""
 
 
 def is_mpeg(content: bytes) -> bool:
@@ -41,7 +41,7 @@ def is_mpeg(content: bytes) -> bool:
 
 
 def mpeg_seconds(content: bytes) -> float | None:
-    """About how long such a file lasts; None where no frames are found."""
+    """About how many seconds such a file lasts; None if no frame is found."""
     begin = behind_tags(content)
     said = _said(content, begin)
     if said is not None:
@@ -56,7 +56,7 @@ def mpeg_seconds(content: bytes) -> float | None:
 
 
 def _said(content: bytes, at: int) -> float | None:
-    """The seconds that the encoder wrote into the first frame, if that frame speaks of the whole file."""
+    """The seconds by the encoder's tag in the first frame; None without a tag, or if the tag's size is not the file's."""
     frame, head = _frame(content, at), content[at : at + 64]
     tag = max(head.find(b"Xing"), head.find(b"Info"))
     if frame is None or tag < 0 or at + tag + 16 > len(content):
@@ -68,7 +68,7 @@ def _said(content: bytes, at: int) -> float | None:
 
 
 def _frames(content: bytes, at: int) -> Iterator[tuple[int, float]]:
-    """Bytes and seconds of some frames from `at` on; the first of them is one that another frame follows."""
+    """Bytes and seconds of some frames from `at` on. The first is the first frame that another frame, or the end, follows."""
     for mark in islice(_MARK.finditer(content, at, at + _REACH), _MARKS):
         at = mark.start()
         frame = _frame(content, at)
@@ -84,7 +84,7 @@ def _frames(content: bytes, at: int) -> Iterator[tuple[int, float]]:
 
 
 def _frame(content: bytes, at: int) -> tuple[int, float] | None:
-    """Bytes and seconds of the frame whose mark is at `at`; None for anything else, and for a frame that does not say its size."""
+    """Bytes and seconds of the frame that begins at `at`; None if no frame begins there, or if it does not declare its size."""
     head = int.from_bytes(content[at : at + 4], "big")
     if head >> 21 != 0x7FF or at + 7 > len(content):
         return None

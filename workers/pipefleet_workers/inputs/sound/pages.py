@@ -1,4 +1,7 @@
-"""Pages of an Ogg that are not there or damaged: FFmpeg passes over them without a word, and over the sound in them."""
+"""Counts the missing and damaged pages of an Ogg, by their numbers and checksums.
+
+FFmpeg skips such pages, with their sound, without an error. So `recordings` asks here, and adds the number to the losses of a file.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ _HEAD = struct.Struct("<4sBBqIII")
 _HEAD_BYTES = 27
 _FIRST = 2
 _MOST_PAGES = 1 << 20
-"""Pages that are looked at; of those that encoders write, these hold hours."""
+"""Most pages that are checked. An encoder's pages of this number hold hours."""
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def lost_pages(content: bytes) -> int:
-    """How many pages have a wrong checksum or lack the page before them; 0 for what is no Ogg.
+    """The number of pages that have a wrong checksum or whose previous page is missing; 0 for other files.
 
-    A recording of a broadcast has the head of the stream, and then its middle: that is no loss.
+    A recording of a broadcast has the head of the stream and goes on in its middle; this gap is no loss.
     """
     if not content.startswith(b"OggS"):
         return 0
@@ -40,7 +43,7 @@ def _places(content: bytes) -> Iterator[int]:
     at = 0
     while (at := content.find(b"OggS", at)) >= 0 and at + _HEAD_BYTES <= len(content):
         if at + _size(content, at) > len(content):
-            return  # the last one is cut, which is told as a missing end
+            return  # the last page is cut; `containers` reports the missing end
         yield at
         at += _size(content, at)
 

@@ -1,4 +1,7 @@
-"""A WAV with one channel of 16 bits at the model's rate: its samples need neither FFmpeg nor a filter."""
+"""The quick way for a WAV with one channel of 16 bits at the model's rate. Such a file needs neither FFmpeg nor a filter.
+
+`recordings` asks here first, and gets a view of the samples, or None for any other file.
+"""
 
 from __future__ import annotations
 

@@ -40,9 +40,8 @@ def decode_audio(
 ) -> Samples:
     """One-dimensional samples at `rate` Hz. Raises ItemError: bad_media, truncated_media, too_large.
 
-    A recording that needs more than `most_bytes` of the budget, whatever its header declares, is only counted to its end; then
-    OutgrownError carries the number. Sentences on missing parts are added to `warnings`; with `strict` each of them refuses the
-    recording.
+    A recording that needs more than `most_bytes` of the budget is only counted to its end; OutgrownError then carries its bytes.
+    Sentences on missing parts are added to `warnings`; with `strict`, a missing part refuses the recording.
     """
     bounds = Bounds(blob.uri, rate, max_seconds, most_bytes)
     notes: list[str] = []
@@ -102,7 +101,7 @@ def _decoded(blob: Blob, track: Track, losses: Losses) -> Samples:
     try:
         return read_sound(blob, track, losses)
     except CannotOpenError as error:
-        if track.seconds or is_mpeg(blob.content):  # libsndfile would print lines about the latter
+        if track.seconds or is_mpeg(blob.content):  # libsndfile would print lines about MPEG audio
             raise error.refusal from None
         try:
             return _by_libsndfile(blob.content, track)

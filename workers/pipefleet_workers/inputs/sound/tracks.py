@@ -1,5 +1,7 @@
 """Turns decoded sound into one channel at the model's rate, piece by piece, as `ffmpeg -ac 1 -ar RATE -f f32le` does.
 
+The readers of `ffmpeg` and `recordings` add frames to a `Track`; `Track.end` gives the samples.
+
 If the rate, the channels or the sample format change on the way, a new piece begins, which is converted from its own format.
 """
 
@@ -18,7 +20,7 @@ from pipefleet_workers.items import ItemError, OutgrownError
 
 STAGE = "decode"
 _RATES = (1_000, 1_000_000)
-"""Sampling rates in Hz that are accepted. Outside these a small file becomes gigabytes."""
+"""The lowest and the highest accepted sampling rate, in Hz. With other rates a small file becomes gigabytes."""
 _BLOCK = 1 << 14
 """Samples that are passed on at once."""
 _SHORT = np.float32(2.0**-15)
@@ -45,7 +47,7 @@ class Bounds:
 
 
 class Track:
-    """Takes frames as they are decoded, so that a long recording never lies here in full at its own rate. For one thread."""
+    """Takes frames as they are decoded: a long recording is never held in full at its own rate. For one thread."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
@@ -67,9 +69,9 @@ class Track:
         return self._bounds.max_seconds
 
     def add(self, frame: av.AudioFrame, order: str | None = None) -> None:
-        """Take one frame; `order` names its channels where it only says how many they are.
+        """Take one frame. `order` names the channels of a frame that only gives their number.
 
-        Raises ItemError: too_large, or bad_media for a rate beyond belief.
+        Raises ItemError: too_large, or bad_media for a rate outside `_RATES`.
         """
         kind = (frame.sample_rate, frame.layout.name, frame.format.name)
         order = order if kind[1] == f"{frame.layout.nb_channels} channels" else None
@@ -153,7 +155,7 @@ class _Mixer:
 
 
 class _Ordered:
-    """As av.AudioResampler, for frames that say their number of channels only, while `order` names the channels."""
+    """Works as av.AudioResampler, for frames that only give their number of channels; `order` names the channels."""
 
     def __init__(self, rate: int, order: str) -> None:
         self.rate = rate
@@ -161,7 +163,7 @@ class _Ordered:
         self._graph: av.filter.Graph | None = None
 
     def resample(self, frame: av.AudioFrame | None) -> list[Any]:
-        """The samples that are ready after one more frame; after None, all that are left."""
+        """The samples that are ready after one more frame; all remaining samples after None."""
         if self._graph is None:
             if frame is None:
                 return []
