@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import logging
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.errors import ParameterError, ServiceUnavailableError, UsageError
+from pipefleet.installed import is_installed
 from pipefleet.printable import MOST_MESSAGE, LineFormatter, printable, printable_json, printable_lines
 
 if TYPE_CHECKING:
@@ -73,20 +73,13 @@ def _run_with(
     name: str, needs: Sequence[str], extra: str, run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
 ) -> int:
     """Run a command. Raises UsageError, before it starts, where a module that it needs is not installed."""
-    missing = [module for module in needs if not _is_installed(module)]
+    missing = [module for module in needs if not is_installed(module)]
     if missing:
         raise UsageError(
             f"`pipefleet {name}` needs packages that are not installed here ({', '.join(missing)}): "
             f"pip install 'pipefleet[{extra}]'"
         )
     return run(arguments)
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

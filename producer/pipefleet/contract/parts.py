@@ -8,7 +8,6 @@ format is one class here and one entry of FORMATS.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 from pipefleet.errors import ContractError, RunError
+from pipefleet.installed import is_installed
 
 INSTALL = "pip install 'pipefleet[parquet]'"
 MAX_PART_BYTES = 2 << 30
@@ -79,7 +79,7 @@ class Parquet:
 
     def require(self) -> None:
         """Raise RunError unless pyarrow is installed."""
-        if importlib.util.find_spec("pyarrow") is None:
+        if not is_installed("pyarrow"):
             raise RunError(f"parts in the format parquet need pyarrow: {INSTALL}, for the workers as well")
 
     def encode(self, lines: Sequence[bytes]) -> bytes:

@@ -33,7 +33,7 @@ def fault(name: str | os.PathLike[str]) -> str | None:
     """Why nothing there can be read as a file, or None: reading a pipe or a device may never end."""
     mode, text = _mode(name), os.fspath(name)
     if not text:
-        return "it is empty, and so names no file"
+        return "an empty text names no file"
     if stat.S_ISFIFO(mode) and not text.startswith(_OPEN_ALREADY):
         return "it is a pipe, not a file"
     return "it is a device, not a file" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode) else None

@@ -47,8 +47,6 @@ class Uploader:
         text = os.fsdecode(value)
         if text.startswith(("http://", "https://")):
             raise InputError(f"workers fetch nothing from the web: copy {text[:80]!r} to a bucket, or pass its bytes")
-        if not text:  # which Path reads as the folder one is in
-            raise InputError("an empty text names no file")
         if (why := fault(text)) is not None:
             raise InputError(f"cannot read the input {text[:200]!r}: {why}")
         path = Path(text)

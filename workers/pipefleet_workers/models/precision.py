@@ -8,7 +8,7 @@ unsafe setting raises ModelError.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from pipefleet.fleet.loading import OF_THE_CONFIG
 from pipefleet.fleet.pools import Pool
+from pipefleet.installed import is_installed
 from pipefleet_workers.models.cache import ModelError
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def _of_torchao(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _require_packages(what: str, method: str) -> None:
     needed = _PACKAGES.get(method, {})
-    missing = [name for name in needed if not _installed(name)]
+    missing = [name for name in needed if not is_installed(name)]
     if missing:
         packages, are = " ".join(needed[name] for name in missing), "are" if missing[1:] else "is"
         raise ModelError(
@@ -125,17 +126,10 @@ def _require_packages(what: str, method: str) -> None:
         )
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
-
-
 def _refuse_kernels(pool: Pool, config: Any, model: Any) -> None:
     """Raise ModelError if transformers would fetch a kernel for the attention from the hub: it is code of no pinned version."""
     wanted = pool.attn_implementation
-    if wanted in _FLASH and not _installed(_FLASH[wanted]):
+    if wanted in _FLASH and not is_installed(_FLASH[wanted]):
         raise ModelError(
             f'attn_implementation = "{wanted}" needs the package flash-attn, which is not installed; install it where the workers '
             'run, or write attn_implementation = "sdpa"'

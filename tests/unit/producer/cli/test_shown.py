@@ -210,7 +210,7 @@ def test_what_anybody_announced_is_not_obeyed_by_a_client_without_a_fleet_file(
 ) -> None:  # fmt: skip
     monkeypatch.delenv("PIPEFLEET_FLEET")
     monkeypatch.setattr("pipefleet_workers.fleet.doctor.store.RACERS", 1)
-    monkeypatch.setattr("pipefleet_workers.fleet.doctor.machine._installed", lambda module: False)
+    monkeypatch.setattr("pipefleet_workers.fleet.doctor.machine.is_installed", lambda module: False)
     plant(redis)
     run_command(*command.split())
 
@@ -475,7 +475,7 @@ def test_a_pool_that_cannot_be_read_does_not_hide_the_others(
     fleet.write_text("\n".join(tables))
     monkeypatch.setenv("PIPEFLEET_FLEET", str(fleet))
     monkeypatch.setattr("pipefleet_workers.fleet.doctor.store.RACERS", 1)
-    monkeypatch.setattr("pipefleet_workers.fleet.doctor.machine._installed", lambda module: False)
+    monkeypatch.setattr("pipefleet_workers.fleet.doctor.machine.is_installed", lambda module: False)
     if revised:
         redis.hset(REVISIONS_KEY, OLD_QUEUE, json.dumps({"model": "/old", "revision": None, "at": 1.0}))
         redis.lpush(OLD_QUEUE, "{}")

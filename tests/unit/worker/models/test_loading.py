@@ -63,7 +63,7 @@ def test_a_method_becomes_the_object_of_transformers(method: str, monkeypatch: p
     kind = getattr(transformers, precision._CLASSES[method])
     known = set(inspect.signature(kind.__init__).parameters) | {"group_size", "format"}
     assert set(METHODS[method]) <= known, "a field that transformers does not know"
-    monkeypatch.setattr(precision, "_installed", lambda module: True)
+    monkeypatch.setattr(precision, "is_installed", lambda module: True)
     if method in ("torchao", "compressed-tensors", "hqq"):  # their classes look for the package themselves
         return
     found = quantization_config(pool)
@@ -77,7 +77,7 @@ def test_a_method_becomes_the_object_of_transformers(method: str, monkeypatch: p
 def test_a_package_that_is_missing_is_named_with_what_installs_it(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_installed", lambda module: False)
+    monkeypatch.setattr(precision, "is_installed", lambda module: False)
     pool = Pool("texts", TASK, str(cached(TASK)), quantization={"method": method, **EXAMPLES[method]})
     with pytest.raises(
         ModelError, match=f"pool texts: quantization by {method} .* (is|are) not installed; run pip install "

@@ -8,25 +8,18 @@ here: then a single check says so, and no other check runs.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 
 from pipefleet.errors import PipefleetError
+from pipefleet.installed import is_installed
 from pipefleet.settings import Settings
 
 
 def checks_of_machine() -> list[tuple[str, Callable[[Settings], str]]]:
     """Name and function of each check; without torch, a single check that says so."""
-    if not _installed("torch"):
+    if not is_installed("torch"):
         return [("this machine", _no_torch)]
     return [("images", check_images), ("audio", check_audio), ("device", check_device)]
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def _no_torch(settings: Settings) -> str:
