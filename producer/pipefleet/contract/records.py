@@ -93,6 +93,12 @@ FINISH_WITH_ROOM = _FINISH
 CANCEL = f"if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end\n{FINISH}"
 """As FINISH, but it makes no record of an unknown job. Its first write takes no memory, and producers have the right to it."""
 
+REVOKE = f"""
+local revoked, started = tonumber(table.remove(ARGV)), redis.call('HGET', KEYS[1], 'started')
+if started and tonumber(started) > revoked then return 0 end
+{CANCEL}"""
+"""As CANCEL, with the time of the revocation as the last ARGV. A job that started later was queued anew, and stays."""
+
 
 @dataclass(frozen=True, slots=True)
 class JobFailure:

@@ -141,11 +141,11 @@ class InferTask(Task):  # type: ignore[misc]
 
     def revoke(self, ids: Iterable[str]) -> None:
         """End the jobs with these ids, here or when they come later. Called in the event loop; returns at once."""
-        known = self._revoked_at
+        known, now = self._revoked_at, self.clock()
         for one in ids:
             known.pop(one, None)
-            known[one] = self.clock()
-            self.consumer.revoke(one)
+            known[one] = now
+            self.consumer.revoke(one, now)
             if (lease := self._put_off.pop(one, None)) is not None:
                 lease.due_now()
         for oldest in list(itertools.islice(known, max(0, len(known) - MOST_REVOKED))):

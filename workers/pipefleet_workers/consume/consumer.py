@@ -162,16 +162,18 @@ class Consumer:
         """Stop a job, or all jobs of a run, by id; their record says already that they are cancelled."""
         self._jobs.cancel(name)
 
-    def revoke(self, name: str) -> None:
-        """End a job by its name in Celery's tools: a single job as cancelled, a shard as a dead letter."""
-        self._revocations.order(name)
+    def revoke(self, name: str, at: float) -> None:
+        """End a job by its name in Celery's tools: a single job as cancelled, a shard as a dead letter. `at`: as in `order`."""
+        self._revocations.order(name, at)
 
     def held(self, name: str) -> Sequence[Delivery]:
         """The deliveries with this name that are here."""
         with self._changed:
-            found = [delivery for delivery in self._held.values() if delivery.id == name]
-        self.later.pick(lambda delivery: delivery.id == name)
-        return found
+            return [delivery for delivery in self._held.values() if delivery.id == name]
+
+    def wait_no_more(self, delivery: Delivery) -> None:
+        """Take the delivery out of those that begin later."""
+        self.later.pick(lambda one: one is delivery)
 
     def drain(self, seconds: float, hurry: threading.Event | None = None) -> None:
         """Give back waiting jobs, wait up to `seconds` for running jobs (less once `hurry` is set), then give the rest back."""
@@ -240,7 +242,7 @@ class Consumer:
         if not self.later.put(delivery, seconds):
             self.give_back(delivery)
         elif delivery.revoked:  # it was revoked during the put, and the revocation did not find it
-            self.later.pick(lambda one: one is delivery)
+            self.wait_no_more(delivery)
             self._route(delivery)
 
     def _try_elsewhere(self, delivery: Delivery, lease: Lease, error: Exception) -> None:
@@ -331,7 +333,7 @@ class Consumer:
 
     def _route(self, delivery: Delivery) -> None:
         if delivery.revoked:
-            self._revocations.order(delivery)
+            self._revocations.order_delivery(delivery)
         elif delivery.deliveries >= self._limits.deliveries:
             self._accused.put(delivery)
         else:

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from pipefleet.contract.messages import JobMessage, JobState, decode_message
@@ -45,9 +46,23 @@ class Ends(Protocol):
     def held(self, name: str) -> Sequence[Delivery]:
         """The deliveries with this name that are here."""
 
+    def wait_no_more(self, delivery: Delivery) -> None:
+        """Take the delivery out of those that begin later."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One revocation. A delivery that comes afterwards was queued anew, and is wanted again."""
+
+    deliveries: Sequence[Delivery]
+    """The job's deliveries that were here at that moment; the record of a job without any is ended by its name."""
+    name: str = ""
+    at: float = 0.0
+    """Seconds since 1970 on the clock of records."""
+
 
 class Revocations:
-    """Ends jobs that operators revoke. Thread-safe. `order` returns at once; the service `carrying_out` carries the orders out."""
+    """Ends jobs that operators revoke. Thread-safe. Orders return at once; the service `carrying_out` carries the orders out."""
 
     def __init__(self, jobs: Jobs, reporter: Reporter, health: Health, ends: Ends, draining: threading.Event) -> None:
         self._jobs = jobs
@@ -57,29 +72,33 @@ class Revocations:
         self._draining = draining
         self._running: set[int] = set()
         self._lock = threading.Lock()
-        self._orders: Inbox[str | Delivery] = Inbox()
+        self._orders: Inbox[Order] = Inbox()
         self.carrying_out = Service("revocations", self._run, wake=self._orders.wake)
 
-    def order(self, what: str | Delivery) -> None:
-        """End a job by its name in Celery's tools, or a delivery that was revoked before it came."""
-        self._orders.put(what)
+    def order(self, name: str, at: float) -> None:
+        """End a job by its name in Celery's tools. `at` is in seconds since 1970 on the clock of records."""
+        self._orders.put(Order(self._ends.held(name), name, at))
 
-    def carry_out(self, what: str | Delivery) -> None:
+    def order_delivery(self, delivery: Delivery) -> None:
+        """End a delivery that was revoked before it came."""
+        self._orders.put(Order([delivery]))
+
+    def carry_out(self, order: Order) -> None:
         """End one job. Waits while Redis is away; gives the job back if the worker drains meanwhile."""
-        deliveries = list(self._ends.held(what)) if isinstance(what, str) else [what]
-        for delivery in deliveries:
+        for delivery in order.deliveries:
+            self._ends.wait_no_more(delivery)
             self._end(delivery)
-        if isinstance(what, str) and not deliveries:  # the job waits in its queue, or another worker has it
-            self._patiently(lambda: self._reporter.cancel(what, FAILURE))
+        if not order.deliveries:  # the job waits in its queue, or another worker has it
+            self._patiently(lambda: self._reporter.revoke(order.name, FAILURE, order.at))
 
     def _run(self, stopping: threading.Event) -> None:
-        for what in self._orders.each(stopping):
+        for order in self._orders.each(stopping):
             try:
-                self.carry_out(what)
+                self.carry_out(order)
             except Exception as error:
                 log.exception("revoking a job failed")
-                if not isinstance(what, str):  # no other code ends this delivery
-                    self._ends.refuse(what, f"{REVOKED}, and its end cannot be told: {type(error).__name__}")
+                for delivery in order.deliveries:  # no other code ends them
+                    self._ends.refuse(delivery, f"{REVOKED}, and its end cannot be told: {type(error).__name__}")
 
     @contextmanager
     def running(self, delivery: Delivery, message: JobMessage) -> Iterator[None]:

@@ -16,9 +16,9 @@ from pipefleet.connection.scripts import ScriptBatch, run_script
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import JobMessage, JobState, Shard, encode_json, is_reply
 from pipefleet.contract.records import (
-    CANCEL,
     FINISH,
     FINISH_WITH_ROOM,
+    REVOKE,
     START,
     JobFailure,
     finish_arguments,
@@ -195,12 +195,15 @@ class Reporter:
         if utf8(message.id) == message.id and self.end(message, JobState.FAILED, failure).here:
             self._on_failed(failure)
 
-    def cancel(self, job_id: str, failure: JobFailure) -> None:
-        """End a single job that is not in this worker as cancelled, unless it has ended; makes no record for an unknown job."""
+    def revoke(self, job_id: str, failure: JobFailure, at: float) -> None:
+        """End a single job that is not in this worker as cancelled. Makes no record for an unknown job.
+
+        A job that has ended stays as it is, and a job that started after `at`, in seconds since 1970 by the server's clock.
+        """
         ttl = self._settings.result_ttl
         arguments = finish_arguments(job_id, JobState.CANCELLED, None, ttl=ttl, reply=None, fields=_told(failure))
         with redis_errors(self._settings.redis_url):
-            run_script(self._redis, CANCEL, [job_key(job_id)], *arguments)
+            run_script(self._redis, REVOKE, [job_key(job_id)], *arguments, at)
 
     def bury(self, letter: DeadLetter, failure: JobFailure, queue: str, reply: str | None) -> None:
         """End the single job of a dead letter, unless the letter was queued again or removed meanwhile."""

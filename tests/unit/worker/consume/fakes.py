@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,6 +94,7 @@ class FakeReporter:
 
     def __init__(self) -> None:
         self.states: dict[str, JobState] = {}
+        self.started: dict[str, float] = {}
         self.failures: dict[str, JobFailure] = {}
         self.counted: dict[str, list[int]] = {}
         self.away = False
@@ -114,6 +116,7 @@ class FakeReporter:
         for message in messages:
             if not self._final(message.id):
                 self.states[message.id] = JobState.RUNNING
+                self.started[message.id] = time.time()
         return [self.states[message.id] for message in messages]
 
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
@@ -126,9 +129,9 @@ class FakeReporter:
         self._ask()
         return self._finish(message.id, state, failure)
 
-    def cancel(self, job_id: str, failure: JobFailure) -> None:
+    def revoke(self, job_id: str, failure: JobFailure, at: float) -> None:
         self._ask()
-        if job_id in self.states:
+        if job_id in self.states and self.started.get(job_id, at) <= at:
             self._finish(job_id, JobState.CANCELLED, failure)
 
     def _finish(self, job_id: str, state: JobState, failure: JobFailure | None) -> Ending:
@@ -227,6 +230,10 @@ class Bench:
         delivery = FakeDelivery(message, **options)
         self.consumer.take(delivery, after=after)
         return delivery
+
+    def revoke(self, name: str) -> None:
+        """An operator revokes a job."""
+        self.consumer.revoke(name, time.time())
 
     def later(self, seconds: float) -> None:
         """So much time passes."""

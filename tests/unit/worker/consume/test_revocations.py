@@ -32,7 +32,7 @@ def test_a_job_that_comes_revoked() -> None:
 def test_a_job_that_waits_for_its_time_ends_at_once() -> None:
     bench = Bench()
     delivery = bench.take(single(), after=3600.0)
-    bench.consumer.revoke("job")
+    bench.revoke("job")
     check_cancelled(bench, delivery)
 
 
@@ -40,7 +40,7 @@ def test_a_job_that_runs_ends_at_once_and_its_work_stops() -> None:
     bench = Bench()
     delivery = bench.take(single())
     work = bench.engine.work("job")
-    bench.consumer.revoke("job")
+    bench.revoke("job")
     check_cancelled(bench, delivery)
     assert eventually(lambda: work.job.cancelled)
     bench.engine.end("job")
@@ -52,7 +52,7 @@ def test_a_job_that_runs_ends_at_once_and_its_work_stops() -> None:
 def test_a_job_is_found_by_the_name_that_a_celery_client_gave_it() -> None:
     bench = Bench()
     delivery = bench.take(single("job"), name="celery-id", after=3600.0)
-    bench.consumer.revoke("celery-id")
+    bench.revoke("celery-id")
     check_cancelled(bench, delivery)
 
 
@@ -60,7 +60,7 @@ def test_a_result_that_was_written_before_stays() -> None:
     bench = Bench()
     delivery = bench.take(single(), after=3600.0)
     bench.reporter.states["job"] = JobState.SUCCEEDED
-    bench.consumer.revoke("job")
+    bench.revoke("job")
     delivery.wait()
     assert delivery.endings == [Ending(JobState.SUCCEEDED, "succeeded before", here=False)]
 
@@ -68,9 +68,9 @@ def test_a_result_that_was_written_before_stays() -> None:
 def test_a_job_in_its_queue_is_cancelled_there() -> None:
     bench = Bench()
     bench.reporter.states["elsewhere"] = JobState.QUEUED
-    bench.consumer.revoke("elsewhere")
+    bench.revoke("elsewhere")
     assert eventually(lambda: bench.reporter.states["elsewhere"] is JobState.CANCELLED)
-    bench.consumer.revoke("unknown")
+    bench.revoke("unknown")
     bench.take(single("after"))
     bench.engine.end("after")
     assert "unknown" not in bench.reporter.states
@@ -80,18 +80,34 @@ def test_while_redis_is_away_the_end_waits() -> None:
     bench = Bench()
     delivery = bench.take(single(), after=3600.0)
     bench.goes_away()
-    bench.consumer.revoke("job")
+    bench.revoke("job")
     assert eventually(lambda: not bench.health.well)
     assert not delivery.ends
     bench.comes_back()
     check_cancelled(bench, delivery)
 
 
+def test_a_job_that_comes_after_its_revocation_runs_also_when_the_revocation_waits() -> None:
+    bench = Bench()
+    bench.reporter.states["last"] = JobState.QUEUED
+    bench.goes_away()
+    for name in ("first", "again", "last"):
+        bench.revoke(name)
+    assert eventually(lambda: not bench.health.well)  # the thread of revocations waits for Redis
+    bench.comes_back()
+    delivery = bench.take(single("again"))
+    bench.engine.work("again")
+    assert eventually(lambda: bench.reporter.states["last"] is JobState.CANCELLED)
+    bench.engine.end("again")
+    assert delivery.wait() == "done"
+    assert bench.reporter.states["again"] is JobState.SUCCEEDED
+
+
 def test_a_drain_while_redis_is_away_gives_the_job_back() -> None:
     bench = Bench()
     delivery = bench.take(single(), after=3600.0)
     bench.goes_away()
-    bench.consumer.revoke("job")
+    bench.revoke("job")
     assert eventually(lambda: not bench.health.well)
     bench.consumer.drain(0.0)
     assert delivery.wait() == "given back"
@@ -103,7 +119,7 @@ def test_a_shard_that_waits_behind_others_is_refused_at_once() -> None:
     bench = Bench(shards)
     first, second = bench.take(shard("first")), bench.take(shard("second"))
     assert shards.entered.wait(20)
-    bench.consumer.revoke("second")
+    bench.revoke("second")
     assert second.wait() == REFUSED
     free.set()
     assert first.wait() == "done"
@@ -123,14 +139,14 @@ def test_a_shard_that_runs_is_told_and_refused_when_it_has_stopped() -> None:
     bench = Bench(FakeShards(run))
     delivery = bench.take(shard())
     assert bench.shards.entered.wait(20)
-    bench.consumer.revoke("run-0")
+    bench.revoke("run-0")
     assert delivery.wait() == REFUSED
     assert eventually(lambda: not bench.jobs._revoked)
 
 
 def test_a_shard_that_is_revoked_before_its_items_begin() -> None:
     def run(message: JobMessage) -> Ending:
-        bench.consumer.revoke("run-0")
+        bench.revoke("run-0")
         assert eventually(lambda: bool(bench.jobs._revoked))
         sink = Sink()
         bench.jobs.begin(message, sink, priority=9, patient=True)

@@ -111,6 +111,23 @@ def test_a_record_that_redis_refuses_keeps_its_own_job_back_alone(reporter: Repo
     assert [record(redis, name).output for name in "ac"] == ['"a"', '"c"']
 
 
+def test_a_revocation_ends_what_began_before_it(reporter: Reporter, redis: Redis) -> None:
+    begun(reporter, [ending("runs", 1)])
+    redis.hset(job_key("waits"), "state", "queued")
+    started = record(redis, "runs").started
+    assert started is not None
+    failure = JobFailure("cancelled", "so be it", "consume")
+    for job, at, state in [
+        ("runs", started - 0.5, JobState.RUNNING),
+        ("runs", started + 0.5, JobState.CANCELLED),
+        ("waits", started - 0.5, JobState.CANCELLED),
+    ]:
+        reporter.revoke(job, failure, at)
+        assert record(redis, job).state is state
+    reporter.revoke("unknown", failure, started)
+    assert not redis.exists(job_key("unknown"))
+
+
 def test_long_results_are_stored_at_once_and_each_is_its_own(redis: Redis, prefix: str) -> None:
     store = Gated()
     reporter = Reporter(redis, store, Settings(), worker="w")  # type: ignore[call-arg]
