@@ -143,8 +143,12 @@ class Client(Session):
         priority: str = "normal",
         expires: float | None = None,
         idempotency_key: str | None = None,
+        stream: bool = False,
     ) -> Job:
-        """As `submit`, but `patience` repeats each step while a service is away. The job is queued once."""
+        """As `submit`, but `patience` repeats each step while a service is away. The job is queued once.
+
+        With `stream` the worker tells the text while it writes it; a `TextStream` reads it.
+        """
         model = model_name(model)
         spec, pool = patience.call(lambda: self.route(task, model, revision))
         parameters = _checked(task, spec, parameters)
@@ -171,6 +175,7 @@ class Client(Session):
             output=output,
             deadline=deadline,
             reply=self.watcher.channel,
+            stream=stream,
         )
         once = None if idempotency_key is None else Once(idempotency_key, _digest(message, model, revision))
         queue = work_queue(pool, patience.call(lambda: self.fleet))

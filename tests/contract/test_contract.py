@@ -59,7 +59,8 @@ SHARD = JobMessage(
     shard=Shard("run1", "s3://out/run1/", "s3://out/run1/_run/shards/00007.jsonl", 7, 112, 16),
     cost=16.0,
 )
-MESSAGES = {"single": SINGLE, "smallest": SMALLEST, "shard": SHARD}
+STREAMED = JobMessage(id="2", task="text-generation", items=(JobItem("0", "Once"),), stream=True)
+MESSAGES = {"single": SINGLE, "smallest": SMALLEST, "shard": SHARD, "streamed": STREAMED}
 
 
 def golden(name: str) -> bytes:
@@ -182,6 +183,7 @@ MALFORMED = {
     "cost must be a number, finite and not below 0": wire(cost=-1),
     "deadline must be a number, finite": wire(deadline=float("nan")),
     "parameters must be an object": wire(parameters=[["top_k", 1]]),
+    "stream must be true or false": wire(stream=1),
     "an item must be a JSON object": wire(items=["text"]),
     "an item lacks inputs": wire(items=[{"id": "0"}]),
     "an item has unknown fields: code": wire(items=[{"id": "0", "inputs": "x", "code": "y"}]),

@@ -31,6 +31,7 @@ from pipefleet.errors import AccessDeniedError, RunError, ServiceUnavailableErro
 from pipefleet.fleet.announcements import announced_fleet
 from pipefleet.fleet.file import load_fleet
 from pipefleet.fleet.identity import Membership
+from pipefleet.jobs.text_stream import TextStream
 from pipefleet.patience import Patience
 from pipefleet.queues import dead_letters
 from pipefleet.queues.keys import (
@@ -42,6 +43,7 @@ from pipefleet.queues.keys import (
     ledger_keys,
     queue_list,
     queue_lists,
+    text_key,
 )
 from pipefleet.queues.looking import queue_depth
 from pipefleet.queues.revision_notes import note_revision
@@ -200,7 +202,7 @@ FORGE = f"""
     HSET pipefleet:parked x y; HDEL pipefleet:revisions x; HINCRBY pipefleet:work:one items 1; HSET {LEDGER["unacked_key"]} x y;
     ZADD {LEDGER["unacked_index_key"]} 1 x; ZADD {LEDGER["delayed_key"]} 1 x; HSET {LEDGER["deliveries_key"]} x 9;
     HSET {LEDGER["owners_key"]} x y; HSET {LEDGER["retries_key"]} x 9; LPUSH {LEDGER["dead_key"]} x;
-    LPUSH {LEDGER["unreported_key"]} x; DEL pipefleet:fleet"""
+    LPUSH {LEDGER["unreported_key"]} x; DEL pipefleet:fleet; XADD {text_key("x")} * at 0; DEL {text_key("x")}"""
 STEER = """
     SET pipefleet:scaler:one x; PUBLISH /0.celery.pidbox shutdown; PUBLISH /0.celeryev/worker.heartbeat x;
     SADD _kombu.binding.celery.pidbox x; PSUBSCRIBE pipefleet:*; PUBSUB CHANNELS"""
@@ -287,6 +289,10 @@ def test_a_producer_can_do_all_that_is_a_producers(guarded: Guarded, bucket: str
         once = client.submit("feature-extraction", "a text", idempotency_key="once")
         assert client.submit("feature-extraction", "a text", idempotency_key="once").id == once.id
         assert once.status() == "queued"
+        with closing(guarded.redis("worker")) as worker:
+            worker.xadd(text_key(once.id), {"at": 0, "text": "Once"})
+        reading = TextStream(client, once, 10.0)
+        assert next(reading) == "Once"
         assert once.cancel()
         run = client.map(
             "feature-extraction", [f"text {index}" for index in range(20)], output=f"{bucket}out/", shard_size=5

@@ -58,6 +58,7 @@ from pipefleet_workers.observe.pulse import Pulse
 from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.results.lines import PartWriter, ResultWriter
 from pipefleet_workers.results.reports import Reporter
+from pipefleet_workers.results.text_streams import TextStreams
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
 from pipefleet_workers.storage.uri_gate import allowed_prefixes
@@ -156,7 +157,10 @@ def _stages(
 ) -> Stages:
     processes = PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
     decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
-    return Stages(Fetcher(store, worker_settings), decoder, adapter, processes, ResultWriter(store, settings.store))
+    writes = type(adapter).written is not Adapter.written
+    streams = TextStreams(connect(settings), adapter.written) if writes else None
+    results = ResultWriter(store, settings.store)
+    return Stages(Fetcher(store, worker_settings), decoder, adapter, processes, results, streams)
 
 
 def _instruments(pool: Pool, worker_settings: WorkerSettings) -> Instruments:

@@ -67,6 +67,8 @@ class JobContext:
     """The shard, if this job is part of a bulk run."""
     settle: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda below, own: {**below, **own}
     """Lays the parameters of an item over the parameters of the job."""
+    streams: bool = False
+    """Whether the client reads the text while it is written."""
     given_back: bool = False
     """Whether the job runs again; outcomes that still come from here then count as nothing."""
 

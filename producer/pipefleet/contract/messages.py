@@ -189,6 +189,8 @@ class JobMessage:
     cost: float = 0.0
     reply: str | None = None
     """The Redis channel on which the client hears that the job has ended, of the form REPLY_FORM."""
+    stream: bool = False
+    """Whether the worker tells the text of the job while it writes it (see `queues.keys.text_key`)."""
 
     @property
     def work(self) -> float:
@@ -205,6 +207,8 @@ class JobMessage:
             body["parameters"] = dict(self.parameters)
         if self.cost:
             body["cost"] = self.cost
+        if self.stream:
+            body["stream"] = True
         if self.shard is not None:
             body["shard"] = self.shard.to_json()
         else:
@@ -212,7 +216,7 @@ class JobMessage:
         return body
 
 
-_OPTIONAL = {"model", "revision", "parameters", "items", "shard", "output", "deadline", "cost", "reply"}
+_OPTIONAL = {"model", "revision", "parameters", "items", "shard", "output", "deadline", "cost", "reply", "stream"}
 
 
 def decode_message(value: Any) -> JobMessage:
@@ -245,6 +249,7 @@ def decode_message(value: Any) -> JobMessage:
         deadline=fields.get("deadline"),
         cost=float(fields.get("cost", 0.0)),
         reply=fields.get("reply"),
+        stream=fields.get("stream", False),
     )
 
 
@@ -271,6 +276,8 @@ def _check_scalars(fields: Mapping[str, Any]) -> None:
             raise ContractError(f"{name} must be a number, finite and not below 0, at most {highest:.0f}")
     if not isinstance(fields.get("parameters", {}), Mapping):
         raise ContractError("parameters must be an object")
+    if not isinstance(fields.get("stream", False), bool):
+        raise ContractError("stream must be true or false")
 
 
 def _check_text(name: str, text: str, most: int) -> None:

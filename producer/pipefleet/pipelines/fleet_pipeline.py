@@ -28,9 +28,11 @@ from pipefleet.errors import (
 from pipefleet.fleet.model_names import check_loading, model_name
 from pipefleet.inputs.prepare import is_message, is_pair
 from pipefleet.jobs.job import Job
+from pipefleet.jobs.text_stream import TextStream
 from pipefleet.patience import PATIENCE_SECONDS, Patience
 from pipefleet.pipelines.calls import Beside, Joined, arguments_of, each_of, is_dataset
 from pipefleet.pipelines.chats import with_media
+from pipefleet.pipelines.streamed_text import streamed_parameters
 from pipefleet.pipelines.streaming import stream
 from pipefleet.pipelines.tensors import with_tensors
 from pipefleet.tasks import Media, TaskSpec, implied_parameters
@@ -133,6 +135,30 @@ class FleetPipeline:
         """Queue one input and return its Job at once."""
         return self._submit(inputs, Patience(), priority=priority, expires=expires, **self._wanted(parameters))
 
+    def stream(
+        self,
+        inputs: Any,
+        *,
+        timeout: float | None = _DEFAULT,
+        priority: str = "normal",
+        expires: float | None = None,
+        **parameters: Any,
+    ) -> TextStream:
+        """Queue one prompt or chat, and return an iterator over the new text while a worker writes it.
+
+        `timeout` is in seconds for each piece. The pieces are the text of the call with the same parameters and
+        `return_full_text=False`; `stream(...).result()` is its result. Raises ParameterError for a task that writes no text,
+        and for a call with several texts or with tokens as its result.
+
+        >>> for piece in pipe.stream("Once upon a time", max_new_tokens=50):  # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+        """
+        wanted = self._wanted({name: value for name, value in parameters.items() if name not in _ACCEPTED})
+        wanted = streamed_parameters(self._spec, wanted)
+        wait = self._timeout if timeout is _DEFAULT else _checked_timeout(timeout)
+        job = self._submit(inputs, Patience(), priority=priority, expires=expires, stream=True, **wanted)
+        return TextStream(self._client, job, wait)
+
     def _submit(
         self,
         inputs: Any,
@@ -140,6 +166,7 @@ class FleetPipeline:
         *,
         priority: str = "normal",
         expires: float | None = None,
+        stream: bool = False,
         **parameters: Any,
     ) -> Job:
         reserved = {"output", "idempotency_key"} & set(parameters)
@@ -158,6 +185,7 @@ class FleetPipeline:
             parameters=parameters,
             priority=priority,
             expires=expires,
+            stream=stream,
         )
 
     def _answer(self, given: Any, wanted: Mapping[str, Any], wait: float | None) -> Any:

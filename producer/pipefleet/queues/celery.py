@@ -7,6 +7,7 @@ ContractError says that a message is too large.
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -83,12 +84,20 @@ def celery_app(
     return app
 
 
+def _celery() -> type[Celery]:
+    """Celery's class of applications; importing it takes long, so that is done when it is first needed.
+
+    While the package is imported, it replaces itself in `sys.modules`. A thread that says `from celery import Celery` meanwhile may
+    look into the replaced module, and find nothing. `import_module` waits, and then takes the present module.
+    """
+    found: type[Celery] = importlib.import_module("celery").Celery
+    return found
+
+
 @functools.cache
 def _template() -> dict[str, Any]:
     """Headers and properties of a protocol 2 message as this Celery writes them. Made once; filled in for each job."""
-    from celery import Celery
-
-    message = Celery("pipefleet", set_as_current=False).amqp.as_task_v2(
+    message = _celery()("pipefleet", set_as_current=False).amqp.as_task_v2(
         "", TASK_NAME, args=(), kwargs={}, argsrepr="", kwargsrepr="{}", ignore_result=True
     )
     return {"headers": dict(message.headers), "properties": dict(message.properties)}

@@ -5,6 +5,7 @@ may touch them. All keys begin with `pipefleet:`. First come jobs and runs. R is
 `Settings.run_ttl` (14 days), both counted from the last write:
 
     job:<id>                hash    record of a single job (see `contract.records`); by clients and workers; ends after R
+    text:<id>               stream  pieces of the text that a job writes (see `text_key`); by workers; ends after 10 minutes
     idempotency:<key>       string  id of the job with this key, and digest of its request; by clients; ends after R
     done:<client>           channel ids of a client's jobs that reached a final state; by workers and clients
     cancelled               channel ids of jobs and runs that were cancelled; by clients
@@ -71,6 +72,14 @@ REVISION_MARK = "@"
 def job_key(job_id: str) -> str:
     """The hash of a single job."""
     return f"{KEY}job:{job_id}"
+
+
+def text_key(job_id: str) -> str:
+    """The Redis stream with the text of a job of which the client asked to read it while it is written.
+
+    An entry has the fields `at` (characters before it) and `text`. The last entry has the field `end`.
+    """
+    return f"{KEY}text:{job_id}"
 
 
 def run_key(run_id: str, part: str = "") -> str:

@@ -161,6 +161,10 @@ class Adapter:
         """For each unit, the second at which each written token was spoken. Called only with `tells_moments`."""
         raise NotImplementedError
 
+    def written(self, unit: Unit, tokens: Sequence[int]) -> str | None:
+        """The text of a unit's result if `tokens` were all its new tokens. None if the adapter writes no text step by step."""
+        return None
+
     def finish(self, assembly: Assembly) -> Any:
         """The result of an item whose units all have their outputs: the same value as a single pipeline call returns."""
         arguments: Arguments = assembly.context.fresh()

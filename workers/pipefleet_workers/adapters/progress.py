@@ -6,6 +6,7 @@ warm-up, passes `UNOBSERVED`. The thread that called `run` calls all methods, un
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from pipefleet.contract.records import JobFailure
@@ -26,6 +27,9 @@ class Progress(Protocol):
     def remains(self, unit: Unit) -> bool:
         """Whether the output of a unit is still to come."""
 
+    def wrote(self, unit: Unit, tokens: Sequence[int]) -> None:
+        """Tell all new tokens of a unit so far. Called for units of jobs that stream, as often as the forward likes."""
+
     def release(self, unit: Unit, output: Any) -> None:
         """Hand on the output of a unit before its batch has ended, at most once. `run`'s own output of this unit is dropped."""
 
@@ -43,6 +47,9 @@ class Unobserved:
     def remains(self, unit: Unit) -> bool:
         """Always True: no output is handed on early."""
         return True
+
+    def wrote(self, unit: Unit, tokens: Sequence[int]) -> None:
+        """Do nothing."""
 
     def release(self, unit: Unit, output: Any) -> None:
         """Do nothing: `run` returns the output as well."""

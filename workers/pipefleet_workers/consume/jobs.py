@@ -94,6 +94,7 @@ class Jobs:
             patient=patient,
             is_away=self.is_away,
             shard=message.shard,
+            streams=message.stream and message.shard is None,
         )
         with self._lock:
             self._contexts[id(context)] = context

@@ -23,7 +23,7 @@ from pipefleet.service import Service, Services
 from pipefleet_workers.adapters.progress import STAGE
 from pipefleet_workers.engine.batch_queue import BatchQueue
 from pipefleet_workers.engine.forward import Forward
-from pipefleet_workers.engine.step import Schedule, Step, Update
+from pipefleet_workers.engine.step import OnText, Schedule, Step, Update
 from pipefleet_workers.items import Assembly, Batch, Unit
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.observe.service_fit import ServiceFit
@@ -57,8 +57,10 @@ class Device:
         watchdog: Watchdog,
         timeout: float,
         collate_ahead: bool,
+        on_text: OnText = lambda unit, tokens: None,
     ) -> None:
         """A forward may take `timeout` seconds, and collating as many. The caller starts the `watchdog`."""
+        self._on_text = on_text
         self._forward = forward
         self._room = room
         self._instruments = instruments
@@ -133,7 +135,7 @@ class Device:
         return Schedule(Batch(batch.key, live) if live else None)
 
     def _execute(self, batch: Batch, schedule: Schedule) -> None:
-        step = Step(batch, self._tick, self._update)
+        step = Step(batch, self._tick, self._update, self._on_text)
         begin = time.perf_counter()
         self._forwarding.begin(batch.units[0].assembly.work, len(batch.units) - 1)
         with self._instruments.tracer.span(STAGE, len(batch.units)):

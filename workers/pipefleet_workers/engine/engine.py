@@ -38,6 +38,7 @@ from pipefleet_workers.observe.service_fit import ServiceTime
 from pipefleet_workers.process.sizes import bytes_of
 from pipefleet_workers.process.watchdog import Watchdog, waiting, working_on
 from pipefleet_workers.results.lines import ResultWriter
+from pipefleet_workers.results.text_streams import TextStreams
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import BarredError, RefusedHereError
 
@@ -58,6 +59,8 @@ class Stages:
     """With this pool, decoding and preprocessing happen in its processes. The engine starts and stops it."""
     results: ResultWriter | None = None
     """Makes results ready to be written. Without it, an outcome carries the adapter's own value."""
+    streams: TextStreams | None = None
+    """Tells clients the text that is being written. Without it, nobody reads a text before its end."""
 
 
 class Engine:
@@ -87,6 +90,7 @@ class Engine:
             watchdog=self._watchdog,
             timeout=settings.forward_timeout,
             collate_ahead=device.type != "cpu",
+            on_text=self._tell_text,
         )
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         if stages.processes is not None:
@@ -108,7 +112,8 @@ class Engine:
             if self._stages.processes is not None:
                 self._stages.processes.start()
             self._budget.open()
-            for service in (self._store, self._finish, self._cpu, self._fetch, self._device, self._watchdog):
+            streams: list[Stoppable] = [] if self._stages.streams is None else [self._stages.streams]
+            for service in (*streams, self._store, self._finish, self._cpu, self._fetch, self._device, self._watchdog):
                 service.start()
 
     def stop(self, timeout: float | None = None) -> bool:
@@ -123,6 +128,8 @@ class Engine:
             if self._stages.processes is not None and all(ended):
                 self._stages.processes.stop()
             ended += [_stopped(one, end) for one in (self._device, self._finish, self._store)]
+            if self._stages.streams is not None:
+                ended.append(_stopped(self._stages.streams, end))
             self._watchdog.stop()
             return all(ended)
 
@@ -365,6 +372,12 @@ class Engine:
         """The only way out for items, except for items whose job is being given back (see `_each`)."""
         self._budget.leave(outcome.work)
         outcome.work.job.sink.deliver(outcome)
+        if outcome.work.job.streams and self._stages.streams is not None:
+            self._stages.streams.ended(outcome.work.job)
+
+    def _tell_text(self, unit: Unit, tokens: Sequence[int]) -> None:
+        if self._stages.streams is not None:
+            self._stages.streams.wrote(unit, tokens)
 
 
 def _forward(adapter: Adapter, room: BatchQueue, simulated: str) -> Forward:

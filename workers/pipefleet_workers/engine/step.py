@@ -16,6 +16,9 @@ from pipefleet_workers.adapters.progress import STAGE
 from pipefleet_workers.engine.transfer import Staged
 from pipefleet_workers.items import Batch, JobContext, Unit
 
+OnText = Callable[[Unit, Sequence[int]], None]
+"""Gets the new tokens of a unit so far, while its text is written."""
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -43,11 +46,18 @@ class Update:
 class Step:
     """One batch while it runs: the `Progress` that the adapter gets. For the device's thread alone."""
 
-    def __init__(self, batch: Batch, on_tick: Callable[[], None], on_update: Callable[[Update], None]) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        on_tick: Callable[[], None],
+        on_update: Callable[[Update], None],
+        on_text: OnText = lambda unit, tokens: None,
+    ) -> None:
         self._scheduled = batch.units
         self._remaining = {id(unit): unit for unit in batch.units}
         self._on_tick = on_tick
         self._on_update = on_update
+        self._on_text = on_text
 
     def tick(self) -> None:
         """Give a sign of life from inside the forward."""
@@ -60,6 +70,10 @@ class Step:
     def remains(self, unit: Unit) -> bool:
         """Whether a unit has not ended yet."""
         return id(unit) in self._remaining
+
+    def wrote(self, unit: Unit, tokens: Sequence[int]) -> None:
+        """Tell all new tokens of a unit so far."""
+        self._on_text(unit, tokens)
 
     def release(self, unit: Unit, output: Any) -> None:
         """Hand on the output of a unit before the batch has ended."""

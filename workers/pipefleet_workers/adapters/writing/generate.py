@@ -127,6 +127,12 @@ class TextGenerator(Adapter):
             records += pipe.postprocess(outputs, **request.arguments.fresh().postprocess)
         return records
 
+    def written(self, unit: Unit, tokens: Sequence[int]) -> str | None:
+        """The text that a request would have if its first `tokens` were all."""
+        so_far = Assembly(unit.assembly.work, expected=1, context=_request(unit), outputs={0: [list(tokens)]})
+        text = self.finish(so_far)[0].get("generated_text")
+        return text if isinstance(text, str) else None
+
     @cached_property
     def hidden(self) -> frozenset[int]:
         """Tokens that do not show in a text."""
@@ -287,6 +293,8 @@ class _Release:
             own = range(index * copies, (index + 1) * copies)
             if own.start in stops.stopped or not self._progress.remains(unit):
                 continue
+            if unit.assembly.work.job.streams:
+                self._progress.wrote(unit, _cut(tokens[own.start].tolist(), ends[own.start], self._plan)[0])
             if all(ends[row] or ended[row] for row in own):
                 sequences = tokens[own.start : own.stop].tolist()
                 cut = [_cut(one, ends[row], self._plan)[0] for one, row in zip(sequences, own, strict=True)]

@@ -21,7 +21,7 @@ from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.items import JobContext, Work
 
 LOOK_STEPS = 8
-"""Steps between two looks at the sequences. A look waits for the device, so not every step has one."""
+"""Steps between two looks at the sequences, unless somebody reads along. A look waits for the device, so not every step has one."""
 _NO_TOKEN = torch.iinfo(torch.int32).max
 """Stands for padding in the search for stop strings: it lies above every vocabulary, so no string contains it."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -68,11 +68,12 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
     ) -> None:
         """`prompt` is the padded length of the prompts. With beams, the rows of the call form equal groups.
 
-        At every step, `progress` gets a tick and is asked for stopped jobs. Every `LOOK_STEPS` steps, `look` gets the new tokens
-        of all rows `[rows, steps]`, on the device.
+        At every step, `progress` gets a tick and is asked for stopped jobs. Every `LOOK_STEPS` steps, or every step if a
+        client reads along, `look` gets the new tokens of all rows `[rows, steps]`, on the device.
         """
         self._progress = progress
         self._look = look
+        self._look_steps = 1 if any(row.job.streams for row in rows) else LOOK_STEPS
         self._rows = rows
         self._prompt = prompt
         self._limits = torch.tensor([row.max_new_tokens for row in rows])
@@ -99,7 +100,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         if self._ask_jobs(step):
             stopped = [index in self.stopped for index in range(len(self._rows))]
             done |= torch.tensor(stopped, device=device).repeat_interleave(group)
-        if self._look is not None and step % LOOK_STEPS == 0:
+        if self._look is not None and step % self._look_steps == 0:
             self._look(input_ids[:, self._prompt :])
         return done
 
