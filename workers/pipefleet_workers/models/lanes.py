@@ -8,13 +8,12 @@ The warm-up calls `choose_lanes`. A model whose proof fails, and an adapter that
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,14 +28,22 @@ log = logging.getLogger(__name__)
 
 SECONDS = 1.0
 """Seconds after which no further number of lanes is measured."""
+ROUNDS, ROUND_SECONDS = 2, 0.4
+"""Each number of lanes is measured this often at least, and until so many seconds have passed; the best time counts."""
 BATCHES = 4
 """Least number of batches that a measurement runs."""
-ROUNDS = 2
-"""How often each number of lanes is measured; the best time counts."""
-GAIN = {"cpu": 1.03, "cuda": 1.1}
-"""By kind of device, the least throughput with twice the lanes, as a multiple of the throughput without them."""
-MOST = {"cuda": 2}
-"""Most lanes by kind of device; a CPU has at most one for each torch thread, other devices have one."""
+NOISE = 1.2
+"""If the times of one number of lanes differ by more than this factor, other processes disturb the clock."""
+EQUAL, PAYS = 0.98, 1.05
+"""Least throughput of a CPU with two lanes, relative to one lane; and with more lanes, relative to half as many.
+
+Two lanes that are as fast as one in a measurement are faster at work: one runs while the other splits its outputs, and while the
+threads of other stages take cores. But each lane takes the memory of a batch, and makes batches last longer.
+"""
+PAYS_ON_GPU = 1.1
+"""The same for two lanes on a GPU."""
+MOST = {"cpu": 16, "cuda": 2}
+"""Most lanes by kind of device; a CPU has at most one for each torch thread. Other devices have one."""
 MEMORY_SHARE = 0.8
 """Share of a GPU's memory that the batches of all lanes may take together."""
 _NO_STATE = ("_parameters", "_buffers", "_modules")
@@ -102,7 +109,8 @@ def lanes_of(device: torch.device, count: int = 1) -> Lanes:
 
 def most_lanes(device: torch.device) -> int:
     """The largest number of lanes that is worth measuring on a device."""
-    return torch_threads() if device.type == "cpu" else MOST.get(device.type, 1)
+    most = MOST.get(device.type, 1)
+    return min(most, torch_threads()) if device.type == "cpu" else most
 
 
 @contextlib.contextmanager
@@ -117,33 +125,65 @@ def lane_stream(device: torch.device, lanes: Lanes) -> Iterator[None]:
         yield
 
 
+@dataclass(slots=True)
+class _Times:
+    """What one number of lanes took for a batch, in each round: seconds, and seconds of all cores."""
+
+    seconds: list[float] = field(default_factory=list)
+    cores: list[float] = field(default_factory=list)
+
+    @property
+    def noisy(self) -> bool:
+        return max(self.seconds) > NOISE * min(self.seconds)
+
+
 def _fastest(adapter: Adapter, batch: Sequence[Unit], most: int) -> Lanes:
-    """Twice as many lanes, as long as that pays. Both numbers are measured in turns, so that a busy neighbour slows both."""
+    """Twice as many lanes, as long as that pays."""
     device, end = adapter.pipe.device, time.perf_counter() + SECONDS
     best, gain = lanes_of(device), 1.0
     while 2 * best.count <= most and time.perf_counter() < end:
         more = lanes_of(device, 2 * best.count)
-        seconds = {best: float("inf"), more: float("inf")}
-        for _, lanes in itertools.product(range(ROUNDS), seconds):
-            seconds[lanes] = min(seconds[lanes], _seconds(adapter, batch, lanes))
-        step = seconds[best] / seconds[more]
-        log.debug("%d lanes run %.2f times as fast as %d", more.count, step, best.count)
-        if step < GAIN[device.type] or not _fits_memory(device):
+        step = _step(adapter, batch, best, more)
+        if step < _least(device, more) or not _fits_memory(device):
             break
         best, gain = more, gain * step
     return replace(best, gain=gain)
 
 
-def _seconds(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes) -> float:
-    """Seconds of a batch if `lanes` run many of them."""
+def _least(device: torch.device, lanes: Lanes) -> float:
+    if device.type != "cpu":
+        return PAYS_ON_GPU
+    return EQUAL if lanes.count == 2 else PAYS
+
+
+def _step(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes, more: Lanes) -> float:
+    """The throughput of `more` lanes, as a multiple of that of `lanes`. Both are measured in turns.
+
+    On a CPU that other processes use as well, the time that the cores took says more than the clock.
+    """
+    times = {lanes: _Times(), more: _Times()}
+    end = time.perf_counter() + ROUND_SECONDS
+    while len(times[more].seconds) < ROUNDS or time.perf_counter() < end:
+        for one, found in times.items():
+            seconds, cores = _seconds(adapter, batch, one)
+            found.seconds.append(seconds)
+            found.cores.append(cores)
+    noisy = adapter.pipe.device.type == "cpu" and any(one.noisy for one in times.values())
+    before, after = (min(one.cores if noisy else one.seconds) for one in times.values())
+    log.debug("%d lanes run %.2f times as fast as %d (noisy: %s)", more.count, before / after, lanes.count, noisy)
+    return before / after
+
+
+def _seconds(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes) -> tuple[float, float]:
+    """Seconds for a batch if `lanes` run many of them, and the seconds that all cores together took for it."""
     count = max(BATCHES, lanes.count)
 
     def one(_: int) -> None:
         adapter.split(adapter.run(adapter.collate(batch), batch, UNOBSERVED), batch)
 
-    begin = time.perf_counter()
+    begin, cores = time.perf_counter(), time.process_time()
     in_lanes(adapter.pipe.device, lanes, count, one)
-    return (time.perf_counter() - begin) / count
+    return (time.perf_counter() - begin) / count, (time.process_time() - cores) / count
 
 
 def in_lanes(device: torch.device, lanes: Lanes, count: int, run: Callable[[int], _Result]) -> list[_Result]:

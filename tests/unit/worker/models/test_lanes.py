@@ -50,31 +50,57 @@ def test_a_fixed_number_of_lanes_shares_the_torch_threads(pipe: Any) -> None:
     assert torch_threads() == before, "the warm-up leaves the number of threads as it was"
 
 
-@pytest.mark.parametrize(("times", "count"), [({1: 1.0, 2: 0.99}, 1), ({1: 1.0, 2: 0.8, 4: 0.5, 8: 0.5}, 4)])
+@pytest.mark.parametrize(
+    ("times", "count"),
+    [
+        ({1: 1.0, 2: 1.1}, 1),
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 2),
+        ({1: 1.0, 2: 0.8, 4: 0.5, 8: 0.49}, 4),
+    ],
+)
 def test_lanes_are_doubled_while_that_pays(
     pipe: Any, monkeypatch: pytest.MonkeyPatch, times: dict[int, float], count: int
 ) -> None:
-    monkeypatch.setattr(module, "torch_threads", lambda: 8)
-    monkeypatch.setattr(module, "_difference", lambda *_: "")
-    monkeypatch.setattr(module, "_seconds", lambda adapter, batch, lanes: times[lanes.count])
-    monkeypatch.setattr(module, "use_torch_threads", lambda count: None)
-    found = choose_lanes(TextClassifier(pipe), [], [], asked=0, tolerance=1e-4)
+    monkeypatch.setattr(module, "_seconds", lambda adapter, batch, lanes: (times[lanes.count], 1.0))
+    found = chosen(pipe, monkeypatch, threads=8)
     assert (found.count, found.threads, found.alone) == (count, 8 // count, 8)
-    assert found.gain == pytest.approx(times[1] / times[count] if count > 1 else 1.0)
+    assert found.gain == pytest.approx(times[1] / times[count])
+
+
+@pytest.mark.parametrize(("cores", "count"), [({1: 1.0, 2: 0.9}, 2), ({1: 1.0, 2: 1.1}, 1)])
+def test_beside_other_processes_the_time_of_the_cores_decides(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, cores: dict[int, float], count: int
+) -> None:
+    clock = {1: iter([1.0, 1.5] * 10_000), 2: iter([3.0, 0.5] * 10_000)}
+    monkeypatch.setattr(
+        module, "_seconds", lambda adapter, batch, lanes: (next(clock[lanes.count]), cores[lanes.count])
+    )
+    assert chosen(pipe, monkeypatch, threads=2).count == count
+
+
+def chosen(pipe: Any, monkeypatch: pytest.MonkeyPatch, *, threads: int) -> Lanes:
+    """The lanes of a CPU with so many torch threads; what is measured is made up by the caller."""
+    monkeypatch.setattr(module, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(module, "torch_threads", lambda: threads)
+    monkeypatch.setattr(module, "use_torch_threads", lambda count: None)
+    monkeypatch.setattr(module, "_difference", lambda *_: "")
+    return choose_lanes(TextClassifier(pipe), [], [], asked=0, tolerance=1e-4)
 
 
 def test_lanes_are_really_measured(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     seconds = module._seconds
 
-    def noted(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes) -> float:
+    def noted(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes) -> tuple[float, float]:
         measured.append(lanes.count)
-        return seconds(adapter, batch, lanes)
+        found = seconds(adapter, batch, lanes)
+        assert all(one > 0 for one in found)
+        return found
 
     monkeypatch.setattr(module, "_seconds", noted)
     monkeypatch.setattr(module, "torch_threads", lambda: 2)
     found = warm_up(TextClassifier(pipe), TASKS[TASK], {}, ServiceFit(), 512, lanes=0)
-    assert measured == [1, 2, 1, 2]
+    assert measured[:4] == [1, 2, 1, 2]
     assert found.lanes.count in (1, 2)
     assert "lane" in found.describe()
 
