@@ -58,11 +58,12 @@ def _engine(pipe: Any, task: str) -> Engine:
     if pipe.device.type == "cuda":
         adapter = on_device(adapter)
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
-    found = warm_up(adapter, spec, {}, instruments.fit, default)
+    found = warm_up(adapter, spec, {}, instruments.fit, default, lanes=settings.lanes)
+    print(f"  {found.describe()}", flush=True)
     limits = BatchLimits(found.max_cost, Pool("bench", task, "").max_batch_items)
     decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
     stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
-    engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items)
+    engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items, lanes=found.lanes)
     engine.start()
     return engine
 

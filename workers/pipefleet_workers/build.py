@@ -49,6 +49,7 @@ from pipefleet_workers.facts import Facts
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.models.acceleration import accelerated
+from pipefleet_workers.models.lanes import lanes_of
 from pipefleet_workers.models.load import load_pipeline
 from pipefleet_workers.models.precision import how_loaded
 from pipefleet_workers.models.warmup import WarmUp, warm_up
@@ -132,7 +133,7 @@ def build(
     loaded = how_loaded(pipe)
     outlets = _outlets(pool, settings, worker_settings, name, tally, loaded)
     stages = _stages(pool, settings, worker_settings, outlets.store, adapter)
-    engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items)
+    engine = Engine(stages, limits, worker_settings, instruments, slice_items=row.sizing.slice_items, lanes=found.lanes)
     engine.start()
     log.info("pool %s serves %s with %s: %s", pool.name, pool.task, pool.model, loaded)
     clock = _clock(settings)
@@ -272,8 +273,17 @@ def _warmed(
     default: int,
 ) -> WarmUp:
     if not worker_settings.warm_up:
-        return WarmUp(adapter.pads, 0.0, 0.0, default, 0.0)
-    return warm_up(adapter, task_spec(pool.task), parameters, instruments.fit, default)
+        return WarmUp(adapter.pads, 0.0, 0.0, default, 0.0, lanes=lanes_of(adapter.pipe.device))
+    lanes = _asked_lanes(pool, worker_settings)
+    return warm_up(adapter, task_spec(pool.task), parameters, instruments.fit, default, lanes=lanes)
+
+
+def _asked_lanes(pool: Pool, worker_settings: WorkerSettings) -> int:
+    """The lanes of the settings. A compiled model, a model on several GPUs and a simulated device run one batch at a time."""
+    alone = pool.compile or pool.device_map is not None or worker_settings.simulated_device
+    if alone and worker_settings.lanes > 1:
+        log.warning("1 lane instead of %d: the model is compiled, spread over GPUs or simulated", worker_settings.lanes)
+    return 1 if alone else worker_settings.lanes
 
 
 def _outlets(

@@ -55,6 +55,7 @@ class Facts:
             "queue": self.queue,
             "max_cost": self.limits.max_cost,
             "pads": self.found.pads,
+            "lanes": self.found.lanes.count,
             **fitted,
             "batching": batching,
             "loaded": dict(self.loaded),
@@ -66,7 +67,7 @@ class Facts:
     def announce(self, redis: Any, *, seconds: float) -> None:
         """Announce the facts for `seconds`, and set them as metrics."""
         facts = self.to_json()
-        for name in ("max_cost", "pads", "base", "per_cost"):
+        for name in ("max_cost", "pads", "lanes", "base", "per_cost"):
             if name in facts:
                 self.instruments.metrics.fact(name, float(facts[name]))
         beat = self._tell(redis)

@@ -146,7 +146,7 @@ class Decoded:
 
 @dataclass(slots=True)
 class Assembly:
-    """Collects the outputs of the units of one item. `collect` is called by the device's thread alone."""
+    """Collects the outputs of the units of one item. One thread at a time calls `collect`."""
 
     work: Work
     expected: int

@@ -23,6 +23,12 @@ class WorkerSettings(BaseSettings):
     fetch_threads: int = Field(8, ge=1, description="objects that are downloaded at once")
     cpu_threads: int = Field(2, ge=1, description="threads that decode and preprocess")
     finish_threads: int = Field(1, ge=1, description="threads that postprocess")
+    lanes: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="forwards that run at once on the device; 0 for the fastest number, measured at the start",
+    )
     store_threads: int = Field(8, ge=1, description="results whose pictures, sound and arrays are stored at once")
     in_flight_items: int = Field(4096, ge=1, description="items inside the worker at once")
     in_flight_bytes: int = Field(

@@ -79,6 +79,10 @@ class Adapter:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+        self.parallel = not getattr(pipe.model, "can_generate", lambda: False)()
+        """Whether several threads may call `collate`, `run` and `split` at once. A model that writes draws from the random numbers
+        of the whole process.
+        """
         self.copies = PipelineCopies(pipe)
         self.parser = ArgumentParser(pipe)
         settings = WorkerSettings()

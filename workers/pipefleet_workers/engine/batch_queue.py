@@ -1,6 +1,6 @@
 """The bounded room between preprocessing and the device: a MicroBatcher behind one lock. The engine makes one.
 
-Threads of the `cpu` stage put units in; the device's thread takes batches out. `put` blocks while the room is full, so a slow
+Threads of the `cpu` stage put units in; the lanes of the device take batches out. `put` blocks while the room is full, so a slow
 device slows every stage before it. `take` blocks while the room is empty.
 """
 
@@ -21,36 +21,39 @@ class BatchQueue:
     def __init__(self, batcher: MicroBatcher, capacity: int) -> None:
         self._batcher = batcher
         self._capacity = capacity
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._filled, self._freed = threading.Condition(lock), threading.Condition(lock)
 
     def put(self, units: Sequence[Unit]) -> None:
         """Add units; block while the room is full."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._batcher) < self._capacity)
+        with self._freed:
+            self._freed.wait_for(lambda: len(self._batcher) < self._capacity)
             now = time.monotonic()
             for unit in units:
                 self._batcher.add(unit, now)
-            self._changed.notify_all()
+            self._filled.notify()
 
     def take(self, stopping: threading.Event) -> Batch | None:
         """The next batch; blocks while there is none. After `stopping` it returns the remaining batches, then None."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._batcher) > 0 or stopping.is_set())
+        with self._filled:
+            self._filled.wait_for(lambda: len(self._batcher) > 0 or stopping.is_set())
             batch = self._batcher.take(time.monotonic())
-            self._changed.notify_all()
+            if len(self._batcher):
+                self._filled.notify()  # another lane: `put` wakes only one
+            self._freed.notify_all()
             return batch
 
     def limit_cost(self, cost: int) -> None:
         """Make later batches smaller; the bound never rises again."""
-        with self._changed:
+        with self._filled:
             limits = self._batcher.limits
             self._batcher.limits = replace(limits, max_cost=max(1, min(limits.max_cost, cost)))
 
     def wake(self) -> None:
         """Wake the threads in `take`, so that they see `stopping`."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._filled:
+            self._filled.notify_all()
 
     def __len__(self) -> int:
-        with self._changed:
+        with self._filled:
             return len(self._batcher)

@@ -1,7 +1,7 @@
 """The engine wires the stages of a worker with bounded queues, so that all stages run at the same time. Read this file first.
 
     admit ─▶ fetch ─▶ decode + preprocess ─▶ room ─▶ forward ─▶ finish ─▶ store ─▶ the job's sink
-             threads  threads (`cpu`)        units   one thread  threads   threads
+             threads  threads (`cpu`)        units   lanes       threads   threads
 
 `consume` admits the items of a job, waits for their outcomes, writes them, and acknowledges the message. A failure in any stage
 goes straight to the sink: every admitted item has exactly one outcome, unless its job is given back as a whole. Each item gives
@@ -34,6 +34,7 @@ from pipefleet_workers.engine.transfer import Transfer
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, OutgrownError, Unit, Work
+from pipefleet_workers.models.lanes import Lanes, lanes_of
 from pipefleet_workers.observe.service_fit import ServiceTime
 from pipefleet_workers.process.sizes import bytes_of
 from pipefleet_workers.process.watchdog import Watchdog, waiting, working_on
@@ -74,7 +75,9 @@ class Engine:
         instruments: Instruments,
         *,
         slice_items: int,
+        lanes: Lanes | None = None,
     ) -> None:
+        """`lanes` are the forwards that run at once; None for one, with all of torch's threads."""
         self._stages = stages
         self._slice_items = min(slice_items, settings.in_flight_items)
         self._instruments = instruments
@@ -91,6 +94,8 @@ class Engine:
             timeout=settings.forward_timeout,
             collate_ahead=device.type != "cpu",
             on_text=self._tell_text,
+            lanes=lanes or lanes_of(device),
+            where=device,
         )
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         if stages.processes is not None:

@@ -19,6 +19,7 @@ from pipefleet.contract.records import JobFailure
 from pipefleet.service import Service
 from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, Outcome, Work
+from pipefleet_workers.process.torch_threads import torch_threads, use_torch_threads
 from pipefleet_workers.process.watchdog import Slot, Watchdog, listen, waiting
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,16 @@ class Stage:
         watchdog: Watchdog | None,
         seconds: float,
     ) -> None:
-        """At most `room` slices wait. An item may take `seconds`. The caller starts the `watchdog`."""
+        """At most `room` slices wait. An item may take `seconds`. The caller starts the `watchdog`.
+
+        The threads of the stage divide the torch threads of the calling thread among themselves.
+        """
         self._name = name
         self._handle = handle
         self._end = end
         self._queue = SliceQueue(room)
         self._slots = [] if watchdog is None else [watchdog.slot(name, seconds) for _ in range(threads)]
+        self._torch_threads = max(1, torch_threads() // threads)
         self._service = Service(name, self._loop, wake=self._queue.wake, threads=threads)
 
     def start(self) -> None:
@@ -105,6 +110,7 @@ class Stage:
 
     def _loop(self, stopping: threading.Event) -> None:
         slot = self._slots.pop() if self._slots else None
+        use_torch_threads(self._torch_threads)
         if slot is not None:
             listen(slot)
         while (items := self._queue.take(stopping)) is not None:

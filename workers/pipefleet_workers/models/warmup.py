@@ -1,9 +1,10 @@
 """Warm-up: before a worker takes jobs, it proves that its batches are exact, and measures how large they should be.
 
-    examples → proof (padded, and timed, against alone) → budget (throughput knee, memory) → fit of the service time
+    examples → proof (padded, and timed, against alone) → budget (throughput knee, memory) → fit of the service time → lanes
 
-`build` calls `warm_up`. A failed proof only makes batches simpler; a failed measurement uses the table's cost. Both results are in
-the worker's log and metrics, and `pipefleet doctor` shows them. Only a half precision that the device cannot run raises ModelError.
+`build` calls `warm_up`. A failed proof only makes batches simpler; a failed measurement uses the table's cost, and one lane. The
+results are in the worker's log and metrics, and `pipefleet doctor` shows them. Only a half precision that the device cannot run
+raises ModelError.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
 from pipefleet_workers.models.cache import ModelError
+from pipefleet_workers.models.difference import relative
+from pipefleet_workers.models.lanes import Lanes, choose_lanes, lanes_of
 from pipefleet_workers.models.precision import half_advice
-from pipefleet_workers.observe.service_fit import ServiceFit
+from pipefleet_workers.observe.service_fit import ServiceFit, ServiceTime
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ KNEE = 0.95
 """A budget is large enough if it reaches this share of the best measured throughput."""
 SECONDS = 1.0
 """Seconds after which no further batch is measured."""
+LANE_SECONDS = 0.03
+"""Seconds of a batch with which lanes are measured: long enough to be typical, and short enough to run dozens."""
 MEMORY_SHARE = 0.8
 """Share of a GPU's free memory that a batch may take."""
 
@@ -49,6 +54,8 @@ class WarmUp:
     seconds: float
     moments: float = 0.0
     """The difference of the timestamps of words between a batch and a unit alone, relative as `difference`."""
+    lanes: Lanes = field(default_factory=Lanes)
+    """The forwards that run at once."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -59,15 +66,26 @@ class WarmUp:
             how = f"padded (differs by {self.difference:.1e}, within {self.tolerance:.0e})"
         if self.moments > self.tolerance:
             how += f", word timestamps alone (a batch moves them by {self.moments:.1e})"
-        return f"batches: {how}, up to a cost of {self.max_cost}; warm-up took {self.seconds:.1f} s"
+        lanes = self.lanes.describe()
+        return f"batches: {how}, up to a cost of {self.max_cost}; {lanes}; warm-up took {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
         """The fields for the worker's announcement."""
         return asdict(self)
 
 
-def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default_cost: int) -> WarmUp:
+def warm_up(
+    adapter: Adapter,
+    spec: TaskSpec,
+    parameters: dict[str, Any],
+    fit: ServiceFit,
+    default_cost: int,
+    *,
+    lanes: int = 1,
+) -> WarmUp:
     """Prove and measure. Feeds `fit`. Uses simpler batches rather than raising an error.
+
+    `lanes` is the number of lanes; 0 for the fastest number.
 
     Sets `adapter.pads` and `adapter.times_together` to False if their proof fails. Raises ModelError only if the model cannot run
     in its half precision on this device, since every job would fail.
@@ -87,7 +105,9 @@ def warm_up(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: S
             raise ModelError(f"the example of the warm-up failed ({brief(error)}): {advice}") from None
         log.exception("the warm-up could not measure batches; taking %d as their largest cost", default_cost)
         cost = default_cost
-    found = WarmUp(adapter.pads, difference, tolerance, cost, time.perf_counter() - begin, moments)
+    found_lanes = _lanes(adapter, spec, parameters, fit.current(), asked=lanes, tolerance=tolerance, max_cost=cost)
+    seconds = time.perf_counter() - begin
+    found = WarmUp(adapter.pads, difference, tolerance, cost, seconds, moments, found_lanes)
     log.info(found.describe())
     return found
 
@@ -116,14 +136,7 @@ def _apart(compute: Callable[[Sequence[Unit]], list[np.ndarray[Any, Any]]], make
     except Exception:
         log.exception("the proof of exactness failed to run")
         return float("inf")
-    return max(_relative(mine, other) for mine, other in zip(together, alone, strict=True))
-
-
-def _relative(mine: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    if mine.shape != other.shape:
-        return float("inf")
-    scale = max(1e-6, float(np.abs(other).max()))
-    return float(np.abs(mine - other).max()) / scale
+    return max(relative(mine, other) for mine, other in zip(together, alone, strict=True))
 
 
 def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default: int) -> int:
@@ -145,6 +158,33 @@ def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: S
     best = max(rates.values())
     knee = min(cost for cost, rate in rates.items() if rate >= KNEE * best)
     return max(knee, default // 2, unit.length)
+
+
+def _lanes(
+    adapter: Adapter,
+    spec: TaskSpec,
+    parameters: dict[str, Any],
+    service: ServiceTime | None,
+    *,
+    asked: int,
+    tolerance: float,
+    max_cost: int,
+) -> Lanes:
+    """The lanes of the worker. A task without a typical size is not measured: it gets `asked` lanes, or one."""
+    device, measured = adapter.pipe.device, bool(adapter.typical_size) and service is not None
+    if asked == 1 or not (asked or measured):
+        return lanes_of(device)
+    try:
+        examples = _examples(adapter, spec, parameters, (5, 23, 61))
+        unit = example_units(adapter, spec, parameters, adapter.typical_size or 23)[0]
+    except Exception as error:  # noqa: BLE001 - a model without examples runs in one lane
+        log.warning("1 lane: no examples can be made for this model (%s)", brief(error))
+        return lanes_of(device)
+    count = 1
+    if service is not None:
+        count = int((LANE_SECONDS - service.base) / max(1e-9, service.per_cost * unit.length))
+    batch = [unit] * max(1, min(count, max_cost // unit.length))
+    return choose_lanes(adapter, examples, batch, asked=asked, tolerance=tolerance)
 
 
 def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:

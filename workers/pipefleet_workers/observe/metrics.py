@@ -35,7 +35,7 @@ class Totals:
     processed: int = 0
     """Items that left the engine, with any outcome; the items of a shard that runs again count again."""
     busy: float = 0.0
-    """Seconds in which a forward ran."""
+    """Seconds in which a forward ran; those of forwards that ran at once count once."""
 
 
 class Metrics:
@@ -55,7 +55,8 @@ class Metrics:
         self._failures = self._counter("pipefleet_item_failures_total", "items that failed", "code", "stage")
         self._stage = self._counter("pipefleet_stage_seconds_total", "seconds spent on items", "stage")
         self._cost = self._counter("pipefleet_batch_cost_total", "cost of batches, padded and useful", "kind")
-        self._busy = self._counter("pipefleet_device_busy_seconds_total", "seconds in which a forward ran")
+        self._busy = self._counter("pipefleet_device_busy_seconds_total", "seconds in which a forward ran, in any lane")
+        self._lane_busy = self._counter("pipefleet_lane_busy_seconds_total", "seconds in which a lane ran", "lane")
         self._messages = self._counter("pipefleet_messages_total", "messages of the queue", "event")
         for event in ("delivered", "redelivered", "handed_back", "handed_over"):
             self._child(self._messages, event)  # a rate needs the zero before the first event
@@ -68,7 +69,7 @@ class Metrics:
         )
         self.barred(None)
         self._facts = Gauge(
-            "pipefleet_batching", "budget, padding (1 exact, 0 equal shapes) and service time", ("pool", "fact"),
+            "pipefleet_batching", "budget, padding (1 exact, 0 equal shapes), service time, lanes", ("pool", "fact"),
             registry=self.registry,
         )  # fmt: skip
 
@@ -76,15 +77,23 @@ class Metrics:
         """Report that the object store refuses this worker, so that it takes no jobs; None once it does not."""
         self._takes.labels(self._pool).set(0 if reason else 1)
 
-    def batch(self, units: int, *, padded: float, useful: float, seconds: float) -> None:
-        """Count one batch."""
+    def batch(self, units: int, *, padded: float, useful: float, seconds: float, busy: float | None = None) -> None:
+        """Count one batch, which took `seconds`.
+
+        `busy` are its device seconds: less than `seconds` if other batches ran at the same time, and None for `seconds`.
+        """
+        busy = seconds if busy is None else busy
         self._units.labels(self._pool).observe(units)
         self._seconds.labels(self._pool).observe(seconds)
-        self._busy.labels(self._pool).inc(seconds)
+        self._busy.labels(self._pool).inc(busy)
         with self._lock:
-            self._busy_seconds += seconds
+            self._busy_seconds += busy
         self._cost.labels(self._pool, "padded").inc(padded)
         self._cost.labels(self._pool, "useful").inc(useful)
+
+    def lane(self, index: int, seconds: float) -> None:
+        """Count the seconds of one batch for the lane that ran it."""
+        self._child(self._lane_busy, str(index)).inc(seconds)
 
     def message(self, event: str) -> None:
         """Count one message that was `delivered`, `redelivered`, `handed_back` or `handed_over`."""

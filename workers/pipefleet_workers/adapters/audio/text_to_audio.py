@@ -50,6 +50,7 @@ class TextToAudio(Adapter):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
+        self.parallel = False  # every model draws from the random numbers of the whole process
         model = pipe.model
         # If a token could end a row, the rows of a call would have different lengths.
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -56,6 +56,7 @@ class ZeroShotAudio(Adapter):
             )
         self._positions = position_limit(pipe.model.text_model)
         self._known: OrderedDict[Tokens, torch.Tensor] = OrderedDict()
+        self.parallel = False  # a forward changes what is known
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """The stacked sounds; `run` pads the texts when it needs them."""

@@ -42,7 +42,7 @@ _FILTER_DEFAULTS = {
 
 @dataclass(slots=True)
 class Crop:
-    """A part of a picture, or all of it. Only the device's thread uses it after `prepare`.
+    """A part of a picture, or all of it. One thread at a time uses it after `prepare`.
 
     `pixels` are freed when `embeddings` exist.
     """
@@ -67,6 +67,10 @@ class MaskGenerator(Adapter):
     """mask-generation. A unit has `points_per_batch` points of a crop; units of different pictures share batches."""
 
     typical_size = 0  # not measured at warm-up, since the cost counts points; the table's cost is used
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.parallel = False  # the units of a picture share its embeddings
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """The points, and for each point the label "inside"."""

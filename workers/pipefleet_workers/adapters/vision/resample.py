@@ -124,4 +124,7 @@ def _parts(before: int, after: int, resample: int, device: torch.device) -> torc
     """The high and the low parts of the weights, side by side: `[before, 2 * after]`."""
     whole = weights(before, after, resample)
     parts = np.concatenate([whole >> _LOW_BITS, whole & ((1 << _LOW_BITS) - 1)], axis=1)
-    return torch.from_numpy(parts.astype(np.float32)).to(device)
+    there = torch.from_numpy(parts.astype(np.float32)).to(device)
+    if device.type == "cuda":  # the next reader may work on another stream
+        torch.cuda.current_stream(device).synchronize()
+    return there

@@ -48,6 +48,7 @@ class ImageLabeller(Adapter):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.parallel = False  # a forward changes what is known
         tables = (position_limit(pipe.model), learnt_positions(pipe.model, pipe.model))
         self._positions = min((table for table in tables if table is not None), default=None)
         self._apart = self._towers_suffice()
