@@ -27,9 +27,7 @@ class BatchQueue:
         """Add units; block while the room is full."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._batcher) < self._capacity)
-            now = time.monotonic()
-            for unit in units:
-                self._batcher.add(unit, now)
+            self._batcher.add(units, time.monotonic())
             self._changed.notify_all()
 
     def take(self, stopping: threading.Event) -> Batch | None:
