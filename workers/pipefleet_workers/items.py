@@ -38,8 +38,8 @@ class OutgrownError(ItemError):
 class Sink(Protocol):
     """Gets the outcomes of one job. Called by any thread."""
 
-    def deliver(self, outcome: Outcome) -> None:
-        """Take one outcome."""
+    def deliver(self, *outcomes: Outcome) -> None:
+        """Take outcomes of items of this job."""
 
     def abandon(self, reason: Exception) -> None:
         """Take no more outcomes: the job goes back to its queue."""

@@ -6,6 +6,7 @@ its item (bad_output), never its shard.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ class ResultWriter:
     def take_apart(self, work: Work, output: Any) -> Finished:
         """The artifacts of a result, and the value that refers to them. Stores nothing. Raises ItemError (bad_output)."""
         try:
-            found = TakenApart(output, self._prefix(work))
+            found = TakenApart(output, functools.partial(self._prefix, work))
         except Exception as error:  # noqa: BLE001 - whatever a result raises while it is read is its own failure
             raise _bad_output(error) from None
         return Finished(work, found.value, found.artifacts)
@@ -194,8 +195,8 @@ class PartWriter:
     def _line(self, outcome: Outcome) -> bytes:
         """The line of one item. If its input or its result is no JSON, the line says so and the shard goes on."""
         item = outcome.work.item
-        seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
         body = body_of(outcome)
+        seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
         result = {"output": orjson.Fragment(body)} if isinstance(body, bytes) else {"error": utf8(body.to_json())}
         warnings = {"warnings": utf8_all(outcome.work.warnings)} if outcome.work.warnings else {}
         tail = {**result, **warnings, "provenance": {**self._provenance, "seconds": seconds}}
@@ -223,7 +224,7 @@ def _refusal(written_as: PartFormat, line: bytes) -> JobFailure | None:
 
 
 def _with_uris(inputs: Any) -> Any:
-    return map_refs(inputs, lambda reference: reference.uri)
+    return inputs if isinstance(inputs, str) else map_refs(inputs, lambda reference: reference.uri)
 
 
 def utf8_all(texts: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Padding is exact here, because the attention mask hides it from every other posi
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.buckets import rounded_length
-from pipefleet_workers.adapters.text.long_texts import is_long
+from pipefleet_workers.adapters.text.long_texts import LONG, is_long
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.process.watchdog import working_on
 
@@ -63,6 +64,9 @@ class TextEncoder(Adapter):
                 prepared[index] = error
                 continue
             parsed[index], group = known[shared]
+            if isinstance(one.value, str) and len(one.value) <= LONG:
+                groups[group].append(index)
+                continue
             fields = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
             alone = str(index) if is_long(one.value) else ""  # a call holds the tokens of all its texts in memory
             groups[alone + fields + group].append(index)
@@ -112,7 +116,8 @@ class TextEncoder(Adapter):
             encoded = tokenizer(**{name: [value[name] for value in values] for name in values[0]}, **keywords)
         else:
             encoded = tokenizer(list(values), **keywords)
-        return [{name: encoded[name][row] for name in encoded} for row in range(len(values))]
+        names = list(encoded)
+        return [dict(zip(names, row, strict=True)) for row in zip(*[encoded[name] for name in names], strict=True)]
 
     def keywords(self, arguments: Arguments) -> dict[str, Any]:
         """The tokenizer's arguments, without padding: texts are padded to their batch, not to their job."""
@@ -286,11 +291,17 @@ class TextClassifier(TextEncoder):
 
     def finish(self, assembly: Assembly) -> Any:
         """`[{label, score}]` for a text, as the pipeline returns it for a single text; a dict for a pair without top_k."""
-        arguments, names = assembly.context, self.pipe.model.config.id2label
+        names, inputs = self._names, assembly.work.item.inputs
         scores, labels = assembly.outputs[0]
         records = [{"label": names[label], "score": score} for score, label in zip(scores, labels, strict=True)]
-        pair = isinstance(assembly.work.item.inputs, Mapping) and "text" in assembly.work.item.inputs
-        return records[0] if pair and arguments.postprocess.get("_legacy", True) else records
+        pair = not isinstance(inputs, str) and isinstance(inputs, Mapping) and "text" in inputs
+        return records[0] if pair and assembly.context.postprocess.get("_legacy", True) else records
+
+    @functools.cached_property
+    def _names(self) -> Mapping[int, str]:
+        """The labels; a config looks each attribute up slowly."""
+        names: Mapping[int, str] = self.pipe.model.config.id2label
+        return names
 
     def _wanted(self, arguments: Arguments) -> tuple[str, int]:
         """The function to apply and how many labels to keep."""
