@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,12 +84,13 @@ class TextEncoder(Adapter):
         longest = max(unit.length for unit in units)
         if self.rounds_lengths and self.pads:
             longest = rounded_length(longest, self._positions)
+        lengths = np.array([unit.length for unit in units])[:, None]
+        places = np.arange(longest)
+        own = places >= longest - lengths if left else places < lengths
         inputs = {}
         for name in units[0].features:
-            rows = np.full((len(units), longest), padding.get(name, 0), dtype=np.int64)
-            for row, unit in zip(rows, units, strict=True):
-                start = longest - unit.length if left else 0
-                row[start : start + unit.length] = unit.features[name]
+            rows = np.full(own.shape, padding.get(name, 0), dtype=np.int64)
+            rows[own] = _joined([unit.features[name] for unit in units], int(lengths.sum()))
             inputs[name] = torch.from_numpy(rows)
         return inputs
 
@@ -112,6 +114,8 @@ class TextEncoder(Adapter):
         The values share only the preprocess part of `arguments`.
         """
         tokenizer, keywords = self.copies.get().tokenizer, self.keywords(arguments)
+        if all([isinstance(value, str) for value in values]):
+            return self.copies.slices().encode(values, keywords)
         if isinstance(values[0], Mapping):
             encoded = tokenizer(**{name: [value[name] for value in values] for name in values[0]}, **keywords)
         else:
@@ -172,6 +176,13 @@ def _refusal(error: Exception) -> ItemError:
     if isinstance(error, ItemError):
         return error
     return ItemError("bad_input", f"the tokenizer refuses the input: {brief(error)}", STAGE)
+
+
+def _joined(rows: Sequence[Any], count: int) -> np.ndarray[Any, Any]:
+    """The numbers of all rows behind each other."""
+    if isinstance(rows[0], list):
+        return np.fromiter(itertools.chain.from_iterable(rows), np.int64, count)
+    return np.concatenate(rows)
 
 
 def position_limit(model: torch.nn.Module) -> int | None:
