@@ -219,9 +219,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A result as it is written: JSON whose artifacts are already stored."""
+    """A result as it is written: JSON whose artifacts are already stored; or a `vector` for a part that holds vectors."""
 
-    body: bytes
+    body: bytes = b""
+    vector: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
