@@ -311,7 +311,9 @@ class Engine:
             assembly.outputs = {}  # this thread refers to the assembly until the whole slice is finished
         work.seconds["postprocess"] = time.perf_counter() - begin
         try:
-            return Outcome(work, output=output) if results is None else self._written(results.take_apart(work, output))
+            if results is None or (plain := results.plain(output)) is not None:
+                return Outcome(work, output=output if results is None else plain)
+            return self._written(results.take_apart(work, output))
         except ItemError as error:
             self._fail(work, error.failure)
             return None

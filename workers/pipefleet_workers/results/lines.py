@@ -17,7 +17,7 @@ import orjson
 
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Shard
-from pipefleet.contract.parts import PartFormat, part_format
+from pipefleet.contract.parts import FLOAT32, PartFormat, part_format
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import join_uri, map_refs
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
@@ -29,7 +29,11 @@ from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 STAGE = "write"
+REMEMBERED = 4096
+"""How many rounded numbers are kept."""
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+
+_PLAIN_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 
 def dumps(value: Any) -> bytes:
@@ -98,6 +102,15 @@ class ResultWriter:
         self._store = store
         self._results = results
 
+    @staticmethod
+    def plain(output: Any) -> Encoded | None:
+        """The JSON of a result that holds no artifact and nothing but JSON, as most do; None for other results."""
+        try:
+            body = orjson.dumps(output, option=_PLAIN_OPTIONS)
+        except Exception:  # noqa: BLE001 - `take_apart` and `write` look closer
+            return None
+        return None if b"null" in body else Encoded(body)
+
     def take_apart(self, work: Work, output: Any) -> Finished:
         """The artifacts of a result, and the value that refers to them. Stores nothing. Raises ItemError (bad_output)."""
         try:
@@ -150,12 +163,23 @@ def _bad_output(error: Exception) -> ItemError:
     return ItemError("bad_output", f"the result cannot be written: {brief(error)}", STAGE)
 
 
+class _Rounded(dict[float, float]):
+    """Seconds as a part shows them. The items of a slice share most of their seconds, so a number is rounded once for many."""
+
+    def __missing__(self, seconds: float) -> float:
+        if len(self) >= REMEMBERED:
+            self.clear()
+        found = self[seconds] = round(seconds, 6)
+        return found
+
+
 class PartWriter:
     """Writes the part of a shard. Thread-safe. Raises the store's errors; a shard can be written again."""
 
     def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
         self._store = store
         self._provenance = dict(provenance)
+        self._rounded = _Rounded()
 
     def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
         """Write the part, with a row for each outcome, in order.
@@ -213,7 +237,7 @@ class PartWriter:
     def _line(self, outcome: Outcome, body: bytes | JobFailure) -> bytes:
         """The line of one item with its result or failure. If its input is no JSON, the line says so and the shard goes on."""
         item = outcome.work.item
-        seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
+        seconds = {stage: self._rounded[value] for stage, value in outcome.work.seconds.items()}
         result = {"output": orjson.Fragment(body)} if isinstance(body, bytes) else {"error": utf8(body.to_json())}
         warnings = {"warnings": utf8_all(outcome.work.warnings)} if outcome.work.warnings else {}
         tail = {**result, **warnings, "provenance": {**self._provenance, "seconds": seconds}}
@@ -237,7 +261,7 @@ def _is_vector(finished: Finished) -> bool:
         and value.dtype == np.float32
         and value.ndim == 1
         and value.size > 0
-        and bool(np.isfinite(value).all())
+        and float(np.abs(value).max()) <= FLOAT32
     )
 
 
