@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipefleet.contract.layout import RunLayout
@@ -269,6 +269,7 @@ def vectors(shard: Shard, results: Sequence[Any]) -> list[Outcome]:
     return outcomes
 
 
+@settings(deadline=None)
 @given(_RESULTS)
 def test_vectors_make_the_part_that_their_json_makes(results: list[Any]) -> None:
     parquet, writer = part_format("parquet"), PartWriter(WorkerStore(), {"worker": "w"})
