@@ -38,8 +38,8 @@ class OutgrownError(ItemError):
 class Sink(Protocol):
     """Gets the outcomes of one job. Called by any thread."""
 
-    def deliver(self, outcome: Outcome) -> None:
-        """Take one outcome."""
+    def deliver(self, *outcomes: Outcome) -> None:
+        """Take outcomes of items of this job."""
 
     def abandon(self, reason: Exception) -> None:
         """Take no more outcomes: the job goes back to its queue."""
@@ -221,9 +221,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A result as it is written: JSON whose artifacts are already stored."""
+    """A result as it is written: JSON whose artifacts are already stored; or a `vector` for a part that holds vectors."""
 
-    body: bytes
+    body: bytes = b""
+    vector: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from pipefleet.settings import Settings
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.delivery.redis_start import connect_patiently
 from pipefleet_workers.observe import logs, opentelemetry
+from pipefleet_workers.process import memory
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ class Worker:
         from celery import signals
 
         def ready(**_: Any) -> None:
+            memory.settle()
             log.info("ready: queue %s", self._revision_queue)
             if ready_file is not None:
                 ready_file.write_text(f"{os.getpid()}\n")

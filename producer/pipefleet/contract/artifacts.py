@@ -14,6 +14,7 @@ from typing import Any
 from pipefleet.errors import ContractError, UsageError
 
 ARTIFACT_KEY = "$artifact"
+_PLAIN = (str, int, float)
 
 
 def is_artifact(value: object) -> bool:
@@ -28,6 +29,8 @@ def resolve(value: Any, read: Callable[[str], bytes]) -> Any:
     `[channels, frames]`), a PIL image for the kind image. Raises UsageError when the library for a kind is not installed,
     ContractError for a kind this version does not know.
     """
+    if value is None or isinstance(value, _PLAIN):
+        return value  # the quick way of most values
     if is_artifact(value):
         return _load(value, read)
     if isinstance(value, Mapping):

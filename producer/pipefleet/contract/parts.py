@@ -23,6 +23,7 @@ MAX_PART_BYTES = 2 << 30
 FLOAT32 = 3.4028234e38
 """Largest number that a vector may hold."""
 _ERROR = ("code", "message", "stage")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class PartFormat(Protocol):
@@ -34,8 +35,15 @@ class PartFormat(Protocol):
     def require(self) -> None:
         """Raise RunError unless the library of the format is installed here."""
 
-    def encode(self, lines: Sequence[bytes]) -> bytes:
-        """The part that holds these rows, each a JSON object."""
+    vectors: ClassVar[bool]
+    """Whether a part may hold outputs as vectors of float32."""
+
+    def encode(self, lines: Sequence[bytes], vectors: Any = None) -> bytes:
+        """The part that holds these rows, each a JSON object.
+
+        With `vectors`, a float32 array `[rows, width]` of finite numbers, its row i is the output of line i. Only for formats
+        that hold vectors.
+        """
 
     def rows(self, part: bytes) -> Iterator[dict[str, Any]]:
         """The rows of a part, in order."""
@@ -49,11 +57,12 @@ class JsonLines:
 
     name: ClassVar[str] = "jsonl"
     media_type: ClassVar[str] = "application/x-ndjson"
+    vectors: ClassVar[bool] = False
 
     def require(self) -> None:
         """Nothing is needed."""
 
-    def encode(self, lines: Sequence[bytes]) -> bytes:
+    def encode(self, lines: Sequence[bytes], vectors: Any = None) -> bytes:
         """The lines, each with its end."""
         return b"\n".join(lines) + b"\n"
 
@@ -76,13 +85,14 @@ class Parquet:
 
     name: ClassVar[str] = "parquet"
     media_type: ClassVar[str] = "application/vnd.apache.parquet"
+    vectors: ClassVar[bool] = True
 
     def require(self) -> None:
         """Raise RunError unless pyarrow is installed."""
         if not is_installed("pyarrow"):
             raise RunError(f"parts in the format parquet need pyarrow: {INSTALL}, for the workers as well")
 
-    def encode(self, lines: Sequence[bytes]) -> bytes:
+    def encode(self, lines: Sequence[bytes], vectors: Any = None) -> bytes:
         """The part; raises RunError where pyarrow is missing."""
         self.require()
         import pyarrow
@@ -94,7 +104,7 @@ class Parquet:
             "id": pyarrow.array([row["id"] for row in rows], pyarrow.string()),
             "input": _texts([row["input"] for row in rows]),
             "parameters": _json([row.get("parameters") for row in rows]),
-            "output": _outputs(rows),
+            "output": _outputs(rows) if vectors is None else _columns(vectors),
             "error": pyarrow.array([row.get("error") for row in rows], error),
             "provenance": _json([row.get("provenance") for row in rows]),
             "warnings": pyarrow.array([row.get("warnings") for row in rows], pyarrow.list_(pyarrow.string())),
@@ -109,17 +119,18 @@ class Parquet:
 
     def rows(self, part: bytes) -> Iterator[dict[str, Any]]:
         """The rows of a part, as JSON lines would give them. Raises RunError where pyarrow is missing."""
+        return _rows(self._table(part))
+
+    def failed(self, part: bytes) -> list[dict[str, Any]]:
+        """The rows with an error, in order. The other rows are not made into objects."""
+        table = self._table(part)
+        return list(_rows(table.filter(table.column("error").is_valid())))
+
+    def _table(self, part: bytes) -> Any:
         self.require()
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(io.BytesIO(part))
-        plain = (table.schema.field("input").metadata or {}).get(b"encoding") == b"text"
-        for row in table.to_pylist():
-            yield _row(row, plain=plain)
-
-    def failed(self, part: bytes) -> list[dict[str, Any]]:
-        """The rows with an error, in order."""
-        return [row for row in self.rows(part) if "error" in row]
+        return pyarrow.parquet.read_table(io.BytesIO(part))
 
 
 FORMATS: Mapping[str, PartFormat] = MappingProxyType({one.name: one for one in (JsonLines(), Parquet())})
@@ -170,11 +181,23 @@ def _outputs(rows: list[dict[str, Any]]) -> Any:
     return pyarrow.array(texts, pyarrow.string())
 
 
+def _columns(vectors: Any) -> Any:
+    """The column of outputs that all are vectors of one length."""
+    import pyarrow
+
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), vectors.shape[1])
+
+
 def _is_vector(value: Any) -> bool:
     """Whether a value is a list of numbers that float32 does not turn into infinity."""
     return (
         isinstance(value, list) and bool(value) and all(isinstance(one, float) and abs(one) <= FLOAT32 for one in value)
     )
+
+
+def _rows(table: Any) -> Iterator[dict[str, Any]]:
+    plain = (table.schema.field("input").metadata or {}).get(b"encoding") == b"text"
+    return (_row(row, plain=plain) for row in table.to_pylist())
 
 
 def _row(row: dict[str, Any], *, plain: bool) -> dict[str, Any]:
@@ -191,4 +214,4 @@ def _row(row: dict[str, Any], *, plain: bool) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)

@@ -44,7 +44,8 @@ def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
 
     Raises UsageError for inputs, parameters or an id that a shard cannot hold.
     """
-    parameters = called_parameters(preparer.spec, row.get("parameters") or None)
+    given = row.get("parameters")
+    parameters = called_parameters(preparer.spec, given) if given else {}
     prepared = preparer.prepare(row["inputs"], parameters)
     references = refs_in(prepared)
     identity = row.get("id")

@@ -323,13 +323,15 @@ class ObjectStore:
         except RunError:
             body.close()
             raise
-        lines = body.iter_lines(chunk_size=1 << 16)
+        chunks, left = body.iter_chunks(1 << 16), b""
         while True:
-            with s3_errors(uri):
-                line = next(lines, None)
-            if line is None:
+            with s3_errors(uri):  # around a chunk: around each line it would take longer than the line
+                chunk = next(chunks, b"")
+            *lines, left = (left + chunk).splitlines(keepends=True) or [b""]
+            yield from (line.splitlines()[0] for line in lines)
+            if not chunk:
+                yield from left.splitlines()
                 return
-            yield line
 
     def chunks(self, uri: str, size: int = 1 << 16) -> Iterator[bytes]:
         """The bytes of an object, streamed, at most `size` at a time."""

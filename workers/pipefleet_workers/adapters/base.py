@@ -21,6 +21,7 @@ import torch
 from pipefleet_workers.adapters.arguments import STAGE, ArgumentParser, Arguments
 from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.long_texts import LongTexts
+from pipefleet_workers.adapters.text.slices import SliceTokenizer
 from pipefleet_workers.adapters.text.whole_texts import guard
 from pipefleet_workers.adapters.vision.whole_pictures import require_pixels
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
@@ -60,6 +61,13 @@ class PipelineCopies:
         found: LongTexts | None = getattr(self._local, "long_texts", None)
         if found is None:
             found = self._local.long_texts = LongTexts(self.get().tokenizer)
+        return found
+
+    def slices(self) -> SliceTokenizer:
+        """The SliceTokenizer of the calling thread's tokenizer."""
+        found: SliceTokenizer | None = getattr(self._local, "slices", None)
+        if found is None:
+            found = self._local.slices = SliceTokenizer(self.get().tokenizer, self._most)
         return found
 
     def _guard(self, pipe: Any) -> None:

@@ -22,13 +22,14 @@ class Outcomes:
         self._changed = threading.Condition()
         self._reason: Exception | None = None
 
-    def deliver(self, outcome: Outcome) -> None:
-        """Take one outcome. A second outcome for the same item is dropped, and so is every outcome after `abandon`."""
+    def deliver(self, *outcomes: Outcome) -> None:
+        """Take outcomes. A second outcome for the same item is dropped, and so is every outcome after `abandon`."""
         with self._changed:
-            if self._reason is not None or outcome.work.position in self._outcomes:
+            if self._reason is not None:
                 return
-            self._outcomes[outcome.work.position] = outcome
-            self._new.append(outcome)
+            for outcome in outcomes:
+                if self._outcomes.setdefault(outcome.work.position, outcome) is outcome:
+                    self._new.append(outcome)
             if self.complete:
                 self._changed.notify_all()
 

@@ -58,9 +58,10 @@ class Single:
     _end: Outcome | Exception | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def deliver(self, outcome: Outcome) -> None:
+    def deliver(self, *outcomes: Outcome) -> None:
         """Take the outcome; a second one is dropped."""
-        self._take(outcome)
+        for outcome in outcomes:
+            self._take(outcome)
 
     def abandon(self, reason: Exception) -> None:
         """End the job without an outcome."""

@@ -28,9 +28,7 @@ class BatchQueue:
         """Add units; block while the room is full."""
         with self._freed:
             self._freed.wait_for(lambda: len(self._batcher) < self._capacity)
-            now = time.monotonic()
-            for unit in units:
-                self._batcher.add(unit, now)
+            self._batcher.add(units, time.monotonic())
             self._filled.notify()
 
     def take(self, stopping: threading.Event) -> Batch | None:

@@ -15,8 +15,12 @@ It is work-conserving: `take` returns a batch whenever it holds a unit.
 from __future__ import annotations
 
 import bisect
+import itertools
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from pipefleet_workers.items import Batch, Unit
@@ -31,18 +35,46 @@ class BatchLimits:
     max_age: float = 30.0
 
 
+_LENGTH, _KEY = attrgetter("length"), attrgetter("key")
+
+
 @dataclass(slots=True)
 class _Lane:
-    """The units of one key, sorted by length, and their total length."""
+    """The units of one key, sorted by length, with counts of them: no rule looks at every unit for each batch."""
 
     units: list[Unit] = field(default_factory=list)
     total: int = 0
+    """Their lengths together."""
+    arrivals: dict[float, int] = field(default_factory=dict)
+    """How many of the units came at each time, the earliest time first."""
+    priorities: dict[int, int] = field(default_factory=dict)
+    """How many of the units have each priority."""
     below: int = sys.maxsize
     """Length of the shortest unit of the last batch; the next batch goes on downwards from this length."""
 
-    def add(self, unit: Unit) -> None:
-        bisect.insort(self.units, unit, key=lambda one: one.length)
-        self.total += unit.length
+    @property
+    def urgent(self) -> int:
+        """The most urgent priority of its units."""
+        return min(self.priorities)
+
+    @property
+    def oldest(self) -> float:
+        """When the unit came that waits longest."""
+        return next(iter(self.arrivals))
+
+    def add(self, units: Sequence[Unit], now: float) -> None:
+        for unit in units:
+            unit.created = now
+        self.units += units
+        self.units.sort(key=_LENGTH)
+        self._count(units, 1)
+
+    def take(self, low: int, high: int) -> list[Unit]:
+        taken = self.units[low:high]
+        del self.units[low:high]
+        self._count(taken, -1)
+        self.below = taken[0].length
+        return taken
 
     def next(self, urgent: int) -> int:
         """The index of the longest unit of priority `urgent` that is not above the last batch; without one, of the longest unit.
@@ -50,8 +82,28 @@ class _Lane:
         Starting at the longest unit each time would pad almost as much as arrival order does: a long unit would go as soon as it
         comes, together with the few short units that are there, and other short units would pile up.
         """
-        indices = [index for index, unit in enumerate(self.units) if unit.priority == urgent]
-        return next((index for index in reversed(indices) if self.units[index].length <= self.below), indices[-1])
+        place = bisect.bisect_right(self.units, self.below, key=_LENGTH)
+        for index in itertools.chain(range(place - 1, -1, -1), range(len(self.units) - 1, place - 1, -1)):
+            if self.units[index].priority == urgent:
+                return index
+        raise LookupError(f"no unit of priority {urgent}")
+
+    def first_of(self, created: float) -> int:
+        """The index of the shortest unit that came at this time."""
+        return next(index for index, unit in enumerate(self.units) if unit.created == created)
+
+    def _count(self, units: Sequence[Unit], sign: int) -> None:
+        self.total += sign * sum([unit.length for unit in units])
+        _add(self.arrivals, [unit.created for unit in units], sign)
+        _add(self.priorities, [unit.priority for unit in units], sign)
+
+
+def _add(counts: dict[Any, int], values: Sequence[Any], sign: int) -> None:
+    """Count each value once more, or with `sign` -1 once less; a value that is not there any more leaves `counts`."""
+    for value, count in Counter(values).items():
+        counts[value] = counts.get(value, 0) + sign * count
+        if not counts[value]:
+            del counts[value]
 
 
 class MicroBatcher:
@@ -66,11 +118,11 @@ class MicroBatcher:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, unit: Unit, now: float) -> None:
-        """Take in one unit at time `now` (seconds of any monotonic clock)."""
-        unit.created = now
-        self._lanes.setdefault(unit.key, _Lane()).add(unit)
-        self._count += 1
+    def add(self, units: Sequence[Unit], now: float) -> None:
+        """Take in a slice of units at time `now` (seconds of any clock that never goes back)."""
+        for key, alike in itertools.groupby(units, _KEY):
+            self._lanes.setdefault(key, _Lane()).add(list(alike), now)
+        self._count += len(units)
 
     def take(self, now: float) -> Batch | None:
         """The best batch at time `now`; None only when no unit is held."""
@@ -78,11 +130,7 @@ class MicroBatcher:
             return None
         key, first = self._first(now)
         lane = self._lanes[key]
-        low, high = self._cut(lane.units, first)
-        taken = lane.units[low:high]
-        del lane.units[low:high]
-        lane.total -= sum(unit.length for unit in taken)
-        lane.below = taken[0].length
+        taken = lane.take(*self._cut(lane.units, first))
         if not lane.units:
             del self._lanes[key]
         self._count -= len(taken)
@@ -90,28 +138,26 @@ class MicroBatcher:
 
     def _first(self, now: float) -> tuple[Any, int]:
         """The key to serve, and the index of the unit to cut the batch around."""
-        aged: tuple[Any, int] | None = None
-        age = self.limits.max_age
-        ranked: list[tuple[int, int, Any]] = []
-        for key, lane in self._lanes.items():
-            urgent = min(unit.priority for unit in lane.units)
-            for index, unit in enumerate(lane.units):
-                if now - unit.created > age:
-                    aged, age = (key, index), now - unit.created
-            ranked.append((urgent, -lane.total, key))
-        urgent, _, key = min(ranked, key=lambda one: one[:2])
-        self._served_aged = aged is not None and not (self._served_aged and urgent < self._priority(aged))
-        return aged if self._served_aged and aged is not None else (key, self._lanes[key].next(urgent))
-
-    def _priority(self, place: tuple[Any, int]) -> int:
-        key, index = place
-        return self._lanes[key].units[index].priority
+        old, age = None, self.limits.max_age
+        for lane in self._lanes.values():
+            if now - lane.oldest > age:
+                old, age = lane, now - lane.oldest
+        key, lane = min(self._lanes.items(), key=lambda one: (one[1].urgent, -one[1].total))
+        urgent = lane.urgent
+        if old is not None:
+            index = old.first_of(old.oldest)
+            if not self._served_aged or urgent >= old.units[index].priority:
+                self._served_aged = True
+                return old.units[index].key, index
+        self._served_aged = False
+        return key, lane.next(urgent)
 
     def _cut(self, units: list[Unit], first: int) -> tuple[int, int]:
         """The slice around `first` that fits the limits. It grows downwards first, since shorter units do not add padding."""
-        low, high = first, first + 1
-        while low > 0 and self._fits(units[high - 1], high - low + 1):
-            low -= 1
+        most = max(
+            1, min(self.limits.max_items, self.limits.max_cost // max(1, units[first].length + units[first].fixed))
+        )
+        low, high = max(0, first + 1 - most), first + 1
         while high < len(units) and self._fits(units[high], high - low + 1):
             high += 1
         return low, high

@@ -84,6 +84,11 @@ class Budget:
             self._reweigh([(work, 0) for work, _ in outputs])
             self._changed.notify_all()
 
+    @property
+    def stores(self) -> bool:
+        """True while a result is counted, so that `finish` may wait."""
+        return self._results > 0
+
     def finish(self, work: Work) -> None:
         """Wait until there is room for a result of the size of the item's output."""
         size = work.room.outputs
@@ -98,17 +103,17 @@ class Budget:
             work.room.outputs, work.room.result = 0, size
             self._changed.notify_all()
 
-    def leave(self, work: Work) -> None:
-        """Give back all the room of an item. May be called several times."""
-        room = work.room
+    def leave(self, *works: Work) -> None:
+        """Give back all the room of items. May be called several times."""
         with self._changed:
-            if room.inputs is not None:
-                self._items -= 1
-                self._inputs -= room.inputs
-            self._reweigh([(work, 0)])
-            self._outputs -= room.outputs
-            self._results -= room.result
-            room.inputs, room.outputs, room.result = None, 0, 0
+            for room in [work.room for work in works]:
+                if room.inputs is not None:
+                    self._items -= 1
+                    self._inputs -= room.inputs
+                self._decoded -= room.decoded
+                self._outputs -= room.outputs
+                self._results -= room.result
+                room.inputs, room.decoded, room.outputs, room.result = None, 0, 0, 0
             self._changed.notify_all()
 
     def open(self) -> None:

@@ -11,6 +11,7 @@ its room back when it ends (`_end`, `_each`), so a job may be larger than the wo
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 _In = TypeVar("_In", Work, Fetched, Decoded, Finished)
 _Out = TypeVar("_Out")
 _Held = TypeVar("_Held", Fetched, Assembly)
+TOGETHER_SECONDS = 0.005
+"""Results of one slice that are finished within these seconds leave together; slow results do not wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,17 +216,25 @@ class Engine:
             self._enter([one.work for one in live], prepared)
             return []  # only audio inputs can outgrow their declared size, and no audio task is prepared in processes
         with tracer.span("decode", len(fetched)):
-            tried = self._each(fetched, "decode", self._decode)
-        outgrown = [one for one in tried if isinstance(one, tuple)]
-        decoded = [one for one in tried if isinstance(one, Decoded)]
-        del tried
-        self._budget.prepared([(one.work, 0) for one, _ in outgrown])
+            decoded, outgrown = self._decode_all(fetched)
         with tracer.span("preprocess", len(decoded)):
             prepared = self._prepare(decoded)
         works = [one.work for one in decoded]
         del decoded  # otherwise pictures stay in memory while their units wait for the device
         self._enter(works, prepared)
         return outgrown
+
+    def _decode_all(self, fetched: Sequence[Fetched]) -> tuple[Sequence[Decoded], list[tuple[Fetched, int]]]:
+        """The decoded items, and the items that need more bytes than their reserved room. A slice of texts is decoded at once."""
+        jobs = {id(one.work.job): one.work.job for one in fetched}.values()
+        if not any(job.stopped("decode") for job in jobs):
+            texts = self._stages.decoder.texts(fetched)
+            if texts is not None:
+                return texts, []
+        tried = self._each(fetched, "decode", self._decode)
+        outgrown = [one for one in tried if isinstance(one, tuple)]
+        self._budget.prepared([(one.work, 0) for one, _ in outgrown])
+        return [one for one in tried if isinstance(one, Decoded)], outgrown
 
     def _decode(self, fetched: Fetched) -> Decoded | tuple[Fetched, int]:
         """The decoded item. If it needs more bytes than its reserved room: the item, and the bytes that it needs."""
@@ -277,61 +288,63 @@ class Engine:
         yield held
 
     def _finish_assemblies(self, assemblies: Sequence[Assembly]) -> None:
-        with self._instruments.tracer.span("finish", len(assemblies)):
-            done = [assembly.work.seconds for assembly in assemblies if self._finish_one(assembly)]
-        self._instruments.metrics.processed(done)
+        ended: list[Outcome] = []
+        begin = time.monotonic()
+        try:
+            with self._instruments.tracer.span("finish", len(assemblies)):
+                for assembly in assemblies:
+                    if (outcome := self._finish_one(assembly)) is not None:
+                        ended.append(outcome)
+                    if ended and time.monotonic() - begin > TOGETHER_SECONDS:
+                        self._succeed(ended)
+                        begin, ended = time.monotonic(), []
+        finally:
+            self._succeed(ended)
 
-    def _finish_one(self, assembly: Assembly) -> bool:
-        """Deliver the result of an item, or its failure. Returns whether it has a result.
-
-        Results with artifacts go to the store first.
-        """
-        failure = assembly.failure or (
-            assembly.work.job.stopped("postprocess") if assembly.work.job.given_back else None
-        )
+    def _finish_one(self, assembly: Assembly) -> Outcome | None:
+        """The result of an item; None if it has failed, or if its artifacts go to the store first."""
+        work, results = assembly.work, self._stages.results
+        failure = assembly.failure or (work.job.stopped("postprocess") if work.job.given_back else None)
         if failure is not None:
-            self._fail(assembly.work, failure)
-            return False
-        with waiting():
-            self._budget.finish(assembly.work)
-        working_on(assembly.work)
+            self._fail(work, failure)
+            return None
+        if self._budget.stores:
+            with waiting():
+                self._budget.finish(work)
+        working_on(work)
         begin = time.perf_counter()
         try:
             output = self._stages.adapter.finish(assembly)
         except BaseException as error:  # noqa: BLE001 - whatever a pipeline raises, a Rust panic too, is this item's failure alone
             failure = JobFailure("model_error", f"postprocessing failed: {brief(error)}", "postprocess")
-            self._fail(assembly.work, failure)
-            return False
+            self._fail(work, failure)
+            return None
         finally:
             assembly.outputs = {}  # this thread refers to the assembly until the whole slice is finished
-        assembly.work.seconds["postprocess"] = time.perf_counter() - begin
-        return self._deliver(assembly.work, output)
-
-    def _deliver(self, work: Work, output: Any) -> bool:
-        """Deliver a result without artifacts; hand a result with artifacts to the store stage. Returns whether it was delivered."""
-        results = self._stages.results
+        work.seconds["postprocess"] = time.perf_counter() - begin
         try:
-            if results is not None:
-                finished = results.take_apart(work, output)
-                if finished.artifacts:
-                    self._budget.weigh(work, sum(one.size for one in finished.artifacts))
-                    self._store.put(work.job.priority, [finished])
-                    return False
-                output = results.write(finished)
+            if results is None or (plain := results.plain(output)) is not None:
+                return Outcome(work, output=output if results is None else plain)
+            return self._written(results.take_apart(work, output))
         except ItemError as error:
             self._fail(work, error.failure)
-            return False
-        self._end(Outcome(work, output=output))
-        return True
+            return None
+
+    def _written(self, finished: Finished) -> Outcome | None:
+        """The outcome of a result without artifacts. A result with artifacts goes to the store stage. Raises ItemError."""
+        assert self._stages.results is not None
+        if finished.artifacts:
+            self._budget.weigh(finished.work, sum(one.size for one in finished.artifacts))
+            self._store.put(finished.work.job.priority, [finished])
+            return None
+        return Outcome(finished.work, output=self._stages.results.write(finished))
 
     def _store_results(self, finished: Sequence[Finished]) -> None:
         with self._instruments.tracer.span("store", len(finished)):
             stored = self._each(finished, "write", self._store_one)
         for one in finished:
             one.artifacts.clear()  # this thread refers to the artifacts until it takes its next slice
-        self._instruments.metrics.processed([outcome.work.seconds for outcome in stored])
-        for outcome in stored:
-            self._end(outcome)
+        self._succeed(stored)
 
     def _store_one(self, finished: Finished) -> Outcome:
         assert self._stages.results is not None
@@ -373,12 +386,18 @@ class Engine:
             self._instruments.metrics.processed([work.seconds])
         self._end(Outcome(work, failure=failure))
 
-    def _end(self, outcome: Outcome) -> None:
+    def _succeed(self, outcomes: Sequence[Outcome]) -> None:
+        self._instruments.metrics.processed([outcome.work.seconds for outcome in outcomes])
+        self._end(*outcomes)
+
+    def _end(self, *outcomes: Outcome) -> None:
         """The only way out for items, except for items whose job is being given back (see `_each`)."""
-        self._budget.leave(outcome.work)
-        outcome.work.job.sink.deliver(outcome)
-        if outcome.work.job.streams and self._stages.streams is not None:
-            self._stages.streams.ended(outcome.work.job)
+        self._budget.leave(*[outcome.work for outcome in outcomes])
+        for _, own in itertools.groupby(outcomes, lambda one: id(one.work.job)):
+            same = list(own)
+            same[0].work.job.sink.deliver(*same)
+            if same[0].work.job.streams and self._stages.streams is not None:
+                self._stages.streams.ended(same[0].work.job)
 
     def _tell_text(self, unit: Unit, tokens: Sequence[int]) -> None:
         if self._stages.streams is not None:

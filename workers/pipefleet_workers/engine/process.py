@@ -183,7 +183,7 @@ def _failed(error: Exception, work: Work) -> Answer:
 class _Nowhere:
     """The sink of items in a child; their outcomes are delivered in the parent."""
 
-    def deliver(self, outcome: Outcome) -> None:
+    def deliver(self, *outcomes: Outcome) -> None:
         """Never called."""
 
     def abandon(self, reason: Exception) -> None:

@@ -30,6 +30,9 @@ STAGE = "decode"
 _PICTURES = (Media.IMAGE, Media.IMAGES, Media.IMAGE_PAIR)
 _SOUNDS = (Media.AUDIO, Media.AUDIOS)
 _FILMS = (Media.VIDEO, Media.VIDEOS)
+_TEXTS = (Media.TEXT, Media.TEXTS, Media.PROMPT)
+_WIDEST = 4
+"""Bytes of the widest character in UTF-8."""
 _MEDIA = (*_PICTURES, *_SOUNDS, *_FILMS)
 FRAMES = 32
 """Most frames of a video that a model wants, as assumed before its adapter decides."""
@@ -81,6 +84,20 @@ class Decoder:
         fetched.work.seconds[STAGE] = time.perf_counter() - begin
         return Decoded(fetched.work, value)
 
+    def texts(self, fetched: Sequence[Fetched]) -> list[Decoded] | None:
+        """The decoded values of items that all are short texts without parameters of their own; None for other items."""
+        begin, longest = time.perf_counter(), self._settings.max_text_bytes // _WIDEST
+        if self._spec.media not in _TEXTS or not all(
+            [type(one.inputs) is str and len(one.inputs) <= longest and not one.work.item.parameters for one in fetched]
+        ):
+            return None
+        found = [Decoded(one.work, one.inputs) for one in fetched]
+        share = (time.perf_counter() - begin) / max(1, len(found))
+        for one in found:
+            one.work.warnings.clear()
+            one.work.seconds[STAGE] = share
+        return found
+
     def weigh(self, inputs: Any) -> int:
         """Bytes that an input takes while it is decoded and prepared, by its headers. Decodes nothing, never raises."""
         return self._weigh(inputs, self._spec.media)
@@ -93,7 +110,8 @@ class Decoder:
         seen: set[int] = set()
         found = []
         for one in fetched:
-            size, parameters = self.weigh(one.inputs), one.work.parameters
+            inputs, parameters = one.inputs, one.work.parameters
+            size = len(inputs) * CHARACTER if type(inputs) is str else self.weigh(inputs)
             if parameters and id(parameters) not in seen:
                 seen.add(id(parameters))
                 size += text_bytes(parameters, self._settings.max_text_bytes) * CHARACTER

@@ -257,8 +257,8 @@ def _clip(source: np.random.Generator) -> Any:
 class _Nowhere:
     """The sink of examples."""
 
-    def deliver(self, outcome: Outcome) -> None:
-        """Drop the outcome."""
+    def deliver(self, *outcomes: Outcome) -> None:
+        """Drop the outcomes."""
 
     def abandon(self, reason: Exception) -> None:
         """Ignore the call."""

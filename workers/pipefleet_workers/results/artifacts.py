@@ -29,14 +29,14 @@ INLINE_NUMBERS = 16_384
 
 
 class TakenApart:
-    """A result taken apart: `value` holds a reference for every artifact; `artifacts` will lie under `prefix`.
+    """A result taken apart: `value` holds a reference for every artifact; `artifacts` will lie under `prefix()`.
 
     Tensors always become artifacts; arrays of numbers do so if they are longer than `INLINE_NUMBERS`. The same result always gives
     the same objects.
     Raises any error of reading the result.
     """
 
-    def __init__(self, output: Any, prefix: str) -> None:
+    def __init__(self, output: Any, prefix: Callable[[], str]) -> None:
         self._prefix = prefix
         self.artifacts: list[Artifact] = []
         self.value = output if _is_plain(output) else self._walk(output, "output")
@@ -85,7 +85,7 @@ class TakenApart:
         return value
 
     def _refer(self, encode: Callable[[], bytes], value: Any, name: str, **facts: Any) -> dict[str, Any]:
-        uri = join_uri(self._prefix, name)
+        uri = join_uri(self._prefix(), name)
         self.artifacts.append(Artifact(uri, _TYPES[name.rsplit(".", 1)[1]], encode, bytes_of(value)))
         return {"$artifact": uri, **facts}
 

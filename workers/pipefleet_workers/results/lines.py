@@ -6,6 +6,7 @@ its item (bad_output), never its shard.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import orjson
 
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import Shard
-from pipefleet.contract.parts import PartFormat, part_format
+from pipefleet.contract.parts import FLOAT32, PartFormat, part_format
 from pipefleet.contract.records import JobFailure
 from pipefleet.contract.references import join_uri, map_refs
 from pipefleet.errors import PipefleetError, RunError, ServiceUnavailableError
@@ -28,7 +29,11 @@ from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 STAGE = "write"
+REMEMBERED = 4096
+"""How many rounded numbers are kept."""
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+
+_PLAIN_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 
 def dumps(value: Any) -> bytes:
@@ -48,10 +53,13 @@ def body_of(outcome: Outcome) -> bytes | JobFailure:
     """The JSON of an item's result, or its failure."""
     if outcome.failure is not None:
         return outcome.failure
-    if isinstance(outcome.output, Encoded):
-        return outcome.output.body
+    value = outcome.output
+    if isinstance(value, Encoded):
+        if value.vector is None:
+            return value.body
+        value = value.vector
     try:
-        return dumps(outcome.output)
+        return dumps(value)
     except ItemError as error:
         return error.failure
 
@@ -94,10 +102,19 @@ class ResultWriter:
         self._store = store
         self._results = results
 
+    @staticmethod
+    def plain(output: Any) -> Encoded | None:
+        """The JSON of a result that holds no artifact and nothing but JSON, as most do; None for other results."""
+        try:
+            body = orjson.dumps(output, option=_PLAIN_OPTIONS)
+        except Exception:  # noqa: BLE001 - `take_apart` and `write` look closer
+            return None
+        return None if b"null" in body else Encoded(body)
+
     def take_apart(self, work: Work, output: Any) -> Finished:
         """The artifacts of a result, and the value that refers to them. Stores nothing. Raises ItemError (bad_output)."""
         try:
-            found = TakenApart(output, self._prefix(work))
+            found = TakenApart(output, functools.partial(self._prefix, work))
         except Exception as error:  # noqa: BLE001 - whatever a result raises while it is read is its own failure
             raise _bad_output(error) from None
         return Finished(work, found.value, found.artifacts)
@@ -108,6 +125,8 @@ class ResultWriter:
         Raises ItemError for a value that JSON or a codec cannot hold (bad_output) and for a refusal of the store. Raises
         ServiceUnavailableError when the store stays away.
         """
+        if _is_vector(finished):
+            return Encoded(vector=finished.value)
         body = dumps(finished.value)
         finished.artifacts.reverse()
         while finished.artifacts:
@@ -144,12 +163,23 @@ def _bad_output(error: Exception) -> ItemError:
     return ItemError("bad_output", f"the result cannot be written: {brief(error)}", STAGE)
 
 
+class _Rounded(dict[float, float]):
+    """Seconds as a part shows them. The items of a slice share most of their seconds, so a number is rounded once for many."""
+
+    def __missing__(self, seconds: float) -> float:
+        if len(self) >= REMEMBERED:
+            self.clear()
+        found = self[seconds] = round(seconds, 6)
+        return found
+
+
 class PartWriter:
     """Writes the part of a shard. Thread-safe. Raises the store's errors; a shard can be written again."""
 
     def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
         self._store = store
         self._provenance = dict(provenance)
+        self._rounded = _Rounded()
 
     def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
         """Write the part, with a row for each outcome, in order.
@@ -157,13 +187,13 @@ class PartWriter:
         Returns the part; None if another worker's part was there first.
         """
         layout, written_as = RunLayout(shard.run_uri, shard.format), part_format(shard.format)
-        body = self._encoded(written_as, outcomes)
+        body = self._of_vectors(written_as, outcomes) or self._encoded(written_as, outcomes)
         ours = self._store.put_new(layout.part(shard.index), body, content_type=written_as.media_type)
         return body if ours else None
 
     def _encoded(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes:
         """The part. A row that its format cannot hold fails alone; it is found by writing each row alone."""
-        lines = [self._line(outcome) for outcome in outcomes]
+        lines = [self._line(one, body_of(one)) for one in outcomes]
         try:
             return written_as.encode(lines)
         except RunError:
@@ -171,6 +201,19 @@ class PartWriter:
         except Exception as error:  # noqa: BLE001 - whatever the format's library raises
             log.warning("a part has a row that %s cannot hold: %s", written_as.name, brief(error))
         return written_as.encode([self._that_fits(written_as, *pair) for pair in zip(lines, outcomes, strict=True)])
+
+    def _of_vectors(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes | None:
+        """The part, written from arrays. None unless all results are vectors of one length and all items are JSON."""
+        vectors = _vectors(outcomes)
+        lines = [self._line(one, b"null") for one in outcomes] if vectors is not None else []
+        if not lines or any(b'"error":' in line for line in lines):
+            return None
+        try:
+            return written_as.encode(lines, vectors)
+        except RunError:
+            raise
+        except Exception:  # noqa: BLE001 - `_encoded` meets the error again, and finds its row
+            return None
 
     def _that_fits(self, written_as: PartFormat, line: bytes, outcome: Outcome) -> bytes:
         """`line`, or the line of a failure if the format cannot hold it.
@@ -180,7 +223,7 @@ class PartWriter:
         refused = _refusal(written_as, line)
         if refused is None:
             return line
-        line = self._line(Outcome(outcome.work, failure=refused))
+        line = self._line(Outcome(outcome.work, failure=refused), refused)
         if _refusal(written_as, line) is None:
             return line
         row = {
@@ -191,11 +234,10 @@ class PartWriter:
         }
         return _encode(utf8(row))
 
-    def _line(self, outcome: Outcome) -> bytes:
-        """The line of one item. If its input or its result is no JSON, the line says so and the shard goes on."""
+    def _line(self, outcome: Outcome, body: bytes | JobFailure) -> bytes:
+        """The line of one item with its result or failure. If its input is no JSON, the line says so and the shard goes on."""
         item = outcome.work.item
-        seconds = {stage: round(value, 6) for stage, value in outcome.work.seconds.items()}
-        body = body_of(outcome)
+        seconds = {stage: self._rounded[value] for stage, value in outcome.work.seconds.items()}
         result = {"output": orjson.Fragment(body)} if isinstance(body, bytes) else {"error": utf8(body.to_json())}
         warnings = {"warnings": utf8_all(outcome.work.warnings)} if outcome.work.warnings else {}
         tail = {**result, **warnings, "provenance": {**self._provenance, "seconds": seconds}}
@@ -207,6 +249,28 @@ class PartWriter:
             row = {"id": item.id, "input": None, **tail, "error": failure.to_json()}
             row.pop("output", None)
             return _encode(utf8(row))
+
+
+def _is_vector(finished: Finished) -> bool:
+    """Whether a result is a vector, and goes into a part that holds vectors as such. JSON has no NaN and no infinity."""
+    shard, value = finished.work.job.shard, finished.value
+    return (
+        shard is not None
+        and part_format(shard.format).vectors
+        and isinstance(value, np.ndarray)
+        and value.dtype == np.float32
+        and value.ndim == 1
+        and value.size > 0
+        and float(np.abs(value).max()) <= FLOAT32
+    )
+
+
+def _vectors(outcomes: Sequence[Outcome]) -> np.ndarray[Any, Any] | None:
+    """The results of a shard as one array; None unless all are vectors of one length."""
+    found = [getattr(one.output, "vector", None) if one.failure is None else None for one in outcomes]
+    if any(one is None for one in found) or len({len(one) for one in found if one is not None}) != 1:
+        return None
+    return np.stack([one for one in found if one is not None])
 
 
 def _no_json(error: Exception) -> JobFailure:
@@ -223,7 +287,7 @@ def _refusal(written_as: PartFormat, line: bytes) -> JobFailure | None:
 
 
 def _with_uris(inputs: Any) -> Any:
-    return map_refs(inputs, lambda reference: reference.uri)
+    return inputs if isinstance(inputs, str) else map_refs(inputs, lambda reference: reference.uri)
 
 
 def utf8_all(texts: Sequence[str]) -> list[str]:

@@ -39,16 +39,27 @@ from pipefleet_workers.storage.store import WorkerStore
 
 PROGRESS = """
 redis.call('EXPIRE', KEYS[1], ARGV[1])
+local function mark(key, first, last, bit)
+  while first <= last and (first % 8 > 0 or last - first < 7) do
+    redis.call('SETBIT', key, first, bit)
+    first = first + 1
+  end
+  local bytes = math.floor((last - first + 1) / 8)
+  if bytes > 0 then redis.call('SETRANGE', key, first / 8, string.rep(string.char(255 * bit), bytes)) end
+  for place = first + 8 * bytes, last do redis.call('SETBIT', key, place, bit) end
+end
 for group = 2, 3 do
-  for _, place in ipairs(cjson.decode(ARGV[group])) do
-    redis.call('SETBIT', KEYS[1], place, 1)
-    redis.call('SETBIT', KEYS[2], place, group - 2)
+  local ranges = cjson.decode(ARGV[group])
+  for i = 1, #ranges, 2 do
+    mark(KEYS[1], ranges[i], ranges[i + 1], 1)
+    mark(KEYS[2], ranges[i], ranges[i + 1], group - 2)
   end
 end
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[1]) end
 """
-"""KEYS: the bitmaps items and failed. ARGV: ttl, JSON lists of succeeded and of failed positions. One script, since two commands
-for each item take far more of this process's time. The first write takes no memory, see `records.NEEDS_NO_MEMORY`.
+"""KEYS: the bitmaps items and failed. ARGV: ttl, JSON lists of succeeded and of failed positions: first, last, first, last, …
+One script that writes whole bytes, since two commands for each item take far more time of this process and of Redis. The first
+write takes no memory, see `records.NEEDS_NO_MEMORY`.
 """
 
 PART = """
@@ -221,10 +232,9 @@ class Reporter:
         if not outcomes:
             return
         keys = [run_key(shard.run_id, name) for name in ("items", "failed")]
-        places = [(shard.first + outcome.work.position, outcome.failure is not None) for outcome in outcomes]
-        failed = [place for place, has_failed in places if has_failed]
-        succeeded = [place for place, has_failed in places if not has_failed]
-        arguments = [int(self._settings.run_ttl), encode_json(succeeded), encode_json(failed)]
+        failed = [shard.first + one.work.position for one in outcomes if one.failure is not None]
+        succeeded = [shard.first + one.work.position for one in outcomes if one.failure is None]
+        arguments = [int(self._settings.run_ttl), encode_json(_ranges(succeeded)), encode_json(_ranges(failed))]
         with redis_errors(self._settings.redis_url):
             run_script(self._redis, PROGRESS, keys, *arguments)
 
@@ -290,6 +300,17 @@ class Reporter:
             pipe.hget(job_key(messages[place].id), "state")
         found = pipe.execute() if places else []
         return {place: _state(raw) for place, raw in zip(places, found, strict=True)}
+
+
+def _ranges(places: Sequence[int]) -> list[int]:
+    """First and last place of each run of neighbours, one after another."""
+    found: list[int] = []
+    for place in sorted(places):
+        if found and place == found[-1] + 1:
+            found[-1] = place
+        else:
+            found += [place, place]
+    return found
 
 
 def _state(raw: bytes | None) -> JobState:

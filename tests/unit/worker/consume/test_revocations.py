@@ -172,7 +172,7 @@ class Sink:
         self.abandoned = threading.Event()
         self.reason: Exception | None = None
 
-    def deliver(self, outcome: object) -> None:
+    def deliver(self, *outcomes: object) -> None:
         """Nothing comes."""
 
     def abandon(self, reason: Exception) -> None:

@@ -18,9 +18,10 @@ from pipefleet_workers.items import Assembly, Batch, JobContext, Unit, Work
 KEYS = ("short labels", ("nested", 1), ("nested", 2))
 PRIORITIES = (0, 3, 9)
 
-# Either a unit to add (length, key, priority), or a number of seconds that pass before a batch is taken.
+# Either a slice of units to add (length, key, priority), or a number of seconds that pass before a batch is taken.
 _UNITS = st.tuples(st.integers(1, 60), st.sampled_from(KEYS), st.sampled_from(PRIORITIES))
-_STEPS = st.lists(st.one_of(_UNITS, st.integers(0, 400).map(lambda hundredths: hundredths / 100)), max_size=120)
+_SLICES = st.lists(_UNITS, min_size=1, max_size=12)
+_STEPS = st.lists(st.one_of(_SLICES, st.integers(0, 400).map(lambda hundredths: hundredths / 100)), max_size=60)
 _LIMITS = st.builds(BatchLimits, st.integers(1, 120), st.integers(1, 9), st.sampled_from((0.5, 3.0, 1_000_000.0)))
 
 
@@ -77,10 +78,10 @@ def drive(steps: Sequence[Any], limits: BatchLimits) -> tuple[list[Unit], list[U
             now += step
             take()
         else:
-            one = unit(*step)
-            added.append(one)
-            held.append(one)
-            batcher.add(one, now)
+            units = [unit(*one) for one in step]
+            added += units
+            held += units
+            batcher.add(units, now)
     while held:
         take()
     assert batcher.take(now) is None
@@ -94,10 +95,81 @@ def test_every_unit_comes_out_once_in_batches_within_the_limits(steps: list[Any]
     assert sorted(map(id, added)) == sorted(map(id, out))
 
 
+class PlainBatcher:
+    """The rules of the batcher once more, as plainly as they can be written: every batch looks at every unit."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self._lanes: dict[Any, list[Unit]] = {}
+        self._below: dict[Any, float] = {}
+        self._served_aged = False
+
+    def add(self, units: Sequence[Unit]) -> None:
+        for one in units:
+            lane = self._lanes.setdefault(one.key, [])
+            lane.insert(sum(other.length <= one.length for other in lane), one)
+
+    def take(self, now: float) -> list[Unit]:
+        held = [one for lane in self._lanes.values() for one in lane]
+        urgent = min(one.priority for one in held)
+        oldest = max(held, key=lambda one: now - one.created)
+        aged = now - oldest.created > self._limits.max_age
+        self._served_aged = aged and not (self._served_aged and urgent < oldest.priority)
+        first = oldest if self._served_aged else self._longest(urgent)
+        batch = self._around(self._lanes[first.key], first)
+        self._lanes[first.key] = [one for one in self._lanes[first.key] if not any(one is gone for gone in batch)]
+        self._below[first.key] = batch[0].length
+        if not self._lanes[first.key]:
+            del self._lanes[first.key], self._below[first.key]
+        return batch
+
+    def _longest(self, urgent: int) -> Unit:
+        most = [key for key, lane in self._lanes.items() if min(one.priority for one in lane) == urgent]
+        key = max(most, key=lambda one: sum(each.length for each in self._lanes[one]))
+        urgents = [one for one in self._lanes[key] if one.priority == urgent]
+        below = [one for one in urgents if one.length <= self._below.get(key, float("inf"))]
+        return (below or urgents)[-1]
+
+    def _around(self, lane: list[Unit], first: Unit) -> list[Unit]:
+        low = next(index for index, one in enumerate(lane) if one is first)
+        high = low + 1
+        while low > 0 and self._fits(lane[low - 1 : high]):
+            low -= 1
+        while high < len(lane) and self._fits(lane[low : high + 1]):
+            high += 1
+        return lane[low:high]
+
+    def _fits(self, units: list[Unit]) -> bool:
+        return len(units) <= self._limits.max_items and Batch(units[0].key, units).cost <= self._limits.max_cost
+
+
+@settings(max_examples=300, deadline=None)
+@given(_STEPS, _LIMITS)
+def test_the_batches_are_those_of_the_plain_rules(steps: list[Any], limits: BatchLimits) -> None:
+    batcher, plain, now = MicroBatcher(limits), PlainBatcher(limits), 0.0
+
+    def take() -> None:
+        batch = batcher.take(now)
+        assert batch is not None
+        assert list(map(id, batch.units)) == list(map(id, plain.take(now)))
+
+    for step in steps:
+        if not isinstance(step, float):
+            units = [unit(*one) for one in step]
+            batcher.add(units, now)
+            plain.add(units)
+            continue
+        now += step
+        if len(batcher):
+            take()
+    while len(batcher):
+        take()
+
+
 def test_a_unit_above_the_cost_goes_alone() -> None:
     batcher = MicroBatcher(BatchLimits(max_cost=10, max_items=8))
     for length in (50, 1, 60, 2):
-        batcher.add(unit(length), 0.0)
+        batcher.add([unit(length)], 0.0)
     batches = [batcher.take(0.0) for _ in range(3)]
     lengths = [sorted(one.length for one in batch.units) for batch in batches if batch is not None]
     assert sorted(lengths) == [[1, 2], [50], [60]]
@@ -106,8 +178,8 @@ def test_a_unit_above_the_cost_goes_alone() -> None:
 def test_work_that_arrives_late_but_urgent_passes_bulk() -> None:
     batcher = MicroBatcher(BatchLimits(max_cost=100, max_items=4))
     for _ in range(50):
-        batcher.add(unit(20, "bulk", priority=9), 0.0)
-    batcher.add(unit(1, "interactive", priority=0), 5.0)
+        batcher.add([unit(20, "bulk", priority=9)], 0.0)
+    batcher.add([unit(1, "interactive", priority=0)], 5.0)
     batch = batcher.take(5.0)
     assert batch is not None
     assert batch.key == "interactive"
@@ -115,9 +187,9 @@ def test_work_that_arrives_late_but_urgent_passes_bulk() -> None:
 
 def test_the_key_with_the_most_work_goes_first() -> None:
     batcher = MicroBatcher(BatchLimits(max_cost=1000, max_items=8))
-    batcher.add(unit(30, "little"), 0.0)
+    batcher.add([unit(30, "little")], 0.0)
     for _ in range(5):
-        batcher.add(unit(10, "much"), 0.0)
+        batcher.add([unit(10, "much")], 0.0)
     batch = batcher.take(0.0)
     assert batch is not None
     assert (batch.key, len(batch.units)) == ("much", 5)
@@ -128,12 +200,12 @@ def _takes_until_served(victim: Unit, flood: Sequence[tuple[int, Any, int]], *, 
     limits = BatchLimits(max_cost=64, max_items=8, max_age=10.0)
     batcher, now = MicroBatcher(limits), 0.0
     for index in range(ahead):
-        batcher.add(unit(*flood[index % len(flood)]), now)
-    batcher.add(victim, now)
+        batcher.add([unit(*flood[index % len(flood)])], now)
+    batcher.add([victim], now)
     for count in range(1000):
         now += 1.0
         for one in flood:
-            batcher.add(unit(*one), now)
+            batcher.add([unit(*one)], now)
         batch = batcher.take(now)
         assert batch is not None
         if any(one is victim for one in batch.units):
@@ -181,11 +253,11 @@ def test_ragged_lengths_are_padded_far_less_than_in_arrival_order(max_cost: int,
     batcher, batches = MicroBatcher(limits), []
     waiting = iter(lengths)
     for _ in range(window):
-        batcher.add(unit(next(waiting)), 0.0)
+        batcher.add([unit(next(waiting))], 0.0)
     while (batch := batcher.take(0.0)) is not None:
         batches.append([one.length for one in batch.units])
         for _, length in zip(batch.units, waiting, strict=False):
-            batcher.add(unit(length), 0.0)
+            batcher.add([unit(length)], 0.0)
     assert sum(map(len, batches)) == len(lengths)
     waste = _padded(batches) / sum(lengths) - 1
     arrival = _padded(_in_arrival_order(lengths, limits)) / sum(lengths) - 1
@@ -194,8 +266,8 @@ def test_ragged_lengths_are_padded_far_less_than_in_arrival_order(max_cost: int,
 
 def test_none_is_a_key_like_any_other() -> None:
     batcher = MicroBatcher(BatchLimits(10, 1, max_age=1.0))
-    batcher.add(unit(1, None), 0.0)
-    batcher.add(unit(1, "late"), 9.0)
+    batcher.add([unit(1, None)], 0.0)
+    batcher.add([unit(1, "late")], 9.0)
     batch = batcher.take(9.0)
     assert batch is not None
     assert batch.key is None
@@ -204,10 +276,10 @@ def test_none_is_a_key_like_any_other() -> None:
 def test_interactive_work_passes_bulk_that_has_waited_long() -> None:
     batcher, now = MicroBatcher(BatchLimits(100, 4, max_age=10.0)), 0.0
     for _ in range(500):
-        batcher.add(unit(20, "bulk", priority=9), now)
+        batcher.add([unit(20, "bulk", priority=9)], now)
     now = 11.0
     urgent = unit(20, "interactive", priority=0)
-    batcher.add(urgent, now)
+    batcher.add([urgent], now)
     for _taken in range(500):
         batch = batcher.take(now)
         assert batch is not None

@@ -81,10 +81,10 @@ class Counting(Outcomes):
         self.counts: Counter[int] = Counter()
         self._lock = threading.Lock()
 
-    def deliver(self, outcome: Outcome) -> None:
+    def deliver(self, *outcomes: Outcome) -> None:
         with self._lock:
-            self.counts[outcome.work.position] += 1
-        super().deliver(outcome)
+            self.counts.update(outcome.work.position for outcome in outcomes)
+        super().deliver(*outcomes)
 
 
 def codes(outcomes: Sequence[Outcome]) -> list[str]:

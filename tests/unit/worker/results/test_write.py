@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipefleet.contract.layout import RunLayout
 from pipefleet.contract.messages import JobItem, Shard
-from pipefleet.contract.parts import part_format
+from pipefleet.contract.parts import FLOAT32, part_format
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import Encoded, ItemError, JobContext, Outcome, Work
-from pipefleet_workers.results.lines import PartWriter, dumps
+from pipefleet_workers.results.lines import PartWriter, ResultWriter, body_of, dumps
 from pipefleet_workers.storage.store import WorkerStore
 
 
@@ -238,3 +240,63 @@ def test_parquet_holds_whatever_is_json(outputs: list[Any]) -> None:
     rows = [{"id": "0", "input": "text", "output": output, "provenance": {}} for output in outputs]
     part = parquet.encode([orjson.dumps(row) for row in rows])
     assert [row["output"] for row in parquet.rows(part)] == outputs
+
+
+_NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+_RESULTS = st.integers(1, 4).flatmap(
+    lambda width: st.lists(
+        st.one_of(
+            st.lists(_NUMBERS, min_size=width, max_size=width),
+            st.lists(_NUMBERS, min_size=width, max_size=width),
+            st.lists(_NUMBERS, min_size=1, max_size=3),
+            st.just(JobFailure("bad_input", "no text", "decode")),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+
+
+def vectors(shard: Shard, results: Sequence[Any]) -> list[Outcome]:
+    """The outcomes of vectors as the engine gives them; an item may have a failure instead."""
+    writer, outcomes = ResultWriter(WorkerStore(), "s3://bucket/store"), []
+    for place, result in enumerate(results):
+        work = outcome(place, "text").work
+        work.job.shard = shard
+        failed = isinstance(result, JobFailure)
+        output = None if failed else writer.write(writer.take_apart(work, np.array(result, dtype=np.float32)))
+        outcomes.append(Outcome(work, output, result if failed else None))
+    return outcomes
+
+
+@settings(deadline=None)
+@given(_RESULTS)
+def test_vectors_make_the_part_that_their_json_makes(results: list[Any]) -> None:
+    parquet, writer = part_format("parquet"), PartWriter(WorkerStore(), {"worker": "w"})
+    shard = Shard("run", "s3://bucket/run/", "s3://bucket/run/0.jsonl", 0, 0, len(results), "parquet")
+    outcomes = vectors(shard, results)
+    bodies = [
+        replace(one, output=Encoded(body)) if isinstance(body := body_of(one), bytes) else one for one in outcomes
+    ]
+    expected = writer._encoded(parquet, bodies)
+    assert (writer._of_vectors(parquet, outcomes) or writer._encoded(parquet, outcomes)) == expected
+    plain = all(isinstance(one, list) and max(map(abs, one)) <= FLOAT32 for one in results)
+    alike = plain and len({len(one) for one in results}) == 1
+    assert (writer._of_vectors(parquet, outcomes) is not None) == alike
+    assert parquet.failed(expected) == [row for row in parquet.rows(expected) if "error" in row]
+
+
+def test_an_item_that_is_no_json_keeps_its_failure_beside_vectors(shard: Shard) -> None:
+    ends = vectors(replace(shard, format="parquet"), [[1.0, 2.0], [3.0, 4.0]])
+    bad = replace(ends[0].work.item, inputs=object())
+    ends[0] = replace(ends[0], work=replace(ends[0].work, item=bad))
+    part = PartWriter(WorkerStore(), {"worker": "w"}).write(replace(shard, format="parquet"), ends)
+    assert part is not None
+    first, second = part_format("parquet").rows(part)
+    assert (first["error"]["code"], "output" in first, second["output"]) == ("bad_input", False, [3.0, 4.0])
+
+
+@pytest.mark.parametrize("value", [[float("nan"), 1.0], [float("inf")]])
+def test_a_vector_that_is_not_finite_is_no_result(shard: Shard, value: list[float]) -> None:
+    with pytest.raises(ItemError, match="NaN or infinity"):
+        vectors(replace(shard, format="parquet"), [value])

@@ -6,7 +6,9 @@ Padding is exact here, because the attention mask hides it from every other posi
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.buckets import rounded_length
-from pipefleet_workers.adapters.text.long_texts import is_long
+from pipefleet_workers.adapters.text.long_texts import LONG, is_long
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
 from pipefleet_workers.process.watchdog import working_on
 
@@ -63,6 +65,9 @@ class TextEncoder(Adapter):
                 prepared[index] = error
                 continue
             parsed[index], group = known[shared]
+            if isinstance(one.value, str) and len(one.value) <= LONG:
+                groups[group].append(index)
+                continue
             fields = ",".join(sorted(one.value)) if isinstance(one.value, Mapping) else ""
             alone = str(index) if is_long(one.value) else ""  # a call holds the tokens of all its texts in memory
             groups[alone + fields + group].append(index)
@@ -79,12 +84,13 @@ class TextEncoder(Adapter):
         longest = max(unit.length for unit in units)
         if self.rounds_lengths and self.pads:
             longest = rounded_length(longest, self._positions)
+        lengths = np.array([unit.length for unit in units])[:, None]
+        places = np.arange(longest)
+        own = places >= longest - lengths if left else places < lengths
         inputs = {}
         for name in units[0].features:
-            rows = np.full((len(units), longest), padding.get(name, 0), dtype=np.int64)
-            for row, unit in zip(rows, units, strict=True):
-                start = longest - unit.length if left else 0
-                row[start : start + unit.length] = unit.features[name]
+            rows = np.full(own.shape, padding.get(name, 0), dtype=np.int64)
+            rows[own] = _joined([unit.features[name] for unit in units], int(lengths.sum()))
             inputs[name] = torch.from_numpy(rows)
         return inputs
 
@@ -108,11 +114,14 @@ class TextEncoder(Adapter):
         The values share only the preprocess part of `arguments`.
         """
         tokenizer, keywords = self.copies.get().tokenizer, self.keywords(arguments)
+        if all([isinstance(value, str) for value in values]):
+            return self.copies.slices().encode(values, keywords)
         if isinstance(values[0], Mapping):
             encoded = tokenizer(**{name: [value[name] for value in values] for name in values[0]}, **keywords)
         else:
             encoded = tokenizer(list(values), **keywords)
-        return [{name: encoded[name][row] for name in encoded} for row in range(len(values))]
+        names = list(encoded)
+        return [dict(zip(names, row, strict=True)) for row in zip(*[encoded[name] for name in names], strict=True)]
 
     def keywords(self, arguments: Arguments) -> dict[str, Any]:
         """The tokenizer's arguments, without padding: texts are padded to their batch, not to their job."""
@@ -167,6 +176,13 @@ def _refusal(error: Exception) -> ItemError:
     if isinstance(error, ItemError):
         return error
     return ItemError("bad_input", f"the tokenizer refuses the input: {brief(error)}", STAGE)
+
+
+def _joined(rows: Sequence[Any], count: int) -> np.ndarray[Any, Any]:
+    """The numbers of all rows behind each other."""
+    if isinstance(rows[0], list):
+        return np.fromiter(itertools.chain.from_iterable(rows), np.int64, count)
+    return np.concatenate(rows)
 
 
 def position_limit(model: torch.nn.Module) -> int | None:
@@ -286,11 +302,17 @@ class TextClassifier(TextEncoder):
 
     def finish(self, assembly: Assembly) -> Any:
         """`[{label, score}]` for a text, as the pipeline returns it for a single text; a dict for a pair without top_k."""
-        arguments, names = assembly.context, self.pipe.model.config.id2label
+        names, inputs = self._names, assembly.work.item.inputs
         scores, labels = assembly.outputs[0]
         records = [{"label": names[label], "score": score} for score, label in zip(scores, labels, strict=True)]
-        pair = isinstance(assembly.work.item.inputs, Mapping) and "text" in assembly.work.item.inputs
-        return records[0] if pair and arguments.postprocess.get("_legacy", True) else records
+        pair = not isinstance(inputs, str) and isinstance(inputs, Mapping) and "text" in inputs
+        return records[0] if pair and assembly.context.postprocess.get("_legacy", True) else records
+
+    @functools.cached_property
+    def _names(self) -> Mapping[int, str]:
+        """The labels; a config looks each attribute up slowly."""
+        names: Mapping[int, str] = self.pipe.model.config.id2label
+        return names
 
     def _wanted(self, arguments: Arguments) -> tuple[str, int]:
         """The function to apply and how many labels to keep."""

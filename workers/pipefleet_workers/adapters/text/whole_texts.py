@@ -18,6 +18,8 @@ MOST_LABELS = 100_000
 """Most labels of one input; the largest sets of classes have a fifth of this number."""
 _EXPANDED = {"\ufdfa": 17, "\ufdfb": 7}
 """Signs that a normaliser (NFKC) expands, with the number of characters of each."""
+MOST_EXPANDED = 1 + max(_EXPANDED.values())
+"""Most characters that one character counts for."""
 _LISTS = (list, tuple)
 
 
