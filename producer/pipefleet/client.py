@@ -31,7 +31,7 @@ from pipefleet.contract.messages import (
     Priority,
 )
 from pipefleet.contract.parts import FORMATS, JsonLines
-from pipefleet.contract.records import SUBMIT, request_digest
+from pipefleet.contract.records import HEARS, RECORD, SUBMIT, request_digest
 from pipefleet.contract.references import REF_KEY
 from pipefleet.contract.uris import output_fault, run_fault
 from pipefleet.errors import ConflictError, InputError, RunError
@@ -252,7 +252,7 @@ class Client(Session):
         job = Job(self, message.id)
         keys = [job_key(job.id), queue_list(queue, priority)]
         keys += [] if once is None else [idempotency_key(once.key)]
-        fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue}
+        fields = {"state": JobState.QUEUED, "task": message.task, "queue": queue, HEARS: RECORD}
         text = celery_message(message, queue, priority, now=self.now())
         self.check_fleet(uses_store=message.output is not None or REF_KEY in text)
         arguments: list[Any] = [int(self.settings.result_ttl), job.id, text, once.digest if once else ""]

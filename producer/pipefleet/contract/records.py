@@ -5,7 +5,8 @@
 
 Fields: state, task, queue, submitted, started, finished (seconds since 1970), worker, output (JSON text), output_ref (JSON of a
 StorageRef to that text), error (JSON of a JobFailure), timings (JSON: seconds by stage), warnings (JSON: a list of sentences, if
-there are any), loaded (JSON: dtype, device … of the model). Times are the Redis server's: a script that gets an empty text as a
+there are any), loaded (JSON: dtype, device … of the model), hears (RECORD if the client takes the record with the notice of the
+end). Times are the Redis server's: a script that gets an empty text as a
 time writes the server's own. Clients submit and cancel; workers start and finish. `read_record` raises ContractError for a
 record that no known version wrote.
 """
@@ -23,6 +24,11 @@ from pipefleet.contract.references import StorageRef
 from pipefleet.errors import ContractError
 from pipefleet.foreign import number, read_object
 
+HEARS, RECORD = "hears", "record"
+"""A field of a record and its value: the client reads notices with records. A client of an earlier release writes no such field, and
+gets notices of the id alone; a worker of an earlier release sends no others, and the client looks up the record."""
+MOST_TOLD = 64 * 1024
+"""Most bytes of new fields with which a record goes into its notice."""
 MOST_WARNINGS = 10
 """Most sentences that go with one result. Workers write up to 300 characters for each."""
 
@@ -75,17 +81,28 @@ return 1
 """KEYS: job. ARGV: time, worker, ttl. Returns 0 when the job has ended already (cancelled, or finished elsewhere)."""
 
 _FINISH = f"""{_TIME}
+local function notice(id, size)
+  if size > {MOST_TOLD} or redis.call('HGET', KEYS[1], '{HEARS}') ~= '{RECORD}' then return id end
+  return id .. '\\n' .. cjson.encode(redis.call('HGETALL', KEYS[1]))
+end
 local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'queued' and state ~= 'running' then return 0 end
 -- the first write
-for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+local size = 0
+for i = 5, #ARGV, 2 do
+  size = size + #ARGV[i + 1]
+  redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+end
 redis.call('HSET', KEYS[1], 'finished', time(ARGV[4]))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
-if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
+if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], notice(ARGV[3], size)) end
 return 1
 """
 FINISH = _FINISH.replace("-- the first write", NEEDS_NO_MEMORY)
-"""KEYS: job. ARGV: ttl, reply channel or '', id, time, then fields and values. Returns 0 when another final state was first."""
+"""KEYS: job. ARGV: ttl, reply channel or '', id, time, then fields and values. Returns 0 when another final state was first.
+
+The channel gets a notice, see `read_notice`.
+"""
 
 FINISH_WITH_ROOM = _FINISH
 """As FINISH, for large fields: a server at `maxmemory` refuses this script and writes nothing."""
@@ -145,6 +162,22 @@ def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:
         raise ContractError(
             "the record of this job cannot be read: run producers and workers of the same release"
         ) from None
+
+
+def read_notice(raw: bytes) -> tuple[str, JobRecord | None]:
+    """The id of a job that has ended, and its record if the notice holds it: the id, a line feed, JSON of names and values in turn.
+
+    A record that cannot be read, or is not final, counts as absent; the reader then looks it up.
+    """
+    job_id, _, text = raw.decode(errors="replace").partition("\n")
+    if not text:
+        return job_id, None
+    try:
+        parts = json.loads(text)
+        record = _read(dict(zip(parts[::2], parts[1::2], strict=True)))
+    except (ValueError, TypeError, LookupError, RecursionError, ContractError):
+        return job_id, None
+    return job_id, record if record.state.final else None
 
 
 def _read(fields: Mapping[str, str]) -> JobRecord:

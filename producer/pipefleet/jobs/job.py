@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.arguments import timeout_of
-from pipefleet.contract.artifacts import resolve
+from pipefleet.contract.artifacts import ARTIFACT_KEY, resolve
 from pipefleet.contract.messages import JobState
 from pipefleet.contract.records import JobRecord
 from pipefleet.errors import (
@@ -30,7 +30,7 @@ from pipefleet.errors import (
     ResultTimeoutError,
 )
 from pipefleet.patience import PATIENCE_SECONDS, Patience, within
-from pipefleet.waiting.watcher import JobFuture, nothing_known
+from pipefleet.waiting.watcher import SWEEP_SECONDS, JobFuture, nothing_known
 
 if TYPE_CHECKING:
     from pipefleet.session import Session
@@ -100,8 +100,12 @@ class Job:
     def _watched(self, timeout: float | None) -> JobFuture:
         """As `watch`, but a server that does not answer never delays the caller beyond `timeout`.
 
-        A look at such a server takes about `redis_timeout`. So only a caller with less time needs a thread for the look.
+        A look at such a server takes about `redis_timeout`. So only a caller with less time needs a thread for the look. A future that
+        hears of the end by itself needs no look, unless the caller leaves before the next sweep.
         """
+        heard = self._heard()
+        if heard is not None and (timeout is None or timeout > 2 * SWEEP_SECONDS):
+            return heard
         if timeout is None or timeout > 2 * self._session.settings.redis_timeout:
             return self.watch()
         try:
@@ -126,11 +130,16 @@ class Job:
         self._future = future
         return future  # not self._future: another thread that took the result may have cleared it
 
+    def _heard(self) -> JobFuture | None:
+        """The future, if it ends without a look-up. No I/O."""
+        future = self._future
+        return future if future is not None and self._session.watcher.hears(future) else None
+
     def __await__(self) -> Generator[Any, None, Any]:
         return self._wait().__await__()
 
     async def _wait(self) -> Any:
-        future = await asyncio.to_thread(self.watch)
+        future = self._heard() or await asyncio.to_thread(self.watch)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def wake(_: object) -> None:
@@ -139,7 +148,10 @@ class Job:
 
         future.add_quick_callback(wake)
         await ended.wait()
-        return await asyncio.to_thread(self._output, future.result())
+        record = future.result()
+        if record.output_ref is not None or ARTIFACT_KEY in (record.output or ""):  # objects are read, which takes long
+            return await asyncio.to_thread(self._output, record)
+        return self._output(record)
 
     def _output(self, record: JobRecord, *, resolved: bool = True) -> Any:
         """The output of a final record; with `resolved` its artifacts are read. Raises the error of a job without a result."""

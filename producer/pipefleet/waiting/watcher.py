@@ -1,7 +1,8 @@
 """The watcher: one thread for each client hears when jobs end and resolves their futures.
 
-    worker ─ publish ─▶ done:<client> ─▶ the thread ─▶ look up the record ─▶ resolve the future ─▶ Job.result, callbacks
-                                             └── every SWEEP_SECONDS: all jobs under way
+    worker ─ publish ─▶ done:<client> ─▶ the thread ─▶ resolve the future ─▶ Job.result, `await`, callbacks
+                                             ├── a notice without the record, of an earlier release: look it up
+                                             └── every SWEEP_SECONDS: look up all jobs under way
 
 Jobs ask for futures with `watch`. Redis may be away for PATIENCE_SECONDS; then the open futures fail with
 ServiceUnavailableError.
@@ -22,7 +23,7 @@ from weakref import WeakValueDictionary
 from pipefleet.connection.answers import word_of
 from pipefleet.connection.connect import subscribed
 from pipefleet.connection.errors import redis_errors
-from pipefleet.contract.records import JobRecord, read_record
+from pipefleet.contract.records import JobRecord, read_notice, read_record
 from pipefleet.errors import JobError, PipefleetError, ServiceUnavailableError
 from pipefleet.forking import renew_after_fork
 from pipefleet.patience import PATIENCE_SECONDS
@@ -64,6 +65,8 @@ class JobFuture(Future[JobRecord]):
         """The queue that the record names; None before the first look-up."""
         self.since = time.monotonic()
         """The time (monotonic seconds) since which somebody waits for the job."""
+        self.channel: str | None = None
+        """The client's channel, if it was subscribed before the job was queued; the notice of the end comes there."""
         self._callbacks = callbacks
 
     def add_done_callback(self, function: Callable[[Future[JobRecord]], Any]) -> None:
@@ -121,7 +124,7 @@ class Watcher:
         """
         future = self._future(job_id)
         if submitting:
-            self._wait_until_ready()
+            future.channel = self.channel if self._wait_until_ready() else None
         elif not future.done():
             try:
                 self._look_up([job_id])
@@ -129,6 +132,10 @@ class Watcher:
                 if not self._reached:
                     raise  # rather a wrong address or password than an outage
         return future
+
+    def hears(self, future: JobFuture) -> bool:
+        """Whether this process listens where the notice of the job's end comes; then no look-up is needed. No I/O."""
+        return future.channel == self.channel and self._service.running
 
     def forget(self, job_id: str) -> None:
         """Drop the future of a job whose record was read. A future that is not done stays: somebody waits for the job anew."""
@@ -170,11 +177,12 @@ class Watcher:
                 self.start()
         return future
 
-    def _wait_until_ready(self) -> None:
-        if not self._ready.is_set():
-            with redis_errors(self._url):
-                self._redis.ping()  # raises at once, where the thread would go on trying
-            self._ready.wait(5.0)
+    def _wait_until_ready(self) -> bool:
+        if self._ready.is_set():
+            return True
+        with redis_errors(self._url):
+            self._redis.ping()  # raises at once, where the thread would go on trying
+        return self._ready.wait(5.0)
 
     def _run(self, stopping: threading.Event) -> None:
         while not stopping.is_set():
@@ -210,7 +218,7 @@ class Watcher:
                 ended: list[str] = []
                 while message is not None:
                     if message["type"] == "message":
-                        ended.append(message["data"].decode(errors="replace"))
+                        ended += self._without_record(message["data"])
                     else:
                         self._reached = True
                         self._ready.set()
@@ -221,6 +229,18 @@ class Watcher:
                     self._sweep()
                     self._away_since = None
                     next_sweep = time.monotonic() + SWEEP_SECONDS
+
+    def _without_record(self, notice: bytes) -> list[str]:
+        """Resolve the future of the job that a notice names. Returns its id if the notice holds no record."""
+        job_id, record = read_notice(notice)
+        if record is None:
+            return [job_id]
+        with self._lock:
+            future = self._futures.get(job_id)
+        if future is not None:
+            future.unknown_since, future.queue = None, record.queue
+            _resolve(future, record)
+        return []
 
     def _sweep(self) -> None:
         """Look up every job under way, and warn of queues that nobody serves."""

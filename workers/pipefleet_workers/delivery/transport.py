@@ -408,6 +408,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._known_empty.discard(bell.name)
         if bell.takes:
             self._arrived.add(bell.name)
+        if self._fetch is None and self._has_room(bell.name):
+            self.connection.cycle.fetch_now(self)
         if self._fetch is None:
             self._pass_on([bell.name])
 
@@ -491,5 +493,5 @@ class Transport(stock.Transport):  # type: ignore[misc]
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Let a Celery worker's event loop poll this transport."""
-        self.loop = loop
+        self.loop = self.cycle.loop = loop
         super().register_with_event_loop(connection, loop)

@@ -81,6 +81,30 @@ class Bell:
 class LeasePoller(MultiChannelPoller):  # type: ignore[misc]
     """kombu's poller, which also reads bells while a channel may take no more messages."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop: Any = None
+        """The event loop of a Celery worker, once there is one."""
+        self._watched: dict[int, Any] = {}
+        """By number, the sockets that the event loop watches; a new socket may have the number of a closed one."""
+
+    @property
+    def fds(self) -> dict[int, Any]:
+        """The sockets to watch. For an event loop only those that it does not watch yet: kombu registers them at every turn."""
+        found: dict[int, Any] = super().fds
+        if self.loop is None:
+            return found
+        sockets = {one.fileno(): one for one in self._chan_to_sock.values()}
+        seen, readers = self._watched, self.loop.readers
+        fresh = {fd: one for fd, one in found.items() if fd not in readers or seen.get(fd) is not sockets.get(fd)}
+        seen.update((fd, sockets.get(fd)) for fd in fresh)
+        return fresh
+
+    def fetch_now(self, channel: Any) -> None:
+        """Let a channel with room ask for messages at once, and not only at the loop's next turn."""
+        if channel.active_queues and channel.qos.can_consume():
+            self._register_BRPOP(channel)
+
     def on_readable(self, fileno: int) -> Any:
         """Handle the data of a socket."""
         channel, kind = self._fd_to_chan.get(fileno, (None, ""))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from pipefleet.client import Client
+from pipefleet.connection.connect import subscribed
 from pipefleet.contract.messages import JobState
-from pipefleet.contract.records import FINISH, JobFailure, finish_arguments
+from pipefleet.contract.records import FINISH, HEARS, MOST_TOLD, JobFailure, finish_arguments
 from pipefleet.errors import (
     ContractError,
     InputError,
@@ -120,20 +121,120 @@ class TestClosed:
 
 
 def test_awaiting_does_no_redis_work_on_the_event_loop(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, threads, whole = client.submit(TEXTS, "x"), [], client.watcher._look_up
-
-    def look_up(ids: list[str]) -> None:
-        threads.append(threading.current_thread())
-        whole(ids)
+    job, threads = client.job(client.submit(TEXTS, "x").id), _look_ups(client, monkeypatch)
 
     async def impatient() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(_of(job), 0.2)
 
-    monkeypatch.setattr(client.watcher, "_look_up", look_up)
     asyncio.run(impatient())
     assert threads
     assert threading.main_thread() not in threads
+
+
+class TestNotices:
+    """The notice of a job's end brings its record; nothing is looked up, and `await` takes no thread."""
+
+    @pytest.fixture
+    def unswept(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+        """The threads that look up records; no sweep helps."""
+        monkeypatch.setattr(client.watcher, "_sweep", lambda: None)
+        return _look_ups(client, monkeypatch)
+
+    def told(self, client: Client, state: JobState, job: Job, **fields: str) -> None:
+        arguments = finish_arguments(job.id, state, None, ttl=60, reply=client.watcher.channel, fields=fields)
+        assert client.redis.eval(FINISH, 1, job_key(job.id), *arguments)
+
+    def test_a_result_needs_no_look_up(self, client: Client, unswept: list[threading.Thread]) -> None:
+        job = client.submit(TEXTS, "x")
+        self.told(client, JobState.SUCCEEDED, job, output='["ä/\\n"]', warnings='["w"]')
+        assert job.result(20) == ["ä/\n"]
+        assert job.warnings == ["w"]
+        assert not unswept
+
+    def test_a_failure_needs_none(self, client: Client, unswept: list[threading.Thread]) -> None:
+        job = client.submit(TEXTS, "x")
+        self.told(client, JobState.FAILED, job, error=json.dumps(JobFailure("bad_input", "no", "decode").to_json()))
+        with pytest.raises(JobFailedError, match="no"):
+            job.result(20)
+        assert not unswept
+
+    def test_an_await_takes_no_thread(
+        self, client: Client, unswept: list[threading.Thread], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(asyncio, "to_thread", None)
+
+        async def both() -> Any:
+            job = client.submit(TEXTS, "x")
+            waiting = asyncio.ensure_future(_of(job))
+            await asyncio.sleep(0)
+            self.told(client, JobState.SUCCEEDED, job, output="1")
+            return await asyncio.wait_for(waiting, 20)
+
+        assert asyncio.run(both()) == 1
+        assert not unswept
+
+    @pytest.mark.parametrize(
+        "notice", ["{}", "{}\n", "{}\n[1", '{}\n["state"]', '{}\n["state", "running"]', "{}\n{{}}"]
+    )
+    def test_a_notice_without_a_readable_end_is_looked_up(
+        self, client: Client, unswept: list[threading.Thread], notice: str
+    ) -> None:
+        job = client.submit(TEXTS, "x")
+        end(client, job.id, JobState.SUCCEEDED, output="1")
+        client.redis.publish(client.watcher.channel, notice.format(job.id))
+        assert job.result(20) == 1
+        assert unswept
+
+    def test_a_long_record_does_not_go_with_its_notice(self, client: Client, unswept: list[threading.Thread]) -> None:
+        job = client.submit(TEXTS, "x")
+        self.told(client, JobState.SUCCEEDED, job, output=json.dumps("x" * MOST_TOLD))
+        assert len(job.result(20)) == MOST_TOLD
+        assert unswept
+
+    def test_a_client_of_an_earlier_release_gets_the_id_alone(self, client: Client) -> None:
+        job, heard = client.submit(TEXTS, "x"), []
+        client.redis.hdel(job_key(job.id), HEARS)  # such a client wrote no such field
+        with subscribed(client.redis, client.watcher.channel) as channel:
+            assert channel.get_message(timeout=20)["type"] == "subscribe"
+            self.told(client, JobState.SUCCEEDED, job, output="1")
+            heard.append(channel.get_message(timeout=20)["data"])
+        assert heard == [job.id.encode()]
+        assert job.result(20) == 1
+
+    def test_who_leaves_soon_looks(self, client: Client, unswept: list[threading.Thread]) -> None:
+        job = client.submit(TEXTS, "x")
+        end(client, job.id, JobState.SUCCEEDED, output="1")
+        assert job.result(0) == 1
+        assert unswept
+
+    def test_a_watcher_that_was_stopped_begins_again(self, client: Client) -> None:
+        job = client.submit(TEXTS, "x")
+        assert client.watcher.stop(20)
+        end(client, job.id, JobState.SUCCEEDED, output="1")
+        assert job.result() == 1
+
+    def test_the_future_of_another_process_is_not_waited_for(self, client: Client) -> None:
+        job = client.submit(TEXTS, "x")
+        ours = client.watcher._service._stopping
+        client.watcher.after_fork()  # as in the child: the parent's channel is not heard here
+        client.watcher._service.after_fork()
+        end(client, job.id, JobState.SUCCEEDED, output="1")
+        assert job.result() == 1
+        ours.set()
+
+
+def _look_ups(client: Client, monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The threads that look up records from now on."""
+    threads: list[threading.Thread] = []
+    whole = client.watcher._look_up
+
+    def look_up(ids: list[str]) -> None:
+        threads.append(threading.current_thread())
+        whole(ids)
+
+    monkeypatch.setattr(client.watcher, "_look_up", look_up)
+    return threads
 
 
 def test_a_record_that_cannot_be_read_fails_its_own_job_alone(client: Client) -> None:
