@@ -1,0 +1,21 @@
+"""The plan of a run: which checks belong to which part. `__main__` calls `checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.gpu import check_tasks
+from tests.gpu.plan import Check
+
+
+def checks(device: str, part: str, *, quick: bool, only: str | None = None) -> list[Check]:
+    """The checks of a part (`check`, `bench` or `all`), those of `--quick` alone, and those whose name contains `only`."""
+    return [
+        one
+        for one in _all(on_gpu=device != "cpu")
+        if part in (one.part, "all") and (one.quick or not quick) and (only or "") in one.name
+    ]
+
+
+def _all(*, on_gpu: bool) -> Iterator[Check]:
+    yield from check_tasks.checks(every_case=on_gpu)
