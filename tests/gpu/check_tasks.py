@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import transformers
+
+from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.adapters.table import RUNTIME
 from tests.gpu.engines import engine, load, outputs, tolerance
-from tests.gpu.plan import Check, Order
+from tests.gpu.plan import Check, Order, Skip
 from tests.gpu.same import differences
 from tests.parity.cases import CASES, Case
 from tests.parity.harness import Call
@@ -28,27 +31,53 @@ def checks(*, every_case: bool) -> Iterator[Check]:
 
 def _task(cases: list[Case], order: Order) -> str:
     largest, like_theirs, calls = 0, 0, 0
+    refused: list[str] = []
     for case in cases[:1] if order.quick else cases:
         found = _Case(case, order)
-        largest = max(largest, found.run())
-        like_theirs += found.like_theirs
-        calls += len(found.calls)
-    note = f"; {like_theirs} differ from the CPU as the device's own pipeline does" if like_theirs else ""
-    return f"{calls} calls alone and together, up to {largest} in a batch{note}"
+        refused += found.refused
+        if found.calls:
+            largest = max(largest, found.run())
+            like_theirs += found.like_theirs
+            calls += len(found.calls)
+    own = f"transformers {transformers.__version__} itself refuses"
+    if not calls:
+        raise Skip(f"{own} {refused[0]}")
+    said = [f"{calls} calls alone and together, up to {largest} in a batch"]
+    said += [f"{like_theirs} differ from the CPU as the device's own pipeline does"] if like_theirs else []
+    said += [f"{own} {len(refused)} more: {refused[0]}"] if refused else []
+    return "; ".join(said)
 
 
 class _Case:
-    """One parity case on the device. `like_theirs` counts results that equal those of transformers on this device only."""
+    """One parity case on the device.
+
+    `refused` are the calls that this transformers refuses on the CPU, without pipefleet, with its reasons. `like_theirs` counts
+    results that equal those of transformers on this device only.
+    """
 
     def __init__(self, case: Case, order: Order) -> None:
         self.case = case
-        self.calls = case.calls(order.folder)
+        self.calls: list[Call] = []
+        self.refused: list[str] = []
         self.like_theirs = 0
-        self._device = order.device
-        self._pipe = load(case.checkpoint, order.device)
-        reference = load(case.checkpoint, "cpu")
-        self._wanted = [case.expected(reference, call) for call in self.calls]
+        self._wanted: list[Any] = []
         self._theirs: dict[int, Any] = {}
+        self._device = order.device
+        try:
+            self._expect(order)
+        except Exception as error:  # noqa: BLE001 - such as a missing library
+            self.refused.append(f"{case.id}: {brief(error)}")
+            return
+        self._pipe = load(case.checkpoint, order.device)
+
+    def _expect(self, order: Order) -> None:
+        reference = load(self.case.checkpoint, "cpu")
+        for call in self.case.calls(order.folder):
+            try:
+                self._wanted.append(self.case.expected(reference, call))
+                self.calls.append(call)
+            except Exception as error:  # noqa: BLE001 - older pipelines refuse or break on some calls
+                self.refused.append(f"{self.case.id} with {dict(call.parameters)}: {brief(error)}")
 
     def run(self) -> int:
         """Compare all results; the size of the largest batch. Raises AssertionError."""

@@ -2,7 +2,8 @@
 
     checks ─▶ fork (torch is imported already, the device is not touched yet) ─▶ answer.json, or an exit code ─▶ Result
 
-`__main__` calls `run_all`. A child that exceeds its time is killed with its whole group. The last lines of its log become its sentence.
+`__main__` calls `run_all`. A child that exceeds its time is killed with its whole group. Where a child dies,
+the last line of its log becomes its sentence.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _redirect(log: Path) -> None:
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     faulthandler.enable(file=2)
 
 

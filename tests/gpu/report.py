@@ -71,7 +71,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
-        return "–"
+        return "-"
     if name in _SHARES:
         return f"{value:.1%}"
     if name == "of_raw":
