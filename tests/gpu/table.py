@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.gpu import check_tasks
+from tests.gpu import check_faults, check_memory, check_speed, check_tasks, check_transfer
 from tests.gpu.plan import Check
 
 
@@ -19,3 +19,7 @@ def checks(device: str, part: str, *, quick: bool, only: str | None = None) -> l
 
 def _all(*, on_gpu: bool) -> Iterator[Check]:
     yield from check_tasks.checks(every_case=on_gpu)
+    yield from check_speed.checks()
+    yield from check_transfer.CHECKS
+    yield from check_faults.CHECKS
+    yield from check_memory.CHECKS
