@@ -44,21 +44,25 @@ class Bench:
         load.write(folder, order)
         dtype = load.dtype if order.on_gpu else "float32"
         parameters = dict(load.parameters)
-        self.pool = Pool("gpu", load.task, str(folder), device=order.device, dtype=dtype, parameters=parameters)
+        self.pool = Pool(
+            "gpu", load.task, str(folder), device=order.device, dtype=dtype, parameters=parameters,
+            max_batch_items=load.batch_items if order.on_gpu else 64,
+        )  # fmt: skip
         self.pipe = load_pipeline(self.pool)
-        self._sizing = self._best_size(load.items(self._count(PROBE), order))
+        self._probed = 0.0
+        self._sizing = self._best_size(load.items(self._tried(), order))
         self.items = load.items(self._counted(), order)
         self._own = [self._parameters(index) for index in range(len(self.items))]
-        self._wanted = bench_loops.one_by_one(self.pipe, load, self.items[:COMPARED], order)
+        self.wanted = bench_loops.one_by_one(self.pipe, load, self.items[:COMPARED], order)
         self._raw = 0.0
         self.wrong: list[str] = []
 
     def measure(self) -> str:
         """All rows. Raises AssertionError when a contender's outputs differ or one has failed."""
-        contenders: dict[str, Run] = {RAW: self._hand, PIPELINE: self._pipeline}
+        contenders: dict[str, Run] = {RAW: self.hand, PIPELINE: self._pipeline}
         try:
             engine = InProcess(self.pipe, self.pool, settings(self._load, self._order))
-            contenders = {RAW: self._hand, ENGINE: partial(engine.run, self.items, self._own), PIPELINE: self._pipeline}
+            contenders = {RAW: self.hand, ENGINE: partial(engine.run, self.items, self._own), PIPELINE: self._pipeline}
             said = engine.found.describe()
         except Exception as error:
             self._failed(ENGINE, error)
@@ -69,6 +73,15 @@ class Bench:
         if self.wrong:
             raise AssertionError("; ".join(self.wrong))
         return f"{len(self.items):,} items; {said}"
+
+    def workload(self) -> Any:
+        """The items as a workload of the system's benchmark, with names that sort like the items."""
+        from tests.benchmarks.workloads import Workload
+
+        suffix = {"image-classification": ".jpg", "automatic-speech-recognition": ".wav"}.get(self._load.task, "")
+        items = {f"{index:06d}{suffix}": one for index, one in enumerate(self.items)}
+        name = self._load.name.partition(",")[0]
+        return Workload(name, self._load.task, self.pool.model, items, dict(self._load.parameters))
 
     def _in_turns(self, contenders: dict[str, Run]) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -101,7 +114,7 @@ class Bench:
         if self._order.on_gpu:
             figures["peak_gib"] = torch.cuda.max_memory_allocated(self._order.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self._order.device)
-        figures["agreement"] = agreement(outputs, self._wanted)
+        figures["agreement"] = agreement(outputs, self.wanted)
         if figures["agreement"] < self._load.least_agreement:
             self.wrong.append(f"{name} agrees in {figures['agreement']:.1%} only")
         note = f"batches of {self._sizing}" if name == RAW else ""
@@ -112,7 +125,8 @@ class Bench:
         self._order.note(name, note=f"failed: {said}")
         self.wrong.append(f"{name} failed: {said}")
 
-    def _hand(self) -> list[Any]:
+    def hand(self) -> list[Any]:
+        """The outputs of the raw loop."""
         return bench_loops.raw(self.pipe, self._load, self.items, self._order, self._sizing)
 
     def _pipeline(self) -> list[Any]:
@@ -133,18 +147,31 @@ class Bench:
             self._order.note(VLLM, note=str(reason))
 
     def _best_size(self, items: Sequence[Any]) -> int:
-        """The size of a batch with which the raw loop is fastest; the first run of each size is not counted."""
+        """The size of a batch with which the raw loop is fastest. Sizes that take all of the memory are left out."""
         found: dict[float, int] = {}
         for size in bench_loops.sizes(self._load, self._order):
-            bench_loops.raw(self.pipe, self._load, items, self._order, size)
-            begin = time.perf_counter()
-            bench_loops.raw(self.pipe, self._load, items, self._order, size)
-            found[time.perf_counter() - begin] = size
+            try:
+                seconds = min(
+                    self._seconds(items, size) for _ in range(2)
+                )  # the first run of a size allocates its memory
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                continue
+            found[seconds] = size
         self._probed = len(items) / min(found)
         return found[min(found)]
 
-    def _count(self, share: float) -> int:
-        return int(self._load.most * share) if self._order.on_gpu else REHEARSED_ITEMS
+    def _seconds(self, items: Sequence[Any], size: int) -> float:
+        begin = time.perf_counter()
+        bench_loops.raw(self.pipe, self._load, items, self._order, size)
+        return time.perf_counter() - begin
+
+    def _tried(self) -> int:
+        """The number of items that sizes are tried out on: at least one batch of the largest size."""
+        if not self._order.on_gpu:
+            return REHEARSED_ITEMS
+        largest = 0 if self._load.task == "text-classification" else max(bench_loops.sizes(self._load, self._order))
+        return max(largest, int(self._load.most * PROBE))
 
     def _counted(self) -> int:
         """As many items as a round has time for."""

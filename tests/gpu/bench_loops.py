@@ -1,7 +1,7 @@
 """The contenders beside pipefleet: the best loop by hand, transformers' pipeline, and vLLM where it is installed.
 
 Each takes a pipeline and the items of a load, and returns an output for each item, in order. The raw loops overlap what they can:
-threads prepare batches while the device runs, and classes are read from the device at the end. Sizes of batches are tried out first.
+threads prepare batches while the device runs, and classes are read from the device at the end. Sizes are tried out first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES = {
     "text-classification": {"cpu": (2048,), "cuda": (16_384, 65_536, 131_072)},
     "image-classification": {"cpu": (8,), "cuda": (64, 128, 256)},
     "automatic-speech-recognition": {"cpu": (4,), "cuda": (32, 64, 128)},
-    "text-generation": {"cpu": (16,), "cuda": (64, 128, 256)},
+    "text-generation": {"cpu": (16,), "cuda": (128, 512)},
 }
 """The batches that are tried: padded tokens of texts, else items."""
 Outputs = list[Any]

@@ -45,6 +45,8 @@ class Load:
     parameters: dict[str, Any] = field(default_factory=dict)
     least_agreement: float = 0.97
     """Share of the outputs that must equal those of the pipeline one by one."""
+    batch_items: int = 64
+    """Most items of a batch of pipefleet on a GPU: `max_batch_items` of a pool for such a model."""
     cpu_threads: int = 4
     """Threads that decode and preprocess, of pipefleet and of the raw loop alike; at most the cores."""
 
@@ -183,15 +185,21 @@ def _save(folder: Path, order: Order, dtype: str, make: Callable[[], Any], *part
 
 
 LOADS = (
-    Load("texts, BERT-base", "text-classification", "float16", _bert, _ragged_texts, 40_000, {"truncation": True}),
-    Load("pictures, ViT-B/16", "image-classification", "bfloat16", _vit, _jpegs, 6_000, {"top_k": 1}, cpu_threads=64),
+    Load(
+        "texts, BERT-base", "text-classification", "float16", _bert, _ragged_texts, 40_000,
+        {"truncation": True}, batch_items=2048,
+    ),
+    Load(
+        "pictures, ViT-B/16", "image-classification", "bfloat16", _vit, _jpegs, 6_000,
+        {"top_k": 1}, batch_items=256, cpu_threads=64,
+    ),
     Load(
         "speech, Whisper-small", "automatic-speech-recognition", "float16", _whisper, _recordings, 1_000,
         {"generate_kwargs": {"num_beams": 1, "min_new_tokens": SPOKEN_TOKENS, "max_new_tokens": SPOKEN_TOKENS}},
-        least_agreement=0.2, cpu_threads=16,
+        least_agreement=0.2, batch_items=128, cpu_threads=16,
     ),
     Load(
         "prompts, Llama 1.1 B", "text-generation", "bfloat16", _llama, _prompts, 512,
-        {"do_sample": False, "return_full_text": False},
+        {"do_sample": False, "return_full_text": False}, batch_items=512,
     ),
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.gpu import bench, check_faults, check_memory, check_speed, check_tasks, check_transfer
+from tests.gpu import bench, bench_system, check_faults, check_memory, check_speed, check_tasks, check_transfer
 from tests.gpu.plan import Check
 
 
@@ -24,3 +24,4 @@ def _all(*, on_gpu: bool) -> Iterator[Check]:
     yield from check_faults.CHECKS
     yield from check_memory.CHECKS
     yield from bench.checks()
+    yield from bench_system.checks()
