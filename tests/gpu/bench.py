@@ -18,7 +18,7 @@ from pipefleet.fleet.pools import Pool
 from pipefleet_workers.models.load import load_pipeline
 from pipefleet_workers.settings import WorkerSettings
 from tests.gpu import bench_loops
-from tests.gpu.bench_engine import InProcess
+from tests.gpu.bench_engine import JOINS, InProcess
 from tests.gpu.bench_models import LOADS, SPOKEN_TOKENS, Load, new_tokens
 from tests.gpu.busy import busy_share
 from tests.gpu.plan import Check, Order, Skip
@@ -29,6 +29,7 @@ PROBE = 0.1
 """Share of the items that sizes of batches are tried out on."""
 ROUNDS, REHEARSED_ITEMS, COMPARED = 3, 24, 32
 RAW, ENGINE, PIPELINE, VLLM = "raw loop, by hand", "pipefleet, in process", "pipeline(batch_size=64)", "vLLM"
+JOINING = "pipefleet, requests join and leave"
 SETTINGS = {"window_units": 4096, "in_flight_items": 16_384, "in_flight_bytes": 4 << 30, "finish_threads": 2}
 """For a GPU. A variable PIPEFLEET_WORKER_… goes before them."""
 
@@ -59,20 +60,30 @@ class Bench:
 
     def measure(self) -> str:
         """All rows. Raises AssertionError when a contender's outputs differ or one has failed."""
-        contenders: dict[str, Run] = {RAW: self.hand, PIPELINE: self._pipeline}
-        try:
-            engine = InProcess(self.pipe, self.pool, settings(self._load, self._order))
-            contenders = {RAW: self.hand, ENGINE: partial(engine.run, self.items, self._own), PIPELINE: self._pipeline}
-            said = engine.found.describe()
-        except Exception as error:
-            self._failed(ENGINE, error)
-            raise
-        self._in_turns(contenders)
-        engine.stop()
+        contenders: dict[str, Run] = {RAW: self.hand}
+        said = f"{len(self.items):,} items"
+        for name, further in self._engines().items():
+            try:
+                engine = InProcess(self.pipe, self.pool, settings(self._load, self._order, **further))
+            except Exception as error:  # noqa: BLE001 - the other contenders go on
+                self._failed(name, error)
+                continue
+            if name == JOINING and not engine.joins:
+                self._failed(name, RuntimeError("the model did not pass the proof; the log says why"))
+                continue
+            said += f"; {engine.found.describe()}"
+            contenders[name] = partial(engine.run, self.items, self._own)
+        self._in_turns({**contenders, PIPELINE: self._pipeline})
         self._vllm()
         if self.wrong:
             raise AssertionError("; ".join(self.wrong))
-        return f"{len(self.items):,} items; {said}"
+        return said
+
+    def _engines(self) -> dict[str, dict[str, Any]]:
+        """pipefleet's rows, and the settings that each has of its own."""
+        if JOINS and self._load.task == "text-generation":
+            return {ENGINE: {"continuous": "off"}, JOINING: {"continuous": "on"}}
+        return {ENGINE: {}}
 
     def workload(self) -> Any:
         """The items as a workload of the system's benchmark, with names that sort like the items."""
@@ -189,11 +200,11 @@ class Bench:
         return SPOKEN_TOKENS if self._load.task == "automatic-speech-recognition" else 0
 
 
-def settings(load: Load, order: Order) -> WorkerSettings:
+def settings(load: Load, order: Order, **further: Any) -> WorkerSettings:
     """A worker's settings for this load: as many threads as the raw loop has, and room for the batches of a GPU."""
     wanted: dict[str, Any] = {"cpu_threads": bench_loops.threads(load), **(SETTINGS if order.on_gpu else {})}
     unset = {name: value for name, value in wanted.items() if f"PIPEFLEET_WORKER_{name.upper()}" not in os.environ}
-    return WorkerSettings(**unset)
+    return WorkerSettings(**unset, **further)
 
 
 def agreement(outputs: Sequence[Any], wanted: Sequence[Any]) -> float:

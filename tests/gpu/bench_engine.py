@@ -27,9 +27,16 @@ from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
 
+try:
+    from pipefleet_workers.models.continuous import begin_continuous
+except ImportError:  # not in this release
+    begin_continuous = None
+
 SHARD = 512
 TAKES_LANES = "lanes" in inspect.signature(warm_up).parameters
 """Whether this release runs several forwards at once on a device."""
+JOINS = begin_continuous is not None
+"""Whether requests of text generation can join and leave at every step in this release."""
 
 
 class InProcess:
@@ -42,7 +49,9 @@ class InProcess:
         adapter = accelerated(row.adapter(pipe), pool, parameters, settings, max_cost=default)
         asked = {"lanes": getattr(settings, "lanes", 1)} if TAKES_LANES else {}
         self.found = warm_up(adapter, spec, parameters, instruments.fit, default, **asked)
-        self.adapter, self._pool = adapter, pool
+        self.joins = bool(begin_continuous and begin_continuous(adapter, pool, parameters, settings))
+        """Whether requests join and leave at every step: the settings ask for it, and the model has passed the proof."""
+        self._pool = pool
         limits = BatchLimits(pool.max_batch_cost or self.found.max_cost, pool.max_batch_items)
         decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
         stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)

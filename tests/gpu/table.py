@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.gpu import bench, bench_system, check_faults, check_memory, check_speed, check_tasks, check_transfer
+from tests.gpu import (
+    bench,
+    bench_system,
+    check_faults,
+    check_lanes,
+    check_memory,
+    check_speed,
+    check_tasks,
+    check_transfer,
+)
 from tests.gpu.plan import Check
 
 
@@ -21,6 +30,7 @@ def _all(*, on_gpu: bool) -> Iterator[Check]:
     yield from check_tasks.checks(every_case=on_gpu)
     yield from check_speed.checks()
     yield from check_transfer.CHECKS
+    yield from check_lanes.checks()
     yield from check_faults.CHECKS
     yield from check_memory.CHECKS
     yield from bench.checks()
