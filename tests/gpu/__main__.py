@@ -29,6 +29,7 @@ NEEDED = (
     "orjson",
     "av",
     "soundfile",
+    "obstore",
 )
 """Modules that every part needs. Celery, Redis and S3 are needed by the benchmark of the whole system alone."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -102,7 +103,8 @@ def in_child(run: Callable[[], Any], seconds: float, log: Path) -> int:
 
     Raises TimeoutError when it does not end. Call it before this process touches the device.
     """
-    process = FORK.Process(target=_redirected, args=(run, log), daemon=True)
+    faulthandler.cancel_dump_traceback_later()  # its thread is not forked, and the child would wait for this thread
+    process = FORK.Process(target=_redirected, args=(run, log, seconds), daemon=True)
     process.start()
     process.join(seconds)
     if process.exitcode is None:
@@ -147,7 +149,8 @@ def _ended(running: list[Child]) -> Iterator[Child]:
 def _child(check: Check, order: Order) -> None:
     os.setsid()
     _redirect(log_of(order))
-    faulthandler.dump_traceback_later(max(1.0, check.seconds - LAST_STACKS), file=sys.__stderr__ or sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    _print_stacks_before(check.seconds)
     try:
         answer = PASSED, check.run(order)
     except Skip as reason:
@@ -159,8 +162,9 @@ def _child(check: Check, order: Order) -> None:
     _leave(0)
 
 
-def _redirected(run: Callable[[], Any], log: Path) -> None:
+def _redirected(run: Callable[[], Any], log: Path, seconds: float) -> None:
     _redirect(log)
+    _print_stacks_before(seconds)
     try:
         run()
     except BaseException:  # noqa: BLE001 - its exit code is what counts
@@ -175,6 +179,10 @@ def _redirect(log: Path) -> None:
     os.dup2(target, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     faulthandler.enable(file=2)
+
+
+def _print_stacks_before(seconds: float) -> None:
+    faulthandler.dump_traceback_later(max(1.0, seconds - LAST_STACKS), file=2)
 
 
 def _leave(code: int) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 import transformers
 
+from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.engine.device import Instruments
-from pipefleet_workers.items import Outcome
+from pipefleet_workers.items import Batch, Decoded, ItemError, Outcome, Unit
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.settings import WorkerSettings
 from tests.checkpoints import cached
-from tests.parity.harness import SECONDS, Call, Running, finished, recording
+from tests.parity.harness import SECONDS, Call, Running, finished
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 """Largest difference to the CPU, relative to the largest number of a result."""
@@ -44,6 +46,27 @@ def exact() -> None:
 def tolerance(device: str) -> float:
     """The entry of `TOLERANCE` for a device."""
     return TOLERANCE[device.partition(":")[0]]
+
+
+def noting(adapter: Adapter) -> Any:
+    """The adapter itself, which from now on counts its items and units and keeps its `batches`."""
+    noted: Any = adapter
+    noted.batches, noted.prepared_items, noted.prepared_units = [], 0, 0
+    prepare, run, counting = adapter.prepare, adapter.run, threading.Lock()
+
+    def counted(decoded: Sequence[Decoded]) -> list[list[Unit] | ItemError]:
+        prepared = prepare(decoded)
+        with counting:
+            noted.prepared_items += len(prepared)
+            noted.prepared_units += sum(len(units) for units in prepared if isinstance(units, list))
+        return prepared
+
+    def kept(inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
+        noted.batches.append(Batch(units[0].key, list(units)))
+        return run(inputs, units, progress)
+
+    noted.prepare, noted.run = counted, kept
+    return noted
 
 
 class Held(Running):
@@ -87,9 +110,9 @@ def engine(
 
     With `held` the gate is closed at first, as `Held.together` needs it.
     """
-    noting = recording(adapter or RUNTIME[task].adapter, pipe)
+    made = noting((adapter or RUNTIME[task].adapter)(pipe))
     limits = BatchLimits(max_cost, max_items, SECONDS)
-    one = Held(noting, task, limits, settings or WorkerSettings(), Instruments(Metrics("gpu")))
+    one = Held(made, task, limits, settings or WorkerSettings(), Instruments(Metrics("gpu")))
     if not held:
         one.gate.set()
     one.engine.start()

@@ -37,7 +37,7 @@ def _differ(found: Any, wanted: Any, tolerance: float, where: str) -> Iterator[s
         for index, (mine, other) in enumerate(zip(found, wanted, strict=True)):
             yield from _differ(mine, other, tolerance, f"{where}[{index}]")
     elif isinstance(wanted, float) and isinstance(found, float):
-        if abs(found - wanted) > tolerance * max(1.0, abs(wanted)):
+        if not abs(found - wanted) <= tolerance * max(1.0, abs(wanted)):  # true for what is no number, too
             yield f"{where} is {found}, not {wanted}"
     elif (type(found), found) != (type(wanted), wanted):
         yield f"{where} is {found!r}, not {wanted!r}"
