@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # another look at the device spoils it for forked children
     if missing := _missing():
         print(f"these modules are missing: {', '.join(missing)}; install them, or put their folder on PYTHONPATH")
         return 1
@@ -79,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report.line(result), flush=True)  # type: ignore[arg-type]
 
     (device,) = children.run_all([machine.CHECK], order, jobs=1, seconds=options.seconds, on_result=tell)
+    if device.state == FAILED and order.on_gpu:
+        print("a forked process cannot use the device; trying once more with processes that start anew", flush=True)
+        children.Starts.way = "spawn"
+        (device,) = children.run_all([machine.CHECK], order, jobs=1, seconds=options.seconds, on_result=tell)
     results = [device]
     if device.state != FAILED:
         left = options.seconds - (time.monotonic() - begin)

@@ -120,15 +120,18 @@ class Bench:
         if written := sum(self._tokens(index) for index in range(len(outputs))):
             figures["tokens_per_second"] = written / seconds
         figures["of_raw"] = rate / self._raw if self._raw else None
+        note = f"batches of {self._sizing}" if name == RAW else ""
         if again is not None:
-            figures["busy"] = busy_share(self.pipe.model, self._order.device, again)
+            try:
+                figures["busy"] = busy_share(self.pipe.model, self._order.device, again)
+            except Exception as error:  # noqa: BLE001 - a profiler that fails takes no rate away
+                note += f"; its busy share was not measured ({type(error).__name__}: {str(error)[:100]})"
         if self._order.on_gpu:
             figures["peak_gib"] = torch.cuda.max_memory_allocated(self._order.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self._order.device)
         figures["agreement"] = agreement(outputs, self.wanted)
         if figures["agreement"] < self._load.least_agreement:
             self.wrong.append(f"{name} agrees in {figures['agreement']:.1%} only")
-        note = f"batches of {self._sizing}" if name == RAW else ""
         self._order.note(name, **figures, **({"note": note} if note else {}))
 
     def _failed(self, name: str, error: Exception) -> None:

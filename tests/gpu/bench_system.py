@@ -41,7 +41,8 @@ def _system(load: Load, order: Order) -> str:
     machine = Machine(order.device, load.dtype if order.on_gpu else "float32", 1)
     worker = {"PIPEFLEET_WORKER_CPU_THREADS": str(bench_loops.threads(load))}
     worker |= {f"PIPEFLEET_WORKER_{name.upper()}": str(value) for name, value in SETTINGS.items() if order.on_gpu}
-    with system.running(workload, machine, order.folder, worker=worker) as running:
+    pool = {"max_batch_items": bench.pool.max_batch_items}
+    with system.running(workload, machine, order.folder, worker=worker, pool=pool) as running:
         system.warm(running, workload)
         rounds = [system.measure(running, workload) for _ in range(ROUNDS if order.on_gpu else 1)]
     best = min(rounds, key=lambda one: one.seconds)

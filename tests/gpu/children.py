@@ -26,7 +26,6 @@ from typing import Any
 
 from tests.gpu.plan import FAILED, PASSED, SKIPPED, Check, Order, Result, Skip
 
-FORK = multiprocessing.get_context("fork")
 WORDS = 300
 """Characters of an error in the table."""
 LAST_STACKS = 2.0
@@ -64,6 +63,12 @@ class Child:
         if answer.exists():
             state, said = json.loads(answer.read_text())
         return Result(self.check.name, self.check.part, state, said, round(seconds, 2), self.order.rows())
+
+
+class Starts:
+    """How processes start: `fork`, or `spawn` where a fork cannot use the device. A spawned one imports torch again."""
+
+    way = "fork"
 
 
 def run_all(
@@ -104,7 +109,7 @@ def in_child(run: Callable[[], Any], seconds: float, log: Path) -> int:
     Raises TimeoutError when it does not end. Call it before this process touches the device.
     """
     faulthandler.cancel_dump_traceback_later()  # its thread is not forked, and the child would wait for this thread
-    process = FORK.Process(target=_redirected, args=(run, log, seconds), daemon=True)
+    process = _process(_redirected, run, log, seconds)
     process.start()
     process.join(seconds)
     if process.exitcode is None:
@@ -129,7 +134,8 @@ def _begin(check: Check, order: Order) -> Child:
     own.folder.mkdir(parents=True, exist_ok=True)
     for file in ("answer.json", "rows.jsonl"):  # of an earlier run with the same folder
         (own.folder / file).unlink(missing_ok=True)
-    process = FORK.Process(target=_child, args=(check, own))
+    forks = Starts.way == "fork"
+    process = _process(_child, check, own) if forks else _process(_spawned, check.name, own)
     process.start()
     return Child(check, own, process, time.monotonic())
 
@@ -144,6 +150,19 @@ def _ended(running: list[Child]) -> Iterator[Child]:
         if child.process.exitcode is not None:
             running.remove(child)
             yield child
+
+
+def _process(run: Callable[..., None], *arguments: Any) -> Any:
+    context: Any = multiprocessing.get_context(Starts.way)
+    return context.Process(target=run, args=arguments)
+
+
+def _spawned(name: str, order: Order) -> None:
+    """Run a check by its name: functions of a check do not travel to a spawned process."""
+    from tests.gpu.table import named
+
+    Starts.way = "spawn"
+    _child(named(name, order.device), order)
 
 
 def _child(check: Check, order: Order) -> None:

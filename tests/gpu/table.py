@@ -13,6 +13,7 @@ from tests.gpu import (
     check_speed,
     check_tasks,
     check_transfer,
+    machine,
 )
 from tests.gpu.plan import Check
 
@@ -24,6 +25,11 @@ def checks(device: str, part: str, *, quick: bool, only: str | None = None) -> l
         for one in _all(on_gpu=device != "cpu")
         if part in (one.part, "all") and (one.quick or not quick) and (only or "") in one.name
     ]
+
+
+def named(name: str, device: str) -> Check:
+    """The check of this name. Raises StopIteration for an unknown one."""
+    return next(one for one in (machine.CHECK, *_all(on_gpu=device != "cpu")) if one.name == name)
 
 
 def _all(*, on_gpu: bool) -> Iterator[Check]:

@@ -135,3 +135,13 @@ def test_tables_are_sound_markdown() -> None:
         "| a\\|b | 3 | 2.5 | 98.5% |", "| c | - | - | - |", "", "- c: not installed",
     ]  # fmt: skip
     assert textwrap.dedent(report.line(Result("x", "check", PASSED, "done", 1.0))) == "passed      1.0 s  x: done"
+
+
+def test_checks_run_in_spawned_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch was used before, a forked process cannot use a GPU."""
+    from tests.gpu import table
+
+    monkeypatch.setattr(children.Starts, "way", "spawn")
+    checks = [table.named("device", "cpu")]
+    (result,) = children.run_all(checks, Order("cpu", True, tmp_path), jobs=1, seconds=60.0, on_result=lambda _: None)
+    assert result.state == PASSED, result
