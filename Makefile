@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check format bench chaos fuzz clean
+.PHONY: setup run test check format bench gpu chaos fuzz clean
 
 setup: .venv/.ok
 
@@ -30,6 +30,9 @@ format: .venv/.ok
 
 bench: .venv/.ok  ## throughput against transformers' own pipeline, printed as ratios
 	$(BIN)/python -m tests.benchmarks
+
+gpu: .venv/.ok  ## checks and benchmark on a CUDA device, at most six minutes; DEVICE=cpu rehearses them
+	$(BIN)/python -m tests.gpu --device $(or $(DEVICE),cuda:0) --out $(or $(OUT),gpu-results)
 
 chaos: .venv/.ok  ## every delivery guarantee with processes that are killed, paused and cut off; takes about half an hour
 	$(BIN)/python -m tests.chaos

@@ -35,14 +35,25 @@ class System:
 
 @contextlib.contextmanager
 def running(
-    workload: Workload, machine: Machine, scratch: Path, *, worker: Mapping[str, str] | None = None
+    workload: Workload,
+    machine: Machine,
+    scratch: Path,
+    *,
+    worker: Mapping[str, str] | None = None,
+    pool: Mapping[str, Any] | None = None,
 ) -> Iterator[System]:
     """A stack with one warm worker for the workload's model; the inputs lie in the bucket.
 
-    `worker` is the worker's environment beyond the usual.
+    `worker` is the worker's environment beyond the usual, `pool` what the fleet file says of its pool beyond the usual.
     """
     fleet = scratch / f"{workload.name}.toml"
-    table = {"task": workload.task, "model": workload.model, "device": machine.device, "dtype": machine.dtype}
+    table = {
+        "task": workload.task,
+        "model": workload.model,
+        "device": machine.device,
+        "dtype": machine.dtype,
+        **(pool or {}),
+    }
     lines = [f"{name} = {json.dumps(value)}" for name, value in table.items()]
     fleet.write_text("\n".join([f"[pools.{POOL}]", *lines, ""]))
     data, begin = scratch / f"data-{uuid.uuid4().hex[:8]}", time.perf_counter()

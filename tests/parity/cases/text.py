@@ -24,9 +24,11 @@ def pooled(pipe: Any, call: Call) -> Any:
 
 
 def written(pipe: Any, call: Call) -> Any:
-    """The pipeline's own name for `stop` is `stop_sequence`."""
-    names = {"stop": "stop_sequence"}
-    return direct(pipe, Call(call.inputs, {names.get(name, name): value for name, value in call.parameters.items()}))
+    """For generate() `stop` is `stop_strings`, which needs the tokenizer. Older pipelines have no name for several strings."""
+    parameters = dict(call.parameters)
+    if "stop" in parameters:
+        parameters |= {"stop_strings": parameters.pop("stop"), "tokenizer": pipe.tokenizer}
+    return direct(pipe, Call(call.inputs, parameters))
 
 
 def short_texts(folder: Path) -> list[Any]:

@@ -91,3 +91,19 @@ def _with_return_type(pipe: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     modules = (sys.modules[one.__module__] for one in type(pipe).__mro__)
     own = next((module.ReturnType for module in modules if hasattr(module, "ReturnType")), None)
     return parameters if kind is None or own is None else {**parameters, "return_type": own(kind)}
+
+
+def generate_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of generate() for one call: `given`, and the pipeline's own defaults where the model sets nothing.
+
+    The pipelines of older transformers have no method for it: they keep their defaults in a config of their own.
+    """
+    prepare = getattr(pipe, "_prepare_generate_kwargs", None)
+    if prepare is not None:
+        return dict(prepare(dict(given)))
+    if given.get("generation_config") is not None:
+        return dict(given)
+    models = pipe.model.generation_config
+    own = pipe.generation_config.to_diff_dict()
+    defaults = {name: value for name, value in own.items() if getattr(models, name, value) != value}
+    return {**defaults, **given}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipefleet_workers.adapters.arguments import STAGE, Arguments
+from pipefleet_workers.adapters.arguments import STAGE, Arguments, generate_arguments
 from pipefleet_workers.adapters.audio.carried import heard
 from pipefleet_workers.adapters.audio.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.audio.waveforms import (
@@ -194,7 +194,7 @@ class SpeechRecogniser(Adapter):
 
     def _asked(self, forward: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
         """The arguments of generate(), and a function from a name to its value there, or else in the generation config."""
-        given = self.pipe._prepare_generate_kwargs(dict(forward))
+        given = generate_arguments(self.pipe, forward)
         config = given.get("generation_config") or self.pipe.model.generation_config
         return given, lambda name: getattr(config, name, None) if given.get(name) is None else given[name]
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
+from pipefleet_workers.adapters.arguments import generate_arguments
+
 NAME = "pipefleet/image-to-text"
 _UNPROMPTED = ("pix2struct",)
 
@@ -84,7 +86,7 @@ class ImageToTextPipeline(Pipeline):  # type: ignore[misc]  # transformers has n
 
 def generate(pipe: Any, model_inputs: Mapping[str, Any], given: Mapping[str, Any]) -> torch.Tensor:
     """The sequences that a model writes, `[sequences, tokens]`; the pipeline's defaults fill in missing arguments."""
-    arguments = pipe._prepare_generate_kwargs(dict(given))
+    arguments = generate_arguments(pipe, given)
     if type(pipe.model).generate is not GenerationMixin.generate:
         arguments.pop("pad_token_id", None)  # such a model passes its own padding token to its decoder
     found: torch.Tensor = pipe.model.generate(**model_inputs, **arguments)

@@ -15,6 +15,8 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
+from pipefleet_workers.adapters.arguments import generate_arguments
+
 PREFIX = "pipefleet/"
 _GENERATION = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 _SHOWN = {"clean_up_tokenization_spaces", "return_tensors", "return_text"}
@@ -58,7 +60,7 @@ class Text2TextPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
 
     def _forward(self, model_inputs: dict[str, Any], **generation: Any) -> dict[str, Any]:
         rows = len(model_inputs["input_ids"])
-        written = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generation))
+        written = self.model.generate(**model_inputs, **generate_arguments(self, generation))
         return {"output_ids": written.reshape(rows, -1, written.shape[-1])}
 
     def postprocess(

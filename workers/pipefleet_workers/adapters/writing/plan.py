@@ -14,7 +14,7 @@ from typing import Any
 from transformers import generation
 
 from pipefleet.contract.messages import encode_json
-from pipefleet_workers.adapters.arguments import REMEMBERED, STAGE
+from pipefleet_workers.adapters.arguments import REMEMBERED, STAGE, generate_arguments
 from pipefleet_workers.adapters.writing.parameters import NO_END, generation_of, vocabulary_of
 from pipefleet_workers.adapters.writing.rows import Sampling
 from pipefleet_workers.items import ItemError
@@ -166,7 +166,7 @@ class GenerationPlanner:
         """
         given = generation_of(forward, self._vocabulary)
         try:
-            arguments = self._pipe._prepare_generate_kwargs(given)
+            arguments = generate_arguments(self._pipe, given)
             config = self._config(arguments)
         except (TypeError, ValueError) as error:
             raise ItemError("bad_parameter", f"generate() refuses the parameters: {error}", STAGE) from None
