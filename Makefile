@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check format bench chaos fuzz clean
+.PHONY: setup run test check format bench bench-smoke chaos fuzz clean
 
 setup: .venv/.ok
 
@@ -28,8 +28,11 @@ format: .venv/.ok
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.ok  ## throughput against transformers' own pipeline, printed as ratios
+bench: .venv/.ok  ## throughput against hand-written loops, transformers' pipeline and peers; `--help` tells how long it takes
 	$(BIN)/python -m tests.benchmarks
+
+bench-smoke: .venv/.ok  ## only whether the outputs of all of them agree; under a minute
+	$(BIN)/python -m tests.benchmarks.smoke
 
 chaos: .venv/.ok  ## every delivery guarantee with processes that are killed, paused and cut off; takes about half an hour
 	$(BIN)/python -m tests.chaos
