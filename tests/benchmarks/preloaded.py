@@ -8,5 +8,8 @@ import torch  # noqa: F401
 import transformers.models.auto.modeling_auto
 import transformers.pipelines  # noqa: F401
 
-import tests.benchmarks.contenders
+import tests.benchmarks.bench
+import tests.benchmarks.by_hand.pictures
+import tests.benchmarks.by_hand.speech
+import tests.benchmarks.by_hand.texts
 import tests.benchmarks.in_process  # noqa: F401

@@ -59,7 +59,7 @@ def test_the_outputs_of_all_contenders_agree(smoke: dict[str, Any]) -> None:
 
 def test_a_page_is_made_of_measured_figures(smoke: dict[str, Any]) -> None:
     text = report.page([smoke])
-    assert "`texts` with 12 items instead of 400: all" in text
+    assert "`texts` with 6 items instead of 400: all" in text
     assert "whole system ÷ the limit" in text
 
 
