@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check format bench gpu chaos fuzz clean
+.PHONY: setup run test check format bench bench-smoke gpu chaos fuzz clean
 
 setup: .venv/.ok
 
@@ -28,11 +28,14 @@ format: .venv/.ok
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.ok  ## throughput against transformers' own pipeline, printed as ratios
+bench: .venv/.ok  ## throughput against hand-written loops, transformers' pipeline and peers; `--help` tells how long it takes
 	$(BIN)/python -m tests.benchmarks
 
 gpu: .venv/.ok  ## checks and benchmark on a CUDA device, at most six minutes; DEVICE=cpu rehearses them
 	$(BIN)/python -m tests.gpu --device $(or $(DEVICE),cuda:0) --out $(or $(OUT),gpu-results)
+
+bench-smoke: .venv/.ok  ## only whether the outputs of all of them agree; under a minute
+	$(BIN)/python -m tests.benchmarks.smoke
 
 chaos: .venv/.ok  ## every delivery guarantee with processes that are killed, paused and cut off; takes about half an hour
 	$(BIN)/python -m tests.chaos

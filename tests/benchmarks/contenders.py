@@ -1,139 +1,106 @@
-"""The ways to do the work in one process: each in a fresh one, with the same threads, its model loaded and warm by then."""
+"""Who takes part: each contender's name and reason (its docstring, which the page quotes), and the ones that need no server."""
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from tests.benchmarks.limit import hand_written
+from tests.benchmarks import by_hand, processes
 from tests.benchmarks.measurement import Machine, Measurement
-from tests.benchmarks.workloads import WORKLOADS, Workload, decode_item
+from tests.benchmarks.workloads import Workload, decode_item
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH = 32
-ONE_BY_ONE = "pipeline one by one"
-LIMIT = "the limit, by hand"
-ENGINE = "pipefleet, in process"
+ONE_BY_ONE, BATCHED, HAND, HANDS = "one-by-one", "batched", "hand", "hands"
+CELERY, LITSERVE, ENGINE, SYSTEM = "celery", "litserve", "engine", "system"
+LIMITS = (HAND, HANDS)
+"""The better of them is the limit."""
+PEERS = (CELERY, LITSERVE)
+NEEDS_SERVERS = (CELERY, LITSERVE, SYSTEM)
 WARM_UP = 8
 """Items that run before the clock starts."""
 ENGINE_WARM_UP = 128
 """The same for pipefleet, whose threads take slices of up to 32 texts: each of them has had one then."""
 
 
-def in_subprocess(contender: str, workload: Workload, machine: Machine, scratch: Path) -> Measurement:
-    """Run one contender in a fresh process; `workload` is made again there from its name and count."""
-    target = scratch / f"{contender}-{workload.name}.pickle"
-    order = json.dumps({"name": workload.name, "count": len(workload.items), **asdict(machine)})
-    command = [sys.executable, "-m", "tests.benchmarks.contenders", contender, order, str(target)]
-    environment = {**os.environ, **machine.environment()}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"contender {contender!r} on {workload.name} failed:\n{done.stderr[-3000:]}")
-    with target.open("rb") as file:
-        return Measurement(*pickle.load(file))
-
-
-def one_by_one(pipe: Any, workload: Workload) -> list[Any]:
-    """`pipeline(x)` in a loop: what most scripts do."""
+def one_by_one(pipe: Any, workload: Workload, numbers: Iterator[int]) -> dict[str, Any]:
+    """`pipeline(x)` in a loop: what most scripts do. Its outputs are what the others' outputs are compared with."""
     arguments = {**workload.parameters, **workload.pipeline_parameters}
-    return [_kept(workload, pipe(decode_item(workload, name), **arguments)) for name in workload.items]
+    return {name: _kept(workload, pipe(decode_item(workload, name), **arguments)) for name in workload.items}
 
 
-def batched(pipe: Any, workload: Workload) -> list[Any]:
-    """`pipeline(generator, batch_size=32)`: what the documentation advises for throughput."""
+def batched(pipe: Any, workload: Workload, numbers: Iterator[int]) -> dict[str, Any]:
+    """`pipeline(generator, batch_size=32)`: what the documentation advises for throughput. Batches in order of arrival."""
     stream = (decode_item(workload, name) for name in workload.items)
     arguments = {**workload.parameters, **workload.pipeline_parameters}
-    return [_kept(workload, one) for one in pipe(stream, batch_size=BATCH, **arguments)]
+    outputs = pipe(stream, batch_size=BATCH, **arguments)
+    return {name: _kept(workload, one) for name, one in zip(workload.items, outputs, strict=True)}
 
 
-def pipefleet_engine(pipe: Any, workload: Workload) -> list[Any]:
-    """pipefleet's engine without its transport."""
+def hand(pipe: Any, workload: Workload, numbers: Iterator[int]) -> dict[str, Any]:
+    """A loop written by hand for this workload alone, everything in memory, nothing in between: items sorted by length,
+    texts tokenised in bulk, pictures decoded and resized by threads, recordings that have ended dropped from their batch. One
+    process with as many torch threads as there are cores."""
+    parts = by_hand.pieces(workload, 1)
+    return by_hand.run(pipe, workload, (parts[number] for number in numbers))
+
+
+@dataclass(frozen=True)
+class Hands:
+    """The same loop in as many processes as there are cores (on a GPU: two), each with one torch thread, drawing pieces of
+    the work from one counter. It is faster for small models: torch's threads meet at the end of each of a forward's many
+    operations, and the last one holds up the others, whereas processes meet once at the end. What runs in Python or outside of the
+    forward (tokenising, decoding, a token's choice) uses one core in one process, and all cores here. The price is a copy of the
+    weights for each process."""
+
+    count: int
+
+    def __call__(self, pipe: Any, workload: Workload, numbers: Iterator[int]) -> dict[str, Any]:
+        parts = by_hand.pieces(workload, self.count)
+        return by_hand.run(pipe, workload, (parts[number] for number in numbers if number < len(parts)))
+
+
+def engine(pipe: Any, workload: Workload, numbers: Iterator[int]) -> dict[str, Any]:
+    """pipefleet's engine in one process, fed from memory: without messages, Redis and S3."""
     from tests.benchmarks.in_process import through_the_engine
 
-    return through_the_engine(pipe, workload)
+    return dict(zip(workload.items, through_the_engine(pipe, workload), strict=True))
+
+
+ALONE: dict[str, processes.Run] = {ONE_BY_ONE: one_by_one, BATCHED: batched, HAND: hand, ENGINE: engine}
+"""Contenders in one process without servers."""
+TITLES = {
+    ONE_BY_ONE: "`pipeline()` one by one",
+    BATCHED: f"`pipeline(batch_size={BATCH})`",
+    CELERY: "naive Celery",
+    LITSERVE: "LitServe",
+    HAND: "hand loop, one process",
+    HANDS: "hand loops, a process for each core",
+    ENGINE: "pipefleet, in process",
+    SYSTEM: "pipefleet, whole system",
+}
+"""All contenders, in the order of a round and of a table."""
+
+
+def in_one_process(name: str, workload: Workload, machine: Machine, *, warm: bool = True) -> Measurement:
+    """Run one of `ALONE`, after a warm-up where the time counts."""
+    warm_up = 0 if not warm else ENGINE_WARM_UP if name == ENGINE else WARM_UP
+    return processes.run(processes.Task(ALONE[name], workload, warm_up, machine, pieces=1), 1)
+
+
+def by_all_cores(workload: Workload, machine: Machine, *, warm: bool = True) -> Measurement:
+    """Run the hand loop in as many processes as the machine has cores for."""
+    count = machine.processes
+    pieces = len(by_hand.pieces(workload, count))
+    task = processes.Task(Hands(count), workload, WARM_UP if warm else 0, machine.single_threaded(), pieces)
+    return processes.run(task, count)
+
+
+def about(subject: Callable[..., Any] | type) -> str:
+    """A contender's docstring as one paragraph."""
+    return " ".join((inspect.getdoc(subject) or "").split())
 
 
 def _kept(workload: Workload, output: Any) -> Any:
     return output.float().cpu().numpy()[0] if workload.task == "feature-extraction" else output
-
-
-IN_PROCESS: dict[str, Callable[[Any, Workload], list[Any]]] = {
-    ONE_BY_ONE: one_by_one,
-    f"pipeline batch_size={BATCH}": batched,
-    LIMIT: hand_written,
-    ENGINE: pipefleet_engine,
-}
-
-
-def reduced(pipe: Any, workload: Workload, outputs: list[Any]) -> list[Any]:
-    """Outputs in the form in which all contenders are compared, made outside the clock: a token matrix as its mean.
-
-    With a batch size, the pipeline pads every text to the longest of its batch and returns the padding as well; only a text's
-    own tokens count here.
-    """
-    if workload.task != "feature-extraction" or outputs[0].ndim == 1:
-        return outputs
-    encoded = pipe.tokenizer(list(workload.items.values()), truncation=True)["input_ids"]
-    return [output[: len(ids)].mean(axis=0) for output, ids in zip(outputs, encoded, strict=True)]
-
-
-def agree(workload: Workload, ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """The share of items on which two contenders agree: cosine above 0.999, the same text, or the same top label.
-
-    Only the items that `ours` has count: slow contenders get the first ones.
-    """
-    same = sum(_same(workload.task, ours[name], theirs[name]) for name in ours if name in theirs)
-    return same / max(1, len(ours))
-
-
-def _same(task: str, mine: Any, other: Any) -> bool:
-    if task == "feature-extraction":
-        a, b = np.asarray(mine, dtype=np.float64).ravel(), np.asarray(other, dtype=np.float64).ravel()
-        return bool(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.999)
-    if task == "automatic-speech-recognition":
-        return bool(mine["text"] == other["text"])
-    top, wanted = (value[0] if isinstance(value, list) else value for value in (mine, other))
-    return bool(top["label"] == wanted["label"] and abs(top["score"] - wanted["score"]) < 0.01)
-
-
-@dataclass(frozen=True)
-class _Order:
-    workload: Workload
-    machine: Machine
-
-    @classmethod
-    def parse(cls, text: str) -> _Order:
-        fields = json.loads(text)
-        workload = WORKLOADS[fields.pop("name")](fields.pop("count"))
-        return cls(workload, Machine(**fields))
-
-
-def main() -> None:
-    """Run one contender on one workload and pickle its measurement."""
-    contender, order, target = sys.argv[1:]
-    parsed = _Order.parse(order)
-    workload, run = parsed.workload, IN_PROCESS[contender]
-    pipe = parsed.machine.load(workload.task, workload.model)
-    run(pipe, workload.first(ENGINE_WARM_UP if contender == ENGINE else WARM_UP))
-    wall, cpu = time.perf_counter(), time.process_time()
-    outputs = run(pipe, workload)
-    seconds, used = time.perf_counter() - wall, time.process_time() - cpu
-    found = dict(zip(workload.items, reduced(pipe, workload, outputs), strict=True))
-    with open(target, "wb") as file:
-        pickle.dump((seconds, {"process": used}, found), file)
-
-
-if __name__ == "__main__":
-    main()

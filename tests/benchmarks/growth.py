@@ -19,7 +19,7 @@ EVERY_SECONDS = 0.1
 
 
 def measure(running: System, workload: Workload) -> dict[str, Any]:
-    """MiB of the worker in the first, middle and last tenth of the run, and at its peak; all samples as well."""
+    """MiB of the worker in the first, middle and last tenth of the run, and at its peak."""
     with _sampled(running.processes["worker"]) as samples:
         measured = system.measure(running, workload)
     tenth = max(1, len(samples) // 10)
@@ -29,12 +29,7 @@ def measure(running: System, workload: Workload) -> dict[str, Any]:
         f"{name}_mib": round(statistics.median(mib for _, mib in part), 1) for name, part in parts.items()
     }
     row |= {"items": len(measured.outputs), "seconds": round(measured.seconds, 2)}
-    row |= {"peak_mib": round(max(mib for _, mib in samples), 1), "samples": samples}
-    print(
-        "  {items:,} items in {seconds} s: worker's resident size first {first_mib}, middle {middle_mib}, last {last_mib}, "
-        "peak {peak_mib} MiB".format(**row),
-        flush=True,
-    )
+    row |= {"peak_mib": round(max(mib for _, mib in samples), 1)}
     return row
 
 

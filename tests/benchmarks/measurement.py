@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -32,6 +32,15 @@ class Machine:
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
         return cls(device, dtype, threads or len(os.sched_getaffinity(0)))
 
+    @property
+    def processes(self) -> int:
+        """How many processes the hand loops use: one for each thread on a CPU; on a GPU two, so that one copies meanwhile."""
+        return self.threads if self.device == "cpu" else 2
+
+    def single_threaded(self) -> Machine:
+        """The same with one torch thread."""
+        return replace(self, threads=1)
+
     def environment(self) -> dict[str, str]:
         """What the process of a contender has in its environment."""
         return {**ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}
@@ -40,7 +49,9 @@ class Machine:
         """transformers' pipeline on this device."""
         import torch
         from transformers import pipeline
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         if self.device == "cpu":
             torch.set_num_threads(self.threads)
         pipe = pipeline(task, model=model, device=self.device, dtype=getattr(torch, self.dtype))
@@ -88,12 +99,12 @@ def timed(processes: Mapping[str, psutil.Process]) -> Iterator[Clock]:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """User and system seconds of a process and its living descendants so far."""
+    """User and system seconds so far: of a process, its living descendants, and those of them that have ended."""
     total = 0.0
     for one in (process, *process.children(recursive=True)):
         try:
             times = one.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        total += times.user + times.system
+        total += times.user + times.system + times.children_user + times.children_system
     return total

@@ -24,27 +24,25 @@ PAGE = 1000
 _ENTRY = "<Contents><Key>{key}</Key><Size>100000</Size><ETag>&quot;{number:032x}&quot;</ETag></Contents>"
 
 
-def measure(counts: tuple[int, ...], scratch: Path) -> list[dict[str, float]]:
-    """Objects, peak MiB and seconds of the planning process, for each count."""
-    rows = []
-    with Stack(scratch / "data-memory", flower=False) as stack:
-        for count in counts:
-            server = _listing_server(count)
-            url = f"http://127.0.0.1:{server.server_address[1]}"
-            fleet = scratch / "memory.toml"
-            fleet.write_text('[pools.pictures]\ntask = "image-classification"\nmodel = "/model"\n')
-            environment = {
-                **os.environ,
-                **stack.environment(),
-                "AWS_ENDPOINT_URL_S3": url,
-                "PIPEFLEET_FLEET": str(fleet),
-                "PIPEFLEET_OUTSTANDING_SHARDS": "1000000",  # no fleet works here
-            }
-            command = [sys.executable, "-m", "tests.benchmarks.memory", str(count)]
-            done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout))
-            server.shutdown()
-    return rows
+def measure(count: int, scratch: Path) -> dict[str, float]:
+    """Objects, peak MiB and seconds of the planning process."""
+    with Stack(scratch / f"data-memory-{count}", flower=False) as stack:
+        server = _listing_server(count)
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        fleet = scratch / "memory.toml"
+        fleet.write_text('[pools.pictures]\ntask = "image-classification"\nmodel = "/model"\n')
+        environment = {
+            **os.environ,
+            **stack.environment(),
+            "AWS_ENDPOINT_URL_S3": url,
+            "PIPEFLEET_FLEET": str(fleet),
+            "PIPEFLEET_OUTSTANDING_SHARDS": "1000000",  # no fleet works here
+        }
+        command = [sys.executable, "-m", "tests.benchmarks.memory", str(count)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        server.shutdown()
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def _listing_server(count: int) -> ThreadingHTTPServer:

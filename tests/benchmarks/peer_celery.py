@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from tests.benchmarks.serving import Served, process, until_ready
 from tests.benchmarks.system import addresses
 from tests.benchmarks.workloads import Workload
 
-NAME = "naive Celery"
 THREADS = 4
 TASK = "bench.infer"
 QUEUE = "bench-naive-celery"
@@ -78,10 +77,11 @@ def running(workload: Workload, machine: Machine, scratch: Path) -> Iterator[tup
         yield worker, submit
 
 
-def measure(workload: Workload, machine: Machine, scratch: Path) -> Measurement:
-    """All items at once, from the first that is sent to the last `get`."""
+def measure(workload: Workload, machine: Machine, scratch: Path, servers: Mapping[str, psutil.Process]) -> Measurement:
+    """A stock Celery app: one task for each item, four threads that share the model, results through its Redis backend. Timed
+    from the first item that is sent to the last `get`."""
     with running(workload, machine, scratch) as (worker, submit):
-        with timed({"worker": worker}) as clock:
+        with timed({"worker": worker, **servers}) as clock:
             results = {name: submit(item) for name, item in addresses(workload).items()}
             outputs = {name: result.get(WAIT_SECONDS) for name, result in results.items()}
     return Measurement(clock.seconds, clock.cpu, outputs)

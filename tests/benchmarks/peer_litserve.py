@@ -11,16 +11,18 @@ import json
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.benchmarks.measurement import Machine, Measurement, timed
 from tests.benchmarks.serving import Served, process, until_ready
 from tests.benchmarks.system import addresses
 from tests.benchmarks.workloads import Workload
 
-NAME = "LitServe"
 WARM_UP = 64
 IN_FLIGHT = 64
 _LOOPBACK = "127.0.0.1"
@@ -29,12 +31,12 @@ _LOOPBACK = "127.0.0.1"
 def missing() -> str | None:
     """Why there is no such row, or None."""
     if importlib.util.find_spec("litserve") is None:
-        return "package litserve is not installed; run pip install 'pipefleet[bench]'"
+        return "not installed (pip install 'pipefleet[bench]')"
     return None
 
 
-def measure(workload: Workload, machine: Machine, scratch: Path) -> Measurement:
-    """All items over HTTP, 64 requests in flight."""
+def measure(workload: Workload, machine: Machine, scratch: Path, servers: Mapping[str, psutil.Process]) -> Measurement:
+    """LitServe's server with batches of 32 in order of arrival, over HTTP with 64 requests in flight."""
     port, log = _free_port(), scratch / "litserve.log"
     command = [sys.executable, "-m", "tests.benchmarks.litserve_server", str(port)]
     with process(command, Served.of(workload, machine), log) as server, ThreadPoolExecutor(IN_FLIGHT) as threads:
@@ -42,7 +44,7 @@ def measure(workload: Workload, machine: Machine, scratch: Path) -> Measurement:
         until_ready(server, log, caller.is_up)
         list(threads.map(caller.call, addresses(workload.first(WARM_UP)).values()))
         inputs = addresses(workload)
-        with timed({"worker": server}) as clock:
+        with timed({"worker": server, **servers}) as clock:
             outputs = dict(zip(inputs, threads.map(caller.call, inputs.values()), strict=True))
     return Measurement(clock.seconds, clock.cpu, outputs)
 

@@ -42,16 +42,11 @@ def measure(
     row: dict[str, Any] = {
         "service": service,
         "items": len(measured.outputs),
-        "items_per_second": measured.rate,
+        "items_per_second": round(measured.rate, 2),
         "batches": len(forwards),
-        "busy_share": trace.busy_share(events),
+        "busy_share": round(trace.busy_share(events), 4),
         "cpu_us_per_item": {name: round(1e6 * used / len(measured.outputs), 1) for name, used in measured.cpu.items()},
     }
-    print(
-        "  {items} pictures from S3 on a device of {service} s: {items_per_second:.1f} pictures/s in {batches} batches, "
-        "device busy {busy_share:.1%}".format(**row),
-        flush=True,
-    )
     if picture is not None:
         picture.write_text(trace.draw(events, f"One worker, simulated device: busy {row['busy_share']:.1%}"))
         print(f"  trace drawn to {picture}", flush=True)

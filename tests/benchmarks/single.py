@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import peer_celery
+from tests.benchmarks.contenders import CELERY, SYSTEM
 from tests.benchmarks.measurement import Machine, timed
 from tests.benchmarks.system import System
 from tests.benchmarks.workloads import Workload
@@ -21,24 +22,35 @@ Submit = Callable[[str], Result]
 """Sends one text and returns what waits for its output."""
 
 
-def measure(system: System, workload: Workload, machine: Machine, scratch: Path, jobs: int) -> dict[str, Any]:
-    """A row for pipefleet and one for stock Celery: jobs/s with 64 in flight over `jobs`, latency of a tenth of them."""
+def contenders(
+    running: Callable[[], System], workload: Workload, machine: Machine, scratch: Path, jobs: int
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """pipefleet and stock Celery by name: jobs/s with 64 in flight over `jobs`, then the latency of a tenth of them alone."""
     texts = [list(workload.items.values())[index % len(workload.items)] for index in range(jobs)]
+    return {
+        SYSTEM: lambda: _ours(running(), workload, texts),
+        CELERY: lambda: _theirs(running(), workload, machine, scratch, texts),
+    }
 
-    def ours(text: str) -> Result:
+
+def _ours(system: System, workload: Workload, texts: Sequence[str]) -> dict[str, Any]:
+    def submit(text: str) -> Result:
         job = system.client.submit(workload.task, text)
         return lambda: job.result(WAIT_SECONDS)
 
-    table = {"pipefleet": _row(ours, texts, system.processes)}
-    with peer_celery.running(workload, machine, scratch) as (worker, submit):
+    return _row(submit, texts, system.processes)
 
-        def theirs(text: str) -> Result:
-            result = submit(text)
+
+def _theirs(
+    system: System, workload: Workload, machine: Machine, scratch: Path, texts: Sequence[str]
+) -> dict[str, Any]:
+    with peer_celery.running(workload, machine, scratch) as (worker, send):
+
+        def submit(text: str) -> Result:
+            result = send(text)
             return lambda: result.get(WAIT_SECONDS)
 
-        table[peer_celery.NAME] = _row(theirs, texts, {"worker": worker})
-    _print(table)
-    return table
+        return _row(submit, texts, {"worker": worker, "redis": system.processes["redis"]})
 
 
 def _row(submit: Submit, texts: Sequence[str], processes: Any) -> dict[str, Any]:
@@ -56,10 +68,10 @@ def _row(submit: Submit, texts: Sequence[str], processes: Any) -> dict[str, Any]
     cuts = statistics.quantiles(latencies, n=100)
     return {
         "jobs": len(texts),
-        "jobs_per_second": len(texts) / clock.seconds,
+        "jobs_per_second": round(len(texts) / clock.seconds, 2),
         "cpu_us_per_job": {name: round(1e6 * value / len(texts), 1) for name, value in clock.cpu.items()},
-        "latency_p50_ms": 1e3 * cuts[49],
-        "latency_p99_ms": 1e3 * cuts[98],
+        "latency_p50_ms": round(1e3 * cuts[49], 3),
+        "latency_p99_ms": round(1e3 * cuts[98], 3),
     }
 
 
@@ -67,13 +79,3 @@ def _latency(submit: Submit, text: str) -> float:
     begin = time.perf_counter()
     submit(text)()
     return time.perf_counter() - begin
-
-
-def _print(table: dict[str, dict[str, Any]]) -> None:
-    for name, row in table.items():
-        cpu = ", ".join(f"{process} {value:.0f}" for process, value in row["cpu_us_per_job"].items())
-        print(
-            f"  {name:24} {row['jobs_per_second']:7.0f} jobs/s with {IN_FLIGHT} in flight; one in flight: "
-            f"p50 {row['latency_p50_ms']:.2f} ms, p99 {row['latency_p99_ms']:.2f} ms; CPU µs: {cpu}",
-            flush=True,
-        )

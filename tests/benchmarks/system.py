@@ -77,7 +77,8 @@ def warm(system: System, workload: Workload) -> None:
 
 
 def measure(system: System, workload: Workload) -> Measurement:
-    """One bulk run over all uploaded items, timed from the call of `map` to the end of `wait`."""
+    """All of pipefleet from S3 back to S3: a bulk run through Redis and one worker process, from the call of `map` to the
+    end of `wait`."""
     with timed(system.processes) as clock:
         run = system.client.map(
             workload.task, source(workload), output=_output(),

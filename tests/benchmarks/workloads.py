@@ -121,5 +121,5 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "speech": speech,
     "trivial": trivial,
 }
-COUNTS = {"texts": 400, "images": 100, "speech": 16, "trivial": 20_000}
+COUNTS = {"texts": 400, "images": 100, "speech": 40, "trivial": 40_000}
 QUICK_COUNTS = {"texts": 40, "images": 12, "speech": 3, "trivial": 600}
