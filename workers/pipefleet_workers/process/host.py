@@ -3,7 +3,7 @@
     build of torch ─▶ device files ─▶ NVML and CUDA_VISIBLE_DEVICES ─▶ number of GPUs
                                       where these do not decide: a short child process asks torch
 
-The supervisors of workers and `doctor` call it: a supervisor with CUDA of its own would take memory of a GPU for as long as it lives.
+The supervisors of workers and `doctor` call it: with CUDA of its own, a supervisor would take memory of a GPU while it lives.
 Nothing is raised; a host that cannot be asked counts as one without GPUs, and the log says why.
 """
 
