@@ -30,7 +30,7 @@ WorkerCommand = Callable[[str, Path], Sequence[str]]
 """(pool, ready file) -> the command line of one worker, which creates the file once it consumes; `--device` may be added to it."""
 RelayOf = Callable[["WorkerProcess"], Relay]
 """Where the output of a worker goes."""
-_METRICS_PORT = "PIPEFLEET_WORKER_METRICS_PORT"
+METRICS_PORT = "PIPEFLEET_WORKER_METRICS_PORT"
 
 
 def worker_command(pool: str, ready_file: Path, *, allow_unpinned: bool = False) -> list[str]:
@@ -131,8 +131,8 @@ class WorkerProcess(ChildPart[Yard]):
 
     def _own_port(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Workers of one machine cannot share a port: the first gets the named port, the others the ports after it."""
-        first = environment.get(_METRICS_PORT, "0")
-        return {_METRICS_PORT: str(int(first) + self.number - 1)} if first.isdecimal() and int(first) else {}
+        first = environment.get(METRICS_PORT, "0")
+        return {METRICS_PORT: str(int(first) + self.number - 1)} if first.isdecimal() and int(first) else {}
 
     def _answers(self) -> bool:
         return self._ready_file.exists()
