@@ -59,7 +59,9 @@ class Autoscaler:
         self._crew = crew
         self._redis: Any = connect(settings)
         self._seen = 0.0
-        scaler = Scaler(self._fleet, settings, cold_start=pace.cold_start, hold=pace.hold, from_zero=True)
+        scaler = Scaler(
+            self._fleet, settings, cold_start=pace.cold_start, hold=pace.hold, from_zero=True, by_replica=False
+        )
         try:
             self.service = ScalerService(scaler, interval=pace.interval, address=LOOPBACK, port=port)
         except OSError as error:
