@@ -76,7 +76,9 @@ class World:
         self._children = Children()
         folder.mkdir(parents=True, exist_ok=True)
         ports = PortBook(folder / "ports.json")
-        site = Site(folder, ports, Credentials.load_or_create(folder / "credentials.json"), self._children)
+        site = Site(
+            folder, self._children, ports=ports, credentials=Credentials.load_or_create(folder / "credentials.json")
+        )
         self.redis_server, self.s3_server = RedisServer(site), S3Server(site)
         self._lock = threading.RLock()
         self.workers: list[Worker] = []

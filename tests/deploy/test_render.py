@@ -10,7 +10,8 @@ from pipefleet.errors import FleetFileError, UsageError
 from pipefleet_workers.fleet.render.command import OUTPUTS, register
 from pipefleet_workers.fleet.render.files import differences, rendered, write
 from pipefleet_workers.fleet.render.pools import RenderOptions, load_pools
-from tests.deploy.tools import FLEET, ROOT, module
+from tests.deploy.project import project
+from tests.deploy.tools import DEPLOY, FLEET, ROOT, module
 
 HUB = 'task = "feature-extraction"\nmodel = "org/name"\nrevision = "1"\n'
 POOL = f"[pools.one]\n{HUB}"
@@ -115,6 +116,80 @@ def test_the_device_of_a_pool_chooses_image_and_gpu(fleet: Path, device: str, im
     container = deployment["spec"]["template"]["spec"]["containers"][0]
     assert container["image"] == f"pipefleet-worker-{image}"
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (image == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("lines", "gpus", "ids", "arguments", "workers"),
+    [
+        ("devices = 4", 4, None, [], 4),
+        ("devices = 2\nworkers_per_device = 3", 2, None, [], 6),
+        ('devices = "all"', -1, None, [], 8),
+        ('devices = "all"\nworkers_per_device = 4', -1, None, [], 16),
+        ('devices = ["cuda:0", "cuda:2"]', None, ["0", "2"], ["--devices", "2"], 2),
+        ('devices = ["cpu"]\nworkers_per_device = 2', None, None, [], 2),
+    ],
+)
+def test_a_container_has_the_devices_of_its_pool_and_prometheus_finds_each_worker(
+    checkout: Path, lines: str, gpus: int | None, ids: list[str] | None, arguments: list[str], workers: int
+) -> None:
+    fleet = checkout / "fleet.toml"
+    fleet.write_text(f"{POOL}{lines}\n")
+    write(rendered("compose", fleet, RenderOptions()), checkout / "deploy" / "compose")
+    service = project(checkout)["services"]["worker-one"]  # as Compose itself understands it
+    assert service["command"][5:] == arguments
+    reserved = service["deploy"]["resources"].get("reservations", {}).get("devices", [{}])[0]
+    assert (reserved.get("count"), reserved.get("device_ids")) == (gpus, ids)
+    found = module("yaml").safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    (looked_for,) = [one["dns_sd_configs"] for one in found["scrape_configs"] if one["job_name"] == "workers"]
+    ports = [one["port"] for one in looked_for if set(one["names"]) & set(service["networks"]["default"]["aliases"])]
+    base = int(service["environment"]["PIPEFLEET_WORKER_METRICS_PORT"])
+    assert ports == list(range(base, base + workers))
+
+
+def test_a_pod_has_the_gpus_of_its_pool_and_the_scaler_counts_its_workers(fleet: Path) -> None:
+    yaml = module("yaml")
+    fleet.write_text(f"{POOL}devices = 4\nworkers_per_device = 2\nworkers = {{ min = 9, max = 30 }}\n")
+    found = rendered("kubernetes", fleet, RenderOptions())
+    container = next(yaml.safe_load_all(found["workers/one.yaml"]))["spec"]["template"]["spec"]["containers"][0]
+    assert container["args"] == ["worker", "--pool", "one", "--ready-file", "/tmp/ready"]  # the pool says the rest
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert container["resources"]["requests"] == {"cpu": "32", "memory": "128Gi"}
+    ports = [(one["name"], one["containerPort"]) for one in container["ports"]]
+    assert ports == [("metrics", 9400), *((f"metrics-{number}", 9399 + number) for number in range(2, 9))]
+    operator = DEPLOY / "kubernetes" / "components" / "prometheus-operator" / "podmonitor.yaml"
+    monitored = yaml.safe_load(operator.read_text())["spec"]["podMetricsEndpoints"]
+    assert {name for name, _ in ports} <= {one["port"] for one in monitored}
+    policies = yaml.safe_load_all((DEPLOY / "kubernetes" / "base" / "networkpolicy.yaml").read_text())
+    (open_to,) = [one["spec"]["ingress"] for one in policies if one["metadata"]["name"] == "pipefleet-metrics"]
+    assert all(open_to[0]["ports"][0]["port"] <= port <= open_to[0]["ports"][0]["endPort"] for _, port in ports)
+
+    scaled = yaml.safe_load(found["autoscaling/one.yaml"])["spec"]
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (2, 3)
+    assert scaled["triggers"][0]["metadata"]["targetValue"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('devices = "all"', "a pod gets a number of GPUs, neither all nor chosen ones; write devices = N"),
+        ('devices = ["cuda:1"]', "a pod gets a number of GPUs, neither all nor chosen ones; write devices = N"),
+        ('devices = ["mps"]', "the images have no mps; use auto, cpu or cuda:N"),
+        ("devices = 8\nworkers_per_device = 3", "a container has at most 16 workers, not 24"),
+    ],
+)
+def test_devices_that_no_pod_can_have_are_refused(fleet: Path, lines: str, message: str) -> None:
+    fleet.write_text(f"{POOL}{lines}\n")
+    with pytest.raises(FleetFileError, match=f"{fleet}: pools.one: .*{message}"):
+        rendered("kubernetes", fleet, RenderOptions())
+
+
+def test_workers_of_the_cpu_share_one_pod(fleet: Path) -> None:
+    fleet.write_text(f'{POOL}devices = ["cpu"]\nworkers_per_device = 2\n')
+    text = rendered("kubernetes", fleet, RenderOptions())["workers/one.yaml"]
+    container = next(module("yaml").safe_load_all(text))["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == "pipefleet-worker-cpu"
+    assert container["resources"]["requests"]["cpu"] == "4"
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
 
 
 def test_the_grace_period_follows_from_the_drain(fleet: Path) -> None:

@@ -116,7 +116,7 @@ class World:
     def _start_servers(self, children: Children, stack: ExitStack) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         credentials = Credentials.load_or_create(self.folder / "credentials.json")
-        site = Site(self.folder, PortBook(self.folder / "ports.json"), credentials, children)
+        site = Site(self.folder, children, ports=PortBook(self.folder / "ports.json"), credentials=credentials)
         self._server, self._s3 = RedisServer(site), S3Server(site)
         stack.callback(self._s3.sweep)
         self._server.start()

@@ -49,9 +49,9 @@ def table(pool: str, model: str, *lines: str, task: str = "text-classification")
 
 
 class FakeCrew:
-    """A crew under a fleet file in `folder`, whose clock stands still; `messages` are what lies in the queues."""
+    """A crew under a fleet file in `folder` of a host with `gpus`. Its clock stands still; `messages` lie in the queues."""
 
-    def __init__(self, folder: Path, *tables: str, least: int = 1, believed: float = 0.0) -> None:
+    def __init__(self, folder: Path, *tables: str, least: int = 1, believed: float = 0.0, gpus: int = 0) -> None:
         self.clock = Clock()
         self.path = folder / "fleet.toml"
         self.children = Children()
@@ -59,7 +59,7 @@ class FakeCrew:
         self.versions: list[Path] = []
         for model in ("a", "b", "c"):
             (folder / model).mkdir()
-        site = Site(folder, PortBook(folder / "ports.json"), Credentials(*[""] * 6), self.children)
+        site = Site(folder, self.children, ports=PortBook(folder / "ports.json"), credentials=Credentials(*[""] * 6))
         self.crew = Crew(site, dict(os.environ), command=fake_worker, grace=10.0, clock=self.clock)
         self.follower = Follower(
             FleetEdits(self.path, clock=self.clock),
@@ -68,6 +68,7 @@ class FakeCrew:
             outstanding=self._outstanding,
             changed=lambda path, fleet: self.versions.append(path),
             believed=believed,
+            gpus=lambda: gpus,
             clock=self.clock,
         )
         self.write(*tables)

@@ -19,9 +19,18 @@ from pipefleet_workers.fleet.top import command as top
 from pipefleet_workers.observe import logs
 
 if TYPE_CHECKING:
+    from pipefleet.fleet.devices import Devices
     from pipefleet.fleet.pools import Fleet, Pool
 
 log = logging.getLogger(__name__)
+DESCRIPTION = """\
+Run one worker: one process, one model. With --devices, or for a pool with `devices` in the fleet file and without --device,
+supervise a worker for each device, each a process of its own, until SIGTERM.
+
+A worker that ends is started again, after 1, 2, 4 ... 60 s; after eight times in a row it is tried every ten minutes and after
+kill -HUP, and the others go on. A worker that cannot start at all, such as with a model that does not load, ends all with its
+exit code. SIGTERM or Ctrl-C drains all; a second signal gives their work back at once. Each log line has the device in front.
+The first worker serves its metrics on PIPEFLEET_WORKER_METRICS_PORT, the others on the ports after it."""
 
 
 def register(commands: Commands) -> None:
@@ -35,8 +44,9 @@ def register(commands: Commands) -> None:
 def _register_worker(commands: Commands) -> None:
     parser = command(
         commands, "worker", worker,
-        help="run one worker: one process, one model",
-        example="pipefleet worker --pool speech --device cuda:0",
+        help="run one worker, or one for each device of this host",
+        description=DESCRIPTION,
+        example="pipefleet worker --pool speech --devices all",
         needs=local.OF_A_WORKER,
     )  # fmt: skip
     add_fleet_option(parser)
@@ -46,8 +56,12 @@ def _register_worker(commands: Commands) -> None:
     parser.add_argument("--model", help="hub name, folder or s3:// prefix; with a fleet file: another than the pool's")
     parser.add_argument("--revision", help="the revision of a hub model")
     parser.add_argument("--device", help="auto, cpu or cuda:N (default: the pool's)")
+    parser.add_argument("--devices", help="all, a number of GPUs, or cuda:0,cuda:2: a worker for each, supervised")
+    parser.add_argument("--workers-per-device", type=int, metavar="N", help="workers on each of the devices (1)")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU (default: all cores)")
-    parser.add_argument("--ready-file", type=Path, help="file that is written once the worker consumes")
+    parser.add_argument(
+        "--ready-file", type=Path, help="file that is there while the worker consumes; with --devices, while all do"
+    )
     parser.add_argument("--allow-unpinned", action="store_true", help="accept a hub model without a revision")
 
 
@@ -58,9 +72,11 @@ def worker(arguments: argparse.Namespace) -> int:
     from pipefleet_workers.settings import WorkerSettings
     from pipefleet_workers.worker import Worker, prepare_process
 
-    prepare_process(threads=arguments.threads)
     settings = load_settings()
     fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
+    if (devices := _devices(arguments, pool)) is not None:
+        return _supervised(arguments, pool, devices)
+    prepare_process(threads=arguments.threads)
     worker_settings = WorkerSettings()
     now = worker_settings.fleet_now or path
     one = Worker(fleet, pool, settings, worker_settings, None if now is None else LatestFleet(now, known=fleet))
@@ -69,6 +85,42 @@ def worker(arguments: argparse.Namespace) -> int:
         log.warning("%s", idle)
     with logs.errors_as_lines():
         return one.run(device=arguments.device, ready_file=arguments.ready_file)
+
+
+def _devices(arguments: argparse.Namespace, pool: Pool) -> Devices | None:
+    """The devices that get a worker each; None for one worker in this process. Raises UsageError for options that contradict."""
+    from pipefleet.fleet.devices import MOST, read_devices
+
+    if arguments.workers_per_device is not None and not 1 <= arguments.workers_per_device <= MOST:
+        raise UsageError(f"--workers-per-device must be a whole number from 1 to {MOST}")
+    if arguments.device is not None and (arguments.devices is not None or arguments.workers_per_device is not None):
+        raise UsageError("--device is for one worker; name --devices instead, which has one or several for each device")
+    devices: Devices | None = pool.devices if arguments.device is None else None
+    if arguments.devices is not None:
+        devices = read_devices("--devices", arguments.devices)
+        if pool.device_map is not None:
+            raise UsageError(
+                f"pool {pool.name} has device_map, which spreads one model over all GPUs; leave --devices out"
+            )
+    if devices is None and arguments.workers_per_device is not None:
+        raise UsageError("--workers-per-device needs --devices, or a pool with `devices`")
+    return devices
+
+
+def _supervised(arguments: argparse.Namespace, pool: Pool, devices: Devices) -> int:
+    """Run a worker of this command for each device, under one supervisor."""
+    from pipefleet_workers.fleet.local.supervise import supervise
+
+    logs.configure(pool=pool.name)
+    named = {name: getattr(arguments, name) for name in ("fleet", "pool", "task", "model", "revision")}
+    flags = {name: getattr(arguments, name) for name in ("previous", "allow_unpinned")}
+    options = [f"--{name}={one}" for name, one in named.items() if one is not None]
+    options += [f"--{name.replace('_', '-')}" for name, one in flags.items() if one]
+    per_device = arguments.workers_per_device or pool.workers_per_device
+    with logs.errors_as_lines():
+        return supervise(
+            pool.key, devices, per_device, options, ready_file=arguments.ready_file, threads=arguments.threads
+        )
 
 
 def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, Path | None]:

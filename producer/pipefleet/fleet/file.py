@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from pipefleet.contract.messages import MAX_NAME, is_name
 from pipefleet.errors import FleetFileError, UsageError, nearest
+from pipefleet.fleet.devices import MOST, checked_devices
 from pipefleet.fleet.loading import DTYPES, checked_attention, checked_model_kwargs, checked_quantization, misplaced
 from pipefleet.fleet.pools import MOST_PREVIOUS, Fleet, Pool, WorkerRange, is_hub_name, model_label, pinned
 from pipefleet.foreign import MOST_NUMBER
@@ -86,6 +87,8 @@ class _Pool(_Revision):
     task: Annotated[str, _rule("a text", min_length=1)]
     default: _Flag = False
     device: Annotated[str, _rule("auto, cpu or cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")] = "auto"
+    devices: Annotated[Any, AfterValidator(partial(checked_devices, "devices"))] = None
+    workers_per_device: Annotated[int, _rule(f"a whole number from 1 to {MOST}", ge=1, le=MOST)] = 1
     device_map: Annotated[str | None, _rule("auto (or absent)", pattern="^auto$")] = None
     max_batch_cost: Annotated[_Count, BeforeValidator(lambda value: None if value == "auto" else value)] = None
     max_batch_items: _Count = None
@@ -176,10 +179,33 @@ def _pool(name: str, table: Any, base: Path) -> Pool:
     for key in ("max_memory", "offload_folder"):
         if key in values and "device_map" not in values:
             raise FleetFileError(f'{where}.{key} must be left out, or beside device_map = "auto"')
+    _check_devices(where, values)
     values["parameters"] = {**implied_parameters(spec.name), **values.get("parameters", {})}
     previous = values.pop("previous", [])
-    pool = Pool(name=name, task=spec.name, **values)
+    pool = _with_room(where, Pool(name=name, task=spec.name, **values), table)
     return replace(pool, previous=_previous(f"{where}.previous", pool, previous, base))
+
+
+def _check_devices(where: str, values: Mapping[str, Any]) -> None:
+    """Raise FleetFileError for keys that say different things about devices."""
+    if "devices" not in values:
+        if "workers_per_device" in values:
+            raise FleetFileError(f"{where}.workers_per_device must be left out, or beside devices")
+        return
+    if "device" in values:
+        raise FleetFileError(f"{where} has device and devices; keep one of the two")
+    if "device_map" in values:
+        raise FleetFileError(f"{where} has devices and device_map, which spreads one model over all GPUs; keep one")
+
+
+def _with_room(where: str, pool: Pool, table: Mapping[str, Any]) -> Pool:
+    """The pool, whose most workers are at least those of one host, since these start and end together."""
+    least = pool.workers_per_host or 1
+    if pool.workers.max >= least:
+        return pool
+    if "max" in table.get("workers", {}):
+        raise FleetFileError(f"{where}.workers must have max >= {least}: devices gives each host {least} workers")
+    return replace(pool, workers=WorkerRange(pool.workers.min, least))
 
 
 def _previous(where: str, pool: Pool, tables: Any, base: Path) -> tuple[Pool, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UnknownModelError, nearest
+from pipefleet.fleet.devices import Devices, number_of
 
 MOST_PREVIOUS = 3
 """Retired revisions of a pool."""
@@ -72,6 +73,9 @@ class Pool:
     """The queue that a worker announces for its pool; None if the fleet file decides (see `fleet.routing`)."""
     revision_queue: str | None = None
     """The queue that a worker announces for its revision; None as above."""
+    devices: Devices | None = None
+    """The devices of each host that get workers; None for one worker, on `device`."""
+    workers_per_device: int = 1
 
     @classmethod
     def announced(cls, name: str, content: Mapping[str, Any]) -> Pool:
@@ -88,6 +92,12 @@ class Pool:
         """The name of the pool. A retired revision has `@previous` (or `@previous-2`, …) behind it."""
         number = "" if self.generation < 2 else f"-{self.generation}"
         return f"{self.name}@previous{number}" if self.generation else self.name
+
+    @property
+    def workers_per_host(self) -> int | None:
+        """How many workers one host, container or pod has; None for `devices = "all"`, whose number only the host knows."""
+        number = 1 if self.devices is None else number_of(self.devices)
+        return None if number is None else number * self.workers_per_device
 
     def serves(self, task: str, model: str, revision: str | None) -> bool:
         """Whether a job for this model goes to this pool. A job without a revision takes any revision."""

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipefleet_workers.fleet.scaling.decide import HOLD_SECONDS, Decision, ScalingLimits, Signal, State, decide
+from pipefleet_workers.fleet.scaling.decide import (
+    HOLD_SECONDS,
+    Decision,
+    ScalingLimits,
+    Signal,
+    State,
+    decide,
+    whole_replicas,
+)
 
 LIMITS = ScalingLimits(min=0, max=1000, wait_slo=600.0)
 work = st.floats(0, 1e7, allow_nan=False)
@@ -135,3 +143,20 @@ def test_only_work_counts_not_how_it_is_cut_into_jobs(factor: float) -> None:
     assert (
         abs(follow(scaled)[1][-1].desired - 20) <= 10
     )  # a wrong cost of the backlog bends the pool, it does not break it
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "least", "most", "expected"),
+    [
+        (0, 4, 0, 20, 0),
+        (1, 4, 0, 20, 4),
+        (5, 4, 0, 20, 8),
+        (20, 4, 0, 20, 20),
+        (21, 4, 0, 22, 20),  # a sixth replica would be 24
+        (1, 4, 0, 2, 4),  # there is no smaller one
+        (5, 4, 5, 6, 8),
+        (7, 1, 0, 9, 7),
+    ],
+)
+def test_workers_come_in_whole_replicas(workers: int, each: int, least: int, most: int, expected: int) -> None:
+    assert whole_replicas(workers, each=each, least=least, most=most) == expected

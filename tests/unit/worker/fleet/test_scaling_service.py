@@ -80,6 +80,17 @@ def test_it_answers_what_keda_and_prometheus_ask(service: ScalerService, redis: 
     assert 'pipefleet_pool_messages{pool="texts",state="queued"} 5.0' in metrics
 
 
+def test_it_wants_whole_replicas_where_a_host_has_several_workers(client: Client, redis: Redis) -> None:
+    table = {**FLEET["pools"]["texts"], "devices": 3, "workers_per_device": 2}
+    fleet = parse_fleet({"pools": {"texts": table}}, base=Path("/"))
+    put(redis, 5)
+    (status,) = Scaler(fleet, client.settings, cold_start=180.0).tick(remember=False).values()
+    assert status.decision.desired == 6
+    assert status.to_json()["workers"] == {"ready": 0, "barred": 0, "min": 0, "max": 7, "per_replica": 6}
+    alone = Scaler(fleet, client.settings, cold_start=180.0, by_replica=False)  # as on one host, which starts each
+    assert alone.tick(remember=False)["texts"].decision.desired == 1
+
+
 def test_a_pool_that_does_not_exist_is_404(service: ScalerService) -> None:
     assert eventually(lambda: get(service, "/healthz")[0] == 200)
     code, body = get(service, "/pools/nobody")

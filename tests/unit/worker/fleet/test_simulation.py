@@ -36,6 +36,21 @@ def test_work_is_never_lost_nor_made(policy: str) -> None:
     assert result.outstanding >= -1e-6
 
 
+@pytest.mark.parametrize("policy", ["pipefleet", "KEDA, list length 20"])
+def test_workers_of_a_replica_start_are_lost_and_end_together(policy: str) -> None:
+    each = 8
+    result = once(policy, replace(ROUGH, per_replica=each, on_demand=0.3))
+    assert result.carried + result.arrived == pytest.approx(result.done + result.outstanding, rel=1e-6)
+    assert result.starts % each == 0
+    assert (result.trace[:, 1] % each == 0).all()
+    assert result.trace[:, 1].max() > each
+
+
+def test_large_replicas_cost_more_than_single_workers() -> None:
+    single, large = (once("pipefleet", Hardware(spot_loss=0.0, reclaims=(), per_replica=each)) for each in (1, 16))
+    assert large.paid > 1.1 * single.paid
+
+
 def test_the_same_seed_is_the_same_day() -> None:
     first, again, other = (once("pipefleet", ROUGH, seed) for seed in (1, 1, 2))
     assert (first.paid, first.done, first.late, first.starts) == (again.paid, again.done, again.late, again.starts)

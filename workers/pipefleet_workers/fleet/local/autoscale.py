@@ -26,9 +26,11 @@ from pipefleet.fleet.routing import announcement, queue_name
 from pipefleet.queues.keys import ledger_keys
 from pipefleet.settings import Settings
 from pipefleet_workers.fleet.local.ports import LOOPBACK
+from pipefleet_workers.fleet.local.spread import room_of
 from pipefleet_workers.fleet.local.workers import Crew, WorkerProcess
 from pipefleet_workers.fleet.scaling.service import PoolStatus, Scaler, ScalerService
 from pipefleet_workers.observe.logs import say
+from pipefleet_workers.process.host import Count, visible_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,9 @@ class Autoscaler:
         self._crew = crew
         self._redis: Any = connect(settings)
         self._seen = 0.0
-        scaler = Scaler(self._fleet, settings, cold_start=pace.cold_start, hold=pace.hold, from_zero=True)
+        scaler = Scaler(
+            self._fleet, settings, cold_start=pace.cold_start, hold=pace.hold, from_zero=True, by_replica=False
+        )
         try:
             self.service = ScalerService(scaler, interval=pace.interval, address=LOOPBACK, port=port)
         except OSError as error:
@@ -87,6 +91,8 @@ class Autoscaler:
 
     def _describe(self, path: Path, fleet: Fleet) -> None:
         unlimited = pools_without_maximum(path)
+        fleet, limited = within_the_host(fleet, unlimited)
+        unlimited -= limited
         self._fleet = _up_to_the_cores(fleet, unlimited, self._cores)
         self._sharing = {key for key, pool in self._fleet.revisions.items() if pool.name in unlimited}
 
@@ -115,8 +121,7 @@ class Autoscaler:
             for _ in range(target - len(have)):
                 self._crew.start(name)
             if target < len(have):
-                for worker in least_useful(have, self._held(name))[: len(have) - target]:
-                    worker.drain()
+                self._crew.shrink(name, len(have) - target, order=least_useful(have, self._held(name)))
 
     def _held(self, name: str) -> Counter[int]:
         """The number of messages that each process of this machine holds, by process id."""
@@ -165,6 +170,22 @@ def pools_without_maximum(path: Path) -> set[str]:
     """The pools of a fleet file that set no maximum number of workers."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))["pools"]
     return {name for name, table in tables.items() if "max" not in table.get("workers", {})}
+
+
+def within_the_host(fleet: Fleet, unlimited: Collection[str], gpus: Count = visible_gpus) -> tuple[Fleet, set[str]]:
+    """The fleet, whose pools with `devices` have at most the workers that these have room for; and the names of these pools.
+
+    The pools in `unlimited` have as many.
+    """
+
+    def bounded(pool: Pool, room: int) -> Pool:
+        most = room if pool.name in unlimited else min(pool.workers.max, room)
+        previous = tuple(bounded(one, room) for one in pool.previous)
+        return replace(pool, workers=WorkerRange(min(pool.workers.min, most), most), previous=previous)
+
+    rooms = {name: room for name, pool in fleet.pools.items() if (room := room_of(pool, gpus)) is not None}
+    pools = {name: bounded(pool, rooms[name]) if name in rooms else pool for name, pool in fleet.pools.items()}
+    return Fleet(pools), set(rooms)
 
 
 def _up_to_the_cores(fleet: Fleet, names: Collection[str], cores: int) -> Fleet:

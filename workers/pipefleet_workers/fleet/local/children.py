@@ -20,6 +20,7 @@ from pathlib import Path
 from pipefleet.printable import printable
 from pipefleet_workers.fleet.local.errors import StackError
 from pipefleet_workers.fleet.local.files import private_folder
+from pipefleet_workers.fleet.local.relay import Relay
 from pipefleet_workers.process import tether
 
 _TETHER = Path(tether.__file__)
@@ -34,7 +35,7 @@ class ChildSpec:
     """The command of a child, and how to end it.
 
     `rank` orders the stop: higher ranks end first, equal ranks together. `grace` is the time in seconds between SIGTERM and
-    SIGKILL. `env` is the whole environment. The child inherits the descriptor `keep`.
+    SIGKILL. `env` is the whole environment. The child inherits the descriptor `keep`. Its output goes to `log`, or to a `relay`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ChildSpec:
     rank: int = 0
     grace: float = 5.0
     keep: int | None = None
+    relay: Relay | None = None
 
 
 class Child:
@@ -70,7 +72,8 @@ class Child:
 
     def start(self) -> None:
         """Start the process, or start it again after it ended; a command that cannot run ends at once."""
-        _rotate(self.spec.log)
+        if self.spec.relay is None:
+            _rotate(self.spec.log)
         self._process = _forker(os.getpid()).submit(_spawn, self.spec)
         self._process.result()
 
@@ -85,7 +88,9 @@ class Child:
             return True
 
     def epitaph(self) -> str:
-        """How the process ended, with the last lines of its log, for an error message."""
+        """How the process ended, with the last lines of its log unless a relay has shown them, for an error message."""
+        if self.spec.relay is not None:
+            return self._end()
         return f"{self._end()}; the end of {self.spec.log}:\n{self.log_tail()}"
 
     def last_words(self) -> str:
@@ -95,16 +100,23 @@ class Child:
 
     def log_tail(self, lines: int = 15) -> str:
         """The last `lines` lines of the log, indented by two spaces."""
+        if self.spec.relay is not None:
+            return "\n".join(f"  {printable(line, _LINE)}" for line in self.spec.relay.last_lines()[-lines:])
         with contextlib.suppress(OSError), self.spec.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
             return "\n".join(f"  {printable(line, _LINE)}" for line in text.splitlines()[-lines:])
         return "  (no log)"
 
-    def terminate(self) -> None:
-        """Ask the process to end (SIGTERM); does nothing if it has ended."""
+    @property
+    def code(self) -> int:
+        """How the process ended, as `subprocess` tells it: its exit code, or minus the number of the signal. Waits for the end."""
+        return self._started().wait()
+
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask the process to end by this signal; does nothing if it has ended."""
         if not self.ended():
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, number)
 
     def finish(self) -> None:
         """Kill the process and the rest of its group, and reap it; does nothing if this is done."""
@@ -115,7 +127,7 @@ class Child:
         self._started().wait()
 
     def _end(self) -> str:
-        code = self._started().wait()
+        code = self.code
         return f"{self.name} " + (
             f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         )
@@ -190,7 +202,7 @@ def _forker(pid: int) -> ThreadPoolExecutor:
 
 def _spawn(spec: ChildSpec) -> subprocess.Popen[bytes]:
     tether = [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid())]
-    with spec.log.open("ab") as log:
+    with spec.log.open("ab") if spec.relay is None else os.fdopen(spec.relay.open(), "ab") as log:
         return subprocess.Popen(
             [*tether, *spec.argv],
             cwd=spec.cwd,

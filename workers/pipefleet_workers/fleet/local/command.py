@@ -139,15 +139,19 @@ def _stack(arguments: argparse.Namespace, file: FleetEdits) -> Stack:
     return stack.follow(file, least=0).autoscale(pace)
 
 
-def reload_on_sighup(reload: Callable[[], None]) -> None:
-    """Call `reload` at SIGHUP. If the terminal of this process is gone, SIGHUP ends the process as Ctrl-C does."""
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def reload_on_sighup(reload: Callable[[], None], *, gone: Callable[[], None] = _interrupt) -> None:
+    """Call `reload` at SIGHUP. If the terminal of this process is gone, call `gone`, which by default interrupts it."""
     terminal = next((number for number in (0, 1, 2) if os.isatty(number)), None)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         terminal = None  # under nohup: goes on without
 
     def hang_up(number: int, frame: Any) -> None:
         if terminal is not None and not os.isatty(terminal):
-            raise KeyboardInterrupt
+            return gone()
         reload()
 
     signal.signal(signal.SIGHUP, hang_up)

@@ -48,8 +48,11 @@ class Description:
     def duty(self, name: str) -> Duty:
         """The duty of the workers of one key of `Fleet.revisions`."""
         pool = self.fleet.pool(name)
-        # A worker does not depend on the number of workers, nor on where jobs without a model go; it depends on its queue.
-        essence = replace(pool, workers=WorkerRange(), wait_slo=0.0, default=False, previous=(), generation=0)
+        # A worker does not depend on its siblings, on this host or others, nor on where jobs without a model go.
+        essence = replace(
+            pool, workers=WorkerRange(), devices=None, workers_per_device=1, wait_slo=0.0, default=False, previous=(),
+            generation=0,
+        )  # fmt: skip
         return Duty(essence, queue_name(pool, self.fleet))
 
     def table(self, name: str) -> Mapping[str, Any]:

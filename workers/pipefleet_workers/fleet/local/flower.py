@@ -17,7 +17,7 @@ USER = "pipefleet"
 _SAVE_MILLISECONDS = 30_000
 
 
-class Flower(ChildPart):
+class Flower(ChildPart[Site]):
     """Flower for the Celery app at `app` (`package.module:attribute`), read-only, with its state on disk.
 
     `environment` is the child's; the broker's URL and the password are passed in it, not on the command line. Flower's own

@@ -22,8 +22,10 @@ from pipefleet.fleet.pools import Fleet, Pool, model_label
 from pipefleet.fleet.revisions import waiting
 from pipefleet_workers.fleet.local.edits import Description, Duty, FleetEdits
 from pipefleet_workers.fleet.local.files import write_private
+from pipefleet_workers.fleet.local.spread import devices_of, room_of
 from pipefleet_workers.fleet.local.workers import Crew, Squad, WorkerProcess
 from pipefleet_workers.observe.logs import say
+from pipefleet_workers.process.host import Count, visible_gpus
 
 LOOK_SECONDS = 1.0
 """Seconds between two looks at the messages that wait for replaced workers."""
@@ -38,7 +40,8 @@ Outstanding = Callable[[Collection[str]], int]
 class Follower:
     """Keeps the crew of a stack as the fleet file describes it. One thread at a time may call it.
 
-    Each pool has `least` workers or its `workers.min`, whichever is more; with `least` 0 an autoscaler decides above the minimum.
+    Each pool has `least` workers or its `workers.min`, whichever is more; with `least` 0 an autoscaler decides above the minimum. A
+    pool with `devices` has as many workers as these have room for. `gpus` counts the GPUs of this host.
     `folder` takes the copies of the file. `changed` is called for every new version, with the path of its copy. Clients believe a
     worker's announcement for `believed` seconds: so long after a change they may send jobs to the replaced model. `clock` gives
     monotonic seconds.
@@ -53,6 +56,7 @@ class Follower:
         outstanding: Outstanding,
         changed: Callable[[Path, Fleet], None] = lambda path, fleet: None,
         believed: float = 0.0,
+        gpus: Count = visible_gpus,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._file = file
@@ -61,6 +65,7 @@ class Follower:
         self._outstanding = outstanding
         self._changed = changed
         self._believed = believed
+        self._gpus = gpus
         self._clock = clock
         self._now: Description | None = None
         self._copy = folder
@@ -132,7 +137,7 @@ class Follower:
     def _replace(self, crew: Crew, old: Description, new: Description, name: str) -> None:
         pool, before = new.fleet.pool(name), len(crew.of(name))
         self._assign(crew, new, name)
-        wanted = self._wanted(pool) if self._least else max(before, pool.workers.min)
+        wanted = self._wanted(pool) if self._least else self._roomy(pool, max(before, pool.workers.min))
         number = self._fill(crew, name, wanted)
         say(
             f"pool {name}: {_difference(old.duty(name), new.duty(name))}; {_start(number)}, "
@@ -142,28 +147,38 @@ class Follower:
 
     def _resize(self, crew: Crew, pool: Pool) -> None:
         crew.retry(pool.key)
-        if not self._least:
-            return  # the autoscaler has the new limits already
-        have, wanted = len(crew.of(pool.key)), self._wanted(pool)
+        have = len(crew.of(pool.key))
+        # An autoscaler has the new limits already, but its workers move to other devices here.
+        wanted = self._wanted(pool) if self._least else self._roomy(pool, have)
+        most = pool.workers_per_device if pool.devices is not None else max(have, wanted)
+        crew.move(pool.key, devices_of(pool, self._gpus), most=most)
+        moving = have - len(crew.of(pool.key))
         if have != wanted:
             say(f"pool {pool.key}: {have} -> {wanted} workers, by the fleet file", pool=pool.key)
-            self._fill(crew, pool.key, wanted)
+        elif moving:
+            say(f"pool {pool.key}: {moving} of {have} workers move to other devices, by the fleet file", pool=pool.key)
+        self._fill(crew, pool.key, wanted)
 
     def _assign(self, crew: Crew, description: Description, name: str) -> None:
         files = {"PIPEFLEET_FLEET": str(self._copy), "PIPEFLEET_WORKER_FLEET_NOW": str(self._file.path)}
-        crew.assign(name, duty=description.duty(name), environment=files)
+        devices = devices_of(description.fleet.pool(name), self._gpus)
+        crew.assign(name, duty=description.duty(name), environment=files, devices=devices)
 
     def _fill(self, crew: Crew, name: str, wanted: int) -> int:
         """Start missing workers up to `wanted`, or drain the surplus; returns how many were started."""
         missing = max(0, wanted - len(crew.of(name)))
         for _ in range(missing):
             crew.start(name)
-        for worker in crew.of(name)[wanted:]:
-            worker.drain()
+        crew.shrink(name, max(0, len(crew.of(name)) - wanted))
         return missing
 
     def _wanted(self, pool: Pool) -> int:
-        return max(self._least, pool.workers.min)
+        room = room_of(pool, self._gpus)
+        return room if self._least and room is not None else self._roomy(pool, max(self._least, pool.workers.min))
+
+    def _roomy(self, pool: Pool, number: int) -> int:
+        room = room_of(pool, self._gpus)
+        return number if room is None else min(number, room)
 
     def _let_go(self, crew: Crew, squad: Squad) -> None:
         """Tell the workers of a replaced squad to end, once their successors are ready and no message waits only for them."""

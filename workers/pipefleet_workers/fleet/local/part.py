@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from pipefleet_workers.fleet.local.children import Child, Children
 from pipefleet_workers.fleet.local.credentials import Credentials
@@ -23,14 +23,16 @@ _TAKEN = ("address already in use", "is not available on 127.0.0.1")
 
 
 @dataclass(frozen=True)
-class Site:
-    """The data directory and the things that all parts share; `lock` is the descriptor of its lock, which children inherit."""
+class Yard:
+    """A folder and the processes that keep their files there.
+
+    `lock` is the descriptor of a lock, which children inherit. Workers run in the folder `cwd`; None is `data`.
+    """
 
     data: Path
-    ports: PortBook
-    credentials: Credentials
     children: Children
     lock: int | None = None
+    cwd: Path | None = None
 
     def folder(self, name: str) -> Path:
         """A folder of the data directory; created when missing."""
@@ -39,6 +41,17 @@ class Site:
     def log(self, name: str) -> Path:
         """The path of the log of the part called `name`."""
         return self.data / "logs" / f"{name}.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(Yard):
+    """The data directory of a stack and the things that all its parts share."""
+
+    ports: PortBook
+    credentials: Credentials
+
+
+_Yard = TypeVar("_Yard", bound=Yard)
 
 
 class Part(Protocol):
@@ -52,12 +65,12 @@ class Part(Protocol):
         """Whether it answers now. Raises StackError if it will never answer."""
 
 
-class ChildPart:
+class ChildPart(Generic[_Yard]):
     """Base of the parts with one child process, with the common form of `stop` and `wait_ready`."""
 
     child: Child | None = None
 
-    def __init__(self, name: str, site: Site) -> None:
+    def __init__(self, name: str, site: _Yard) -> None:
         self.name = name
         self._site = site
 

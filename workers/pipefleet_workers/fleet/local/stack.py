@@ -246,7 +246,7 @@ class Stack:
         try:
             credentials = Credentials.load_or_create(self.data / "credentials.json")
             ports = PortBook(self.data / "ports.json")
-            return Site(self.data, ports, credentials, self._children, self._lock.descriptor)
+            return Site(self.data, self._children, self._lock.descriptor, ports=ports, credentials=credentials)
         except BaseException:
             self._lock.release()
             raise

@@ -1,9 +1,10 @@
-"""Worker processes of the stack: one child each; a worker is ready when it has written its ready file.
+"""Worker processes of one host: one child each; a worker is ready when it has written its ready file.
 
-    Crew: pool ─▶ Squad (one description of the pool) ─▶ WorkerProcess, WorkerProcess, …
+    Crew: pool ─▶ Squad (one description of the pool) ─▶ WorkerProcess on its device, WorkerProcess, …
           assign ─▶ the old squad is replaced ─▶ dismiss ─▶ its workers drain ─▶ gone
 
-`Stack`, `Follower` and `Autoscaler` call `Crew`. Dead workers are restarted by `Crew.step`; they raise nothing.
+`Stack`, `Follower` and `Autoscaler` call `Crew`, and so does `Supervisor` for `pipefleet worker --devices`. Dead workers are
+restarted by `Crew.step`; they raise nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from pathlib import Path
 from pipefleet_workers.fleet.local.children import Child, ChildSpec
 from pipefleet_workers.fleet.local.edits import Duty
 from pipefleet_workers.fleet.local.parked import Parked
-from pipefleet_workers.fleet.local.part import ChildPart, Site
+from pipefleet_workers.fleet.local.part import ChildPart, Yard
+from pipefleet_workers.fleet.local.relay import Relay
 from pipefleet_workers.fleet.local.restarts import Restarts
+from pipefleet_workers.fleet.local.spread import emptiest, misplaced, surplus
 from pipefleet_workers.observe.logs import say
 
 WorkerCommand = Callable[[str, Path], Sequence[str]]
-"""(pool, ready file) -> the command line of one worker, which creates the file once it consumes."""
-_METRICS_PORT = "PIPEFLEET_WORKER_METRICS_PORT"
+"""(pool, ready file) -> the command line of one worker, which creates the file once it consumes; `--device` may be added to it."""
+RelayOf = Callable[["WorkerProcess"], Relay]
+"""Where the output of a worker goes."""
+METRICS_PORT = "PIPEFLEET_WORKER_METRICS_PORT"
 
 
 def worker_command(pool: str, ready_file: Path, *, allow_unpinned: bool = False) -> list[str]:
@@ -34,16 +39,29 @@ def worker_command(pool: str, ready_file: Path, *, allow_unpinned: bool = False)
     return [sys.executable, "-m", "pipefleet", "worker", "--pool", pool, "--ready-file", str(ready_file), *unpinned]
 
 
-class WorkerProcess(ChildPart):
-    """Worker number `number` (from 1, counted over the stack) for `pool`; `restarts` counts its deaths.
+class WorkerProcess(ChildPart[Yard]):
+    """Worker number `number` (from 1, counted over the crew) for `pool`; `restarts` counts its deaths.
 
-    `drained_at` is the time at which it was told to end for good (monotonic seconds); None before.
+    It runs on `device`; None if it chooses one itself. `drained_at` is the time at which it was told to end for good (monotonic
+    seconds); None before.
     """
 
-    def __init__(self, site: Site, pool: str, *, number: int, command: WorkerCommand, restarts: Restarts) -> None:
+    def __init__(
+        self,
+        site: Yard,
+        pool: str,
+        *,
+        number: int,
+        command: WorkerCommand,
+        restarts: Restarts,
+        device: str | None = None,
+    ) -> None:
         super().__init__(f"worker-{pool}-{number}", site)
         self.pool = pool
         self.number = number
+        self.device = device
+        self.served = False
+        """Whether it was ever ready."""
         self.restarts = restarts
         self.last_words = ""
         """How its process ended the last time, on one line."""
@@ -51,19 +69,26 @@ class WorkerProcess(ChildPart):
         self._command = command
         self._ready_file = site.folder("run") / f"{self.name}.ready"
 
-    def start(self, environment: Mapping[str, str], *, grace: float) -> None:
+    @property
+    def title(self) -> str:
+        """Its name in messages, with its device."""
+        return f"{self.name} on {self.device}" if self.device else self.name
+
+    def start(self, environment: Mapping[str, str], *, grace: float, relay: Relay | None = None) -> None:
         """Start the process without waiting for it. At the stop it gets `grace` seconds to finish."""
+        device = ["--device", self.device] if self.device else []
         self._ready_file.unlink(missing_ok=True)
         self.child = self._site.children.start(
             ChildSpec(
-                name=self.name,
-                argv=self._command(self.pool, self._ready_file),
-                cwd=self._site.data,
+                name=self.title,
+                argv=[*self._command(self.pool, self._ready_file), *device],
+                cwd=self._site.cwd or self._site.data,
                 log=self._site.log(self.name),
                 env={**environment, **self._own_port(environment), "PYTHONUNBUFFERED": "1"},
                 rank=1,
                 grace=grace,
                 keep=self._site.lock,
+                relay=relay,
             )
         )
 
@@ -106,8 +131,8 @@ class WorkerProcess(ChildPart):
 
     def _own_port(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Workers of one machine cannot share a port: the first gets the named port, the others the ports after it."""
-        first = environment.get(_METRICS_PORT, "0")
-        return {_METRICS_PORT: str(int(first) + self.number - 1)} if first.isdecimal() and int(first) else {}
+        first = environment.get(METRICS_PORT, "0")
+        return {METRICS_PORT: str(int(first) + self.number - 1)} if first.isdecimal() and int(first) else {}
 
     def _answers(self) -> bool:
         return self._ready_file.exists()
@@ -115,11 +140,15 @@ class WorkerProcess(ChildPart):
 
 @dataclass(eq=False)
 class Squad:
-    """The workers of one pool that were started with one description of it, which sets their `environment` and their `duty`."""
+    """The workers of one pool that were started with one description of it, which sets their `environment` and their `duty`.
+
+    They are spread over `devices`; if there are none, each finds its own.
+    """
 
     pool: str
     environment: Mapping[str, str] = field(default_factory=dict)
     duty: Duty | None = None
+    devices: tuple[str, ...] = ()
     workers: list[WorkerProcess] = field(default_factory=list)
     replaced: bool = False
     """Whether another squad, or none, serves the pool from now on."""
@@ -136,25 +165,30 @@ class Squad:
 
 
 class Crew:
-    """The workers of a stack, by pool; an iterator over all of them. One thread at a time may call it.
+    """The workers of a host, by pool; an iterator over all of them. One thread at a time may call it.
 
-    `clock` gives monotonic seconds; the pauses before a worker's restart follow it.
+    `clock` gives monotonic seconds; the pauses before a worker's restart follow it. `relay` takes the output of the workers;
+    without it each has a log of its own. `retried` tells people when a parked worker is tried again.
     """
 
     def __init__(
         self,
-        site: Site,
+        site: Yard,
         environment: Mapping[str, str],
         *,
         command: WorkerCommand,
         grace: float,
         clock: Callable[[], float] = time.monotonic,
+        relay: RelayOf | None = None,
+        retried: str = "when the fleet file changes its pool, and after kill -HUP",
     ) -> None:
         self._site = site
         self._environment = environment
         self._command = command
         self._grace = grace
         self._clock = clock
+        self._relay = relay
+        self._retried = retried
         self._current: dict[str, Squad] = {}
         self._replaced: list[Squad] = []
 
@@ -176,8 +210,10 @@ class Crew:
         squad = self._current.get(pool)
         return [] if squad is None else squad.staying()
 
-    def assign(self, pool: str, *, duty: Duty, environment: Mapping[str, str]) -> None:
-        """Start workers of `pool` with this environment from now on; the workers before become a replaced squad, which goes on.
+    def assign(
+        self, pool: str, *, environment: Mapping[str, str], duty: Duty | None = None, devices: tuple[str, ...] = ()
+    ) -> None:
+        """Start workers of `pool` like this from now on; the workers before become a replaced squad, which goes on.
 
         A replaced squad with the same duty takes its place again.
         """
@@ -188,6 +224,7 @@ class Crew:
         else:
             self._replaced.remove(squad)
         squad.duty, squad.environment, squad.replaced, squad.closed = duty, environment, False, False
+        squad.devices = devices
         self._current[pool] = squad
 
     def retire(self, pool: str) -> None:
@@ -210,15 +247,31 @@ class Crew:
     def start(self, pool: str, *, squad: Squad | None = None) -> WorkerProcess:
         """Start one more worker in the squad that serves the pool, or in `squad`. Returns without waiting for it.
 
-        It gets the lowest free number.
+        It gets the lowest free number, and the emptiest device of the squad.
         """
         squad = squad or self._current.setdefault(pool, Squad(pool))
         taken = {worker.number for worker in self}
         number = next(number for number in itertools.count(1) if number not in taken)
-        worker = WorkerProcess(self._site, pool, number=number, command=self._command, restarts=Restarts(self._clock))
+        everybody = [one for one in self if one.drained_at is None]
+        device = emptiest(squad.devices, squad.staying(), everybody)
+        restarts = Restarts(self._clock)
+        worker = WorkerProcess(self._site, pool, number=number, command=self._command, restarts=restarts, device=device)
         squad.workers.append(worker)
-        worker.start({**self._environment, **squad.environment}, grace=self._grace)
+        relay = None if self._relay is None else self._relay(worker)
+        worker.start({**self._environment, **squad.environment}, grace=self._grace, relay=relay)
         return worker
+
+    def move(self, pool: str, devices: tuple[str, ...], *, most: int) -> None:
+        """Spread the pool's workers over these devices from now on; drain those elsewhere, and those beyond `most` on a device."""
+        squad = self._current[pool]
+        squad.devices = devices
+        for worker in misplaced(squad.staying(), devices, most) if devices else ():
+            worker.drain()
+
+    def shrink(self, pool: str, number: int, *, order: Sequence[WorkerProcess] = ()) -> None:
+        """Drain `number` workers of a pool, so that the others stay evenly spread; in this order, or the youngest first."""
+        for worker in surplus(order or self.of(pool)[::-1], number):
+            worker.drain()
 
     def has(self, child: Child) -> bool:
         """Whether a process belongs to one of its workers."""
@@ -259,8 +312,10 @@ class Crew:
                 worker.stop()
                 squad.workers.remove(worker)
         elif not worker.ended():
-            if worker.answers() and worker.restarts.ready():
-                say(f"{worker.name} is ready again", pool=worker.pool)
+            if worker.answers():
+                worker.served = True
+                if worker.restarts.ready():
+                    say(f"{worker.title} is ready again", pool=worker.pool)
         elif not worker.restarts.waiting:
             self._mourn(worker, squad)
         elif worker.restarts.due:
@@ -279,8 +334,7 @@ class Crew:
             others = sum(not one.restarts.waiting for one in squad.staying())
             note = (
                 f"it ended {deaths} times in a row and stays down; {others} of {len(squad.staying())} workers of the pool "
-                f"go on. It is tried again in {pause / 60:g} minutes, when the fleet file changes its pool, "
-                f"and after kill -HUP {os.getpid()}"
+                f"go on. It is tried again in {pause / 60:g} minutes, {self._retried} {os.getpid()}"
             )
         say(epitaph, trouble=True, pool=worker.pool)
-        say(f"{worker.name}: {note}", trouble=True, pool=worker.pool)
+        say(f"{worker.title}: {note}", trouble=True, pool=worker.pool)

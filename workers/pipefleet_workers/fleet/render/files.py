@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 from pipefleet.errors import UsageError
-from pipefleet_workers.fleet.render.pools import DeployedPool, RenderOptions, load_pools
+from pipefleet_workers.fleet.render.pools import METRICS_PORT, DeployedPool, RenderOptions, load_pools, require_number
 
 FLEET_FILE = "fleet.toml"
 MARK = "# Rendered by `pipefleet render"
@@ -26,6 +26,9 @@ def rendered(target: str, path: Path, options: RenderOptions) -> dict[str, str]:
     Raises FleetFileError if the fleet file is wrong, or if no container can run one of its pools.
     """
     pools = load_pools(path)
+    if target == "kubernetes":
+        for one in pools:
+            require_number(one, path)
     copy = f"{MARK} {target}`; change the fleet file and render again.\n{path.read_text(encoding='utf-8')}"
     return {FLEET_FILE: copy, **TARGETS[target](pools, options)}
 
@@ -67,15 +70,28 @@ def _left_over(wanted: Mapping[str, str], folder: Path) -> list[Path]:
 
 
 def _compose(pools: list[DeployedPool], options: RenderOptions) -> dict[str, str]:
-    services = (_fill("compose-worker.yaml", one, options, extra=_compose_device(one)) for one in pools)
+    services = (
+        _fill("compose-worker.yaml", one, options, extra=_compose_device(one), networks=_compose_names(one))
+        for one in pools
+    )
     return {"pools.yaml": _template("compose-head.yaml").substitute() + "".join(services)}
 
 
 def _compose_device(one: DeployedPool) -> str:
     if not one.on_gpu:
         return ""
-    which = f'device_ids: ["{one.gpu}"]' if one.gpu else "count: all"
+    chosen = [name.partition(":")[2] for name in one.names] or ([one.gpu] if one.gpu else [])
+    number = "all" if one.pool.devices is None else one.gpus or "all"
+    which = f"device_ids: {json.dumps(chosen)}" if chosen else f"count: {number}"
     return _template("compose-gpu.yaml").substitute(which=which)
+
+
+def _compose_names(one: DeployedPool) -> str:
+    """The names under which Prometheus finds the ports of a container with several workers."""
+    if one.workers == 1:
+        return ""
+    names = ["workers", *(f"workers-{number}" for number in range(2, one.workers + 1))]
+    return _template("compose-names.yaml").substitute(names=", ".join(names))
 
 
 def _kubernetes(pools: list[DeployedPool], options: RenderOptions) -> dict[str, str]:
@@ -87,22 +103,38 @@ def _kubernetes(pools: list[DeployedPool], options: RenderOptions) -> dict[str, 
         ),
     }
     for one in pools:
-        device = _template(f"kubernetes-{_image(one)}.yaml").substitute()
-        found[f"workers/{one.name}.yaml"] = _fill("kubernetes-worker.yaml", one, options, extra=device)
+        device = _template(f"kubernetes-{_image(one)}.yaml").substitute(_resources(one))
+        ports = _kubernetes_ports(one)
+        found[f"workers/{one.name}.yaml"] = _fill("kubernetes-worker.yaml", one, options, extra=device, ports=ports)
         found[f"autoscaling/{one.name}.yaml"] = _fill("kubernetes-scaledobject.yaml", one, options)
     return found
+
+
+def _resources(one: DeployedPool) -> dict[str, object]:
+    """CPUs, Gi of memory (to ask for, and at most) and GPUs of a pod; each worker needs its share of the host."""
+    cpus, memory, most = (4, 16, 32) if one.on_gpu else (2, 4, 8)
+    number = one.workers
+    return {"cpus": cpus * number, "memory": memory * number, "most": most * number, "gpus": one.gpus}
+
+
+def _kubernetes_ports(one: DeployedPool) -> str:
+    """The ports of the metrics: a name for each worker, so that the pod monitor finds it."""
+    names = ["metrics", *(f"metrics-{number}" for number in range(2, one.workers + 1))]
+    return "".join(
+        f"\n            - {{ name: {name}, containerPort: {METRICS_PORT + index} }}" for index, name in enumerate(names)
+    )
 
 
 def _kustomization(template: str, names: list[str]) -> str:
     return _template(template).substitute(resources="".join(f"\n  - {name}" for name in names))
 
 
-def _fill(template: str, one: DeployedPool, options: RenderOptions, *, extra: str = "") -> str:
+def _fill(template: str, one: DeployedPool, options: RenderOptions, **parts: str) -> str:
     arguments = json.dumps(one.arguments("/tmp/ready"))[1:-1]
     return _template(template).substitute(
         pool=one.name, key=one.pool.key, task=one.pool.task, image=_image(one), arguments=arguments, digest=one.digest,
         drain=options.drain, grace=options.grace, namespace=options.namespace, replicas=one.replicas,
-        min=one.pool.workers.min, max=one.pool.workers.max, extra=extra,
+        min=one.least, max=one.most, each=one.each, **parts,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipefleet.errors import FleetFileError, UsageError
+from pipefleet.fleet.devices import ALL, CPU, number_of
 from pipefleet.fleet.pools import Pool
 from pipefleet.fleet.routing import queue_name
 
@@ -24,6 +25,11 @@ DRAIN_SECONDS = 45
 GRACE_MARGIN = 15
 """Seconds between the end of the drain and SIGKILL, in which results are written and other messages given back."""
 NAMESPACE = "pipefleet"
+METRICS_PORT = 9400
+"""The port of a container's first worker; the others have the ports after it."""
+MOST_WORKERS = 16
+"""Workers of one container: Prometheus looks for so many ports. With `devices = "all"` it looks for those of GPUS_OF_A_HOST."""
+GPUS_OF_A_HOST = 8
 _LONGEST_NAME = 63 - len("pipefleet-worker-")
 """A Kubernetes label has at most 63 characters, and KEDA labels its objects with the name of the Deployment."""
 _SCALING = ("workers", "wait_slo")
@@ -68,7 +74,7 @@ class DeployedPool:
     @property
     def on_gpu(self) -> bool:
         """True if the pool uses a GPU when one is available."""
-        return self.pool.device != "cpu"
+        return CPU not in (self.pool.device, *self.names)
 
     @property
     def gpu(self) -> str | None:
@@ -76,13 +82,48 @@ class DeployedPool:
         return self.pool.device.partition(":")[2] or None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The devices that the fleet file names."""
+        return self.pool.devices if isinstance(self.pool.devices, tuple) else ()
+
+    @property
+    def gpus(self) -> int | None:
+        """The number of GPUs of a container; None for all of its host."""
+        if not self.on_gpu:
+            return 0
+        return 1 if self.pool.devices is None else number_of(self.pool.devices)
+
+    @property
+    def workers(self) -> int:
+        """The number of workers of a container; with all GPUs of a host, the most that Prometheus looks for."""
+        known = self.pool.workers_per_host
+        return min(GPUS_OF_A_HOST * self.pool.workers_per_device, MOST_WORKERS) if known is None else known
+
+    @property
+    def each(self) -> int:
+        """The number of workers that the scaler counts for a container: 1 where only the host knows it."""
+        return self.pool.workers_per_host or 1
+
+    @property
+    def least(self) -> int:
+        """The number of containers with a scaler, at least."""
+        return -(-self.pool.workers.min // self.each)
+
+    @property
+    def most(self) -> int:
+        """The number of containers with a scaler, at most."""
+        return max(self.pool.workers.max // self.each, self.least, 1)
+
+    @property
     def replicas(self) -> int:
-        """The number of workers without a scaler: the minimum, but at least one."""
-        return max(1, self.pool.workers.min)
+        """The number of containers without a scaler: the minimum, but at least one."""
+        return max(1, self.least)
 
     def arguments(self, ready_file: str) -> list[str]:
-        """The arguments of `pipefleet` in the container, which sees its one GPU as the first GPU."""
+        """The arguments of `pipefleet` in the container, which sees GPUs that were chosen for it as the first GPUs."""
         device = ["--device", "cuda:0"] if self.gpu else []
+        if self.names and self.on_gpu:
+            device = ["--devices", str(len(self.names))]
         return ["worker", "--pool", self.pool.key, "--ready-file", ready_file, *device]
 
 
@@ -105,6 +146,14 @@ def load_pools(path: Path) -> list[DeployedPool]:
     return found
 
 
+def require_number(one: DeployedPool, path: Path) -> None:
+    """Raise FleetFileError unless the pool has a number of GPUs, which is all that a pod can ask for."""
+    if one.pool.devices == ALL or (one.names and one.on_gpu):
+        raise FleetFileError(
+            f"{path}: pools.{one.pool.key}: a pod gets a number of GPUs, neither all nor chosen ones; write devices = N"
+        )
+
+
 def _table(table: Mapping[str, Any], generation: int) -> dict[str, Any]:
     """The table of a pool, or of a revision that it is leaving, as the file has it."""
     previous = table.get("previous", ())
@@ -120,8 +169,13 @@ def _check(one: DeployedPool, table: Mapping[str, Any], path: Path) -> None:
         raise FleetFileError(
             f"{where}: a deployed pool's name has at most {_LONGEST_NAME} characters and no '-' at its end"
         )
-    if pool.device.startswith(("mps", "xpu")):
-        raise FleetFileError(f"{where}: the images have no {pool.device}; use auto, cpu or cuda:N")
+    foreign = [name for name in (pool.device, *one.names) if name.startswith(("mps", "xpu"))]
+    if foreign:
+        raise FleetFileError(f"{where}: the images have no {foreign[0]}; use auto, cpu or cuda:N")
+    if one.workers > MOST_WORKERS:
+        raise FleetFileError(
+            f"{where}: a container has at most {MOST_WORKERS} workers, not {one.workers}: Prometheus looks for so many ports"
+        )
     if pool.model.startswith(("/", "s3://")) and table["model"] == pool.model:
         return
     if not pool.is_hub or table["model"] != pool.model:

@@ -127,6 +127,15 @@ def replacing(decision: Decision, *, barred: int, ready: int, most: int) -> Deci
     return replace(decision, desired=min(decision.desired + spare, max(most, decision.desired)))
 
 
+def whole_replicas(workers: int, *, each: int, least: int = 0, most: int) -> int:
+    """The number of workers in whole replicas of `each`, which start and end together: rounded up, but within `most` workers.
+
+    One replica, and those that `least` workers need, may exceed `most`, since there is no smaller number.
+    """
+    replicas = min(math.ceil(workers / each), max(1, most // each, math.ceil(least / each)))
+    return replicas * each
+
+
 def _observe(state: State, signal: Signal) -> State:
     """The state with the average updated by this reading. After a silence, the running workers count as the load."""
     elapsed = None if state.at is None else signal.now - state.at

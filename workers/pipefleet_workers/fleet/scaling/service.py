@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -51,6 +51,7 @@ from pipefleet_workers.fleet.scaling.decide import (
     State,
     decide,
     replacing,
+    whole_replicas,
 )
 from pipefleet_workers.fleet.scaling.signal import STATES, Measured, Memory, Reading, measure, read_pool
 
@@ -90,6 +91,7 @@ class PoolStatus:
                 "barred": self.barred,
                 "min": self.pool.workers.min,
                 "max": self.pool.workers.max,
+                "per_replica": self.pool.workers_per_host or 1,
             },
             "messages": {state: self.reading.count(state) for state in STATES},
             "dead_letters": self.dead_letters,
@@ -110,7 +112,8 @@ class Scaler:
     `tick` is called by one thread, the rest by any.
 
     `cold_start` is in seconds from the start of a worker to its first job, `hold` as in `ScalingLimits`. With `from_zero` no
-    worker runs yet: the scaler then goes on from the measurements of an earlier scaler, but not from its number of workers.
+    worker runs yet: the scaler then goes on from the measurements of an earlier scaler, but not from its number of workers. With
+    `by_replica` the workers that a pool's `devices` give one host start and end together, as in a container.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Scaler:
         cold_start: float,
         hold: float = HOLD_SECONDS,
         from_zero: bool = False,
+        by_replica: bool = True,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._fleet = fleet
@@ -129,6 +133,7 @@ class Scaler:
         self._cold_start = cold_start
         self._hold = hold
         self._from_zero = from_zero
+        self._by_replica = by_replica
         self._clock = clock or functools.partial(server_time, self._redis)
         self._minds: dict[str, tuple[Memory, State]] = {}
         self._statuses: Mapping[str, PoolStatus] = {}
@@ -173,6 +178,9 @@ class Scaler:
         memory, measured = measure(memory, reading)
         state, decision = decide(state, measured.signal, limits=self._limits(pool))
         decision = replacing(decision, barred=barred, ready=reading.workers, most=pool.workers.max)
+        bounds = pool.workers
+        desired = whole_replicas(decision.desired, each=self._each(pool), least=bounds.min, most=bounds.max)
+        decision = replace(decision, desired=desired)
         self._minds[part.key] = memory, state
         if remember:
             content = encode_json({"memory": memory.to_json(), "state": state.to_json()})
@@ -188,6 +196,10 @@ class Scaler:
             return Memory.from_json(content["memory"]), state
         except (ValueError, LookupError, TypeError):
             return Memory(), State()
+
+    def _each(self, pool: Pool) -> int:
+        """The workers of a replica: those of one host, unless this scaler itself starts each worker."""
+        return (pool.workers_per_host or 1) if self._by_replica else 1
 
     def _limits(self, pool: Pool) -> ScalingLimits:
         workers = pool.workers

@@ -44,6 +44,7 @@ def register(commands: Commands) -> None:
     add("--reclaim", type=_part, default=0.3, help="share of spot workers that one event takes at once (0.3)")
     add("--redelivery", type=_positive, default=30.0, help="seconds until the jobs of a lost worker run again (30)")
     add("--on-demand", type=_part, default=0.0, help="share of the workers that is bought on demand (0)")
+    add("--workers-per-replica", type=_count, default=1, metavar="N", help="devices that start and end together (1)")
     add("--prices", type=_positive, nargs=2, default=(1.0, 3.0), metavar=("SPOT", "ON_DEMAND"), help="an hour (1 3)")
     add("--cost-noise", type=_share, default=0.16, help="relative error of one reading of a job's mean cost (0.16)")
     add("--count-jobs", action="store_true", help="the work of jobs is not known: they are counted")
@@ -97,6 +98,7 @@ def _scenario(arguments: argparse.Namespace) -> Scenario:
         on_demand=arguments.on_demand,
         spot_price=arguments.prices[0],
         on_demand_price=arguments.prices[1],
+        per_replica=arguments.workers_per_replica,
     )
     knowledge = Knowledge(noise=arguments.cost_noise, counted=arguments.count_jobs)
     return Scenario(traffic, hardware, knowledge, slo=arguments.wait_slo, pools=arguments.pools)

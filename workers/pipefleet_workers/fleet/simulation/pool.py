@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipefleet_workers.fleet.scaling.decide import whole_replicas
 from pipefleet_workers.fleet.simulation.knowledge import TICK_SECONDS, Estimate, Knowledge
 from pipefleet_workers.fleet.simulation.traffic import DAY, Arrivals
 from pipefleet_workers.fleet.simulation.workers import Hardware, Workers
@@ -175,7 +176,8 @@ class SimulatedPool:
         self._spot.begin(now)
         self._steady.begin(now)
         lost = self._spot.lose(self._hardware.spot_loss * self._step / 3600) + self._spot.lose(reclaim)
-        hard = int(self._random.binomial(lost, self._hardware.hard)) if lost else 0
+        each = self._hardware.per_replica
+        hard = int(self._random.binomial(lost // each, self._hardware.hard)) * each if lost else 0
         if hard:
             held = self._take(min(hard * self._hardware.in_flight, self._queued))
             amount = sum(cohort[1] for cohort in held)
@@ -218,8 +220,9 @@ class SimulatedPool:
 
     def _tick(self, now: int) -> tuple[int, int]:
         """Ask the policy. Returns the numbers of ready workers that were stopped: spot, and on demand."""
-        wanted = min(max(self._policy.replicas(self._view(now)), 0), self._maximum)
-        steady = round(wanted * self._hardware.on_demand)
+        each = self._hardware.per_replica
+        wanted = whole_replicas(max(self._policy.replicas(self._view(now)), 0), each=each, most=self._maximum)
+        steady = round(wanted // each * self._hardware.on_demand) * each
         return self._spot.resize(now, wanted - steady), self._steady.resize(now, steady)
 
     def _view(self, now: int) -> View:

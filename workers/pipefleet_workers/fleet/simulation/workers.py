@@ -32,64 +32,75 @@ class Hardware:
     """Share of the wanted workers that is bought on demand: never lost, at a price of its own."""
     spot_price: float = 1.0
     on_demand_price: float = 3.0
+    per_replica: int = 1
+    """Workers of a replica, such as a container with several GPUs: they start, are lost and are stopped together."""
 
 
 class Workers:
-    """Counts of one kind of worker, spot or on demand."""
+    """Counts of one kind of worker, spot or on demand; inside in replicas, outside in workers."""
 
     def __init__(self, hardware: Hardware, steps: int, step: float, random: Any) -> None:
         self._low, self._high = (max(1, round(seconds / step)) for seconds in hardware.cold_start)
         self._due = [0] * (steps + self._high + 2)
         self._random = random
-        self.ready = 0
-        self.pending = 0
-        self.starts = 0
+        self._each = hardware.per_replica
+        self._ready = self._pending = self._starts = 0
+
+    @property
+    def ready(self) -> int:
+        """The workers that do work."""
+        return self._ready * self._each
+
+    @property
+    def starts(self) -> int:
+        """The workers that were started so far."""
+        return self._starts * self._each
 
     @property
     def total(self) -> int:
         """All paid workers."""
-        return self.ready + self.pending
+        return (self._ready + self._pending) * self._each
 
     def begin(self, now: int) -> None:
         """Let workers become ready whose cold start is over."""
         due, self._due[now] = self._due[now], 0
-        self.ready += due
-        self.pending -= due
+        self._ready += due
+        self._pending -= due
 
     def lose(self, share: float) -> int:
-        """Lose each ready worker with this probability; returns how many were lost."""
-        if not self.ready or share <= 0:
+        """Lose each ready replica with this probability; returns how many workers were lost."""
+        if not self._ready or share <= 0:
             return 0
-        lost = int(self._random.binomial(self.ready, share))
-        self.ready -= lost
-        return lost
+        lost = int(self._random.binomial(self._ready, share))
+        self._ready -= lost
+        return lost * self._each
 
     def resize(self, now: int, wanted: int) -> int:
-        """Start or stop workers until there are `wanted`; the last started stop first.
+        """Start or stop replicas until there are `wanted` workers; the last started stop first.
 
         Returns how many ready workers were stopped.
         """
-        change = wanted - self.total
+        change = wanted // self._each - self._ready - self._pending
         if change > 0:
             self._start(now, change)
             return 0
-        return self._stop(now, -change)
+        return self._stop(now, -change) * self._each
 
     def _start(self, now: int, count: int) -> None:
-        self.starts += count
-        self.pending += count
+        self._starts += count
+        self._pending += count
         delays = np.bincount(self._random.integers(self._low, self._high + 1, count))
         for delay in np.flatnonzero(delays):
             self._due[now + int(delay)] += int(delays[delay])
 
     def _stop(self, now: int, count: int) -> int:
         for at in range(now + self._high, now, -1):
-            if not count or not self.pending:
+            if not count or not self._pending:
                 break
             gone = min(count, self._due[at])
             self._due[at] -= gone
-            self.pending -= gone
+            self._pending -= gone
             count -= gone
-        stopped = min(count, self.ready)
-        self.ready -= stopped
+        stopped = min(count, self._ready)
+        self._ready -= stopped
         return stopped

@@ -1,0 +1,257 @@
+"""A supervisor and stand-ins for its workers: real processes that become ready, end, hang and drain as a folder tells them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipefleet.errors import UsageError
+from pipefleet_workers.fleet.local.children import Children
+from pipefleet_workers.fleet.local.part import Yard
+from pipefleet_workers.fleet.local.relay import LONGEST, Relay, labelled
+from pipefleet_workers.fleet.local.supervise import Supervisor, supervise
+from pipefleet_workers.fleet.local.workers import Crew
+from tests.servers import until
+
+WORKER = """
+import os, pathlib, signal, sys, threading, time
+folder, ready = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+name = ready.stem.rpartition("-")[2]
+print(f"worker {name} begins with {sys.argv[3:]} and {os.environ.get('PIPEFLEET_WORKER_METRICS_PORT')}", flush=True)
+(folder / f"begun-{name}-{os.getpid()}").touch()
+ends = folder / f"ends-{name}"
+if ends.exists():
+    sys.exit(int(ends.read_text()))
+def drain(*_):
+    if not (folder / "deaf").exists():
+        (folder / f"drained-{name}").touch()
+        os._exit(0)
+def hurry(*_):
+    if not (folder / "stone-deaf").exists():
+        os._exit(1)
+signal.signal(signal.SIGTERM, drain)
+signal.signal(signal.SIGQUIT, hurry)
+while (folder / f"slow-{name}").exists():
+    time.sleep(0.01)
+ready.touch()
+threading.Event().wait()
+"""
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from pipefleet_workers.fleet.local.children import Children
+from pipefleet_workers.fleet.local.part import Yard
+from pipefleet_workers.fleet.local.supervise import Supervisor, crew_of
+folder, code = Path(sys.argv[1]), sys.argv[2]
+yard = Yard(folder / "yard", Children(), cwd=folder)
+command = lambda pool, ready: [sys.executable, "-S", "-c", code, str(folder), str(ready)]
+crew = crew_of(yard, "texts", ("cpu",), 2, command)
+sys.exit(Supervisor(yard, crew, "texts", 2, folder / "ready").run())
+"""
+
+
+class World:
+    """A supervisor of two workers of one device, in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ready = folder / "ready"
+        self._log = folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, **settings: str) -> subprocess.Popen[bytes]:
+        with self._log.open("wb") as log:
+            command = [sys.executable, "-c", SUPERVISOR, str(self.folder), WORKER]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **settings})
+        return self.process
+
+    def start_ready(self, **settings: str) -> subprocess.Popen[bytes]:
+        process = self.start(**settings)
+        until(self.ready.exists)
+        return process
+
+    def pids(self, worker: int) -> list[int]:
+        """Every process that worker has had, in any order."""
+        return [int(one.name.rpartition("-")[2]) for one in self.folder.glob(f"begun-{worker}-*")]
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    one = World(tmp_path)
+    yield one
+    if one.process is not None:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_ready_is_when_all_are_and_no_longer_when_one_is_not(world: World) -> None:
+    slow = world.folder / "slow-2"
+    slow.touch()
+    world.ready.write_text("of an earlier process")
+    process = world.start()
+    until(lambda: (world.folder / "yard" / "run" / "worker-texts-1.ready").exists() and world.pids(2))
+    assert not world.ready.exists()
+    slow.unlink()
+    until(world.ready.exists)
+    assert world.ready.read_text() == f"{process.pid}\n"
+
+    (first,), (second,) = world.pids(1), world.pids(2)
+    slow.touch()
+    os.kill(second, signal.SIGKILL)
+    until(lambda: not world.ready.exists())
+    until(lambda: len(world.pids(2)) == 2)  # started again, and not ready
+    assert not world.ready.exists()
+    slow.unlink()
+    until(world.ready.exists)
+    assert world.pids(1) == [first]
+    log = world.log()
+    assert "worker-texts-2 on cpu was killed by SIGKILL\n" in log
+    assert "worker-texts-2 on cpu: starting it again in 1 s" in log
+    assert log.count("all of 2 workers are ready\n") == 3  # twice all, once not
+
+
+def test_all_drain_together_and_nothing_is_left(world: World) -> None:
+    process = world.start_ready()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert all((world.folder / f"drained-{number}").exists() for number in (1, 2))
+    assert not world.ready.exists()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_hurries_and_a_third_kills(world: World, first: signal.Signals) -> None:
+    (world.folder / "deaf").touch()
+    process = world.start_ready()
+    process.send_signal(first)
+    until(lambda: not world.ready.exists())
+    process.send_signal(first)
+    assert process.wait(20) == 1
+    assert "another signal: the workers get SIGQUIT" in world.log()
+
+    (world.folder / "stone-deaf").touch()
+    process = world.start_ready()
+    for count in range(1, 4):
+        process.send_signal(first)
+        if count > 1:
+            until(lambda: "the workers get SIGQUIT" in world.log())
+        else:
+            until(lambda: not world.ready.exists())
+    assert process.wait(20) == 128 + signal.SIGKILL
+
+
+def test_a_worker_that_cannot_start_as_it_was_told_to_ends_all(world: World) -> None:
+    (world.folder / "slow-1").touch()
+    (world.folder / "ends-2").write_text("2")
+    assert world.start().wait(20) == 2
+    assert "worker-texts-2 on cpu exited with status 2 before it was ever ready, so all workers end" in world.log()
+    assert not world.ready.exists()
+
+
+def test_a_worker_that_served_and_then_fails_to_start_leaves_the_others_alone(world: World) -> None:
+    process = world.start_ready()
+    (first,), (second,) = world.pids(1), world.pids(2)
+    (world.folder / "ends-2").write_text("2")
+    os.kill(second, signal.SIGKILL)
+    until(lambda: "exited with status 2" in world.log())
+    assert process.poll() is None
+    (world.folder / "ends-2").unlink()
+    until(world.ready.exists)
+    assert world.pids(1) == [first]
+
+
+def test_a_service_that_is_away_at_the_start_is_waited_for(world: World) -> None:
+    (world.folder / "ends-1").write_text("3")
+    process = world.start()
+    until(lambda: "worker-texts-1 on cpu: starting it again in 1 s" in world.log())
+    (world.folder / "ends-1").unlink()
+    until(world.ready.exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+def test_a_hang_up_tries_again_at_once(world: World) -> None:
+    (world.folder / "ends-1").write_text("3")
+    process = world.start()
+    until(lambda: "starting it again in 4 s" in world.log())
+    (world.folder / "ends-1").unlink()
+    process.send_signal(signal.SIGHUP)
+    until(world.ready.exists, 3.0)
+
+
+def test_one_log_has_the_device_in_front_and_each_worker_a_port_of_its_own(world: World) -> None:
+    world.start_ready(PIPEFLEET_WORKER_METRICS_PORT="9400")
+    log = world.log()
+    assert "[cpu #1] worker 1 begins with ['--device', 'cpu'] and 9400\n" in log
+    assert "[cpu #2] worker 2 begins with ['--device', 'cpu'] and 9401\n" in log
+
+
+def test_a_killed_supervisor_takes_its_workers_with_it(world: World) -> None:
+    process = world.start_ready()
+    workers = world.pids(1) + world.pids(2)
+    process.kill()
+    process.wait()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def crew(folder: Path, code: str) -> tuple[Yard, Crew]:
+    """Workers that run `code`, and whose pauses pass at once."""
+    yard = Yard(folder, Children())
+    command = [sys.executable, "-S", "-c", code]
+    ticks = itertools.count(0.0, 1000.0)
+    one = Crew(yard, dict(os.environ), command=lambda pool, ready: command, grace=10.0, clock=lambda: next(ticks))
+    one.assign("texts", environment={}, devices=("cpu",))
+    return yard, one
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("raise SystemExit(71)", 71), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_workers_that_all_end_again_and_again_end_the_supervisor(tmp_path: Path, code: str, expected: int) -> None:
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    yard, workers = crew(tmp_path, code)
+    assert Supervisor(yard, workers, "texts", 2, None).run() == expected
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == handlers
+
+
+@pytest.mark.parametrize(("devices", "absent"), [(4, "cuda:2, cuda:3"), (("cuda:1", "cuda:5"), "cuda:5")])
+def test_a_host_with_fewer_devices_is_told_before_anything_starts(
+    devices: int | tuple[str, ...], absent: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match=f"there is no device {absent} here, .* torch sees 2 GPUs"):
+        supervise("texts", devices, 1, [], ready_file=None, threads=None, gpus=lambda: 2)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_port_for_each_worker_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPEFLEET_WORKER_METRICS_PORT", "65535")
+    with pytest.raises(UsageError, match="PIPEFLEET_WORKER_METRICS_PORT must be at most 65534, since 2 workers"):
+        supervise("texts", ("cpu",), 2, [], ready_file=None, threads=None)
+
+
+def test_json_lines_get_a_field_and_other_lines_a_label() -> None:
+    line = labelled(b'{"time": "now", "message": "x"}\n', "cuda:0 #2", as_json=True)
+    assert json.loads(line) == {"device": "cuda:0 #2", "time": "now", "message": "x"}
+    assert labelled(b'{"a": 1}\n', "cpu", as_json=False) == b'[cpu] {"a": 1}\n'
+    assert labelled(b"Traceback", "cpu", as_json=True) == b"[cpu] Traceback\n"
+    assert labelled(b"{}\n", "cpu", as_json=True) == b"[cpu] {}\n"
+
+
+def test_a_relay_goes_on_when_nobody_reads_and_keeps_the_last_lines(tmp_path: Path) -> None:
+    closed = (tmp_path / "gone").open("wb")
+    closed.close()
+    relay = Relay("cpu", closed, lock=threading.Lock())
+    with os.fdopen(relay.open(), "wb") as output:
+        output.write(b"x" * (3 * LONGEST) + b"\n" + b"".join(b"line %d\n" % number for number in range(100)))
+    assert relay.last_lines() == [f"line {number}" for number in range(85, 100)]
