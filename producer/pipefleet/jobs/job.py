@@ -100,8 +100,8 @@ class Job:
     def _watched(self, timeout: float | None) -> JobFuture:
         """As `watch`, but a server that does not answer never delays the caller beyond `timeout`.
 
-        A look at such a server takes about `redis_timeout`. So only a caller with less time needs a thread for the look. A future that
-        hears of the end by itself needs no look, unless the caller leaves before the next sweep.
+        A look at such a server takes about `redis_timeout`. So only a caller with less time needs a thread for the look. A future
+        that hears of the end by itself needs no look, unless the caller leaves before the next sweep.
         """
         heard = self._heard()
         if heard is not None and (timeout is None or timeout > 2 * SWEEP_SECONDS):
@@ -139,7 +139,9 @@ class Job:
         return self._wait().__await__()
 
     async def _wait(self) -> Any:
-        future = self._heard() or await asyncio.to_thread(self.watch)
+        future = self._heard()
+        if future is None:
+            future = await asyncio.to_thread(self.watch)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def wake(_: object) -> None:
