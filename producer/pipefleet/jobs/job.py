@@ -151,7 +151,7 @@ class Job:
         future.add_quick_callback(wake)
         await ended.wait()
         record = future.result()
-        if record.output_ref is not None or ARTIFACT_KEY in (record.output or ""):  # objects are read, which takes long
+        if record.output_ref is not None or _has_artifacts(record.output or ""):  # objects are read, which takes long
             return await asyncio.to_thread(self._output, record)
         return self._output(record)
 
@@ -164,7 +164,12 @@ class Job:
         if text is None:
             raise JobError(f"the record of job {self.id} holds no output")
         output = decode_output(text)
-        return resolve(output, self._session.store.get) if resolved else output
+        return resolve(output, self._session.store.get) if resolved and _has_artifacts(text) else output
+
+
+def _has_artifacts(text: str | bytes) -> bool:
+    """Whether the JSON of an output may name artifacts; a walk over a whole output takes far longer than this look."""
+    return ARTIFACT_KEY in text if isinstance(text, str) else ARTIFACT_KEY.encode() in text
 
 
 def raise_for(job_id: str, record: JobRecord) -> None:
