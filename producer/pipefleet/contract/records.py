@@ -25,8 +25,8 @@ from pipefleet.errors import ContractError
 from pipefleet.foreign import number, read_object
 
 HEARS, RECORD = "hears", "record"
-"""A field of a record and its value: the client reads notices with records. A client of an earlier release writes no such field, and
-gets notices of the id alone; a worker of an earlier release sends no others, and the client looks up the record."""
+"""A field of a record and its value: the client reads notices with records. A client of an earlier release writes no such field,
+and gets notices of the id alone. A worker of an earlier release sends the id alone, and the client looks up the record."""
 MOST_TOLD = 64 * 1024
 """Most bytes of new fields with which a record goes into its notice."""
 MOST_WARNINGS = 10

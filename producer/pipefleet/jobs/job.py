@@ -100,8 +100,8 @@ class Job:
     def _watched(self, timeout: float | None) -> JobFuture:
         """As `watch`, but a server that does not answer never delays the caller beyond `timeout`.
 
-        A look at such a server takes about `redis_timeout`. So only a caller with less time needs a thread for the look. A future that
-        hears of the end by itself needs no look, unless the caller leaves before the next sweep.
+        A look at such a server takes about `redis_timeout`. So only a caller with less time needs a thread for the look. A future
+        that hears of the end by itself needs no look, unless the caller leaves before the next sweep.
         """
         heard = self._heard()
         if heard is not None and (timeout is None or timeout > 2 * SWEEP_SECONDS):
@@ -139,7 +139,9 @@ class Job:
         return self._wait().__await__()
 
     async def _wait(self) -> Any:
-        future = self._heard() or await asyncio.to_thread(self.watch)
+        future = self._heard()
+        if future is None:
+            future = await asyncio.to_thread(self.watch)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def wake(_: object) -> None:
@@ -149,7 +151,7 @@ class Job:
         future.add_quick_callback(wake)
         await ended.wait()
         record = future.result()
-        if record.output_ref is not None or ARTIFACT_KEY in (record.output or ""):  # objects are read, which takes long
+        if record.output_ref is not None or _has_artifacts(record.output or ""):  # objects are read, which takes long
             return await asyncio.to_thread(self._output, record)
         return self._output(record)
 
@@ -162,7 +164,12 @@ class Job:
         if text is None:
             raise JobError(f"the record of job {self.id} holds no output")
         output = decode_output(text)
-        return resolve(output, self._session.store.get) if resolved else output
+        return resolve(output, self._session.store.get) if resolved and _has_artifacts(text) else output
+
+
+def _has_artifacts(text: str | bytes) -> bool:
+    """Whether the JSON of an output may name artifacts; a walk over a whole output takes far longer than this look."""
+    return ARTIFACT_KEY in text if isinstance(text, str) else ARTIFACT_KEY.encode() in text
 
 
 def raise_for(job_id: str, record: JobRecord) -> None:

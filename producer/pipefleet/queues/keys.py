@@ -7,7 +7,7 @@ may touch them. All keys begin with `pipefleet:`. First come jobs and runs. R is
     job:<id>                hash    record of a single job (see `contract.records`); by clients and workers; ends after R
     text:<id>               stream  pieces of the text that a job writes (see `text_key`); by workers; ends after 10 minutes
     idempotency:<key>       string  id of the job with this key, and digest of its request; by clients; ends after R
-    done:<client>           channel ids of a client's jobs that reached a final state; by workers and clients
+    done:<client>           channel ids of a client's jobs that reached a final state, with records; by workers and clients
     cancelled               channel ids of jobs and runs that were cancelled; by clients
     run:<id>                hash    a run, fields below; by clients, read by workers; ends after T
     run:<id>:items          bitmap  items that have ended, by position; by workers, and clients that restore or seal; ends after T

@@ -1,8 +1,10 @@
 """Single jobs: no thread waits for a single job. They start together, share batches like all items, and are reported together.
 
-    start: one round trip to Redis ─▶ engine ─▶ Single.deliver ─▶ reports ─▶ finish_many: one round trip ─▶ ack
+    start ─┬▶ engine ─▶ Single.deliver ─┬▶ reports ─▶ finish_many: one round trip ─▶ ack
+           └▶ start_many: one round trip ┘
 
-The consumer's intake thread starts jobs; threads of the engine deliver; a thread of its own reports.
+The consumer's intake thread starts jobs; threads of the engine deliver; a thread of its own reports. A job enters the engine before
+Redis has answered that it runs: a round trip takes as long as a small model's forward. Its end is reported after this answer.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Single:
     """Set when the delivery has left this worker's hands; `run_alone` waits for it."""
     left: bool = False
     """True once its delivery has ended."""
-    _end: Outcome | Exception | None = None
+    _end: Outcome | Ending | Exception | None = None
+    _running: bool = False
+    """Whether Redis has answered that the job runs, or that it must not; ends wait for the answer."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def deliver(self, *outcomes: Outcome) -> None:
@@ -72,6 +76,28 @@ class Single:
             if self._end is not None:
                 return
             self._end = end
+            if not self._running:
+                return
+        self.singles.reports.put((self, end))
+
+    def runs(self) -> None:
+        """Redis has answered that the job runs: its end may be reported."""
+        try:
+            self.delivery.started()
+        except Exception as error:
+            log.exception("beginning job %r failed", self.message.id)
+            self.abandon(error)
+        with self._lock:
+            self._running, end = True, self._end
+        if end is not None:
+            self.singles.reports.put((self, end))
+
+    def runs_not(self, end: Ending | Exception) -> None:
+        """The job has ended before, or Redis cannot say whether it has: stop it here. Its outcome counts as nothing."""
+        with self._lock:
+            self._running, self._end = True, end
+        if self.context is not None:
+            self.context.give_back(DrainedError())  # the stages drop it; `abandon` keeps the end that is there
         self.singles.reports.put((self, end))
 
 
@@ -102,33 +128,40 @@ class Singles:
 
     def _start(self, singles: Sequence[Single]) -> None:
         """Start jobs; raises nothing: a job that cannot begin leaves, and begins again later."""
+        works = [work for single in singles for work in self._begun(single)]
+        for priority in sorted({work.job.priority for work in works}):
+            self._admit([work for work in works if work.job.priority == priority])
+        self._mark_running(singles)
+
+    def _mark_running(self, singles: Sequence[Single]) -> None:
+        """Mark jobs as running, all in one round trip; stop those that have ended before, or whose state is not known."""
         try:
             states = self._reporter.start_many([single.message for single in singles])
         except ServiceUnavailableError as error:
             for single in singles:
-                self._leave(single, error)
+                single.runs_not(error)
             return
         except Exception as error:  # noqa: BLE001 - logged for the job that caused it
-            return self._start_each(singles, error)
-        works = [work for single, state in zip(singles, states, strict=True) for work in self._begun(single, state)]
-        for priority in sorted({work.job.priority for work in works}):
-            self._admit([work for work in works if work.job.priority == priority])
+            return self._mark_each(singles, error)
+        for single, state in zip(singles, states, strict=True):
+            if state is JobState.RUNNING:
+                single.runs()
+            else:
+                single.runs_not(before(state) if isinstance(state, JobState) else state)
 
-    def _start_each(self, singles: Sequence[Single], error: Exception) -> None:
-        """Start jobs one by one, after one bad job (such as an id that Redis cannot store) failed the round trip of all."""
+    def _mark_each(self, singles: Sequence[Single], error: Exception) -> None:
+        """Mark jobs one by one, after one bad job (such as an id that Redis cannot store) failed the round trip of all."""
         if len(singles) > 1:
             for single in singles:
-                self._start([single])
+                self._mark_running([single])
         else:
             log.error("starting job %r failed", singles[0].message.id, exc_info=error)
-            self._leave(singles[0], error)
+            singles[0].runs_not(error)
 
-    def _begun(self, single: Single, state: JobState | Exception) -> list[Work]:
-        """The item of a job that this worker may run; empty for a job that has ended, is refused or fails to begin."""
+    def _begun(self, single: Single) -> list[Work]:
+        """The item of a job; empty for a job that this worker must not run, or that fails to begin."""
         try:
-            if isinstance(state, JobState) and not state.final:
-                return self._begin(single)
-            self._leave(single, before(state) if isinstance(state, JobState) else state)
+            return self._begin(single)
         except Exception as error:
             log.exception("beginning job %r failed", single.message.id)
             single.abandon(error)
@@ -145,7 +178,6 @@ class Singles:
     def _begin(self, single: Single) -> list[Work]:
         """The item of a job that this worker may run; a refused one ends here."""
         delivery, message = single.delivery, single.message
-        delivery.started()
         patient = delivery.retries < self._budget
         single.context = self._jobs.begin(message, single, priority=delivery.priority, patient=patient)
         work = work_of(single.context, 0, message.items[0])
@@ -166,7 +198,7 @@ class Singles:
     def _report_batch(self, batch: Sequence[tuple[Single, Any]]) -> None:
         finished = []
         for single, end in batch:
-            if isinstance(end, Exception):
+            if isinstance(end, Exception | Ending):
                 self._leave(single, end)
             elif single.delivery.lost:
                 self._leave(single, LOST)  # the worker that now has the job reports it

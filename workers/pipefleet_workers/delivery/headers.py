@@ -38,7 +38,7 @@ def checked_headers(headers: Any, clock: Callable[[], float] = time.time) -> dic
     """The headers that are kept. Raises MalformedError when a header that matters has the wrong type."""
     if headers is None:
         return {}
-    if not isinstance(headers, Mapping):
+    if not isinstance(headers, dict):
         raise MalformedError("its headers are no object")
     if headers.get("compression") is not None:
         raise MalformedError("its body is compressed")
@@ -62,12 +62,12 @@ def checked_headers(headers: Any, clock: Callable[[], float] = time.time) -> dic
 
 def checked_properties(properties: Any) -> dict[str, Any]:
     """The properties that are kept. Raises MalformedError without a delivery tag and delivery info."""
-    if not isinstance(properties, Mapping):
+    if not isinstance(properties, dict):
         raise MalformedError("it has no properties")
     tag, info = properties.get("delivery_tag"), properties.get("delivery_info")
     if not isinstance(tag, str):
         raise MalformedError("it has no delivery tag")
-    if not isinstance(info, Mapping):
+    if not isinstance(info, dict):
         raise MalformedError("it has no delivery info")
     where = {name: info[name] for name in ("exchange", "routing_key") if isinstance(info.get(name), str)}
     kept: dict[str, Any] = {"delivery_tag": tag, "delivery_info": where}

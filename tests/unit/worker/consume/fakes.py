@@ -167,14 +167,18 @@ class FakeEngine:
                 work.job.sink.deliver(self.answers(work))
 
     def work(self, job_id: str) -> Work:
-        """The item of a job, once it is here."""
-        assert eventually(lambda: any(one.job.id == job_id for one in self.inside)), f"{job_id} never comes"
-        return [one for one in self.inside if one.job.id == job_id][-1]
+        """The item of a job, once it is here; items of jobs that were given back are the engine's to drop."""
+
+        def here() -> list[Work]:
+            return [one for one in self.inside if one.job.id == job_id and not one.job.given_back]
+
+        assert eventually(lambda: bool(here())), f"{job_id} never comes"
+        return here()[-1]
 
     def end(self, job_id: str, failure: JobFailure | None = None) -> None:
         """The forward of a job's item is over."""
         work = self.work(job_id)
-        self.inside.remove(work)
+        self.inside = [one for one in self.inside if one is not work]
         stopped = work.job.stopped("forward")
         work.job.sink.deliver(Outcome(work, output={"label": "x"}, failure=failure or stopped))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from pipefleet.contract.messages import JobItem, JobMessage, JobState
 from pipefleet.contract.records import JobFailure
-from pipefleet_workers.ending import LOST
+from pipefleet_workers.consume.held import DrainedError
+from pipefleet_workers.ending import LOST, Ending
 from pipefleet_workers.items import JobContext, Outcome
 from tests.unit.conftest import eventually
 from tests.unit.worker.consume.fakes import AWAY, TASK, Bench, FakeDelivery, single
@@ -54,6 +56,53 @@ def test_jobs_that_cannot_be_started_begin_again_later() -> None:
     bench.later(60.0)
     bench.engine.end("job")
     assert delivery.wait() == "done"
+
+
+class TestTheAnswerOfRedis:
+    """A job enters the engine before Redis has answered that it runs. Its end waits for this answer."""
+
+    def hold(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+        """Redis answers nothing to starts until the event is set."""
+        answers, whole = threading.Event(), bench.reporter.start_many
+
+        def start_many(messages: Sequence[JobMessage]) -> list[JobState | Exception]:
+            assert answers.wait(20)
+            return whole(messages)
+
+        monkeypatch.setattr(bench.reporter, "start_many", start_many)
+        return answers
+
+    def test_an_outcome_is_reported_after_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench()
+        answers = self.hold(bench, monkeypatch)
+        delivery = bench.take(single())
+        bench.engine.end("job")
+        assert not delivery.ended.wait(0.1)
+        assert delivery.starts == 0
+        answers.set()
+        assert delivery.wait() == "done"
+        assert delivery.starts == 1
+
+    def test_an_outcome_counts_as_nothing_where_the_job_had_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench()
+        answers = self.hold(bench, monkeypatch)
+        bench.reporter.states["job"] = JobState.CANCELLED
+        delivery = bench.take(single())
+        bench.engine.end("job")
+        answers.set()
+        assert delivery.wait() == "done"
+        assert delivery.endings == [Ending(JobState.CANCELLED, "cancelled before", here=False)]
+        assert settled(bench)
+
+    def test_a_drain_waits_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench()
+        answers = self.hold(bench, monkeypatch)
+        delivery = bench.take(single())
+        bench.engine.work("job").job.give_back(DrainedError())
+        assert not delivery.ended.wait(0.1)
+        answers.set()
+        assert delivery.wait() == "given back"
+        assert settled(bench)
 
 
 def test_jobs_that_cannot_be_reported_begin_again_and_are_counted_once() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterator
 from queue import Empty
 from typing import Any
 
 import pytest
+from kombu.asynchronous import Hub
 
-from pipefleet_workers.delivery.waiting import Bell
+from pipefleet_workers.delivery.waiting import Bell, LeasePoller
 
 
 class FakeConnection:
@@ -97,3 +101,60 @@ def test_an_answer_is_overdue_after_its_time_alone() -> None:
     bell.arm(5.0, takes=True)
     assert bell.overdue(-1.0)
     assert not bell.overdue(1000.0)
+
+
+class TestEventLoop:
+    """The loop is told of each socket once: kombu tells it at every turn."""
+
+    def poller(self, hub: Hub, *sockets: socket.socket) -> LeasePoller:
+        poller = LeasePoller()
+        poller.loop = hub
+        for name, one in enumerate(sockets):
+            poller._chan_to_sock[name] = one
+            poller._fd_to_chan[one.fileno()] = (None, name)
+        return poller
+
+    def told(self, hub: Hub, poller: LeasePoller) -> list[int]:
+        fresh = list(poller.fds)
+        for fd in fresh:
+            hub.add_reader(fd, lambda _: None, fd)
+        return fresh
+
+    @pytest.fixture
+    def hub(self) -> Iterator[Hub]:
+        hub = Hub()
+        yield hub
+        hub.close()
+
+    def test_a_socket_is_watched_from_its_first_turn_on(self, hub: Hub) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            poller = self.poller(hub, one)
+            assert self.told(hub, poller) == [one.fileno()]
+            assert self.told(hub, poller) == []
+
+    def test_a_socket_that_the_loop_left_is_told_again(self, hub: Hub) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            poller = self.poller(hub, one)
+            self.told(hub, poller)
+            hub.remove_reader(one.fileno())
+            assert self.told(hub, poller) == [one.fileno()]
+
+    def test_a_new_socket_with_an_old_number_is_told(self, hub: Hub) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            poller = self.poller(hub, one)
+            self.told(hub, poller)
+            number = one.fileno()
+            one.close()
+            os.dup2(other.fileno(), number)
+            with socket.socket(fileno=number) as new:
+                poller._chan_to_sock[0] = new
+                assert self.told(hub, poller) == [number]
+
+    def test_without_a_loop_every_socket_is_named(self) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            poller = self.poller(None, one, other)
+            assert set(poller.fds) == set(poller.fds) == {one.fileno(), other.fileno()}
