@@ -49,7 +49,7 @@ _In = TypeVar("_In", Work, Fetched, Decoded, Finished)
 _Out = TypeVar("_Out")
 _Held = TypeVar("_Held", Fetched, Assembly)
 TOGETHER_SECONDS = 0.005
-"""Results of one slice that are finished within these seconds leave together; slow results do not wait for each other."""
+"""Results of bulk items that are finished within these seconds leave together; the result of a single job leaves at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +295,8 @@ class Engine:
                 for assembly in assemblies:
                     if (outcome := self._finish_one(assembly)) is not None:
                         ended.append(outcome)
-                    if ended and time.monotonic() - begin > TOGETHER_SECONDS:
+                    alone = assembly.work.job.shard is None
+                    if ended and (alone or time.monotonic() - begin > TOGETHER_SECONDS):
                         self._succeed(ended)
                         begin, ended = time.monotonic(), []
         finally:

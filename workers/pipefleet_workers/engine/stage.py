@@ -70,7 +70,7 @@ class Stage:
         name: str,
         threads: int,
         handle: Callable[[Any], None],
-        end: Callable[..., None],
+        end: Callable[[Outcome], None],
         *,
         room: int,
         watchdog: Watchdog | None,
@@ -105,7 +105,8 @@ class Stage:
         """End the items of a slice for which `handle` raised `error`. Called inside the `except`, since it logs the traceback."""
         log.exception("stage %s failed on a slice of %d", self._name, len(items))
         failure = JobFailure("internal_error", brief(error), self._name)
-        self._end(*[Outcome(work_of(item), failure=failure) for item in items])  # ended items keep their outcome
+        for item in items:  # items that have ended already keep their outcome
+            self._end(Outcome(work_of(item), failure=failure))
 
     def _loop(self, stopping: threading.Event) -> None:
         slot = self._slots.pop() if self._slots else None

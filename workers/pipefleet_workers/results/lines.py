@@ -267,7 +267,7 @@ def _is_vector(finished: Finished) -> bool:
 
 def _vectors(outcomes: Sequence[Outcome]) -> np.ndarray[Any, Any] | None:
     """The results of a shard as one array; None unless all are vectors of one length."""
-    found = [getattr(one.output, "vector", None) if one.failure is None else None for one in outcomes]
+    found = [one.output.vector if one.failure is None and isinstance(one.output, Encoded) else None for one in outcomes]
     if any(one is None for one in found) or len({len(one) for one in found if one is not None}) != 1:
         return None
     return np.stack([one for one in found if one is not None])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipefleet.contract.messages import Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
@@ -79,11 +80,13 @@ class Counting(Outcomes):
     def __init__(self, expected: int) -> None:
         super().__init__(expected)
         self.counts: Counter[int] = Counter()
+        self.calls: list[int] = []
         self._lock = threading.Lock()
 
     def deliver(self, *outcomes: Outcome) -> None:
         with self._lock:
             self.counts.update(outcome.work.position for outcome in outcomes)
+            self.calls.append(len(outcomes))
         super().deliver(*outcomes)
 
 
@@ -109,6 +112,41 @@ def test_only_the_culprit_of_a_batch_fails(pipe: Any) -> None:
     good = [index for index in range(9) if index not in (2, 5)]
     assert_same([outcomes[i].output for i in good], expected(pipe, [calls[i] for i in good]))
     assert max(len(batch.units) for batch in adapter.batches) == 9
+
+
+class Hurdled(TextClassifier):
+    """Waits, before it finishes a text with "hurdle", until the outcome of item 0 has been delivered."""
+
+    sink: Counting
+
+    def finish(self, assembly: Assembly) -> Any:
+        if "hurdle" in assembly.work.item.inputs:
+            wait_until(lambda: self.sink.counts[0] == 1, "the first result leaves")
+        return super().finish(assembly)
+
+
+def test_a_single_result_does_not_wait_for_its_neighbour(pipe: Any) -> None:
+    adapter = recording(Hurdled, pipe)
+    with running(adapter, TASK) as engine:
+        sink = adapter.sink = Counting(range(2))
+        engine.submit([Call("quick"), Call("a hurdle in a text that is longer")], sink=sink)
+        assert codes(finished(sink)) == ["", ""]
+
+
+def test_results_of_a_shard_leave_together(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipefleet_workers.engine.engine.TOGETHER_SECONDS", SECONDS)
+    shard = Shard("run", "s3://bucket/run/", "s3://bucket/run/0.jsonl", 0, 0, 20)
+    sink = Counting(range(20))
+    calls = [Call("unfinished" if index == 7 else f"text {index}") for index in range(20)]
+    with running(recording(Faulty, pipe), TASK) as engine:
+        engine.submit(calls, sink=sink, bulk=True, shard=shard)
+        outcomes = finished(sink)
+        assert engine.engine._budget.empty
+    assert codes(outcomes) == ["model_error" if index == 7 else "" for index in range(20)]
+    assert set(sink.counts.values()) == {1}
+    assert len(sink.calls) < 20, "one call for each item costs more than the results"
+    good = [index for index in range(20) if index != 7]
+    assert_same([outcomes[i].output for i in good], expected(pipe, [calls[i] for i in good]))
 
 
 def test_a_failing_postprocess_fails_alone(pipe: Any) -> None:
