@@ -33,7 +33,7 @@ ROUNDS, ROUND_SECONDS = 2, 0.4
 BATCHES = 4
 """Least number of batches that a measurement runs."""
 NOISE = 1.2
-"""If the times of one number of lanes differ by more than this factor, other processes disturb the clock."""
+"""If the two best times of one number of lanes differ by more than this factor, other processes disturb the clock."""
 EQUAL, PAYS = 0.98, 1.05
 """Least throughput of a CPU with two lanes, relative to one lane; and with more lanes, relative to half as many.
 
@@ -134,7 +134,8 @@ class _Times:
 
     @property
     def noisy(self) -> bool:
-        return max(self.seconds) > NOISE * min(self.seconds)
+        best, next_best, *_ = sorted(self.seconds)
+        return next_best > NOISE * best
 
 
 def _fastest(adapter: Adapter, batch: Sequence[Unit], most: int) -> Lanes:
