@@ -98,6 +98,8 @@ def choose_lanes(
         return lanes_of(device)
     finally:
         use_torch_threads(before)  # threads that begin later take over the number that was set last
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # memory that one stream has freed serves no other stream
 
 
 def lanes_of(device: torch.device, count: int = 1) -> Lanes:
@@ -242,8 +244,8 @@ def _same(mine: Any, other: Any) -> bool:
 
 
 def _fits_memory(device: torch.device) -> bool:
-    """Whether the lanes that were measured took no more memory than they may."""
+    """Whether two of the largest batches that this process has run fit a GPU together."""
     if device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info(device)
-    return bool(torch.cuda.max_memory_allocated(device) < MEMORY_SHARE * total)
+    return bool(2 * torch.cuda.max_memory_allocated(device) < MEMORY_SHARE * total)
