@@ -4,7 +4,7 @@ cli                         the commands of the worker package
 fleet/                      commands around workers: local stack, scaler, top, doctor, render, simulate, demo
 worker, build, facts        the worker process, how its parts are put together, and what it announces
 consume/                    a delivery becomes a job, and ends exactly once
-engine/                     stages, queues, micro-batches, the device's thread
+engine/                     stages, queues, micro-batches, the lanes of the device
 results/                    from outputs to stored results
 models/                     from a name to a proved model
 adapters/                   tasks: how inputs become batches and results

@@ -1,7 +1,7 @@
 """The adapter of most tasks: a transformers pipeline taken apart into its stages. It batches only inputs of equal shape.
 
     cpu threads:      prepare ─▶ units
-    device's thread:  collate (on a GPU: in a thread beside it) ─▶ run ─▶ split ─▶ the output of each unit
+    a lane's thread:  collate (on a GPU: in a thread beside it) ─▶ run ─▶ split ─▶ the output of each unit
     finish threads:   finish ─▶ result
 
 The engine calls these methods. Stacking tensors of one shape is exact for every model; adapters that pad do so only where this is

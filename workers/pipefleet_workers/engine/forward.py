@@ -1,4 +1,4 @@
-"""One forward: a batch goes in, an output or a failure for every unit comes out. The device's thread calls it.
+"""One forward: a batch goes in, an output or a failure for every unit comes out. The lanes call it.
 
 Only the culprit of a failure fails: a failed batch runs again in pieces. When memory runs out, the batch is halved, and later
 batches become smaller. Raises DeviceBrokenError when only a new process can use the device again.
@@ -35,7 +35,7 @@ class DeviceBrokenError(Exception):
 
 
 class Forward:
-    """Runs batches through the model. The device's thread uses it; the collating thread uses only `collate`."""
+    """Runs batches through the model. All lanes use it; the collating thread uses only `collate`."""
 
     def __init__(self, adapter: Adapter, on_memory: Callable[[int], None], transfer: Transfer | None = None) -> None:
         self._adapter = adapter

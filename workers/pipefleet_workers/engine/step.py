@@ -44,7 +44,7 @@ class Update:
 
 
 class Step:
-    """One batch while it runs: the `Progress` that the adapter gets. For the device's thread alone."""
+    """One batch while it runs: the `Progress` that the adapter gets. For the thread of one lane."""
 
     def __init__(
         self,

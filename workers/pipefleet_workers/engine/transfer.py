@@ -1,6 +1,6 @@
 """Copies the inputs of the next batch to a GPU while the current batch runs: from pinned memory, on a stream of their own.
 
-    collate thread: begin ─▶ pinned copy ─▶ device, on the side stream ─▶ event      device's thread: finish waits for the event
+    collate thread: begin ─▶ pinned copy ─▶ device, on the side stream ─▶ event      lane: finish waits for the event
 
 No thread waits for the copy: only the device's work on a batch is queued behind the copy of this batch. `Forward` calls `begin` and
 `finish`. A failed copy raises nothing: the forward copies the inputs itself.
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Link(Protocol):
-    """The way to one device. The collate thread calls `copy` and `mark`; the device's thread calls `join`."""
+    """The way to one device. The collate thread calls `copy` and `mark`; the thread of a lane calls `join`."""
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Begin to copy a tensor; returns at once. The tensor itself does not change."""
@@ -65,7 +65,7 @@ class Staged:
 
 
 class Transfer:
-    """Copies inputs before their forward. The collate thread calls `begin`; the device's thread calls `finish`.
+    """Copies inputs before their forward. The collate thread calls `begin`; the thread of a lane calls `finish`.
 
     Without a `link` nothing is copied ahead: the adapter's `run` moves inputs from the host.
     """

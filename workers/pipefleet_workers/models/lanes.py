@@ -33,7 +33,7 @@ ROUNDS, ROUND_SECONDS = 2, 0.4
 BATCHES = 4
 """Least number of batches that a measurement runs."""
 NOISE = 1.2
-"""If the times of one number of lanes differ by more than this factor, other processes disturb the clock."""
+"""If the two best times of one number of lanes differ by more than this factor, other processes disturb the clock."""
 EQUAL, PAYS = 0.98, 1.05
 """Least throughput of a CPU with two lanes, relative to one lane; and with more lanes, relative to half as many.
 
@@ -98,6 +98,8 @@ def choose_lanes(
         return lanes_of(device)
     finally:
         use_torch_threads(before)  # threads that begin later take over the number that was set last
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # memory that one stream has freed serves no other stream
 
 
 def lanes_of(device: torch.device, count: int = 1) -> Lanes:
@@ -134,7 +136,8 @@ class _Times:
 
     @property
     def noisy(self) -> bool:
-        return max(self.seconds) > NOISE * min(self.seconds)
+        best, next_best, *_ = sorted(self.seconds)
+        return next_best > NOISE * best
 
 
 def _fastest(adapter: Adapter, batch: Sequence[Unit], most: int) -> Lanes:
@@ -241,8 +244,8 @@ def _same(mine: Any, other: Any) -> bool:
 
 
 def _fits_memory(device: torch.device) -> bool:
-    """Whether the lanes that were measured took no more memory than they may."""
+    """Whether two of the largest batches that this process has run fit a GPU together."""
     if device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info(device)
-    return bool(torch.cuda.max_memory_allocated(device) < MEMORY_SHARE * total)
+    return bool(2 * torch.cuda.max_memory_allocated(device) < MEMORY_SHARE * total)

@@ -1,6 +1,6 @@
 """Learns the cost of a batch on this device from the batches themselves: seconds = base + per_cost * padded cost.
 
-The warm-up and the device's thread add each batch; `facts` announces the fit, which `top` shows. Least squares with exponential
+The warm-up and the lanes add each batch; `facts` announces the fit, which `top` shows. Least squares with exponential
 forgetting: every batch weighs 2 % less than the next, so the fit follows a device that gets slower or faster. A simulated device
 takes a `ServiceTime` from its setting; a wrong text raises UsageError.
 """
@@ -46,7 +46,7 @@ class ServiceFit:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, cost: float, seconds: float) -> None:
-        """Take in one batch: its padded cost, and the seconds of its forward."""
+        """Take in one batch: its padded cost, and its device seconds."""
         with self._lock:
             self._weight = self._weight * KEEP + 1.0
             self._x = self._x * KEEP + cost

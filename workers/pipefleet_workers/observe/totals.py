@@ -64,7 +64,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Totals since the pool began: cost of the messages that ended (see `JobMessage.work`), seconds of forwards."""
+    """Totals since the pool began: cost of the messages that ended (see `JobMessage.work`), device seconds of forwards."""
 
     cost: float = 0.0
     seconds: float = 0.0
