@@ -21,6 +21,9 @@ from pipefleet_workers.items import Assembly, ItemError, Unit
 class TextRewriter(TextGenerator):
     """text2text-generation, summarization and translation."""
 
+    typical_size = 64
+    typical_steps = 48
+
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._positions = learnt_positions(pipe.model.get_decoder(), pipe.model)
