@@ -1,4 +1,4 @@
-"""Speeds up a worker by three means: oneDNN on CPUs, pictures preprocessed on the device, a compiled model. Each is proved before use.
+"""Speeds up a worker by three means, each proved before use: oneDNN on a CPU, pictures on a GPU, a compiled model.
 
 `build` calls `accelerated` between loading and warm-up, and goes on with the adapter that it returns. A means whose proof fails is
 left out. A pool that asks for a compiled model that cannot be compiled raises UsageError.
