@@ -35,10 +35,10 @@ class _Stopwatch:
         self.steps: list[float] = []
 
     def __call__(self, model: Any, arguments: Any, output: Any) -> None:
-        logits = getattr(output, "logits", None)
-        self._writer = self._writer or (None if logits is None else model)
-        if model is not self._writer:
+        logits: torch.Tensor | None = getattr(output, "logits", None)
+        if logits is None or model is not (self._writer or model):
             return
+        self._writer = model
         logits[..., self._ends] = -torch.inf
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)

@@ -22,7 +22,7 @@ def encode_one_by_one(model: Any) -> None:
 
     @functools.wraps(together)  # generate() reads the names of the arguments
     def forward(input_features: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        first, *others = (together(row, *arguments, **named) for row in input_features.split(1))
+        first, *others = (together(row, *arguments, **named) for row in torch.split(input_features, 1))
         for name in [*first] if others else ():
             first[name] = _joined([first[name], *(one[name] for one in others)])
         return first

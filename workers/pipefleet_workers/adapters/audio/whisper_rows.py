@@ -40,7 +40,7 @@ class WhisperRows:
         self._attention = model.config._attn_implementation
         self._heads = _AlignmentHeads(model)
         self._generate: Callable[..., Any] = model.generate
-        self._decode: Callable[..., Any] = model.generate_with_fallback
+        self._decode: Callable[..., _Decoded] = model.generate_with_fallback
         self._moments: Callable[..., torch.Tensor] = model._extract_token_timestamps
         self._needs: Callable[..., tuple[bool, bool]] = model._need_fallback
         model.generate = self._generate_once
