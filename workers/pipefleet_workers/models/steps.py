@@ -6,6 +6,7 @@ timed. `warmup` calls `seconds_to_write`; whatever the adapter raises passes thr
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,13 +31,14 @@ class _Stopwatch:
 
     def __init__(self, ends: Sequence[int]) -> None:
         self._ends = list(ends)
+        self._thread = threading.get_ident()  # other threads may time batches of the same model
         self._writer: Any = None
         """The part that gives the logits. A part around it gives the same logits, and may not count again."""
         self.steps: list[float] = []
 
     def __call__(self, model: Any, arguments: Any, output: Any) -> None:
         logits: torch.Tensor | None = getattr(output, "logits", None)
-        if logits is None or model is not (self._writer or model):
+        if logits is None or threading.get_ident() != self._thread or model is not (self._writer or model):
             return
         self._writer = model
         logits[..., self._ends] = -torch.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,3 +107,17 @@ def test_texts_that_have_ended_leave(task: str, how: dict[str, Any], together: A
     wanted, all_rows = write()
     assert mine == wanted
     assert sum(rows) < sum(all_rows)
+
+
+def test_batches_of_two_threads_go_through_one_model() -> None:
+    adapter = TextRewriter(load(REWRITING[0]))
+
+    def units(first: int) -> list[Any]:
+        asked = [{"num_beams": 1, "max_new_tokens": first + 5 * index, "seed": 1} for index in range(4)]
+        return [unit for one in asked for unit in example_units(adapter, TASKS[REWRITING[0]], one, 9 + first)]
+
+    batches = [units(first) for first in (3, 4, 6, 7)]
+    wanted = [adapter.run(adapter.collate(batch), batch, UNOBSERVED) for batch in batches]
+    with ThreadPoolExecutor(len(batches)) as threads:
+        found = list(threads.map(lambda batch: adapter.run(adapter.collate(batch), batch, UNOBSERVED), batches))
+    assert found == wanted

@@ -7,6 +7,7 @@ generate() ignores these. A GPU runs all rows at once, so nothing would be gaine
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class LeavingRows(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         return model.device.type == "cpu" and rows > 1 and plain
 
     def __enter__(self) -> LeavingRows:
+        self._thread = threading.get_ident()  # other threads may run batches through the same model
         self._hooks = (
             self._model.register_forward_pre_hook(self._take_out, with_kwargs=True),
             self._model.register_forward_hook(self._fill_up),
@@ -64,7 +66,7 @@ class LeavingRows(StoppingCriteria):  # type: ignore[misc]  # transformers has n
 
     def _take_out(self, model: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         rows = len(self._ended)
-        if not rows or not _has_rows(named, rows):
+        if not rows or threading.get_ident() != self._thread or not _has_rows(named, rows):
             return None
         live = ~self._ended[self._left]
         if 0 < int(live.sum()) <= SHARE * len(live):
@@ -78,6 +80,8 @@ class LeavingRows(StoppingCriteria):  # type: ignore[misc]  # transformers has n
 
     def _fill_up(self, model: Any, arguments: Any, output: Any) -> None:
         logits, rows = output.logits, len(self._ended)
+        if threading.get_ident() != self._thread:
+            return
         if len(self._left) < rows and len(logits) == len(self._left):
             output.logits = logits.new_zeros(rows, *logits.shape[1:]).index_copy(0, self._left, logits)
 
