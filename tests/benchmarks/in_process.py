@@ -18,6 +18,7 @@ from pipefleet_workers.engine.engine import Engine, Stages
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Blob, JobContext, Work
+from pipefleet_workers.models.linears import faster_linears
 from pipefleet_workers.models.warmup import warm_up
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.observe.stage_trace import Tracer
@@ -57,6 +58,8 @@ def _engine(pipe: Any, task: str) -> Engine:
     adapter = row.adapter(pipe)
     if pipe.device.type == "cuda":
         adapter = on_device(adapter)
+    if settings.onednn == "auto":
+        faster_linears(pipe.model)
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     found = warm_up(adapter, spec, {}, instruments.fit, default, lanes=settings.lanes)
     print(f"  {found.describe()}", flush=True)

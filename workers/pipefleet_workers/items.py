@@ -181,6 +181,11 @@ class Unit:
     created: float = 0.0
 
     @property
+    def cost(self) -> int:
+        """Its cost in a batch of its own."""
+        return self.length + self.fixed
+
+    @property
     def priority(self) -> int:
         """The priority of its job."""
         return self.assembly.work.job.priority

@@ -71,6 +71,9 @@ class WorkerSettings(BaseSettings):
     device_pictures: Literal["auto", "on", "off"] = Field(
         "auto", description="where pictures are resized: on the device (on), or only where that is a GPU (auto)"
     )
+    onednn: Literal["auto", "off"] = Field(
+        "auto", description="oneDNN multiplies the linear layers of a float32 model on a CPU, where it is faster (auto)"
+    )
     preprocess_processes: int = Field(0, ge=0, description="processes that decode and preprocess; 0 for threads")
     metrics_port: int = Field(0, ge=0, le=65_535, description="port for Prometheus on loopback; 0 serves none")
     metrics_address: str = Field("127.0.0.1", description="address that the metrics are served on")

@@ -84,6 +84,8 @@ class Adapter:
     """Size of the made-up input that the warm-up measures batches with, see `warmup.example_units`. 0: nothing is measured, and the
     cost of the task table is used.
     """
+    typical_steps = 0
+    """Tokens that a model writes for an input of `typical_size`; 0 for a model that writes none."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe

@@ -10,6 +10,7 @@ raises ModelError.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from pipefleet_workers.models.cache import ModelError
 from pipefleet_workers.models.difference import relative
 from pipefleet_workers.models.lanes import Lanes, choose_lanes, lanes_of
 from pipefleet_workers.models.precision import half_advice
+from pipefleet_workers.models.steps import seconds_to_write
 from pipefleet_workers.observe.service_fit import ServiceFit, ServiceTime
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 KNEE = 0.95
 """A budget is large enough if it reaches this share of the best measured throughput."""
 SECONDS = 1.0
-"""Seconds after which no further batch is measured."""
+"""No further batch is measured if it would end later than this; two batches are always measured."""
 LANE_SECONDS = 0.03
 """Seconds of a batch with which lanes are measured: long enough to be typical, and short enough to run dozens."""
 MEMORY_SHARE = 0.8
@@ -140,24 +142,53 @@ def _apart(compute: Callable[[Sequence[Unit]], list[np.ndarray[Any, Any]]], make
 
 
 def _budget(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], fit: ServiceFit, default: int) -> int:
-    """The smallest padded cost near the best throughput: at least half the default, measured up to four times the default."""
+    """The smallest padded cost near the best throughput: at least half the default, at most four times the default."""
     if not adapter.typical_size:
         return default
     unit = example_units(adapter, spec, parameters, adapter.typical_size)[0]
-    deadline, count = time.perf_counter() + SECONDS, 1
-    rates: dict[int, float] = {}
-    _timed(adapter, [unit])  # not counted: the first call compiles and allocates
-    while unit.length * count <= 4 * default and time.perf_counter() < deadline and _fits_memory(adapter, rates):
-        cost = unit.length * count
-        seconds = min(_timed(adapter, [unit] * count) for _ in range(2))
-        fit.add(cost, seconds)
-        rates[cost] = cost / seconds
-        count *= 2
-    if not rates:
+    seconds = _measured(adapter, unit, _most(adapter, default))
+    for cost, one in seconds.items():
+        fit.add(cost, one)
+    if not seconds:
         return default
+    if adapter.pipe.device.type == "cpu":
+        seconds |= _foreseen(seconds, _most(adapter, default))
+    rates = {cost: cost / one for cost, one in seconds.items()}
     best = max(rates.values())
     knee = min(cost for cost, rate in rates.items() if rate >= KNEE * best)
-    return max(knee, default // 2, unit.length)
+    return max(knee, default // 2, unit.cost)
+
+
+def _most(adapter: Adapter, default: int) -> int:
+    """The largest cost that may be found: on a GPU, the few steps that are timed do not show the memory of a whole answer."""
+    return default if adapter.typical_steps and adapter.pipe.device.type != "cpu" else 4 * default
+
+
+def _measured(adapter: Adapter, unit: Unit, most: int) -> dict[int, float]:
+    """The seconds of batches of 1, 2, 4, … such units by their cost: two batches, and as many more as `SECONDS` allow."""
+    seconds: dict[int, float] = {}
+    last, count = _timed(adapter, [unit]), 1  # not counted: the first call compiles and allocates
+    begin = time.perf_counter()
+    while unit.cost * count <= most and _fits_memory(adapter, seconds):
+        if len(seconds) > 1 and time.perf_counter() - begin + 2 * last > SECONDS:
+            break
+        last = min(_timed(adapter, [unit] * count) for _ in range(1 if adapter.typical_steps else 2))
+        seconds[unit.cost * count] = last
+        count *= 2
+    return seconds
+
+
+def _foreseen(seconds: dict[int, float], most: int) -> dict[int, float]:
+    """The seconds of larger batches, on the straight line through the two largest measured ones.
+
+    A CPU would take too long to run them all.
+    """
+    if len(seconds) < 2:
+        return {}
+    (less, before), (cost, after) = list(seconds.items())[-2:]
+    slope = max(0.0, after - before) / (cost - less)
+    larger = itertools.takewhile(lambda one: one <= most, (cost << doublings for doublings in itertools.count(1)))
+    return {one: after + slope * (one - cost) for one in larger}
 
 
 def _lanes(
@@ -182,20 +213,23 @@ def _lanes(
         return lanes_of(device)
     count = 1
     if service is not None:
-        count = int((LANE_SECONDS - service.base) / max(1e-9, service.per_cost * unit.length))
-    batch = [unit] * max(1, min(count, max_cost // unit.length))
+        count = int((LANE_SECONDS - service.base) / max(1e-9, service.per_cost * unit.cost))
+    batch = [unit] * max(1, min(count, max_cost // unit.cost))
     return choose_lanes(adapter, examples, batch, asked=asked, tolerance=tolerance)
 
 
 def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:
+    """The seconds of a batch; of a batch whose rows write, the seconds of typical answers."""
+    if adapter.typical_steps:
+        return seconds_to_write(adapter, units)
     begin = time.perf_counter()
     adapter.split(adapter.run(adapter.collate(units), units, UNOBSERVED), units)
     return time.perf_counter() - begin
 
 
-def _fits_memory(adapter: Adapter, rates: dict[int, float]) -> bool:
+def _fits_memory(adapter: Adapter, seconds: dict[int, float]) -> bool:
     """Whether a batch of twice the last cost would fit: its peak grows about linearly with the cost."""
-    if adapter.pipe.device.type != "cuda" or not rates:
+    if adapter.pipe.device.type != "cuda" or not seconds:
         return True
     free, total = torch.cuda.mem_get_info(adapter.pipe.device)
     peak = torch.cuda.max_memory_allocated(adapter.pipe.device)

@@ -17,6 +17,7 @@ from pipefleet.tasks import TASKS
 from pipefleet.tasks.parameters import called_parameters
 from pipefleet_workers.adapters.audio import zero_shot
 from pipefleet_workers.adapters.audio.classification import AudioClassifier
+from pipefleet_workers.adapters.audio.encoding import encode_one_by_one
 from pipefleet_workers.adapters.audio.speech import SpeechRecogniser
 from pipefleet_workers.adapters.audio.text_to_audio import TextToAudio
 from pipefleet_workers.adapters.audio.zero_shot import ZeroShotAudio, content_seed
@@ -52,6 +53,22 @@ def test_more_beams_than_usual_take_more_of_a_batch(asked: dict[str, Any], times
     assert usual.fixed == unit.fixed
     assert unit.length == usual.length * times
     assert unit.features["sounding"] == usual.length
+
+
+def test_on_a_cpu_recordings_go_through_the_encoder_one_by_one() -> None:
+    model = copy.deepcopy(load(f"{SPEECH}:whisper").model)
+    sounds = torch.randn(3, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    encoder = type(model.get_encoder()).forward.__get__(model.get_encoder())
+    together = encoder(sounds, output_hidden_states=True)
+    seen: list[int] = []
+    model.get_encoder().conv1.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    encode_one_by_one(model)
+    apart = model.get_encoder()(sounds, output_hidden_states=True)
+    assert seen == [1, 1, 1]
+    torch.testing.assert_close(apart.last_hidden_state, together.last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert len(apart.hidden_states) == len(together.hidden_states)
+    for mine, other in zip(apart.hidden_states, together.hidden_states, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 # --- padding

@@ -19,6 +19,7 @@ import torch
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments, generate_arguments
 from pipefleet_workers.adapters.audio.carried import heard
+from pipefleet_workers.adapters.audio.encoding import encode_one_by_one
 from pipefleet_workers.adapters.audio.spectrograms import read_in_blocks
 from pipefleet_workers.adapters.audio.waveforms import (
     SAMPLES_PER_FRAME,
@@ -45,9 +46,8 @@ _DRAWING = (WHISPER, "seq2seq")
 class SpeechRecogniser(Adapter):
     """Transcribes recordings. The pipeline's own postprocess joins the outputs of a recording's units."""
 
-    typical_size = (
-        0  # not measured at warm-up, since made-up sound gives no typical decoding time; the table's cost is used
-    )
+    typical_size = 60
+    typical_steps = 24
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -56,8 +56,11 @@ class SpeechRecogniser(Adapter):
         self._rows: WhisperRows | None = None
         if pipe.type == WHISPER:
             read_in_blocks(pipe.feature_extractor)
+            encode_one_by_one(pipe.model)
             self._rows = WhisperRows(pipe.model)
             self.tells_moments = bool(getattr(pipe.model.generation_config, "alignment_heads", None))
+        if pipe.type not in _DRAWING:
+            self.typical_steps = 0
         self.pads = pipe.type == CTC and counts and not hears_padding(pipe.model)
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
 from pipefleet_workers.adapters.draws import Draws
+from pipefleet_workers.adapters.writing.leaving import LeavingRows
 
 _Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
 """The result of generate_with_fallback(): by row the tokens, the outputs, and whether it is silent; then batch data."""
@@ -39,7 +40,7 @@ class WhisperRows:
         self._attention = model.config._attn_implementation
         self._heads = _AlignmentHeads(model)
         self._generate: Callable[..., Any] = model.generate
-        self._decode: Callable[..., Any] = model.generate_with_fallback
+        self._decode: Callable[..., _Decoded] = model.generate_with_fallback
         self._moments: Callable[..., torch.Tensor] = model._extract_token_timestamps
         self._needs: Callable[..., tuple[bool, bool]] = model._need_fallback
         model.generate = self._generate_once
@@ -83,7 +84,7 @@ class WhisperRows:
             sequences, outputs, skipped, kind = [None] * rows, [None] * rows, [False] * rows, None
         else:
             self._falls_back = {}
-            sequences, outputs, skipped, _, kind = self._decode(**{**call, "temperatures": temperatures[:1]})
+            sequences, outputs, skipped, _, kind = self._decode_together({**call, "temperatures": temperatures[:1]})
             for output in outputs:
                 _let_go(output)
             left = temperatures[1:]
@@ -91,6 +92,15 @@ class WhisperRows:
         for row in again:
             (sequences[row],), (outputs[row],), (skipped[row],), _, kind = self._decode_alone(call, row, left)
         return sequences, outputs, skipped, call["do_condition_on_prev_tokens"], kind
+
+    def _decode_together(self, call: Mapping[str, Any]) -> _Decoded:
+        """Decode all rows; on a CPU, rows that have ended leave the batch."""
+        config = call["generation_config"]
+        if not LeavingRows.possible(self._model, call["cur_bsz"], lambda name: getattr(config, name, None)):
+            return self._decode(**call)
+        with LeavingRows(self._model, self._ends) as leaving:
+            criteria = StoppingCriteriaList([*(call["stopping_criteria"] or ()), leaving])
+            return self._decode(**{**call, "stopping_criteria": criteria})
 
     def _decode_alone(self, call: Mapping[str, Any], row: int, temperatures: Sequence[float | None]) -> _Decoded:
         place = call["batch_idx_map"][row]

@@ -10,16 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.text.encoder import position_limit
 from pipefleet_workers.adapters.writing.generate import Request, TextGenerator, filled, learnt_positions
+from pipefleet_workers.adapters.writing.leaving import LeavingRows
 from pipefleet_workers.adapters.writing.plan import Plan
 from pipefleet_workers.items import Assembly, ItemError, Unit
 
 
 class TextRewriter(TextGenerator):
     """text2text-generation, summarization and translation."""
+
+    typical_size = 64
+    typical_steps = 48
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -66,6 +71,20 @@ class TextRewriter(TextGenerator):
     def _hears_padding(self, plan: Plan) -> bool:
         """Usually not: padding lies in the encoder, away from the arguments that count and compare written tokens."""
         return plan.reads_encoder
+
+    def _generate(self, inputs: dict[str, Any], **arguments: Any) -> Any:
+        """The model's answers. On a CPU, rows that have ended leave the batch."""
+        model = self.pipe.model
+        config, rows = model.generation_config, len(inputs["input_ids"])
+
+        def asked(name: str) -> Any:
+            return arguments.get(name, getattr(config, name, None))
+
+        if not LeavingRows.possible(model, rows, asked):
+            return super()._generate(inputs, **arguments)
+        ends = torch.tensor(asked("eos_token_id") if asked("eos_token_id") is not None else []).flatten().tolist()
+        with LeavingRows(model, ends, arguments.pop("stopping_criteria", ())) as leaving:
+            return super()._generate(inputs, stopping_criteria=StoppingCriteriaList([leaving]), **arguments)
 
     def _begin(self, request: Request) -> int:
         """The token that a decoder begins with."""
