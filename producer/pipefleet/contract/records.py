@@ -173,7 +173,7 @@ def read_notice(raw: bytes) -> tuple[str, JobRecord | None]:
     if not text:
         return job_id, None
     try:
-        parts = json.loads(text)
+        parts = _texts(json.loads(text))
         record = _read(dict(zip(parts[::2], parts[1::2], strict=True)))
     except (ValueError, TypeError, LookupError, RecursionError, ContractError):
         return job_id, None
@@ -205,10 +205,13 @@ def _failure(content: Mapping[str, Any]) -> JobFailure:
 
 
 def _sentences(text: str) -> tuple[str, ...]:
-    found = json.loads(text)
+    return tuple(_texts(json.loads(text))[:MOST_WARNINGS])
+
+
+def _texts(found: Any) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise ValueError("not a list of texts")
-    return tuple(found[:MOST_WARNINGS])
+    return found
 
 
 def _seconds(fields: Mapping[str, str], name: str) -> float | None:

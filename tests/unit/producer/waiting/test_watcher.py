@@ -175,7 +175,16 @@ class TestNotices:
         assert not unswept
 
     @pytest.mark.parametrize(
-        "notice", ["{}", "{}\n", "{}\n[1", '{}\n["state"]', '{}\n["state", "running"]', "{}\n{{}}"]
+        "notice",
+        [
+            "{}",
+            "{}\n",
+            "{}\n[1",
+            '{}\n["state"]',
+            '{}\n["state", "running"]',
+            "{}\n{{}}",
+            '{}\n["state", "succeeded", "output", 5]',
+        ],
     )
     def test_a_notice_without_a_readable_end_is_looked_up(
         self, client: Client, unswept: list[threading.Thread], notice: str
