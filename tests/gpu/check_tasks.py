@@ -11,7 +11,7 @@ import transformers
 
 from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.adapters.table import RUNTIME
-from tests.gpu.engines import engine, load, outputs, tolerance
+from tests.gpu.engines import engine, load, outputs, served, tolerance
 from tests.gpu.plan import Check, Order, Skip
 from tests.gpu.same import differences
 from tests.parity.cases import CASES, Case
@@ -68,7 +68,7 @@ class _Case:
         except Exception as error:  # noqa: BLE001 - such as a missing library
             self.refused.append(f"{case.id}: {brief(error)}")
             return
-        self._pipe = load(case.checkpoint, order.device)
+        self._pipe = served(case.checkpoint, order.device)
 
     def _expect(self, order: Order) -> None:
         reference = load(self.case.checkpoint, "cpu")

@@ -243,11 +243,15 @@ def _parts(pool: Pool, source: str, implementation: Any) -> dict[str, Any]:
     """Tokenizer and processors that the pipeline needs: from the model's folder, or as the pool names them."""
     import transformers
 
+    # By their modules: at the top of older versions, stand-ins that ask for torchvision have the same names.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+
     loaders = {
         "tokenizer": (pool.tokenizer, transformers.AutoTokenizer),
         "feature_extractor": (pool.processor, transformers.AutoFeatureExtractor),
-        "image_processor": (pool.processor, transformers.AutoImageProcessor),
-        "video_processor": (pool.processor, transformers.AutoVideoProcessor),
+        "image_processor": (pool.processor, AutoImageProcessor),
+        "video_processor": (pool.processor, AutoVideoProcessor),
         "processor": (pool.processor, transformers.AutoProcessor),
     }
     found: dict[str, Any] = {}
