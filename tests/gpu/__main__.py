@@ -55,6 +55,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(arguments)
     if found.device != "cpu" and not found.device.startswith("cuda"):
         parser.error(f"--device is {found.device!r}; name cuda:N, or cpu for a rehearsal")
+    if found.jobs is not None and found.jobs < 1:
+        parser.error(f"--jobs is {found.jobs}; at least one check runs at a time")
     return found
 
 
@@ -90,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.state != FAILED:
         left = options.seconds - (time.monotonic() - begin)
         chosen = checks(options.device, options.part, quick=options.quick, only=options.only)
+        if not chosen:
+            print(f"no check of these parts has {options.only!r} in its name")
+            return 2
         results += children.run_all(chosen, order, jobs=jobs, seconds=left, on_result=tell)
     seconds = time.monotonic() - begin
     for one in results[1:]:

@@ -137,9 +137,12 @@ def _architecture(pool: Pool, task: str, config: Any) -> Any:
     import transformers
     from transformers.pipelines import check_task
 
+    try:
+        classes = check_task(task)[1]["pt"]
+    except KeyError:
+        raise ModelError(f"transformers {transformers.__version__} has no task {task}; install a newer one") from None
     if task == "decision" and type(config) in transformers.MODEL_FOR_DECISION_MAPPING:
         return transformers.MODEL_FOR_DECISION_MAPPING[type(config)]
-    classes = check_task(task)[1]["pt"]
     remote = getattr(config, "auto_map", None) or {} if pool.trust_remote_code else {}
     for one in classes:
         if type(config) in one._model_mapping or one.__name__ in remote:
