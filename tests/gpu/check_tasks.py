@@ -103,5 +103,8 @@ class _Case:
         """Whether transformers' own pipeline gives this result on the device, for example with the device's random numbers."""
         if index not in self._theirs:
             call: Call = copy.deepcopy(self.calls[index])
-            self._theirs[index] = self.case.expected(self._pipe, call)
+            try:
+                self._theirs[index] = self.case.expected(self._pipe, call)
+            except Exception:  # noqa: BLE001 - some expectations are written by hand, for the CPU
+                return False
         return not differences(found, self._theirs[index], tolerance(self._device))
