@@ -14,8 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.gpu.plan import FAILED, Check, Order, Result
+
 SECONDS = 360.0
-"""After this time no further check begins."""
+"""After this time nothing runs any more."""
 JOBS = 8
 """Most checks at once; they share the device."""
 NEEDED = (
@@ -50,11 +52,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="TEXT", help="checks whose name contains TEXT")
     parser.add_argument("--jobs", type=int, help=f"checks at once (the cores, at most {JOBS})")
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="no check begins later than this (%(default).0f)"
+        "--seconds", type=float, default=SECONDS, help="the whole run ends after this time (%(default).0f)"
     )
     found = parser.parse_args(arguments)
     if found.device != "cpu" and not found.device.startswith("cuda"):
         parser.error(f"--device is {found.device!r}; name cuda:N, or cpu for a rehearsal")
+    if found.jobs is not None and found.jobs < 1:
+        parser.error(f"--jobs is {found.jobs}; at least one check runs at a time")
     return found
 
 
@@ -63,38 +67,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault(
-        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-    )  # another look at the device spoils it for forked children
+    # torch looks for devices when libraries are imported; another way of looking would spoil the device for forked children.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if missing := _missing():
         print(f"these modules are missing: {', '.join(missing)}; install them, or put their folder on PYTHONPATH")
         return 1
-    from tests.gpu import children, machine, report
-    from tests.gpu.plan import FAILED, Order
     from tests.gpu.table import checks
+
+    chosen = checks(options.device, options.part, quick=options.quick, only=options.only)
+    if not chosen:
+        print(f"no check of these parts has {options.only!r} in its name")
+        return 2
+    return _run(options, chosen)
+
+
+def _run(options: argparse.Namespace, chosen: list[Check]) -> int:
+    """Ask the device first; without its answer no other check makes sense."""
+    from tests.gpu import children, machine, report
 
     begin = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     order = Order(options.device, options.quick, options.out.resolve())
-    jobs = options.jobs or min(JOBS, len(os.sched_getaffinity(0)))
 
-    def tell(result: object) -> None:
-        print(report.line(result), flush=True)  # type: ignore[arg-type]
-
-    (device,) = children.run_all([machine.CHECK], order, jobs=1, seconds=options.seconds, on_result=tell)
-    if device.state == FAILED and order.on_gpu:
-        print("a forked process cannot use the device; trying once more with processes that start anew", flush=True)
-        children.Starts.way = "spawn"
-        (device,) = children.run_all([machine.CHECK], order, jobs=1, seconds=options.seconds, on_result=tell)
-    results = [device]
-    if device.state != FAILED:
+    def run(some: list[Check], jobs: int) -> list[Result]:
         left = options.seconds - (time.monotonic() - begin)
-        chosen = checks(options.device, options.part, quick=options.quick, only=options.only)
-        results += children.run_all(chosen, order, jobs=jobs, seconds=left, on_result=tell)
-    seconds = time.monotonic() - begin
-    for one in results[1:]:
+        return children.run_all(
+            some, order, jobs=jobs, seconds=left, on_result=lambda one: print(report.line(one), flush=True)
+        )
+
+    (device,) = run([machine.CHECK], 1)
+    if device.state == FAILED and order.on_gpu:
+        print("the device did not answer a forked process; trying once more with one that starts anew", flush=True)
+        children.Starts.way = "spawn"
+        (device,) = run([machine.CHECK], 1)
+    jobs = options.jobs or min(JOBS, len(os.sched_getaffinity(0)))
+    results = run(chosen, jobs) if device.state != FAILED else []
+    for one in results:
         if one.rows:
             print("\n".join(["", one.name, *report.figures(one.rows)]))
+    seconds, results = time.monotonic() - begin, [device, *results]
     report.write(options.out, device.rows[0] if device.rows else {}, results, seconds)
     print(f"\n{report.summary(results, seconds)}; see {options.out / 'results.md'} and results.json")
     return 1 if any(one.state == FAILED for one in results) else 0

@@ -11,7 +11,7 @@ import transformers
 
 from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.adapters.table import RUNTIME
-from tests.gpu.engines import engine, load, outputs, tolerance
+from tests.gpu.engines import engine, load, outputs, served, tolerance
 from tests.gpu.plan import Check, Order, Skip
 from tests.gpu.same import differences
 from tests.parity.cases import CASES, Case
@@ -68,7 +68,7 @@ class _Case:
         except Exception as error:  # noqa: BLE001 - such as a missing library
             self.refused.append(f"{case.id}: {brief(error)}")
             return
-        self._pipe = load(case.checkpoint, order.device)
+        self._pipe = served(case.checkpoint, order.device)
 
     def _expect(self, order: Order) -> None:
         reference = load(self.case.checkpoint, "cpu")
@@ -103,5 +103,8 @@ class _Case:
         """Whether transformers' own pipeline gives this result on the device, for example with the device's random numbers."""
         if index not in self._theirs:
             call: Call = copy.deepcopy(self.calls[index])
-            self._theirs[index] = self.case.expected(self._pipe, call)
+            try:
+                self._theirs[index] = self.case.expected(self._pipe, call)
+            except Exception:  # noqa: BLE001 - some expectations are written by hand, for the CPU
+                return False
         return not differences(found, self._theirs[index], tolerance(self._device))

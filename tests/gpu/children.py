@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def run_all(
 ) -> list[Result]:
     """Run the checks, `jobs` at a time, those that are `alone` after all others. Results in the order of the checks.
 
-    A check that could not begin within `seconds` has failed.
+    A check that could not end within `seconds` has failed.
     """
     end = time.monotonic() + seconds
     waiting = sorted(checks, key=lambda check: check.alone)
@@ -94,7 +94,8 @@ def run_all(
                 if time.monotonic() > end:
                     note(Result(check.name, check.part, FAILED, f"not begun: {seconds:.0f} s had passed", 0.0))
                 else:
-                    running.append(_begin(check, order))
+                    left = end - time.monotonic()
+                    running.append(_begin(replace(check, seconds=min(check.seconds, left)), order))
             for child in _ended(running):
                 note(child.result(late=child.process.exitcode == -signal.SIGKILL and child.late))
     finally:

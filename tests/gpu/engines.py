@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import transformers
 
+from pipefleet.fleet.pools import Pool
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.engine.device import Instruments
 from pipefleet_workers.items import Batch, Decoded, ItemError, Outcome, Unit
+from pipefleet_workers.models.load import load_pipeline
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.settings import WorkerSettings
 from tests.checkpoints import cached
@@ -27,13 +29,20 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
 def load(checkpoint: str, device: str) -> Any:
-    """The pipeline of a tiny checkpoint in float32 on a device."""
+    """transformers' pipeline of a tiny checkpoint in float32 on a device."""
     exact()
     task = checkpoint.partition(":")[0]
     name = RUNTIME[task].transformers_task or task
     pipe = transformers.pipeline(name, model=str(cached(checkpoint)), device=device, dtype=torch.float32)
     pipe.model.eval()
     return pipe
+
+
+def served(checkpoint: str, device: str) -> Any:
+    """The same, loaded as a worker loads it."""
+    exact()
+    task = checkpoint.partition(":")[0]
+    return load_pipeline(Pool("gpu", task, str(cached(checkpoint)), device=device, dtype="float32"))
 
 
 def exact() -> None:

@@ -43,11 +43,11 @@ def write(folder: Path, machine: dict[str, Any], results: Sequence[Result], seco
 
 def markdown(machine: dict[str, Any], results: Sequence[Result], seconds: float) -> str:
     """The whole report as Markdown."""
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if name != "row")
     lines = [f"Measured on {facts}. {summary(results, seconds)}.", ""]
     lines += _table(["check", "result", "s", "shown"], [_cells(one) for one in results])
     for one in results:
-        if one.rows:
+        if one.part == "bench" and one.rows:
             lines += ["", f"**{one.name}**", "", *figures(one.rows)]
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,8 @@ class Arguments:
         return Arguments(_copied(self.preprocess), _copied(self.forward), _copied(self.postprocess), self.forward_key)
 
 
+_OF_SAMPLING = ("temperature", "top_k", "top_p")
+"""Arguments that generate() warns of where nothing is drawn."""
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -103,7 +105,13 @@ def generate_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(prepare(dict(given)))
     if given.get("generation_config") is not None:
         return dict(given)
-    models = pipe.model.generation_config
-    own = pipe.generation_config.to_diff_dict()
-    defaults = {name: value for name, value in own.items() if getattr(models, name, value) != value}
+    models, own = pipe.model.generation_config, pipe.generation_config
+    of_all: Mapping[str, Any] = getattr(own, "_get_default_generation_params", dict)()
+    defaults = {
+        name: value
+        for name, value in own.to_diff_dict().items()
+        if getattr(models, name, value) != value and of_all.get(name) != value
+    }
+    if not given.get("do_sample", defaults.get("do_sample", models.do_sample)):
+        defaults = {name: value for name, value in defaults.items() if name not in _OF_SAMPLING}
     return {**defaults, **given}

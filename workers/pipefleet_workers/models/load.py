@@ -137,9 +137,12 @@ def _architecture(pool: Pool, task: str, config: Any) -> Any:
     import transformers
     from transformers.pipelines import check_task
 
+    try:
+        classes = check_task(task)[1]["pt"]
+    except KeyError:
+        raise ModelError(f"transformers {transformers.__version__} has no task {task}; install a newer one") from None
     if task == "decision" and type(config) in transformers.MODEL_FOR_DECISION_MAPPING:
         return transformers.MODEL_FOR_DECISION_MAPPING[type(config)]
-    classes = check_task(task)[1]["pt"]
     remote = getattr(config, "auto_map", None) or {} if pool.trust_remote_code else {}
     for one in classes:
         if type(config) in one._model_mapping or one.__name__ in remote:
@@ -243,11 +246,15 @@ def _parts(pool: Pool, source: str, implementation: Any) -> dict[str, Any]:
     """Tokenizer and processors that the pipeline needs: from the model's folder, or as the pool names them."""
     import transformers
 
+    # By their modules: at the top of older versions, stand-ins that ask for torchvision have the same names.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+
     loaders = {
         "tokenizer": (pool.tokenizer, transformers.AutoTokenizer),
         "feature_extractor": (pool.processor, transformers.AutoFeatureExtractor),
-        "image_processor": (pool.processor, transformers.AutoImageProcessor),
-        "video_processor": (pool.processor, transformers.AutoVideoProcessor),
+        "image_processor": (pool.processor, AutoImageProcessor),
+        "video_processor": (pool.processor, AutoVideoProcessor),
         "processor": (pool.processor, transformers.AutoProcessor),
     }
     found: dict[str, Any] = {}
