@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import compare, figures, gpu_results, summary, tables
+from tests.benchmarks import compare, figures, gpu_results, load, summary, tables
 from tests.benchmarks.agreement import RULE
 from tests.benchmarks.contenders import BATCHED, SYSTEM, TITLES, about
 from tests.benchmarks.figures import COMPARED, LAYOUT, UnsuitableFile
@@ -120,7 +120,10 @@ def readme_figures(entries: Sequence[Entry]) -> str:
     }
     head = [f"items/s on {label(entries[0]['machine'])}", *sections]
     few = any(row.few for one in found.values() for row in one.values())
-    note = f"\n\n{tables.MARK} From a few items only." if few else ""
+    notes = [f"{tables.MARK} From a few items only."] if few else []
+    if any(load.warnings(name, one.get("rounds", ())) for name, one in sections.items()):
+        notes.append("Other programs used the machine meanwhile, as the page tells.")
+    note = "\n\n" + " ".join(notes) if notes else ""
     return tables.table(head, [[title, *cells] for title, cells in rows.items()]) + note + "\n"
 
 

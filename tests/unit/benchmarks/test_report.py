@@ -124,6 +124,18 @@ def test_tables_of_other_programs_are_written() -> None:
     assert "### On a GPU\n\nRaw loop and engine.\n\n|  | items/s |\n| --- | --- |\n| BERT | 1,000 |" in text
 
 
+def test_the_readme_says_when_its_figures_are_doubtful() -> None:
+    rows = {HAND: [run(60.0)], HANDS: [run(80.0)], SYSTEM: [run(76.0)]}
+    good = report.readme_figures([entry(texts=record(rows))])
+    assert "| the fastest loop written by hand | 80.0 |" in good
+    assert "| pipefleet, from S3 back to S3 | 76.0 |" in good
+    assert good.endswith("76.0 |\n")
+    made = record(rows | {SYSTEM: [run(76.0, items=9)]}, rounds=[loaded(foreign=1.0)])
+    doubtful = report.readme_figures([entry(texts=made)])
+    assert "76.0\\* |" in doubtful
+    assert "From a few items only. Other programs used the machine meanwhile" in doubtful
+
+
 def test_results_of_the_gpu_program_become_an_entry(tmp_path: Path) -> None:
     rows = [
         {"row": "raw loop", "items": 2000, "per_second": 1234.5, "busy": 0.981, "note": "random weights"},
