@@ -12,6 +12,7 @@ Contenders run in turns (A B C A B C). Ctrl-C keeps what was measured.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ def _positive(text: str) -> int:
 def main() -> int:
     """Run the sections; 0 when all went well, 1 when a contender failed or gave wrong results, 130 after an interrupt."""
     arguments = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: servers stopped, figures kept
     machine = Machine.detect(device=arguments.device, dtype=arguments.dtype, threads=arguments.threads)
     surrounding = surroundings.surroundings(machine)
     try:

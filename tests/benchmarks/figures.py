@@ -56,11 +56,19 @@ class Figures:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a file. Raises UnsuitableFile for a file that is none of ours."""
+    """The content of a file of this benchmark. Raises UnsuitableFile."""
+    found = content(path)
+    if found.get("layout") != LAYOUT:
+        raise UnsuitableFile(f"{path} is no file of this benchmark, or one of an earlier layout")
+    return found
+
+
+def content(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UnsuitableFile for anything else."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UnsuitableFile(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("layout") != LAYOUT:
-        raise UnsuitableFile(f"{path} is no file of this benchmark, or one of an earlier layout")
+    if not isinstance(found, dict):
+        raise UnsuitableFile(f"{path} is no file of this benchmark")
     return found

@@ -4,8 +4,9 @@ python -m tests.benchmarks.report benchmark.json    take these figures over into
 python -m tests.benchmarks.report                   write both anew from docs/benchmarks.json
 
 docs/benchmarks.json has one entry for each machine. A file of the same machine and versions replaces the sections that it has; a
-file of the same machine with other versions replaces the entry. Any program may bring an entry: `layout`, `machine` (as in
-`surroundings`), `sections` (may be empty) and `tables`, a list of {title, text, head, rows}.
+file of the same machine with other versions replaces the entry. The results.json of `make gpu` becomes an entry too. Any other
+program may bring one: `layout`, `machine` (as in `surroundings`), `sections` (may be empty) and `tables`, a list of {title, text,
+head, rows}.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import compare, figures, summary, tables
+from tests.benchmarks import compare, figures, gpu_results, load, summary, tables
 from tests.benchmarks.agreement import RULE
 from tests.benchmarks.contenders import BATCHED, SYSTEM, TITLES, about
 from tests.benchmarks.figures import COMPARED, LAYOUT, UnsuitableFile
@@ -70,18 +71,16 @@ def _machine(entry: Entry) -> str:
 
 def label(machine: Mapping[str, Any]) -> str:
     """The machine in a few words."""
-    cores = f"{machine['cores']} cores of {machine['cpu']}"
+    cores = f"{machine['cores']} cores" + (f" of {machine['cpu']}" if machine.get("cpu") else "")
     return f"{machine['gpu']}, {cores}" if machine.get("gpu") else cores
 
 
 def _facts(machine: Mapping[str, Any]) -> str:
+    memory = f"{machine['memory_gib']} GiB of memory. " if "memory_gib" in machine else ""
     versions = ", ".join(f"{name} {number}" for name, number in machine.get("versions", {}).items())
-    settings = machine.get("settings", {})
-    given = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return (
-        f"{machine['memory_gib']} GiB of memory, GPU: {machine.get('gpu') or 'none'}; Python {machine['python']}; {versions}.\n"
-        f"Settings of every contender: {given}."
-    )
+    given = ", ".join(f"{name} {value}" for name, value in machine.get("settings", {}).items())
+    settings = f"\nSettings of every contender: {given}." if given else ""
+    return f"{memory}GPU: {machine.get('gpu') or 'none'}. Python {machine['python']}, {versions}.{settings}"
 
 
 def _glossary() -> str:
@@ -121,7 +120,10 @@ def readme_figures(entries: Sequence[Entry]) -> str:
     }
     head = [f"items/s on {label(entries[0]['machine'])}", *sections]
     few = any(row.few for one in found.values() for row in one.values())
-    note = f"\n\n{tables.MARK} From a few items only." if few else ""
+    notes = [f"{tables.MARK} From a few items only."] if few else []
+    if any(load.warnings(name, one.get("rounds", ())) for name, one in sections.items()):
+        notes.append("Other programs used the machine meanwhile, as the page tells.")
+    note = "\n\n" + " ".join(notes) if notes else ""
     return tables.table(head, [[title, *cells] for title, cells in rows.items()]) + note + "\n"
 
 
@@ -145,6 +147,12 @@ def merged(entries: Sequence[Entry], new: Entry) -> list[Entry]:
             kept = {**old, **new, "sections": {**old["sections"], **new["sections"]}} if same else new
             return [*entries[:index], kept, *entries[index + 1 :]]
     return [*entries, new]
+
+
+def _entry(path: Path) -> Entry:
+    """What a file has: of `make bench`, or of `make gpu`. Raises UnsuitableFile."""
+    found = figures.content(path)
+    return gpu_results.entry(found) if gpu_results.is_one(found) else figures.read(path)
 
 
 def kept(path: Path = KEPT) -> list[Entry]:
@@ -195,12 +203,18 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="figures that `make bench` has written")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="figures that `make bench` has written, or the results.json of `make gpu`",
+    )
     files = parser.parse_args(words).files
     try:
         entries = kept() if KEPT.exists() else []
         for file in files:
-            entries = merged(entries, {"tables": [], **figures.read(file)})
+            entries = merged(entries, _entry(file))
     except UnsuitableFile as error:
         print(error, file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import load, report, tables
+from tests.benchmarks import gpu_results, load, report, tables
 from tests.benchmarks.compare import about
 from tests.benchmarks.contenders import CELERY, HAND, HANDS, LITSERVE, ONE_BY_ONE, SYSTEM, TITLES
 from tests.benchmarks.figures import Figures, UnsuitableFile, read
@@ -122,6 +122,45 @@ def test_tables_of_other_programs_are_written() -> None:
     table = {"title": "On a GPU", "text": "Raw loop and engine.", "head": ["", "items/s"], "rows": [["BERT", "1,000"]]}
     text = report.page([entry() | {"tables": [table]}])
     assert "### On a GPU\n\nRaw loop and engine.\n\n|  | items/s |\n| --- | --- |\n| BERT | 1,000 |" in text
+
+
+def test_the_readme_says_when_its_figures_are_doubtful() -> None:
+    rows = {HAND: [run(60.0)], HANDS: [run(80.0)], SYSTEM: [run(76.0)]}
+    good = report.readme_figures([entry(texts=record(rows))])
+    assert "| the fastest loop written by hand | 80.0 |" in good
+    assert "| pipefleet, from S3 back to S3 | 76.0 |" in good
+    assert good.endswith("76.0 |\n")
+    made = record(rows | {SYSTEM: [run(76.0, items=9)]}, rounds=[loaded(foreign=1.0)])
+    doubtful = report.readme_figures([entry(texts=made)])
+    assert "76.0\\* |" in doubtful
+    assert "From a few items only. Other programs used the machine meanwhile" in doubtful
+
+
+def test_results_of_the_gpu_program_become_an_entry(tmp_path: Path) -> None:
+    rows = [
+        {"row": "raw loop", "items": 2000, "per_second": 1234.5, "busy": 0.981, "note": "random weights"},
+        {"row": "engine", "items": 2000, "per_second": 1200.0, "of_raw": 0.97},
+    ]
+    machine = {
+        "device": "NVIDIA H200, 120 of 139 GiB free, CUDA 13.0",
+        "cores": "16",
+        "Python": "3.12.1",
+        "torch": "2.11",
+    }
+    results = [
+        {"name": "device", "part": "check", "rows": [{"row": "machine"}]},
+        {"name": "BERT-base, texts", "part": "bench", "rows": rows},
+    ]
+    made = gpu_results.entry({"machine": machine, "seconds": 1.0, "results": results})
+    text = report.page(report.merged([entry()], made))
+    assert (
+        "## NVIDIA H200, 139 GiB, CUDA 13.0, 16 cores\n\nGPU: NVIDIA H200, 139 GiB, CUDA 13.0. Python 3.12.1, torch 2.11."
+        in text
+    )
+    assert "| row | items | per second | busy | of raw |" in text
+    assert "| raw loop | 2,000 | 1,234 | 98.1% | - |" in text
+    assert "- raw loop: random weights" in text
+    assert "### device" not in text
 
 
 def test_a_file_is_gone_on_with_on_the_same_machine_only(tmp_path: Path) -> None:
