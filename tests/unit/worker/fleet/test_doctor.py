@@ -177,3 +177,5 @@ def test_the_devices_of_each_pool_are_told_and_those_that_are_missing_here(tmp_p
     )
     path.write_text(tables[2])
     assert check_pools(settings, lambda: 0) == "no pool of the fleet file has `devices`"
+    path.write_text("devices = 4")
+    assert check_pools(settings, lambda: 0) == "the fleet file cannot be read"

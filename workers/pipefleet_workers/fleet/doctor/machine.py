@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from pipefleet.errors import PipefleetError
+from pipefleet.errors import FleetFileError, PipefleetError
 from pipefleet.fleet.pools import Pool
 from pipefleet.installed import is_installed
 from pipefleet.settings import Settings
@@ -64,7 +64,10 @@ def check_pools(settings: Settings, count: Count = visible_gpus) -> str:
     from pipefleet.fleet.file import load_fleet
 
     path = settings.fleet_path
-    pools = [] if path is None else load_fleet(path, allow_unpinned=True).pools.values()
+    try:
+        pools = [] if path is None else load_fleet(path, allow_unpinned=True).pools.values()
+    except FleetFileError:
+        return "the fleet file cannot be read"  # the check of the fleet tells why
     told = [_devices(pool, count) for pool in pools if pool.devices is not None]
     return "; ".join(told) or "no pool of the fleet file has `devices`"
 
