@@ -3,9 +3,10 @@
     {"time": "2026-01-31T12:00:00.123Z", "level": "ERROR", "logger": …, "message": …, "pool": …, "worker": …, "job": …, "run": …,
      "exception": "Traceback …"}
 
-Unknown fields are left out. Payloads and credentials are never logged, in either form. Every record of this process, from any
-library, goes through one formatter. It escapes characters that a terminal would obey, puts a message on one line, and indents the
-lines of a traceback, so that no text of a message can look like a line of the log.
+Unknown fields are left out. A supervisor adds `device` to the lines of its workers. Payloads and credentials are never logged,
+in either form. Every record of this process, from any library, goes through one formatter. It escapes characters that a
+terminal would obey, puts a message on one line, and indents the lines of a traceback, so that no text of a message can look
+like a line of the log.
 
 Long-running commands call `configure` at their start. A wrong PIPEFLEET_LOG raises UsageError.
 """

@@ -18,8 +18,10 @@ from pipefleet.fleet.announcements import announce_pool
 from pipefleet.fleet.routing import revision_queue
 from pipefleet.queues.celery import push_job
 from pipefleet.queues.revision_notes import note_revision
+from pipefleet.settings import Settings
 from pipefleet_workers.facts import WORKERS_KEY
 from pipefleet_workers.fleet.doctor.check import Check
+from pipefleet_workers.fleet.doctor.machine import check_pools
 from pipefleet_workers.fleet.doctor.pools import pool_checks
 from pipefleet_workers.fleet.doctor.report import run_checks
 from pipefleet_workers.fleet.local.parked import Parked, tell_parked
@@ -153,3 +155,27 @@ def test_where_only_producers_run_nothing_of_a_worker_is_missing(client: Client,
     assert (done.returncode, report["ok"]) == (0, True), done.stdout
     assert "pip install 'pipefleet[workers]'" in report["checks"][-1]["detail"]
     assert "ModuleNotFoundError" not in done.stdout + done.stderr
+
+
+def test_the_devices_of_each_pool_are_told_and_those_that_are_missing_here(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    pools = {
+        "texts": ("text-classification", 'devices = "all"\nworkers_per_device = 2'),
+        "pictures": ("image-classification", "devices = 4"),
+        "speech": ("automatic-speech-recognition", 'device = "cuda:7"'),
+    }
+    tables = [f'[pools.{name}]\ntask = "{task}"\nmodel = "/m"\n{line}\n' for name, (task, line) in pools.items()]
+    path.write_text("".join(tables))
+    settings = Settings(fleet=path)
+    assert check_pools(settings, lambda: 2) == (
+        "texts: cuda:0, cuda:1, 2 workers each; WARNING: pictures asks for 4 devices, of which this machine has 2 "
+        "(cuda:0, cuda:1); its workers for cuda:2, cuda:3 cannot start here"
+    )
+    assert check_pools(settings, lambda: 4).endswith("pictures: cuda:0, cuda:1, cuda:2, cuda:3, 1 worker each")
+    assert check_pools(settings, lambda: 0).startswith(
+        "texts: cpu, 2 workers each; WARNING: pictures asks for 4 devices"
+    )
+    path.write_text(tables[2])
+    assert check_pools(settings, lambda: 0) == "no pool of the fleet file has `devices`"
+    path.write_text("devices = 4")
+    assert check_pools(settings, lambda: 0) == "the fleet file cannot be read"

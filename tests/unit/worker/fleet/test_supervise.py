@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipefleet.errors import UsageError
+from pipefleet.fleet.devices import Devices
+from pipefleet_workers.fleet.local import supervise as module
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.part import Yard
 from pipefleet_workers.fleet.local.relay import LONGEST, Relay, labelled
@@ -238,6 +240,38 @@ def test_a_port_for_each_worker_must_be_there(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PIPEFLEET_WORKER_METRICS_PORT", "65535")
     with pytest.raises(UsageError, match="PIPEFLEET_WORKER_METRICS_PORT must be at most 65534, since 2 workers"):
         supervise("texts", ("cpu",), 2, [], ready_file=None, threads=None)
+
+
+@pytest.mark.parametrize(
+    ("devices", "each", "threads", "variable", "expected"),
+    [
+        (("cpu",), 2, None, None, ["--threads=4"]),
+        (("cpu",), 3, None, None, ["--threads=2"]),
+        (("cpu",), 20, None, None, ["--threads=1"]),
+        (("cpu",), 1, None, None, []),  # alone it has all of them
+        (("cpu",), 2, 7, None, ["--threads=7"]),
+        (("cpu",), 2, None, "3", []),
+        (2, 2, None, None, []),
+    ],
+)
+def test_workers_on_one_cpu_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, devices: Devices, each: int, threads: int | None, variable: str | None,
+    expected: list[str],
+) -> None:  # fmt: skip
+    commands: list[list[str]] = []
+
+    class Idle(Supervisor):
+        def run(self) -> int:
+            commands.append(list(self._crew._command("texts", Path("ready"))))
+            return 0
+
+    monkeypatch.setattr(module, "Supervisor", Idle)
+    monkeypatch.setattr(module, "_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert supervise("texts", devices, each, ["--pool=x"], ready_file=None, threads=threads, gpus=lambda: 2) == 0
+    assert commands == [[sys.executable, "-m", "pipefleet", "worker", "--ready-file=ready", "--pool=x", *expected]]
 
 
 def test_json_lines_get_a_field_and_other_lines_a_label() -> None:

@@ -46,6 +46,9 @@ after kill -HUP), and the others are not touched. The workers of a changed pool 
 before end when the new ones are ready and nothing waits for them alone, so for a while both are in memory. A wrong file is
 refused with a sentence, and everything goes on as before.
 
+A pool with `devices` has a worker for each of them, times `workers_per_device`; the workers of other pools are spread over the
+GPUs of this machine, unless their `device` names one.
+
 A worker that ends is started again, after 1, 2, 4 ... 60 s. One that ended eight times in a row, without five minutes of
 being ready in between, stays down, while all others go on; `pipefleet top` and `pipefleet doctor` say so. It is tried again
 every ten minutes, when the file changes its pool, and after kill -HUP."""
