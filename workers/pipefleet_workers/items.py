@@ -67,6 +67,12 @@ class JobContext:
     """The shard, if this job is part of a bulk run."""
     settle: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda below, own: {**below, **own}
     """Lays the parameters of an item over the parameters of the job."""
+    on_tokens: Callable[[int, int, int, int], None] | None = None
+    """Hears of each new token while an item is written, where requests join and leave at every step. It gets the position of the
+    item, the number of its sequence, the place of the token in the answer, and the token.
+
+    The device's thread calls it and must not wait in it. An item that begins again repeats its tokens.
+    """
     given_back: bool = False
     """Whether the job runs again; outcomes that still come from here then count as nothing."""
 

@@ -65,6 +65,15 @@ class WorkerSettings(BaseSettings):
     device_pictures: Literal["auto", "on", "off"] = Field(
         "auto", description="where pictures are resized: on the device (on), or only where that is a GPU (auto)"
     )
+    continuous: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="requests of text-generation join and leave at every step: where proved (on), and where also no slower (auto)",
+    )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of the paged cache for it; 0 takes half of a GPU's free memory, an eighth of the machine's",
+    )
     preprocess_processes: int = Field(0, ge=0, description="processes that decode and preprocess; 0 for threads")
     metrics_port: int = Field(0, ge=0, le=65_535, description="port for Prometheus on loopback; 0 serves none")
     metrics_address: str = Field("127.0.0.1", description="address that the metrics are served on")

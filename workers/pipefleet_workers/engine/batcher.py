@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,13 +73,19 @@ class MicroBatcher:
         self._lanes.setdefault(unit.key, _Lane()).add(unit)
         self._count += 1
 
-    def take(self, now: float) -> Batch | None:
-        """The best batch at time `now`; None only when no unit is held."""
+    def take(self, now: float, most: Callable[[Unit], int] | None = None) -> Batch | None:
+        """The best batch at time `now`; None only when no unit is held, or when `most` forbids it.
+
+        `most` says for the best unit how many units its batch may have; 0 leaves the unit where it is.
+        """
         if not self._count:
             return None
         key, first = self._first(now)
         lane = self._lanes[key]
-        low, high = self._cut(lane.units, first)
+        bound = self.limits.max_items if most is None else most(lane.units[first])
+        if bound < 1:
+            return None
+        low, high = self._cut(lane.units, first, bound)
         taken = lane.units[low:high]
         del lane.units[low:high]
         lane.total -= sum(unit.length for unit in taken)
@@ -107,12 +114,12 @@ class MicroBatcher:
         key, index = place
         return self._lanes[key].units[index].priority
 
-    def _cut(self, units: list[Unit], first: int) -> tuple[int, int]:
+    def _cut(self, units: list[Unit], first: int, most: int) -> tuple[int, int]:
         """The slice around `first` that fits the limits. It grows downwards first, since shorter units do not add padding."""
         low, high = first, first + 1
-        while low > 0 and self._fits(units[high - 1], high - low + 1):
+        while high - low < most and low > 0 and self._fits(units[high - 1], high - low + 1):
             low -= 1
-        while high < len(units) and self._fits(units[high], high - low + 1):
+        while high - low < most and high < len(units) and self._fits(units[high], high - low + 1):
             high += 1
         return low, high
 

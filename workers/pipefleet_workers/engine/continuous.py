@@ -1,0 +1,221 @@
+"""The device of a decoder whose requests join and leave at every step, instead of waiting for the batch before them.
+
+    room ─▶ admit, in the room's order ─▶ step: a token for each unit inside ─▶ units that ended ─▶ on_complete
+             ▲            │ park: a more urgent unit takes the room of a less urgent one, which goes on later
+             └────────────┘
+
+Units that the writer does not take run as ordinary batches, in the same thread. Such a batch gives a sign of life at each of its
+steps, and then the units inside make a step too, so neither waits for the other. After a failed step each unit inside runs alone as
+an ordinary batch, so a culprit fails alone; a broken device ends the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from pipefleet.contract.records import JobFailure
+from pipefleet_workers.adapters.base import brief
+from pipefleet_workers.adapters.continuous import JOINS, ContinuousWriter, Turn
+from pipefleet_workers.adapters.progress import STAGE
+from pipefleet_workers.engine.batch_queue import BatchQueue
+from pipefleet_workers.engine.device import Device, Instruments
+from pipefleet_workers.engine.forward import DeviceBrokenError, Forward, is_broken, out_of_memory
+from pipefleet_workers.engine.step import Schedule, Update
+from pipefleet_workers.items import Assembly, Batch, Unit
+from pipefleet_workers.process.watchdog import Watchdog, listen
+
+log = logging.getLogger(__name__)
+FAILED_STEPS = 3
+"""After so many failed steps without a good one between, all units run as ordinary batches."""
+
+
+class ContinuousDevice(Device):
+    """A `Device` with a continuous writer. One thread touches the model, as ever."""
+
+    def __init__(
+        self,
+        writer: ContinuousWriter,
+        forward: Forward,
+        room: BatchQueue,
+        instruments: Instruments,
+        on_complete: Callable[[Sequence[Assembly]], None],
+        *,
+        watchdog: Watchdog,
+        timeout: float,
+    ) -> None:
+        """A step, and a forward of an ordinary batch, may take `timeout` seconds."""
+        super().__init__(
+            forward, room, instruments, on_complete, watchdog=watchdog, timeout=timeout, collate_ahead=False
+        )
+        self._writer = writer
+        self._inside: list[Unit] = []
+        """In the order in which they joined."""
+        self._parked: list[Unit] = []
+        """The most urgent first."""
+        self._alone: list[Unit] = []
+        """Units of failed steps."""
+        self._batching = False
+        """Whether an ordinary batch runs, inside of which this thread makes steps."""
+        self._failed = 0
+
+    def _run_batches(self, stopping: threading.Event) -> None:
+        listen(self._forwarding)
+        while True:
+            batch = self._admit()
+            if batch is not None:
+                self._run_batch(batch)
+            elif self._inside:
+                self._step()
+            elif not self._parked and not self._alone and not self._room.wait(stopping):
+                break
+
+    def _run_batch(self, batch: Batch) -> None:
+        """Run an ordinary batch; `_tick` makes steps inside of it."""
+        self._batching = True
+        try:
+            self._execute(batch, Schedule(batch))
+        finally:
+            self._batching = False
+
+    def _tick(self) -> None:
+        super()._tick()
+        if self._batching:
+            self._admit()
+            self._step()
+
+    def _admit(self) -> Batch | None:
+        """Let units join while there is room for them, in the room's order. Returns the next ordinary batch if it is its turn."""
+        if self._alone and not self._batching:
+            return self._live([self._alone.pop(0)])
+        while self._parked and self._writer.fits(self._parked[0]):
+            self._join(self._parked.pop(0))
+        misses = 0
+        while misses < 2:  # old units and urgent ones take turns at the head of the room
+            batch = self._room.poll(self._most)
+            if batch is None:
+                misses += 1
+            elif batch.key == JOINS and self._failed < FAILED_STEPS:
+                self._make_room(batch.units[0])
+                self._join(batch.units[0])
+            elif (live := self._live(batch.units)) is not None:
+                return live
+        return None
+
+    def _most(self, unit: Unit) -> int:
+        """How many units of this kind may leave the room now. The room calls it under its lock."""
+        if unit.key != JOINS or self._failed >= FAILED_STEPS:
+            return 0 if self._batching else 1 if unit.key == JOINS else sys.maxsize
+        if self._parked and self._parked[0].priority <= unit.priority:
+            return 0
+        less = [one for one in self._inside if one.priority > unit.priority]
+        return 1 if self._writer.fits(unit) or (less and self._writer.fits(unit, without=less)) else 0
+
+    def _make_room(self, unit: Unit) -> None:
+        """Park less urgent units until a unit fits: the least urgent first, and among them the one that joined last."""
+        while not self._writer.fits(unit):
+            lowest = max(one.priority for one in self._inside)
+            victim = next(one for one in reversed(self._inside) if one.priority == lowest)
+            if lowest <= unit.priority:
+                return
+            self._writer.park(victim)
+            self._inside = _without(self._inside, [victim])
+            self._park([victim])
+
+    def _park(self, units: Sequence[Unit]) -> None:
+        self._parked = sorted([*self._parked, *units], key=lambda one: (one.priority, one.created))
+
+    def _join(self, unit: Unit) -> None:
+        if self._live([unit]) is not None:
+            self._writer.join(unit)
+            self._inside.append(unit)
+
+    def _live(self, units: Sequence[Unit]) -> Batch | None:
+        """The units whose jobs go on; the others are aborted."""
+        stopped = {id(unit): failure for unit in units if (failure := _stopped(unit)) is not None}
+        self._leave([(unit, stopped[id(unit)]) for unit in units if id(unit) in stopped])
+        live = [unit for unit in units if id(unit) not in stopped]
+        return Batch(live[0].key, live) if live else None
+
+    def _leave(self, aborted: Sequence[tuple[Unit, JobFailure]]) -> None:
+        for unit, _ in aborted:
+            self._writer.forget(unit)
+        if aborted:
+            self._update(Update(aborted=aborted))
+
+    def _step(self) -> None:
+        """One step of the units inside, without those whose jobs were stopped."""
+        stopped = [
+            (unit, failure) for unit in (*self._inside, *self._parked) if (failure := _stopped(unit)) is not None
+        ]
+        if stopped:
+            gone = [unit for unit, _ in stopped]
+            self._inside, self._parked = _without(self._inside, gone), _without(self._parked, gone)
+            self._leave(stopped)
+        if not self._inside:
+            return
+        if not self._batching:
+            self._forwarding.begin(self._inside[0].assembly.work, len(self._inside) - 1)
+        begin = time.perf_counter()
+        try:
+            with self._instruments.tracer.span(STAGE, len(self._inside)):
+                turn = self._writer.step()
+        except Exception as error:  # noqa: BLE001 - whatever a model raises; each unit runs again
+            self._recover(error)
+            return
+        self._failed = 0
+        self._count(time.perf_counter() - begin)
+        self._hand_on(turn)
+
+    def _count(self, seconds: float) -> None:
+        inside = len(self._inside)
+        for unit in self._inside:
+            spent = unit.assembly.work.seconds
+            spent[STAGE] = spent.get(STAGE, 0.0) + seconds / inside
+        self._instruments.work.add(seconds=seconds)
+        self._instruments.metrics.batch(inside, padded=inside, useful=inside, seconds=seconds)
+
+    def _hand_on(self, turn: Turn) -> None:
+        for one in turn.written:
+            work = one.unit.assembly.work
+            assert work.job.on_tokens is not None
+            work.job.on_tokens(work.position, one.sequence, one.position, one.token)
+        if turn.ended:
+            for unit, _ in turn.ended:
+                self._instruments.fit.add(unit.length, unit.assembly.work.seconds[STAGE])
+            self._inside = _without(self._inside, [unit for unit, _ in turn.ended])
+            self._update(Update(ended=turn.ended, remaining=self._inside))
+        if not self._inside and not self._batching:
+            self._forwarding.rest()
+
+    def _recover(self, error: Exception) -> None:
+        """After a failed step: when memory ran out, go on with fewer units; otherwise each unit runs alone."""
+        if is_broken(error):
+            raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
+        units, self._inside = self._inside, []
+        self._writer.clear()
+        log.warning("a step of %d requests failed (%s); going on with fewer, or alone", len(units), brief(error))
+        if out_of_memory(error) and len(units) > 1:
+            self._writer.shrink()
+            self._park(units)
+            return
+        self._failed += 1
+        for unit in units:
+            self._writer.forget(unit)
+        self._alone += units
+        if self._failed == FAILED_STEPS:
+            log.error("%d steps failed in a row; all requests run as ordinary batches from now on", self._failed)
+            self._alone += self._parked
+            self._parked = []
+
+
+def _without(units: Sequence[Unit], gone: Sequence[Unit]) -> list[Unit]:
+    names = set(map(id, gone))
+    return [unit for unit in units if id(unit) not in names]
+
+
+def _stopped(unit: Unit) -> JobFailure | None:
+    return unit.assembly.failure or unit.assembly.work.job.stopped(STAGE)

@@ -1,0 +1,169 @@
+"""Decides at start whether a pool of text-generation serves its requests continuously, and proves it for its model.
+
+    paged cache → the same logits as alone? → the same tokens, greedy and drawn? → as fast as batches? → `adapter.continuous`
+
+`build` calls `begin_continuous` after the warm-up. Where a step fails, the worker goes on with ordinary batches, and its log says
+why; nothing is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipefleet.fleet.pools import Pool
+from pipefleet.tasks import task_spec
+from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief
+from pipefleet_workers.adapters.progress import UNOBSERVED
+from pipefleet_workers.adapters.writing.continuous import DecoderWriter
+from pipefleet_workers.adapters.writing.generate import TextGenerator
+from pipefleet_workers.adapters.writing.paged import Pages, UnsuitedError
+from pipefleet_workers.items import Unit
+from pipefleet_workers.models.warmup import example_units
+from pipefleet_workers.process.memory import available_bytes
+from pipefleet_workers.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+TASK = "text-generation"
+PAGE = 32
+"""Tokens of a page: half of it is empty at the end of each sequence."""
+CHUNKS = {"cpu": 256, "cuda": 2048}
+"""Tokens that one step reads. Every sequence waits for them, so a long prompt comes in pieces."""
+GPU_SHARE, CPU_SHARE = 0.5, 0.125
+"""Shares of the free memory for the cache. Batches of requests that do not join need memory too."""
+SLOWER = 0.9
+"""`auto` goes on with batches where steps reach less than this share of their speed."""
+_SIZES = (5, 23, 61)
+_PIECE = 16
+"""Tokens of a piece in the proof, so that its prompts come in pieces."""
+_TIMED_TOKENS = (32, 4, 20, 8, 28, 12, 16, 24)
+"""New tokens of the requests that are timed. Answers differ in length, as in use."""
+
+
+def begin_continuous(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any], settings: WorkerSettings) -> bool:
+    """Give `adapter` a continuous writer if its model passes the proof; whether it has one now."""
+    wanted = settings.continuous != "off" and (settings.warm_up or settings.continuous == "on")
+    if not wanted or pool.task != TASK or type(adapter).run is not TextGenerator.run or pool.device_map is not None:
+        return False
+    assert isinstance(adapter, TextGenerator)
+    begin = time.perf_counter()
+    try:
+        writer = DecoderWriter(adapter, pages_of(adapter, pool, settings))
+        refusal = _refusal(adapter, writer, parameters, timed=settings.continuous == "auto")
+    except UnsuitedError as error:
+        refusal = str(error)
+    except Exception as error:
+        log.exception("the proof of continuous batches failed to run")
+        refusal = brief(error)
+    if refusal:
+        log.info("requests of text-generation run in batches: %s", refusal)
+        return False
+    adapter.continuous = writer
+    size, seconds = writer.bytes / 2**20, time.perf_counter() - begin
+    log.info("requests join and leave at every step, with a cache of %.0f MiB; proved in %.1f s", size, seconds)
+    return True
+
+
+def pages_of(adapter: TextGenerator, pool: Pool, settings: WorkerSettings) -> Pages:
+    """The size of the cache: the setting's, or a share of the free memory; at most what all rows can fill.
+
+    Raises UnsuitedError for a model whose shape cannot be read.
+    """
+    model, device = adapter.pipe.model, adapter.pipe.device
+    config = model.config.get_text_config()
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        a_token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    except (AttributeError, TypeError) as error:
+        raise UnsuitedError(f"the size of its cache is unknown ({brief(error)})") from None
+    longest = getattr(config, "max_position_embeddings", None) or settings.max_tokens
+    most = pool.max_batch_items * -(-longest // PAGE)
+    count = min(most, (settings.cache_bytes or _free_share(device)) // (PAGE * a_token))
+    if count < 1:
+        raise UnsuitedError("the memory for its cache holds no page")
+    return Pages(count, PAGE, CHUNKS.get(device.type, 256), pool.max_batch_items)
+
+
+def _free_share(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(CPU_SHARE * (available_bytes() or 0))
+
+
+def _refusal(adapter: TextGenerator, writer: DecoderWriter, parameters: Mapping[str, Any], *, timed: bool) -> str:
+    """Why the writer must not be used; an empty text if it may."""
+    tolerance = TOLERANCE.get(adapter.pipe.model.dtype, 1e-4)
+    difference = _difference(adapter, writer, [_unit(adapter, parameters, size) for size in _SIZES])
+    if not difference <= tolerance:
+        return f"its logits differ by {difference:.1e} from those of a request alone, above {tolerance:.0e}"
+    sampled: list[Mapping[str, Any]] = [
+        {"do_sample": False, "max_new_tokens": 12},
+        {"do_sample": True, "seed": 7, "top_k": 20, "max_new_tokens": 12},
+    ]
+    units = [_unit(adapter, {**parameters, **own}, size) for size in _SIZES for own in sampled]
+    if adapter.pipe.model.dtype == torch.float32 and not _same_tokens(adapter, writer, units):
+        return "its tokens differ from those of a request alone"
+    rate = _relative_speed(adapter, writer, parameters) if timed else 1.0
+    if rate < SLOWER:
+        return f"steps reach {rate:.0%} of their speed"
+    return ""
+
+
+def _difference(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[Unit]) -> float:
+    """The largest relative difference of logits between units together in pages and each alone."""
+    together = writer.numbers(units, pieces=_PIECE)
+    alone = [adapter.numbers([unit])[0] for unit in units]
+    return max(
+        float(np.abs(mine - other).max()) / max(1e-6, float(np.abs(other).max()))
+        for mine, other in zip(together, alone, strict=True)
+    )
+
+
+def _same_tokens(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[Unit]) -> bool:
+    units = [unit for unit in units if writer.takes(unit.assembly.context)]
+    found = written(writer, units)
+    return all(found[id(unit)] == adapter.run(adapter.collate([unit]), [unit], UNOBSERVED)[0] for unit in units)
+
+
+def _relative_speed(adapter: TextGenerator, writer: DecoderWriter, parameters: Mapping[str, Any]) -> float:
+    """The speed of steps, relative to one batch of the same requests."""
+    asked = [{**parameters, "do_sample": False, "max_new_tokens": most} for most in _TIMED_TOKENS]
+    units = [_unit(adapter, own, 4 + 3 * index) for index, own in enumerate(asked)]
+    if not all(writer.takes(unit.assembly.context) for unit in units):
+        return 1.0
+    inputs, steps, batch = adapter.collate(units), [], []
+    for _ in range(2):
+        begin = time.perf_counter()
+        written(writer, units)
+        middle = time.perf_counter()
+        adapter.run(inputs, units, UNOBSERVED)
+        steps.append(middle - begin)
+        batch.append(time.perf_counter() - middle)
+    return min(batch) / min(steps)
+
+
+def written(writer: DecoderWriter, units: Sequence[Unit]) -> dict[int, Any]:
+    """The output of each unit by its identity, written together."""
+    waiting, found = list(units), {}
+    try:
+        while len(found) < len(units):
+            while waiting and writer.fits(waiting[0]):
+                writer.join(waiting.pop(0))
+            found.update({id(unit): output for unit, output in writer.step().ended})
+    finally:
+        writer.clear()
+        for unit in units:
+            writer.forget(unit)
+    return found
+
+
+def _unit(adapter: TextGenerator, parameters: Mapping[str, Any], size: int) -> Unit:
+    (unit,) = example_units(adapter, task_spec(TASK), dict(parameters), size)
+    return unit
