@@ -49,9 +49,8 @@ _TIMED_TOKENS = (32, 4, 20, 8, 28, 12, 16, 24)
 def begin_continuous(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any], settings: WorkerSettings) -> bool:
     """Give `adapter` a continuous writer if its model passes the proof; whether it has one now."""
     wanted = settings.continuous != "off" and (settings.warm_up or settings.continuous == "on")
-    if not wanted or pool.task != TASK or type(adapter).run is not TextGenerator.run or pool.device_map is not None:
+    if not wanted or pool.task != TASK or not isinstance(adapter, TextGenerator) or pool.device_map is not None:
         return False
-    assert isinstance(adapter, TextGenerator)
     begin = time.perf_counter()
     try:
         writer = DecoderWriter(adapter, pages_of(adapter, pool, settings))

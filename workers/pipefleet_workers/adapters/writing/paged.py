@@ -1,8 +1,9 @@
 """A decoder with a paged cache, one step at a time: transformers' continuous batching, driven from the caller's thread.
 
 Sequences of tokens go in with `join`; each `step` gives one token for every sequence that has read its prompt. transformers' own
-manager runs a thread; here only its batch processor is used, so that the device keeps one owner. Its parts are not public. A version
-without them, and a model that it cannot serve, raise UnsuitedError; then the worker goes on with ordinary batches.
+manager runs a thread; here only its batch processor is used, so that the device keeps one owner. Its parts are not public: a
+version without them, and a model that it cannot serve, raise UnsuitedError. Then the worker goes on with ordinary
+batches.
 """
 
 from __future__ import annotations

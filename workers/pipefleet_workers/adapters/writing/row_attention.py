@@ -1,7 +1,7 @@
 """Attention over a paged cache, each row with its own keys alone.
 
 transformers' `sdpa` multiplies the queries of all rows with the keys of all rows, and hides the foreign ones behind a mask: the
-price grows with the square of the rows. Here rows of like length share a padded call, and each piece of a prompt has a call of its own.
+price grows with the square of the rows. Here rows of like length share a padded call, and each piece of a prompt has its own.
 `Layout` is made once for each step; `attend` runs in every layer. Arguments that it does not know raise TypeError.
 """
 
