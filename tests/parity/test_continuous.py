@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.adapters.continuous import JOINS
 from pipefleet_workers.adapters.writing.continuous import DecoderWriter
 from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.adapters.writing.paged import Pages
 from pipefleet_workers.consume.outcomes import Outcomes
+from pipefleet_workers.engine import continuous as joined
 from pipefleet_workers.engine import forward
 from pipefleet_workers.items import JobContext, Outcome
 from pipefleet_workers.models import continuous
@@ -270,7 +270,6 @@ def test_a_stop_finishes_the_requests_inside_and_waiting(pipe: Any) -> None:
 def test_a_failing_request_fails_alone(pipe: Any, engine: Running) -> None:
     """A step raises while one request is inside; each runs again alone, where this one fails too."""
     poison = "A cat is sleeping"
-    first = int(pipe.tokenizer(poison)["input_ids"][0]), len(pipe.tokenizer(poison)["input_ids"])
 
     def raising(_: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -285,7 +284,6 @@ def test_a_failing_request_fails_alone(pipe: Any, engine: Running) -> None:
         again = engine.run(good)
     finally:
         hook.remove()
-    assert first
     assert results[2].failure is not None
     assert results[2].failure.code == "model_error"
     wanted = [direct(pipe, call) for call in good]
@@ -407,4 +405,37 @@ def test_every_architecture_is_proved_or_runs_in_batches(pipe: Any, kind: str) -
     with running(adapter, TASK) as engine:
         assert outputs(engine.run(calls)) == [direct(own, call) for call in calls]
         assert bool(adapter.batches) != proved
-        assert JOINS
+
+
+@pytest.mark.parametrize(
+    ("seconds", "order"), [(1000.0, ["first", "second", "bulk"]), (0.0, ["first", "bulk", "second"])]
+)
+def test_a_request_that_was_parked_for_long_is_not_parked_again(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, seconds: float, order: list[str]
+) -> None:
+    monkeypatch.setattr(joined, "PARKED_SECONDS", seconds)
+    sinks: dict[str, Outcomes] = {}
+    ended: list[str] = []
+    call = Call(TEXTS[0], {**GREEDY, "max_new_tokens": 30})
+    with joining(pipe, Pages(512, 4, 32, 1)) as engine:
+
+        def begin(name: str, priority: int) -> None:
+            def hear(_: int, __: int, place: int, ___: int) -> None:
+                if place == 29:
+                    ended.append(name)
+
+            sinks[name] = engine.submit([call], id=name, priority=priority, on_tokens=hear)[1]
+            wait_until(lambda: engine.adapter.prepared_units == len(sinks), "it waits for the device")
+
+        def act(number: int) -> None:
+            name = {5: "first", 45: "second"}.get(number)
+            if name is not None:
+                begin(name, 0)
+
+        with at_step(engine, act):
+            begin("bulk", 6)
+            wait_until(lambda: len(sinks) == 3, "all were submitted")
+            found = [outputs(finished(sinks[name])) for name in order]
+        assert_empty(engine)
+    assert ended == order
+    assert found == [[direct(pipe, call)]] * 3

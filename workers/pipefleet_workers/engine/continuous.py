@@ -29,6 +29,8 @@ from pipefleet_workers.items import Assembly, Batch, Unit
 from pipefleet_workers.process.watchdog import Watchdog, listen
 
 log = logging.getLogger(__name__)
+PARKED_SECONDS = 30.0
+"""A unit that was parked for so long joins before more urgent ones, and then stays, so nothing starves."""
 FAILED_STEPS = 3
 """After so many failed steps without a good one between, all units run as ordinary batches."""
 
@@ -56,6 +58,9 @@ class ContinuousDevice(Device):
         """In the order in which they joined."""
         self._parked: list[Unit] = []
         """The most urgent first."""
+        self._since: dict[int, float] = {}
+        """When each unit was parked first; until it ends."""
+        self._staying: set[int] = set()
         self._alone: list[Unit] = []
         """Units of failed steps."""
         self._batching = False
@@ -91,8 +96,7 @@ class ContinuousDevice(Device):
         """Let units join while there is room for them, in the room's order. Returns the next ordinary batch if it is its turn."""
         if self._alone and not self._batching:
             return self._live([self._alone.pop(0)])
-        while self._parked and self._writer.fits(self._parked[0]):
-            self._join(self._parked.pop(0))
+        self._rejoin(time.monotonic() - PARKED_SECONDS)
         misses = 0
         while misses < 2:  # old units and urgent ones take turns at the head of the room
             batch = self._room.poll(self._most)
@@ -103,7 +107,19 @@ class ContinuousDevice(Device):
                 self._join(batch.units[0])
             elif (live := self._live(batch.units)) is not None:
                 return live
+        self._rejoin(time.monotonic())
         return None
+
+    def _rejoin(self, before: float) -> None:
+        """Let units that were parked before this time go on, while there is room."""
+        old = time.monotonic() - PARKED_SECONDS
+        for unit in [one for one in self._parked if self._since[id(one)] <= before]:
+            if not self._writer.fits(unit):
+                return
+            if self._since[id(unit)] <= old:
+                self._staying.add(id(unit))
+            self._parked = _without(self._parked, [unit])
+            self._join(unit)
 
     def _most(self, unit: Unit) -> int:
         """How many units of this kind may leave the room now. The room calls it under its lock."""
@@ -111,21 +127,27 @@ class ContinuousDevice(Device):
             return 0 if self._batching else 1 if unit.key == JOINS else sys.maxsize
         if self._parked and self._parked[0].priority <= unit.priority:
             return 0
-        less = [one for one in self._inside if one.priority > unit.priority]
+        less = self._less_urgent(unit)
         return 1 if self._writer.fits(unit) or (less and self._writer.fits(unit, without=less)) else 0
 
     def _make_room(self, unit: Unit) -> None:
         """Park less urgent units until a unit fits: the least urgent first, and among them the one that joined last."""
-        while not self._writer.fits(unit):
-            lowest = max(one.priority for one in self._inside)
-            victim = next(one for one in reversed(self._inside) if one.priority == lowest)
-            if lowest <= unit.priority:
-                return
+        less = self._less_urgent(unit)
+        while less and not self._writer.fits(unit):
+            lowest = max(one.priority for one in less)
+            victim = next(one for one in reversed(less) if one.priority == lowest)
+            less = _without(less, [victim])
             self._writer.park(victim)
             self._inside = _without(self._inside, [victim])
             self._park([victim])
 
+    def _less_urgent(self, unit: Unit) -> list[Unit]:
+        """The units inside that may be parked for a unit, in the order in which they joined."""
+        return [one for one in self._inside if one.priority > unit.priority and id(one) not in self._staying]
+
     def _park(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            self._since.setdefault(id(unit), time.monotonic())
         self._parked = sorted([*self._parked, *units], key=lambda one: (one.priority, one.created))
 
     def _join(self, unit: Unit) -> None:
@@ -141,10 +163,16 @@ class ContinuousDevice(Device):
         return Batch(live[0].key, live) if live else None
 
     def _leave(self, aborted: Sequence[tuple[Unit, JobFailure]]) -> None:
-        for unit, _ in aborted:
-            self._writer.forget(unit)
+        self._forget([unit for unit, _ in aborted])
         if aborted:
             self._update(Update(aborted=aborted))
+
+    def _forget(self, units: Sequence[Unit]) -> None:
+        """Keep nothing of units that have ended here, or run as batches now."""
+        for unit in units:
+            self._writer.forget(unit)
+            self._since.pop(id(unit), None)
+            self._staying.discard(id(unit))
 
     def _step(self) -> None:
         """One step of the units inside, without those whose jobs were stopped."""
@@ -186,7 +214,9 @@ class ContinuousDevice(Device):
         if turn.ended:
             for unit, _ in turn.ended:
                 self._instruments.fit.add(unit.length, unit.assembly.work.seconds[STAGE])
-            self._inside = _without(self._inside, [unit for unit, _ in turn.ended])
+            ended = [unit for unit, _ in turn.ended]
+            self._forget(ended)
+            self._inside = _without(self._inside, ended)
             self._update(Update(ended=turn.ended, remaining=self._inside))
         if not self._inside and not self._batching:
             self._forwarding.rest()
@@ -203,11 +233,11 @@ class ContinuousDevice(Device):
             self._park(units)
             return
         self._failed += 1
-        for unit in units:
-            self._writer.forget(unit)
+        self._forget(units)
         self._alone += units
         if self._failed == FAILED_STEPS:
             log.error("%d steps failed in a row; all requests run as ordinary batches from now on", self._failed)
+            self._forget(self._parked)
             self._alone += self._parked
             self._parked = []
 

@@ -39,6 +39,8 @@ GPU_SHARE, CPU_SHARE = 0.5, 0.125
 """Shares of the free memory for the cache. Batches of requests that do not join need memory too."""
 SLOWER = 0.9
 """`auto` goes on with batches where steps reach less than this share of their speed."""
+SECONDS = 5.0
+"""Seconds after which speed is not measured again."""
 _SIZES = (5, 23, 61)
 _PIECE = 16
 """Tokens of a piece in the proof, so that its prompts come in pieces."""
@@ -48,7 +50,8 @@ _TIMED_TOKENS = (32, 4, 20, 8, 28, 12, 16, 24)
 
 def begin_continuous(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any], settings: WorkerSettings) -> bool:
     """Give `adapter` a continuous writer if its model passes the proof; whether it has one now."""
-    wanted = settings.continuous != "off" and (settings.warm_up or settings.continuous == "on")
+    asked = settings.continuous == "on" or (settings.continuous == "auto" and settings.warm_up)
+    wanted = asked and not settings.simulated_device
     if not wanted or pool.task != TASK or not isinstance(adapter, TextGenerator) or pool.device_map is not None:
         return False
     begin = time.perf_counter()
@@ -103,8 +106,8 @@ def _refusal(adapter: TextGenerator, writer: DecoderWriter, parameters: Mapping[
     if not difference <= tolerance:
         return f"its logits differ by {difference:.1e} from those of a request alone, above {tolerance:.0e}"
     sampled: list[Mapping[str, Any]] = [
-        {"do_sample": False, "max_new_tokens": 12},
-        {"do_sample": True, "seed": 7, "top_k": 20, "max_new_tokens": 12},
+        {"do_sample": False, "max_new_tokens": 6},
+        {"do_sample": True, "seed": 7, "top_k": 20, "max_new_tokens": 6},
     ]
     units = [_unit(adapter, {**parameters, **own}, size) for size in _SIZES for own in sampled]
     if adapter.pipe.model.dtype == torch.float32 and not _same_tokens(adapter, writer, units):
@@ -137,8 +140,8 @@ def _relative_speed(adapter: TextGenerator, writer: DecoderWriter, parameters: M
     units = [_unit(adapter, own, 4 + 3 * index) for index, own in enumerate(asked)]
     if not all(writer.takes(unit.assembly.context) for unit in units):
         return 1.0
-    inputs, steps, batch = adapter.collate(units), [], []
-    for _ in range(2):
+    inputs, steps, batch = adapter.collate(units), list[float](), list[float]()
+    while len(steps) < 2 and sum(steps) < SECONDS:
         begin = time.perf_counter()
         written(writer, units)
         middle = time.perf_counter()
@@ -150,7 +153,7 @@ def _relative_speed(adapter: TextGenerator, writer: DecoderWriter, parameters: M
 
 def written(writer: DecoderWriter, units: Sequence[Unit]) -> dict[int, Any]:
     """The output of each unit by its identity, written together."""
-    waiting, found = list(units), {}
+    waiting, found = list(units), dict[int, Any]()
     try:
         while len(found) < len(units):
             while waiting and writer.fits(waiting[0]):

@@ -52,7 +52,8 @@ class PagedDecoder:
             from transformers import AttentionInterface
 
             AttentionInterface.register(NAME, attend)
-            with self._turn(), torch.random.fork_rng(devices=[]):  # making a processor seeds torch
+            devices = [model.device] if model.device.type == "cuda" else []
+            with self._turn(), torch.random.fork_rng(devices=devices):  # making a processor seeds torch
                 self._processor, self._scores = _processor(model, pages, choose)
         if list(self._processor.cache.cache_allocators) != ["full_attention"]:
             raise UnsuitedError("the model has attention other than full attention")

@@ -132,7 +132,8 @@ def attend(
     for one in layout.rows:
         count = len(one.places)
         span = slice(at, at + count * one.width)
-        keys, values = (each[0, :, span].unflatten(1, (count, one.width)).transpose(0, 1) for each in (key, value))
+        shape = (heads, count, one.width, -1)
+        keys, values = (each[0, :, span].reshape(shape).transpose(0, 1) for each in (key, value))
         # Query heads that share a head of keys stand as further queries of this head, so no keys are repeated.
         asked = query[0, :, one.places].transpose(0, 1).reshape(count, heads, share, -1)
         heard = scaled_dot_product_attention(asked, keys, values, attn_mask=one.mask, scale=scaling)
