@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -439,3 +440,44 @@ def test_a_request_that_was_parked_for_long_is_not_parked_again(
         assert_empty(engine)
     assert ended == order
     assert found == [[direct(pipe, call)]] * 3
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_nothing_is_lost_or_changed_by_any_order_of_joins_stops_and_failures(pipe: Any, seed: int) -> None:
+    """Jobs of all kinds and priorities come at any step; some are cancelled, and some steps fail."""
+    chance = random.Random(seed)
+    kinds = [*CALLS[::3], *SAMPLED, Call(TEXTS[1], {**GREEDY, "max_new_tokens": 12, "num_beams": 2})]
+    chosen = [chance.choice(kinds) for _ in range(40)]
+    with running(recording(TextGenerator, pipe), TASK) as plain:
+        wanted = [outputs(plain.run([call]))[0] for call in chosen]
+    jobs: dict[int, JobContext] = {}
+    sinks: dict[int, Outcomes] = {}
+    cancelled: set[int] = set()
+    waiting = list(range(len(chosen)))
+
+    def submit() -> None:
+        index = waiting.pop()
+        jobs[index], sinks[index] = engine.submit([chosen[index]], id=str(index), priority=chance.choice([0, 3, 6]))
+
+    def act(_: int) -> None:
+        while waiting and chance.random() < 0.3:
+            submit()
+        if chance.random() < 0.02:
+            index = chance.choice(list(jobs))
+            jobs[index].cancelled = True
+            cancelled.add(index)
+        if chance.random() < 0.02:
+            raise chance.choice([MemoryError("out of memory"), ValueError("a step fails")])
+
+    with joining(pipe, Pages(count=60, size=4, chunk=16, rows=6)) as engine, at_step(engine, act):
+        while waiting:
+            submit()
+            finished(sinks[next(reversed(sinks))])
+        found = {index: finished(sink)[0] for index, sink in sinks.items()}
+        assert_empty(engine)
+    for index, one in found.items():
+        if one.failure is not None:
+            assert index in cancelled
+            assert one.failure.code == "cancelled"
+        else:
+            assert one.output == wanted[index], chosen[index]
