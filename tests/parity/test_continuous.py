@@ -195,7 +195,7 @@ def test_an_urgent_request_gets_its_first_token_within_a_few_steps(pipe: Any, fu
             nonlocal steps
             steps = number
             if number == 20:
-                assert engine.adapter.continuous._decoder.unread == 0
+                assert engine.adapter.continuous._decoder.unread() == 0
                 call = Call(TEXTS[3], {**GREEDY, "max_new_tokens": 4})
                 late.append(engine.submit([call], id="late", priority=0, on_tokens=lambda *_: heard.append(steps))[1])
                 wait_until(lambda: engine.adapter.prepared_units == 13, "the late one waits for the device")
@@ -387,6 +387,9 @@ def models() -> dict[str, Any]:
         "gpt_neox": transformers.GPTNeoXConfig(**small),
         "gemma2": transformers.Gemma2Config(**small, num_key_value_heads=2, head_dim=8, sliding_window=16),
         "mistral": transformers.MistralConfig(**small, num_key_value_heads=2, sliding_window=16),
+        "dynamic_rope": transformers.LlamaConfig(
+            **small, num_key_value_heads=2, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        ),
         "mamba": transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=420),
         "bloom": transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=420),
     }
@@ -481,3 +484,35 @@ def test_nothing_is_lost_or_changed_by_any_order_of_joins_stops_and_failures(pip
             assert one.failure.code == "cancelled"
         else:
             assert one.output == wanted[index], chosen[index]
+
+
+def test_an_urgent_prompt_that_is_read_lets_no_other_urgent_one_park_bulk(pipe: Any, engine: Running) -> None:
+    """A long urgent prompt is read in ten pieces. The next urgent one waits for it, and the bulk goes on meanwhile."""
+    long = Call("the sea " * 80, {**GREEDY, "max_new_tokens": 3})
+    late: list[Outcomes] = []
+
+    def act(number: int) -> None:
+        if number == 5:
+            late.extend(engine.submit([call], id="late", priority=0)[1] for call in (long, long))
+            wait_until(lambda: engine.adapter.prepared_units == 6, "both wait for the device")
+        if number == 8:
+            assert engine.adapter.continuous._decoder.unread() > 2 * PAGES.chunk
+            assert len(engine.adapter.continuous._inside) == 5
+
+    with at_step(engine, act):
+        written = [outputs(finished(sink)) for _, sink in bulk(engine, 4)]
+        assert [outputs(finished(sink)) for sink in late] == [[direct(pipe, long)]] * 2
+    assert written == [[direct(pipe, Call(TEXTS[index % 3], {**GREEDY, "max_new_tokens": 100}))] for index in range(4)]
+
+
+def test_a_listener_that_fails_hears_no_more_and_stops_nothing(pipe: Any, engine: Running) -> None:
+    heard: list[int] = []
+
+    def hear(_: int, __: int, place: int, ___: int) -> None:
+        heard.append(place)
+        raise ConnectionError("gone")
+
+    call = Call(TEXTS[0], {**GREEDY, "max_new_tokens": 5})
+    _, sink = engine.submit([call, call], on_tokens=hear)
+    assert outputs(finished(sink)) == [direct(pipe, call)] * 2
+    assert heard == [0]

@@ -209,8 +209,13 @@ class ContinuousDevice(Device):
     def _hand_on(self, turn: Turn) -> None:
         for one in turn.written:
             work = one.unit.assembly.work
-            assert work.job.on_tokens is not None
-            work.job.on_tokens(work.position, one.sequence, one.position, one.token)
+            if work.job.on_tokens is None:
+                continue
+            try:
+                work.job.on_tokens(work.position, one.sequence, one.position, one.token)
+            except Exception:
+                log.exception("job %s cannot take a token; it gets no more of them", work.job.id)
+                work.job.on_tokens = None
         if turn.ended:
             for unit, _ in turn.ended:
                 self._instruments.fit.add(unit.length, unit.assembly.work.seconds[STAGE])

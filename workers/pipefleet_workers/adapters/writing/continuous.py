@@ -94,7 +94,7 @@ class DecoderWriter:
             return False
         if pages + self._need(request) > self._pages.count:
             return False
-        return bool(gone) or self._decoder.unread < self._pages.chunk
+        return self._decoder.unread(without={str(one.name) for one in gone}) < self._pages.chunk
 
     def join(self, unit: Unit) -> None:
         """Take a unit in."""

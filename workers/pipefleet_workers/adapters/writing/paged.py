@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ from pipefleet_workers.adapters.writing.row_attention import NAME, Layout, atten
 
 Choose = Callable[[Sequence[str], torch.Tensor], torch.Tensor]
 """Gets the names of sequences and the scores of their next tokens `[sequences, vocabulary]`; the largest returned score wins."""
+
+
+_DYNAMIC = frozenset({"dynamic", "longrope"})
+"""Kinds of rotary positions that change for all rows when one row grows long; short examples do not show it."""
 
 
 class UnsuitedError(Exception):
@@ -55,6 +59,8 @@ class PagedDecoder:
             devices = [model.device] if model.device.type == "cuda" else []
             with self._turn(), torch.random.fork_rng(devices=devices):  # making a processor seeds torch
                 self._processor, self._scores = _processor(model, pages, choose)
+        if _DYNAMIC & set(_rope_types(model.config.get_text_config())):
+            raise UnsuitedError("its rotary positions depend on the longest row of a step")
         if list(self._processor.cache.cache_allocators) != ["full_attention"]:
             raise UnsuitedError("the model has attention other than full attention")
 
@@ -63,12 +69,11 @@ class PagedDecoder:
         """Bytes of the cache."""
         return int(self._processor.cache.cache_tensor.nbytes)
 
-    @property
-    def unread(self) -> int:
-        """Tokens of prompts that are still to be read."""
+    def unread(self, *, without: Collection[str] = ()) -> int:
+        """Tokens of prompts that are still to be read, but for the sequences in `without`."""
         scheduler = self._processor.scheduler
         states = (*scheduler.waiting_requests.values(), *scheduler.active_requests.values())
-        return sum(len(one.remaining_prefill_tokens) for one in states)
+        return sum(len(one.remaining_prefill_tokens) for one in states if one.request_id not in without)
 
     def join(self, name: str, tokens: list[int], most: int, ends: Collection[int]) -> None:
         """Take in a sequence. It ends by itself after `most` new tokens, or behind one of the tokens `ends`."""
@@ -125,6 +130,16 @@ class PagedDecoder:
             yield
         except Exception as error:
             raise UnsuitedError(brief(error)) from error
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    """The kinds of rotary positions that a config names, for all layers or for each kind of layer."""
+    found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    while found:
+        one = found.pop()
+        if isinstance(one, Mapping):
+            found += one.values()
+            yield str(one.get("rope_type", one.get("type", "")))
 
 
 def _processor(model: Any, pages: Pages, choose: Choose) -> tuple[Any, Any]:
