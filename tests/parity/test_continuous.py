@@ -516,3 +516,26 @@ def test_a_listener_that_fails_hears_no_more_and_stops_nothing(pipe: Any, engine
     _, sink = engine.submit([call, call], on_tokens=hear)
     assert outputs(finished(sink)) == [direct(pipe, call)] * 2
     assert heard == [0]
+
+
+def test_a_pool_whose_own_parameters_need_batches_has_no_cache(pipe: Any) -> None:
+    assert not begin_continuous(TextGenerator(pipe), POOL, {"num_beams": 2}, WorkerSettings(continuous="on"))
+
+
+def test_answers_fill_a_short_table_of_positions_to_its_end(pipe: Any) -> None:
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=420, bos_token_id=1, eos_token_id=3
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = None
+    own = transformers.pipeline(TASK, model=model, tokenizer=pipe.tokenizer, device="cpu")
+    calls = [Call("the " * 12, {**GREEDY, "max_new_tokens": 500}), Call("Yes", {**GREEDY, "max_new_tokens": 59})]
+    with running(recording(TextGenerator, own), TASK) as plain:
+        wanted = outputs(plain.run(calls))
+    adapter = recording(TextGenerator, own)
+    assert begin_continuous(adapter, POOL, {}, WorkerSettings(continuous="on"))
+    adapter.batches.clear()
+    with running(adapter, TASK) as engine:
+        assert outputs(engine.run(calls)) == wanted
+    assert not adapter.batches

@@ -8,6 +8,7 @@ why; nothing is raised.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.writing.continuous import DecoderWriter
 from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.adapters.writing.paged import Pages, UnsuitedError
-from pipefleet_workers.items import Unit
+from pipefleet_workers.items import ItemError, Unit
 from pipefleet_workers.models.warmup import example_units
 from pipefleet_workers.process.memory import available_bytes
 from pipefleet_workers.settings import WorkerSettings
@@ -102,14 +103,19 @@ def _free_share(device: torch.device) -> int:
 def _refusal(adapter: TextGenerator, writer: DecoderWriter, parameters: Mapping[str, Any], *, timed: bool) -> str:
     """Why the writer must not be used; an empty text if it may."""
     tolerance = TOLERANCE.get(adapter.pipe.model.dtype, 1e-4)
-    difference = _difference(adapter, writer, [_unit(adapter, parameters, size) for size in _SIZES])
+    examples = _units(adapter, [({**parameters}, size) for size in _SIZES])
+    if len(examples) < 2:
+        return "the model has too few positions for a proof"
+    if not any(writer.takes(unit.assembly.context) for unit in examples):
+        return "the pool's own parameters need batches, or more than all pages"
+    difference = _difference(adapter, writer, examples)
     if not difference <= tolerance:
         return f"its logits differ by {difference:.1e} from those of a request alone, above {tolerance:.0e}"
     sampled: list[Mapping[str, Any]] = [
         {"do_sample": False, "max_new_tokens": 6},
         {"do_sample": True, "seed": 7, "top_k": 20, "max_new_tokens": 6},
     ]
-    units = [_unit(adapter, {**parameters, **own}, size) for size in _SIZES for own in sampled]
+    units = _units(adapter, [({**parameters, **own}, size) for size in _SIZES for own in sampled])
     if adapter.pipe.model.dtype == torch.float32 and not _same_tokens(adapter, writer, units):
         return "its tokens differ from those of a request alone"
     rate = _relative_speed(adapter, writer, parameters) if timed else 1.0
@@ -137,7 +143,7 @@ def _same_tokens(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[
 def _relative_speed(adapter: TextGenerator, writer: DecoderWriter, parameters: Mapping[str, Any]) -> float:
     """The speed of steps, relative to one batch of the same requests."""
     asked = [{**parameters, "do_sample": False, "max_new_tokens": most} for most in _TIMED_TOKENS]
-    units = [_unit(adapter, own, 4 + 3 * index) for index, own in enumerate(asked)]
+    units = _units(adapter, [(own, 4 + 3 * index) for index, own in enumerate(asked)])
     if not all(writer.takes(unit.assembly.context) for unit in units):
         return 1.0
     inputs, steps, batch = adapter.collate(units), list[float](), list[float]()
@@ -166,6 +172,10 @@ def written(writer: DecoderWriter, units: Sequence[Unit]) -> dict[int, Any]:
     return found
 
 
-def _unit(adapter: TextGenerator, parameters: Mapping[str, Any], size: int) -> Unit:
-    (unit,) = example_units(adapter, task_spec(TASK), dict(parameters), size)
-    return unit
+def _units(adapter: TextGenerator, asked: Sequence[tuple[dict[str, Any], int]]) -> list[Unit]:
+    """Examples with these parameters and sizes, without those that are too long for the model."""
+    units: list[Unit] = []
+    for parameters, size in asked:
+        with contextlib.suppress(ItemError):
+            units += example_units(adapter, task_spec(TASK), parameters, size)
+    return units
