@@ -539,3 +539,22 @@ def test_answers_fill_a_short_table_of_positions_to_its_end(pipe: Any) -> None:
     with running(adapter, TASK) as engine:
         assert outputs(engine.run(calls)) == wanted
     assert not adapter.batches
+
+
+def test_the_common_beginning_of_prompts_is_read_once(pipe: Any, engine: Running) -> None:
+    calls = [Call("the sea " * 20 + text, {**GREEDY, "max_new_tokens": 2}) for text in TEXTS]
+    read: list[int] = []
+
+    def note(_: Any, __: Any, kwargs: Mapping[str, Any]) -> None:
+        read[-1] += kwargs["input_ids"].shape[1]
+
+    wanted = [direct(pipe, call) for call in calls]
+    hook = pipe.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        for call, expected in zip(calls, wanted, strict=True):
+            read.append(0)
+            assert outputs(engine.run([call])) == [expected]
+    finally:
+        hook.remove()
+    assert read[0] > 80
+    assert all(later < read[0] - 60 for later in read[1:3])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -127,7 +127,7 @@ def build(
     parameters = {**row.example_parameters, **pool.parameters}
     adapter = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
     found = _warmed(adapter, pool, parameters, worker_settings, instruments, default)
-    begin_continuous(adapter, pool, parameters, worker_settings)
+    found = replace(found, continuous=begin_continuous(adapter, pool, parameters, worker_settings))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     tally = Tally(instruments.metrics, instruments.work)
     loaded = how_loaded(pipe)

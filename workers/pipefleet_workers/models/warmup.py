@@ -49,6 +49,8 @@ class WarmUp:
     seconds: float
     moments: float = 0.0
     """The difference of the timestamps of words between a batch and a unit alone, relative as `difference`."""
+    continuous: bool = False
+    """Whether requests join and leave at every step, see `models.continuous`."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -59,7 +61,8 @@ class WarmUp:
             how = f"padded (differs by {self.difference:.1e}, within {self.tolerance:.0e})"
         if self.moments > self.tolerance:
             how += f", word timestamps alone (a batch moves them by {self.moments:.1e})"
-        return f"batches: {how}, up to a cost of {self.max_cost}; warm-up took {self.seconds:.1f} s"
+        joins = "requests join and leave at every step; other " if self.continuous else ""
+        return f"{joins}batches: {how}, up to a cost of {self.max_cost}; warm-up took {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
         """The fields for the worker's announcement."""
