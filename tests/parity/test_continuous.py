@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,14 +16,14 @@ import transformers
 from pipefleet.fleet.pools import Pool
 from pipefleet_workers.adapters.writing.continuous import DecoderWriter
 from pipefleet_workers.adapters.writing.generate import TextGenerator
-from pipefleet_workers.adapters.writing.paged import Pages
+from pipefleet_workers.adapters.writing.paged import Pages, UnsuitedError
 from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.engine import continuous as joined
 from pipefleet_workers.engine import forward
 from pipefleet_workers.items import JobContext, Outcome
 from pipefleet_workers.models import continuous
-from pipefleet_workers.models.continuous import begin_continuous
-from pipefleet_workers.process.exit_codes import BROKEN_DEVICE
+from pipefleet_workers.models.continuous import PAGE, begin_continuous, pages_of
+from pipefleet_workers.process.exit_codes import BROKEN_DEVICE, HUNG_FORWARD
 from pipefleet_workers.settings import WorkerSettings
 from tests.parity.cases.case import direct
 from tests.parity.harness import Call, Running, finished, load, recording, running, wait_until
@@ -558,3 +559,53 @@ def test_the_common_beginning_of_prompts_is_read_once(pipe: Any, engine: Running
         hook.remove()
     assert read[0] > 80
     assert all(later < read[0] - 60 for later in read[1:3])
+
+
+def test_a_step_that_hangs_ends_the_process_and_names_its_request(pipe: Any) -> None:
+    ends: list[tuple[int, str]] = []
+    hung = threading.Event()
+
+    def act(number: int) -> None:
+        if number == 3:
+            assert hung.wait(60)
+
+    def end(code: int, reason: str) -> None:
+        ends.append((code, reason))
+        hung.set()
+
+    with joining(pipe, settings=WorkerSettings(forward_timeout=2.0), on_fatal=end) as engine, at_step(engine, act):
+        _, sink = engine.submit([Call(TEXTS[0], {**GREEDY, "max_new_tokens": 5})], id="hanging")
+        finished(sink)
+    assert ends[0][0] == HUNG_FORWARD
+    assert "hanging" in ends[0][1]
+
+
+def test_a_job_that_is_given_back_leaves_nothing_inside(pipe: Any, engine: Running) -> None:
+    jobs: list[JobContext] = []
+
+    def act(number: int) -> None:
+        if number == 10:
+            jobs[0].give_back(ConnectionError("the store is away"))
+        if number > 60:
+            assert len(engine.adapter.continuous._units) == 1
+
+    with at_step(engine, act):
+        for id in ("given back", "other"):
+            job, sink = engine.submit([Call(TEXTS[0], LONG)] * (3 if not jobs else 1), id=id)
+            jobs.append(job)
+        assert outputs(finished(sink)) == [direct(pipe, Call(TEXTS[0], LONG))]
+    assert_empty(engine)
+
+
+def test_the_cache_has_the_bytes_of_its_setting(pipe: Any) -> None:
+    adapter = TextGenerator(pipe)
+    config = pipe.model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    bounded = WorkerSettings(continuous="on", cache_bytes=20 * PAGE * token)
+    assert pages_of(adapter, POOL, bounded).count == 20
+    assert begin_continuous(adapter, POOL, {}, bounded)
+    assert isinstance(adapter.continuous, DecoderWriter)
+    assert adapter.continuous.bytes <= 22 * PAGE * token, "transformers adds two pages of its own"
+    assert pages_of(adapter, POOL, WorkerSettings()).count == 64 * 512 // PAGE
+    with pytest.raises(UnsuitedError, match="no page"):
+        pages_of(adapter, POOL, WorkerSettings(cache_bytes=1))

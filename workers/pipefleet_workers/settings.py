@@ -72,7 +72,7 @@ class WorkerSettings(BaseSettings):
     cache_bytes: int = Field(
         0,
         ge=0,
-        description="bytes of the paged cache for it; 0 takes half of a GPU's free memory, an eighth of the machine's",
+        description="bytes of the cache of their keys and values; 0 for enough for requests of 512 tokens",
     )
     preprocess_processes: int = Field(0, ge=0, description="processes that decode and preprocess; 0 for threads")
     metrics_port: int = Field(0, ge=0, le=65_535, description="port for Prometheus on loopback; 0 serves none")

@@ -36,6 +36,8 @@ PAGE = 32
 """Tokens of a page: half of it is empty at the end of each sequence."""
 CHUNKS = {"cpu": 256, "cuda": 2048}
 """Tokens that one step reads. Every sequence waits for them, so a long prompt comes in pieces."""
+TYPICAL = 512
+"""Tokens of a request, prompt and answer; without a setting the cache has room for as many of them as a batch has items."""
 GPU_SHARE, CPU_SHARE = 0.5, 0.125
 """Shares of the free memory for the cache. Batches of requests that do not join need memory too."""
 SLOWER = 0.9
@@ -74,7 +76,7 @@ def begin_continuous(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any]
 
 
 def pages_of(adapter: TextGenerator, pool: Pool, settings: WorkerSettings) -> Pages:
-    """The size of the cache: the setting's, or a share of the free memory; at most what all rows can fill.
+    """The size of the cache: the setting's, or enough for typical requests and for one of the longest, within the free memory.
 
     Raises UnsuitedError for a model whose shape cannot be read.
     """
@@ -86,12 +88,16 @@ def pages_of(adapter: TextGenerator, pool: Pool, settings: WorkerSettings) -> Pa
         a_token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
     except (AttributeError, TypeError) as error:
         raise UnsuitedError(f"the size of its cache is unknown ({brief(error)})") from None
-    longest = getattr(config, "max_position_embeddings", None) or settings.max_tokens
-    most = pool.max_batch_items * -(-longest // PAGE)
-    count = min(most, (settings.cache_bytes or _free_share(device)) // (PAGE * a_token))
+    longest = min(getattr(config, "max_position_embeddings", None) or settings.max_tokens, settings.max_tokens)
+    enough = max(_pages(longest), pool.max_batch_items * _pages(min(longest, TYPICAL)))
+    count = (settings.cache_bytes or min(_free_share(device), enough * PAGE * a_token)) // (PAGE * a_token)
     if count < 1:
         raise UnsuitedError("the memory for its cache holds no page")
     return Pages(count, PAGE, CHUNKS.get(device.type, 256), pool.max_batch_items)
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
 
 
 def _free_share(device: torch.device) -> int:
