@@ -172,9 +172,12 @@ def test_a_long_batch_does_not_stop_the_steps_of_others(engine: Running) -> None
             ended.append("late")
 
     engine.adapter.on_tick = tick
+    begin = time.perf_counter()
     _, long = engine.submit([Call(TEXTS[0], beams)])
     finished(long)
     assert ended == ["late"]
+    busy = engine.engine._instruments.metrics._busy_seconds
+    assert 0 < busy <= time.perf_counter() - begin, "no second of the device counts twice"
     outputs(finished(started[0]))
 
 

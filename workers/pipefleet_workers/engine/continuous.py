@@ -203,8 +203,9 @@ class ContinuousDevice(Device):
         for unit in self._inside:
             spent = unit.assembly.work.seconds
             spent[STAGE] = spent.get(STAGE, 0.0) + seconds / inside
-        self._instruments.work.add(seconds=seconds)
-        self._instruments.metrics.batch(inside, padded=inside, useful=inside, seconds=seconds)
+        if not self._batching:  # otherwise the batch around this step counts its seconds
+            self._instruments.work.add(seconds=seconds)
+            self._instruments.metrics.batch(inside, padded=inside, useful=inside, seconds=seconds)
 
     def _hand_on(self, turn: Turn) -> None:
         for one in turn.written:
