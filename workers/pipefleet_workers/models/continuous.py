@@ -8,7 +8,6 @@ why; nothing is raised.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -182,6 +181,9 @@ def _units(adapter: TextGenerator, asked: Sequence[tuple[dict[str, Any], int]]) 
     """Examples with these parameters and sizes, without those that are too long for the model."""
     units: list[Unit] = []
     for parameters, size in asked:
-        with contextlib.suppress(ItemError):
+        try:
             units += example_units(adapter, task_spec(TASK), parameters, size)
+        except ItemError as error:
+            if error.failure.code != "too_long":
+                raise
     return units

@@ -19,6 +19,8 @@ HEADS, KEY_HEADS, SIZE, PLACES = 4, 2, 8, 4096
 class Cache:
     """A cache whose keys lie at any places, as pages do."""
 
+    cache_allocators: tuple[str, ...] = ()
+
     def __init__(self, layout: Layout, write: torch.Tensor) -> None:
         self.layout = layout
         self.keys, self.values = torch.randn(PLACES, KEY_HEADS, SIZE), torch.randn(PLACES, KEY_HEADS, SIZE)

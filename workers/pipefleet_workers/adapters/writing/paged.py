@@ -9,6 +9,7 @@ batches.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,13 +62,17 @@ class PagedDecoder:
                 self._processor, self._scores = _processor(model, pages, choose)
         if _DYNAMIC & set(_rope_types(model.config.get_text_config())):
             raise UnsuitedError("its rotary positions depend on the longest row of a step")
-        if list(self._processor.cache.cache_allocators) != ["full_attention"]:
+        if not _is_full(self._processor.cache):
             raise UnsuitedError("the model has attention other than full attention")
 
     @property
     def bytes(self) -> int:
         """Bytes of the cache."""
-        return int(self._processor.cache.cache_tensor.nbytes)
+        cache = self._processor.cache
+        whole = getattr(cache, "cache_tensor", None)
+        return int(
+            whole.nbytes if whole is not None else sum(one.nbytes for one in cache.key_cache + cache.value_cache)
+        )
 
     def unread(self, *, without: Collection[str] = ()) -> int:
         """Tokens of prompts that are still to be read, but for the sequences in `without`."""
@@ -132,6 +137,14 @@ class PagedDecoder:
             raise UnsuitedError(brief(error)) from error
 
 
+def _is_full(cache: Any) -> bool:
+    """Whether all layers have full attention and one set of pages, as each version of the cache says it."""
+    allocators = getattr(cache, "cache_allocators", None)
+    if allocators is not None:
+        return list(allocators) == ["full_attention"]
+    return set(cache.sliding_windows.values()) == {1} and len(cache.group_cache_managers) == 1
+
+
 def _rope_types(config: Any) -> Iterator[str]:
     """The kinds of rotary positions that a config names, for all layers or for each kind of layer."""
     found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
@@ -162,8 +175,12 @@ def _processor(model: Any, pages: Pages, choose: Choose) -> tuple[Any, Any]:
             chosen = choose([one.state.request_id for one in self.turn], scores[:count])
             return chosen if count == len(scores) else torch.cat([chosen, scores[count:]])
 
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    version: dict[str, Any] = {"page_size" if "page_size" in known else "block_size": pages.size}
+    if "auto_switch_to_flash" in known:
+        version["auto_switch_to_flash"] = False
     config = ContinuousBatchingConfig(
-        page_size=pages.size,
+        **version,
         num_blocks=pages.count,
         max_batch_tokens=pages.chunk,
         max_requests_per_batch=pages.rows,
@@ -173,7 +190,6 @@ def _processor(model: Any, pages: Pages, choose: Choose) -> tuple[Any, Any]:
         seed=0,
         use_async_batching=False,
         use_cuda_graph=False,
-        auto_switch_to_flash=False,
     )
     own = model.config._attn_implementation
     model.config._attn_implementation = "sdpa"  # the manager knows no other name

@@ -108,6 +108,18 @@ def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor | Non
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def _read(
+    cache: Any, key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the new keys and values of a layer, and read the places of the layout: `[1, heads, places, size]` each."""
+    if hasattr(cache, "cache_allocators"):  # older versions of the cache have none, and take the two indices alone
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
+        return key, value
+    found = cache.update(key, value, layer, kwargs["read_index"], kwargs["write_index"])
+    key, value = (one.transpose(0, 1)[None] for one in found)
+    return key, value
+
+
 def attend(
     module: Any,
     query: torch.Tensor,
@@ -125,7 +137,7 @@ def attend(
         raise TypeError(f"attention over pages does not know {unknown or 'a mask'}")
     layout: Layout = cache.layout
     kwargs["read_index"] = [layout.index for _ in kwargs["read_index"]]
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    key, value = _read(cache, key, value, module.layer_idx, kwargs)
     found = query.new_empty(*query.shape[:-1], value.shape[-1])
     heads, at = key.shape[1], 0
     share = query.shape[1] // heads
