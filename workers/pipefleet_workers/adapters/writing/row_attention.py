@@ -20,7 +20,8 @@ _LIKE = 2
 _SHORT = 64
 """Rows with fewer keys count as rows of this length: for them one call is cheaper than two."""
 _KNOWN = frozenset({
-    "read_index", "write_index", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "block_table",
+    "read_index", "write_index", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k",
+    "block_table",
     "logits_indices", "logits_processor_args", "position_ids", "use_cache", "is_causal", "output_attentions",
 })  # fmt: skip
 
