@@ -37,6 +37,7 @@ from pipefleet_workers.items import Audio, Batch, Blob, Decoded, ItemError, JobC
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.process.exit_codes import end_process
 from pipefleet_workers.results.lines import ResultWriter
+from pipefleet_workers.results.text_streams import TextStreams
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
 from tests.checkpoints import cached
@@ -135,6 +136,20 @@ def recording(adapter: Callable[[Any], Adapter], pipe: Any) -> Any:
     return type(f"Recording{kind.__name__}", (_Recording, kind), {})(pipe)
 
 
+class Readers(TextStreams):
+    """Passes tokens on to the tests that read along, in the device's thread."""
+
+    def __init__(self, readers: Mapping[str, Callable[[Sequence[int]], object]]) -> None:
+        super().__init__(None, lambda unit, tokens: None)
+        self._readers = readers
+
+    def wrote(self, unit: Unit, tokens: Sequence[int]) -> None:
+        self._readers[unit.assembly.work.job.id](list(tokens))
+
+    def ended(self, job: JobContext) -> None:
+        """Nobody waits for it."""
+
+
 class Running:
     """A started engine around one recording adapter."""
 
@@ -150,11 +165,27 @@ class Running:
         self.adapter = adapter
         row, spec = RUNTIME[task], task_spec(task)
         decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
-        stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter, results=results)
+        self.readers: dict[str, Callable[[Sequence[int]], object]] = {}
+        stages = Stages(
+            Fetcher(WorkerStore(), settings), decoder, adapter, results=results, streams=Readers(self.readers)
+        )
         self.engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items)
 
-    def submit(self, calls: Sequence[Call], *, bulk: bool = False, **context: Any) -> tuple[JobContext, Outcomes]:
-        """Admit one job with an item for each call; `context` overrides fields of its JobContext."""
+    def submit(
+        self,
+        calls: Sequence[Call],
+        *,
+        bulk: bool = False,
+        read: Callable[[Sequence[int]], object] | None = None,
+        **context: Any,
+    ) -> tuple[JobContext, Outcomes]:
+        """Admit one job with an item for each call; `context` overrides fields of its JobContext.
+
+        `read` gets the tokens of an item's first sequence so far, whenever there are more.
+        """
+        if read is not None:
+            context["streams"] = True
+            self.readers[context.get("id", "job")] = read
         sink = Outcomes(range(len(calls)))
         fields: dict[str, Any] = {"id": "job", "run_id": None, "parameters": {}, "priority": 3, "deadline": None}
         job = JobContext(**{**fields, "sink": sink, **context})

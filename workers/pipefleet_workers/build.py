@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -49,6 +49,7 @@ from pipefleet_workers.facts import Facts
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.models.acceleration import accelerated
+from pipefleet_workers.models.continuous import begin_continuous
 from pipefleet_workers.models.lanes import lanes_of
 from pipefleet_workers.models.load import load_pipeline
 from pipefleet_workers.models.precision import how_loaded
@@ -128,6 +129,7 @@ def build(
     parameters = {**row.example_parameters, **pool.parameters}
     adapter = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
     found = _warmed(adapter, pool, parameters, worker_settings, instruments, default)
+    found = replace(found, continuous=begin_continuous(adapter, pool, parameters, worker_settings))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     tally = Tally(instruments.metrics, instruments.work)
     loaded = how_loaded(pipe)

@@ -74,6 +74,15 @@ class WorkerSettings(BaseSettings):
     onednn: Literal["auto", "off"] = Field(
         "auto", description="oneDNN multiplies the linear layers of a float32 model on a CPU, where it is faster (auto)"
     )
+    continuous: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="requests of text-generation join and leave at every step: where proved (on), and where also no slower (auto)",
+    )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of the cache of their keys and values; 0 for enough for requests of 512 tokens",
+    )
     preprocess_processes: int = Field(0, ge=0, description="processes that decode and preprocess; 0 for threads")
     metrics_port: int = Field(0, ge=0, le=65_535, description="port for Prometheus on loopback; 0 serves none")
     metrics_address: str = Field("127.0.0.1", description="address that the metrics are served on")

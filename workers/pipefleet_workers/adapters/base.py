@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pipefleet_workers.adapters.arguments import STAGE, ArgumentParser, Arguments
+from pipefleet_workers.adapters.continuous import ContinuousWriter
 from pipefleet_workers.adapters.progress import UNOBSERVED, Progress
 from pipefleet_workers.adapters.text.long_texts import LongTexts
 from pipefleet_workers.adapters.text.slices import SliceTokenizer
@@ -101,6 +102,8 @@ class Adapter:
         self.max_whole_characters = settings.max_whole_characters
         self.pads = False
         """Whether units of unequal length may share a batch; the warm-up sets it to False if this changes results."""
+        self.continuous: ContinuousWriter | None = None
+        """Writes units that may join and leave at every step, if the warm-up has proved one; their key is `JOINS`."""
         self.tells_moments = False
         """Whether the model can tell when a word was spoken; then `moments` is proved too."""
         self.times_together = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipefleet_workers.engine.batcher import MicroBatcher
@@ -40,6 +40,19 @@ class BatchQueue:
                 self._filled.notify()  # another lane: `put` wakes only one
             self._freed.notify_all()
             return batch
+
+    def poll(self, most: Callable[[Unit], int]) -> Batch | None:
+        """The next batch, or None at once; `most` bounds it as in `MicroBatcher.take`, and must not call the room."""
+        with self._freed:
+            batch = self._batcher.take(time.monotonic(), most)
+            self._freed.notify_all()
+            return batch
+
+    def wait(self, stopping: threading.Event) -> bool:
+        """Wait for a unit. False after `stopping`, when none is left."""
+        with self._filled:
+            self._filled.wait_for(lambda: len(self._batcher) > 0 or stopping.is_set())
+            return len(self._batcher) > 0
 
     def limit_cost(self, cost: int) -> None:
         """Make later batches smaller; the bound never rises again."""

@@ -18,7 +18,7 @@ import bisect
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -124,13 +124,19 @@ class MicroBatcher:
             self._lanes.setdefault(key, _Lane()).add(list(alike), now)
         self._count += len(units)
 
-    def take(self, now: float) -> Batch | None:
-        """The best batch at time `now`; None only when no unit is held."""
+    def take(self, now: float, most: Callable[[Unit], int] | None = None) -> Batch | None:
+        """The best batch at time `now`; None only when no unit is held, or when `most` forbids it.
+
+        `most` says for the best unit how many units its batch may have; 0 leaves the unit where it is.
+        """
         if not self._count:
             return None
         key, first = self._first(now)
         lane = self._lanes[key]
-        taken = lane.take(*self._cut(lane.units, first))
+        bound = self.limits.max_items if most is None else min(self.limits.max_items, most(lane.units[first]))
+        if bound < 1:
+            return None
+        taken = lane.take(*self._cut(lane.units, first, bound))
         if not lane.units:
             del self._lanes[key]
         self._count -= len(taken)
@@ -152,13 +158,12 @@ class MicroBatcher:
         self._served_aged = False
         return key, lane.next(urgent)
 
-    def _cut(self, units: list[Unit], first: int) -> tuple[int, int]:
+    def _cut(self, units: list[Unit], first: int, most: int) -> tuple[int, int]:
         """The slice around `first` that fits the limits. It grows downwards first, since shorter units do not add padding."""
-        most = max(
-            1, min(self.limits.max_items, self.limits.max_cost // max(1, units[first].length + units[first].fixed))
-        )
+        longest = units[first].length + units[first].fixed
+        most = max(1, min(most, self.limits.max_cost // max(1, longest)))
         low, high = max(0, first + 1 - most), first + 1
-        while high < len(units) and self._fits(units[high], high - low + 1):
+        while high - low < most and high < len(units) and self._fits(units[high], high - low + 1):
             high += 1
         return low, high
 

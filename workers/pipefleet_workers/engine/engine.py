@@ -26,6 +26,7 @@ from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.engine.batch_queue import BatchQueue
 from pipefleet_workers.engine.batcher import BatchLimits, MicroBatcher
 from pipefleet_workers.engine.budget import Budget
+from pipefleet_workers.engine.continuous import ContinuousDevice
 from pipefleet_workers.engine.device import Device, Instruments
 from pipefleet_workers.engine.forward import Forward
 from pipefleet_workers.engine.processes import PreprocessPool
@@ -86,20 +87,8 @@ class Engine:
         self._instruments = instruments
         self._budget = Budget(settings.in_flight_items, settings.in_flight_bytes)
         self.room = BatchQueue(MicroBatcher(limits), settings.window_units)
-        device = stages.adapter.pipe.device
         self._watchdog = Watchdog(instruments.on_fatal)
-        self._device = Device(
-            _forward(stages.adapter, self.room, settings.simulated_device),
-            self.room,
-            instruments,
-            self._complete,
-            watchdog=self._watchdog,
-            timeout=settings.forward_timeout,
-            collate_ahead=device.type != "cpu",
-            on_text=self._tell_text,
-            lanes=lanes or lanes_of(device),
-            where=device,
-        )
+        self._device = self._made_device(settings, lanes)
         cpu, fetch = settings.cpu_threads, settings.fetch_threads
         if stages.processes is not None:
             cpu = settings.preprocess_processes  # each thread of the stage waits for one process
@@ -110,6 +99,20 @@ class Engine:
         self._cpu = stage("cpu", cpu, self._decode_and_prepare, room=4 * cpu)
         self._fetch = stage("fetch", fetch, self._fetch_slice, room=2 * fetch, watchdog=None)
         self._turn = threading.Lock()
+
+    def _made_device(self, settings: WorkerSettings, lanes: Lanes | None) -> Device:
+        adapter = self._stages.adapter
+        parts = _forward(adapter, self.room, settings.simulated_device), self.room, self._instruments, self._complete
+        common: dict[str, Any] = {
+            "watchdog": self._watchdog,
+            "timeout": settings.forward_timeout,
+            "on_text": self._tell_text,
+            "where": adapter.pipe.device,
+        }
+        if adapter.continuous is not None:
+            return ContinuousDevice(adapter.continuous, *parts, **common)
+        ahead = adapter.pipe.device.type != "cpu"
+        return Device(*parts, **common, collate_ahead=ahead, lanes=lanes or lanes_of(adapter.pipe.device))
 
     def start(self) -> None:
         """Start processes and threads, unless they run already. All are daemons: a worker that must end does not wait for them.

@@ -69,9 +69,9 @@ class Forward:
         try:
             return self._once(units, progress, staged)
         except Exception as error:
-            if any(words in str(error) for words in _BROKEN):
+            if is_broken(error):
                 raise DeviceBrokenError(f"the device is broken: {brief(error)}") from error
-            memory = _out_of_memory(error)
+            memory = out_of_memory(error)
             if len(units) == 1:
                 return [_failure(units[0], error, self._adapter)]  # ignored if the unit's output was handed on earlier
             log.warning("a batch of %d failed (%s); running it again in pieces", len(units), brief(error))
@@ -110,7 +110,12 @@ class Forward:
         self._on_memory(Batch(units[0].key, units).cost // 2)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def is_broken(error: BaseException) -> bool:
+    """Whether only a new process can use the device again."""
+    return any(words in str(error) for words in _BROKEN)
+
+
+def out_of_memory(error: BaseException) -> bool:
     """Whether the device ran out of memory; torch words this error differently on each kind of device."""
     named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     return named or any(words in str(error).lower() for words in _NO_MEMORY)
@@ -119,7 +124,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def _failure(unit: Unit, error: BaseException, adapter: Adapter) -> JobFailure:
     if isinstance(error, ItemError):
         return error.failure
-    code = "out_of_memory" if _out_of_memory(error) else "model_error"
+    code = "out_of_memory" if out_of_memory(error) else "model_error"
     advice = half_advice(error, getattr(getattr(adapter, "pipe", None), "model", None))
     further = f"; {advice}" if advice else ""
     return JobFailure(code, f"the model failed on an input of length {unit.length}: {brief(error)}{further}", STAGE)

@@ -58,6 +58,8 @@ class WarmUp:
     """The difference of the timestamps of words between a batch and a unit alone, relative as `difference`."""
     lanes: Lanes = field(default_factory=Lanes)
     """The forwards that run at once."""
+    continuous: bool = False
+    """Whether requests join and leave at every step, see `models.continuous`."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -68,8 +70,8 @@ class WarmUp:
             how = f"padded (differs by {self.difference:.1e}, within {self.tolerance:.0e})"
         if self.moments > self.tolerance:
             how += f", word timestamps alone (a batch moves them by {self.moments:.1e})"
-        lanes = self.lanes.describe()
-        return f"batches: {how}, up to a cost of {self.max_cost}; {lanes}; warm-up took {self.seconds:.1f} s"
+        joins = "requests join and leave at every step; other " if self.continuous else ""
+        return f"{joins}batches: {how}, up to a cost of {self.max_cost}; {self.lanes.describe()}; warm-up took {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
         """The fields for the worker's announcement."""

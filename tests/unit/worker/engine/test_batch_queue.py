@@ -104,3 +104,21 @@ def test_who_waits_hears_that_it_is_to_stop() -> None:
     stopping.set()
     queue.wake()
     joined(thread)
+
+
+def test_a_poll_never_blocks_and_makes_room_and_a_wait_ends_with_the_last_unit() -> None:
+    queue, stopping = room(2), threading.Event()
+    assert queue.poll(lambda one: 9) is None
+    queue.put([unit(3), unit(4)])
+    putting = started(queue.put, [unit(5)])
+    assert queue.wait(stopping)
+    assert queue.poll(lambda one: 0) is None
+    first = queue.poll(lambda one: 1)
+    assert first is not None
+    assert len(first.units) == 1
+    joined(putting)
+    stopping.set()
+    assert queue.wait(stopping), "two units are left"
+    while queue.poll(lambda one: 9) is not None:
+        pass
+    assert not queue.wait(stopping)

@@ -287,3 +287,15 @@ def test_interactive_work_passes_bulk_that_has_waited_long() -> None:
         if any(one is urgent for one in batch.units):
             break
     assert _taken <= 3, f"{_taken} batches of bulk went first, {now - 11.0:.0f} s"
+
+
+def test_a_bound_of_the_caller_cuts_the_batch_or_leaves_its_unit_where_it_is() -> None:
+    batcher = MicroBatcher(BatchLimits(1000, 9))
+    for length in (5, 6, 7):
+        batcher.add(unit(length, "one"), 0.0)
+    batcher.add(unit(4, "urgent", priority=0), 0.0)
+    assert batcher.take(1.0, lambda one: 0 if one.key == "urgent" else 9) is None, "the urgent one stays first"
+    assert len(batcher) == 4
+    bounded = [batcher.take(1.0, lambda one: 2) for _ in range(3)]
+    assert [sorted(one.length for one in batch.units) for batch in bounded if batch] == [[4], [6, 7], [5]]
+    assert batcher.take(1.0, lambda one: 2) is None

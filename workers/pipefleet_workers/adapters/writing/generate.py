@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import Chat
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.arguments import STAGE, Arguments
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.continuous import JOINS
 from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.long_texts import LONG, LongTexts
 from pipefleet_workers.adapters.writing.parameters import without_stops
@@ -67,14 +68,14 @@ class TextGenerator(Adapter):
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Token ids and attention mask, padded on the left; a row for each sampled sequence."""
-        return self._inputs([unit for unit in units for _ in range(_request(unit).plan.copies)])
+        return self._inputs([unit for unit in units for _ in range(request_of(unit).plan.copies)])
 
     def run(self, inputs: dict[str, Any], units: Sequence[Unit], progress: Progress) -> Any:
         """For each unit its sequences, each a list of new tokens, or why it has none."""
         if len(units) > 1 and not self._within_positions(units):
             return [output for unit in units for output in self.run(self.collate([unit]), [unit], progress)]
-        plan, prompt = _request(units[0]).plan, self.prompt_length(inputs)
-        rows = [row for unit in units for row in _rows(_request(unit), unit, prompt)]
+        plan, prompt = request_of(units[0]).plan, self.prompt_length(inputs)
+        rows = [row for unit in units for row in _rows(request_of(unit), unit, prompt)]
         release = _Release(units, progress)
         stops = RowStops(rows, prompt, progress, look=lambda tokens: release.look(tokens, stops))
         arguments = {**copy.deepcopy(dict(plan.shared)), "max_new_tokens": max(row.max_new_tokens for row in rows)}
@@ -129,7 +130,7 @@ class TextGenerator(Adapter):
 
     def written(self, unit: Unit, tokens: Sequence[int]) -> str | None:
         """The text that a request would have if its first `tokens` were all."""
-        so_far = Assembly(unit.assembly.work, expected=1, context=_request(unit), outputs={0: [list(tokens)]})
+        so_far = Assembly(unit.assembly.work, expected=1, context=request_of(unit), outputs={0: [list(tokens)]})
         text = self.finish(so_far)[0].get("generated_text")
         return text if isinstance(text, str) else None
 
@@ -157,7 +158,8 @@ class TextGenerator(Adapter):
             id(assembly) if plan.alone else None,
         )
         length = self._prompt_cost(request, features) + request.max_new_tokens
-        return [Unit(assembly, 0, key, length * plan.rows, features)]
+        joins = self.continuous is not None and self.continuous.takes(request)
+        return [Unit(assembly, 0, JOINS if joins else key, length * plan.rows, features)]
 
     def _hears_padding(self, plan: Plan) -> bool:
         """Whether hidden padding would still change the text of this plan."""
@@ -237,13 +239,13 @@ class TextGenerator(Adapter):
 
     def _within_positions(self, units: Sequence[Unit]) -> bool:
         """Whether ended rows stay inside the table of positions while the other rows go on."""
-        steps = max(_request(unit).max_new_tokens for unit in units)
-        longest = max(len(_request(unit).ids) for unit in units)
+        steps = max(request_of(unit).max_new_tokens for unit in units)
+        longest = max(len(request_of(unit).ids) for unit in units)
         return self._positions is None or longest + steps - 1 <= self._positions
 
     def _inputs(self, units: Sequence[Unit]) -> dict[str, Any]:
         """The model's inputs, a row for each of `units`."""
-        return self._padded([_request(unit).ids for unit in units])
+        return self._padded([request_of(unit).ids for unit in units])
 
     def _shape(self, features: Any) -> Any:
         """A key that must be equal when units may not be padded."""
@@ -266,12 +268,12 @@ class TextGenerator(Adapter):
     @contextlib.contextmanager
     def _randomness(self, units: Sequence[Unit]) -> Iterator[None]:
         """A context that seeds torch's random numbers for a request with a call of its own; it does nothing for other requests."""
-        if not _request(units[0]).plan.alone:
+        if not request_of(units[0]).plan.alone:
             yield
             return
         device = self.pipe.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_request(units[0]).seed)
+            torch.manual_seed(request_of(units[0]).seed)
             yield
 
 
@@ -281,7 +283,7 @@ class _Release:
     def __init__(self, units: Sequence[Unit], progress: Progress) -> None:
         self._units = units
         self._progress = progress
-        self._plan = _request(units[0]).plan
+        self._plan = request_of(units[0]).plan
         self._ended = _Ended(self._plan)
 
     def look(self, tokens: torch.Tensor, stops: RowStops) -> None:
@@ -353,7 +355,8 @@ class _Repeat(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(1, input_ids[:, -1:], 0.0)
 
 
-def _request(unit: Unit) -> Request:
+def request_of(unit: Unit) -> Request:
+    """The request of a unit of a `TextGenerator`."""
     found = unit.assembly.context
     assert isinstance(found, Request)
     return found
@@ -369,7 +372,7 @@ def _rows(request: Request, unit: Unit, prompt: int) -> list[Row]:
 
 def _outputs(sequences: list[list[int]], stops: RowStops, units: Sequence[Unit]) -> list[list[list[int]] | JobFailure]:
     """The sequences of each unit up to their ends; a failure for a unit whose job was stopped before all its sequences ended."""
-    plan, ends = _request(units[0]).plan, stops.ends()
+    plan, ends = request_of(units[0]).plan, stops.ends()
     each, copies = len(sequences) // len(units), plan.copies
     outputs: list[list[list[int]] | JobFailure] = []
     for index in range(len(units)):

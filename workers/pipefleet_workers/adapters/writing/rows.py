@@ -22,7 +22,7 @@ from pipefleet_workers.items import JobContext, Work
 
 LOOK_STEPS = 8
 """Steps between two looks at the sequences, unless somebody reads along. A look waits for the device, so not every step has one."""
-_NO_TOKEN = torch.iinfo(torch.int32).max
+NO_TOKEN = torch.iinfo(torch.int32).max
 """Stands for padding in the search for stop strings: it lies above every vocabulary, so no string contains it."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
@@ -114,7 +114,7 @@ class RowStops(StoppingCriteria):  # type: ignore[misc]
         padding = torch.tensor([self._rows[index].padding for index in indices], device=ids.device)
         positions = torch.arange(first, ids.shape[1], device=ids.device)
         padded = positions < padding.repeat_interleave(group)[:, None]
-        found: torch.Tensor = criterion(ids[:, first:].masked_fill(padded, _NO_TOKEN), None)
+        found: torch.Tensor = criterion(ids[:, first:].masked_fill(padded, NO_TOKEN), None)
         return found
 
     def _ask_jobs(self, step: int) -> bool:
@@ -164,6 +164,10 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores with 0 at the drawn token and minus infinity elsewhere."""
+        return self.drawn(input_ids, scores, input_ids.shape[1] - self._prompt)
+
+    def drawn(self, input_ids: torch.Tensor, scores: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
+        """The same scores at a `step`: the number of new tokens so far, one for all rows or one for each."""
         scores = scores / self._temperature.to(scores)[:, None]
         for warper in self._first:
             scores = warper(input_ids, scores)
@@ -171,14 +175,14 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]
         for warper in self._last:
             scores = warper(input_ids, scores)
         values, tokens = _possible(scores)
-        noise = gumbel(self._seeds.to(scores.device), input_ids.shape[1] - self._prompt, tokens)
+        noise = gumbel(self._seeds.to(scores.device), step, tokens)
         drawn = tokens.gather(1, (values.double() + noise).argmax(1, keepdim=True))
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
-def gumbel(seeds: torch.Tensor, step: int, tokens: torch.Tensor) -> torch.Tensor:
+def gumbel(seeds: torch.Tensor, step: int | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Gumbel noise in float64 for `tokens` `[rows, n]`; it depends only on the row's seed, the step and the token."""
-    stream = _mixed(_mixed(seeds) + torch.full_like(seeds, step + 1) * _STEP)
+    stream = _mixed(_mixed(seeds) + (torch.zeros_like(seeds) + step + 1) * _STEP)
     bits = _shifted(_mixed(stream[:, None] + (tokens + 1) * _STEP), 12)
     uniform = (bits.double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
