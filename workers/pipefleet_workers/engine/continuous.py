@@ -213,8 +213,8 @@ class ContinuousDevice(Device):
         if not self._batching:  # otherwise the batch around this step counts its seconds
             self._instruments.work.add(seconds=seconds)
             metrics = self._instruments.metrics
-        metrics.batch(inside, padded=inside, useful=inside, seconds=seconds, busy=seconds)
-        metrics.lane(self._lane.index, seconds)
+            metrics.batch(inside, padded=inside, useful=inside, seconds=seconds, busy=seconds)
+            metrics.lane(self._lane.index, seconds)
 
     def _hand_on(self, turn: Turn) -> None:
         for unit, tokens in turn.read_along:
