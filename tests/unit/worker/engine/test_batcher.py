@@ -293,7 +293,7 @@ def test_a_bound_of_the_caller_cuts_the_batch_or_leaves_its_unit_where_it_is() -
     batcher = MicroBatcher(BatchLimits(1000, 9))
     for length in (5, 6, 7):
         batcher.add([unit(length, "one")], 0.0)
-    batcher.add(unit(4, "urgent", priority=0), 0.0)
+    batcher.add([unit(4, "urgent", priority=0)], 0.0)
     assert batcher.take(1.0, lambda one: 0 if one.key == "urgent" else 9) is None, "the urgent one stays first"
     assert len(batcher) == 4
     bounded = [batcher.take(1.0, lambda one: 2) for _ in range(3)]
