@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 from redis.exceptions import ConnectionError as AwayError
+from redis.exceptions import RedisError
 
 import pipefleet
 import pipefleet_workers
@@ -33,6 +34,7 @@ from pipefleet_workers.delivery.ledger import Ledger
 from pipefleet_workers.fleet.scaling.service import ScalerService
 from pipefleet_workers.observe.stage_trace import Tracer
 from pipefleet_workers.process.watchdog import Watchdog
+from pipefleet_workers.results.text_streams import TextStreams
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.worker import Worker
 from tests.unit.producer.runs.test_planner import plan
@@ -338,8 +340,18 @@ def planning(folder: Path) -> Iterator[Used]:
     yield run._planning, lambda: run.planning
 
 
+@contextmanager
+def text_streams(folder: Path) -> Iterator[Used]:
+    def refuse(transaction: bool) -> NoReturn:
+        raise RedisError("away")
+
+    one = TextStreams(SimpleNamespace(pipeline=refuse), lambda unit, tokens: None)
+    yield one, lambda: one.ended(cast(Any, SimpleNamespace(id="job", given_back=False)))
+
+
 EVERY = [
     plain, consumer, burials, health, beside_the_consumer, ledger, tracer, watchdog, scaler, watcher, callbacks, feeder, planning,
+    text_streams,
 ]  # fmt: skip
 
 
@@ -376,6 +388,7 @@ ALLOWED = {
     "consumer.py",  # ends with a wait
     "records.py",  # ends with the call that waits for it
     "exit_codes.py",  # ends with the process
+    "relay.py",  # ends with the output of a process
 }
 """Modules that may make threads: of a service's own, and some that end by themselves."""
 

@@ -32,6 +32,7 @@ class Relay:
         """A descriptor for the output of the next process; the caller closes it."""
         read, write = os.pipe()
         self._last.clear()
+        # This thread is no service: it ends with the output of the process.
         self._reader = threading.Thread(target=self._pass_on, args=(read,), name=f"relay-{self._label}", daemon=True)
         self._reader.start()
         return write
