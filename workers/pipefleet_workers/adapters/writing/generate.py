@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ KEPT_STOPS = 64
 """Number of lists of stop strings whose tables are kept; a table has a row for each token."""
 _CUTTING = ("truncation", "handle_long_generation", "tokenizer_encode_kwargs")
 """Arguments that may cut a prompt; such a prompt must be tokenised whole."""
+_CLEANS = "clean_up_tokenization_spaces"
+_UNSETTLED = re.compile(r" (?:n ?)?(?:' ?[vr]?)?$")
+"""The end of a text whose spaces a tokenizer may take out with the next token, as in `don ' t`, `we 've` and `yes !`."""
 _SENSES = ("vision", "visual", "image", "audio")
 """Parts of the names of encoders whose positions are not tokens."""
 
@@ -129,10 +133,14 @@ class TextGenerator(Adapter):
         return records
 
     def written(self, unit: Unit, tokens: Sequence[int]) -> str | None:
-        """The text that a request would have if its first `tokens` were all."""
-        so_far = Assembly(unit.assembly.work, expected=1, context=request_of(unit), outputs={0: [list(tokens)]})
+        """The text that a request would have if its first `tokens` were all, without an end that later tokens may change."""
+        request = request_of(unit)
+        so_far = Assembly(unit.assembly.work, expected=1, context=request, outputs={0: [list(tokens)]})
         text = self.finish(so_far)[0].get("generated_text")
-        return text if isinstance(text, str) else None
+        cleans = request.arguments.postprocess.get(_CLEANS)
+        if cleans is None:
+            cleans = getattr(self.pipe.tokenizer, _CLEANS, False)
+        return (_UNSETTLED.sub("", text) if cleans else text) if isinstance(text, str) else None
 
     @cached_property
     def hidden(self) -> frozenset[int]:
