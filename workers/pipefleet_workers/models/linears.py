@@ -66,10 +66,16 @@ def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _layers(model: Any) -> Iterator[nn.Linear]:
-    """The plain linear layers of a model; layers of a class of their own may compute something else."""
+    """The plain linear layers of a model; layers or weights of a class of their own may compute something else."""
     for layer in model.modules():
-        if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu":
+        if type(layer) is nn.Linear and all(_is_plain(one) for one in layer.parameters(recurse=False)):
             yield layer
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether oneDNN can multiply with it. Quantized weights may call themselves float32, but have a class of their own."""
+    plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
+    return plain and parameter.dtype == torch.float32 and parameter.device.type == "cpu"
 
 
 def _costliest(layers: list[nn.Linear]) -> nn.Linear:

@@ -46,6 +46,46 @@ def test_layers_of_a_class_of_their_own_and_of_other_types_stay() -> None:
     assert [type(layer) for layer in model] == [Doubled, nn.Linear, OneDnnLinear]
 
 
+class _Quantised(torch.Tensor):
+    """Weights as torchao keeps them: float32 by their looks, integers inside, known to few operators."""
+
+    def __new__(cls, weights: torch.Tensor) -> _Quantised:
+        return torch.Tensor._make_wrapper_subclass(cls, weights.shape, dtype=weights.dtype)  # type: ignore[no-any-return, attr-defined]
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.scale = weights.abs().max() / 127
+        self.levels = (weights / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            rows, weights, *bias = args
+            return nn.functional.linear(rows, weights.levels.float() * weights.scale, *bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"no {func} of quantized weights")
+
+
+@pytest.mark.usefixtures("faster")
+def test_layers_with_weights_of_a_class_of_their_own_stay() -> None:
+    quantized = nn.Linear(8, 8)
+    quantized.weight = nn.Parameter(_Quantised(quantized.weight.data), requires_grad=False)
+    model = nn.Sequential(
+        quantized, nn.Linear(8, 64)
+    )  # the second layer is the costly one, so it is the one that is tried
+    rows = torch.randn(FEWEST_ROWS, 8)
+    with torch.inference_mode():
+        wanted = model(rows)
+        faster_linears(model)
+        assert [type(layer) for layer in model] == [nn.Linear, OneDnnLinear]
+        torch.testing.assert_close(model(rows), wanted, rtol=1e-5, atol=1e-5)
+
+
 def _slower(layer: nn.Linear) -> float:
     return 1.1
 
