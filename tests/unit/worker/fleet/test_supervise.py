@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -36,6 +37,8 @@ if ends.exists():
 def drain(*_):
     if not (folder / "deaf").exists():
         (folder / f"drained-{name}").touch()
+        if (folder / "wordy").exists():
+            print("x" * 50_000 + f"\\nworker {name} gave everything back", flush=True)
         os._exit(0)
 def hurry(*_):
     if not (folder / "stone-deaf").exists():
@@ -50,6 +53,7 @@ threading.Event().wait()
 SUPERVISOR = """
 import sys
 from pathlib import Path
+from pipefleet.errors import UsageError
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.part import Yard
 from pipefleet_workers.fleet.local.supervise import Supervisor, crew_of
@@ -57,7 +61,11 @@ folder, code = Path(sys.argv[1]), sys.argv[2]
 yard = Yard(folder / "yard", Children(), cwd=folder)
 command = lambda pool, ready: [sys.executable, "-S", "-c", code, str(folder), str(ready)]
 crew = crew_of(yard, "texts", ("cpu",), 2, command)
-sys.exit(Supervisor(yard, crew, "texts", 2, folder / "ready").run())
+try:
+    sys.exit(Supervisor(yard, crew, "texts", 2, folder / sys.argv[3]).run())
+except UsageError as error:
+    print(error)
+    sys.exit(error.exit_code)
 """
 
 
@@ -70,9 +78,9 @@ class World:
         self._log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, **settings: str) -> subprocess.Popen[bytes]:
+    def start(self, ready: str = "ready", **settings: str) -> subprocess.Popen[bytes]:
         with self._log.open("wb") as log:
-            command = [sys.executable, "-c", SUPERVISOR, str(self.folder), WORKER]
+            command = [sys.executable, "-c", SUPERVISOR, str(self.folder), WORKER, ready]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **settings})
         return self.process
 
@@ -205,6 +213,87 @@ def test_a_killed_supervisor_takes_its_workers_with_it(world: World) -> None:
     process.kill()
     process.wait()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_the_last_words_of_drained_workers_are_in_the_log(world: World) -> None:
+    (world.folder / "wordy").touch()
+    process = world.start_ready()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    for number in (1, 2):
+        assert f"[cpu #{number}] worker {number} gave everything back\n" in world.log()
+
+
+@pytest.mark.parametrize("place", ["file/ready", "missing/ready", "folder"])
+def test_a_ready_file_that_cannot_be_written_is_told_before_anything_starts(world: World, place: str) -> None:
+    (world.folder / "file").touch()
+    (world.folder / "folder").mkdir()
+    process = world.start(ready=place)
+    assert process.wait(20) == 2
+    assert not world.pids(1)
+
+
+def test_nobody_who_reads_the_log_stops_no_worker(world: World) -> None:
+    read, write = os.pipe()
+    command = [sys.executable, "-c", SUPERVISOR, str(world.folder), WORKER, "ready"]
+    world.process = subprocess.Popen(command, stdout=write, stderr=write)
+    os.close(write)
+    until(world.ready.exists)
+    os.close(read)
+    (first,) = world.pids(1)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: len(world.pids(1)) == 2)
+    until(world.ready.exists)
+    assert world.process.poll() is None
+    world.process.send_signal(signal.SIGTERM)
+    assert world.process.wait(20) == 0
+    assert all((world.folder / f"drained-{number}").exists() for number in (1, 2))
+
+
+def test_a_stopped_worker_cannot_hold_up_the_third_signal(world: World) -> None:
+    process = world.start_ready()
+    (first,) = world.pids(1)
+    os.kill(first, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    until(lambda: (world.folder / "drained-2").exists())
+    process.send_signal(signal.SIGTERM)
+    until(lambda: "the workers get SIGQUIT" in world.log())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGKILL
+
+
+def test_a_ready_file_whose_folder_goes_stops_no_worker(world: World) -> None:
+    (world.folder / "place").mkdir()
+    slow = world.folder / "slow-1"
+    slow.touch()
+    process = world.start(ready="place/ready")
+    until(lambda: world.pids(1) and world.pids(2))
+    (world.folder / "place").rmdir()
+    slow.unlink()
+    until(lambda: "cannot write --ready-file" in world.log())
+    (world.folder / "place").mkdir()
+    until((world.folder / "place" / "ready").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert world.log().count("cannot write --ready-file") == 1
+
+
+def test_a_log_that_is_full_keeps_no_supervisor_from_its_end(world: World) -> None:
+    (world.folder / "wordy").touch()
+    read, write = os.pipe()
+    command = [sys.executable, "-c", SUPERVISOR, str(world.folder), WORKER, "ready"]
+    with (world.folder / "log").open("wb") as log:
+        world.process = subprocess.Popen(command, stdout=log, stderr=write)
+    until(world.ready.exists)
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x")
+    os.set_blocking(write, True)
+    world.process.send_signal(signal.SIGTERM)
+    assert world.process.wait(20) == 0
+    os.close(read)
+    os.close(write)
 
 
 def crew(folder: Path, code: str) -> tuple[Yard, Crew]:

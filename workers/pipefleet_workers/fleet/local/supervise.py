@@ -30,6 +30,7 @@ from pipefleet_workers.fleet.local.workers import METRICS_PORT, Crew, WorkerComm
 from pipefleet_workers.observe import logs
 from pipefleet_workers.observe.logs import say
 from pipefleet_workers.process.host import Count, absent_devices, host_devices, visible_gpus
+from pipefleet_workers.process.ready_file import claim
 
 USAGE = UsageError.exit_code
 """The exit code of a worker that cannot start as it was told to, such as with a model that does not load."""
@@ -110,11 +111,13 @@ class Supervisor:
         self._yard, self._crew, self._pool, self._number = yard, crew, pool, number
         self._ready_file = ready_file
         self._ready = False
+        self._complaint = ""
         self._signals = 0
 
     def run(self) -> int:
         """Start the workers and look after them. Returns the exit code; no child is left."""
-        self._tell_ready(False)  # an earlier process may have left the file
+        if self._ready_file is not None:
+            claim(self._ready_file)
         before = self._catch_signals()
         try:
             for _ in range(self._number):
@@ -179,10 +182,17 @@ class Supervisor:
         self._ready = ready
         if self._ready_file is None:
             return
-        if not ready:
-            self._ready_file.unlink(missing_ok=True)
-        elif not self._ready_file.exists():
-            write_private(self._ready_file, f"{os.getpid()}\n")
+        complaint = ""
+        try:
+            if not ready:
+                self._ready_file.unlink(missing_ok=True)
+            elif not self._ready_file.exists():
+                write_private(self._ready_file, f"{os.getpid()}\n")
+        except OSError as error:  # such as of a full disk: the workers go on, and the next look tries again
+            complaint = f"cannot write --ready-file {self._ready_file}: {error.strerror}"
+        if complaint and complaint != self._complaint:
+            say(complaint, trouble=True, pool=self._pool)
+        self._complaint = complaint
 
     def _catch_signals(self) -> Mapping[int, Any]:
         def asked(number: int, frame: Any) -> None:
