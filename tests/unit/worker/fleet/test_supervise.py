@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipefleet.errors import UsageError
@@ -215,15 +216,6 @@ def test_a_killed_supervisor_takes_its_workers_with_it(world: World) -> None:
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
-def test_the_last_words_of_drained_workers_are_in_the_log(world: World) -> None:
-    (world.folder / "wordy").touch()
-    process = world.start_ready()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
-    for number in (1, 2):
-        assert f"[cpu #{number}] worker {number} gave everything back\n" in world.log()
-
-
 @pytest.mark.parametrize("place", ["file/ready", "missing/ready", "folder"])
 def test_a_ready_file_that_cannot_be_written_is_told_before_anything_starts(world: World, place: str) -> None:
     (world.folder / "file").touch()
@@ -278,7 +270,8 @@ def test_a_ready_file_whose_folder_goes_stops_no_worker(world: World) -> None:
     assert world.log().count("cannot write --ready-file") == 1
 
 
-def test_a_log_that_is_full_keeps_no_supervisor_from_its_end(world: World) -> None:
+def full_pipe(world: World) -> tuple[int, int]:
+    """A supervisor with ready workers, whose stderr is a pipe that takes no more."""
     (world.folder / "wordy").touch()
     read, write = os.pipe()
     command = [sys.executable, "-c", SUPERVISOR, str(world.folder), WORKER, "ready"]
@@ -290,10 +283,30 @@ def test_a_log_that_is_full_keeps_no_supervisor_from_its_end(world: World) -> No
         while True:
             os.write(write, b"x")
     os.set_blocking(write, True)
+    return read, write
+
+
+def test_a_log_that_takes_no_more_keeps_no_supervisor_from_its_end(world: World) -> None:
+    pipe = full_pipe(world)
+    assert world.process is not None
     world.process.send_signal(signal.SIGTERM)
     assert world.process.wait(20) == 0
-    os.close(read)
+    for end in pipe:
+        os.close(end)
+
+
+def test_the_last_words_of_drained_workers_are_in_the_log(world: World) -> None:
+    read, write = full_pipe(world)
     os.close(write)
+    assert world.process is not None
+    workers = world.pids(1) + world.pids(2)
+    world.process.send_signal(signal.SIGTERM)
+    until(lambda: all(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in workers))
+    with os.fdopen(read, "rb") as log:
+        text = log.read().decode()
+    assert world.process.wait(20) == 0
+    for number in (1, 2):
+        assert f"[cpu #{number}] worker {number} gave everything back\n" in text
 
 
 def crew(folder: Path, code: str) -> tuple[Yard, Crew]:

@@ -25,7 +25,7 @@ from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.command import reload_on_sighup
 from pipefleet_workers.fleet.local.files import write_private
 from pipefleet_workers.fleet.local.part import Yard
-from pipefleet_workers.fleet.local.relay import Relay
+from pipefleet_workers.fleet.local.relay import LAST_SECONDS, Relay
 from pipefleet_workers.fleet.local.workers import METRICS_PORT, Crew, WorkerCommand, WorkerProcess
 from pipefleet_workers.observe import logs
 from pipefleet_workers.observe.logs import say
@@ -166,8 +166,16 @@ class Supervisor:
                 told += 1
             time.sleep(_LOOK_SECONDS)
         # A worker that is told to end while it loads its model has nothing to drain.
+        self._pass_on_last_words(alive)
         codes = [0 if _code(worker) == KILLED + signal.SIGTERM else _code(worker) for worker in alive]
         return code or next(filter(None, codes), 0)
+
+    def _pass_on_last_words(self, workers: Sequence[WorkerProcess]) -> None:
+        """Wait for the last lines of workers that have ended, though not for long: a reader of the log may hang."""
+        deadline = time.monotonic() + LAST_SECONDS
+        for worker in workers:
+            if worker.child is not None and worker.child.spec.relay is not None:
+                worker.child.spec.relay.finish(max(0.0, deadline - time.monotonic()))
 
     def _hurry(self, workers: Sequence[WorkerProcess], number: signal.Signals) -> None:
         say(f"another signal: the workers get {number.name}", trouble=True, pool=self._pool)
