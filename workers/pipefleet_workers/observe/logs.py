@@ -112,7 +112,7 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def say(text: str, *, trouble: bool = False, **fields: str) -> None:
-    """Print a note: as text on stdout, on stderr for `trouble`; with JSON logs as a line on stderr. Raises nothing if nobody reads."""
+    """Print a note: as text on stdout, on stderr for `trouble`; with JSON logs as a line on stderr. Nobody needs to read it."""
     if not as_json():
         _print(printable_lines(text), sys.stderr if trouble else sys.stdout)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -12,8 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
 from pipefleet.errors import UsageError
@@ -23,7 +24,7 @@ from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.part import Yard
 from pipefleet_workers.fleet.local.relay import LONGEST, Relay, labelled
 from pipefleet_workers.fleet.local.supervise import Supervisor, supervise
-from pipefleet_workers.fleet.local.workers import Crew
+from pipefleet_workers.fleet.local.workers import Crew, RelayOf
 from tests.servers import until
 
 WORKER = """
@@ -295,26 +296,14 @@ def test_a_log_that_takes_no_more_keeps_no_supervisor_from_its_end(world: World)
         os.close(end)
 
 
-def test_the_last_words_of_drained_workers_are_in_the_log(world: World) -> None:
-    read, write = full_pipe(world)
-    os.close(write)
-    assert world.process is not None
-    workers = world.pids(1) + world.pids(2)
-    world.process.send_signal(signal.SIGTERM)
-    until(lambda: all(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in workers))
-    with os.fdopen(read, "rb") as log:
-        text = log.read().decode()
-    assert world.process.wait(20) == 0
-    for number in (1, 2):
-        assert f"[cpu #{number}] worker {number} gave everything back\n" in text
-
-
-def crew(folder: Path, code: str) -> tuple[Yard, Crew]:
+def crew(folder: Path, code: str, relay: RelayOf | None = None) -> tuple[Yard, Crew]:
     """Workers that run `code`, and whose pauses pass at once."""
     yard = Yard(folder, Children())
     command = [sys.executable, "-S", "-c", code]
     ticks = itertools.count(0.0, 1000.0)
-    one = Crew(yard, dict(os.environ), command=lambda pool, ready: command, grace=10.0, clock=lambda: next(ticks))
+    one = Crew(
+        yard, dict(os.environ), command=lambda pool, ready: command, grace=10.0, clock=lambda: next(ticks), relay=relay
+    )
     one.assign("texts", environment={}, devices=("cpu",))
     return yard, one
 
@@ -327,6 +316,36 @@ def test_workers_that_all_end_again_and_again_end_the_supervisor(tmp_path: Path,
     yard, workers = crew(tmp_path, code)
     assert Supervisor(yard, workers, "texts", 2, None).run() == expected
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == handlers
+
+
+class SlowReader(io.BytesIO):
+    """A log whose reader takes its time."""
+
+    def write(self, line: Any) -> int:
+        threading.Event().wait(0.2)
+        return super().write(line)
+
+
+def test_the_last_words_of_drained_workers_are_in_the_log(tmp_path: Path) -> None:
+    log = SlowReader()
+    code = f"""
+import pathlib, signal, sys
+def drain(*_):
+    print("gave everything back", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, drain)
+pathlib.Path({str(tmp_path / "begun")!r}).touch()
+signal.pause()
+"""
+
+    def stop() -> None:
+        until((tmp_path / "begun").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    yard, workers = crew(tmp_path, code, lambda worker: Relay("cpu", log, lock=threading.Lock()))
+    threading.Thread(target=stop).start()
+    assert Supervisor(yard, workers, "texts", 1, None).run() == 0
+    assert log.getvalue() == b"[cpu] gave everything back\n"
 
 
 @pytest.mark.parametrize(("devices", "absent"), [(4, "cuda:2, cuda:3"), (("cuda:1", "cuda:5"), "cuda:5")])
