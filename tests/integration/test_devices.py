@@ -121,6 +121,20 @@ def test_a_model_that_does_not_load_ends_all_with_its_code(fleet: Path, tmp_path
         assert not one.ready.exists()
 
 
+@pytest.mark.parametrize("options", [["--device", "cpu"], ["--devices", "cpu"]])
+@pytest.mark.parametrize("value", ["abc", "70000"])
+def test_a_wrong_setting_of_workers_is_one_sentence(
+    fleet: Path, options: list[str], value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipefleet.cli import main
+
+    monkeypatch.setenv("PIPEFLEET_WORKER_METRICS_PORT", value)
+    assert main(["worker", "--pool", "texts", *options]) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("pipefleet: wrong setting: PIPEFLEET_WORKER_METRICS_PORT: Input should be ")
+    assert captured.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

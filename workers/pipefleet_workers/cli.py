@@ -69,15 +69,14 @@ def worker(arguments: argparse.Namespace) -> int:
     """Run a worker until SIGTERM."""
     from pipefleet.fleet.latest import LatestFleet
     from pipefleet.settings import load_settings
-    from pipefleet_workers.settings import WorkerSettings
+    from pipefleet_workers.settings import load_worker_settings
     from pipefleet_workers.worker import Worker, prepare_process
 
-    settings = load_settings()
+    settings, worker_settings = load_settings(), load_worker_settings()
     fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
     if (devices := _devices(arguments, pool)) is not None:
         return _supervised(arguments, pool, devices)
     prepare_process(threads=arguments.threads)
-    worker_settings = WorkerSettings()
     now = worker_settings.fleet_now or path
     one = Worker(fleet, pool, settings, worker_settings, None if now is None else LatestFleet(now, known=fleet))
     logs.configure(pool=pool.name, worker=one.name)
