@@ -111,7 +111,9 @@ def _supervised(arguments: argparse.Namespace, pool: Pool, devices: Devices) -> 
     from pipefleet_workers.fleet.local.supervise import supervise
 
     logs.configure(pool=pool.name)
-    named = {name: getattr(arguments, name) for name in ("fleet", "pool", "task", "model", "revision")}
+    named = {name: getattr(arguments, name) for name in ("fleet", "task", "model", "revision")}
+    # By its name also where it is the only pool: the file may have others when a worker starts again.
+    named["pool"] = arguments.pool or pool.name
     flags = {name: getattr(arguments, name) for name in ("previous", "allow_unpinned")}
     options = [f"--{name}={one}" for name, one in named.items() if one is not None]
     options += [f"--{name.replace('_', '-')}" for name, one in flags.items() if one]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pipefleet.cli import main
 from pipefleet.errors import UsageError
 from pipefleet.fleet.devices import Devices
 from pipefleet_workers.fleet.local import supervise as module
@@ -393,6 +394,20 @@ def test_workers_on_one_cpu_share_its_cores(
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert supervise("texts", devices, each, ["--pool=x"], ready_file=None, threads=threads, gpus=lambda: 2) == 0
     assert commands == [[sys.executable, "-m", "pipefleet", "worker", "--ready-file=ready", "--pool=x", *expected]]
+
+
+def test_the_workers_of_the_only_pool_are_told_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def note(pool: str, devices: Devices, per_device: int, options: list[str], **_: Any) -> int:
+        told.append((pool, devices, per_device, sorted(options)))
+        return 0
+
+    file = tmp_path / "fleet.toml"
+    file.write_text('[pools.texts]\ntask = "text-classification"\nmodel = "/models/x"\ndevices = ["cpu"]\n')
+    monkeypatch.setattr(module, "supervise", note)
+    assert main(["worker", "--fleet", str(file)]) == 0
+    assert told == [("texts", ("cpu",), 1, [f"--fleet={file}", "--pool=texts"])]
 
 
 def test_json_lines_get_a_field_and_other_lines_a_label() -> None:
