@@ -66,7 +66,14 @@ def _register_worker(commands: Commands) -> None:
 
 
 def worker(arguments: argparse.Namespace) -> int:
-    """Run a worker until SIGTERM."""
+    """Run a worker, or one for each device, until SIGTERM."""
+    if logs.as_json():
+        logs.configure()  # and again with the name of the pool: a wrong fleet file is a line of the log too
+    with logs.errors_as_lines():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from pipefleet.fleet.latest import LatestFleet
     from pipefleet.settings import load_settings
     from pipefleet_workers.settings import load_worker_settings
@@ -82,8 +89,7 @@ def worker(arguments: argparse.Namespace) -> int:
     logs.configure(pool=pool.name, worker=one.name)
     if idle := fleet.idle_pools().get(pool.key):
         log.warning("%s", idle)
-    with logs.errors_as_lines():
-        return one.run(device=arguments.device, ready_file=arguments.ready_file)
+    return one.run(device=arguments.device, ready_file=arguments.ready_file)
 
 
 def _devices(arguments: argparse.Namespace, pool: Pool) -> Devices | None:
@@ -118,10 +124,7 @@ def _supervised(arguments: argparse.Namespace, pool: Pool, devices: Devices) -> 
     options = [f"--{name}={one}" for name, one in named.items() if one is not None]
     options += [f"--{name.replace('_', '-')}" for name, one in flags.items() if one]
     per_device = arguments.workers_per_device or pool.workers_per_device
-    with logs.errors_as_lines():
-        return supervise(
-            pool.key, devices, per_device, options, ready_file=arguments.ready_file, threads=arguments.threads
-        )
+    return supervise(pool.key, devices, per_device, options, ready_file=arguments.ready_file, threads=arguments.threads)
 
 
 def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, Path | None]:

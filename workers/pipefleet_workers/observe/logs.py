@@ -51,6 +51,9 @@ def configure(stream: TextIO | None = None, **fields: str) -> None:
     """Send this process's logs from INFO up to `stream` (stderr), with `fields` (see FIELDS) in every line. Raises UsageError."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(fields) if as_json() else _text())
+    root = logging.getLogger()
+    for earlier in [one for one in root.handlers if isinstance(one.formatter, JsonFormatter)]:
+        root.removeHandler(earlier)  # a process knows some fields only after its first lines
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     _adopt_the_rest()
     for noisy in NOISY:
