@@ -175,6 +175,7 @@ def test_a_pod_has_the_gpus_of_its_pool_and_the_scaler_counts_its_workers(fleet:
         ('devices = ["cuda:1"]', "a pod gets a number of GPUs, neither all nor chosen ones; write devices = N"),
         ('devices = ["mps"]', "the images have no mps; use auto, cpu or cuda:N"),
         ("devices = 8\nworkers_per_device = 3", "a container has at most 16 workers, not 24"),
+        ('devices = "all"\nworkers_per_device = 20', "a container has at most 16 workers, not 20"),
     ],
 )
 def test_devices_that_no_pod_can_have_are_refused(fleet: Path, lines: str, message: str) -> None:

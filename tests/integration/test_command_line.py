@@ -128,6 +128,14 @@ def test_a_fleet_file_with_a_typo_names_the_key(tmp_path: Path) -> None:
     assert "revision" in done.stderr
 
 
+def test_a_wrong_setting_of_workers_is_told_before_anything_starts(servers: Servers, tmp_path: Path) -> None:
+    wrong = {"PIPEFLEET_WORKER_LANES": "many"}
+    done = run("up", "--fleet", str(servers.fleet), "--data", str(tmp_path / "data"), environment=wrong)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pipefleet: wrong setting: PIPEFLEET_WORKER_LANES: Input should be ")
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_second_stack_on_the_same_data_is_refused_in_one_line(servers: Servers) -> None:
     done = run("up", "--fleet", str(servers.fleet), "--data", str(servers.stack.data))
     assert done.returncode == 3

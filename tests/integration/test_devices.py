@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -119,6 +120,37 @@ def test_a_model_that_does_not_load_ends_all_with_its_code(fleet: Path, tmp_path
         assert one.process.wait(SECONDS) == 2
         assert "exited with status 2 before it was ever ready, so all workers end" in one.log()
         assert not one.ready.exists()
+
+
+@pytest.mark.parametrize("option", ["--device=cpu", "--devices=cpu", "--devices=9", "--devices=some"])
+def test_an_error_before_the_start_is_a_line_of_a_json_log(tmp_path: Path, option: str) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_text('[pools.texts]\ntask = "text-classification"\nmodel = "/nowhere"\n')
+    if option == "--device=cpu":
+        file.write_text("pools = [")
+    command = [sys.executable, "-m", "pipefleet", "worker", "--fleet", str(file), option]
+    if option == "--devices=cpu":
+        command.append("--pool=another")
+    done = subprocess.run(
+        command, env={**os.environ, "PIPEFLEET_LOG": "json"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert json.loads(line)["level"] == "ERROR", line
+
+
+@pytest.mark.parametrize("options", [["--device", "cpu"], ["--devices", "cpu"]])
+@pytest.mark.parametrize("value", ["abc", "70000"])
+def test_a_wrong_setting_of_workers_is_one_sentence(
+    fleet: Path, options: list[str], value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipefleet.cli import main
+
+    monkeypatch.setenv("PIPEFLEET_WORKER_METRICS_PORT", value)
+    assert main(["worker", "--pool", "texts", *options]) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("pipefleet: wrong setting: PIPEFLEET_WORKER_METRICS_PORT: Input should be ")
+    assert captured.count("\n") == 1
 
 
 @pytest.mark.parametrize(

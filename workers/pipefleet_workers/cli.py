@@ -66,25 +66,30 @@ def _register_worker(commands: Commands) -> None:
 
 
 def worker(arguments: argparse.Namespace) -> int:
-    """Run a worker until SIGTERM."""
+    """Run a worker, or one for each device, until SIGTERM."""
+    if logs.as_json():
+        logs.configure()  # and again with the name of the pool: a wrong fleet file is a line of the log too
+    with logs.errors_as_lines():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from pipefleet.fleet.latest import LatestFleet
     from pipefleet.settings import load_settings
-    from pipefleet_workers.settings import WorkerSettings
+    from pipefleet_workers.settings import load_worker_settings
     from pipefleet_workers.worker import Worker, prepare_process
 
-    settings = load_settings()
+    settings, worker_settings = load_settings(), load_worker_settings()
     fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
     if (devices := _devices(arguments, pool)) is not None:
         return _supervised(arguments, pool, devices)
     prepare_process(threads=arguments.threads)
-    worker_settings = WorkerSettings()
     now = worker_settings.fleet_now or path
     one = Worker(fleet, pool, settings, worker_settings, None if now is None else LatestFleet(now, known=fleet))
     logs.configure(pool=pool.name, worker=one.name)
     if idle := fleet.idle_pools().get(pool.key):
         log.warning("%s", idle)
-    with logs.errors_as_lines():
-        return one.run(device=arguments.device, ready_file=arguments.ready_file)
+    return one.run(device=arguments.device, ready_file=arguments.ready_file)
 
 
 def _devices(arguments: argparse.Namespace, pool: Pool) -> Devices | None:
@@ -112,15 +117,14 @@ def _supervised(arguments: argparse.Namespace, pool: Pool, devices: Devices) -> 
     from pipefleet_workers.fleet.local.supervise import supervise
 
     logs.configure(pool=pool.name)
-    named = {name: getattr(arguments, name) for name in ("fleet", "pool", "task", "model", "revision")}
+    named = {name: getattr(arguments, name) for name in ("fleet", "task", "model", "revision")}
+    # By its name also where it is the only pool: the file may have others when a worker starts again.
+    named["pool"] = arguments.pool or pool.name
     flags = {name: getattr(arguments, name) for name in ("previous", "allow_unpinned")}
     options = [f"--{name}={one}" for name, one in named.items() if one is not None]
     options += [f"--{name.replace('_', '-')}" for name, one in flags.items() if one]
     per_device = arguments.workers_per_device or pool.workers_per_device
-    with logs.errors_as_lines():
-        return supervise(
-            pool.key, devices, per_device, options, ready_file=arguments.ready_file, threads=arguments.threads
-        )
+    return supervise(pool.key, devices, per_device, options, ready_file=arguments.ready_file, threads=arguments.threads)
 
 
 def _chosen_pool(arguments: argparse.Namespace, path: Path | None) -> tuple[Fleet, Pool, Path | None]:

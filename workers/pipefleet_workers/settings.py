@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pipefleet.settings import wrong_settings
 
 
 class WorkerSettings(BaseSettings):
@@ -92,3 +94,11 @@ class WorkerSettings(BaseSettings):
     )
     start_patience: float = Field(60.0, ge=0, description="seconds for which a worker that starts waits for Redis")
     announce_seconds: float = Field(10.0, gt=0, description="seconds between two announcements of the pool")
+
+
+def load_worker_settings() -> WorkerSettings:
+    """The settings of a worker from the environment. Raises UsageError, which names each wrong variable."""
+    try:
+        return WorkerSettings()
+    except ValidationError as error:
+        raise wrong_settings(error, "PIPEFLEET_WORKER_") from None

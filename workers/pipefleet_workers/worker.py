@@ -36,6 +36,7 @@ from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.delivery.redis_start import connect_patiently
 from pipefleet_workers.observe import logs, opentelemetry
 from pipefleet_workers.process import memory
+from pipefleet_workers.process.ready_file import claim
 from pipefleet_workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Worker:
 
         logs.adopt_transformers()
         if ready_file is not None:
-            ready_file.unlink(missing_ok=True)  # an earlier process may have left it
+            claim(ready_file)
         connect_patiently(self._settings, self._worker_settings)
         self._join_fleet()
         built = build(

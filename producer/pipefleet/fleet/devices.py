@@ -35,6 +35,8 @@ def checked_devices(where: str, value: Any) -> Devices:
 
 def _checked_names(where: str, names: tuple[Any, ...]) -> tuple[str, ...]:
     for name in names:
+        if name == ALL:
+            raise FleetFileError(f'{where} must be "all" alone, or a list of names without it')
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise FleetFileError(f"{where} names {name!r}, which is no device; write cuda:N, xpu:N, mps or cpu")
         if names.count(name) > 1:
@@ -51,6 +53,7 @@ def _checked_names(where: str, names: tuple[Any, ...]) -> tuple[str, ...]:
 
 def read_devices(option: str, text: str) -> Devices:
     """The value of an option: `all`, `4` or `cuda:0,cuda:2`. Raises FleetFileError."""
+    text = text.strip()
     if text == ALL:
         return ALL
     if re.fullmatch(r"-?[0-9]{1,9}", text):

@@ -66,11 +66,15 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        wrong = "; ".join(
-            f"PIPEFLEET_{str(one['loc'][0]).upper()}: {one['msg'].removeprefix('Value error, ')}"
-            for one in error.errors()
-        )
-        raise UsageError(f"wrong setting: {wrong}") from None
+        raise wrong_settings(error, "PIPEFLEET_") from None
+
+
+def wrong_settings(error: ValidationError, prefix: str) -> UsageError:
+    """One sentence for settings that are wrong, whose variables begin with `prefix`."""
+    wrong = "; ".join(
+        f"{prefix}{str(one['loc'][0]).upper()}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()
+    )
+    return UsageError(f"wrong setting: {wrong}")
 
 
 def without_credentials(url: str) -> str:

@@ -51,6 +51,9 @@ def configure(stream: TextIO | None = None, **fields: str) -> None:
     """Send this process's logs from INFO up to `stream` (stderr), with `fields` (see FIELDS) in every line. Raises UsageError."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter(fields) if as_json() else _text())
+    root = logging.getLogger()
+    for earlier in [one for one in root.handlers if isinstance(one.formatter, JsonFormatter)]:
+        root.removeHandler(earlier)  # a process knows some fields only after its first lines
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     _adopt_the_rest()
     for noisy in NOISY:
@@ -112,14 +115,24 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def say(text: str, *, trouble: bool = False, **fields: str) -> None:
-    """Print a note: as text on stdout, on stderr for `trouble`; with JSON logs as a line on stderr."""
+    """Print a note: as text on stdout, on stderr for `trouble`; with JSON logs as a line on stderr. Nobody needs to read it."""
     if not as_json():
-        print(printable_lines(text), file=sys.stderr if trouble else sys.stdout, flush=True)
+        _print(printable_lines(text), sys.stderr if trouble else sys.stdout)
         return
     level = logging.WARNING if trouble else logging.INFO
     record = logging.LogRecord("pipefleet.up", level, __file__, 0, text, None, None)
     record.__dict__.update(fields)
-    print(JsonFormatter({}).format(record), file=sys.stderr, flush=True)
+    _print(JsonFormatter({}).format(record), sys.stderr)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """Print at once. A reader that is gone does not end the process, whose children work on."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class JsonFormatter(logging.Formatter):

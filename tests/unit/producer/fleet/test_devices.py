@@ -71,7 +71,7 @@ NO_DEVICE = "which is no device; write cuda:N, xpu:N, mps or cpu"
         ('devices = ["cuda"]', NO_DEVICE),
         ('devices = ["cuda:00"]', NO_DEVICE),
         ('devices = ["cuda:-1"]', NO_DEVICE),
-        ('devices = ["all"]', NO_DEVICE),
+        ('devices = ["all"]', 'must be "all" alone'),
         ('devices = ["cuda:0\\n"]', NO_DEVICE),
         ("devices = [0, 1]", f"names 0, {NO_DEVICE}"),
         ("devices = [true]", NO_DEVICE),
@@ -100,7 +100,14 @@ def test_an_option_reads_what_it_shows(text: str) -> None:
     assert shown(read_devices("--devices", text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "four", "cuda:0,", "cuda:0,cuda:0", "999999999", "4,5", "٣"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "four", "all,cpu", "cuda:0,", "cuda:0,cuda:0", "999999999", "4,5", "٣"]
+)
 def test_a_wrong_option_is_named(text: str) -> None:
     with pytest.raises(FleetFileError, match=r"^--devices "):
         read_devices("--devices", text)
+
+
+def test_spaces_around_an_option_do_not_matter() -> None:
+    assert read_devices("--devices", " all ") == "all"
+    assert read_devices("--devices", " 4") == 4

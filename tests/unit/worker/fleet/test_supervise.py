@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -11,9 +13,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipefleet.cli import main
 from pipefleet.errors import UsageError
 from pipefleet.fleet.devices import Devices
 from pipefleet_workers.fleet.local import supervise as module
@@ -21,7 +25,7 @@ from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.part import Yard
 from pipefleet_workers.fleet.local.relay import LONGEST, Relay, labelled
 from pipefleet_workers.fleet.local.supervise import Supervisor, supervise
-from pipefleet_workers.fleet.local.workers import Crew
+from pipefleet_workers.fleet.local.workers import Crew, RelayOf
 from tests.servers import until
 
 WORKER = """
@@ -36,6 +40,8 @@ if ends.exists():
 def drain(*_):
     if not (folder / "deaf").exists():
         (folder / f"drained-{name}").touch()
+        if (folder / "wordy").exists():
+            print("x" * 50_000 + f"\\nworker {name} gave everything back", flush=True)
         os._exit(0)
 def hurry(*_):
     if not (folder / "stone-deaf").exists():
@@ -50,6 +56,7 @@ threading.Event().wait()
 SUPERVISOR = """
 import sys
 from pathlib import Path
+from pipefleet.errors import UsageError
 from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.part import Yard
 from pipefleet_workers.fleet.local.supervise import Supervisor, crew_of
@@ -57,7 +64,11 @@ folder, code = Path(sys.argv[1]), sys.argv[2]
 yard = Yard(folder / "yard", Children(), cwd=folder)
 command = lambda pool, ready: [sys.executable, "-S", "-c", code, str(folder), str(ready)]
 crew = crew_of(yard, "texts", ("cpu",), 2, command)
-sys.exit(Supervisor(yard, crew, "texts", 2, folder / "ready").run())
+try:
+    sys.exit(Supervisor(yard, crew, "texts", 2, folder / sys.argv[3]).run())
+except UsageError as error:
+    print(error)
+    sys.exit(error.exit_code)
 """
 
 
@@ -70,9 +81,9 @@ class World:
         self._log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, **settings: str) -> subprocess.Popen[bytes]:
+    def start(self, ready: str = "ready", **settings: str) -> subprocess.Popen[bytes]:
         with self._log.open("wb") as log:
-            command = [sys.executable, "-c", SUPERVISOR, str(self.folder), WORKER]
+            command = [sys.executable, "-c", SUPERVISOR, str(self.folder), WORKER, ready]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **settings})
         return self.process
 
@@ -207,12 +218,93 @@ def test_a_killed_supervisor_takes_its_workers_with_it(world: World) -> None:
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
-def crew(folder: Path, code: str) -> tuple[Yard, Crew]:
+@pytest.mark.parametrize("place", ["file/ready", "missing/ready", "folder"])
+def test_a_ready_file_that_cannot_be_written_is_told_before_anything_starts(world: World, place: str) -> None:
+    (world.folder / "file").touch()
+    (world.folder / "folder").mkdir()
+    process = world.start(ready=place)
+    assert process.wait(20) == 2
+    assert not world.pids(1)
+
+
+def test_nobody_who_reads_the_log_stops_no_worker(world: World) -> None:
+    read, write = os.pipe()
+    command = [sys.executable, "-c", SUPERVISOR, str(world.folder), WORKER, "ready"]
+    world.process = subprocess.Popen(command, stdout=write, stderr=write)
+    os.close(write)
+    until(world.ready.exists)
+    os.close(read)
+    (first,) = world.pids(1)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: len(world.pids(1)) == 2)
+    until(world.ready.exists)
+    assert world.process.poll() is None
+    world.process.send_signal(signal.SIGTERM)
+    assert world.process.wait(20) == 0
+    assert all((world.folder / f"drained-{number}").exists() for number in (1, 2))
+
+
+def test_a_stopped_worker_cannot_hold_up_the_third_signal(world: World) -> None:
+    process = world.start_ready()
+    (first,) = world.pids(1)
+    os.kill(first, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    until(lambda: (world.folder / "drained-2").exists())
+    process.send_signal(signal.SIGTERM)
+    until(lambda: "the workers get SIGQUIT" in world.log())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGKILL
+
+
+def test_a_ready_file_whose_folder_goes_stops_no_worker(world: World) -> None:
+    (world.folder / "place").mkdir()
+    slow = world.folder / "slow-1"
+    slow.touch()
+    process = world.start(ready="place/ready")
+    until(lambda: world.pids(1) and world.pids(2))
+    (world.folder / "place").rmdir()
+    slow.unlink()
+    until(lambda: "cannot write --ready-file" in world.log())
+    (world.folder / "place").mkdir()
+    until((world.folder / "place" / "ready").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert world.log().count("cannot write --ready-file") == 1
+
+
+def full_pipe(world: World) -> tuple[int, int]:
+    """A supervisor with ready workers, whose stderr is a pipe that takes no more."""
+    (world.folder / "wordy").touch()
+    read, write = os.pipe()
+    command = [sys.executable, "-c", SUPERVISOR, str(world.folder), WORKER, "ready"]
+    with (world.folder / "log").open("wb") as log:
+        world.process = subprocess.Popen(command, stdout=log, stderr=write)
+    until(world.ready.exists)
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x")
+    os.set_blocking(write, True)
+    return read, write
+
+
+def test_a_log_that_takes_no_more_keeps_no_supervisor_from_its_end(world: World) -> None:
+    pipe = full_pipe(world)
+    assert world.process is not None
+    world.process.send_signal(signal.SIGTERM)
+    assert world.process.wait(20) == 0
+    for end in pipe:
+        os.close(end)
+
+
+def crew(folder: Path, code: str, relay: RelayOf | None = None) -> tuple[Yard, Crew]:
     """Workers that run `code`, and whose pauses pass at once."""
     yard = Yard(folder, Children())
     command = [sys.executable, "-S", "-c", code]
     ticks = itertools.count(0.0, 1000.0)
-    one = Crew(yard, dict(os.environ), command=lambda pool, ready: command, grace=10.0, clock=lambda: next(ticks))
+    one = Crew(
+        yard, dict(os.environ), command=lambda pool, ready: command, grace=10.0, clock=lambda: next(ticks), relay=relay
+    )
     one.assign("texts", environment={}, devices=("cpu",))
     return yard, one
 
@@ -225,6 +317,36 @@ def test_workers_that_all_end_again_and_again_end_the_supervisor(tmp_path: Path,
     yard, workers = crew(tmp_path, code)
     assert Supervisor(yard, workers, "texts", 2, None).run() == expected
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == handlers
+
+
+class SlowReader(io.BytesIO):
+    """A log whose reader takes its time."""
+
+    def write(self, line: Any) -> int:
+        threading.Event().wait(0.2)
+        return super().write(line)
+
+
+def test_the_last_words_of_drained_workers_are_in_the_log(tmp_path: Path) -> None:
+    log = SlowReader()
+    code = f"""
+import pathlib, signal, sys
+def drain(*_):
+    print("gave everything back", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, drain)
+pathlib.Path({str(tmp_path / "begun")!r}).touch()
+signal.pause()
+"""
+
+    def stop() -> None:
+        until((tmp_path / "begun").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    yard, workers = crew(tmp_path, code, lambda worker: Relay("cpu", log, lock=threading.Lock()))
+    threading.Thread(target=stop).start()
+    assert Supervisor(yard, workers, "texts", 1, None).run() == 0
+    assert log.getvalue() == b"[cpu] gave everything back\n"
 
 
 @pytest.mark.parametrize(("devices", "absent"), [(4, "cuda:2, cuda:3"), (("cuda:1", "cuda:5"), "cuda:5")])
@@ -272,6 +394,20 @@ def test_workers_on_one_cpu_share_its_cores(
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert supervise("texts", devices, each, ["--pool=x"], ready_file=None, threads=threads, gpus=lambda: 2) == 0
     assert commands == [[sys.executable, "-m", "pipefleet", "worker", "--ready-file=ready", "--pool=x", *expected]]
+
+
+def test_the_workers_of_the_only_pool_are_told_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def note(pool: str, devices: Devices, per_device: int, options: list[str], **_: Any) -> int:
+        told.append((pool, devices, per_device, sorted(options)))
+        return 0
+
+    file = tmp_path / "fleet.toml"
+    file.write_text('[pools.texts]\ntask = "text-classification"\nmodel = "/models/x"\ndevices = ["cpu"]\n')
+    monkeypatch.setattr(module, "supervise", note)
+    assert main(["worker", "--fleet", str(file)]) == 0
+    assert told == [("texts", ("cpu",), 1, [f"--fleet={file}", "--pool=texts"])]
 
 
 def test_json_lines_get_a_field_and_other_lines_a_label() -> None:

@@ -141,6 +141,21 @@ def text_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[st
     logging.captureWarnings(False)
 
 
+def test_a_process_learns_its_fields_after_its_first_lines(
+    text_lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setenv(logs.VARIABLE, "json")
+    logs.configure(stream)
+    log.warning("before")
+    logs.configure(stream, pool="texts")
+    log.warning("after")
+    before, after = map(json.loads, stream.getvalue().splitlines())
+    assert "pool" not in before
+    assert after["pool"] == "texts"
+
+
 def is_one_plain_line(line: str) -> bool:
     return line.isprintable()
 

@@ -97,9 +97,11 @@ def _register_autoscaling(parser: argparse.ArgumentParser) -> None:
 def up(arguments: argparse.Namespace) -> int:
     """Run the embedded stack until Ctrl-C or SIGTERM."""
     from pipefleet_workers.fleet.local.edits import FleetEdits
+    from pipefleet_workers.settings import load_worker_settings
 
+    load_worker_settings()  # wrong settings are told before anything starts, and so is a wrong file
     file = FleetEdits(fleet_path(arguments, missing=NO_FLEET), allow_unpinned=arguments.allow_unpinned)
-    fleet = file.read().fleet  # a wrong file is told before anything starts
+    fleet = file.read().fleet
     stack = _stack(arguments, file)
     logs.configure()
     interrupt_on_sigterm()

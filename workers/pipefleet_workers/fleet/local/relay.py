@@ -39,9 +39,13 @@ class Relay:
 
     def last_lines(self) -> list[str]:
         """The last lines of a process that has ended."""
-        if self._reader is not None:
-            self._reader.join(LAST_SECONDS)
+        self.finish(LAST_SECONDS)
         return [line.decode(errors="replace").rstrip("\n") for line in tuple(self._last)]
+
+    def finish(self, seconds: float) -> None:
+        """Return when the output of a process that has ended is passed on, at the latest after so many seconds."""
+        if self._reader is not None:
+            self._reader.join(seconds)
 
     def _pass_on(self, descriptor: int) -> None:
         with os.fdopen(descriptor, "rb") as output:

@@ -313,11 +313,11 @@ class Stack:
     def _believed(self) -> float:
         """The seconds for which clients may believe an announcement that a worker made before the fleet file changed."""
         from pipefleet.fleet.latest import LOOK_SECONDS
-        from pipefleet_workers.settings import WorkerSettings
+        from pipefleet_workers.settings import load_worker_settings
 
         scaler = 0.0 if self._autoscaler is None else self._autoscaler.announced_seconds
         # Within two intervals every worker has announced the change; its earlier announcement expires after three more.
-        return LOOK_SECONDS + max(5 * WorkerSettings().announce_seconds, scaler)
+        return LOOK_SECONDS + max(5 * load_worker_settings().announce_seconds, scaler)
 
     def _start_autoscaler(self, site: Site, crew: Crew, pace: Pace) -> None:
         from pipefleet.fleet.file import load_fleet

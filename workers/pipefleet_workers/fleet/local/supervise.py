@@ -25,11 +25,12 @@ from pipefleet_workers.fleet.local.children import Children
 from pipefleet_workers.fleet.local.command import reload_on_sighup
 from pipefleet_workers.fleet.local.files import write_private
 from pipefleet_workers.fleet.local.part import Yard
-from pipefleet_workers.fleet.local.relay import Relay
+from pipefleet_workers.fleet.local.relay import LAST_SECONDS, Relay
 from pipefleet_workers.fleet.local.workers import METRICS_PORT, Crew, WorkerCommand, WorkerProcess
 from pipefleet_workers.observe import logs
 from pipefleet_workers.observe.logs import say
 from pipefleet_workers.process.host import Count, absent_devices, host_devices, visible_gpus
+from pipefleet_workers.process.ready_file import claim
 
 USAGE = UsageError.exit_code
 """The exit code of a worker that cannot start as it was told to, such as with a model that does not load."""
@@ -110,11 +111,13 @@ class Supervisor:
         self._yard, self._crew, self._pool, self._number = yard, crew, pool, number
         self._ready_file = ready_file
         self._ready = False
+        self._complaint = ""
         self._signals = 0
 
     def run(self) -> int:
         """Start the workers and look after them. Returns the exit code; no child is left."""
-        self._tell_ready(False)  # an earlier process may have left the file
+        if self._ready_file is not None:
+            claim(self._ready_file)
         before = self._catch_signals()
         try:
             for _ in range(self._number):
@@ -163,8 +166,16 @@ class Supervisor:
                 told += 1
             time.sleep(_LOOK_SECONDS)
         # A worker that is told to end while it loads its model has nothing to drain.
+        self._pass_on_last_words(alive)
         codes = [0 if _code(worker) == KILLED + signal.SIGTERM else _code(worker) for worker in alive]
         return code or next(filter(None, codes), 0)
+
+    def _pass_on_last_words(self, workers: Sequence[WorkerProcess]) -> None:
+        """Wait for the last lines of workers that have ended, though not for long: a reader of the log may hang."""
+        deadline = time.monotonic() + LAST_SECONDS
+        for worker in workers:
+            if worker.child is not None and worker.child.spec.relay is not None:
+                worker.child.spec.relay.finish(max(0.0, deadline - time.monotonic()))
 
     def _hurry(self, workers: Sequence[WorkerProcess], number: signal.Signals) -> None:
         say(f"another signal: the workers get {number.name}", trouble=True, pool=self._pool)
@@ -179,10 +190,17 @@ class Supervisor:
         self._ready = ready
         if self._ready_file is None:
             return
-        if not ready:
-            self._ready_file.unlink(missing_ok=True)
-        elif not self._ready_file.exists():
-            write_private(self._ready_file, f"{os.getpid()}\n")
+        complaint = ""
+        try:
+            if not ready:
+                self._ready_file.unlink(missing_ok=True)
+            elif not self._ready_file.exists():
+                write_private(self._ready_file, f"{os.getpid()}\n")
+        except OSError as error:  # such as of a full disk: the workers go on, and the next look tries again
+            complaint = f"cannot write --ready-file {self._ready_file}: {error.strerror}"
+        if complaint and complaint != self._complaint:
+            say(complaint, trouble=True, pool=self._pool)
+        self._complaint = complaint
 
     def _catch_signals(self) -> Mapping[int, Any]:
         def asked(number: int, frame: Any) -> None:

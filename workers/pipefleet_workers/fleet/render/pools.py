@@ -172,9 +172,9 @@ def _check(one: DeployedPool, table: Mapping[str, Any], path: Path) -> None:
     foreign = [name for name in (pool.device, *one.names) if name.startswith(("mps", "xpu"))]
     if foreign:
         raise FleetFileError(f"{where}: the images have no {foreign[0]}; use auto, cpu or cuda:N")
-    if one.workers > MOST_WORKERS:
+    if (number := max(one.workers, pool.workers_per_device)) > MOST_WORKERS:
         raise FleetFileError(
-            f"{where}: a container has at most {MOST_WORKERS} workers, not {one.workers}: Prometheus looks for so many ports"
+            f"{where}: a container has at most {MOST_WORKERS} workers, not {number}: Prometheus looks for so many ports"
         )
     if pool.model.startswith(("/", "s3://")) and table["model"] == pool.model:
         return
