@@ -11,11 +11,12 @@ from pipefleet.contract.messages import JobItem, JobMessage, JobState, Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.consume.consumer import Consumer, IntakeLimits
+from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.places import Places
 from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.consume.tries import IntakeLimits
 from pipefleet_workers.delivery.leases import Lease, Settlement
 from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome, Work

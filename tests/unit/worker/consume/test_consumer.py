@@ -10,8 +10,7 @@ import pytest
 from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
-from pipefleet_workers.consume.consumer import _job_of
-from pipefleet_workers.consume.held import DrainedError
+from pipefleet_workers.consume.held import DrainedError, job_of
 from pipefleet_workers.ending import Ending
 from tests.unit.conftest import eventually
 from tests.unit.worker.consume.fakes import AWAY, Bench, FakeDelivery, FakeShards, shard, single
@@ -70,7 +69,7 @@ def test_a_contract_error_refuses_the_shard() -> None:
 def test_the_headers_of_a_shard_let_none_of_its_items_expire() -> None:
     delivery = FakeDelivery(shard())
     delivery.deadline = 1.0
-    assert _job_of(delivery).deadline is None
+    assert job_of(delivery).deadline is None
 
 
 @pytest.mark.parametrize(
