@@ -99,7 +99,7 @@ def test_what_woke_a_worker_that_froze_or_died_wakes_another_after_a_sweep(
     frozen, other = *idle(1), *idle(1, sweep_seconds=0.2)
     push(redis, "a")
     until(lambda: arriving(redis) == 1)
-    frozen.channel._bells[list_name(3)].connection._sock.close()  # as the server sees a process that was killed
+    frozen.channel.bells.by_list[list_name(3)].connection._sock.close()  # as the server sees a process that was killed
     assert names(other.take(1)) == ["a"]
     assert frozen.messages == []
 
@@ -166,7 +166,7 @@ def during_its_fetch(worker: Taker, redis: Redis, then: Callable[[], None]) -> N
         until(lambda: depth(redis)["unacked"] == 1)
         then()
         until(lambda: arriving(redis) == 1)
-        bell = worker.channel._bells[list_name(9)]
+        bell = worker.channel.bells.by_list[list_name(9)]
         until(lambda: bell.connection.can_read(0))
         with suppress(Empty):
             worker.channel.handlers[bell.kind]()
@@ -215,7 +215,7 @@ def test_a_worker_with_bulk_inside_leaves_single_jobs_to_an_idle_one(
     push(redis, "shard", priority=9)
     assert names(busy.take(1)) == ["shard"]
     until(lambda: (busy.poll(0.01), waits(redis, 8))[1])
-    for bell in busy.channel._bells.values():  # those of before its shard
+    for bell in busy.channel.bells.by_list.values():  # those of before its shard
         bell.connection.disconnect()
     until(lambda: (busy.poll(0.01), waits(redis, 8))[1])
     push(redis, "single")

@@ -33,7 +33,7 @@ from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.consume.burials import Burials
-from pipefleet_workers.consume.consumer import Consumer, IntakeLimits
+from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs, Outlets
@@ -41,6 +41,7 @@ from pipefleet_workers.consume.places import Others, Places
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.suspects import Journal, Suspects
 from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.consume.tries import IntakeLimits
 from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.engine.device import Instruments
 from pipefleet_workers.engine.engine import Engine, Stages

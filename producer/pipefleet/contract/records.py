@@ -169,11 +169,12 @@ def read_notice(raw: bytes) -> tuple[str, JobRecord | None]:
 
     A record that cannot be read, or is not final, counts as absent; the reader then looks it up.
     """
-    job_id, _, text = raw.decode(errors="replace").partition("\n")
+    name, _, text = raw.partition(b"\n")
+    job_id = name.decode(errors="replace")
     if not text:
         return job_id, None
     try:
-        parts = _texts(json.loads(text))
+        parts = _texts(json.loads(text.decode()))
         record = _read(dict(zip(parts[::2], parts[1::2], strict=True)))
     except (ValueError, TypeError, LookupError, RecursionError, ContractError):
         return job_id, None

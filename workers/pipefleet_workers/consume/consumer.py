@@ -6,12 +6,9 @@
           ├▶ later ───▶ one of these       not before their time
           └▶ revocations                   an operator does not want them
 
-When a service fails a job, the job begins again here after a pause. The failure counts only while the services are well
-otherwise: an outage makes work wait, and never makes it fail. When S3 refuses every request of this worker, all its jobs go back
-for other workers, and it takes none until the refusal ends. When S3 refuses only the objects of one job, this job goes back a few
-times and is refused then.
-
-The head of `suspects` says how the deliveries of a suspect are counted.
+When S3 refuses every request of this worker, all its jobs go back for other workers, and it takes none until the refusal ends.
+The head of `tries` says what becomes of one job that a service failed, and the head of `suspects` how the deliveries of a suspect
+are counted.
 """
 
 from __future__ import annotations
@@ -21,37 +18,32 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 
-from pipefleet.contract.messages import JobMessage, decode_message
+from pipefleet.contract.messages import JobMessage
 from pipefleet.errors import (
-    AccessDeniedError,
     ContractError,
-    ObjectRefusedError,
     PipefleetError,
-    ServiceFullError,
     ServiceUnavailableError,
 )
-from pipefleet.patience import pause
 from pipefleet.queues.dead_letters import KILLED
 from pipefleet.service import Inbox, Service, Services
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.health import Health
-from pipefleet_workers.consume.held import Delivery, DrainedError, RevokedError
+from pipefleet_workers.consume.held import Delivery, DrainedError, RevokedError, job_of
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.later import Later
-from pipefleet_workers.consume.places import PASS_ON_SECONDS, Places
+from pipefleet_workers.consume.places import Places
 from pipefleet_workers.consume.revocations import Revocations
 from pipefleet_workers.consume.shards import Shards
 from pipefleet_workers.consume.singles import TOGETHER, Singles
 from pipefleet_workers.consume.suspects import Suspects
 from pipefleet_workers.consume.tally import Tally
-from pipefleet_workers.delivery.leases import Lease
+from pipefleet_workers.consume.tries import IntakeLimits, Tries
 from pipefleet_workers.ending import REVOKED, Ending
 from pipefleet_workers.observe.logs import log_context
 from pipefleet_workers.results.reports import Reporter
-from pipefleet_workers.storage.store import BarredError, RefusedHereError
+from pipefleet_workers.storage.store import BarredError
 
 log = logging.getLogger(__name__)
 _Read = tuple[Delivery, JobMessage]
@@ -59,22 +51,6 @@ GATHER_SECONDS = 0.05
 """Suspects that come within these seconds of each other count as fetched together."""
 RETRY_SECONDS = 0.5
 """Pause before a small step that a service failed is tried again."""
-
-
-@dataclass(frozen=True, slots=True)
-class IntakeLimits:
-    """How much a consumer does at once, and how long it goes on trying."""
-
-    shards: int = 8
-    """Shards that run at once."""
-    denials: int = 4
-    """How often a job goes back for another worker when S3 refuses its objects to this worker, which is well otherwise."""
-    deliveries: int = 3
-    """A message that was delivered this often runs alone; a shard that was delivered more often is split."""
-    retries: int = 6
-    """How often a job begins again because a service failed only this job; after that its item fails."""
-    pause: tuple[float, float] = (1.0, 30.0)
-    """Seconds before a job begins again: the first pause and the longest."""
 
 
 class Consumer:
@@ -99,7 +75,6 @@ class Consumer:
         self._reporter = reporter
         self._tally = tally
         self._limits = limits or IntakeLimits()
-        self._places = places or Places()
         self._draining = threading.Event()
         self._gate = Gate()
         self._singles = Singles(jobs, reporter, self._gate, self, tally, budget=self._limits.retries)
@@ -109,6 +84,9 @@ class Consumer:
         self._accused: Inbox[Delivery] = Inbox()
         self._intake: Inbox[Delivery] = Inbox()
         self.later: Later[Delivery] = Later(clock)
+        self._tries = Tries(
+            self, self.later, health, self._revocations, self._draining, self._limits, places or Places()
+        )
         self._changed = threading.Condition()
         self._held: dict[int, Delivery] = {}
         self._leaving = 0
@@ -197,12 +175,17 @@ class Consumer:
 
         self._leave(delivery, act)
 
-    def give_back(self, delivery: Delivery) -> None:
-        """Put the message back to its place in the queue."""
+    def give_back(self, delivery: Delivery, *, delay: float = 0.0, aside: float = 0.0) -> None:
+        """Put the message back to its place in the queue.
+
+        With a `delay` it waits so many seconds first, and counts as a retry. This worker leaves it to others for `aside` seconds.
+        """
 
         def act() -> None:
             self._tally.handed_back()
-            delivery.give_back()
+            if aside and delivery.lease is not None:
+                delivery.lease.put_off(aside)
+            delivery.give_back(delay)
 
         self._leave(delivery, act)
 
@@ -220,71 +203,8 @@ class Consumer:
         self._leave(delivery, lambda: delivery.refuse(reason))
 
     def postpone(self, delivery: Delivery, error: Exception) -> None:
-        """Begin a job again later. A failure counts, up to a bound, while everything else works; an outage does not count."""
-        if self._draining.is_set() or delivery.lost or isinstance(error, BarredError):
-            return self.give_back(delivery)
-        if isinstance(error, RefusedHereError) and delivery.lease is not None:
-            return self._pass_on(delivery, delivery.lease, error)
-        is_well = self.health.check()
-        if self.barred is not None:
-            return self.give_back(delivery)
-        if is_well and isinstance(error, AccessDeniedError) and delivery.lease is not None:
-            return self._try_elsewhere(delivery, delivery.lease, error)
-        if is_well and isinstance(error, ObjectRefusedError):
-            return self.refuse(delivery, str(error))
-        if is_well and not isinstance(error, ServiceFullError):
-            delivery.retries += 1
-        if delivery.retries > self._limits.retries + 1:
-            return self.refuse(delivery, f"failed {delivery.retries} times, at last with: {error}")
-        first, longest = self._limits.pause
-        seconds = pause(max(0, delivery.retries - 1), first=first, longest=longest)
-        log.warning("a job begins again in %.1f s: %s", seconds, error)
-        if not self.later.put(delivery, seconds):
-            self.give_back(delivery)
-        elif delivery.revoked:  # it was revoked during the put, and the revocation did not find it
-            self.wait_no_more(delivery)
-            self._route(delivery)
-
-    def _try_elsewhere(self, delivery: Delivery, lease: Lease, error: Exception) -> None:
-        """Give a job back whose objects S3 refuses. Redis counts these tries, so the job ends when every worker is refused."""
-        if self._passed_on(delivery, lease):
-            return
-        if lease.retries >= self._limits.denials:
-            return self.refuse(delivery, f"refused on {lease.retries + 1} tries, at last with: {error}")
-        first, longest = self._limits.pause
-        seconds = pause(lease.retries, first=first, longest=longest)
-        log.warning("a job goes back for another worker to try in %.1f s: %s", seconds, error)
-
-        def act() -> None:
-            self._tally.handed_back()
-            delivery.give_back(seconds)
-
-        self._leave(delivery, act)
-
-    def _passed_on(self, delivery: Delivery, lease: Lease) -> bool:
-        """Whether a job went back uncounted because S3 may allow its bucket to another worker."""
-        try:
-            if not self._places.refused(_job_of(delivery)):
-                return False
-        except PipefleetError as error:
-            log.warning("cannot see whether other workers are refused: %s", error)
-            return False
-        self._pass_on(delivery, lease, "S3 refuses its bucket to this worker, and not to others")
-        return True
-
-    def _pass_on(self, delivery: Delivery, lease: Lease, why: object) -> None:
-        """Give a job back for another worker, uncounted.
-
-        It is kept aside for a moment; else this worker would take it again at once.
-        """
-        log.warning("a job goes back: %s", why)
-
-        def act() -> None:
-            self._tally.handed_back()
-            lease.put_off(PASS_ON_SECONDS)
-            delivery.give_back()
-
-        self._leave(delivery, act)
+        """A service failed a job: begin it again, here or elsewhere, or refuse it. See `Tries`."""
+        self._tries.after(delivery, error)
 
     def _bar(self, barred: str | None) -> None:
         """S3 refuses this worker: give all deliveries back. A delivery that is still on its way in goes back when it begins."""
@@ -357,7 +277,7 @@ class Consumer:
                 self.give_back(delivery)
                 continue
             try:
-                message = _job_of(delivery)
+                message = job_of(delivery)
                 other = self._jobs.elsewhere(message)
             except ContractError as error:
                 log.error("refused a message: %s", error)
@@ -484,15 +404,3 @@ class Consumer:
         while due := self.later.take():
             for delivery in due:
                 self._route(delivery)
-
-
-def _job_of(delivery: Delivery) -> JobMessage:
-    """The job of a delivery, with the earlier of its two deadlines. Raises ContractError.
-
-    The deadline in the headers of a shard is ignored: its run has no deadline, and a copied header could fail its items.
-    """
-    message = decode_message(delivery.payload)
-    if message.shard is not None:
-        return message
-    deadlines = [one for one in (message.deadline, delivery.deadline) if one is not None]
-    return replace(message, deadline=min(deadlines)) if deadlines else message

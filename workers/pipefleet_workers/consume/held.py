@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
+from pipefleet.contract.messages import JobMessage, decode_message
 from pipefleet_workers.delivery.leases import Lease
 from pipefleet_workers.ending import Ending
 
@@ -66,3 +68,15 @@ class Delivery(Protocol):
 
     def refuse(self, reason: str) -> None:
         """Move the message to the dead letters."""
+
+
+def job_of(delivery: Delivery) -> JobMessage:
+    """The job of a delivery, with the earlier of its two deadlines. Raises ContractError.
+
+    The deadline in the headers of a shard is ignored: its run has no deadline, and a copied header could fail its items.
+    """
+    message = decode_message(delivery.payload)
+    if message.shard is not None:
+        return message
+    deadlines = [one for one in (message.deadline, delivery.deadline) if one is not None]
+    return replace(message, deadline=min(deadlines)) if deadlines else message

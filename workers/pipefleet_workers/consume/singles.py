@@ -3,21 +3,24 @@
     start ─┬▶ engine ─▶ Single.deliver ─┬▶ reports ─▶ finish_many: one round trip ─▶ ack
            └▶ start_many: one round trip ┘
 
-The consumer's intake thread starts jobs; threads of the engine deliver; a thread of its own reports. A job enters the engine before
-Redis has answered that it runs: a round trip takes as long as a small model's forward. Its end is reported after this answer.
+The consumer's intake thread starts jobs; threads of the engine deliver; a thread of its own reports. Where forwards are short, a
+new job enters the engine before Redis has answered that it runs: a round trip takes as long as a small model's forward. Its end
+is reported after this answer. Any other job enters after the answer, so no long forward runs for a job that has ended before.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.service import Inbox, Service
+from pipefleet_workers.adapters.progress import STAGE
 from pipefleet_workers.consume.gate import Gate
 from pipefleet_workers.consume.held import Delivery, DrainedError
 from pipefleet_workers.consume.jobs import Jobs, work_of
@@ -30,6 +33,10 @@ from pipefleet_workers.results.reports import Reporter
 log = logging.getLogger(__name__)
 TOGETHER = 128
 """At most so many jobs start, or are reported, in one round trip."""
+SHORT_SECONDS = 0.01
+"""Longest forward, in seconds for each item, that may run before Redis has answered. A round trip takes about a millisecond."""
+FADING = 0.9
+"""The part of the longest forward that counts after one more job: a long forward is remembered over dozens of short ones."""
 
 
 class Ends(Protocol):
@@ -61,6 +68,11 @@ class Single:
     _running: bool = False
     """Whether Redis has answered that the job runs, or that it must not; ends wait for the answer."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether nothing has ended the job here yet."""
+        return self._end is None
 
     def deliver(self, *outcomes: Outcome) -> None:
         """Take the outcome; a second one is dropped."""
@@ -111,6 +123,8 @@ class Singles:
         self._ends = ends
         self._tally = tally
         self._budget = budget
+        self._longest = math.inf
+        """Seconds of the longest forward lately. The thread that reports writes it; the thread that starts reads it."""
         self.reports: Inbox[tuple[Single, Any]] = Inbox()
         self.reporting = Service("report", self._report, wake=self.reports.wake)
 
@@ -128,10 +142,23 @@ class Singles:
 
     def _start(self, singles: Sequence[Single]) -> None:
         """Start jobs; raises nothing: a job that cannot begin leaves, and begins again later."""
-        works = [work for single in singles for work in self._begun(single)]
+        begun = [(single, work) for single in singles for work in self._begun(single)]
+        at_once = [self._enters_at_once(single) for single, _ in begun]
+        self._enter([work for (_, work), now in zip(begun, at_once, strict=True) if now])
+        self._mark_running(singles)
+        self._enter([work for (single, work), now in zip(begun, at_once, strict=True) if not now and single.wanted])
+
+    def _enters_at_once(self, single: Single) -> bool:
+        """Whether a job enters the engine before Redis has answered.
+
+        A job that was here or elsewhere before waits for the answer. It may have ended since, or have killed its worker and been
+        cancelled for this.
+        """
+        return self._longest <= SHORT_SECONDS and single.delivery.deliveries <= 1 and not single.delivery.retries
+
+    def _enter(self, works: Sequence[Work]) -> None:
         for priority in sorted({work.job.priority for work in works}):
             self._admit([work for work in works if work.job.priority == priority])
-        self._mark_running(singles)
 
     def _mark_running(self, singles: Sequence[Single]) -> None:
         """Mark jobs as running, all in one round trip; stop those that have ended before, or whose state is not known."""
@@ -204,12 +231,18 @@ class Singles:
                 self._leave(single, LOST)  # the worker that now has the job reports it
             else:
                 finished.append((single, end))
+                self._note_forward(end.work.seconds)
         ends = [(single.message, outcome) for single, outcome in finished]
         for (single, outcome), ending in zip(finished, self._reporter.finish_many(ends), strict=True):
             if isinstance(ending, Ending):
                 self._tally.single(ending)
                 opentelemetry.job_ended(single.delivery, single.message, outcome)
             self._leave(single, ending)
+
+    def _note_forward(self, seconds: Mapping[str, float]) -> None:
+        if STAGE in seconds:
+            faded = 0.0 if math.isinf(self._longest) else FADING * self._longest
+            self._longest = max(seconds[STAGE], faded)
 
     def _leave(self, single: Single, end: Ending | Exception) -> None:
         """The one place where a single job's delivery ends. A second call, after an error in between, does nothing.

@@ -36,19 +36,18 @@ from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from pipefleet.connection.scripts import must_send_text, never_began, note_answer, run_script
+from pipefleet_workers.delivery.bells import Bells
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
 from pipefleet_workers.delivery.fetch import Fetch, Source
 from pipefleet_workers.delivery.leases import Lease, is_queue_name
 from pipefleet_workers.delivery.ledger import Ledger
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
-from pipefleet_workers.delivery.scripts import FETCH, GATHER
-from pipefleet_workers.delivery.server_errors import FULL, is_no_list, retried, retrying, word_of
+from pipefleet_workers.delivery.scripts import FETCH
+from pipefleet_workers.delivery.server_errors import is_no_list, retried, retrying
 from pipefleet_workers.delivery.shared_ledgers import Callback, ledger_for
-from pipefleet_workers.delivery.waiting import Bell, LeasePoller
+from pipefleet_workers.delivery.waiting import LeasePoller
 
 log = logging.getLogger(__name__)
-FULL_SECONDS = 1.0
-"""How often a worker looks for messages while the server is full."""
 
 
 class Channel(stock.Channel):  # type: ignore[misc]
@@ -92,12 +91,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self.starved = self.low_starved = False
         self._receivers: dict[str, Callable[[Any], None]] = {}
         self._without_acks: set[str] = set()
-        self._bells: dict[str, Bell] = {}
-        self._known_empty: set[str] = set()
-        self._arrived: set[str] = set()
-        """Lists in which a message woke this channel after its last fetch was sent."""
-        self._look_at: float | None = None
-        """When to look again at lists that no worker may wait on, because the server is full."""
+        self.bells = Bells(self)
         self._fetch: Fetch | None = None
         self._refusal: ResponseError | None = None
         """Why the server did not run the last fetch by its digest; the next fetch sends the text."""
@@ -118,6 +112,16 @@ class Channel(stock.Channel):  # type: ignore[misc]
     def leasing(self) -> bool:
         """Whether this channel has ever taken a message with a lease."""
         return self._ledger is not None
+
+    @property
+    def loop(self) -> Any:
+        """The event loop of a Celery worker; None without one."""
+        return self._transport.loop
+
+    @property
+    def fetching(self) -> bool:
+        """Whether the answer of a fetch is outstanding."""
+        return self._fetch is not None
 
     @property
     def do_restore(self) -> bool:
@@ -202,9 +206,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def check_bells(self) -> None:
         """Drop waiting connections that a lost server never answered."""
-        for bell in self._bells.values():
-            if self.health_check_interval and bell.overdue(self.wait_seconds + self.health_check_interval):
-                bell.connection.disconnect()
+        if self.health_check_interval:
+            self.bells.drop_overdue(self.wait_seconds + self.health_check_interval)
 
     def close(self) -> None:
         """Close the channel; `do_restore` decides whether its messages go back."""
@@ -224,7 +227,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             except (Empty, *self.connection_errors):
                 pass
         if not self.active_queues:
-            self._hang_up()
+            self.bells.hang_up()
         return done
 
     def _brpop_start(self, timeout: float | None = None) -> None:
@@ -238,12 +241,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self.starved = self.starved or self.low_starved
         if not low_credit:
             lists = [one for one in lists if not one.low]
-        if self._look_at is not None and monotonic() >= self._look_at:
-            self._look_at = None
-            self._known_empty.clear()
-        if self._known_empty.issuperset(one.name for one in lists):
-            if self._look_at is None:
-                self._wait_for(lists)
+        if not self.bells.worth_a_fetch(lists):
+            self.bells.wait_for(lists)
         else:
             with_text = self._refusal is not None or must_send_text(self.ledger.redis)
             self._send_fetch(Fetch(lists, min(self.fetch_max, self.qos.credit()), low_credit, with_text))
@@ -253,7 +252,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _send_fetch(self, fetch: Fetch) -> None:
         connection = self.client.connection
-        self._arrived.difference_update(one.name for one in fetch.lists)
+        self.bells.fetch_sent(fetch)
         self._fetch, self._in_poll, self._brpop_sent_at = fetch, connection, monotonic()
         connection.send_command(*fetch.command(self.ledger, self.max_deliveries))
 
@@ -281,17 +280,17 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._refusal = None
             return self._deliver(fetch, answer)
         finally:
-            self._pass_on(list(self._arrived))
+            self.bells.pass_on()
 
     def _fetch_again(self, fetch: Fetch, refusal: ResponseError) -> NoReturn:
         """Let the next poll send the script's text. Always raises Empty, kombu's word for no delivery."""
         self._refusal = refusal
-        self._arrived.update(one.name for one in fetch.lists)  # their messages still wait to be fetched
+        self.bells.fetch_failed(fetch)
         raise Empty
 
     def _deliver(self, fetch: Fetch, answer: Any) -> bool:
         found = self._leases(fetch, answer)
-        self._note_empty(fetch, answer, found)
+        self.bells.fetched(fetch, [lease for lease, _ in found], more=bool(answer[3]))
         delivered = False
         for position, (lease, raw) in enumerate(found):
             receive = self._receivers.get(lease.queue)
@@ -363,94 +362,23 @@ class Channel(stock.Channel):  # type: ignore[misc]
         except Exception:  # noqa: BLE001 - whatever a hostile body makes the codecs raise
             raise MalformedError("its body is not what its encoding says") from None
 
-    def _note_empty(self, fetch: Fetch, answer: Any, found: Sequence[tuple[Lease, bytes]]) -> None:
-        """Note the lists as empty after a fetch with room left; no second fetch is needed."""
-        self._known_empty.clear()
-        if len(found) >= fetch.credit or answer[3]:
-            return
-        low_taken = sum(lease.low for lease, _ in found)
-        low_seen = low_taken < fetch.low_credit
-        self._known_empty.update(one.name for one in fetch.lists if low_seen or not one.low)
-        self._known_empty -= self._arrived
-
-    def _wait_for(self, lists: Sequence[Source]) -> None:
-        for one in lists:
-            bell = self._bells.get(one.name) or self._new_bell(one.name)
-            if not bell.armed:
-                self.connection.cycle.register_bell(self, bell)
-                # A worker with bulk inside leaves the message to an idle worker, if one is as quick.
-                bell.arm(self.wait_seconds, takes=not self.ledger.held_low)
-
-    def _new_bell(self, name: str) -> Bell:
-        pool = self.async_pool
-        bell = Bell(pool.connection_class(**pool.connection_kwargs), name, self._rung)
-        self._bells[name] = bell
-        self.handlers[bell.kind] = lambda: self._read_bell(bell)
-        return bell
-
-    def _read_bell(self, bell: Bell) -> None:
-        try:
-            bell.read()
-        except ResponseError as error:
-            if word_of(error) != FULL and not is_no_list(error):
-                raise retried(error) from error
-            self._look_again_soon()
-            raise Empty from None
-
-    def _look_again_soon(self) -> None:
-        """Look at the lists again in FULL_SECONDS: no worker may wait on a list of a full server, or on a key that is no list."""
-        self._look_at = monotonic() + FULL_SECONDS
-        loop = self._transport.loop
-        if loop is not None:
-            loop.call_later(FULL_SECONDS, lambda: None)
-
-    def _rung(self, bell: Bell) -> None:
-        self._known_empty.discard(bell.name)
-        if bell.takes:
-            self._arrived.add(bell.name)
-        if self._fetch is None and self._has_room(bell.name):
-            self.connection.cycle.fetch_now(self)
-        if self._fetch is None:
-            self._pass_on([bell.name])
-
-    def _pass_on(self, names: Sequence[str]) -> None:
-        """Let messages that woke this channel wake other workers: it has no room for them now."""
-        for name in self._arrived.intersection(names):
-            bell = self._bells.get(name)
-            if bell is not None and bell.idle and not self._has_room(name):
-                self._arrived.discard(name)
-                # Send the text: no code reads the answer of a bell, so none would send the text after a NOSCRIPT.
-                bell.put_back(["EVAL", GATHER, len(self.ledger.keys), *self.ledger.keys, name])
-
-    def _has_room(self, name: str) -> bool:
+    def has_room(self, name: str) -> bool:
+        """Whether this channel may take a message of a list now."""
         if self._closing or self._stopping() or not self.qos.can_consume():
             return False
         return any(one.name == name and (not one.low or self._low_credit()) for one in self._lists(self.active_queues))
 
-    def _hang_up(self) -> None:
-        """Stop waiting on lists; messages that woke this channel meanwhile go back at once."""
-        waited = any(bell.armed for bell in self._bells.values()) or self._arrived
-        for bell in self._bells.values():
-            bell.connection.disconnect()
-        self._bells.clear()
-        self._arrived.clear()
-        if waited:
-            self.ledger.gather_soon()
-
     def _on_connection_disconnect(self, connection: Any) -> None:
-        for bell in self._bells.values():
-            if bell.connection is connection:
-                bell.disconnected()
-                self._known_empty.discard(bell.name)  # its last command may have moved a message without an answer
+        self.bells.disconnected(connection)
         client = self.__dict__.get("client")  # a cached property; reading it normally would create the client here
         if client is not None and client.connection is connection:
             self._fetch = None
-            self._known_empty.clear()
+            self.bells.forget()
         super()._on_connection_disconnect(connection)
 
     def _close_clients(self) -> None:
         super()._close_clients()
-        self._hang_up()
+        self.bells.hang_up()
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         """One client for each pool; kombu would make a client for every publish.

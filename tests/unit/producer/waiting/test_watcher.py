@@ -141,7 +141,7 @@ class TestNotices:
         monkeypatch.setattr(client.watcher, "_sweep", lambda: None)
         return _look_ups(client, monkeypatch)
 
-    def told(self, client: Client, state: JobState, job: Job, **fields: str) -> None:
+    def told(self, client: Client, state: JobState, job: Job, **fields: str | bytes) -> None:
         arguments = finish_arguments(job.id, state, None, ttl=60, reply=client.watcher.channel, fields=fields)
         assert client.redis.eval(FINISH, 1, job_key(job.id), *arguments)
 
@@ -200,6 +200,12 @@ class TestNotices:
         self.told(client, JobState.SUCCEEDED, job, output=json.dumps("x" * MOST_TOLD))
         assert len(job.result(20)) == MOST_TOLD
         assert unswept
+
+    def test_a_result_that_is_no_utf_8_is_told_as_unreadable_and_not_mended(self, client: Client, unswept: Any) -> None:
+        job = client.submit(TEXTS, "x")
+        self.told(client, JobState.SUCCEEDED, job, output=b'"\xff"')
+        with pytest.raises(ContractError, match="the record of this job cannot be read"):
+            job.result(20)
 
     def test_a_client_of_an_earlier_release_gets_the_id_alone(self, client: Client) -> None:
         job, heard = client.submit(TEXTS, "x"), []

@@ -11,11 +11,12 @@ from pipefleet.contract.messages import JobItem, JobMessage, JobState, Shard
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import AccessDeniedError, ServiceUnavailableError
 from pipefleet.fleet.pools import Pool
-from pipefleet_workers.consume.consumer import Consumer, IntakeLimits
+from pipefleet_workers.consume.consumer import Consumer
 from pipefleet_workers.consume.health import Health
 from pipefleet_workers.consume.jobs import Jobs
 from pipefleet_workers.consume.places import Places
 from pipefleet_workers.consume.tally import Tally
+from pipefleet_workers.consume.tries import IntakeLimits
 from pipefleet_workers.delivery.leases import Lease, Settlement
 from pipefleet_workers.ending import Ending, before, single_ending
 from pipefleet_workers.items import Outcome, Work
@@ -175,9 +176,10 @@ class FakeEngine:
         assert eventually(lambda: bool(here())), f"{job_id} never comes"
         return here()[-1]
 
-    def end(self, job_id: str, failure: JobFailure | None = None) -> None:
-        """The forward of a job's item is over."""
+    def end(self, job_id: str, failure: JobFailure | None = None, *, seconds: float = 0.001) -> None:
+        """The forward of a job's item is over; it took so many `seconds`."""
         work = self.work(job_id)
+        work.seconds["forward"] = seconds
         self.inside = [one for one in self.inside if one is not work]
         stopped = work.job.stopped("forward")
         work.job.sink.deliver(Outcome(work, output={"label": "x"}, failure=failure or stopped))

@@ -10,8 +10,7 @@ import pytest
 from pipefleet.contract.messages import JobMessage, JobState
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ContractError
-from pipefleet_workers.consume.consumer import _job_of
-from pipefleet_workers.consume.held import DrainedError
+from pipefleet_workers.consume.held import DrainedError, job_of
 from pipefleet_workers.ending import Ending
 from tests.unit.conftest import eventually
 from tests.unit.worker.consume.fakes import AWAY, Bench, FakeDelivery, FakeShards, shard, single
@@ -30,14 +29,13 @@ def test_single_jobs_end_when_their_items_do() -> None:
     assert (good.starts, bad.starts) == (1, 1)
 
 
-def test_a_job_that_was_cancelled_before_is_told_as_cancelled_and_is_stopped() -> None:
+def test_a_job_that_was_cancelled_before_is_told_as_cancelled_and_never_starts() -> None:
     bench = Bench()
     bench.reporter.states["job"] = JobState.CANCELLED
     delivery = bench.take(single("job"))
     assert delivery.wait() == "done"
     assert delivery.endings == [Ending(JobState.CANCELLED, "cancelled before", here=False)]
-    assert delivery.starts == 0
-    assert all(work.job.stopped("forward") for work in bench.engine.inside)
+    assert (delivery.starts, bench.engine.inside) == (0, [])
 
 
 def test_a_result_that_comes_after_the_cancel_is_told_as_cancelled() -> None:
@@ -71,7 +69,7 @@ def test_a_contract_error_refuses_the_shard() -> None:
 def test_the_headers_of_a_shard_let_none_of_its_items_expire() -> None:
     delivery = FakeDelivery(shard())
     delivery.deadline = 1.0
-    assert _job_of(delivery).deadline is None
+    assert job_of(delivery).deadline is None
 
 
 @pytest.mark.parametrize(

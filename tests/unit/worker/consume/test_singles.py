@@ -11,6 +11,7 @@ import pytest
 from pipefleet.contract.messages import JobItem, JobMessage, JobState
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.consume.held import DrainedError
+from pipefleet_workers.consume.singles import SHORT_SECONDS
 from pipefleet_workers.ending import LOST, Ending
 from pipefleet_workers.items import JobContext, Outcome
 from tests.unit.conftest import eventually
@@ -59,22 +60,31 @@ def test_jobs_that_cannot_be_started_begin_again_later() -> None:
 
 
 class TestTheAnswerOfRedis:
-    """A job enters the engine before Redis has answered that it runs. Its end waits for this answer."""
+    """Where forwards are short, a new job enters the engine before Redis has answered that it runs. Its end waits for this."""
 
-    def hold(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-        """Redis answers nothing to starts until the event is set."""
-        answers, whole = threading.Event(), bench.reporter.start_many
+    def bench(self, *, seconds: float = 0.001) -> Bench:
+        """A worker whose last forward took so many seconds."""
+        bench = Bench()
+        first = bench.take(single("first"))
+        bench.engine.end("first", seconds=seconds)
+        assert first.wait() == "done"
+        return bench
+
+    def hold(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+        """Redis answers nothing to starts until the second event is set; the first tells that it was asked."""
+        asked, answers, whole = threading.Event(), threading.Event(), bench.reporter.start_many
 
         def start_many(messages: Sequence[JobMessage]) -> list[JobState | Exception]:
+            asked.set()
             assert answers.wait(20)
             return whole(messages)
 
         monkeypatch.setattr(bench.reporter, "start_many", start_many)
-        return answers
+        return asked, answers
 
     def test_an_outcome_is_reported_after_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench()
-        answers = self.hold(bench, monkeypatch)
+        bench = self.bench()
+        _, answers = self.hold(bench, monkeypatch)
         delivery = bench.take(single())
         bench.engine.end("job")
         assert not delivery.ended.wait(0.1)
@@ -84,25 +94,84 @@ class TestTheAnswerOfRedis:
         assert delivery.starts == 1
 
     def test_an_outcome_counts_as_nothing_where_the_job_had_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench()
-        answers = self.hold(bench, monkeypatch)
+        bench = self.bench()
+        _, answers = self.hold(bench, monkeypatch)
         bench.reporter.states["job"] = JobState.CANCELLED
         delivery = bench.take(single())
         bench.engine.end("job")
         answers.set()
         assert delivery.wait() == "done"
         assert delivery.endings == [Ending(JobState.CANCELLED, "cancelled before", here=False)]
+        assert bench.reporter.states["job"] is JobState.CANCELLED
+        assert settled(bench)
+
+    def test_a_job_that_had_ended_is_stopped_in_the_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = self.bench()
+        _, answers = self.hold(bench, monkeypatch)
+        bench.reporter.states["job"] = JobState.CANCELLED
+        delivery = bench.take(single())
+        work = bench.engine.work("job")
+        answers.set()
+        assert delivery.wait() == "done"
+        assert work.job.stopped("forward") is not None
         assert settled(bench)
 
     def test_a_drain_waits_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench()
-        answers = self.hold(bench, monkeypatch)
+        bench = self.bench()
+        _, answers = self.hold(bench, monkeypatch)
         delivery = bench.take(single())
         bench.engine.work("job").job.give_back(DrainedError())
         assert not delivery.ended.wait(0.1)
         answers.set()
         assert delivery.wait() == "given back"
         assert settled(bench)
+
+    @pytest.mark.parametrize(("seconds", "deliveries", "retries"), [(2.0, 1, 0), (0.001, 2, 0), (0.001, 1, 1)])
+    def test_a_long_forward_or_another_try_waits_for_it(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: float, deliveries: int, retries: int
+    ) -> None:
+        bench = self.bench(seconds=seconds)
+        asked, answers = self.hold(bench, monkeypatch)
+        delivery = FakeDelivery(single(), deliveries=deliveries)
+        delivery.retries = retries
+        bench.consumer.take(delivery)
+        assert asked.wait(20)
+        assert not bench.engine.inside
+        answers.set()
+        bench.engine.end("job")
+        assert delivery.wait() == "done"
+        assert settled(bench)
+
+    @pytest.mark.parametrize("deliveries", [1, 2, 4])
+    def test_a_cancelled_job_of_a_model_with_long_forwards_or_after_a_death_enters_no_engine(
+        self, deliveries: int
+    ) -> None:
+        bench = self.bench(seconds=2.0 if deliveries == 1 else 0.001)
+        bench.reporter.states["job"] = JobState.CANCELLED
+        delivery = bench.take(single(), deliveries=deliveries)
+        assert delivery.wait().startswith("refused" if deliveries == 4 else "done")
+        assert bench.engine.inside == []
+        assert settled(bench)
+
+    def test_a_job_that_is_cancelled_while_it_waits_for_it_is_stopped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = self.bench(seconds=2.0)
+        asked, answers = self.hold(bench, monkeypatch)
+        bench.take(single())
+        assert asked.wait(20)
+        bench.consumer.cancel("job")
+        answers.set()
+        assert bench.engine.work("job").job.stopped("forward") is not None
+        bench.engine.end("job")
+        assert settled(bench)
+
+    def test_a_long_forward_is_remembered_for_a_while(self) -> None:
+        bench = self.bench(seconds=0.02)
+        singles = bench.consumer._singles
+        for count in range(20):
+            delivery = bench.take(single(f"job {count}"))
+            bench.engine.end(f"job {count}")
+            assert delivery.wait() == "done"
+            assert (singles._longest > SHORT_SECONDS) is (count < 6)
 
 
 def test_jobs_that_cannot_be_reported_begin_again_and_are_counted_once() -> None:
