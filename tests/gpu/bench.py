@@ -18,7 +18,7 @@ from pipefleet.fleet.pools import Pool
 from pipefleet_workers.models.load import load_pipeline
 from pipefleet_workers.settings import WorkerSettings
 from tests.gpu import bench_loops
-from tests.gpu.bench_engine import JOINS, InProcess
+from tests.gpu.bench_engine import InProcess
 from tests.gpu.bench_models import LOADS, SPOKEN_TOKENS, Load, new_tokens
 from tests.gpu.busy import busy_share
 from tests.gpu.plan import Check, Order, Skip
@@ -81,7 +81,7 @@ class Bench:
 
     def _engines(self) -> dict[str, dict[str, Any]]:
         """pipefleet's rows, and the settings that each has of its own."""
-        if JOINS and self._load.task == "text-generation":
+        if self._load.task == "text-generation":
             return {ENGINE: {"continuous": "off"}, JOINING: {"continuous": "on"}}
         return {ENGINE: {}}
 

@@ -5,7 +5,6 @@ The benchmark runs it against loops by hand; the checks of lanes and of continuo
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,21 +21,13 @@ from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Blob, JobContext, Work
 from pipefleet_workers.models.acceleration import accelerated
+from pipefleet_workers.models.continuous import begin_continuous
 from pipefleet_workers.models.warmup import warm_up
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
 
-try:
-    from pipefleet_workers.models.continuous import begin_continuous
-except ImportError:  # not in this release
-    begin_continuous = None
-
 SHARD = 512
-TAKES_LANES = "lanes" in inspect.signature(warm_up).parameters
-"""Whether this release runs several forwards at once on a device."""
-JOINS = begin_continuous is not None
-"""Whether requests of text generation can join and leave at every step in this release."""
 
 
 class InProcess:
@@ -47,16 +38,15 @@ class InProcess:
         default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
         parameters = {**row.example_parameters, **pool.parameters}
         adapter = accelerated(row.adapter(pipe), pool, parameters, settings, max_cost=default)
-        asked = {"lanes": getattr(settings, "lanes", 1)} if TAKES_LANES else {}
-        self.found = warm_up(adapter, spec, parameters, instruments.fit, default, **asked)
-        self.joins = bool(begin_continuous and begin_continuous(adapter, pool, parameters, settings))
+        self.found = warm_up(adapter, spec, parameters, instruments.fit, default, lanes=settings.lanes)
+        self.joins = begin_continuous(adapter, pool, parameters, settings)
         """Whether requests join and leave at every step: the settings ask for it, and the model has passed the proof."""
         self._pool = pool
         limits = BatchLimits(pool.max_batch_cost or self.found.max_cost, pool.max_batch_items)
         decoder = Decoder(spec, settings, sampling_rate=adapter.sampling_rate)
         stages = Stages(Fetcher(WorkerStore(), settings), decoder, adapter)
-        lanes = {"lanes": getattr(self.found, "lanes", None)} if TAKES_LANES else {}
-        self._engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items, **lanes)
+        slice_items, lanes = row.sizing.slice_items, self.found.lanes
+        self._engine = Engine(stages, limits, settings, instruments, slice_items=slice_items, lanes=lanes)
         self._engine.start()
 
     def run(self, items: Sequence[Any], parameters: Sequence[Mapping[str, Any]]) -> list[Any]:

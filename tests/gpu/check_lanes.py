@@ -1,4 +1,4 @@
-"""Several forwards at once on the device, and requests that join and leave a generation. Skipped in releases without them."""
+"""Several forwards at once on the device, and requests that join and leave a generation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pipefleet.fleet.pools import Pool
 from pipefleet_workers.models.load import load_pipeline
 from pipefleet_workers.settings import WorkerSettings
 from tests.checkpoints import cached
-from tests.gpu.bench_engine import JOINS, TAKES_LANES, InProcess
+from tests.gpu.bench_engine import InProcess
 from tests.gpu.engines import exact, load, tolerance
-from tests.gpu.plan import Check, Order, Skip
+from tests.gpu.plan import Check, Order
 from tests.gpu.same import differences
 
 LANE_TASKS = ("text-classification", "fill-mask")
@@ -23,16 +23,14 @@ PROMPTS = ("The quick brown", "Yes", "A cat sleeps on the red couch in Paris.", 
 
 def _lanes(task: str, order: Order) -> str:
     """Two lanes under load: every result is the one that the pipeline gives alone."""
-    if not TAKES_LANES:
-        raise Skip("several lanes are not in this release")
     ending = " [MASK]." if task == "fill-mask" else ""
     texts = [f"text {index} {'word ' * (index % 23)}{ending}" for index in range(QUICK_ITEMS if order.quick else ITEMS)]
     pipe, pool = load(task, order.device), Pool("gpu", task, str(cached(task)), device=order.device)
     wanted = [pipe(text) for text in texts]
     seconds = {}
     for lanes in (1, 2):
-        engine = InProcess(pipe, pool, WorkerSettings(lanes=lanes))  # type: ignore[call-arg]
-        count = engine.found.lanes.count  # type: ignore[attr-defined]
+        engine = InProcess(pipe, pool, WorkerSettings(lanes=lanes))
+        count = engine.found.lanes.count
         if count != lanes:
             raise AssertionError(f"the warm-up gave {count} lanes where {lanes} were asked; the log says why")
         begin = time.perf_counter()
@@ -46,13 +44,11 @@ def _lanes(task: str, order: Order) -> str:
 
 def _continuous(order: Order) -> str:
     """Requests of unequal lengths, greedy ones and ones with a seed: each answer is the one that it gets alone."""
-    if not JOINS:
-        raise Skip("continuous batching is not in this release")
     exact()
     pool = Pool("gpu", "text-generation", str(cached("text-generation")), device=order.device)
     asked = [_request(index) for index in range(24 if order.quick else 96)]
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(asked))]
-    engine = InProcess(load_pipeline(pool), pool, WorkerSettings(continuous="on"))  # type: ignore[call-arg]
+    engine = InProcess(load_pipeline(pool), pool, WorkerSettings(continuous="on"))
     if not engine.joins:
         raise AssertionError("the model did not pass the proof; the log says why")
     together = engine.run(prompts, asked)

@@ -161,8 +161,8 @@ def _stages(
 ) -> Stages:
     processes = PreprocessPool.of(pool.task, adapter, worker_settings) if worker_settings.preprocess_processes else None
     decoder = Decoder(task_spec(pool.task), worker_settings, sampling_rate=adapter.sampling_rate)
-    writes = type(adapter).written is not Adapter.written
-    streams = TextStreams(connect(settings), adapter.written) if writes else None
+    writes = type(adapter).text_so_far is not Adapter.text_so_far
+    streams = TextStreams(connect(settings), adapter.text_so_far) if writes else None
     results = ResultWriter(store, settings.store)
     return Stages(Fetcher(store, worker_settings), decoder, adapter, processes, results, streams)
 

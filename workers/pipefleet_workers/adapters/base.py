@@ -178,7 +178,7 @@ class Adapter:
         """For each unit, the second at which each written token was spoken. Called only with `tells_moments`."""
         raise NotImplementedError
 
-    def written(self, unit: Unit, tokens: Sequence[int]) -> str | None:
+    def text_so_far(self, unit: Unit, tokens: Sequence[int]) -> str | None:
         """The text of a unit's result if `tokens` were all its new tokens. None if the adapter writes no text step by step."""
         return None
 

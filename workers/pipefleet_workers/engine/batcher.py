@@ -39,7 +39,7 @@ _LENGTH, _KEY = attrgetter("length"), attrgetter("key")
 
 
 @dataclass(slots=True)
-class _Lane:
+class _Group:
     """The units of one key, sorted by length, with counts of them: no rule looks at every unit for each batch."""
 
     units: list[Unit] = field(default_factory=list)
@@ -111,7 +111,7 @@ class MicroBatcher:
 
     def __init__(self, limits: BatchLimits) -> None:
         self.limits = limits
-        self._lanes: dict[Any, _Lane] = {}
+        self._groups: dict[Any, _Group] = {}
         self._count = 0
         self._served_aged = False
 
@@ -121,7 +121,7 @@ class MicroBatcher:
     def add(self, units: Sequence[Unit], now: float) -> None:
         """Take in a slice of units at time `now` (seconds of any clock that never goes back)."""
         for key, alike in itertools.groupby(units, _KEY):
-            self._lanes.setdefault(key, _Lane()).add(list(alike), now)
+            self._groups.setdefault(key, _Group()).add(list(alike), now)
         self._count += len(units)
 
     def take(self, now: float, most: Callable[[Unit], int] | None = None) -> Batch | None:
@@ -132,31 +132,31 @@ class MicroBatcher:
         if not self._count:
             return None
         key, first = self._first(now)
-        lane = self._lanes[key]
-        bound = self.limits.max_items if most is None else min(self.limits.max_items, most(lane.units[first]))
+        group = self._groups[key]
+        bound = self.limits.max_items if most is None else min(self.limits.max_items, most(group.units[first]))
         if bound < 1:
             return None
-        taken = lane.take(*self._cut(lane.units, first, bound))
-        if not lane.units:
-            del self._lanes[key]
+        taken = group.take(*self._cut(group.units, first, bound))
+        if not group.units:
+            del self._groups[key]
         self._count -= len(taken)
         return Batch(key, taken)
 
     def _first(self, now: float) -> tuple[Any, int]:
         """The key to serve, and the index of the unit to cut the batch around."""
         old, age = None, self.limits.max_age
-        for lane in self._lanes.values():
-            if now - lane.oldest > age:
-                old, age = lane, now - lane.oldest
-        key, lane = min(self._lanes.items(), key=lambda one: (one[1].urgent, -one[1].total))
-        urgent = lane.urgent
+        for group in self._groups.values():
+            if now - group.oldest > age:
+                old, age = group, now - group.oldest
+        key, group = min(self._groups.items(), key=lambda one: (one[1].urgent, -one[1].total))
+        urgent = group.urgent
         if old is not None:
             index = old.first_of(old.oldest)
             if not self._served_aged or urgent >= old.units[index].priority:
                 self._served_aged = True
                 return old.units[index].key, index
         self._served_aged = False
-        return key, lane.next(urgent)
+        return key, group.next(urgent)
 
     def _cut(self, units: list[Unit], first: int, most: int) -> tuple[int, int]:
         """The slice around `first` that fits the limits. It grows downwards first, since shorter units do not add padding."""

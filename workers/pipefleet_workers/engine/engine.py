@@ -329,12 +329,12 @@ class Engine:
         try:
             if results is None or (plain := results.plain(output)) is not None:
                 return Outcome(work, output=output if results is None else plain)
-            return self._written(results.take_apart(work, output))
+            return self._write_or_store(results.take_apart(work, output))
         except ItemError as error:
             self._fail(work, error.failure)
             return None
 
-    def _written(self, finished: Finished) -> Outcome | None:
+    def _write_or_store(self, finished: Finished) -> Outcome | None:
         """The outcome of a result without artifacts. A result with artifacts goes to the store stage. Raises ItemError."""
         assert self._stages.results is not None
         if finished.artifacts:

@@ -141,7 +141,7 @@ def _difference(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[U
 
 def _same_tokens(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[Unit]) -> bool:
     units = [unit for unit in units if writer.takes(unit.assembly.context)]
-    found = written(writer, units)
+    found = outputs_together(writer, units)
     return all(found[id(unit)] == adapter.run(adapter.collate([unit]), [unit], UNOBSERVED)[0] for unit in units)
 
 
@@ -156,7 +156,7 @@ def _relative_speed(adapter: TextGenerator, writer: DecoderWriter, parameters: M
     clock = time.process_time if adapter.pipe.device.type == "cpu" else time.perf_counter
     while len(steps) < 3 and sum(steps) < SECONDS:
         begin = clock()
-        written(writer, units)
+        outputs_together(writer, units)
         middle = clock()
         adapter.run(inputs, units, UNOBSERVED)
         steps.append(middle - begin)
@@ -164,8 +164,8 @@ def _relative_speed(adapter: TextGenerator, writer: DecoderWriter, parameters: M
     return min(batch) / min(steps)
 
 
-def written(writer: DecoderWriter, units: Sequence[Unit]) -> dict[int, Any]:
-    """The output of each unit by its identity, written together."""
+def outputs_together(writer: DecoderWriter, units: Sequence[Unit]) -> dict[int, Any]:
+    """The output of each unit by its identity, of units that are written together."""
     waiting, found = list(units), dict[int, Any]()
     try:
         while len(found) < len(units):

@@ -100,44 +100,44 @@ class PlainBatcher:
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._lanes: dict[Any, list[Unit]] = {}
+        self._groups: dict[Any, list[Unit]] = {}
         self._below: dict[Any, float] = {}
         self._served_aged = False
 
     def add(self, units: Sequence[Unit]) -> None:
         for one in units:
-            lane = self._lanes.setdefault(one.key, [])
-            lane.insert(sum(other.length <= one.length for other in lane), one)
+            group = self._groups.setdefault(one.key, [])
+            group.insert(sum(other.length <= one.length for other in group), one)
 
     def take(self, now: float) -> list[Unit]:
-        held = [one for lane in self._lanes.values() for one in lane]
+        held = [one for group in self._groups.values() for one in group]
         urgent = min(one.priority for one in held)
         oldest = max(held, key=lambda one: now - one.created)
         aged = now - oldest.created > self._limits.max_age
         self._served_aged = aged and not (self._served_aged and urgent < oldest.priority)
         first = oldest if self._served_aged else self._longest(urgent)
-        batch = self._around(self._lanes[first.key], first)
-        self._lanes[first.key] = [one for one in self._lanes[first.key] if not any(one is gone for gone in batch)]
+        batch = self._around(self._groups[first.key], first)
+        self._groups[first.key] = [one for one in self._groups[first.key] if not any(one is gone for gone in batch)]
         self._below[first.key] = batch[0].length
-        if not self._lanes[first.key]:
-            del self._lanes[first.key], self._below[first.key]
+        if not self._groups[first.key]:
+            del self._groups[first.key], self._below[first.key]
         return batch
 
     def _longest(self, urgent: int) -> Unit:
-        most = [key for key, lane in self._lanes.items() if min(one.priority for one in lane) == urgent]
-        key = max(most, key=lambda one: sum(each.length for each in self._lanes[one]))
-        urgents = [one for one in self._lanes[key] if one.priority == urgent]
+        most = [key for key, group in self._groups.items() if min(one.priority for one in group) == urgent]
+        key = max(most, key=lambda one: sum(each.length for each in self._groups[one]))
+        urgents = [one for one in self._groups[key] if one.priority == urgent]
         below = [one for one in urgents if one.length <= self._below.get(key, float("inf"))]
         return (below or urgents)[-1]
 
-    def _around(self, lane: list[Unit], first: Unit) -> list[Unit]:
-        low = next(index for index, one in enumerate(lane) if one is first)
+    def _around(self, group: list[Unit], first: Unit) -> list[Unit]:
+        low = next(index for index, one in enumerate(group) if one is first)
         high = low + 1
-        while low > 0 and self._fits(lane[low - 1 : high]):
+        while low > 0 and self._fits(group[low - 1 : high]):
             low -= 1
-        while high < len(lane) and self._fits(lane[low : high + 1]):
+        while high < len(group) and self._fits(group[low : high + 1]):
             high += 1
-        return lane[low:high]
+        return group[low:high]
 
     def _fits(self, units: list[Unit]) -> bool:
         return len(units) <= self._limits.max_items and Batch(units[0].key, units).cost <= self._limits.max_cost

@@ -234,9 +234,12 @@ def test_many_threads_with_jobs_of_different_parameters(embedder: Any) -> None:
         text: torch.tensor(embedder(text, tokenize_kwargs={"truncation": True, "max_length": 6})) for text in rng_texts
     }
     sinks: dict[int, Counting] = {}
-    settings = WorkerSettings(cpu_threads=4, window_units=16)
+    settings = WorkerSettings(cpu_threads=4, window_units=32)  # less than two jobs have
     adapter = recording(FeatureExtractor, embedder)
     with running(adapter, "feature-extraction", limits=BatchLimits(256, 8), settings=settings) as engine:
+        adapter.gate.clear()
+        _, plug = engine.submit([Call("plug")])
+        assert adapter.entered.wait(SECONDS)
 
         def client(number: int) -> None:
             own = rng_texts[number::8] * 3
@@ -248,9 +251,13 @@ def test_many_threads_with_jobs_of_different_parameters(embedder: Any) -> None:
         threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(8)]
         for thread in threads:
             thread.start()
+        # A job has 18 units, so batches of 8 cannot hold the units of one job each.
+        wait_until(lambda: len(engine.engine.room) >= 32, "two jobs wait for the device")
+        adapter.gate.set()
         for thread in threads:
             thread.join(SECONDS)
         results = {number: finished(sinks[number]) for number in range(8)}
+        finished(plug)
     for number, outcomes in results.items():
         assert set(sinks[number].counts.values()) == {1}
         for outcome, text in zip(outcomes, rng_texts[number::8] * 3, strict=True):

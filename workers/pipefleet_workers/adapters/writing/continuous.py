@@ -122,14 +122,14 @@ class DecoderWriter:
 
     def step(self) -> Turn:
         """A token for each sequence that has read its prompt."""
-        written: list[_Sequence] = []
+        stepped: list[_Sequence] = []
         for name, token in self._decoder.step():
             one = self._inside[name]
             one.tokens.append(token)
-            written.append(one)
-        self._end(written)
-        first = [one for one in written if one.number == 0 and one.unit.assembly.work.job.streams]
-        return Turn([(one.unit, one.tokens) for one in first], self._ended(written))
+            stepped.append(one)
+        self._end(stepped)
+        first = [one for one in stepped if one.number == 0 and one.unit.assembly.work.job.streams]
+        return Turn([(one.unit, one.tokens) for one in first], self._ended(stepped))
 
     def clear(self) -> None:
         """Park all units."""
@@ -176,10 +176,10 @@ class DecoderWriter:
         """Pages of a request at its end."""
         return request.plan.copies * -(-(len(request.ids) + request.max_new_tokens) // self._pages.size)
 
-    def _end(self, written: Sequence[_Sequence]) -> None:
+    def _end(self, stepped: Sequence[_Sequence]) -> None:
         """Find the sequences that end here: by a token, by their length, or by a stop string."""
         asked: dict[int, list[_Sequence]] = defaultdict(list)
-        for one in written:
+        for one in stepped:
             request = one.request
             one.ended = one.tokens[-1] in request.plan.ends or len(one.tokens) >= request.max_new_tokens
             if one.ended:
@@ -193,10 +193,10 @@ class DecoderWriter:
                 self._decoder.leave(one.name)
                 self._exit(one)
 
-    def _ended(self, written: Sequence[_Sequence]) -> list[tuple[Unit, Any]]:
+    def _ended(self, stepped: Sequence[_Sequence]) -> list[tuple[Unit, Any]]:
         """The units whose sequences have all ended, with their tokens."""
         ended: list[tuple[Unit, Any]] = []
-        for one in written:
+        for one in stepped:
             sequences = self._units.get(id(one.unit)) if one.ended else None
             if sequences is not None and all(each.ended for each in sequences):
                 del self._units[id(one.unit)]

@@ -132,7 +132,7 @@ class TextGenerator(Adapter):
             records += pipe.postprocess(outputs, **request.arguments.fresh().postprocess)
         return records
 
-    def written(self, unit: Unit, tokens: Sequence[int]) -> str | None:
+    def text_so_far(self, unit: Unit, tokens: Sequence[int]) -> str | None:
         """The text that a request would have if its first `tokens` were all, without an end that later tokens may change."""
         request = request_of(unit)
         so_far = Assembly(unit.assembly.work, expected=1, context=request, outputs={0: [list(tokens)]})

@@ -140,25 +140,45 @@ def attend(
     kwargs["read_index"] = [layout.index for _ in kwargs["read_index"]]
     key, value = _read(cache, key, value, module.layer_idx, kwargs)
     found = query.new_empty(*query.shape[:-1], value.shape[-1])
-    heads, at = key.shape[1], 0
-    share = query.shape[1] // heads
+    at = 0
     for one in layout.rows:
-        count = len(one.places)
-        span = slice(at, at + count * one.width)
-        shape = (heads, count, one.width, -1)
-        keys, values = (each[0, :, span].reshape(shape).transpose(0, 1) for each in (key, value))
-        # Query heads that share a head of keys stand as further queries of this head, so no keys are repeated.
-        asked = query[0, :, one.places].transpose(0, 1).reshape(count, heads, share, -1)
-        heard = scaled_dot_product_attention(asked, keys, values, attn_mask=one.mask, scale=scaling)
-        found[0, :, one.places] = heard.reshape(count, heads * share, -1).transpose(0, 1)
+        span = slice(at, at + len(one.places) * one.width)
+        _attend_rows(one, query, key[:, :, span], value[:, :, span], scaling, found)
         at = span.stop
     for piece in layout.pieces:
-        keys, values = (each[:, :, at : at + piece.width] for each in (key, value))
-        if share > 1:
-            keys, values = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1)
-        causal = piece.mask is None and piece.end - piece.begin > 1
-        found[:, :, piece.begin : piece.end] = scaled_dot_product_attention(
-            query[:, :, piece.begin : piece.end], keys, values, attn_mask=piece.mask, is_causal=causal, scale=scaling
-        )
-        at += piece.width
+        span = slice(at, at + piece.width)
+        _attend_piece(piece, query, key[:, :, span], value[:, :, span], scaling, found)
+        at = span.stop
     return found.transpose(1, 2).contiguous(), None
+
+
+def _attend_rows(
+    rows: _Rows, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, found: torch.Tensor
+) -> None:
+    """Write the results of rows that share a call into `found`. `key` and `value` are theirs alone."""
+    count, heads = len(rows.places), key.shape[1]
+    shape = (heads, count, rows.width, -1)
+    keys, values = (each[0].reshape(shape).transpose(0, 1) for each in (key, value))
+    # Query heads that share a head of keys stand as further queries of this head, so no keys are repeated.
+    asked = query[0, :, rows.places].transpose(0, 1).reshape(count, heads, query.shape[1] // heads, -1)
+    heard = scaled_dot_product_attention(asked, keys, values, attn_mask=rows.mask, scale=scaling)
+    found[0, :, rows.places] = heard.reshape(count, query.shape[1], -1).transpose(0, 1)
+
+
+def _attend_piece(
+    piece: _Piece,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    found: torch.Tensor,
+) -> None:
+    """The same for a piece of a prompt."""
+    share = query.shape[1] // key.shape[1]
+    if share > 1:
+        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    own = slice(piece.begin, piece.end)
+    causal = piece.mask is None and piece.end - piece.begin > 1
+    found[:, :, own] = scaled_dot_product_attention(
+        query[:, :, own], key, value, attn_mask=piece.mask, is_causal=causal, scale=scaling
+    )
