@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from pipefleet.connection.errors import redis_errors
@@ -30,9 +32,11 @@ PIECES = 100
 
 
 class TextStream(Iterator[str], AsyncIterator[str]):
-    """The pieces of the text that one job writes. For one thread, or for one task of an event loop.
+    """The pieces of the text that one job writes. Thread-safe; each piece goes to one reader.
 
-    The joined pieces are the text of `result()`. `close`, and the end of a `with` block, cancel a job that goes on.
+    The joined pieces are the text of `result()`. `close`, and the end of a `with` block, cancel a job that goes on; a read of
+    another thread or task then ends. A task that is cancelled at `async for`, or an `asyncio.wait_for`, loses no piece: the next
+    read returns it.
 
     Raises the errors of `Job.result`. ResultTimeoutError comes when no piece came for `timeout` seconds; then the job is cancelled.
     """
@@ -45,22 +49,46 @@ class TextStream(Iterator[str], AsyncIterator[str]):
         self._timeout = timeout
         self._output: Any = None
         self._last = "0"
-        self._pieces = self._read_pieces()
+        self._ended = False
+        """Whether no further piece comes from Redis."""
+        self._over = threading.Event()
+        """Set when nothing is left to read, and by `close`."""
+        self._reading = threading.Lock()
+        self._thread: ThreadPoolExecutor | None = None
+        """The thread of `async for`. The event loop's own threads are few; streams that wait would take all of them."""
+        self._coming: Future[str] | None = None
+        """The read of a task, until the task has its piece."""
 
     def __iter__(self) -> TextStream:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        piece = self._piece()
+        if not piece:
+            raise StopIteration
+        return piece
 
     def __aiter__(self) -> TextStream:
         return self
 
     async def __anext__(self) -> str:
-        piece = await asyncio.to_thread(next, self._pieces, None)
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
+        while True:
+            if self._coming is None:
+                if self._over.is_set():
+                    raise StopAsyncIteration
+                self._thread = self._thread or ThreadPoolExecutor(1, "text-stream")
+                self._coming = self._thread.submit(self._piece)
+            coming = self._coming
+            read = asyncio.wrap_future(coming)
+            await asyncio.wait([read])  # a task that is cancelled here leaves the read to the next one
+            is_mine = self._coming is coming
+            if is_mine:
+                self._coming = None
+            piece = read.result()
+            if not piece:
+                raise StopAsyncIteration
+            if is_mine:
+                return piece
 
     def __enter__(self) -> TextStream:
         return self
@@ -72,45 +100,70 @@ class TextStream(Iterator[str], AsyncIterator[str]):
         """The result of the job, as the pipeline call returns it. Reads the rest of the text first."""
         for _ in self:
             pass
-        return self._output
+        return self.job.result(self._timeout) if self._output is None else self._output
 
     def close(self) -> None:
         """Read no more, and cancel the job unless it has ended."""
-        self._pieces.close()
-        if self._output is None:  # the generator may not have begun
+        self._over.set()
+        if self._output is None:
             self._cancel()
+        self._let_go()
 
-    def _read_pieces(self) -> Generator[str]:
-        ended = False
-        try:
-            while not ended:
-                piece, ended = self._next_piece()
-                if piece:
-                    self.text += piece
-                    yield piece
-            self._output = self.job.result()
-        finally:
-            if self._output is None:
+    def _piece(self) -> str:
+        """The next piece; empty at the end, and behind an error."""
+        with self._reading:
+            piece = ""
+            try:
+                piece = "" if self._over.is_set() else self._next_text()
+            except BaseException:
+                self._over.set()
                 self._cancel()
+                raise
+            finally:
+                if not piece:
+                    self._over.set()
+                    self._let_go()
+            return piece
+
+    def _next_text(self) -> str:
+        while not self._ended:
+            piece, self._ended = self._next_piece()
+            self.text += piece
+            if piece or self._over.is_set():
+                return piece
+        if self._output is not None:
+            return ""
+        try:
+            self._output = self.job.result(self._timeout)
+        except ResultTimeoutError:
+            raise self._late("gave no result") from None
         rest = self._rest(written_text(self._output))
-        if rest:
-            self.text += rest
-            yield rest
+        self.text += rest
+        return rest
+
+    def _let_go(self) -> None:
+        """End the thread behind its read, which goes on for at most `READ_SECONDS`."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
 
     def _next_piece(self) -> tuple[str, bool]:
-        """The text that came since the last piece, and whether the job has ended."""
+        """The text that came since the last piece, and whether the job has ended. Nothing for a stream that is closed meanwhile."""
         future = self.job.watch()
         late = math.inf if self._timeout is None else time.monotonic() + self._timeout
-        while True:
+        while not self._over.is_set():
             has_ended = future.done()
             left = max(0.0, late - time.monotonic())
             piece, is_last = self._read(0.0 if has_ended else min(READ_SECONDS, left))
             if piece or is_last or has_ended:
                 return piece, is_last or has_ended
             if not left:
-                why = self.job.why_waiting()
-                text = f"job {self.job.id} wrote nothing for {self._timeout:g} s and was cancelled"
-                raise ResultTimeoutError(text + (f": {why}" if why else ""))
+                raise self._late("wrote nothing")
+        return "", False
+
+    def _late(self, did: str) -> ResultTimeoutError:
+        why = self.job.why_waiting()
+        text = f"job {self.job.id} {did} for {self._timeout:g} s and was cancelled"
+        return ResultTimeoutError(text + (f": {why}" if why else ""))
 
     def _read(self, seconds: float) -> tuple[str, bool]:
         """The new text in Redis, and whether it is the last. Waits up to `seconds` for one entry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from typing import Any
@@ -119,3 +120,110 @@ def test_a_cancelled_job(stream: TextStream, redis: Redis, client: Client) -> No
     Job(client, JOB).cancel()
     with pytest.raises(JobCancelledError):
         list(stream)
+
+
+def test_a_stream_that_was_left_has_no_result(stream: TextStream) -> None:
+    stream.close()
+    stream.close()
+    assert list(stream) == []
+    with pytest.raises(JobCancelledError):
+        stream.result()
+
+
+def test_a_failed_read_leaves_no_result(client: Client) -> None:
+    client.redis.hset(job_key(JOB), mapping={"state": "running", "queue": "q"})
+    stream = TextStream(client, Job(client, JOB), 0.0)
+    with pytest.raises(ResultTimeoutError):
+        next(stream)
+    with pytest.raises(JobCancelledError):
+        stream.result()
+
+
+def test_a_told_end_without_a_result_is_bounded_too(client: Client, redis: Redis) -> None:
+    redis.hset(job_key(JOB), mapping={"state": "running", "queue": "q"})
+    redis.xadd(text_key(JOB), {"end": 1})
+    with pytest.raises(ResultTimeoutError, match=r"gave no result for 0\.1 s and was cancelled"):
+        next(TextStream(client, Job(client, JOB), 0.1))
+    assert Job(client, JOB).status() is JobState.CANCELLED
+
+
+def test_another_thread_closes(stream: TextStream, redis: Redis, client: Client) -> None:
+    found: list[list[str]] = []
+    tell(redis, 0, "Once")
+    assert next(stream) == "Once"
+    reader = threading.Thread(target=lambda: found.append(list(stream)))
+    reader.start()
+    while not stream._reading.locked():
+        assert reader.is_alive()
+    stream.close()
+    reader.join(20)
+    assert Job(client, JOB).status() is JobState.CANCELLED
+    assert found in ([[]], [])
+
+
+def test_two_threads_share_the_pieces(stream: TextStream, redis: Redis) -> None:
+    found: list[str] = []
+    readers = [threading.Thread(target=lambda: found.extend(stream)) for _ in range(2)]
+    for one in readers:
+        one.start()
+    text = "".join(str(number % 10) for number in range(100))
+    for at, letter in enumerate(text):
+        tell(redis, at, letter)
+    finish(redis, text)
+    for one in readers:
+        one.join(20)
+    assert sorted("".join(found)) == sorted(text)
+    assert stream.text == text
+
+
+def test_a_task_that_is_cancelled_leaves_and_cancels(stream: TextStream, redis: Redis, client: Client) -> None:
+    async def read(begun: asyncio.Event) -> None:
+        with stream:
+            async for _ in stream:
+                begun.set()
+
+    async def leave() -> None:
+        begun = asyncio.Event()
+        task = asyncio.create_task(read(begun))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    tell(redis, 0, "Once")
+    asyncio.run(leave())
+    assert Job(client, JOB).status() is JobState.CANCELLED
+
+
+def test_a_task_that_does_not_wait_longer_loses_no_piece(stream: TextStream, redis: Redis) -> None:
+    async def read() -> list[str]:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.01)
+        tell(redis, 0, "Once")
+        first, second = asyncio.create_task(anext(stream)), asyncio.create_task(anext(stream))
+        await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+        tell(redis, 4, " upon")
+        pieces = [await first, await second]
+        finish(redis, "Once upon a time")
+        return [*pieces, *[piece async for piece in stream]]
+
+    assert "".join(asyncio.run(read())) == "Once upon a time"
+
+
+def test_streams_that_wait_keep_no_other_from_reading(client: Client, redis: Redis, stream: TextStream) -> None:
+    """An event loop has few threads for blocking calls."""
+    for number in range(40):
+        redis.hset(job_key(f"waiting-{number}"), mapping={"state": "queued", "queue": "q"})
+    waiting = [TextStream(client, Job(client, f"waiting-{number}"), None) for number in range(40)]
+
+    async def read() -> str:
+        tasks = [asyncio.create_task(anext(one)) for one in waiting]
+        await asyncio.sleep(0)
+        tell(redis, 0, "Once")
+        piece = await asyncio.wait_for(anext(stream), 20)
+        for one, task in zip(waiting, tasks, strict=True):
+            one.close()
+            task.cancel()
+        return piece
+
+    assert asyncio.run(read()) == "Once"
