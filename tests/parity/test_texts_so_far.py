@@ -56,7 +56,7 @@ def test_a_text_only_grows(generator: Any, cleans: bool | None) -> None:
             text = generator.finish(whole)[0]["generated_text"]
             before = ""
             for end in range(1, len(tokens) + 1):
-                so_far = generator.written(unit, tokens[:end])
+                so_far = generator.text_so_far(unit, tokens[:end])
                 assert so_far.startswith(before)
                 before = so_far
             assert text.startswith(before)
