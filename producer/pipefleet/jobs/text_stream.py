@@ -172,7 +172,7 @@ class TextStream(Iterator[str], AsyncIterator[str]):
             with redis_errors(self._session.settings.redis_url):
                 found: Any = self._session.redis.xread({key: self._last}, count=PIECES, block=block)
         except ServiceUnavailableError:  # the future of the job bounds an outage
-            time.sleep(seconds)
+            self._over.wait(seconds)
             return "", False
         new, is_last = "", False
         for entry_id, fields in found[0][1] if found else ():

@@ -45,10 +45,9 @@ def celery_app(
     `transport` names a transport to use in place of Celery's own for Redis; `options` are added to its options. With Celery's
     own, a dead worker's messages come back after `visibility_timeout` seconds.
     """
-    from celery import Celery
     from kombu import Exchange, Queue
 
-    app = Celery("pipefleet", broker=celery_url(settings.redis_url))
+    app = _celery()("pipefleet", broker=celery_url(settings.redis_url))
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
