@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Worker:
 
     def send(self, number: signal.Signals) -> None:
         if self.pid:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has ended by itself, and nobody has told so yet
+                os.kill(self.pid, number)
 
 
 class World:

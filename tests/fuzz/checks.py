@@ -90,6 +90,8 @@ def check_keys(world: World) -> list[str]:
     found: list[str] = []
     for key in redis.scan_iter(count=1000):
         name, kind = key.decode(errors="backslashreplace"), redis.type(key).decode()
+        if kind == "none":
+            continue  # it was deleted since the scan listed it
         if not any(pattern.fullmatch(name) and kind in kinds for pattern, kinds in known):
             found.append(f"an undocumented key {name[:120]!r} of type {kind}")
         if not re.match("pipefleet:dead", name) and (size := redis.memory_usage(key, samples=0) or 0) > MOST_OF_A_KEY:
