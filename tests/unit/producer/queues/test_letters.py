@@ -126,7 +126,7 @@ class TestRequeue:
             while not heard.is_set():
                 message = channel.get_message(timeout=5)
                 assert message is not None
-                if message["type"] == "message" and message["data"] == job.id.encode():
+                if message["type"] == "message" and message["data"].partition(b"\n")[0] == job.id.encode():
                     heard.set()
 
     def test_one_item_of_a_shard_has_its_result_beside_the_run(
