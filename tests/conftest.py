@@ -31,6 +31,18 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+@pytest.fixture(autouse=True)
+def _fair_scheduling() -> Iterator[None]:
+    """A test leaves the scheduling of its process alone: as a real-time process it would starve every worker.
+
+    SVT-AV1, an encoder in PyAV, makes a process of root real-time (SCHED_FIFO), with all that this process starts later.
+    """
+    yield
+    if hasattr(os, "sched_getscheduler") and (policy := os.sched_getscheduler(0)) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # the next tests are not to blame
+        pytest.fail(f"the test changed the scheduling policy of its process to {policy}")
+
+
 POOLS = {
     "embed": (
         "feature-extraction",
