@@ -59,6 +59,8 @@ from pipefleet_workers.observe.gpus import visible_gpus, watch_gpus
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.observe.pulse import Pulse
 from pipefleet_workers.observe.stage_trace import Tracer
+from pipefleet_workers.process.exit_codes import HUNG_FORWARD
+from pipefleet_workers.process.watchdog import watched
 from pipefleet_workers.results.lines import PartWriter, ResultWriter
 from pipefleet_workers.results.reports import Reporter
 from pipefleet_workers.results.text_streams import TextStreams
@@ -129,8 +131,9 @@ def build(
     default = row.sizing.cpu_cost if pipe.device.type == "cpu" else row.sizing.gpu_cost
     parameters = {**row.example_parameters, **pool.parameters}
     adapter = accelerated(row.adapter(pipe), pool, parameters, worker_settings, max_cost=default)
-    found = _warmed(adapter, pool, parameters, worker_settings, instruments, default)
-    found = replace(found, continuous=begin_continuous(adapter, pool, parameters, worker_settings))
+    with watched("warm-up", worker_settings.forward_timeout, HUNG_FORWARD, instruments.on_fatal):
+        found = _warmed(adapter, pool, parameters, worker_settings, instruments, default)
+        found = replace(found, continuous=begin_continuous(adapter, pool, parameters, worker_settings))
     limits = BatchLimits(pool.max_batch_cost or found.max_cost, pool.max_batch_items)
     tally = Tally(instruments.metrics, instruments.work)
     loaded = how_loaded(pipe)

@@ -26,6 +26,7 @@ from pipefleet_workers.adapters.writing.paged import Pages, UnsuitedError
 from pipefleet_workers.items import ItemError, Unit
 from pipefleet_workers.models.warmup import example_units
 from pipefleet_workers.process.memory import available_bytes
+from pipefleet_workers.process.watchdog import working_on
 from pipefleet_workers.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def begin_continuous(adapter: Adapter, pool: Pool, parameters: Mapping[str, Any]
     wanted = asked and not settings.simulated_device
     if not wanted or pool.task != TASK or not isinstance(adapter, TextGenerator) or pool.device_map is not None:
         return False
+    working_on(None)
     begin = time.perf_counter()
     try:
         writer = DecoderWriter(adapter, pages_of(adapter, pool, settings))
@@ -123,6 +125,7 @@ def _refusal(adapter: TextGenerator, writer: DecoderWriter, parameters: Mapping[
     units = _units(adapter, [({**parameters, **own}, size) for size in _SIZES for own in sampled])
     if adapter.pipe.model.dtype == torch.float32 and not _same_tokens(adapter, writer, units):
         return "its tokens differ from those of a request alone"
+    working_on(None)
     rate = _relative_speed(adapter, writer, parameters) if timed else 1.0
     if rate < SLOWER:
         return f"steps reach {rate:.0%} of their speed"

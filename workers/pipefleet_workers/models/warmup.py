@@ -32,6 +32,7 @@ from pipefleet_workers.models.lanes import Lanes, choose_lanes, lanes_of
 from pipefleet_workers.models.precision import half_advice
 from pipefleet_workers.models.steps import seconds_to_write
 from pipefleet_workers.observe.service_fit import ServiceFit, ServiceTime
+from pipefleet_workers.process.watchdog import working_on
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,10 @@ def _apart(compute: Callable[[Sequence[Unit]], list[np.ndarray[Any, Any]]], make
     try:
         units = make()
         together = compute(units)
-        alone = [compute([unit])[0] for unit in units]
+        alone = []
+        for unit in units:
+            working_on(None)
+            alone += compute([unit])[:1]
     except Exception:
         log.exception("the proof of exactness failed to run")
         return float("inf")
@@ -204,6 +208,7 @@ def _lanes(
     max_cost: int,
 ) -> Lanes:
     """The lanes of the worker. A task without a typical size is not measured: it gets `asked` lanes, or one."""
+    working_on(None)
     device, measured = adapter.pipe.device, bool(adapter.typical_size) and service is not None
     if asked == 1 or not (asked or measured):
         return lanes_of(device)
@@ -222,6 +227,7 @@ def _lanes(
 
 def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:
     """The seconds of a batch; of a batch whose rows write, the seconds of typical answers."""
+    working_on(None)
     if adapter.typical_steps:
         return seconds_to_write(adapter, units)
     begin = time.perf_counter()

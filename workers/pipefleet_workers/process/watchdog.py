@@ -163,13 +163,31 @@ class Watchdog:
 _thread = threading.local()
 
 
-def listen(listener: Listener) -> None:
+def listen(listener: Listener | None) -> None:
     """From now on, pass the items that the calling thread works on to `listener`."""
     _thread.listener = listener
 
 
-def working_on(work: Work, others: int = 0) -> None:
-    """The calling thread begins an item; `others` more items cannot be told apart from it. Without a listener it does nothing."""
+@contextmanager
+def watched(stage: str, seconds: float, code: int, on_hang: Callable[[int, str], None]) -> Iterator[None]:
+    """A context whose work is watched, for a thread without a slot: each `working_on` inside gives it `seconds` more."""
+    watchdog = Watchdog(on_hang)
+    slot = watchdog.slot(stage, seconds, code)
+    watchdog.start()
+    listen(slot)
+    slot.begin(None)
+    try:
+        yield
+    finally:
+        listen(None)
+        watchdog.stop()
+
+
+def working_on(work: Work | None, others: int = 0) -> None:
+    """The calling thread begins an item, or work without an item (None); `others` more items cannot be told apart from it.
+
+    Without a listener it does nothing.
+    """
     listener: Listener | None = getattr(_thread, "listener", None)
     if listener is not None:
         listener.begin(work, others)

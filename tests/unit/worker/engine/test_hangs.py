@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter
+from pipefleet_workers.adapters.progress import Progress
 from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.engine.batcher import BatchLimits
 from pipefleet_workers.items import Assembly, Decoded, ItemError, Unit
+from pipefleet_workers.models.warmup import warm_up
+from pipefleet_workers.observe.service_fit import ServiceFit
 from pipefleet_workers.process.exit_codes import HUNG_FORWARD, HUNG_STAGE
-from pipefleet_workers.process.watchdog import LOOKS
+from pipefleet_workers.process.watchdog import LOOKS, watched
 from pipefleet_workers.results import lines
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
@@ -200,3 +204,20 @@ def test_an_engine_that_stops_ends_its_watchdog(pipe: Any) -> None:
         watchdog = engine.engine._watchdog
         assert not watchdog.join(0.0)
     assert watchdog.join(0.0)
+
+
+def test_a_warm_up_that_never_ends_ends_the_process(pipe: Any) -> None:
+    ends = Ends()
+
+    class Hanging(TextClassifier):
+        def run(self, inputs: Any, units: Sequence[Unit], progress: Progress) -> list[Any]:
+            assert ends.go.wait(SECONDS)
+            return super().run(inputs, units, progress)
+
+    def told(code: int, reason: str) -> None:
+        ends(code, reason)
+        ends.go.set()
+
+    with watched("warm-up", 1.0, HUNG_FORWARD, told):
+        warm_up(Hanging(pipe), task_spec(TASK), {}, ServiceFit(), 1024)
+    assert ends.said == [(HUNG_FORWARD, "stage warm-up has not ended what it began within 1 s")]

@@ -16,7 +16,7 @@ from pipefleet_workers.consume.outcomes import Outcomes
 from pipefleet_workers.items import JobContext, Work
 from pipefleet_workers.observe.service_fit import ServiceFit, ServiceTime
 from pipefleet_workers.process.exit_codes import HUNG_FORWARD, HUNG_STAGE
-from pipefleet_workers.process.watchdog import LOOKS, Watchdog, listen, waiting, working_on
+from pipefleet_workers.process.watchdog import LOOKS, Watchdog, listen, waiting, watched, working_on
 
 DEADLINE = 30.0
 SECONDS = 100.0
@@ -123,6 +123,23 @@ def test_a_process_that_was_stopped_and_goes_on_is_not_hung() -> None:
     looking.now += 50 * SECONDS
     assert looking.dog.look()
     assert not looking.passes(SECONDS)
+
+
+def test_work_of_a_thread_without_a_slot_is_watched_while_its_context_lasts() -> None:
+    said: list[tuple[int, str]] = []
+    hung, before = threading.Event(), set(threading.enumerate())
+
+    def on_hang(code: int, reason: str) -> None:
+        said.append((code, reason))
+        hung.set()
+
+    with watched("warm-up", SECONDS, HUNG_FORWARD, on_hang):
+        working_on(None)
+    assert not said
+    with watched("warm-up", 1.0, HUNG_FORWARD, on_hang):
+        assert hung.wait(DEADLINE)
+    assert said == [(HUNG_FORWARD, "stage warm-up has not ended what it began within 1 s")]
+    assert set(threading.enumerate()) <= before, "nobody watches after the context"
 
 
 def test_a_thread_says_what_it_works_on_to_whoever_listens_to_it() -> None:
