@@ -150,7 +150,7 @@ class Adapter:
                 prepared.append(self._prepare(one))
             except ItemError as error:
                 prepared.append(error)
-            except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is this input's failure alone
+            except BaseException as error:  # noqa: BLE001 - whatever a pipeline raises, a Rust panic too, is this input's failure alone
                 prepared.append(ItemError("bad_input", f"the pipeline refuses the input: {brief(error)}", STAGE))
         return prepared
 

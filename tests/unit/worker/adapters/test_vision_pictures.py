@@ -15,6 +15,7 @@ from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.adapters.vision.sized import KeypointMatcher, Picture, SizedPictures
 from pipefleet_workers.adapters.vision.video import VideoClassifier
+from pipefleet_workers.items import Decoded, Unit
 from pipefleet_workers.models.warmup import example_units, warm_up
 from pipefleet_workers.observe.service_fit import ServiceFit
 from tests.checkpoints import inputs
@@ -176,3 +177,18 @@ def test_boxes_are_in_the_pixels_of_their_own_picture(tmp_path: Path) -> None:
         assert_same([one.output for one in engine.run_together(calls)], wanted)
     sizes = [{unit.features.size.numpy().tobytes() for unit in batch.units} for batch in adapter.batches]
     assert max(map(len, sizes)) > 1
+
+
+def test_a_panic_in_preprocessing_fails_its_item_alone() -> None:
+    """Extensions in Rust panic with what is no Exception."""
+
+    class Panicking(SizedPictures):
+        def _prepare(self, decoded: Decoded) -> list[Unit]:
+            if decoded.work.position == 1:
+                raise BaseException("panicked")
+            return super()._prepare(decoded)
+
+    pipe = load("depth-estimation")
+    with running(recording(Panicking, pipe), "depth-estimation") as one:
+        outcomes = one.run([Call(image(40, 30, 1))] * 3)
+    assert [one.failure.code if one.failure else "" for one in outcomes] == ["", "bad_input", ""]
