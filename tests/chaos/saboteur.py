@@ -95,15 +95,22 @@ def note(texts: Sequence[str]) -> None:
 
 
 def never_decode_loops() -> None:
-    """Texts with LOOP are never decoded."""
-    decode = Decoder.decode
+    """Texts with LOOP are never decoded, neither alone nor with others."""
+    decode, texts = Decoder.decode, Decoder.texts
+
+    def loop(fetched: Sequence[Any]) -> None:
+        while any("LOOP" in str(one.work.item.inputs) for one in fetched):
+            time.sleep(1)
 
     def looping(self: Decoder, fetched: Any) -> Any:
-        while "LOOP" in str(fetched.work.item.inputs):
-            time.sleep(1)
+        loop([fetched])
         return decode(self, fetched)
 
-    Decoder.decode = looping  # type: ignore[method-assign]
+    def looping_together(self: Decoder, fetched: Sequence[Any]) -> Any:
+        loop(fetched)
+        return texts(self, fetched)
+
+    Decoder.decode, Decoder.texts = looping, looping_together  # type: ignore[method-assign]
 
 
 def around(owner: type, name: str, *, before: str | None = None, after: str | None = None) -> None:
@@ -129,6 +136,7 @@ def sabotage() -> None:
     around(Fetcher, "fetch", before="fetch")
     never_decode_loops()
     around(Decoder, "decode", before="decode")
+    around(Decoder, "texts", before="decode")
     around(ResultWriter, "write", before="store")
     around(PartWriter, "write", before="before-write", after="after-write")
     around(Reporter, "finish_many", before="before-report", after="after-report")
