@@ -261,7 +261,7 @@ class Client(Session):
         with redis_errors(self.settings.redis_url):
             self._note_revision(message, queue)
             queued, same = cast("tuple[bytes, int]", run_script(self.redis, SUBMIT, keys, *arguments))
-        future.unknown_since = None  # a sweep may have been quicker
+        future.queued_at = time.monotonic()
         if once is not None and not same:
             raise _conflict(once.key, queued.decode())
         return job if queued == job.id.encode() else Job(self, queued.decode())

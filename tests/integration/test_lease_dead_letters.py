@@ -176,12 +176,12 @@ def test_leases_are_renewed_while_somebody_is_told_of_a_dead_letter_at_length(
 
     redis.lpush(list_name(3), "not a message")
     push(redis, "a")
-    worker = taker(on_dead=note)
+    worker = taker(on_dead=note, lease_seconds=3.0)
     (lease,) = worker.leases(1)
     until(told.is_set)
-    until(lambda: held_messages(redis)[0].seconds > 2.0)  # two leases
+    until(lambda: held_messages(redis)[0].seconds > 6.0)  # two leases
     assert (lease.lost, held_messages(redis)[0].deliveries) == (False, 1)
-    assert held_messages(redis)[0].renewed_seconds < 1.0
+    assert held_messages(redis)[0].renewed_seconds < 3.0
     lease.ack()
     until(lambda: depth(redis)["unacked"] == 0)
     go.set()

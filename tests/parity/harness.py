@@ -37,7 +37,6 @@ from pipefleet_workers.items import Audio, Batch, Blob, Decoded, ItemError, JobC
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.process.exit_codes import end_process
 from pipefleet_workers.results.lines import ResultWriter
-from pipefleet_workers.results.text_streams import TextStreams
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
 from tests.checkpoints import cached
@@ -136,12 +135,18 @@ def recording(adapter: Callable[[Any], Adapter], pipe: Any) -> Any:
     return type(f"Recording{kind.__name__}", (_Recording, kind), {})(pipe)
 
 
-class Readers(TextStreams):
+class Readers:
     """Passes tokens on to the tests that read along, in the device's thread."""
 
     def __init__(self, readers: Mapping[str, Callable[[Sequence[int]], object]]) -> None:
-        super().__init__(None, lambda unit, tokens: None)
         self._readers = readers
+
+    def start(self) -> None:
+        """No thread of its own."""
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """No thread of its own."""
+        return True
 
     def wrote(self, unit: Unit, tokens: Sequence[int]) -> None:
         self._readers[unit.assembly.work.job.id](list(tokens))

@@ -90,7 +90,7 @@ class Job:
                 None if timeout is None else min(max(0.0, late - time.monotonic()), threading.TIMEOUT_MAX / 2)
             )
         except FutureTimeoutError:
-            if future.unknown_since is not None:
+            if future.unknown:
                 raise nothing_known(self.id) from None
             why = self.why_waiting()
             text = f"job {self.id} has not finished within {timeout:g} s; it goes on" + (f": {why}" if why else "")

@@ -59,6 +59,8 @@ class JobFuture(Future[JobRecord]):
     def __init__(self, callbacks: Callbacks) -> None:
         super().__init__()
         self.set_running_or_notify_cancel()
+        self.queued_at = 0.0
+        """The time (monotonic seconds) at which this process had queued the job. A look-up before it may have missed the record."""
         self.unknown_since: float | None = None
         """The time (monotonic seconds) since which look-ups find no record; None while there is a record."""
         self.queue: str | None = None
@@ -68,6 +70,11 @@ class JobFuture(Future[JobRecord]):
         self.channel: str | None = None
         """The client's channel, if it was subscribed before the job was queued; the notice of the end comes there."""
         self._callbacks = callbacks
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the last look-up found no record, although the job should have one by now."""
+        return self.unknown_since is not None and self.unknown_since >= self.queued_at
 
     def add_done_callback(self, function: Callable[[Future[JobRecord]], Any]) -> None:
         """Call `function(self)` when the job has ended; soon if it has ended already."""
@@ -261,13 +268,17 @@ class Watcher:
             pipe = self._redis.pipeline(transaction=False)
             for job_id in ids:
                 pipe.hgetall(job_key(job_id))
+            asked = time.monotonic()
             with redis_errors(self._url):
                 found = pipe.execute(raise_on_error=False)
             for job_id, raw in zip(ids, found, strict=True):
-                self._take(job_id, raw)
+                self._take(job_id, raw, asked)
 
-    def _take(self, job_id: str, raw: Mapping[bytes, bytes] | Exception) -> None:
-        """Take one job's answer of a look-up: its record, or an error of Redis, which ends this job's future alone."""
+    def _take(self, job_id: str, raw: Mapping[bytes, bytes] | Exception, asked: float) -> None:
+        """Take one job's answer of a look-up: its record, or an error of Redis, which ends this job's future alone.
+
+        `asked` is the time (monotonic seconds) of the look-up.
+        """
         with self._lock:
             future = self._futures.get(job_id)
         if future is None or (isinstance(raw, Exception) and word_of(raw) is not None):
@@ -281,17 +292,16 @@ class Watcher:
             _resolve(future, error)
             return
         if record is None:
-            self._note_unknown(job_id, future)
+            self._note_unknown(job_id, future, asked)
             return
         future.unknown_since, future.queue = None, record.queue
         if record.state.final:
             _resolve(future, record)
 
-    def _note_unknown(self, job_id: str, future: JobFuture) -> None:
-        now = time.monotonic()
-        if future.unknown_since is None:
-            future.unknown_since = now
-        elif now - future.unknown_since >= UNKNOWN_SECONDS:
+    def _note_unknown(self, job_id: str, future: JobFuture, asked: float) -> None:
+        if not future.unknown:
+            future.unknown_since = asked
+        elif asked - (future.unknown_since or asked) >= UNKNOWN_SECONDS:
             _resolve(future, nothing_known(job_id))
 
 

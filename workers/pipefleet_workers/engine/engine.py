@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ServiceFullError, ServiceUnavailableError
@@ -35,13 +35,23 @@ from pipefleet_workers.engine.stage import Stage, work_of
 from pipefleet_workers.engine.transfer import Transfer
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
-from pipefleet_workers.items import Assembly, Decoded, Fetched, Finished, ItemError, Outcome, OutgrownError, Unit, Work
+from pipefleet_workers.items import (
+    Assembly,
+    Decoded,
+    Fetched,
+    Finished,
+    ItemError,
+    JobContext,
+    Outcome,
+    OutgrownError,
+    Unit,
+    Work,
+)
 from pipefleet_workers.models.lanes import Lanes, lanes_of
 from pipefleet_workers.observe.service_fit import ServiceTime
 from pipefleet_workers.process.sizes import bytes_of
 from pipefleet_workers.process.watchdog import Watchdog, waiting, working_on
 from pipefleet_workers.results.lines import ResultWriter
-from pipefleet_workers.results.text_streams import TextStreams
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import BarredError, RefusedHereError
 
@@ -51,6 +61,16 @@ _Out = TypeVar("_Out")
 _Held = TypeVar("_Held", Fetched, Assembly)
 TOGETHER_SECONDS = 0.005
 """Results of bulk items that are finished within these seconds leave together; the result of a single job leaves at once."""
+
+
+class Readers(Stoppable, Protocol):
+    """Where new tokens go while a job still runs, for clients that read along. Both methods return at once."""
+
+    def wrote(self, unit: Unit, tokens: Sequence[int]) -> None:
+        """A unit has these new tokens by now."""
+
+    def ended(self, job: JobContext) -> None:
+        """No more tokens of a job come from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +84,7 @@ class Stages:
     """With this pool, decoding and preprocessing happen in its processes. The engine starts and stops it."""
     results: ResultWriter | None = None
     """Makes results ready to be written. Without it, an outcome carries the adapter's own value."""
-    streams: TextStreams | None = None
+    streams: Readers | None = None
     """Tells clients the text that is being written. Without it, nobody reads a text before its end."""
 
 

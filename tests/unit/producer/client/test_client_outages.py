@@ -120,6 +120,34 @@ def test_a_time_out_holds_while_redis_is_away(client: Client, server: Server, pr
         os.kill(server._process.pid, signal.SIGCONT)
 
 
+def test_a_job_is_not_called_unknown_by_a_look_before_it_was_queued(
+    client: Client, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep asks for all jobs under way, also for one that is just being queued; its answer may come afterwards."""
+    asked, queued = threading.Event(), threading.Event()
+    note, take = client._note_revision, client.watcher._take
+
+    def late(*answer: Any) -> None:
+        asked.set()
+        assert queued.wait(30)
+        take(*answer)
+
+    def sweep_first(*job: Any) -> None:
+        sweeps.start()
+        assert asked.wait(30)
+        note(*job)
+
+    sweeps = threading.Thread(target=client.watcher._sweep)
+    monkeypatch.setattr(client.watcher, "_take", late)
+    monkeypatch.setattr(client, "_note_revision", sweep_first)
+    job = client.submit(TASK, "x")
+    os.kill(server._process.pid, signal.SIGKILL)
+    queued.set()
+    sweeps.join(30)
+    with pytest.raises(ResultTimeoutError):
+        job.result(timeout=0.1)
+
+
 def test_a_look_at_a_frozen_redis_fails_after_the_time_of_one_answer(
     client: Client, server: Server, prefix: str
 ) -> None:
