@@ -16,7 +16,8 @@ from pipefleet.errors import PipefleetError, ResultTimeoutError, ServiceUnavaila
 from pipefleet.patience import PATIENCE_SECONDS, Patience, within
 from pipefleet.runs.progress import RunProgress, Show, show_progress
 
-POLL_SECONDS = 0.25
+POLL_SECONDS, POLL_FIRST, POLL_SHARE = 0.25, 0.02, 1 / 40
+"""Seconds between two looks: at most, at first, and as a share of the wait so far. The end of a short run is noticed at once."""
 LONGEST_PAUSE = 2.0
 """Most seconds between two looks at a service that is away: a person waits for the answer."""
 
@@ -35,8 +36,8 @@ class Waiter:
 
     def wait(self, *, show: bool, timeout: float | None) -> RunProgress:
         """See `Run.wait`."""
-        timeout = timeout_of(timeout)
-        late = math.inf if timeout is None else time.monotonic() + timeout
+        timeout, begin = timeout_of(timeout), time.monotonic()
+        late = math.inf if timeout is None else begin + timeout
         with show_progress(enabled=show) as shown:
             patience = self.patience(lambda error: shown(self._away(error)))
             try:
@@ -44,7 +45,7 @@ class Waiter:
                     self.check(self.last)
                     if time.monotonic() >= late:
                         raise TimeoutError
-                    time.sleep(min(POLL_SECONDS, max(0.0, late - time.monotonic())))
+                    time.sleep(min(_pause(begin), max(0.0, late - time.monotonic())))
             except (TimeoutError, ServiceUnavailableError) as error:
                 if time.monotonic() < late:
                     raise
@@ -81,3 +82,7 @@ class Waiter:
         return ResultTimeoutError(
             f"the run at {uri} has not ended within {timeout:g} s{away}; it goes on, see `pipefleet status {uri}`"
         )
+
+
+def _pause(begin: float) -> float:
+    return min(POLL_SECONDS, max(POLL_FIRST, POLL_SHARE * (time.monotonic() - begin)))
