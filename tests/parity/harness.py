@@ -34,6 +34,7 @@ from pipefleet_workers.engine.engine import Engine, Stages
 from pipefleet_workers.inputs.decode import Decoder
 from pipefleet_workers.inputs.fetch import Fetcher
 from pipefleet_workers.items import Audio, Batch, Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.models.lanes import Lanes
 from pipefleet_workers.observe.metrics import Metrics
 from pipefleet_workers.process.exit_codes import end_process
 from pipefleet_workers.results.lines import ResultWriter
@@ -166,6 +167,7 @@ class Running:
         settings: WorkerSettings,
         instruments: Instruments,
         results: ResultWriter | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self.adapter = adapter
         row, spec = RUNTIME[task], task_spec(task)
@@ -174,7 +176,7 @@ class Running:
         stages = Stages(
             Fetcher(WorkerStore(), settings), decoder, adapter, results=results, streams=Readers(self.readers)
         )
-        self.engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items)
+        self.engine = Engine(stages, limits, settings, instruments, slice_items=row.sizing.slice_items, lanes=lanes)
 
     def submit(
         self,
@@ -250,12 +252,13 @@ def running(
     settings: WorkerSettings | None = None,
     results: ResultWriter | None = None,
     on_fatal: Callable[[int, str], None] = end_process,
+    lanes: Lanes | None = None,
 ) -> Iterator[Running]:
     """A started engine, stopped at the end."""
     # Rows have a cost for real models; here a batch may hold whatever is exact.
     chosen = limits or BatchLimits(max_cost=1 << 40, max_items=64, max_age=SECONDS)
     instruments = Instruments(Metrics("test"), on_fatal=on_fatal)
-    one = Running(adapter, task, chosen, settings or WorkerSettings(), instruments, results)
+    one = Running(adapter, task, chosen, settings or WorkerSettings(), instruments, results, lanes)
     one.engine.start()
     try:
         yield one

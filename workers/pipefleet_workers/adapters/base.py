@@ -91,8 +91,8 @@ class Adapter:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.parallel = not getattr(pipe.model, "can_generate", lambda: False)()
-        """Whether several threads may call `collate`, `run` and `split` at once. A model that writes draws from the random numbers
-        of the whole process.
+        """Whether several threads may call `collate`, `run` and `split` at once, with batches that do not `exclude` others. A model
+        that writes draws from the random numbers of the whole process.
         """
         self.copies = PipelineCopies(pipe)
         self.parser = ArgumentParser(pipe)
@@ -153,6 +153,10 @@ class Adapter:
             except BaseException as error:  # noqa: BLE001 - whatever a pipeline raises, a Rust panic too, is this input's failure alone
                 prepared.append(ItemError("bad_input", f"the pipeline refuses the input: {brief(error)}", STAGE))
         return prepared
+
+    def excludes(self, units: Sequence[Unit]) -> bool:
+        """Whether no other batch may run beside this batch, although the adapter is `parallel`."""
+        return False
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """One dict of model inputs, in the order of `units`."""

@@ -163,6 +163,8 @@ class Device:
 
     def _execute(self, lane: Lane, batch: Batch, schedule: Schedule) -> None:
         step = Step(batch, functools.partial(self._tick, lane), functools.partial(self._update, lane), self._on_text)
+        if self._plan.count > 1 and self._forward.excludes(batch):
+            return self._run_alone(lane, batch, step, schedule.staged)
         begun = self._sharing.begin()
         lane.share(alone=self._sharing.running == 1 and not len(self._room))
         outputs = self._run(lane, batch, step, schedule.staged, begun)
@@ -190,11 +192,11 @@ class Device:
         """Whether a unit failed for want of memory that another lane may have held."""
         return self._plan.count > 1 and isinstance(output, JobFailure) and output.code == "out_of_memory"
 
-    def _run_alone(self, lane: Lane, batch: Batch, step: Step) -> None:
+    def _run_alone(self, lane: Lane, batch: Batch, step: Step, staged: Staged | None = None) -> None:
         """Run a batch while the other lanes wait."""
         with self._sharing.alone() as begun:
             lane.share(alone=True)
-            outputs = self._run(lane, batch, step, None, begun)
+            outputs = self._run(lane, batch, step, staged, begun)
         step.end(outputs)
 
     def _tick(self, lane: Lane) -> None:

@@ -42,6 +42,10 @@ class Forward:
         self._on_memory = on_memory
         self._transfer = transfer or Transfer()
 
+    def excludes(self, batch: Batch) -> bool:
+        """Whether no other batch may run beside this batch."""
+        return self._adapter.excludes(batch.units)
+
     def collate(self, batch: Batch) -> Staged | None:
         """The inputs of a batch, on their way to the device before its run.
 

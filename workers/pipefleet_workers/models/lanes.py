@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.items import Unit
 from pipefleet_workers.models.difference import relative
+from pipefleet_workers.models.steps import first_scores, seconds_to_write
 from pipefleet_workers.process.torch_threads import torch_threads, use_torch_threads
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ SECONDS = 1.0
 ROUNDS, ROUND_SECONDS = 2, 0.4
 """Each number of lanes is measured this often at least, and until so many seconds have passed; the best time counts."""
 BATCHES = 4
-"""Least number of batches that a measurement runs."""
+"""Least number of batches that a measurement runs; where rows write, a batch takes long, and each lane runs one."""
 NOISE = 1.2
 """If the two best times of one number of lanes differ by more than this factor, other processes disturb the clock."""
 EQUAL, PAYS = 0.98, 1.05
@@ -179,10 +181,13 @@ def _step(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes, more: Lanes) ->
 
 def _seconds(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes) -> tuple[float, float]:
     """Seconds for a batch if `lanes` run many of them, and the seconds that all cores together took for it."""
-    count = max(BATCHES, lanes.count)
+    count = lanes.count if adapter.typical_steps else max(BATCHES, lanes.count)
 
     def one(_: int) -> None:
-        adapter.split(adapter.run(adapter.collate(batch), batch, UNOBSERVED), batch)
+        if adapter.typical_steps:
+            seconds_to_write(adapter, batch)
+        else:
+            adapter.split(adapter.run(adapter.collate(batch), batch, UNOBSERVED), batch)
 
     begin, cores = time.perf_counter(), time.process_time()
     in_lanes(adapter.pipe.device, lanes, count, one)
@@ -209,11 +214,15 @@ def in_lanes(device: torch.device, lanes: Lanes, count: int, run: Callable[[int]
 
 def _difference(adapter: Adapter, examples: Sequence[Unit], lanes: Lanes, tolerance: float) -> str:
     """Why several lanes are not exact; empty if they are."""
-    wanted = [adapter.numbers([unit])[0] for unit in examples]
+
+    def compute(unit: Unit) -> np.ndarray[Any, Any]:
+        return first_scores(adapter, unit) if adapter.typical_steps else adapter.numbers([unit])[0]
+
+    wanted = [compute(unit) for unit in examples]
     before = _state(adapter.pipe.model)
     runs = len(examples) * lanes.count + 1  # lanes meet examples of unequal lengths in ever other pairs
     order = [number % len(examples) for number in range(runs)]
-    found = in_lanes(adapter.pipe.device, lanes, runs, lambda number: adapter.numbers([examples[order[number]]])[0])
+    found = in_lanes(adapter.pipe.device, lanes, runs, lambda number: compute(examples[order[number]]))
     difference = max(relative(one, wanted[index]) for one, index in zip(found, order, strict=True))
     if difference > tolerance:
         return f"forwards that run at once differ by {difference:.1e}, above {tolerance:.0e}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationMixin
 
@@ -19,7 +20,7 @@ from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.items import Unit
 
 TIMED_STEPS = 6
-"""Steps that are timed: the first reads the input, the others are alike."""
+"""Steps that are timed or compared: the first reads the input, the others are alike."""
 
 
 class _EnoughError(Exception):
@@ -35,12 +36,16 @@ class _Stopwatch:
         self._writer: Any = None
         """The part that gives the logits. A part around it gives the same logits, and may not count again."""
         self.steps: list[float] = []
+        self.scores: list[torch.Tensor] | None = None
+        """By step the scores of the next token, [rows, vocabulary]; None unless they are wanted."""
 
     def __call__(self, model: Any, arguments: Any, output: Any) -> None:
         logits: torch.Tensor | None = getattr(output, "logits", None)
         if logits is None or threading.get_ident() != self._thread or model is not (self._writer or model):
             return
         self._writer = model
+        if self.scores is not None:
+            self.scores.append(logits[:, -1].detach().float().cpu().clone())  # before the ends become impossible
         logits[..., self._ends] = -torch.inf
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
@@ -51,18 +56,34 @@ class _Stopwatch:
 
 def seconds_to_write(adapter: Adapter, units: Sequence[Unit]) -> float:
     """Seconds of a batch whose rows each write `adapter.typical_steps` tokens, or fewer if the arguments bound them."""
-    model = adapter.pipe.model
-    watch, begin = _Stopwatch(_ends(model)), time.perf_counter()
-    hooks = [part.register_forward_hook(watch) for part in model.modules() if isinstance(part, GenerationMixin)]
+    watch, begin = _Stopwatch(_ends(adapter.pipe.model)), time.perf_counter()
+    if _write(adapter, units, watch):
+        return time.perf_counter() - begin  # the arguments ended it; the steps are all there
+    first, *later = watch.steps
+    return first - begin + (adapter.typical_steps - 1) * (later[-1] - first) / len(later)
+
+
+def first_scores(adapter: Adapter, unit: Unit) -> np.ndarray[Any, Any]:
+    """The scores of the first tokens that the model writes for a unit, [steps, vocabulary]."""
+    watch = _Stopwatch(_ends(adapter.pipe.model))
+    watch.scores = []
+    _write(adapter, [unit], watch)
+    return torch.cat(watch.scores).numpy()
+
+
+def _write(adapter: Adapter, units: Sequence[Unit], watch: _Stopwatch) -> bool:
+    """Let the model write for some steps; whether it ended before."""
+    hooks = [
+        part.register_forward_hook(watch) for part in adapter.pipe.model.modules() if isinstance(part, GenerationMixin)
+    ]
     try:
         adapter.split(adapter.run(adapter.collate(units), units, UNOBSERVED), units)
-        return time.perf_counter() - begin  # the arguments ended it; the steps are all there
     except _EnoughError:
-        first, *later = watch.steps
-        return first - begin + (adapter.typical_steps - 1) * (later[-1] - first) / len(later)
+        return False
     finally:
         for hook in hooks:
             hook.remove()
+    return True
 
 
 def _ends(model: Any) -> list[int]:

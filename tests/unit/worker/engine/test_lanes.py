@@ -46,6 +46,9 @@ class Toy:
     def __init__(self, inside: Callable[[Sequence[Unit], Progress], None] = lambda units, progress: None) -> None:
         self._inside = inside
 
+    def excludes(self, units: Sequence[Unit]) -> bool:
+        return name_of(units[0]) == "alone"
+
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         return {}
 
@@ -120,6 +123,34 @@ def test_two_batches_run_at_once_and_all_end_before_the_device_does(ahead: bool)
     assert bench.device.stop(DEADLINE), "what is in the room runs before the device ends"
     assert sorted(int(one.work.item.id) for one in bench.ended) == list(range(20))
     assert all(one.failure is None for one in bench.ended), "a forward that waits alone breaks the barrier"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_batch_runs_beside_a_batch_that_excludes_others(ahead: bool) -> None:
+    running: Counter[str] = Counter()
+    beside: list[int] = []
+    lock, short = threading.Lock(), threading.Event()
+
+    def inside(units: Sequence[Unit], progress: Progress) -> None:
+        name = name_of(units[0])
+        with lock:
+            running[name] += 1
+            if name == "alone":
+                beside.append(running.total() - 1)
+        short.wait(0.002)  # the other lane may begin meanwhile
+        with lock:
+            running[name] -= 1
+
+    bench = Bench(Toy(inside), ahead=ahead)
+    names = ["alone", "other", "other"] * 20
+    for name in names:
+        bench.room.put(item(name))
+    bench.device.start()
+    bench.watchdog.start()
+    assert bench.wait(len(names))
+    assert beside == [0] * 20
+    assert bench.device.stop(DEADLINE)
+    bench.watchdog.stop(DEADLINE)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

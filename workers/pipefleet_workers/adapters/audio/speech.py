@@ -58,10 +58,19 @@ class SpeechRecogniser(Adapter):
             read_in_blocks(pipe.feature_extractor)
             encode_one_by_one(pipe.model)
             self._rows = WhisperRows(pipe.model)
+            self.parallel = True  # but for batches that exclude others
             self.tells_moments = bool(getattr(pipe.model.generation_config, "alignment_heads", None))
         if pipe.type not in _DRAWING:
             self.typical_steps = 0
         self.pads = pipe.type == CTC and counts and not hears_padding(pipe.model)
+
+    def excludes(self, units: Sequence[Unit]) -> bool:
+        """As in `Adapter`: for Whisper, batches that time words or draw, see `WhisperRows`."""
+        if self._rows is None:
+            return False
+        forward = generation_of(units[0].assembly.context.fresh().forward, None)
+        given, asked = self._asked(forward)
+        return forward.get("return_timestamps") == "word" or bool(given.get("temperature") or asked("do_sample"))
 
     def collate(self, units: Sequence[Unit]) -> dict[str, Any]:
         """Stacked or padded features; strides as a list, as the CTC forward takes them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,17 +27,28 @@ _Decoded = tuple[list[Any], list[Any], list[bool], list[bool], Any]
 """The result of generate_with_fallback(): by row the tokens, the outputs, and whether it is silent; then batch data."""
 
 
+class _Call(threading.local):
+    """Data of the call of generate() that runs in a thread; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.languages: list[torch.Tensor | None] | None = None
+        """The languages of the last generate(); its outputs themselves are not kept."""
+        self.ends: Sequence[int] = ()
+        self.falls_back: dict[int, bool] = {}
+        self.draws: list[Draws] = []
+
+
 class WhisperRows:
-    """Stands in front of the generation of one Whisper model, from its creation on. For one thread at a time."""
+    """Stands in front of the generation of one Whisper model, from its creation on. Thread-safe, but for two kinds of calls.
+
+    Calls that time words switch the attention of the whole model, and calls that draw use torch's own generator. While one of
+    these runs, no other call may run.
+    """
 
     def __init__(self, model: Any) -> None:
         """Replace four methods of this one `model` object, and reduce the attention that its forward returns."""
-        self._languages: list[torch.Tensor | None] | None = None
-        """The languages of the last generate(); its outputs themselves are not kept."""
         self._model = model
-        self._ends: Sequence[int] = ()
-        self._falls_back: dict[int, bool] = {}
-        self._draws: list[Draws] = []
+        self._call = _Call()
         self._attention = model.config._attn_implementation
         self._heads = _AlignmentHeads(model)
         self._generate: Callable[..., Any] = model.generate
@@ -50,45 +62,45 @@ class WhisperRows:
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Seed each row of the next generate(): it draws as if torch were seeded and the pipeline called with this row alone."""
-        self._draws = [Draws(seed, self._model.device, loads=True) for seed in seeds]
+        self._call.draws = [Draws(seed, self._model.device, loads=True) for seed in seeds]
 
     def languages(self, rows: int) -> list[torch.Tensor | None]:
         """The language token of each row of the last generate(), `[1]`.
 
         None for a row without returned segments or without a language.
         """
-        return self._languages or [None] * rows
+        return self._call.languages or [None] * rows
 
     def _generate_once(self, *arguments: Any, **named: Any) -> Any:
         """Call generate(), then undo its switch to eager attention, which timed words cause: every call begins alike."""
-        self._languages = None
+        self._call.languages = None
         try:
             generated = _with_silent_rows(self._generate(*arguments, **named))
         finally:
             if self._model.config._attn_implementation != self._attention:
                 self._model.config._attn_implementation = self._attention
-            self._draws = []
+            self._call.draws = []
         if isinstance(generated, Mapping) and "segments" in generated:
             known = set((getattr(self._model.generation_config, "lang_to_id", None) or {}).values())
-            self._languages = [_language(segments, known) for segments in generated["segments"]]
+            self._call.languages = [_language(segments, known) for segments in generated["segments"]]
         return generated
 
     def _decode_rows(self, **call: Any) -> _Decoded:
         """One step through the recordings: all rows at the first temperature, then one by one the rows that need another."""
         rows, temperatures = call["cur_bsz"], call["temperatures"]
-        self._ends = _ids(call["generation_config"].eos_token_id)
+        self._call.ends = _ids(call["generation_config"].eos_token_id)
         if rows == 1:
             return self._decode_alone(call, 0, temperatures)
         if temperatures[0]:
             again, left = list(range(rows)), temperatures
             sequences, outputs, skipped, kind = [None] * rows, [None] * rows, [False] * rows, None
         else:
-            self._falls_back = {}
+            self._call.falls_back = {}
             sequences, outputs, skipped, _, kind = self._decode_together({**call, "temperatures": temperatures[:1]})
             for output in outputs:
                 _let_go(output)
             left = temperatures[1:]
-            again = [row for row in range(rows) if self._falls_back.get(row)] if left else []
+            again = [row for row in range(rows) if self._call.falls_back.get(row)] if left else []
         for row in again:
             (sequences[row],), (outputs[row],), (skipped[row],), _, kind = self._decode_alone(call, row, left)
         return sequences, outputs, skipped, call["do_condition_on_prev_tokens"], kind
@@ -98,7 +110,7 @@ class WhisperRows:
         config = call["generation_config"]
         if not LeavingRows.possible(self._model, call["cur_bsz"], lambda name: getattr(config, name, None)):
             return self._decode(**call)
-        with LeavingRows(self._model, self._ends) as leaving:
+        with LeavingRows(self._model, self._call.ends) as leaving:
             criteria = StoppingCriteriaList([*(call["stopping_criteria"] or ()), leaving])
             return self._decode(**{**call, "stopping_criteria": criteria})
 
@@ -117,7 +129,7 @@ class WhisperRows:
                 "cur_bsz": 1,
                 "batch_size": 1,
             }
-        with self._draws[place].current() if self._draws and any(temperatures) else contextlib.nullcontext():
+        with self._call.draws[place].current() if self._call.draws and any(temperatures) else contextlib.nullcontext():
             found: _Decoded = self._decode(**mine)
         for output in found[1]:
             _let_go(output)
@@ -125,7 +137,7 @@ class WhisperRows:
 
     def _note_fallback(self, sequence: Any, outputs: Any, index: int, *rest: Any) -> tuple[bool, bool]:
         found = self._needs(sequence, outputs, index, *rest)
-        self._falls_back[index] = found[0]
+        self._call.falls_back[index] = found[0]
         return found
 
     def _moments_of_rows(
@@ -147,7 +159,7 @@ class WhisperRows:
         rows = []
         for row in range(count):
             own = num_frames if num_frames is None or isinstance(num_frames, int) else num_frames[row : row + 1]
-            output = _row_of(generate_outputs, row, num_input_ids or 0, self._ends)
+            output = _row_of(generate_outputs, row, num_input_ids or 0, self._call.ends)
             rows.append(self._moments(output, alignment_heads, time_precision, own, num_input_ids)[0])
         longest = max(len(one) for one in rows)
         return torch.stack([F.pad(one, (0, longest - len(one)), value=float(one[-1])) for one in rows])

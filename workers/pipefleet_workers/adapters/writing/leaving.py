@@ -64,9 +64,12 @@ class LeavingRows(StoppingCriteria):  # type: ignore[misc]  # transformers has n
         self._ended |= done | torch.isin(input_ids[:, -1], self._ends)
         return done
 
-    def _take_out(self, model: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _take_out(
+        self, model: Any, arguments: Any, named: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """`named` is missing where another thread's forward meets this hook while it is removed."""
         rows = len(self._ended)
-        if not rows or threading.get_ident() != self._thread or not _has_rows(named, rows):
+        if named is None or not rows or threading.get_ident() != self._thread or not _has_rows(named, rows):
             return None
         live = ~self._ended[self._left]
         if 0 < int(live.sum()) <= SHARE * len(live):
