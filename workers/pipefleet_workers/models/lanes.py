@@ -23,6 +23,7 @@ from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.items import Unit
 from pipefleet_workers.models.difference import relative
 from pipefleet_workers.process.torch_threads import torch_threads, use_torch_threads
+from pipefleet_workers.process.watchdog import listen, listener, working_on
 
 log = logging.getLogger(__name__)
 
@@ -192,14 +193,16 @@ def _seconds(adapter: Adapter, batch: Sequence[Unit], lanes: Lanes) -> tuple[flo
 def in_lanes(device: torch.device, lanes: Lanes, count: int, run: Callable[[int], _Result]) -> list[_Result]:
     """The results of `run(0)` to `run(count - 1)`, computed in `lanes` that all begin at once."""
     numbers, results = iter(range(count)), dict[int, _Result]()
-    ready = threading.Barrier(lanes.count)
+    ready, watching = threading.Barrier(lanes.count), listener()
 
     def lane(_: int) -> None:
+        listen(watching)  # whoever watches the caller hears of each run
         if lanes.threads:
             use_torch_threads(lanes.threads)
         with lane_stream(device, lanes):
             ready.wait()
             for number in numbers:
+                working_on(None)
                 results[number] = run(number)
 
     with ThreadPoolExecutor(lanes.count) as threads:
@@ -209,7 +212,10 @@ def in_lanes(device: torch.device, lanes: Lanes, count: int, run: Callable[[int]
 
 def _difference(adapter: Adapter, examples: Sequence[Unit], lanes: Lanes, tolerance: float) -> str:
     """Why several lanes are not exact; empty if they are."""
-    wanted = [adapter.numbers([unit])[0] for unit in examples]
+    wanted = []
+    for unit in examples:
+        working_on(None)
+        wanted.append(adapter.numbers([unit])[0])
     before = _state(adapter.pipe.model)
     runs = len(examples) * lanes.count + 1  # lanes meet examples of unequal lengths in ever other pairs
     order = [number % len(examples) for number in range(runs)]
