@@ -466,6 +466,34 @@ def test_a_step_that_hangs_ends_the_process_and_names_its_request(pipe: Any) -> 
     assert "hanging" in ends[0][1]
 
 
+def test_a_batch_that_hangs_between_the_steps_of_others_is_named_itself(pipe: Any) -> None:
+    ends: list[tuple[int, str]] = []
+    hung = threading.Event()
+    late: list[Outcomes] = []
+
+    def end(code: int, reason: str) -> None:
+        ends.append((code, reason))
+        hung.set()
+
+    with joining(pipe, settings=WorkerSettings(forward_timeout=2.0), on_fatal=end) as engine:
+
+        def tick() -> None:
+            if not late:
+                most = {"short": 5, "long": 400}
+                calls = {name: Call(TEXTS[1], {**GREEDY, "max_new_tokens": count}) for name, count in most.items()}
+                late.extend(engine.submit([call], id=name)[1] for name, call in calls.items())
+                wait_until(lambda: engine.adapter.prepared_units == 3, "both wait for the device")
+            elif late[0].complete and not ends:
+                assert hung.wait(60)
+
+        engine.adapter.on_tick = tick
+        beams = {**GREEDY, "max_new_tokens": 100, "min_new_tokens": 100, "num_beams": 2}
+        _, sink = engine.submit([Call(TEXTS[0], beams)], id="beams")
+        finished(sink)
+    assert ends[0][0] == HUNG_FORWARD
+    assert "of job beams within" in ends[0][1]
+
+
 def test_a_job_that_is_given_back_leaves_nothing_inside(pipe: Any, engine: Running) -> None:
     jobs: list[JobContext] = []
 

@@ -78,7 +78,18 @@ class Slot:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """A context in which the thread waits for others, which may last."""
-        before, self.begun = self.begun, None
+        with self._instead_of(None):
+            yield
+
+    @contextmanager
+    def meanwhile(self, work: Work, others: int = 0) -> Iterator[None]:
+        """A context in which the thread works on other items; then it goes on with the item before."""
+        with self._instead_of(_Begun(work, others)):
+            yield
+
+    @contextmanager
+    def _instead_of(self, other: _Begun | None) -> Iterator[None]:
+        before, self.begun = self.begun, other
         try:
             yield
         finally:
