@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipefleet_workers.adapters.writing import continuous as writing
 from pipefleet_workers.adapters.writing.continuous import DecoderWriter
 from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.adapters.writing.paged import Pages
@@ -306,6 +307,33 @@ def test_after_memory_ran_out_fewer_requests_go_on_where_they_stopped(pipe: Any,
     assert failed == [4]
     assert engine.adapter.continuous._most_rows == 8
     assert not engine.adapter.batches, "none began again"
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("how", ["by its length", "by its stop string"])
+def test_memory_that_runs_out_while_ends_are_looked_for_loses_no_end(
+    pipe: Any, engine: Running, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    own, failed = writing._stopped, list[str]()
+    calls = [
+        Call(TEXTS[0], {**GREEDY, "max_new_tokens": 6}),
+        Call(TEXTS[1], {**GREEDY, "max_new_tokens": 60, "stop": ["e", "a"]}),
+        Call(TEXTS[2], {**GREEDY, "max_new_tokens": 80, "stop": ["no such text"]}),
+    ]
+    wanted = outputs(engine.run(calls))
+    assert wanted[1] != direct(pipe, Call(TEXTS[1], {**GREEDY, "max_new_tokens": 60}))
+    writer = engine.adapter.continuous
+
+    def stopped(group: Sequence[Any]) -> Any:
+        ended, gone = own(group), len(writer._units) - len(writer._inside)
+        if not failed and (gone if how == "by its length" else ended):
+            failed.append(how)
+            raise MemoryError("out of memory")
+        return ended
+
+    monkeypatch.setattr(writing, "_stopped", stopped)
+    assert outputs(engine.run(calls)) == wanted
+    assert failed == [how]
     assert_empty(engine)
 
 

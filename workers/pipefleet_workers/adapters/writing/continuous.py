@@ -128,7 +128,15 @@ class DecoderWriter:
             one = self._inside[name]
             one.tokens.append(token)
             stepped.append(one)
-        self._end(stepped)
+        try:
+            self._end(stepped)
+        except Exception:
+            for (
+                one
+            ) in stepped:  # this step never was: otherwise a sequence could end with nobody told, or run past its stop
+                one.tokens.pop()
+                one.ended = False
+            raise
         first = [one for one in stepped if one.number == 0 and one.unit.assembly.work.job.streams]
         return Turn([(one.unit, one.tokens) for one in first], self._ended(stepped))
 
