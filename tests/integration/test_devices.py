@@ -164,6 +164,8 @@ def test_a_wrong_setting_of_workers_is_one_sentence(
         (["--workers-per-device", "2", "--device", "cpu"], "--device is for one worker; name --devices instead"),
         (["--workers-per-device", "2", "--pool", "broken"], "--workers-per-device needs --devices, or a pool with"),
         (["--devices", "cpu", "--workers-per-device", "0"], "--workers-per-device must be a whole number from 1 to 64"),
+        (["--devices", "cpu", "--threads", "0"], "--threads must be a whole number from 1 to 1024"),
+        (["--device", "cpu", "--threads", "-3"], "--threads must be a whole number from 1 to 1024"),
     ],
 )
 def test_options_that_contradict_are_one_sentence(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipefleet_workers.adapters.writing import continuous as writing
 from pipefleet_workers.adapters.writing.continuous import DecoderWriter
 from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.adapters.writing.paged import Pages
@@ -309,6 +310,33 @@ def test_after_memory_ran_out_fewer_requests_go_on_where_they_stopped(pipe: Any,
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("how", ["by its length", "by its stop string"])
+def test_memory_that_runs_out_while_ends_are_looked_for_loses_no_end(
+    pipe: Any, engine: Running, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    own, failed = writing._stopped, list[str]()
+    calls = [
+        Call(TEXTS[0], {**GREEDY, "max_new_tokens": 6}),
+        Call(TEXTS[1], {**GREEDY, "max_new_tokens": 60, "stop": ["e", "a"]}),
+        Call(TEXTS[2], {**GREEDY, "max_new_tokens": 80, "stop": ["no such text"]}),
+    ]
+    wanted = outputs(engine.run(calls))
+    assert wanted[1] != direct(pipe, Call(TEXTS[1], {**GREEDY, "max_new_tokens": 60}))
+    writer = engine.adapter.continuous
+
+    def stopped(group: Sequence[Any]) -> Any:
+        ended, gone = own(group), len(writer._units) - len(writer._inside)
+        if not failed and (gone if how == "by its length" else ended):
+            failed.append(how)
+            raise MemoryError("out of memory")
+        return ended
+
+    monkeypatch.setattr(writing, "_stopped", stopped)
+    assert outputs(engine.run(calls)) == wanted
+    assert failed == [how]
+    assert_empty(engine)
+
+
 def test_a_broken_device_ends_the_process(pipe: Any) -> None:
     ends: list[tuple[int, str]] = []
 
@@ -464,6 +492,34 @@ def test_a_step_that_hangs_ends_the_process_and_names_its_request(pipe: Any) -> 
         finished(sink)
     assert ends[0][0] == HUNG_FORWARD
     assert "hanging" in ends[0][1]
+
+
+def test_a_batch_that_hangs_between_the_steps_of_others_is_named_itself(pipe: Any) -> None:
+    ends: list[tuple[int, str]] = []
+    hung = threading.Event()
+    late: list[Outcomes] = []
+
+    def end(code: int, reason: str) -> None:
+        ends.append((code, reason))
+        hung.set()
+
+    with joining(pipe, settings=WorkerSettings(forward_timeout=2.0), on_fatal=end) as engine:
+
+        def tick() -> None:
+            if not late:
+                most = {"short": 5, "long": 400}
+                calls = {name: Call(TEXTS[1], {**GREEDY, "max_new_tokens": count}) for name, count in most.items()}
+                late.extend(engine.submit([call], id=name)[1] for name, call in calls.items())
+                wait_until(lambda: engine.adapter.prepared_units == 3, "both wait for the device")
+            elif late[0].complete and not ends:
+                assert hung.wait(60)
+
+        engine.adapter.on_tick = tick
+        beams = {**GREEDY, "max_new_tokens": 100, "min_new_tokens": 100, "num_beams": 2}
+        _, sink = engine.submit([Call(TEXTS[0], beams)], id="beams")
+        finished(sink)
+    assert ends[0][0] == HUNG_FORWARD
+    assert "of job beams within" in ends[0][1]
 
 
 def test_a_job_that_is_given_back_leaves_nothing_inside(pipe: Any, engine: Running) -> None:

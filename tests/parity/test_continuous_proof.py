@@ -10,14 +10,16 @@ import transformers
 
 from pipefleet.fleet.pools import Pool
 from pipefleet_workers.adapters.writing.continuous import DecoderWriter
-from pipefleet_workers.adapters.writing.generate import TextGenerator
+from pipefleet_workers.adapters.writing.generate import PROBED_TOKENS, TextGenerator
 from pipefleet_workers.adapters.writing.paged import UnsuitedError
 from pipefleet_workers.models import continuous
 from pipefleet_workers.models.continuous import PAGE, begin_continuous, pages_of
+from pipefleet_workers.process.watchdog import listen
 from pipefleet_workers.settings import WorkerSettings
 from tests.parity.cases.case import direct
 from tests.parity.harness import Call, load, recording, running
 from tests.parity.test_continuous import GREEDY, TASK, TEXTS, outputs
+from tests.unit.worker.models.test_lanes import Hearing
 
 POOL = Pool("writers", TASK, "tiny")
 
@@ -37,6 +39,20 @@ def test_the_proof_passes_for_a_decoder_and_leaves_the_model_as_it_was(pipe: Any
     assert pipe.model.config._attn_implementation == "sdpa"
     with running(recording(TextGenerator, pipe), TASK) as plain:
         outputs(plain.run([Call(TEXTS[0], GREEDY)]))
+
+
+def test_the_proof_gives_a_sign_of_life_with_every_few_steps(pipe: Any) -> None:
+    """It takes hundreds of steps, which together may take longer than one step may."""
+    heard = Hearing()
+    hook = pipe.model.register_forward_pre_hook(heard.forward)
+    listen(heard)
+    try:
+        begin_continuous(TextGenerator(pipe), POOL, {}, WorkerSettings(continuous="auto"))
+    finally:
+        listen(None)
+        hook.remove()
+    assert len(heard.forwards) > 100
+    assert not heard.silence(PROBED_TOKENS + 1)
 
 
 @pytest.mark.parametrize("setting", [{"continuous": "off"}, {"continuous": "auto", "warm_up": False}])

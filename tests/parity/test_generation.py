@@ -288,6 +288,20 @@ def test_an_empty_prompt_begins_with_the_models_own_token(pipe: Any, engine: Run
     assert largest(engine) == 5
 
 
+def test_the_models_own_first_token_belongs_to_the_answer_of_an_empty_prompt(pipe: Any, engine: Running) -> None:
+    shown = {"do_sample": False, "max_new_tokens": 8, "skip_special_tokens": False}
+    calls = [Call(one, {**shown, **more}) for one in ("", "Y", "Yes") for more in ({}, {"return_full_text": False})]
+    assert outputs(engine.run(calls)) == [direct(pipe, call) for call in calls]
+
+
+def test_a_penalty_for_tokens_of_the_prompt_hears_no_padding(pipe: Any, engine: Running) -> None:
+    """transformers names it after encoders, and applies it to decoders as well."""
+    own = {"do_sample": False, "max_new_tokens": 12, "encoder_repetition_penalty": 4.0}
+    calls = [Call(one, own) for one in (*PROMPTS, CHAT, PROMPTS[0])]
+    assert outputs(engine.run_together(calls)) == [direct(pipe, call) for call in calls]
+    assert largest(engine) == 2
+
+
 def test_the_proof_looks_at_steps_that_read_the_prompt_and_that_go_on_from_it(pipe: Any) -> None:
     adapter = TextGenerator(pipe)
     units = [unit for size in (3, 20) for unit in example_units(adapter, task_spec(TASK), {}, size)]

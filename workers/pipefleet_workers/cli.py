@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipefleet.fleet.pools import Fleet, Pool
 
 log = logging.getLogger(__name__)
+MOST_THREADS = 1024
+"""OpenMP ignores other numbers, or ends the process."""
 DESCRIPTION = """\
 Run one worker: one process, one model. With --devices, or for a pool with `devices` in the fleet file and without --device,
 supervise a worker for each device, each a process of its own, until SIGTERM.
@@ -80,6 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from pipefleet_workers.worker import Worker, prepare_process
 
     settings, worker_settings = load_settings(), load_worker_settings()
+    if arguments.threads is not None and not 1 <= arguments.threads <= MOST_THREADS:
+        raise UsageError(f"--threads must be a whole number from 1 to {MOST_THREADS}")
     fleet, pool, path = _chosen_pool(arguments, settings.fleet_path)
     if (devices := _devices(arguments, pool)) is not None:
         return _supervised(arguments, pool, devices)

@@ -146,7 +146,7 @@ class JobRecord:
     timings: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     loaded: Mapping[str, str] = field(default_factory=dict)
-    """How the model was loaded: `dtype`, `device`, and where they are known `attention` and `quantization`."""
+    """How the model was loaded: `dtype`, `device`, and where they are known `attention`, `quantization` and `linears`."""
 
 
 def read_record(raw: Mapping[bytes, bytes]) -> JobRecord | None:

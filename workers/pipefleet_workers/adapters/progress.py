@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pipefleet.contract.records import JobFailure
 from pipefleet_workers.items import JobContext, Unit
+from pipefleet_workers.process.watchdog import working_on
 
 STAGE = "forward"
 
@@ -38,7 +39,8 @@ class Unobserved:
     """A `Progress` without an observer."""
 
     def tick(self) -> None:
-        """Do nothing."""
+        """Give a sign of life to whoever watches the calling thread, such as the warm-up's watchdog."""
+        working_on(None)
 
     def stopped(self, job: JobContext) -> JobFailure | None:
         """Why the job must stop, as for a batch on the device."""

@@ -192,8 +192,15 @@ class ContinuousDevice(Device):
             self._leave(stopped)
         if not self._inside:
             return
-        if not self._batching:
-            self._lane.slot.begin(self._inside[0].assembly.work, len(self._inside) - 1)
+        slot, work, others = self._lane.slot, self._inside[0].assembly.work, len(self._inside) - 1
+        if self._batching:
+            with slot.meanwhile(work, others):
+                self._write()
+        else:
+            slot.begin(work, others)
+            self._write()
+
+    def _write(self) -> None:
         begin = time.perf_counter()
         try:
             with self._instruments.tracer.span(STAGE, len(self._inside)):

@@ -135,7 +135,10 @@ def _refusal(adapter: TextGenerator, writer: DecoderWriter, parameters: Mapping[
 def _difference(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[Unit]) -> float:
     """The largest relative difference of logits between units together in pages and each alone."""
     together = writer.numbers(units, pieces=_PIECE)
-    alone = [adapter.numbers([unit])[0] for unit in units]
+    alone = []
+    for unit in units:
+        working_on(None)
+        alone.append(adapter.numbers([unit])[0])
     return max(
         float(np.abs(mine - other).max()) / max(1e-6, float(np.abs(other).max()))
         for mine, other in zip(together, alone, strict=True)
@@ -174,6 +177,7 @@ def outputs_together(writer: DecoderWriter, units: Sequence[Unit]) -> dict[int, 
         while len(found) < len(units):
             while waiting and writer.fits(waiting[0]):
                 writer.join(waiting.pop(0))
+            working_on(None)
             found.update({id(unit): output for unit, output in writer.step().ended})
     finally:
         writer.clear()

@@ -49,6 +49,11 @@ def faster_linears(model: Any) -> float:
     return gain
 
 
+def by_onednn(model: Any) -> bool:
+    """Whether oneDNN multiplies linear layers of a model."""
+    return isinstance(model, nn.Module) and any(isinstance(one, OneDnnLinear) for one in model.modules())
+
+
 class OneDnnLinear(nn.Linear):
     """A linear layer whose product is computed by oneDNN, outside of autograd."""
 

@@ -1,6 +1,6 @@
 """How a pool's weights are loaded (dtype, quantization, attention), and the settings that the loaded model really uses.
 
-    fleet.toml ─▶ arguments of from_pretrained ─▶ model ─▶ {dtype, device, attention, quantization}
+    fleet.toml ─▶ arguments of from_pretrained ─▶ model ─▶ {dtype, device, attention, quantization, linears}
 
 `load` calls it before and after loading; `build` calls `how_loaded`, whose answer becomes provenance. A missing package or an
 unsafe setting raises ModelError.
@@ -19,6 +19,7 @@ from pipefleet.fleet.loading import OF_THE_CONFIG
 from pipefleet.fleet.pools import Pool
 from pipefleet.installed import is_installed
 from pipefleet_workers.models.cache import ModelError
+from pipefleet_workers.models.linears import by_onednn
 
 log = logging.getLogger(__name__)
 _CLASSES = {
@@ -192,7 +193,10 @@ def warn_of_half(pool: Pool, pipe: Any) -> None:
 
 
 def how_loaded(pipe: Any) -> dict[str, str]:
-    """The settings in use: `dtype` and `device`; `attention` if the model has a choice; `quantization` if it is quantized."""
+    """The settings in use: `dtype` and `device`; `attention` if the model has a choice; `quantization` if it is quantized.
+
+    `linears` names the library of its linear layers, where this is not torch's own.
+    """
     model = pipe.model
     places = getattr(model, "hf_device_map", None) or {"": pipe.device}
     found = {
@@ -206,6 +210,8 @@ def how_loaded(pipe: Any) -> dict[str, str]:
     # transformers ignores a method that it does not know, and then there is no quantizer.
     if method and getattr(model, "hf_quantizer", None) is not None:
         found["quantization"] = method
+    if by_onednn(model):
+        found["linears"] = "oneDNN"
     return found
 
 

@@ -78,7 +78,18 @@ class Slot:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """A context in which the thread waits for others, which may last."""
-        before, self.begun = self.begun, None
+        with self._instead_of(None):
+            yield
+
+    @contextmanager
+    def meanwhile(self, work: Work, others: int = 0) -> Iterator[None]:
+        """A context in which the thread works on other items; then it goes on with the item before."""
+        with self._instead_of(_Begun(work, others)):
+            yield
+
+    @contextmanager
+    def _instead_of(self, other: _Begun | None) -> Iterator[None]:
+        before, self.begun = self.begun, other
         try:
             yield
         finally:
@@ -163,9 +174,15 @@ class Watchdog:
 _thread = threading.local()
 
 
-def listen(listener: Listener | None) -> None:
-    """From now on, pass the items that the calling thread works on to `listener`."""
-    _thread.listener = listener
+def listen(to: Listener | None) -> None:
+    """From now on, pass the items that the calling thread works on to this listener."""
+    _thread.listener = to
+
+
+def listener() -> Listener | None:
+    """The listener of the calling thread, which may pass it on to threads that work for it."""
+    found: Listener | None = getattr(_thread, "listener", None)
+    return found
 
 
 @contextmanager
@@ -188,19 +205,17 @@ def working_on(work: Work | None, others: int = 0) -> None:
 
     Without a listener it does nothing.
     """
-    listener: Listener | None = getattr(_thread, "listener", None)
-    if listener is not None:
-        listener.begin(work, others)
+    if (heard := listener()) is not None:
+        heard.begin(work, others)
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
     """A context in which the calling thread waits for room, or for a service with a time-out of its own; this may last."""
-    listener: Listener | None = getattr(_thread, "listener", None)
-    if listener is None:
+    if (heard := listener()) is None:
         yield
         return
-    with listener.waiting():
+    with heard.waiting():
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from pipefleet_workers.models.lanes import Lanes, choose_lanes, in_lanes, lanes_
 from pipefleet_workers.models.warmup import warm_up
 from pipefleet_workers.observe.service_fit import ServiceFit
 from pipefleet_workers.process.torch_threads import torch_threads
+from pipefleet_workers.process.watchdog import listen
 from pipefleet_workers.settings import WorkerSettings
 from tests.parity.harness import load
 
@@ -198,3 +199,45 @@ def test_the_words_for_people() -> None:
 )
 def test_some_models_run_one_batch_at_a_time(pool: Pool, simulated: str, wanted: int) -> None:
     assert _asked_lanes(pool, WorkerSettings(lanes=3, simulated_device=simulated)) == wanted
+
+
+class Hearing:
+    """Counts the signs of life of the warm-up, and the forwards between two of them."""
+
+    def __init__(self) -> None:
+        self.signs = 0
+        self.forwards: list[int] = []
+        self._lock = threading.Lock()
+
+    def begin(self, work: Any, others: int = 0) -> None:
+        with self._lock:
+            self.signs += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        yield
+
+    def forward(self, *_: Any) -> None:
+        with self._lock:
+            self.forwards.append(self.signs)
+
+    def silence(self, together: int) -> bool:
+        """Whether so many forwards began without a sign between them."""
+        return any(
+            self.forwards[index] == self.forwards[index - together] for index in range(together, len(self.forwards))
+        )
+
+
+def test_a_warm_up_gives_a_sign_of_life_with_every_forward(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It measures dozens of forwards, which together may take longer than one forward may."""
+    monkeypatch.setattr(module, "torch_threads", lambda: 2)
+    heard = Hearing()
+    hook = pipe.model.register_forward_pre_hook(heard.forward)
+    listen(heard)
+    try:
+        lanes(TextClassifier(pipe), 0)
+    finally:
+        listen(None)
+        hook.remove()
+    assert len(heard.forwards) > 20
+    assert not heard.silence(2), "two lanes ran, and nobody heard of them"

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipefleet_workers.models import linears
 from pipefleet_workers.models.linears import FEWEST_ROWS, OneDnnLinear, faster_linears
+from pipefleet_workers.models.precision import how_loaded
 from tests.parity.harness import load
 
 
@@ -121,3 +122,10 @@ def test_a_whole_model_gives_the_same_logits(task: str) -> None:
         faster_linears(model)
         assert any(isinstance(layer, OneDnnLinear) for layer in model.modules())
         torch.testing.assert_close(model(**{named: given}).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_workers_say_where_onednn_multiplies(faster: None) -> None:
+    pipe = load("text-classification")
+    before = how_loaded(pipe)
+    faster_linears(pipe.model)
+    assert how_loaded(pipe) == {**before, "linears": "oneDNN"}

@@ -23,6 +23,7 @@ from pipefleet_workers.adapters.writing.paged import PagedDecoder, Pages
 from pipefleet_workers.adapters.writing.plan import Plan
 from pipefleet_workers.adapters.writing.rows import NO_TOKEN, Row, RowPenalty, RowSampler, row_seed
 from pipefleet_workers.items import Unit
+from pipefleet_workers.process.watchdog import working_on
 
 _SHARED = frozenset({
     "do_sample", "num_beams", "num_return_sequences", "repetition_penalty", "pad_token_id", "eos_token_id", "bos_token_id",
@@ -127,7 +128,15 @@ class DecoderWriter:
             one = self._inside[name]
             one.tokens.append(token)
             stepped.append(one)
-        self._end(stepped)
+        try:
+            self._end(stepped)
+        except Exception:
+            for (
+                one
+            ) in stepped:  # this step never was: otherwise a sequence could end with nobody told, or run past its stop
+                one.tokens.pop()
+                one.ended = False
+            raise
         first = [one for one in stepped if one.number == 0 and one.unit.assembly.work.job.streams]
         return Turn([(one.unit, one.tokens) for one in first], self._ended(stepped))
 
@@ -154,6 +163,7 @@ class DecoderWriter:
                     self._decoder.join(f"probe-{index}", ids, PROBED_TOKENS, ())
                     self._probed[f"probe-{index}"], self._repeated[f"probe-{index}"] = [], ids[-1]
                 while any(len(one) < PROBED_TOKENS for one in self._probed.values()):
+                    working_on(None)
                     self._decoder.step()
             return [np.stack(self._probed[f"probe-{index}"]) for index in range(len(units))]
         finally:

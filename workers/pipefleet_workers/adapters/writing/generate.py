@@ -124,7 +124,7 @@ class TextGenerator(Adapter):
     def finish(self, assembly: Assembly) -> Any:
         """`[{"generated_text": …}]`, one for each sequence."""
         request: Request = assembly.context
-        pipe, prompt = self.copies.get(), request.ids[None]
+        pipe, prompt = self.copies.get(), self._given(request)
         records: list[Any] = []
         for tokens in filled(assembly.outputs[0], request, self.hidden):
             sequence = torch.cat([request.ids, torch.tensor(tokens, dtype=torch.long)])
@@ -141,6 +141,14 @@ class TextGenerator(Adapter):
         if cleans is None:
             cleans = getattr(self.pipe.tokenizer, _CLEANS, False)
         return (_UNSETTLED.sub("", text) if cleans else text) if isinstance(text, str) else None
+
+    def _given(self, request: Request) -> torch.Tensor | None:
+        """The tokens of the prompt as postprocess takes them; None for an empty one: its first token belongs to the answer."""
+        if len(request.ids) == 1:
+            encoded = self.copies.get().preprocess(request.prompt, **request.arguments.fresh().preprocess)
+            if not encoded["input_ids"].shape[1]:
+                return None
+        return request.ids[None]
 
     @cached_property
     def hidden(self) -> frozenset[int]:
@@ -171,7 +179,7 @@ class TextGenerator(Adapter):
 
     def _hears_padding(self, plan: Plan) -> bool:
         """Whether hidden padding would still change the text of this plan."""
-        return plan.equal_lengths or bool(plan.min_length)
+        return plan.equal_lengths or plan.reads_encoder or bool(plan.min_length)
 
     def _prompt_cost(self, request: Request, features: Any) -> int:
         """Tokens that the model reads before it writes the first."""

@@ -67,7 +67,7 @@ class Plan:
     penalty: float = 1.0
     """The repetition penalty that `RowPenalty` applies, since transformers' own counts padding as tokens; 1.0 for none."""
     reads_encoder: bool = False
-    """Whether arguments look at the encoder's tokens, so that the encoder's padding would change the result."""
+    """Whether arguments look at the tokens of the encoder, or of a decoder's prompt: padding there would change the result."""
     first: tuple[Any, ...] = ()
     """Warpers of sampled scores, applied after the temperature."""
     last: tuple[Any, ...] = ()

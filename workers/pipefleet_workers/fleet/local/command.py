@@ -121,7 +121,7 @@ def _tell(stack: Stack, fleet: Fleet, data: Path) -> None:
         print(f"# Flower: {stack.flower.url}  user pipefleet  password {stack.flower.password}")
     if stack.scaler_url is not None:
         print(f"# scaler: {stack.scaler_url}/pools")
-    elif unasked := [pool.name for pool in fleet.pools.values() if pool.workers.min == 0]:
+    elif unasked := [pool.name for pool in fleet.pools.values() if pool.workers.min == 0 and pool.devices is None]:
         print(
             f"# one worker runs for each pool with min = 0 ({', '.join(unasked)}); --autoscale starts them with the work"
         )
