@@ -170,14 +170,14 @@ def _work(request: Request, position: int) -> Work:
 def _answer(units: Sequence[Unit], work: Work) -> Answer:
     rows = [(unit.index, unit.key, unit.length, unit.features, unit.fixed) for unit in units]
     context, expected = (units[0].assembly.context, units[0].assembly.expected) if units else (None, 0)
-    return Answer(rows, context, expected, None, work.seconds, work.warnings)
+    return Answer(rows, context, expected, None, dict(work.seconds), work.warnings)
 
 
 def _failed(error: Exception, work: Work) -> Answer:
     if isinstance(error, ItemError):
         failure = error.failure
-        return Answer((), None, 0, (failure.code, failure.message, failure.stage), work.seconds, work.warnings)
-    return Answer((), None, 0, ("internal_error", brief(error), "decode"), work.seconds)
+        return Answer((), None, 0, (failure.code, failure.message, failure.stage), dict(work.seconds), work.warnings)
+    return Answer((), None, 0, ("internal_error", brief(error), "decode"), dict(work.seconds))
 
 
 class _Nowhere:
