@@ -50,6 +50,16 @@ class Sink(Protocol):
         """Take no more outcomes: the job goes back to its queue."""
 
 
+class Nowhere:
+    """The sink of a job whose outcomes nobody waits for."""
+
+    def deliver(self, *outcomes: Outcome) -> None:
+        """Do nothing."""
+
+    def abandon(self, reason: Exception) -> None:
+        """Do nothing."""
+
+
 @dataclass(slots=True)
 class JobContext:
     """The common data of the items of one job. `priority` counts as in Celery: 0 is served first.

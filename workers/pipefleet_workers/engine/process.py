@@ -29,7 +29,7 @@ from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.inputs.decode import Decoder
-from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Nowhere, Unit, Work
 from pipefleet_workers.process.tether import tie
 from pipefleet_workers.process.watchdog import listen, working_on
 from pipefleet_workers.settings import WorkerSettings
@@ -163,7 +163,7 @@ class _Telling:
 
 
 def _work(request: Request, position: int) -> Work:
-    context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, _Nowhere())
+    context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, Nowhere())
     return Work(context, position, JobItem("", "", request.parameters), request.parameters, 0)
 
 
@@ -178,16 +178,6 @@ def _failed(error: Exception, work: Work) -> Answer:
         failure = error.failure
         return Answer((), None, 0, (failure.code, failure.message, failure.stage), dict(work.seconds), work.warnings)
     return Answer((), None, 0, ("internal_error", brief(error), "decode"), dict(work.seconds))
-
-
-class _Nowhere:
-    """The sink of items in a child; their outcomes are delivered in the parent."""
-
-    def deliver(self, *outcomes: Outcome) -> None:
-        """Never called."""
-
-    def abandon(self, reason: Exception) -> None:
-        """Never called."""
 
 
 class _Pickler(pickle.Pickler):
