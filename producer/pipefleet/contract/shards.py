@@ -7,6 +7,7 @@ messages; workers and `backlog` read lines. A wrong line raises ContractError or
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class ShardLimits:
     size: int
 
 
+@functools.lru_cache
 def shard_limits(index: int, shard_size: int | None, *, media: bool) -> ShardLimits:
     """The bounds of shard `index`.
 
@@ -67,10 +69,17 @@ def shard_message(plan: RunPlan, layout: RunLayout, index: int, first: int, coun
     )
 
 
-def encode_shard_line(position: int, item: JobItem, failure: JobFailure | None = None) -> str:
-    """One line of a shard. `position` comes first, so that the first bytes of the object tell its first position."""
-    failed = {} if failure is None else {"failure": failure.to_json()}
-    return encode_json({"position": position, **item.to_json(), **failed})
+def encode_shard_line(
+    position: int, item: JobItem, failure: JobFailure | None = None, *, written: str | None = None
+) -> str:
+    """One line of a shard. `position` comes first, so that the first bytes of the object tell its first position.
+
+    `written` is the JSON of the item's inputs, if it is known already.
+    """
+    written = encode_json(item.inputs) if written is None else written
+    parameters = f',"parameters":{encode_json(dict(item.parameters))}' if item.parameters else ""
+    failed = "" if failure is None else f',"failure":{encode_json(failure.to_json())}'
+    return f'{{"position":{position},"id":{encode_json(item.id)},"inputs":{written}{parameters}{failed}}}'
 
 
 def decode_shard_line(

@@ -34,6 +34,7 @@ FORMATS = "a .jsonl, .ndjson, .json, .csv, .tsv or .txt manifest (also with .gz)
 """The kinds of manifests, for messages."""
 _SUFFIXES = ("jsonl", "ndjson", "json", "csv", "tsv", "txt")
 _FIRST_PIECE = 1 << 16
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def _json_lines(texts: Iterator[str], where: str, spec: TaskSpec) -> Iterator[tu
         row = _loaded(line, where, number)
         if not isinstance(row, dict):
             raise ManifestError(f"{where}, {_place(number, 1, 'a JSON object is expected')}")
-        yield number, {key: value for key, value in row.items() if key not in ANNOTATIONS}
+        yield number, _unannotated(row)
 
 
 def _text_lines(texts: Iterator[str], where: str, spec: TaskSpec) -> Iterator[tuple[int, Row]]:
@@ -94,7 +95,7 @@ def _lines(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 def _loaded(line: str, where: str, number: int) -> Any:
     try:
-        return json.loads(line.rstrip("\r\n"))
+        return _DECODER.decode(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise ManifestError(f"{where}, {_place(number, error.colno, error.msg)}") from None
     except RecursionError:
@@ -122,7 +123,11 @@ def _row_of(value: Any, line: int) -> Row:
         return Unreadable(f"the element that begins in line {line}: not UTF-8")
     if not isinstance(value, Mapping) or "inputs" not in value:
         return {"inputs": value}
-    return {key: one for key, one in value.items() if key not in ANNOTATIONS}
+    return _unannotated(value)
+
+
+def _unannotated(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return row if ANNOTATIONS.isdisjoint(row) else {key: one for key, one in row.items() if key not in ANNOTATIONS}
 
 
 def _is_text(value: Any) -> bool:
@@ -145,7 +150,6 @@ class Array:
         self._text = ""
         self._place = 0
         self._line = 1
-        self._decoder = json.JSONDecoder()
 
     def values(self) -> Iterator[tuple[int, Any]]:
         """Each value, with the line where it begins. Raises ManifestError."""
@@ -186,7 +190,7 @@ class Array:
         line = self._line
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._place)
+                value, end = _DECODER.raw_decode(self._text, self._place)
                 cut = end + 3 > len(
                     self._text
                 )  # a number may go on in the next piece: "12" of "12e+3", "12." of "12.5"

@@ -75,14 +75,15 @@ class InputPreparer:
 
         Raises InputError for a kind that the task does not take; InputError or ParameterError for an input that can only fail.
         """
-        if self.spec.fields and isinstance(value, Mapping):
+        if self.spec.fields and not isinstance(value, str) and isinstance(value, Mapping):
             value = self._in_json(self.spec.given(value))
         self.spec.require(value, self.known.of_item(parameters))
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
         if "text_pair" in self.spec.fields and is_pair(value):
             value = dict(zip(("text", "text_pair"), value if isinstance(value, tuple) else value[0], strict=True))
-        if self.spec.fields and isinstance(value, Mapping) and not (self.spec.media in _PICTURES and is_cell(value)):
+        has_fields = bool(self.spec.fields) and not isinstance(value, str) and isinstance(value, Mapping)
+        if has_fields and not (self.spec.media in _PICTURES and is_cell(value)):
             return self._prepare_fields(value)
         if self.spec.media is None:
             raise InputError(f"{self.spec.name} takes {_shown(self.spec)}, not {_kind(value)}")
@@ -139,10 +140,10 @@ class InputPreparer:
     def _text(self, value: Any) -> Any:
         if is_text_uri(value):
             return StorageRef.of(value.rstrip("\r\n")).to_json()
-        if isinstance(value, os.PathLike):
-            return self._upload.file(value)
         if isinstance(value, str):
             return value
+        if isinstance(value, os.PathLike):
+            return self._upload.file(value)
         if is_ref(value):
             return StorageRef.from_json(value).to_json()
         raise InputError(f"{self.spec.name} takes texts, s3:// URIs of texts or Path objects, not {_kind(value)}")

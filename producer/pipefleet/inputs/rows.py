@@ -37,6 +37,8 @@ class SourceItem:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
     """Why the item could not be prepared, as a sentence; None for an item that a worker can run."""
+    written: str | None = field(default=None, compare=False)
+    """The JSON of `inputs`, so that it is made once; None if nobody has made it."""
 
 
 def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
@@ -47,17 +49,22 @@ def row_item(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:
     given = row.get("parameters")
     parameters = called_parameters(preparer.spec, given) if given else {}
     prepared = preparer.prepare(row["inputs"], parameters)
-    references = refs_in(prepared)
+    references = [] if isinstance(prepared, str) else refs_in(prepared)
     identity = row.get("id")
     if identity is None and isinstance(prepared, Mapping) and len(references) == 1:
         identity = references[0].key
-    size = len(encode_json([prepared, identity, parameters]).encode())
+    written = encode_json(prepared)
+    size = _bytes(written) + _bytes(encode_json(identity)) + (_bytes(encode_json(parameters)) if parameters else 2) + 4
     if size > LARGEST_ITEM:
         raise InputError(
             f"the item has {size} bytes of JSON, a shard takes {LARGEST_ITEM}; put it into an object of its own"
         )
     size = max(size, sum(one.size or 0 for one in references))
-    return SourceItem(None if identity is None else str(identity), prepared, size, parameters)
+    return SourceItem(None if identity is None else str(identity), prepared, size, parameters, written=written)
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def item_or_failure(row: Mapping[str, Any], preparer: InputPreparer) -> SourceItem:

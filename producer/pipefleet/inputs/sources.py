@@ -25,6 +25,7 @@ from pipefleet.tasks import Media, TaskSpec
 
 _CHUNK = 1 << 16
 _ROW = "an item is {inputs, id?, parameters?}, its fields inside inputs"
+_ID = (str, int, type(None))
 """What a row looks like, for messages."""
 _TEXTS = (Media.TEXT, Media.TEXTS, Media.PROMPT, None)
 """Tasks with such inputs take no single object as a source: it would be one text."""
@@ -289,11 +290,11 @@ def _row_of(value: Any) -> Mapping[str, Any]:
 
 def _check_keys(row: Mapping[str, Any]) -> None:
     """Raise SourceError unless the keys of a row, and the types of their values, are those of a manifest."""
-    unknown = set(row) - KEYS
-    if unknown:
-        word = sorted(unknown)[0]
+    if not row.keys() <= KEYS:
+        word = sorted(row.keys() - KEYS)[0]
         raise SourceError(f"unknown key {word!r}{nearest(word, KEYS)}; {_ROW}")
     if "inputs" not in row:
         raise SourceError(f"the key 'inputs' is missing; {_ROW}")
-    if not isinstance(row.get("id"), str | int | None) or not isinstance(row.get("parameters"), Mapping | None):
+    parameters = row.get("parameters")
+    if not isinstance(row.get("id"), _ID) or (parameters is not None and not isinstance(parameters, Mapping)):
         raise SourceError("id must be a text, parameters an object")

@@ -267,7 +267,8 @@ class Planner:
             position = self.items + offset
             identity = str(position) if item.id is None else item.id
             failure = None if item.failure is None else JobFailure("bad_input", _sentence(item, position), "plan")
-            lines.append(encode_shard_line(position, JobItem(identity, item.inputs, item.parameters), failure))
+            plain = JobItem(identity, item.inputs, item.parameters)
+            lines.append(encode_shard_line(position, plain, failure, written=item.written))
         body = ("\n".join(lines) + "\n").encode()
         if not self._patience.call(lambda: self._put(body)):
             self.alone = False

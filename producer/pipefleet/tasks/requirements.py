@@ -26,7 +26,9 @@ class Known:
 
     def of_item(self, own: Mapping[str, Any] | None) -> Known:
         """The same with the parameters of one item, which win over those of the call."""
-        said = {name: value for name, value in (own or {}).items() if value is not None}
+        if not own:
+            return self
+        said = {name: value for name, value in own.items() if value is not None}
         return Known({**self.parameters, **said}, self.complete) if said else self
 
 

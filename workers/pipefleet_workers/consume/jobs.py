@@ -26,7 +26,7 @@ from pipefleet_workers.adapters.base import brief
 from pipefleet_workers.consume.elsewhere import Elsewhere
 from pipefleet_workers.consume.held import RevokedError
 from pipefleet_workers.engine.engine import Engine
-from pipefleet_workers.items import JobContext, Outcome, Sink, Work
+from pipefleet_workers.items import JobContext, Nowhere, Outcome, Sink, Work
 from pipefleet_workers.process.sizes import bytes_of, text_bytes
 from pipefleet_workers.results.lines import PartWriter
 from pipefleet_workers.results.reports import Reporter
@@ -111,9 +111,10 @@ class Jobs:
         return None if deadline is None else time.monotonic() + (deadline - self.clock())
 
     def end(self, context: JobContext) -> None:
-        """The job has left this worker."""
+        """The job has left this worker. Later outcomes go nowhere."""
         with self._lock:
             self._contexts.pop(id(context), None)
+        context.sink = Nowhere()  # outcomes refer to their job: without the circle their memory is free at once
 
     def cancel(self, name: str) -> None:
         """Stop a job, or all jobs of a run, by id."""

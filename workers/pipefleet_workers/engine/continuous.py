@@ -28,7 +28,7 @@ from pipefleet_workers.engine.device import Device, Instruments
 from pipefleet_workers.engine.forward import DeviceBrokenError, Forward, is_broken, out_of_memory
 from pipefleet_workers.engine.lane import Lane
 from pipefleet_workers.engine.step import OnText, Schedule, Update
-from pipefleet_workers.items import Assembly, Batch, Unit
+from pipefleet_workers.items import Assembly, Batch, Unit, spend
 from pipefleet_workers.process.watchdog import Watchdog, listen
 
 log = logging.getLogger(__name__)
@@ -214,9 +214,7 @@ class ContinuousDevice(Device):
 
     def _count(self, seconds: float) -> None:
         inside = len(self._inside)
-        for unit in self._inside:
-            spent = unit.assembly.work.seconds
-            spent[STAGE] = spent.get(STAGE, 0.0) + seconds / inside
+        spend([unit.assembly.work for unit in self._inside], STAGE, seconds / inside)
         if not self._batching:  # otherwise the batch around this step counts its seconds
             self._instruments.work.add(seconds=seconds)
             metrics = self._instruments.metrics

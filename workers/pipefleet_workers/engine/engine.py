@@ -46,6 +46,7 @@ from pipefleet_workers.items import (
     OutgrownError,
     Unit,
     Work,
+    spend,
 )
 from pipefleet_workers.models.lanes import Lanes, lanes_of
 from pipefleet_workers.observe.service_fit import ServiceTime
@@ -286,9 +287,7 @@ class Engine:
             working_on(decoded[0].work, len(decoded) - 1)
         begin = time.perf_counter()
         prepared = self._stages.adapter.prepare(decoded)
-        share = (time.perf_counter() - begin) / max(1, len(decoded))
-        for one in decoded:
-            one.work.seconds["preprocess"] = share
+        spend([one.work for one in decoded], "preprocess", (time.perf_counter() - begin) / max(1, len(decoded)))
         return prepared
 
     def _complete(self, assemblies: Sequence[Assembly]) -> None:
@@ -312,17 +311,24 @@ class Engine:
 
     def _finish_assemblies(self, assemblies: Sequence[Assembly]) -> None:
         ended: list[Outcome] = []
-        begin = time.monotonic()
+        begin = time.perf_counter()
         try:
             with self._instruments.tracer.span("finish", len(assemblies)):
                 for assembly in assemblies:
                     if (outcome := self._finish_one(assembly)) is not None:
                         ended.append(outcome)
                     alone = assembly.work.job.shard is None
-                    if ended and (alone or time.monotonic() - begin > TOGETHER_SECONDS):
-                        self._succeed(ended)
-                        begin, ended = time.monotonic(), []
+                    if ended and (alone or time.perf_counter() - begin > TOGETHER_SECONDS):
+                        self._finished(ended, begin)
+                        begin, ended = time.perf_counter(), []
         finally:
+            self._finished(ended, begin)
+
+    def _finished(self, ended: Sequence[Outcome], begin: float) -> None:
+        """Hand on results that were finished together since `begin`."""
+        if ended:
+            share = (time.perf_counter() - begin) / len(ended)
+            spend([outcome.work for outcome in ended], "postprocess", share)
             self._succeed(ended)
 
     def _finish_one(self, assembly: Assembly) -> Outcome | None:
@@ -345,19 +351,19 @@ class Engine:
             return None
         finally:
             assembly.outputs = {}  # this thread refers to the assembly until the whole slice is finished
-        work.seconds["postprocess"] = time.perf_counter() - begin
         try:
             if results is None or (plain := results.plain(output)) is not None:
                 return Outcome(work, output=output if results is None else plain)
-            return self._write_or_store(results.take_apart(work, output))
+            return self._write_or_store(results.take_apart(work, output), time.perf_counter() - begin)
         except ItemError as error:
             self._fail(work, error.failure)
             return None
 
-    def _write_or_store(self, finished: Finished) -> Outcome | None:
+    def _write_or_store(self, finished: Finished, seconds: float) -> Outcome | None:
         """The outcome of a result without artifacts. A result with artifacts goes to the store stage. Raises ItemError."""
         assert self._stages.results is not None
         if finished.artifacts:
+            spend([finished.work], "postprocess", seconds)
             self._budget.weigh(finished.work, sum(one.size for one in finished.artifacts))
             self._store.put(finished.work.job.priority, [finished])
             return None
@@ -374,7 +380,7 @@ class Engine:
         assert self._stages.results is not None
         begin = time.perf_counter()
         encoded = self._stages.results.write(finished)
-        finished.work.seconds["write"] = time.perf_counter() - begin
+        spend([finished.work], "write", time.perf_counter() - begin)
         return Outcome(finished.work, output=encoded)
 
     def _each(self, items: Sequence[_In], stage: str, do: Callable[[Any], _Out]) -> list[_Out]:

@@ -18,7 +18,7 @@ from pipefleet.contract.records import JobFailure
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.progress import STAGE, Progress
 from pipefleet_workers.engine.transfer import Staged, Transfer
-from pipefleet_workers.items import Batch, ItemError, Unit
+from pipefleet_workers.items import Batch, ItemError, Unit, spend
 from pipefleet_workers.models.precision import half_advice
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,7 @@ class Forward:
         begin = time.perf_counter()
         outputs = self._run(batch.units, progress, staged)
         share = (time.perf_counter() - begin) / len(batch.units)
-        for unit in batch.units:
-            seconds = unit.assembly.work.seconds
-            seconds[STAGE] = seconds.get(STAGE, 0.0) + share
+        spend([unit.assembly.work for unit in batch.units], STAGE, share)
         return list(zip(batch.units, outputs, strict=True))
 
     def _run(self, units: Sequence[Unit], progress: Progress, staged: Staged | None = None) -> list[Any | JobFailure]:

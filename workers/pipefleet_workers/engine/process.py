@@ -29,7 +29,7 @@ from pipefleet.tasks import task_spec
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.table import RUNTIME
 from pipefleet_workers.inputs.decode import Decoder
-from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.items import Decoded, Fetched, ItemError, JobContext, Nowhere, Unit, Work
 from pipefleet_workers.process.tether import tie
 from pipefleet_workers.process.watchdog import listen, working_on
 from pipefleet_workers.settings import WorkerSettings
@@ -163,31 +163,21 @@ class _Telling:
 
 
 def _work(request: Request, position: int) -> Work:
-    context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, _Nowhere())
+    context = JobContext("", None, request.parameters, int(Priority.NORMAL), None, Nowhere())
     return Work(context, position, JobItem("", "", request.parameters), request.parameters, 0)
 
 
 def _answer(units: Sequence[Unit], work: Work) -> Answer:
     rows = [(unit.index, unit.key, unit.length, unit.features, unit.fixed) for unit in units]
     context, expected = (units[0].assembly.context, units[0].assembly.expected) if units else (None, 0)
-    return Answer(rows, context, expected, None, work.seconds, work.warnings)
+    return Answer(rows, context, expected, None, dict(work.seconds), work.warnings)
 
 
 def _failed(error: Exception, work: Work) -> Answer:
     if isinstance(error, ItemError):
         failure = error.failure
-        return Answer((), None, 0, (failure.code, failure.message, failure.stage), work.seconds, work.warnings)
-    return Answer((), None, 0, ("internal_error", brief(error), "decode"), work.seconds)
-
-
-class _Nowhere:
-    """The sink of items in a child; their outcomes are delivered in the parent."""
-
-    def deliver(self, *outcomes: Outcome) -> None:
-        """Never called."""
-
-    def abandon(self, reason: Exception) -> None:
-        """Never called."""
+        return Answer((), None, 0, (failure.code, failure.message, failure.stage), dict(work.seconds), work.warnings)
+    return Answer((), None, 0, ("internal_error", brief(error), "decode"), dict(work.seconds))
 
 
 class _Pickler(pickle.Pickler):

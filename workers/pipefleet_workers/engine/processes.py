@@ -20,7 +20,7 @@ from pipefleet.errors import UsageError
 from pipefleet_workers.adapters.base import Adapter, brief
 from pipefleet_workers.adapters.text.encoder import FeatureExtractor, TextClassifier
 from pipefleet_workers.engine.process import Answer, Begun, Recipe, Request, discard, serve, unpacked
-from pipefleet_workers.items import Assembly, Fetched, ItemError, Unit
+from pipefleet_workers.items import Assembly, Fetched, ItemError, Unit, spend
 from pipefleet_workers.process.watchdog import LOOKS
 from pipefleet_workers.settings import WorkerSettings
 
@@ -224,7 +224,8 @@ class _Child:
 
 
 def _units(fetched: Fetched, answer: Answer) -> list[Unit] | ItemError:
-    fetched.work.seconds.update(answer.seconds)
+    for stage, seconds in answer.seconds.items():
+        spend([fetched.work], stage, seconds)
     fetched.work.warnings[:] = answer.warnings
     if answer.failure is not None:
         return ItemError(*answer.failure)

@@ -22,7 +22,7 @@ from pipefleet_workers.inputs.pictures.pictures import decode_image
 from pipefleet_workers.inputs.sound.recordings import decode_audio
 from pipefleet_workers.inputs.tables import decode_table
 from pipefleet_workers.inputs.video import KEPT_PICTURES, Clip
-from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, OutgrownError
+from pipefleet_workers.items import Blob, Decoded, Fetched, ItemError, OutgrownError, spend
 from pipefleet_workers.process.sizes import text_bytes
 from pipefleet_workers.settings import WorkerSettings
 
@@ -81,7 +81,7 @@ class Decoder:
         self._require_few_media(fetched.inputs)
         self._require_short(fetched.work.item.parameters)
         value = self._value(fetched.inputs)
-        fetched.work.seconds[STAGE] = time.perf_counter() - begin
+        spend([fetched.work], STAGE, time.perf_counter() - begin)
         return Decoded(fetched.work, value)
 
     def texts(self, fetched: Sequence[Fetched]) -> list[Decoded] | None:
@@ -92,10 +92,9 @@ class Decoder:
         ):
             return None
         found = [Decoded(one.work, one.inputs) for one in fetched]
-        share = (time.perf_counter() - begin) / max(1, len(found))
-        for one in found:
+        for one in fetched:
             one.work.warnings.clear()
-            one.work.seconds[STAGE] = share
+        spend([one.work for one in fetched], STAGE, (time.perf_counter() - begin) / max(1, len(fetched)))
         return found
 
     def weigh(self, inputs: Any) -> int:

@@ -10,7 +10,7 @@ import time
 from pipefleet.contract.references import StorageRef, map_refs
 from pipefleet.contract.uris import shown
 from pipefleet.errors import PipefleetError, ServiceUnavailableError
-from pipefleet_workers.items import Blob, Fetched, ItemError, Work
+from pipefleet_workers.items import Blob, Fetched, ItemError, Work, spend
 from pipefleet_workers.settings import WorkerSettings
 from pipefleet_workers.storage.store import WorkerStore
 from pipefleet_workers.storage.uri_gate import UriGate, allowed_prefixes
@@ -34,7 +34,7 @@ class Fetcher:
         """
         begin = time.perf_counter()
         inputs = map_refs(work.item.inputs, self._blob)
-        work.seconds[STAGE] = time.perf_counter() - begin
+        spend([work], STAGE, time.perf_counter() - begin)
         return Fetched(work, inputs)
 
     def _blob(self, reference: StorageRef) -> Blob:

@@ -25,7 +25,7 @@ from pipefleet.tasks import Media, TaskSpec
 from pipefleet_workers.adapters.base import TOLERANCE, Adapter, brief
 from pipefleet_workers.adapters.progress import UNOBSERVED
 from pipefleet_workers.inputs.video import Clip
-from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Outcome, Unit, Work
+from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Nowhere, Unit, Work
 from pipefleet_workers.models.cache import ModelError
 from pipefleet_workers.models.difference import relative
 from pipefleet_workers.models.lanes import Lanes, choose_lanes, lanes_of
@@ -247,7 +247,7 @@ def _fits_memory(adapter: Adapter, seconds: dict[int, float]) -> bool:
 def example_units(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], size: int) -> list[Unit]:
     """The units of one made-up input of about `size`: words, tenths of a second, or eight pixels a side for each."""
     parameters = {**adapter.example_parameters(), **parameters}
-    context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, _Nowhere())
+    context = JobContext("warm-up", None, parameters, int(Priority.NORMAL), None, Nowhere())
     work = Work(context, 0, JobItem("warm-up", ""), parameters, 0)
     example = adapter.example(size)
     if example is None:
@@ -294,13 +294,3 @@ def _clip(source: np.random.Generator) -> Any:
     first, *rest = [_picture(source, 4) for _ in range(128)]
     first.save(buffer, format="GIF", save_all=True, append_images=rest)
     return Clip(Blob("warm-up.gif", buffer.getvalue(), None), max_frames=len(rest) + 1, max_pixels=1 << 20)
-
-
-class _Nowhere:
-    """The sink of examples."""
-
-    def deliver(self, *outcomes: Outcome) -> None:
-        """Drop the outcomes."""
-
-    def abandon(self, reason: Exception) -> None:
-        """Ignore the call."""

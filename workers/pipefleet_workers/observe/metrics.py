@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter as Counts
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,8 +105,13 @@ class Metrics:
         """Count items that leave the engine, with the seconds of each by stage. Many in one call, since each counter has a lock."""
         with self._lock:
             self._processed += len(seconds)
-        for name in {name for one in seconds for name in one}:
-            self._child(self._stage, name).inc(sum(one.get(name, 0.0) for one in seconds))
+        totals: dict[str, float] = defaultdict(float)
+        shared = {id(one): one for one in seconds}
+        for key, count in Counts(map(id, seconds)).items():
+            for name, value in shared[key].items():
+                totals[name] += value * count
+        for name, value in totals.items():
+            self._child(self._stage, name).inc(value)
 
     def ended(self, state: JobState, count: int = 1) -> None:
         """Count items that have ended as `state`, according to their record or part."""

@@ -34,6 +34,8 @@ def bytes_of(value: Any, depth: int = DEPTH) -> int:
         if value and isinstance(value[0], _NUMBERS):
             return NUMBER * len(value)
         return sum([bytes_of(one, depth - 1) for one in value]) if depth else 0
+    if isinstance(value, _NUMBERS):
+        return NUMBER
     if isinstance(value, np.ndarray):
         return value.nbytes
     if isinstance(value, _TEXTS):

@@ -7,9 +7,10 @@ its item (bad_output), never its shard.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,6 @@ from pipefleet_workers.storage.store import WorkerStore
 
 log = logging.getLogger(__name__)
 STAGE = "write"
-REMEMBERED = 4096
-"""How many rounded numbers are kept."""
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 _PLAIN_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
@@ -163,23 +162,12 @@ def _bad_output(error: Exception) -> ItemError:
     return ItemError("bad_output", f"the result cannot be written: {brief(error)}", STAGE)
 
 
-class _Rounded(dict[float, float]):
-    """Seconds as a part shows them. The items of a slice share most of their seconds, so a number is rounded once for many."""
-
-    def __missing__(self, seconds: float) -> float:
-        if len(self) >= REMEMBERED:
-            self.clear()
-        found = self[seconds] = round(seconds, 6)
-        return found
-
-
 class PartWriter:
     """Writes the part of a shard. Thread-safe. Raises the store's errors; a shard can be written again."""
 
     def __init__(self, store: WorkerStore, provenance: Mapping[str, Any]) -> None:
         self._store = store
         self._provenance = dict(provenance)
-        self._rounded = _Rounded()
 
     def write(self, shard: Shard, outcomes: Sequence[Outcome]) -> bytes | None:
         """Write the part, with a row for each outcome, in order.
@@ -193,7 +181,7 @@ class PartWriter:
 
     def _encoded(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes:
         """The part. A row that its format cannot hold fails alone; it is found by writing each row alone."""
-        lines = [self._line(one, body_of(one)) for one in outcomes]
+        lines = self._lines(outcomes, map(body_of, outcomes))
         try:
             return written_as.encode(lines)
         except RunError:
@@ -205,7 +193,7 @@ class PartWriter:
     def _of_vectors(self, written_as: PartFormat, outcomes: Sequence[Outcome]) -> bytes | None:
         """The part, written from arrays. None unless all results are vectors of one length and all items are JSON."""
         vectors = _vectors(outcomes)
-        lines = [self._line(one, b"null") for one in outcomes] if vectors is not None else []
+        lines = self._lines(outcomes, itertools.repeat(b"null")) if vectors is not None else []
         if not lines or any(b'"error":' in line for line in lines):
             return None
         try:
@@ -223,7 +211,7 @@ class PartWriter:
         refused = _refusal(written_as, line)
         if refused is None:
             return line
-        line = self._line(Outcome(outcome.work, failure=refused), refused)
+        (line,) = self._lines([outcome], [refused])
         if _refusal(written_as, line) is None:
             return line
         row = {
@@ -234,13 +222,23 @@ class PartWriter:
         }
         return _encode(utf8(row))
 
-    def _line(self, outcome: Outcome, body: bytes | JobFailure) -> bytes:
-        """The line of one item with its result or failure. If its input is no JSON, the line says so and the shard goes on."""
-        item = outcome.work.item
-        seconds = {stage: self._rounded[value] for stage, value in outcome.work.seconds.items()}
+    def _lines(self, outcomes: Sequence[Outcome], bodies: Iterable[bytes | JobFailure]) -> list[bytes]:
+        """The line of each item with its result or failure."""
+        told = {id(seconds): seconds for seconds in [one.work.seconds for one in outcomes]}
+        shared = {key: self._told(seconds) for key, seconds in told.items()}
+        pairs = zip([one.work for one in outcomes], bodies, strict=False)
+        return [self._line(work, body, shared[id(work.seconds)]) for work, body in pairs]
+
+    def _told(self, seconds: Mapping[str, float]) -> orjson.Fragment:
+        rounded = {stage: round(value, 6) for stage, value in seconds.items()}
+        return orjson.Fragment(_encode(utf8({**self._provenance, "seconds": rounded})))
+
+    def _line(self, work: Work, body: bytes | JobFailure, provenance: orjson.Fragment) -> bytes:
+        """The line of one item. If its input is no JSON, the line says so and the shard goes on."""
+        item = work.item
         result = {"output": orjson.Fragment(body)} if isinstance(body, bytes) else {"error": utf8(body.to_json())}
-        warnings = {"warnings": utf8_all(outcome.work.warnings)} if outcome.work.warnings else {}
-        tail = {**result, **warnings, "provenance": {**self._provenance, "seconds": seconds}}
+        warnings = {"warnings": utf8_all(work.warnings)} if work.warnings else {}
+        tail = {**result, **warnings, "provenance": provenance}
         try:
             parameters = {"parameters": dict(item.parameters)} if item.parameters else {}
             return _encode({"id": item.id, "input": _with_uris(item.inputs), **parameters, **tail})

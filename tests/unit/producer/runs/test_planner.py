@@ -181,6 +181,7 @@ class TestShards:
     def test_a_line_of_a_shard_survives(self) -> None:
         item = JobItem("a", {"$ref": "s3://media/ü b.txt"}, {"top_k": 1})
         assert decode_shard_line(encode_shard_line(7, item).encode()) == (7, item, None)
+        assert encode_shard_line(7, item, written=encode_json(item.inputs)) == encode_shard_line(7, item)
 
     def test_the_same_shard_has_the_same_job_id_whoever_queues_it(self) -> None:
         message = shard_message(plan(), LAYOUT, 7, 112, 16)

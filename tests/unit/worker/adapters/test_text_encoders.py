@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,3 +179,35 @@ def test_the_best_spans_are_those_of_an_exhaustive_search(
     found = _spans(start, end, allowed, longest=longest, count=count)
     assert [score for _, _, score in found] == sorted(every, reverse=True)[:count]
     assert all(0 <= last - first < longest and start[first] * end[last] == score for first, last, score in found)
+
+
+_ROWS = st.lists(
+    st.lists(st.integers(1, 999), min_size=1, max_size=9).flatmap(
+        lambda ids: st.fixed_dictionaries(
+            {
+                "input_ids": st.just(ids),
+                "token_type_ids": st.sampled_from([0, 2, [0] * len(ids)]),
+                "attention_mask": st.sampled_from([1, [1] * len(ids), np.ones(len(ids), np.int32)]),
+            }
+        )
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(rows=_ROWS, side=st.sampled_from(["left", "right"]))
+def test_a_number_is_collated_as_the_row_of_it(pipes: dict[str, Any], rows: list[dict[str, Any]], side: str) -> None:
+    adapter = TextClassifier(copy.copy(pipes[CLASSIFY]))
+    adapter.pipe.tokenizer = copy.copy(pipes[CLASSIFY].tokenizer)
+    adapter.pipe.tokenizer.padding_side = side
+    units: list[Any] = [SimpleNamespace(length=len(row["input_ids"]), features=row) for row in rows]
+    pads = {"input_ids": adapter.pipe.tokenizer.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
+    longest = max(unit.length for unit in units)
+    for name, found in adapter.collate(units).items():
+        for unit, row in zip(units, found.tolist(), strict=True):
+            given_ = unit.features[name]
+            own = [given_] * unit.length if isinstance(given_, int) else list(given_)
+            padding = [pads[name]] * (longest - unit.length)
+            assert row == (padding + own if side == "left" else own + padding)

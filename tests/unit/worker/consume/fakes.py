@@ -179,7 +179,7 @@ class FakeEngine:
     def end(self, job_id: str, failure: JobFailure | None = None, *, seconds: float = 0.001) -> None:
         """The forward of a job's item is over; it took so many `seconds`."""
         work = self.work(job_id)
-        work.seconds["forward"] = seconds
+        work.seconds = {"forward": seconds}
         self.inside = [one for one in self.inside if one is not work]
         stopped = work.job.stopped("forward")
         work.job.sink.deliver(Outcome(work, output={"label": "x"}, failure=failure or stopped))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -90,6 +92,28 @@ def test_shards_write_their_parts_and_the_last_one_ends_the_run(client: Client, 
     assert (totals["succeeded"], totals["failed"]) == (3, 1)
     assert (worker.totals.items, worker.totals.failed) == (4, 1)
     assert not worker.jobs._contexts
+
+
+def test_the_results_of_a_shard_free_themselves(client: Client, planned: Any) -> None:
+    class Result(dict[str, str]):
+        """A result that can be watched."""
+
+    worker, seen = Worker(client), []
+
+    def answered(work: Work) -> Outcome:
+        result = Result(label="x")
+        seen.append(weakref.ref(result))
+        return Outcome(work, output=result)
+
+    worker.engine.answers = answered
+    first, second = planned()[1]
+    worker.run(first)  # its errors of scripts that Redis does not know yet hold frames
+    gc.disable()
+    try:
+        worker.run(second)
+        assert [result() for result in seen[2:]] == [None] * 2
+    finally:
+        gc.enable()
 
 
 def test_a_part_that_is_there_is_not_written_again_and_not_counted_again(client: Client, planned: Any) -> None:

@@ -20,8 +20,10 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def thawed() -> Iterator[None]:
+    before = gc.get_threshold()
     yield
     gc.unfreeze()
+    gc.set_threshold(*before)
 
 
 def test_a_settled_process_looks_only_at_what_came_later() -> None:
@@ -33,3 +35,11 @@ def test_a_settled_process_looks_only_at_what_came_later() -> None:
     later = weakref.ref(Node())
     gc.collect()
     assert later() is None
+
+
+def test_the_objects_of_items_inside_are_seldom_looked_at() -> None:
+    memory.settle()
+    looks = sum(one["collections"] for one in gc.get_stats())
+    held = [[] for _ in range(memory.YOUNG_OBJECTS // 2)]  # type: ignore[var-annotated]
+    assert sum(one["collections"] for one in gc.get_stats()) == looks
+    del held

@@ -22,7 +22,7 @@ from pipefleet.contract.records import JobFailure
 from pipefleet.errors import ServiceUnavailableError
 from pipefleet.storage.store import ObjectStore
 from pipefleet_workers.consume.outcomes import Outcomes
-from pipefleet_workers.items import Encoded, ItemError, JobContext, Outcome, Work
+from pipefleet_workers.items import Encoded, ItemError, JobContext, Outcome, Work, spend
 from pipefleet_workers.results.lines import PartWriter, ResultWriter, body_of, dumps
 from pipefleet_workers.storage.store import WorkerStore
 
@@ -300,3 +300,21 @@ def test_an_item_that_is_no_json_keeps_its_failure_beside_vectors(shard: Shard) 
 def test_a_vector_that_is_not_finite_is_no_result(shard: Shard, value: list[float]) -> None:
     with pytest.raises(ItemError, match="NaN or infinity"):
         vectors(replace(shard, format="parquet"), [value])
+
+
+def test_items_share_the_seconds_of_a_stage_and_keep_those_of_their_own(shard: Shard) -> None:
+    outcomes = [outcome(place, "text", output=1) for place in range(4)]
+    works = [replace(one.work, seconds={}) for one in outcomes]
+    outcomes = [replace(one, work=work) for one, work in zip(outcomes, works, strict=True)]
+    for work in works[1:]:
+        work.seconds = works[0].seconds
+    spend(works, "decode", 0.25)
+    assert len({id(work.seconds) for work in works}) == 1
+    before = works[0].seconds
+    spend([works[0], works[1], works[1]], "forward", 0.5)
+    assert (works[2].seconds, before) == ({"decode": 0.25}, {"decode": 0.25})
+    part = PartWriter(WorkerStore(), {"worker": "w"}).write(shard, outcomes)
+    assert part is not None
+    told = [row["provenance"] for row in part_format("jsonl").rows(part)]
+    assert told[0] == {"worker": "w", "seconds": {"decode": 0.25, "forward": 0.5}}
+    assert [one["seconds"].get("forward") for one in told] == [0.5, 1.0, None, None]

@@ -84,13 +84,13 @@ class TextEncoder(Adapter):
         longest = max(unit.length for unit in units)
         if self.rounds_lengths and self.pads:
             longest = rounded_length(longest, self._positions)
-        lengths = np.array([unit.length for unit in units])[:, None]
+        lengths = np.array([unit.length for unit in units])
         places = np.arange(longest)
-        own = places >= longest - lengths if left else places < lengths
+        own = places >= longest - lengths[:, None] if left else places < lengths[:, None]
         inputs = {}
         for name in units[0].features:
             rows = np.full(own.shape, padding.get(name, 0), dtype=np.int64)
-            rows[own] = _joined([unit.features[name] for unit in units], int(lengths.sum()))
+            rows[own] = _joined([unit.features[name] for unit in units], lengths)
             inputs[name] = torch.from_numpy(rows)
         return inputs
 
@@ -137,7 +137,7 @@ class TextEncoder(Adapter):
         return [self.unit(Assembly(decoded.work, expected=1, context=arguments), 0, encoded, arguments)]
 
     def unit(self, assembly: Assembly, index: int, features: Mapping[str, Any], arguments: Arguments) -> Unit:
-        """A unit with lists of numbers, one list for each input of the model. Raises ItemError (too_long)."""
+        """A unit with a list of numbers for each input of the model, or a number for a list of it. Raises ItemError (too_long)."""
         length = len(features["input_ids"])
         longest = self.longest(self._positions)
         if length > longest:
@@ -178,10 +178,15 @@ def _refusal(error: Exception) -> ItemError:
     return ItemError("bad_input", f"the tokenizer refuses the input: {brief(error)}", STAGE)
 
 
-def _joined(rows: Sequence[Any], count: int) -> np.ndarray[Any, Any]:
-    """The numbers of all rows behind each other."""
-    if isinstance(rows[0], list):
-        return np.fromiter(itertools.chain.from_iterable(rows), np.int64, count)
+def _joined(rows: Sequence[Any], lengths: np.ndarray[Any, Any]) -> Any:
+    """The numbers of all rows behind each other; a number alone if it is all of them. A row of one number may be given as that."""
+    kinds = {type(row) for row in rows}
+    if kinds == {int}:
+        return rows[0] if rows.count(rows[0]) == len(rows) else np.repeat(rows, lengths)
+    if int in kinds:
+        rows = [[row] * n if type(row) is int else row for row, n in zip(rows, lengths.tolist(), strict=True)]
+    if kinds <= {int, list}:
+        return np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(lengths.sum()))
     return np.concatenate(rows)
 
 
@@ -271,7 +276,7 @@ class FeatureExtractor(TextEncoder):
 def _unpadded(encoded: Mapping[str, Any]) -> Mapping[str, Any]:
     """The features of a text's own tokens."""
     mask = encoded.get("attention_mask", ())
-    if all(mask):
+    if isinstance(mask, int) or all(mask):
         return encoded
     return {name: [one for one, own in zip(row, mask, strict=True) if own] for name, row in encoded.items()}
 
