@@ -95,7 +95,7 @@ class Single:
     def runs(self) -> None:
         """Redis has answered that the job runs: its end may be reported."""
         try:
-            self.delivery.started()
+            self.delivery.started(quick=self.singles.quick)
         except Exception as error:
             log.exception("beginning job %r failed", self.message.id)
             self.abandon(error)
@@ -128,6 +128,11 @@ class Singles:
         self.reports: Inbox[tuple[Single, Any]] = Inbox()
         self.reporting = Service("report", self._report, wake=self.reports.wake)
 
+    @property
+    def quick(self) -> bool:
+        """Whether all forwards were short lately."""
+        return self._longest <= SHORT_SECONDS
+
     def start(self, batch: Sequence[tuple[Delivery, JobMessage]]) -> None:
         """Start jobs, all in one round trip; the delivery of each ends when it is reported."""
         self._gate.enter(len(batch))
@@ -154,7 +159,7 @@ class Singles:
         A job that was here or elsewhere before waits for the answer. It may have ended since, or have killed its worker and been
         cancelled for this.
         """
-        return self._longest <= SHORT_SECONDS and single.delivery.deliveries <= 1 and not single.delivery.retries
+        return self.quick and single.delivery.deliveries <= 1 and not single.delivery.retries
 
     def _enter(self, works: Sequence[Work]) -> None:
         for priority in sorted({work.job.priority for work in works}):
