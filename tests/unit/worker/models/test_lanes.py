@@ -186,7 +186,7 @@ def test_one_lane_has_all_threads() -> None:
     [
         (lambda count, threads: 1.0, 64),
         (lambda count, threads: count / threads, 0),
-        (lambda count, threads: 1.0 + count / threads, 8),
+        (lambda count, threads: 1.0 + 0.1 * count / threads, 16),
     ],
 )
 def test_one_torch_thread_is_enough_up_to_the_cost_at_which_more_are_faster(
