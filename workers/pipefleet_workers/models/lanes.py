@@ -76,10 +76,12 @@ class Lanes:
 
     def describe(self) -> str:
         """A phrase for people."""
+        small = f"; batches up to a cost of {self.one_thread} take one torch thread" if self.one_thread else ""
         if self.count == 1:
-            return "1 lane"
+            return f"1 lane{small}"
         threads = f" of {self.threads} torch thread{'s' if self.threads > 1 else ''}" if self.threads else ""
-        return f"{self.count} lanes{threads}" + (f" ({self.gain:.2f} times one lane)" if self.gain != 1.0 else "")
+        gain = f" ({self.gain:.2f} times one lane)" if self.gain != 1.0 else ""
+        return f"{self.count} lanes{threads}{gain}{small}"
 
 
 def choose_lanes(

@@ -205,6 +205,7 @@ def test_one_torch_thread_is_enough_up_to_the_cost_at_which_more_are_faster(
 
 def test_the_words_for_people() -> None:
     assert Lanes().describe() == "1 lane"
+    assert Lanes(one_thread=9).describe() == "1 lane; batches up to a cost of 9 take one torch thread"
     assert Lanes(2, 1, 2, 1.125).describe() == "2 lanes of 1 torch thread (1.12 times one lane)"
     assert Lanes(2, 4, 8).describe() == "2 lanes of 4 torch threads"
     assert Lanes(2, gain=1.5).describe() == "2 lanes (1.50 times one lane)"
