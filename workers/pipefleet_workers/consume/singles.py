@@ -37,8 +37,8 @@ TOGETHER = 128
 SHORT_SECONDS = 0.01
 """Longest forward, in seconds for each item, that may run before Redis has answered. A round trip takes about a millisecond."""
 YIELD_SECONDS = 0.0001
-"""A pause after jobs have entered the engine, in which its threads get Python's lock. This thread would keep the lock until it waits
-for Redis, and it has the time: the answer is needed only when the jobs end."""
+"""A pause after jobs have entered the engine, in which its threads get Python's lock. This thread would keep the lock until it
+waits for Redis, and it has the time: the answer is needed only when the jobs end."""
 FADING = 0.9
 """The part of the longest forward that counts after one more job: a long forward is remembered over dozens of short ones."""
 

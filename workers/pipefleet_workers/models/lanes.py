@@ -51,8 +51,8 @@ Threads that wait for each other at the end of every operation cost more than a 
 may take twice as long, and three times the time of the cores.
 """
 THREAD_ROUNDS, THREAD_SECONDS = 3, 0.3
-"""One thread and all threads run each batch this often, in turns; the best times count. No larger batch is run after so many
-seconds."""
+"""One thread and all threads run each batch this often, in turns; the best times count. All batches together take about so many
+seconds, so a model whose single forward takes long is not measured."""
 MEMORY_SHARE = 0.8
 """Share of a GPU's memory that the batches of all lanes may take together."""
 _NO_STATE = ("_parameters", "_buffers", "_modules")
@@ -69,10 +69,10 @@ class Lanes:
     """Torch threads of each lane while others run; 0 for torch's own number."""
     alone: int = 0
     """Torch threads of a lane that runs alone; 0 for torch's own number."""
-    one_thread: int = 0
-    """Largest cost of a batch for which one torch thread is enough, see `enough_for_one`."""
     gain: float = 1.0
     """Measured throughput, as a multiple of the throughput of one lane; 1.0 for a number that was not measured."""
+    one_thread: int = 0
+    """Largest cost of a batch for which one torch thread is enough, see `enough_for_one`."""
 
     def describe(self) -> str:
         """A phrase for people."""
@@ -122,18 +122,18 @@ def lanes_of(device: torch.device, count: int = 1) -> Lanes:
     return Lanes(count, max(1, torch_threads() // count), torch_threads())
 
 
-def enough_for_one(run: Callable[[Sequence[Unit]], float], unit: Unit, *, most: int) -> int:
+def enough_for_one(run: Callable[[Sequence[Unit]], float], unit: Unit, *, seconds: float, most: int) -> int:
     """The largest cost of a batch of such units for which one torch thread is enough; 0 if it is enough for none.
 
-    `run` runs a batch and returns its seconds. Larger batches are tried up to the cost `most`.
+    `run` runs a batch and returns its seconds; one unit takes about `seconds`. Larger batches are tried up to the cost `most`.
     """
-    before, end, found, count = torch_threads(), time.perf_counter() + THREAD_SECONDS, 0, 1
+    before, left, found, count = torch_threads(), THREAD_SECONDS, 0, 1
     try:
-        while before > 1 and unit.cost * count <= most and time.perf_counter() < end:
+        while before > 1 and unit.cost * count <= most and (left := left - 2 * THREAD_ROUNDS * seconds) > 0:
             one, all_of_them = _one_and_all(run, [unit] * count, before)
             if one > ENOUGH * all_of_them:
                 break
-            found, count = unit.cost * count, 2 * count
+            found, count, seconds = unit.cost * count, 2 * count, 2 * one
     finally:
         use_torch_threads(before)
     return found

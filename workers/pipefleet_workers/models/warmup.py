@@ -110,7 +110,7 @@ def warm_up(
         log.exception("the warm-up could not measure batches; taking %d as their largest cost", default_cost)
         cost = default_cost
     found_lanes = _lanes(adapter, spec, parameters, fit.current(), asked=lanes, tolerance=tolerance, max_cost=cost)
-    found_lanes = replace(found_lanes, one_thread=_one_thread(adapter, spec, parameters, cost))
+    found_lanes = replace(found_lanes, one_thread=_one_thread(adapter, spec, parameters, fit.current(), cost))
     seconds = time.perf_counter() - begin
     found = WarmUp(adapter.pads, difference, tolerance, cost, seconds, moments, found_lanes)
     log.info(found.describe())
@@ -221,13 +221,16 @@ def _lanes(
     return choose_lanes(adapter, examples, batch, asked=asked, tolerance=tolerance)
 
 
-def _one_thread(adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], most: int) -> int:
+def _one_thread(
+    adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], service: ServiceTime | None, most: int
+) -> int:
     """The cost for which one torch thread is enough on a CPU; 0 if nothing can be measured."""
-    if adapter.pipe.device.type != "cpu" or not adapter.typical_size:
+    if adapter.pipe.device.type != "cpu" or not adapter.typical_size or service is None:
         return 0
     try:
         unit = example_units(adapter, spec, parameters, adapter.typical_size)[0]
-        return enough_for_one(lambda batch: _timed(adapter, batch), unit, most=most)
+        seconds = max(0.0, service.base + service.per_cost * unit.cost)
+        return enough_for_one(lambda batch: _timed(adapter, batch), unit, seconds=seconds, most=most)
     except Exception as error:  # noqa: BLE001 - whatever a model raises, all threads can run it
         log.warning("all torch threads run every batch: fewer could not be measured (%s)", brief(error))
         return 0

@@ -196,11 +196,21 @@ def test_one_torch_thread_is_enough_up_to_the_cost_at_which_more_are_faster(
     use_torch_threads(4)
     unit = SimpleNamespace(cost=8)
     try:
-        found = enough_for_one(lambda batch: seconds(len(batch), torch_threads()) * 1e-6, unit, most=64)  # type: ignore[arg-type]
+        found = enough_for_one(
+            lambda batch: seconds(len(batch), torch_threads()) * 1e-6,
+            unit,
+            seconds=1e-6,
+            most=64,  # type: ignore[arg-type]
+        )
         assert torch_threads() == 4, "the number of threads stays as it was"
     finally:
         use_torch_threads(before)
     assert found == cost
+
+
+def test_a_model_whose_forward_takes_long_is_not_run_again_for_its_torch_threads() -> None:
+    unit = SimpleNamespace(cost=8)
+    assert enough_for_one(lambda batch: pytest.fail("it was run"), unit, seconds=1.0, most=64) == 0  # type: ignore[arg-type]
 
 
 def test_the_words_for_people() -> None:
