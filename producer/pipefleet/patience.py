@@ -18,6 +18,9 @@ from pipefleet.errors import PipefleetError, ResultTimeoutError
 
 _T = TypeVar("_T")
 LONGEST_PAUSE = 20.0
+_NEVER = threading.Event()
+"""The stop event of callers without one; nobody sets it. Each submitted job makes two objects of Patience, and an event takes
+longer to make than they do."""
 PATIENCE_SECONDS = 300.0
 """Seconds for which a planner, or a caller that waits for results, goes on while Redis or S3 is away."""
 
@@ -41,7 +44,7 @@ class Patience:
         longest: float = LONGEST_PAUSE,
         told: Callable[[PipefleetError], object] = lambda error: None,
     ) -> None:
-        self._stopped = stopped or threading.Event()
+        self._stopped = stopped or _NEVER
         self._told = told
         self._longest = longest
         self.seconds = seconds

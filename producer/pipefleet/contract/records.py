@@ -59,8 +59,7 @@ if KEYS[3] then
 end
 if redis.call('EXISTS', KEYS[1]) == 1 then return {{ARGV[2], 1}} end
 redis.call('LPUSH', KEYS[2], ARGV[3])
-for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-redis.call('HSET', KEYS[1], 'submitted', time(''))
+redis.call('HSET', KEYS[1], 'submitted', time(''), unpack(ARGV, 5))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[2] .. ' ' .. ARGV[4], 'EX', ARGV[1]) end
 return {{ARGV[2], 1}}
@@ -80,6 +79,22 @@ return 1
 """
 """KEYS: job. ARGV: time, worker, ttl. Returns 0 when the job has ended already (cancelled, or finished elsewhere)."""
 
+START_ALL = f"""{_TIME}
+local started, now = {{}}, time(ARGV[1])
+for i, key in ipairs(KEYS) do
+  local state = redis.call('HGET', key, 'state')
+  started[i] = (not state or state == 'queued' or state == 'running') and 1 or 0
+  if started[i] == 1 then
+    redis.call('EXPIRE', key, 86400)
+    redis.call('HSET', key, 'state', 'running', 'started', now, 'worker', ARGV[2])
+    redis.call('EXPIRE', key, ARGV[3])
+  end
+end
+return started
+"""
+"""As START for each of many jobs, with a list of the answers. An error about one job, which only a foreign key gives, leaves later
+jobs as they were."""
+
 _FINISH = f"""{_TIME}
 local function notice(id, size)
   if size > {MOST_TOLD} or redis.call('HGET', KEYS[1], '{HEARS}') ~= '{RECORD}' then return id end
@@ -89,11 +104,8 @@ local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'queued' and state ~= 'running' then return 0 end
 -- the first write
 local size = 0
-for i = 5, #ARGV, 2 do
-  size = size + #ARGV[i + 1]
-  redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
-end
-redis.call('HSET', KEYS[1], 'finished', time(ARGV[4]))
+for i = 6, #ARGV, 2 do size = size + #ARGV[i] end
+redis.call('HSET', KEYS[1], 'finished', time(ARGV[4]), unpack(ARGV, 5))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 if ARGV[2] ~= '' then redis.call('PUBLISH', ARGV[2], notice(ARGV[3], size)) end
 return 1

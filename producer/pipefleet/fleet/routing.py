@@ -10,6 +10,7 @@ a message for a revision waits for a worker of that revision. Clients call `rout
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -39,6 +40,7 @@ def queue_name(pool: Pool, fleet: Fleet) -> str:
     return f"{PREFIX}{pool.task}" if is_default else f"{PREFIX}{pool.task}.{pool.name}"
 
 
+@functools.lru_cache(maxsize=1024)
 def revision_queue(queue: str, model: str, revision: str | None) -> str:
     """The queue of one revision, from the queue of its pool."""
     digest = hashlib.blake2b(json.dumps([model, revision]).encode(), digest_size=4).hexdigest()

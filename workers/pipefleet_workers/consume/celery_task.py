@@ -31,6 +31,7 @@ from pipefleet.queues.celery import TIME_HEADER
 from pipefleet.queues.dead_letters import kills
 from pipefleet.queues.keys import queue_list
 from pipefleet_workers.consume.consumer import Consumer
+from pipefleet_workers.delivery.audience import audience_of
 from pipefleet_workers.delivery.envelope import check_message
 from pipefleet_workers.delivery.headers import MalformedError, checked_headers
 from pipefleet_workers.delivery.leases import Lease, lease_of
@@ -84,6 +85,7 @@ class InferTask(Task):  # type: ignore[misc]
     """Celery's own consumer, once it runs."""
 
     def __init__(self) -> None:
+        self.steps = Steps()
         self._revoked_at: dict[str, float] = {}
         """When each id was revoked, by `clock`; the oldest first."""
         self._put_off: dict[str, Lease] = {}
@@ -93,6 +95,7 @@ class InferTask(Task):  # type: ignore[misc]
         self.celery_consumer = celery
         if self.take_or_not not in self.consumer.health.watchers:
             self.consumer.health.watchers.append(self.take_or_not)
+        self.steps.of(celery)
         request_class = create_request_cls(
             symbol_by_name(task.Request), task, celery.pool, celery.hostname, celery.event_dispatcher, app=app
         )
@@ -184,6 +187,41 @@ class InferTask(Task):  # type: ignore[misc]
             celery.call_soon(lambda: send(celery, "task-failed", job_id, exception=html.escape(reason), traceback=""))
 
 
+class Steps:
+    """What Celery's event loop has to do for deliveries, in order. Any thread adds steps; the loop does them.
+
+    One callback of the loop does all steps that wait: a callback for each, and a wake-up for each, costs far more than most steps.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Any, str, Callable[[], None]]] = deque()
+        self._asked = False
+
+    def of(self, celery: Any) -> None:
+        """Do the waiting steps at every turn of the loop of Celery's consumer. May be repeated."""
+        if getattr(celery, "hub", None) is not None:
+            celery.hub.on_tick.add(self.do)
+
+    def add(self, celery: Any, job_id: str, step: Callable[[], None], *, wake: bool = True) -> None:
+        """Let the loop do a step. Unless it should `wake`, the step waits for the loop's next turn, a second at most."""
+        self._waiting.append((celery, job_id, step))
+        if wake and not self._asked:
+            self._asked = True
+            celery.call_soon(self.do)
+
+    def do(self) -> None:
+        """Do all steps that wait. In the event loop."""
+        self._asked = False
+        while self._waiting:
+            celery, job_id, step = self._waiting.popleft()
+            try:
+                step()
+            except celery.connection_errors:
+                raise  # Celery connects again, and does the other steps after that
+            except Exception:  # an error in Celery's books of one message must not end the worker
+                log.exception("what Celery is told of message %s failed", job_id)
+
+
 class CeleryDelivery:
     """A Delivery whose message came through Celery. Steps that touch Celery's state run in the thread of its event loop."""
 
@@ -191,10 +229,9 @@ class CeleryDelivery:
         self._request = request
         self._celery = celery
         self._task = task
-        self._steps: deque[Callable[[], None]] = deque()
         self._accepted = False
         self._ready = False
-        self.begun = 0.0
+        self.begun = self._begun_at = 0.0
         headers, properties = request.message.headers, request.message.properties
         self.id: str = request.id
         self.trace = headers if "traceparent" in headers else None
@@ -233,11 +270,11 @@ class CeleryDelivery:
             expires=request.expires and request.expires.isoformat(),
         )
 
-    def started(self) -> None:
+    def started(self, *, quick: bool = False) -> None:
         """Tell Celery that work begins; only the first call counts."""
         if not self.begun:
-            self.begun = time.monotonic()
-            self._soon(self._accept)
+            self.begun, self._begun_at = time.monotonic(), time.time()
+            self._soon(self._accept, wake=not quick)
 
     def done(self, ending: Ending) -> None:
         """Acknowledge the message."""
@@ -267,32 +304,22 @@ class CeleryDelivery:
             self.lease.dead_letter(reason)
         self._soon(lambda: self._refuse(reason))
 
-    def _soon(self, step: Callable[[], None]) -> None:
-        """Let the event loop do a step after all earlier steps of this delivery. The loop itself keeps no order."""
-        self._steps.append(step)
-        self._celery.call_soon(self._take_steps)
-
-    def _take_steps(self) -> None:
-        while self._steps:
-            step = self._steps.popleft()
-            try:
-                step()
-            except self._celery.connection_errors:
-                raise  # Celery connects again
-            except Exception:  # an error in Celery's books of one message must not end the worker
-                log.exception("what Celery is told of message %s failed", self.id)
+    def _soon(self, step: Callable[[], None], *, wake: bool = True) -> None:
+        """Let the event loop do a step after all earlier steps."""
+        self._task.steps.add(self._celery, self.id, step, wake=wake)
 
     def _accept(self) -> None:
         if self._ready or self._accepted:
             return  # the job was revoked before this step
         self._accepted = True
-        self._request.time_start, self._request.worker_pid = time.time(), os.getpid()
+        self._request.time_start, self._request.worker_pid = self._begun_at, os.getpid()
         state.task_accepted(self._request)
-        self._send("task-started")
+        self._send("task-started", timestamp=self._begun_at)
 
     def _finish(self, ending: Ending) -> None:
-        self._leave(successful=ending.state is JobState.SUCCEEDED)
-        self._request.acknowledge()
+        self._leave()
+        if self.lease is None:
+            self._request.acknowledge()
         seconds = time.monotonic() - self.begun if self.begun else 0.0
         match ending.state:
             case JobState.SUCCEEDED:
@@ -326,9 +353,9 @@ class CeleryDelivery:
         elif not kills(reason):  # the dead letter of a killed worker is announced by `InferTask.died`
             self._send("task-failed", exception=html.escape(reason), traceback="")
 
-    def _leave(self, *, successful: bool = False) -> None:
+    def _leave(self) -> None:
         self._ready = True
-        state.task_ready(self._request, successful=successful)
+        state.task_ready(self._request)
 
     def _send(self, event: str, **fields: Any) -> None:
         send(self._celery, event, self._request.id, **fields)
@@ -366,10 +393,12 @@ def _seconds_until(request: Any, now: float) -> float:
 
 
 def send(celery: Any, event: str, job_id: str, **fields: Any) -> None:
-    """Send one of Celery's events. In the event loop."""
+    """Send one of Celery's events, unless nobody hears it. In the event loop."""
     eventer = celery.event_dispatcher
     if eventer and eventer.enabled:
-        eventer.send(event, uuid=job_id, **fields)
+        audience = audience_of(eventer)
+        if audience is None or not audience.absent:
+            eventer.send(event, uuid=job_id, **fields)
 
 
 def drain_step(consumer: Consumer, seconds: float) -> type[bootsteps.StartStopStep]:

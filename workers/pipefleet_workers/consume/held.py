@@ -54,8 +54,12 @@ class Delivery(Protocol):
     def lost(self) -> bool:
         """True when the lease ran out and another worker may have the message. Results of this delivery are then not wanted."""
 
-    def started(self) -> None:
-        """Tell Celery that work begins; only the first call counts."""
+    def started(self, *, quick: bool = False) -> None:
+        """Tell Celery that work begins; only the first call counts.
+
+        With `quick` the work probably ends within milliseconds: Celery then hears of its begin together with its end, or within a
+        second.
+        """
 
     def done(self, ending: Ending) -> None:
         """Acknowledge the message: the job's results are written."""

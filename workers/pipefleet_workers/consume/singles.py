@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,6 +36,9 @@ TOGETHER = 128
 """At most so many jobs start, or are reported, in one round trip."""
 SHORT_SECONDS = 0.01
 """Longest forward, in seconds for each item, that may run before Redis has answered. A round trip takes about a millisecond."""
+YIELD_SECONDS = 0.0001
+"""A pause after jobs have entered the engine, in which its threads get Python's lock. This thread would keep the lock until it
+waits for Redis, and it has the time: the answer is needed only when the jobs end."""
 FADING = 0.9
 """The part of the longest forward that counts after one more job: a long forward is remembered over dozens of short ones."""
 
@@ -95,7 +99,7 @@ class Single:
     def runs(self) -> None:
         """Redis has answered that the job runs: its end may be reported."""
         try:
-            self.delivery.started()
+            self.delivery.started(quick=self.singles.quick)
         except Exception as error:
             log.exception("beginning job %r failed", self.message.id)
             self.abandon(error)
@@ -128,6 +132,11 @@ class Singles:
         self.reports: Inbox[tuple[Single, Any]] = Inbox()
         self.reporting = Service("report", self._report, wake=self.reports.wake)
 
+    @property
+    def quick(self) -> bool:
+        """Whether all forwards were short lately."""
+        return self._longest <= SHORT_SECONDS
+
     def start(self, batch: Sequence[tuple[Delivery, JobMessage]]) -> None:
         """Start jobs, all in one round trip; the delivery of each ends when it is reported."""
         self._gate.enter(len(batch))
@@ -145,6 +154,8 @@ class Singles:
         begun = [(single, work) for single in singles for work in self._begun(single)]
         at_once = [self._enters_at_once(single) for single, _ in begun]
         self._enter([work for (_, work), now in zip(begun, at_once, strict=True) if now])
+        if any(at_once):
+            time.sleep(YIELD_SECONDS)
         self._mark_running(singles)
         self._enter([work for (single, work), now in zip(begun, at_once, strict=True) if not now and single.wanted])
 
@@ -154,7 +165,7 @@ class Singles:
         A job that was here or elsewhere before waits for the answer. It may have ended since, or have killed its worker and been
         cancelled for this.
         """
-        return self._longest <= SHORT_SECONDS and single.delivery.deliveries <= 1 and not single.delivery.retries
+        return self.quick and single.delivery.deliveries <= 1 and not single.delivery.retries
 
     def _enter(self, works: Sequence[Work]) -> None:
         for priority in sorted({work.job.priority for work in works}):

@@ -16,7 +16,8 @@ The life of one lease, with the keys that each event changes (names as in `lease
     bury       ─▶ unreported; after its report ─▶ dead
 
 Celery gets `transport`. `ledger` is the thread that renews, writes acks and sweeps. `leases` holds the types, `scripts` the Lua.
-`bells` and `waiting` tell an idle worker of messages. `envelope` checks messages, which any program may have written.
+`bells` and `waiting` tell an idle worker of messages; `pace` lets a busy worker take them in larger batches. `audience` knows
+whether anybody hears Celery's events. `envelope` checks messages, which any program may have written.
 
 A message that wakes an idle worker lies in `<list>:arriving` until it is fetched, within milliseconds. Every fetch and every sweep
 of any worker of the queue first puts the messages there back to the head of their list.

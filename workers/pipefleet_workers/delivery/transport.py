@@ -32,15 +32,18 @@ from typing import Any, NoReturn
 
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from pipefleet.connection.scripts import must_send_text, never_began, note_answer, run_script
+from pipefleet_workers.delivery.audience import Audience
 from pipefleet_workers.delivery.bells import Bells
 from pipefleet_workers.delivery.envelope import MalformedError, check_message, mark, read_envelope
 from pipefleet_workers.delivery.fetch import Fetch, Source
 from pipefleet_workers.delivery.leases import Lease, is_queue_name
 from pipefleet_workers.delivery.ledger import Ledger
+from pipefleet_workers.delivery.pace import Pace
 from pipefleet_workers.delivery.qos import UNBOUNDED, QoS
 from pipefleet_workers.delivery.scripts import FETCH
 from pipefleet_workers.delivery.server_errors import is_no_list, retried, retrying
@@ -92,6 +95,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._receivers: dict[str, Callable[[Any], None]] = {}
         self._without_acks: set[str] = set()
         self.bells = Bells(self)
+        self.audience = Audience()
+        self.pace = Pace(self)
         self._fetch: Fetch | None = None
         self._refusal: ResponseError | None = None
         """Why the server did not run the last fetch by its digest; the next fetch sends the text."""
@@ -179,6 +184,16 @@ class Channel(stock.Channel):  # type: ignore[misc]
         with retrying(unless_full=True):
             super()._queue_bind(*args, **kwargs)
 
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **kwargs: Any) -> None:
+        """Publish, and note how many hear it. A channel publishes to one exchange, or its audience counts for all of them."""
+        if kwargs.get("_publish_batch") is not None:
+            super()._put_fanout(exchange, message, routing_key, **kwargs)
+            return
+        payload = dumps(message)
+        with self.conn_or_acquire() as client:
+            heard = [client.publish(topic, payload) for topic in self._get_publish_topics(exchange, routing_key)]
+        self.audience.note(routing_key or "", sum(map(int, heard)))
+
     def _size(self, queue: str) -> int:
         """How many messages wait; 0 when a list's key holds another type. Celery asks at its start."""
         try:
@@ -234,6 +249,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if self._without_acks.intersection(self.active_queues):
             super()._brpop_start(timeout)
             return
+        if self.pace.is_early():
+            return
         lists = self._lists(self._queue_cycle.consume(len(self.active_queues)))
         self.low_starved = self.low_prefetch is not None
         low_credit = self._low_credit()
@@ -254,6 +271,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         connection = self.client.connection
         self.bells.fetch_sent(fetch)
         self._fetch, self._in_poll, self._brpop_sent_at = fetch, connection, monotonic()
+        self.pace.fetched()
         connection.send_command(*fetch.command(self.ledger, self.max_deliveries))
 
     def _brpop_read(self, **options: Any) -> bool:
@@ -290,7 +308,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _deliver(self, fetch: Fetch, answer: Any) -> bool:
         found = self._leases(fetch, answer)
-        self.bells.fetched(fetch, [lease for lease, _ in found], more=bool(answer[3]))
+        more = bool(answer[3]) or (self.pace.busy and bool(found))  # a busy channel looks again instead of waiting
+        self.bells.fetched(fetch, [lease for lease, _ in found], more=more)
         delivered = False
         for position, (lease, raw) in enumerate(found):
             receive = self._receivers.get(lease.queue)

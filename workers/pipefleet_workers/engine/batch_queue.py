@@ -31,10 +31,13 @@ class BatchQueue:
             self._batcher.add(units, time.monotonic())
             self._filled.notify()
 
-    def take(self, stopping: threading.Event) -> Batch | None:
-        """The next batch; blocks while there is none. After `stopping` it returns the remaining batches, then None."""
+    def take(self, stopping: threading.Event, held: Callable[[], bool] = lambda: False) -> Batch | None:
+        """The next batch; blocks while there is none. After `stopping` it returns the remaining batches, then None.
+
+        While `held()` it takes none, so that units gather; whoever changes its answer calls `wake`.
+        """
         with self._filled:
-            self._filled.wait_for(lambda: len(self._batcher) > 0 or stopping.is_set())
+            self._filled.wait_for(lambda: (len(self._batcher) > 0 and not held()) or stopping.is_set())
             batch = self._batcher.take(time.monotonic())
             if len(self._batcher):
                 self._filled.notify()  # another lane: `put` wakes only one

@@ -17,7 +17,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,9 @@ class Device:
         self._lanes = [
             Lane(index, self._plan, watchdog.slot(STAGE, timeout, HUNG_FORWARD)) for index in range(self._plan.count)
         ]
+        self._small: set[int] = set()
+        """The lanes that run a small batch. Until its end the other lanes begin none: a forward of many units takes little longer
+        than a forward of few, and short forwards side by side only wait for each other."""
         self._ending = threading.Lock()
         services = [self._service("device", self._run_batches, threads=self._plan.count)]
         if collate_ahead:
@@ -149,7 +152,7 @@ class Device:
 
     def _schedule(self, stopping: threading.Event) -> Schedule | None:
         """The next batch, without the units of jobs that were stopped; None at the end."""
-        batch = self._room.take(stopping)
+        batch = self._room.take(stopping, lambda: bool(self._small))
         if batch is None:
             return None
         live: list[Unit] = []
@@ -165,14 +168,28 @@ class Device:
         step = Step(batch, functools.partial(self._tick, lane), functools.partial(self._update, lane), self._on_text)
         if self._plan.count > 1 and self._forward.excludes(batch):
             return self._run_alone(lane, batch, step, schedule.staged)
-        begun = self._sharing.begin()
-        lane.share(alone=self._sharing.running == 1 and not len(self._room))
-        outputs = self._run(lane, batch, step, schedule.staged, begun)
+        with self._small_alone(lane, batch):
+            begun = self._sharing.begin()
+            lane.share(batch.cost, alone=self._sharing.running == 1 and not len(self._room))
+            outputs = self._run(lane, batch, step, schedule.staged, begun)
         lacking = [unit for unit, output in outputs if self._lacks_memory(output) and step.remains(unit)]
         again = set(map(id, lacking))
         step.end([(unit, output) for unit, output in outputs if id(unit) not in again])
         for unit in lacking:
             self._run_alone(lane, Batch(batch.key, [unit]), step)
+
+    @contextlib.contextmanager
+    def _small_alone(self, lane: Lane, batch: Batch) -> Iterator[None]:
+        """A context that keeps other lanes from beginning while a small batch runs."""
+        if self._plan.count == 1 or batch.cost > self._plan.one_thread:
+            yield
+            return
+        self._small.add(lane.index)
+        try:
+            yield
+        finally:
+            self._small.discard(lane.index)
+            self._room.wake()
 
     def _run(
         self, lane: Lane, batch: Batch, step: Step, staged: Staged | None, begun: float
@@ -195,7 +212,7 @@ class Device:
     def _run_alone(self, lane: Lane, batch: Batch, step: Step, staged: Staged | None = None) -> None:
         """Run a batch while the other lanes wait."""
         with self._sharing.alone() as begun:
-            lane.share(alone=True)
+            lane.share(batch.cost, alone=True)
             outputs = self._run(lane, batch, step, staged, begun)
         step.end(outputs)
 

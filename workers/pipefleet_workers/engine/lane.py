@@ -20,9 +20,11 @@ class Lane:
         self.slot = slot
         self._plan = plan
 
-    def share(self, *, alone: bool) -> None:
-        """Take the torch threads for the next batch: all of them for a batch that is `alone` on the device."""
+    def share(self, cost: int, *, alone: bool) -> None:
+        """Take the torch threads for the next batch: all of them for a batch that is `alone` on the device, unless it is small."""
         threads = self._plan.alone if alone else self._plan.threads
+        if cost <= self._plan.one_thread:
+            threads = 1
         if threads:
             use_torch_threads(threads)
 

@@ -47,6 +47,15 @@ PAYS_ON_GPU = 1.1
 """The same for two lanes on a GPU."""
 MOST = {"cpu": 16, "cuda": 2}
 """Most lanes by kind of device; a CPU has at most one for each torch thread. Other devices have one."""
+ENOUGH = 1.2
+"""One torch thread is enough for a batch if it takes at most this many times the seconds of all threads.
+
+Threads that wait for each other at the end of every operation cost more than a small model computes: with two threads its forward
+may take twice as long, and three times the time of the cores.
+"""
+THREAD_ROUNDS, THREAD_SECONDS = 3, 0.3
+"""One thread and all threads run each batch this often, in turns; the best times count. All batches together take about so many
+seconds, so a model whose single forward takes long is not measured."""
 MEMORY_SHARE = 0.8
 """Share of a GPU's memory that the batches of all lanes may take together."""
 _NO_STATE = ("_parameters", "_buffers", "_modules")
@@ -65,13 +74,17 @@ class Lanes:
     """Torch threads of a lane that runs alone; 0 for torch's own number."""
     gain: float = 1.0
     """Measured throughput, as a multiple of the throughput of one lane; 1.0 for a number that was not measured."""
+    one_thread: int = 0
+    """Largest cost of a batch for which one torch thread is enough, see `enough_for_one`."""
 
     def describe(self) -> str:
         """A phrase for people."""
+        small = f"; batches up to a cost of {self.one_thread} take one torch thread" if self.one_thread else ""
         if self.count == 1:
-            return "1 lane"
+            return f"1 lane{small}"
         threads = f" of {self.threads} torch thread{'s' if self.threads > 1 else ''}" if self.threads else ""
-        return f"{self.count} lanes{threads}" + (f" ({self.gain:.2f} times one lane)" if self.gain != 1.0 else "")
+        gain = f" ({self.gain:.2f} times one lane)" if self.gain != 1.0 else ""
+        return f"{self.count} lanes{threads}{gain}{small}"
 
 
 def choose_lanes(
@@ -110,6 +123,33 @@ def lanes_of(device: torch.device, count: int = 1) -> Lanes:
     if device.type != "cpu":
         return Lanes(count)
     return Lanes(count, max(1, torch_threads() // count), torch_threads())
+
+
+def enough_for_one(run: Callable[[Sequence[Unit]], float], unit: Unit, *, seconds: float, most: int) -> int:
+    """The largest cost of a batch of such units for which one torch thread is enough; 0 if it is enough for none.
+
+    `run` runs a batch and returns its seconds; one unit takes about `seconds`. Larger batches are tried up to the cost `most`.
+    """
+    before, left, found, count = torch_threads(), THREAD_SECONDS, 0, 1
+    try:
+        while before > 1 and unit.cost * count <= most and (left := left - 2 * THREAD_ROUNDS * seconds) > 0:
+            one, all_of_them = _one_and_all(run, [unit] * count, before)
+            if one > ENOUGH * all_of_them:
+                break
+            found, count, seconds = unit.cost * count, 2 * count, 2 * one
+    finally:
+        use_torch_threads(before)
+    return found
+
+
+def _one_and_all(run: Callable[[Sequence[Unit]], float], batch: Sequence[Unit], threads: int) -> tuple[float, float]:
+    """The best seconds of one torch thread, and of all `threads`."""
+    best = {1: float("inf"), threads: float("inf")}
+    for _ in range(THREAD_ROUNDS):
+        for count, seconds in best.items():
+            use_torch_threads(count)
+            best[count] = min(seconds, run(batch))
+    return best[1], best[threads]
 
 
 def most_lanes(device: torch.device) -> int:

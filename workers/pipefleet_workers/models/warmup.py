@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from pipefleet_workers.inputs.video import Clip
 from pipefleet_workers.items import Blob, Decoded, ItemError, JobContext, Nowhere, Unit, Work
 from pipefleet_workers.models.cache import ModelError
 from pipefleet_workers.models.difference import relative
-from pipefleet_workers.models.lanes import Lanes, choose_lanes, lanes_of
+from pipefleet_workers.models.lanes import Lanes, choose_lanes, enough_for_one, lanes_of
 from pipefleet_workers.models.precision import half_advice
 from pipefleet_workers.models.steps import seconds_to_write
 from pipefleet_workers.observe.service_fit import ServiceFit, ServiceTime
@@ -111,6 +111,7 @@ def warm_up(
         log.exception("the warm-up could not measure batches; taking %d as their largest cost", default_cost)
         cost = default_cost
     found_lanes = _lanes(adapter, spec, parameters, fit.current(), asked=lanes, tolerance=tolerance, max_cost=cost)
+    found_lanes = replace(found_lanes, one_thread=_one_thread(adapter, spec, parameters, fit.current(), cost))
     seconds = time.perf_counter() - begin
     found = WarmUp(adapter.pads, difference, tolerance, cost, seconds, moments, found_lanes)
     log.info(found.describe())
@@ -223,6 +224,21 @@ def _lanes(
         count = int((LANE_SECONDS - service.base) / max(1e-9, service.per_cost * unit.cost))
     batch = [unit] * max(1, min(count, max_cost // unit.cost))
     return choose_lanes(adapter, examples, batch, asked=asked, tolerance=tolerance)
+
+
+def _one_thread(
+    adapter: Adapter, spec: TaskSpec, parameters: dict[str, Any], service: ServiceTime | None, most: int
+) -> int:
+    """The cost for which one torch thread is enough on a CPU; 0 if nothing can be measured."""
+    if adapter.pipe.device.type != "cpu" or not adapter.typical_size or service is None:
+        return 0
+    try:
+        unit = example_units(adapter, spec, parameters, adapter.typical_size)[0]
+        seconds = max(0.0, service.base + service.per_cost * unit.cost)
+        return enough_for_one(lambda batch: _timed(adapter, batch), unit, seconds=seconds, most=most)
+    except Exception as error:  # noqa: BLE001 - whatever a model raises, all threads can run it
+        log.warning("all torch threads run every batch: fewer could not be measured (%s)", brief(error))
+        return 0
 
 
 def _timed(adapter: Adapter, units: Sequence[Unit]) -> float:

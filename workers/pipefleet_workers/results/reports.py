@@ -20,6 +20,7 @@ from pipefleet.contract.records import (
     FINISH_WITH_ROOM,
     REVOKE,
     START,
+    START_ALL,
     JobFailure,
     finish_arguments,
 )
@@ -136,17 +137,26 @@ class Reporter:
 
         Returns an error for a job whose record Redis refuses to change; the other jobs go on.
         """
-        batch = ScriptBatch(self._redis)
-        arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
-        for message in messages:
-            batch.add(START, [job_key(message.id)], *arguments)
+        keys = [job_key(message.id) for message in messages]
         with redis_errors(self._settings.redis_url):
-            answers = batch.run()
+            answers = self._started(keys)
             others = self._others(messages, answers)
         return [
             self._refused(answer) if isinstance(answer, Exception) else others.get(place, JobState.RUNNING)
             for place, answer in enumerate(answers)
         ]
+
+    def _started(self, keys: Sequence[str]) -> list[Any]:
+        """The answers of START for each job: one script for all of them, or one for each if Redis refuses one of the jobs."""
+        arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
+        together, each = ScriptBatch(self._redis), ScriptBatch(self._redis)
+        together.add(START_ALL, keys, *arguments)
+        (answer,) = together.run()
+        if not isinstance(answer, Exception):
+            return list(answer)
+        for key in keys:
+            each.add(START, [key], *arguments)
+        return each.run()
 
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
         """Bring single jobs to their final states, after storing their results. Returns the ending of each, or the error.

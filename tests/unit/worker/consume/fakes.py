@@ -65,7 +65,7 @@ class FakeDelivery:
     def due_now(self, lease: Lease) -> None:
         """As the holder of its lease."""
 
-    def started(self) -> None:
+    def started(self, *, quick: bool = False) -> None:
         self.starts += 1
 
     def done(self, ending: Ending) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pipefleet.contract.messages import TASK_NAME, JobState
 from pipefleet.queues import dead_letters
 from pipefleet.queues.celery import TIME_HEADER
 from pipefleet.queues.looking import queue_depth
-from pipefleet_workers.consume.celery_task import CeleryDelivery
+from pipefleet_workers.consume.celery_task import CeleryDelivery, Steps
 from pipefleet_workers.ending import REVOKED, Ending
 from tests.unit.conftest import eventually
 from tests.unit.worker.consume.celery_world import QUEUE, Fleet, revoke
@@ -102,7 +103,7 @@ def test_a_request_that_began_after_its_end_is_not_active() -> None:
         call_soon = staticmethod(asked.append)
 
     for order in (1, -1):
-        delivery = CeleryDelivery(Request(), Celery(), None)  # type: ignore[arg-type]
+        delivery = CeleryDelivery(Request(), Celery(), SimpleNamespace(steps=Steps()))  # type: ignore[arg-type]
         delivery.started()
         delivery.started()
         delivery.done(Ending(JobState.CANCELLED, here=False))

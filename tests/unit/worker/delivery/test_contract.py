@@ -25,6 +25,8 @@ SIGNATURES = [
     (stock.Channel, "_q_for_pri", "(self, queue, pri)"),
     (stock.Channel, "close", "(self)"),
     (stock.Channel, "_receive_one", "(self, c)"),
+    (stock.Channel, "_put_fanout", "(self, exchange, message, routing_key, **kwargs)"),
+    (stock.Channel, "_get_publish_topics", "(self, exchange, routing_key)"),
     (stock.Channel, "_size", "(self, queue)"),
     (stock.Channel, "_queue_bind", "(self, exchange, routing_key, pattern, queue)"),
     (virtual.Channel, "basic_consume", "(self, queue, no_ack, callback, consumer_tag, **kwargs)"),

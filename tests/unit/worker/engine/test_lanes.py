@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ class Toy:
 class Bench:
     """A device with lanes, the items that it handed on, and what it said of its end."""
 
-    def __init__(self, adapter: Any, *, together: int = 1, lanes: int = 2, ahead: bool = False, **watched: Any) -> None:
+    def __init__(
+        self, adapter: Any, *, together: int = 1, lanes: int | Lanes = 2, ahead: bool = False, **watched: Any
+    ) -> None:
         self.room = BatchQueue(MicroBatcher(BatchLimits(100, together)), 1000)
         self.instruments = Instruments(Metrics("test"), on_fatal=self._fatal)
         self.watchdog = Watchdog(self._fatal, **watched)
@@ -78,7 +81,7 @@ class Bench:
             watchdog=self.watchdog,
             timeout=DEADLINE,
             collate_ahead=ahead,
-            lanes=Lanes(lanes),
+            lanes=Lanes(lanes) if isinstance(lanes, int) else lanes,
         )
 
     def wait(self, count: int) -> bool:
@@ -420,3 +423,53 @@ def test_a_batch_alone_on_the_device_takes_all_torch_threads() -> None:
     assert bench.device.stop(DEADLINE)
     use_torch_threads(before)
     assert taken == {"first": 2, "second": 1}
+
+
+def test_a_small_batch_takes_one_torch_thread_also_where_it_is_alone() -> None:
+    taken: list[int] = []
+    bench = Bench(Toy(lambda units, progress: taken.append(torch_threads())), lanes=Lanes(1, 2, 2, one_thread=1))
+    before = torch_threads()
+    bench.room.put(item("small"))
+    bench.room.put([replace(one, length=2) for one in item("larger")])
+    bench.device.start()
+    assert bench.device.stop(DEADLINE)
+    use_torch_threads(before)
+    assert sorted(taken) == [1, 2]
+
+
+def test_while_a_small_batch_runs_units_gather_and_then_run_together() -> None:
+    begun, go = threading.Event(), threading.Event()
+    batches: list[list[str]] = []
+
+    def note(units: Sequence[Unit], progress: Progress) -> None:
+        batches.append([name_of(unit) for unit in units])
+        if batches == [["first"]]:
+            begun.set()
+            assert go.wait(DEADLINE)
+
+    bench = Bench(Toy(note), together=10, lanes=Lanes(2, 1, 2, one_thread=5))
+    bench.device.start()
+    bench.room.put(item("first"))
+    assert begun.wait(DEADLINE)
+    for _ in range(3):
+        bench.room.put(item("next"))
+    assert len(bench.room) == 3, "the other lane takes none of them"
+    go.set()
+    assert bench.wait(4)
+    assert bench.device.stop(DEADLINE)
+    assert batches == [["first"], ["next"] * 3]
+
+
+def test_beside_a_large_batch_a_small_one_begins_at_once() -> None:
+    go = threading.Event()
+    bench = Bench(
+        Toy(lambda units, progress: go.wait(DEADLINE) if units[0].length > 5 else None),
+        lanes=Lanes(2, 1, 2, one_thread=5),
+    )
+    bench.device.start()
+    bench.room.put([replace(one, length=6) for one in item("large")])
+    bench.room.put(item("small"))
+    assert bench.wait(1)
+    assert bench.ended[0].work.item.id == "small"
+    go.set()
+    assert bench.device.stop(DEADLINE)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ from pipefleet_workers.adapters.text.encoder import TextClassifier
 from pipefleet_workers.build import _asked_lanes
 from pipefleet_workers.items import Unit
 from pipefleet_workers.models import lanes as module
-from pipefleet_workers.models.lanes import Lanes, choose_lanes, in_lanes, lanes_of
+from pipefleet_workers.models.lanes import Lanes, choose_lanes, enough_for_one, in_lanes, lanes_of
 from pipefleet_workers.models.warmup import warm_up
 from pipefleet_workers.observe.service_fit import ServiceFit
-from pipefleet_workers.process.torch_threads import torch_threads
+from pipefleet_workers.process.torch_threads import torch_threads, use_torch_threads
 from pipefleet_workers.process.watchdog import listen
 from pipefleet_workers.settings import WorkerSettings
 from tests.parity.harness import load
@@ -181,8 +182,41 @@ def test_one_lane_has_all_threads() -> None:
     assert lanes_of(torch.device("cuda", 0), 2) == Lanes(2)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "cost"),
+    [
+        (lambda count, threads: 1.0, 64),
+        (lambda count, threads: count / threads, 0),
+        (lambda count, threads: 1.0 + 0.1 * count / threads, 16),
+    ],
+)
+def test_one_torch_thread_is_enough_up_to_the_cost_at_which_more_are_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, int], float], cost: int
+) -> None:
+    before = torch_threads()
+    use_torch_threads(4)
+    unit = SimpleNamespace(cost=8)
+    try:
+        found = enough_for_one(
+            lambda batch: seconds(len(batch), torch_threads()) * 1e-6,
+            unit,
+            seconds=1e-6,
+            most=64,  # type: ignore[arg-type]
+        )
+        assert torch_threads() == 4, "the number of threads stays as it was"
+    finally:
+        use_torch_threads(before)
+    assert found == cost
+
+
+def test_a_model_whose_forward_takes_long_is_not_run_again_for_its_torch_threads() -> None:
+    unit = SimpleNamespace(cost=8)
+    assert enough_for_one(lambda batch: pytest.fail("it was run"), unit, seconds=1.0, most=64) == 0  # type: ignore[arg-type]
+
+
 def test_the_words_for_people() -> None:
     assert Lanes().describe() == "1 lane"
+    assert Lanes(one_thread=9).describe() == "1 lane; batches up to a cost of 9 take one torch thread"
     assert Lanes(2, 1, 2, 1.125).describe() == "2 lanes of 1 torch thread (1.12 times one lane)"
     assert Lanes(2, 4, 8).describe() == "2 lanes of 4 torch threads"
     assert Lanes(2, gain=1.5).describe() == "2 lanes (1.50 times one lane)"
