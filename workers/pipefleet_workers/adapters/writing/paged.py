@@ -157,12 +157,25 @@ def _rope_types(config: Any) -> Iterator[str]:
 
 def _processor(model: Any, pages: Pages, choose: Choose) -> tuple[Any, Any]:
     """The batch processor of a manager that is never started, and the processor of its scores."""
-    from transformers import ContinuousBatchingConfig
+    own = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"  # the manager knows no other name
+    try:
+        settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        manager = model.init_continuous_batching(settings, continuous_batching_config=_config(pages))
+    finally:
+        model.config._attn_implementation = own
+    scores = manager.logit_processor = _scores(choose)
+    with torch.inference_mode():
+        processor = manager._create_batch_processor()
+    processor.output_router = _Unheard()
+    return processor, scores
+
+
+def _scores(choose: Choose) -> Any:
+    """A processor that notes the sequences of a step before the model runs, and lets `choose` change their scores."""
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
     class Scores(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
-        """Notes the sequences of a step before the model runs, and lets `choose` change their scores."""
-
         turn: Sequence[Any] = ()
 
         def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
@@ -175,11 +188,20 @@ def _processor(model: Any, pages: Pages, choose: Choose) -> tuple[Any, Any]:
             chosen = choose([one.state.request_id for one in self.turn], scores[:count])
             return chosen if count == len(scores) else torch.cat([chosen, scores[count:]])
 
+    found = Scores(LogitsProcessorList())
+    found.do_processing = True
+    return found
+
+
+def _config(pages: Pages) -> Any:
+    """The settings of the manager, under the names of this version of transformers."""
+    from transformers import ContinuousBatchingConfig
+
     known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     version: dict[str, Any] = {"page_size" if "page_size" in known else "block_size": pages.size}
     if "auto_switch_to_flash" in known:
         version["auto_switch_to_flash"] = False
-    config = ContinuousBatchingConfig(
+    return ContinuousBatchingConfig(
         **version,
         num_blocks=pages.count,
         max_batch_tokens=pages.chunk,
@@ -191,20 +213,6 @@ def _processor(model: Any, pages: Pages, choose: Choose) -> tuple[Any, Any]:
         use_async_batching=False,
         use_cuda_graph=False,
     )
-    own = model.config._attn_implementation
-    model.config._attn_implementation = "sdpa"  # the manager knows no other name
-    try:
-        settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-        manager = model.init_continuous_batching(settings, continuous_batching_config=config)
-    finally:
-        model.config._attn_implementation = own
-    scores = Scores(LogitsProcessorList())
-    scores.do_processing = True
-    manager.logit_processor = scores
-    with torch.inference_mode():
-        processor = manager._create_batch_processor()
-    processor.output_router = _Unheard()
-    return processor, scores
 
 
 class _Unheard:
