@@ -11,7 +11,7 @@ import os
 import resource
 from pathlib import Path
 
-YOUNG_OBJECTS = 10_000
+YOUNG_OBJECTS = 2000
 """So many objects are made, less those that are gone again, before the collector looks at them."""
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = (
@@ -33,8 +33,8 @@ def settle() -> None:
     """Let the garbage collector pass over everything that is here now: the modules and the model stay for the whole life.
 
     Looking at these million objects takes a third of a second, with Python's lock held, once for about 10,000 small items. The
-    objects of an item free themselves as the item ends, so the collector looks seldom: at its usual pace it would find the objects
-    of the items inside alive, again and again, for a seventh of the time of a small item.
+    objects of an item free themselves as its job ends, so the collector may also look less often: at its usual pace it finds the
+    objects of the items inside alive, again and again.
     """
     gc.collect()
     gc.freeze()
