@@ -43,8 +43,8 @@ are compared with those of `pipeline()` one by one ({RULE});
 a contender that differs does not count. The contenders take turns, round by round, so that whatever else the machine does meets all
 of them alike. A cell gives the median of the rounds, and the lowest and the highest in brackets where there were several. CPU time
 is that of all processes that take part, the servers' included; a busy machine distorts it less than wall time. **Bold** is the
-limit: the better of the two hand loops. These multiply as torch does by itself. On a CPU a worker takes oneDNN for linear layers where
-it is faster and equal, which is a part of its lead there; `PIPEFLEET_WORKER_ONEDNN=off make bench` shows the rest.
+limit: the better of the two hand loops. These multiply as torch does by itself. On a CPU a worker takes oneDNN for linear layers
+where it is faster and equal, which is a part of its lead there; `PIPEFLEET_WORKER_ONEDNN=off make bench` shows the rest.
 """
 
 
