@@ -39,7 +39,7 @@ class LeaseDelivery:
     def lost(self) -> bool:
         return self.lease.lost
 
-    def started(self) -> None:
+    def started(self, *, quick: bool = False) -> None:
         """Nobody is told."""
 
     def done(self, ending: Ending) -> None:
