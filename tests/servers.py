@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -32,11 +33,19 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     return met
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(following: int = 0) -> int:
+    """A port of the loopback interface that nobody listens on now, nor on the `following` ports after it."""
+    while True:
+        with contextlib.ExitStack() as held:
+            probe = held.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            try:
+                for other in range(port + 1, port + 1 + following):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", other))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def valkey() -> str:

@@ -86,9 +86,9 @@ class Held(Running):
         self.gate = threading.Event()
         take = self.engine.room.take
 
-        def after_the_gate(stopping: threading.Event) -> Any:
+        def after_the_gate(*arguments: Any) -> Any:
             self.gate.wait(SECONDS)
-            return take(stopping)
+            return take(*arguments)
 
         self.engine.room.take = after_the_gate  # type: ignore[method-assign]
 

@@ -76,7 +76,7 @@ def host(folder: Path, *options: str, **settings: str) -> Iterator[Host]:
 
 
 def test_a_worker_dies_and_comes_back_while_the_other_works_and_both_drain(fleet: Path, tmp_path: Path) -> None:
-    port = free_port()
+    port = free_port(following=1)
     options = ("--pool", "texts", "--devices", "cpu", "--workers-per-device", "2")
     with host(tmp_path, *options, PIPEFLEET_WORKER_METRICS_PORT=str(port)) as one, Client() as client:
         one.until_ready()

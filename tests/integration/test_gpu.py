@@ -107,6 +107,8 @@ def test_what_has_no_time_left_has_failed(tmp_path: Path) -> None:
 def test_a_failed_check_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.gpu import __main__, table
 
+    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))  # the command sets them, and the next tests must not see it
     monkeypatch.setattr(table, "checks", lambda *_, **__: [Check("fails", "check", _fails, 60.0)])
     assert __main__.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "1 failed" in (tmp_path / "results.md").read_text()
