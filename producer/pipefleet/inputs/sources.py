@@ -25,8 +25,8 @@ from pipefleet.tasks import Media, TaskSpec
 
 _CHUNK = 1 << 16
 _ROW = "an item is {inputs, id?, parameters?}, its fields inside inputs"
-_ID = (str, int, type(None))
 """What a row looks like, for messages."""
+_ID = (str, int, type(None))
 _TEXTS = (Media.TEXT, Media.TEXTS, Media.PROMPT, None)
 """Tasks with such inputs take no single object as a source: it would be one text."""
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipefleet.fleet.pools import Pool
@@ -24,6 +23,7 @@ from pipefleet_workers.adapters.writing.continuous import DecoderWriter
 from pipefleet_workers.adapters.writing.generate import TextGenerator
 from pipefleet_workers.adapters.writing.paged import Pages, UnsuitedError
 from pipefleet_workers.items import ItemError, Unit
+from pipefleet_workers.models.difference import relative
 from pipefleet_workers.models.warmup import example_units
 from pipefleet_workers.process.memory import available_bytes
 from pipefleet_workers.process.watchdog import working_on
@@ -139,10 +139,7 @@ def _difference(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[U
     for unit in units:
         working_on(None)
         alone.append(adapter.numbers([unit])[0])
-    return max(
-        float(np.abs(mine - other).max()) / max(1e-6, float(np.abs(other).max()))
-        for mine, other in zip(together, alone, strict=True)
-    )
+    return max(relative(mine, other) for mine, other in zip(together, alone, strict=True))
 
 
 def _same_tokens(adapter: TextGenerator, writer: DecoderWriter, units: Sequence[Unit]) -> bool:

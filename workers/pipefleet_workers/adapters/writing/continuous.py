@@ -131,9 +131,8 @@ class DecoderWriter:
         try:
             self._end(stepped)
         except Exception:
-            for (
-                one
-            ) in stepped:  # this step never was: otherwise a sequence could end with nobody told, or run past its stop
+            # This step never was: otherwise a sequence could end with nobody told, or run past its stop.
+            for one in stepped:
                 one.tokens.pop()
                 one.ended = False
             raise
