@@ -70,16 +70,6 @@ request. So a command that is sent again queues nothing twice and sets nothing b
 release, stands for any request."""
 
 START = f"""{_TIME}
-local state = redis.call('HGET', KEYS[1], 'state')
-if state and state ~= 'queued' and state ~= 'running' then return 0 end
-{NEEDS_NO_MEMORY}
-redis.call('HSET', KEYS[1], 'state', 'running', 'started', time(ARGV[1]), 'worker', ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-return 1
-"""
-"""KEYS: job. ARGV: time, worker, ttl. Returns 0 when the job has ended already (cancelled, or finished elsewhere)."""
-
-START_ALL = f"""{_TIME}
 local started, now = {{}}, time(ARGV[1])
 for i, key in ipairs(KEYS) do
   local state = redis.call('HGET', key, 'state')
@@ -92,8 +82,9 @@ for i, key in ipairs(KEYS) do
 end
 return started
 """
-"""As START for each of many jobs, with a list of the answers. An error about one job, which only a foreign key gives, leaves later
-jobs as they were."""
+"""KEYS: jobs. ARGV: time, worker, ttl. Returns for each 1, or 0 when it has ended already (cancelled, or finished elsewhere). An
+error about one job, which only a foreign key gives, leaves later jobs as they were. The first write needs no memory, see
+NEEDS_NO_MEMORY."""
 
 _FINISH = f"""{_TIME}
 local function notice(id, size)

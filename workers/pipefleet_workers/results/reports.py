@@ -20,7 +20,6 @@ from pipefleet.contract.records import (
     FINISH_WITH_ROOM,
     REVOKE,
     START,
-    START_ALL,
     JobFailure,
     finish_arguments,
 )
@@ -150,13 +149,13 @@ class Reporter:
         """The answers of START for each job: one script for all of them, or one for each if Redis refuses one of the jobs."""
         arguments = ["", self._worker, int(self._settings.result_ttl)]  # the server's time
         together, each = ScriptBatch(self._redis), ScriptBatch(self._redis)
-        together.add(START_ALL, keys, *arguments)
+        together.add(START, keys, *arguments)
         (answer,) = together.run()
         if not isinstance(answer, Exception):
             return list(answer)
         for key in keys:
             each.add(START, [key], *arguments)
-        return each.run()
+        return [one if isinstance(one, Exception) else one[0] for one in each.run()]
 
     def finish_many(self, ends: Sequence[tuple[JobMessage, Outcome]]) -> list[Ending | Exception]:
         """Bring single jobs to their final states, after storing their results. Returns the ending of each, or the error.

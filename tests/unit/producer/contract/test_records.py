@@ -26,7 +26,8 @@ def record(redis: Redis) -> JobRecord | None:
 
 
 def start(redis: Redis, *, now: float = 2.0, worker: str = "w1", ttl: int = 100) -> int:
-    return int(redis.eval(START, 1, KEY, now, worker, ttl))  # type: ignore[call-overload]
+    (started,) = redis.eval(START, 1, KEY, now, worker, ttl)  # type: ignore[call-overload]
+    return int(started)
 
 
 REPLY = reply_channel("0123456789abcdef" * 2)
